@@ -1,0 +1,116 @@
+"""One process, or many under torchrun: ranks, devices, sums and gathers. Without torchrun every call is a no-op."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+from common.cli import Problems
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all. `device` is a torch device string; `backend` is None, 'gloo' or 'nccl'."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    device: str = "cpu"
+    backend: str | None = None
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def shard(self, items: list) -> list:
+        """Every size-th item from `rank` on: balanced when neighbours cost alike."""
+        return items[self.rank :: self.size]
+
+    def sum_(self, tensor):
+        """All-reduce SUM in place; returns the tensor."""
+        if self.backend:
+            import torch.distributed as dist
+
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, item) -> list:
+        """The picklable `item` of every rank, in rank order, on every rank."""
+        if not self.backend:
+            return [item]
+        import torch.distributed as dist
+
+        items = [None] * self.size
+        dist.all_gather_object(items, item)
+        return items
+
+    def broadcast(self, item):
+        """Rank 0's picklable `item` on every rank."""
+        if not self.backend:
+            return item
+        import torch.distributed as dist
+
+        box = [item]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.backend:
+            import torch.distributed as dist
+
+            dist.barrier()
+
+    def close(self) -> None:
+        if self.backend:
+            import torch.distributed as dist
+
+            dist.destroy_process_group()
+
+    def say(self, *words) -> None:
+        """print on rank 0."""
+        if self.main:
+            print(*words, flush=True)
+
+
+def check_environment(problems: Problems) -> None:
+    """WORLD_SIZE > 1 needs RANK, MASTER_ADDR and MASTER_PORT (torchrun sets all of them)."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if not size.isdigit() or int(size) < 1:
+        problems.add(f"WORLD_SIZE={size}: must be a whole number of 1 or more")
+    elif int(size) > 1:
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            problems.add(f"WORLD_SIZE={size} but {', '.join(missing)} not set: start with torchrun, or set them")
+
+
+def start(group_of_one: bool = False) -> World:
+    """Join the process group that torchrun described, if any.
+
+    `group_of_one`: make a group even for a single process (FSDP2 needs a device mesh).
+    """
+    import torch
+
+    rank = int(os.environ.get("RANK", 0))
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    cuda = torch.cuda.is_available()
+    device = f"cuda:{local_rank}" if cuda else "cpu"
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    if size == 1 and not group_of_one:
+        return World(device=device)
+    import torch.distributed as dist
+
+    backend = "nccl" if cuda else "gloo"
+    if not dist.is_initialized():
+        store = None
+        if size == 1 and "MASTER_PORT" not in os.environ:
+            store = dist.HashStore()
+        dist.init_process_group(
+            backend,
+            rank=rank,
+            world_size=size,
+            store=store,
+            timeout=timedelta(hours=6),
+            **({"device_id": torch.device(device)} if cuda else {}),
+        )
+    return World(rank, size, local_rank, device, backend)

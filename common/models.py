@@ -1,0 +1,252 @@
+"""Tokenizers, base models, adapters, and merging that can be undone bit by bit."""
+
+import contextlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.cli import Problems, UserError
+
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A model as named by the user: a full model (`adapter` None) or an adapter directory on its base."""
+
+    name: str
+    base: str
+    adapter: str | None
+    revision: str | None
+
+    @property
+    def tokenizer_source(self) -> str:
+        if self.adapter and (Path(self.adapter) / "tokenizer_config.json").is_file():
+            return self.adapter
+        return self.base
+
+
+def looks_local(name: str) -> bool:
+    """True for what can only be meant as a path: existing, absolute, dotted, or with more than one slash."""
+    return os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def find_model(name: str, revision=None, base_model=None, flag: str = "--model", is_opt: bool = False) -> ModelRef:
+    """Look at a model's files without loading weights; UserError says what is missing and what to do."""
+    path = Path(name).expanduser()
+    if path.is_dir() and (path / "adapter_config.json").is_file():
+        return _find_adapter(path, revision, base_model, flag, is_opt)
+    _check_full(name, revision, flag)
+    return ModelRef(str(name), str(path) if path.is_dir() else name, None, revision)
+
+
+def _check_full(name: str, revision, flag: str) -> None:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{flag} {name}: neither config.json nor adapter_config.json in it; not a model directory")
+        if not any((path / file).is_file() for file in WEIGHT_FILES):
+            raise UserError(f"{flag} {name}: config.json but no weights ({WEIGHT_FILES[0]}, …); copy them there")
+    elif looks_local(name):
+        raise UserError(f"{flag} {name}: no such directory; give a model directory or a hub name")
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{flag} {name}: not a model here or on the hub ({reason}); check the name and the network"
+        ) from None
+    from transformers import AutoModelForCausalLM
+
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UserError(f"{flag} {name}: {config.model_type} is not a causal language model")
+
+
+def _find_adapter(path: Path, revision, base_model, flag: str, is_opt: bool) -> ModelRef:
+    try:
+        config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}/adapter_config.json: not JSON ({error}); the checkpoint is damaged") from None
+    problems = Problems()
+    weights = path / "adapter_model.safetensors"
+    if weights.is_file():
+        problems.absorb(adapter_shapes, path)
+    else:
+        problems.add(f"{path}: adapter_config.json without adapter_model.safetensors; the checkpoint is incomplete")
+    if "niter" in str(config.get("init_lora_weights")):
+        problems.add(
+            f"{path}: a raw {config['init_lora_weights']} adapter fits only its own residual base; save it converted"
+        )
+    base = base_model or config.get("base_model_name_or_path") or _guess_base(path, is_opt)
+    if not base:
+        problems.add(f"{path}: its adapter_config.json names no base model; pass --base_model")
+    else:
+        if not os.path.isabs(base) and looks_local(base) and not os.path.exists(base) and (path / base).exists():
+            base = str(path / base)
+        wanted = (base_model and "--base_model") or f"{flag} {path}: base model"
+        problems.absorb(_check_full, base, revision, wanted)
+    problems.check()
+    return ModelRef(str(path), base, str(path), revision)
+
+
+def _guess_base(path: Path, is_opt: bool) -> str | None:
+    """The hub name that a part of the path spells: pythia-* at EleutherAI, opt-* at facebook with --is_opt."""
+    prefix, owner = ("opt-", "facebook") if is_opt else ("pythia-", "EleutherAI")
+    for part in reversed(path.absolute().parts):
+        if part.startswith(prefix):
+            return f"{owner}/{part}"
+    return None
+
+
+def adapter_shapes(path) -> dict[str, tuple[int, ...]]:
+    """Tensor name → shape from the header of an adapter's weights; UserError when the file is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    file = Path(path) / "adapter_model.safetensors"
+    try:
+        with safe_open(file, "pt") as weights:
+            return {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); the checkpoint is damaged") from None
+
+
+def load_tokenizer(ref: ModelRef, flag: str = "--model"):
+    """The tokenizer of a model, pad falling back to EOS (every mask here is an attention mask). Needs an EOS."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(ref.tokenizer_source, revision=ref.revision)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{flag} {ref.name}: no usable tokenizer in {ref.tokenizer_source} ({reason})") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{flag} {ref.name}: its tokenizer has no EOS token; set eos_token in tokenizer_config.json")
+    if not tokenizer.is_fast:
+        raise UserError(f"{flag} {ref.name}: its tokenizer has no fast version; add a tokenizer.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def resolve_dtype(name: str, device: str):
+    """torch dtype of --dtype; auto: float32 on CPU, bfloat16 on a GPU that has it, else float16."""
+    import torch
+
+    if name != "auto":
+        return getattr(torch, name)
+    if not str(device).startswith("cuda"):
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def load_base(ref: ModelRef, dtype, device: str, device_map=None, attn_implementation=None):
+    """The full (base) model of `ref` in eval mode on `device`, or spread by `device_map`."""
+    from transformers import AutoModelForCausalLM
+
+    extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    model = AutoModelForCausalLM.from_pretrained(
+        ref.base, revision=ref.revision, dtype=dtype, device_map=device_map, **extra
+    )
+    return (model if device_map else model.to(device)).eval()
+
+
+def module_of(tensor: str) -> str:
+    """Base module that an adapter tensor belongs to: 'base_model.model.a.b.lora_A.weight' → 'a.b'."""
+    name = tensor.removeprefix("base_model.model.")
+    return name.split(".lora_")[0] if ".lora_" in name else name.rsplit(".", 1)[0]
+
+
+def check_fit(model, adapter) -> None:
+    """UserError naming the first adapter tensor that has no place, or another shape, in `model`."""
+    modules = dict(model.named_modules())
+    for tensor, shape in adapter_shapes(adapter).items():
+        module = modules.get(module_of(tensor))
+        weight = getattr(module, "weight", None)
+        if weight is None:
+            raise UserError(f"{adapter}: does not fit this base model: it has no module for {tensor}")
+        # Conv1D (GPT-2) stores its weight transposed
+        n_in, n_out = weight.shape[-1], weight.shape[0]
+        if type(module).__name__ == "Conv1D":
+            n_in, n_out = n_out, n_in
+        if ".lora_A" in tensor:
+            wanted = (shape[0], n_in)
+        elif ".lora_B" in tensor:
+            wanted = (n_out, shape[1])
+        elif "lora_magnitude" in tensor:
+            wanted = (n_out,)
+        else:
+            continue
+        if shape != wanted:
+            raise UserError(
+                f"{adapter}: does not fit this base model: {tensor} is {list(shape)}, the base needs {list(wanted)}"
+            )
+
+
+def attach(model, adapter):
+    """`model` with the adapter attached (not merged), in eval mode."""
+    from peft import PeftModel
+
+    check_fit(model, adapter)
+    return PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=True).eval()
+
+
+@contextlib.contextmanager
+def adapted(model, adapter, merge: bool | None = None):
+    """Within the block: (model with the adapter applied, ‖ΔW‖/‖W‖ or None). After it `model` is bit for bit as before.
+
+    merge: fold the adapter into the weights (None: only where they are float32 — half precision would round away
+    most of a small update). ‖·‖ is the Frobenius norm over all adapted matrices; None when not merged.
+    """
+    import torch
+
+    if adapter is None:
+        yield model, None
+        return
+    if merge is None:
+        merge = next(model.parameters()).dtype == torch.float32
+    names = sorted({module_of(tensor) for tensor in adapter_shapes(adapter)})
+    with torch.no_grad():
+        check_fit(model, adapter)
+        originals = {name: model.get_submodule(name) for name in names}
+        saved = {name: module.weight.detach().to("cpu", copy=True) for name, module in originals.items()}
+        try:
+            peft_model = attach(model, adapter)
+            if merge:
+                peft_model.merge_and_unload(safe_merge=True)
+                yield model, relative_change(model, saved)
+            else:
+                yield peft_model, None
+                peft_model.unload()
+        finally:
+            for name, module in originals.items():
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, module)
+                module.weight.copy_(saved[name])
+            if hasattr(model, "peft_config"):
+                del model.peft_config
+            model._hf_peft_config_loaded = False
+
+
+def relative_change(model, before: dict) -> float:
+    """‖W' − W‖ / ‖W‖ over the matrices in `before` (module name → weight before the merge)."""
+    change = total = 0.0
+    for name, weight in before.items():
+        weight = weight.double()
+        change += (model.get_submodule(name).weight.detach().to("cpu").double() - weight).square().sum().item()
+        total += weight.square().sum().item()
+    return (change / total) ** 0.5
+
+
+def context_length(model) -> int:
+    """Positions the model has (max_position_embeddings)."""
+    return int(
+        getattr(model.config, "max_position_embeddings", 0) or getattr(model.config, "n_positions", 0) or 1 << 30
+    )
