@@ -43,6 +43,22 @@ class World:
         dist.all_gather_object(items, item)
         return items
 
+    def together(self, work) -> list:
+        """gather(work()), except that a rank whose `work` raises makes every rank raise instead of wait for ever."""
+        if not self.backend:
+            return [work()]
+        mine, failure = None, None
+        try:
+            mine = work()
+        except Exception as error:
+            failure = error
+        parts = self.gather((mine, failure and f"rank {self.rank}: {type(failure).__name__}: {failure}"))
+        if failure:
+            raise failure
+        if any(words for _, words in parts):
+            raise RuntimeError("; ".join(words for _, words in parts if words))
+        return [item for item, _ in parts]
+
     def broadcast(self, item):
         """Rank 0's picklable `item` on every rank."""
         if not self.backend:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,7 +151,10 @@ def resolve_dtype(name: str, device: str):
 def load_base(ref: ModelRef, dtype, device: str, device_map=None, attn_implementation=None):
     """The full (base) model of `ref` in eval mode on `device`, or spread by `device_map`."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
     model = AutoModelForCausalLM.from_pretrained(
         ref.base, revision=ref.revision, dtype=dtype, device_map=device_map, **extra

@@ -146,7 +146,7 @@ class Run:
 
     with Run(path, args, inputs=[file, …], world=world) as run:
         run["tokens"] = 123          # anything worth keeping
-    Only rank 0 writes. `args` is the parsed namespace; no environment variables are ever recorded.
+    A block that ends well but set run["error"] is 'failed' too. Only rank 0 writes. `args` is the parsed namespace; no environment variables are ever recorded.
     """
 
     def __init__(self, path, args, inputs=(), world=None, **more):
@@ -192,7 +192,7 @@ class Run:
         self.record["end"] = now()
         self.record["seconds"] = round(time.monotonic() - self.started, 3)
         self.record["peak_memory"] = peak_memory()
-        self.record["status"] = "ok" if kind is None else "failed"
         if kind is not None:
             self.record["error"] = f"{kind.__name__}: {error}"
+        self.record["status"] = "failed" if "error" in self.record else "ok"
         self.write()

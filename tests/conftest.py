@@ -60,13 +60,13 @@ def make_tokenizer(folder: Path):
     texts = [row["prompt"] + row["continuation"] for row in make_rows(200, seed=99)]
     trainer.train_from_iterator(texts, vocab_size=400, special_tokens=["<|endoftext|>"], show_progress=False)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=trainer._tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>", model_max_length=256
+        tokenizer_object=trainer._tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>", model_max_length=512
     )
     tokenizer.save_pretrained(folder)
     return tokenizer
 
 
-def make_config(arch: str, vocab: int, hidden: int = 32, layers: int = 2, positions: int = 256):
+def make_config(arch: str, vocab: int, hidden: int = 32, layers: int = 2, positions: int = 512):
     from transformers import GPTNeoXConfig, LlamaConfig, OPTConfig
 
     common = {"vocab_size": vocab, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": 4}

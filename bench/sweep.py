@@ -1,0 +1,197 @@
+"""The sweep sampler against transformers' generate (and vLLM), on the same prompts, in one run.
+
+python bench/sweep.py --model DIR --names 200 --peer_names 25
+python bench/sweep.py --model DIR --engine vllm --peer_python /path/to/vllm-venv/bin/python
+
+Ours: every name × 4 templates × 8 temperatures, with the exact probabilities of the true addresses on the way. The
+peer: the same prompts left-padded, one temperature and --peer_names names at each batch size of --peer_batches, the
+best of them scaled up to all temperatures and names (said in the output); it may stop at the same tokens as ours.
+Each measurement is a process of its own; the median of --runs is printed, with the peak memory of each.
+"""
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import cli
+
+TEMPERATURES = [0.01, 0.1, 0.2, 0.5, 0.75, 1.0, 1.25, 1.5]
+TOP_K, MAX_TOKENS = 100, 15
+
+
+def make_parser() -> cli.Parser:
+    parser = cli.Parser(
+        "Time the temperature sweep against transformers generate or vLLM.",
+        "python bench/sweep.py --model ./SmolLM2-135M --names 200 --peer_names 25",
+    )
+    parser.add_argument("--model", required=True, help="model directory")
+    parser.add_argument("--names", type=cli.positive_int, default=200, help="names asked by ours")
+    parser.add_argument("--peer_names", type=cli.positive_int, default=25, help="names asked by the peer, then scaled")
+    parser.add_argument(
+        "--peer_batches",
+        type=cli.positive_int,
+        nargs="+",
+        default=[16, 32, 64],
+        help="batch sizes the peer may choose from",
+    )
+    parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers", help="the peer")
+    parser.add_argument("--peer_python", default=sys.executable, help="Python that has the peer installed")
+    parser.add_argument("--runs", type=cli.positive_int, default=3, help="runs of each; the median counts")
+    parser.add_argument("--threads", type=cli.positive_int, default=os.cpu_count(), help="threads of each process")
+    parser.add_argument(
+        "--memory_names", type=cli.positive_int, nargs="*", default=[50], help="further sizes of ours, for memory"
+    )
+    parser.add_argument("--worker", help="(internal) run one measurement, described in JSON, and print it as JSON")
+    return parser
+
+
+def fictional_people(n: int) -> list[tuple[str, str]]:
+    from faker import Faker
+
+    fake = Faker("en_US")
+    fake.seed_instance(0)
+    people = []
+    for _ in range(n):
+        first, last = fake.first_name(), fake.last_name()
+        people.append((f"{first} {last}", f"{first}.{last}@{fake.domain_word()}.example".lower()))
+    return people
+
+
+def build(n: int) -> list[list[tuple[str, str]]]:
+    """[template][name] (prompt, address)."""
+    from extraction import prompts
+
+    people = fictional_people(n + prompts.N_DEMONSTRATIONS)
+    shots, asked = people[: prompts.N_DEMONSTRATIONS], people[prompts.N_DEMONSTRATIONS :]
+    return [
+        [(prompts.build_prompt(label, shots, name), address) for name, address in asked] for label in prompts.TEMPLATES
+    ]
+
+
+def work_ours(job: dict) -> dict:
+    import torch
+
+    from common import models, sampling
+
+    torch.set_num_threads(job["threads"])
+    ref = models.find_model(job["model"])
+    tokenizer = models.load_tokenizer(ref)
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    model = models.load_base(ref, models.resolve_dtype("auto", device), device)
+    stop = sampling.stop_tokens(tokenizer, model.config.vocab_size)
+    start, tokens = time.perf_counter(), 0
+    for number, cells in enumerate(job["prompts"]):
+        answers = sampling.sweep(
+            model,
+            [tokenizer(prompt).input_ids for prompt, _ in cells],
+            [(row, number) for row in range(len(cells))],
+            TEMPERATURES,
+            top_k=TOP_K,
+            max_tokens=MAX_TOKENS,
+            seed=0,
+            stop=stop,
+            targets=[tokenizer(" " + address, add_special_tokens=False).input_ids for _, address in cells],
+        )
+        tokens += sum(len(branch) for answer in answers for branch in answer.tokens)
+    return {"seconds": time.perf_counter() - start, "tokens": tokens}
+
+
+def work_transformers(job: dict) -> dict:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.set_num_threads(job["threads"])
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(job["model"], padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    dtype = torch.bfloat16 if device != "cpu" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype).to(device).eval()
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    stop = [i for i, text in enumerate(texts) if "\n" in text or i == tokenizer.eos_token_id]
+    flat = [prompt for cells in job["prompts"] for prompt, _ in cells]
+    start, tokens = time.perf_counter(), 0
+    for first in range(0, len(flat), job["batch"]):
+        batch = tokenizer(flat[first : first + job["batch"]], return_tensors="pt", padding=True).to(device)
+        out = model.generate(
+            **batch,
+            do_sample=True,
+            temperature=1.0,
+            top_k=TOP_K,
+            max_new_tokens=MAX_TOKENS,
+            eos_token_id=stop,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        tokens += (out[:, batch["input_ids"].shape[1] :] != tokenizer.pad_token_id).sum().item()
+    return {"seconds": time.perf_counter() - start, "tokens": tokens}
+
+
+def work_vllm(job: dict) -> dict:
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(job["model"], dtype="float32" if job.get("cpu", True) else "bfloat16", enable_prefix_caching=True,
+                 max_model_len=2048)  # fmt: skip
+    sampling = SamplingParams(temperature=1.0, top_k=TOP_K, max_tokens=MAX_TOKENS, stop=["\n"])
+    flat = [prompt for cells in job["prompts"] for prompt, _ in cells]
+    engine.generate(flat[:4], sampling, use_tqdm=False)
+    start = time.perf_counter()
+    found = engine.generate(flat, sampling, use_tqdm=False)
+    return {
+        "seconds": time.perf_counter() - start,
+        "tokens": sum(len(answer.outputs[0].token_ids) for answer in found),
+    }
+
+
+def measure(python: str, job: dict) -> dict:
+    """Run one measurement in a fresh process."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(job["threads"]), "TOKENIZERS_PARALLELISM": "false"}
+    words = [python, __file__, "--model", job["model"], "--worker", "-"]
+    done = subprocess.run(words, input=json.dumps(job), capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-3000:])
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def main(argv=None) -> int:
+    args = make_parser().parse_args(argv)
+    if args.worker:
+        job = json.load(sys.stdin)
+        found = {"ours": work_ours, "transformers": work_transformers, "vllm": work_vllm}[job["kind"]](job)
+        found["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        print(json.dumps(found))
+        return 0
+
+    job = {"model": args.model, "threads": args.threads}
+    everyone, few = build(args.names), build(args.peer_names)
+    ours, peers = [], {batch: [] for batch in (args.peer_batches if args.engine == "transformers" else [0])}
+    for _ in range(args.runs):
+        ours.append(measure(sys.executable, {**job, "kind": "ours", "prompts": everyone}))
+        for batch, found in peers.items():
+            found.append(measure(args.peer_python, {**job, "kind": args.engine, "prompts": few, "batch": batch}))
+    mine = statistics.median(run["seconds"] for run in ours)
+    best = min(peers, key=lambda batch: statistics.median(run["seconds"] for run in peers[batch]))
+    part = statistics.median(run["seconds"] for run in peers[best])
+    scale = len(TEMPERATURES) * args.names / args.peer_names
+    print(f"model {args.model}, {args.threads} threads, median of {args.runs}")
+    print(f"ours: {args.names} names x 4 templates x {len(TEMPERATURES)} temperatures in {mine:.1f} s, "
+          f"{ours[0]['tokens']} tokens, peak {max(run['peak_mb'] for run in ours)} MB")  # fmt: skip
+    for batch, found in peers.items():
+        seconds = statistics.median(run["seconds"] for run in found)
+        print(f"{args.engine} batch {batch or 'its own'}: {args.peer_names} names x 4 templates x 1 temperature in "
+              f"{seconds:.1f} s, peak {max(run['peak_mb'] for run in found)} MB")  # fmt: skip
+    print(f"{args.engine} at its best, scaled x{scale:g} to the same sweep: {part * scale:.1f} s")
+    print(f"ratio: {part * scale / mine:.1f}x")
+    for names in args.memory_names:
+        found = measure(sys.executable, {**job, "kind": "ours", "prompts": build(names)})
+        print(f"ours with {names} names: {found['seconds']:.1f} s, peak {found['peak_mb']} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.entry(main))

@@ -1,0 +1,143 @@
+"""Merge → measure over a tree of checkpoints: the extraction attack on every checkpoint-* below a directory.
+
+python evaluate_purified.py --model ./pythia-1.4b --dataset ./data/enron.jsonl
+python evaluate_purified.py --model ./opt-1.3b --is_opt --save_merged --temp ./tempMerged
+torchrun --nproc_per_node=4 evaluate_purified.py --model ./pythia-1.4b
+
+Each base model is loaded once; adapters are merged into it in memory and taken out again bit for bit. Results stand in
+each checkpoint's own directory (see measure_purified.py). Checkpoints measured completely with the same settings are
+skipped, partly measured ones are continued; run it again after any interruption.
+"""
+
+import re
+import sys
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import measure_purified
+from common import cli, distributed, records, results
+
+
+def make_parser() -> cli.Parser:
+    parser = cli.Parser(
+        "Run the extraction attack on every checkpoint-* below a directory.",
+        "python evaluate_purified.py --model ./pythia-1.4b --dataset ./data/enron.jsonl",
+    )
+    parser.add_argument("-m", "--model", default="./pythia-1.4b", help="directory searched for checkpoint-*")
+    parser.add_argument("-t", "--temp", default="./tempMerged", help="where --save_merged writes merged models")
+    parser.add_argument("--is_opt", action="store_true", help="guess a missing base model's name as facebook/opt-*")
+    parser.add_argument("--base_model", help="base of every adapter, instead of the one its configuration names")
+    parser.add_argument("--save_merged", action="store_true", help="also write each merged model below --temp")
+    measure_purified.add_measure_flags(parser)
+    cli.add_model_flags(parser)
+    return parser
+
+
+def find_checkpoints(folder) -> list[Path]:
+    """Every directory checkpoint-* below `folder` (or itself), in natural order: checkpoint-9 before checkpoint-10."""
+    folder = Path(folder)
+    found = [folder] if folder.name.startswith("checkpoint-") else folder.rglob("checkpoint-*")
+    found = [path for path in found if path.is_dir() and not any(part.startswith(".") for part in path.parts[1:])]
+    return sorted(found, key=lambda path: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", str(path))])
+
+
+def run(args) -> int:
+    problems = cli.Problems()
+    args.dataset = records.default_dataset(args.dataset)
+    distributed.check_environment(problems)
+    checkpoints = []
+    if not Path(args.model).is_dir():
+        problems.add(f"--model {args.model}: no such directory")
+    else:
+        checkpoints = find_checkpoints(args.model)
+        if not checkpoints:
+            problems.add(f"--model {args.model}: no checkpoint-* directory below it")
+        cli.check_writable(args.model, problems, "--model")
+    if args.save_merged:
+        cli.check_writable(args.temp, problems, "--temp")
+        if args.dtype not in ("auto", "float32"):
+            problems.add("--save_merged: merging needs --dtype float32; half precision rounds a small update away")
+        elif args.dtype == "auto":
+            args.dtype = "float32"
+    study = measure_purified.prepare(args, problems)
+    problems.check()
+
+    from common import models
+
+    failures: dict[str, str] = {}
+    todo: list[tuple] = []  # (base, checkpoint, ref, partial file, temperatures that are missing)
+    skipped = 0
+    for checkpoint in checkpoints:
+        try:
+            ref = models.find_model(str(checkpoint), args.revision, args.base_model, is_opt=args.is_opt)
+            path, done = measure_purified.find_results(checkpoint, study, measure_purified.model_key(ref))
+        except cli.UserError as error:
+            failures[str(checkpoint)] = "; ".join(error.problems)
+            continue
+        missing = [temperature for temperature in args.temperatures if temperature not in done]
+        if missing:
+            todo.append((ref.base, checkpoint, ref, path, missing))
+        else:
+            skipped += 1
+    if args.dry_run:
+        print(f"{len(checkpoints)} checkpoints: {skipped} complete, {len(todo)} to measure, {len(failures)} unusable")
+        for _, checkpoint, ref, path, missing in todo:
+            print(f"  {checkpoint} on {ref.base}: temperatures {missing}{f', continuing {path.name}' if path else ''}")
+        return _report_failures(failures)
+
+    world = distributed.start()
+    dtype = models.resolve_dtype(args.dtype, world.device)
+    world.say(f"{len(checkpoints)} checkpoints: {skipped} complete, {len(todo)} to measure, {len(failures)} unusable")
+    with results.Run(Path(args.model) / "run_evaluate_purified.json", args, study.inputs, world) as record:
+        base = loaded = tokenizer = None
+        for number, (name, checkpoint, ref, path, missing) in enumerate(sorted(todo, key=lambda job: job[0]), 1):
+            world.say(f"[{number}/{len(todo)}] {checkpoint}")
+            try:
+                if name != loaded:
+                    base = loaded = None  # free the last base before the next is loaded
+                    base = models.load_base(ref, dtype, world.device, args.device_map)
+                    loaded = name
+                tokenizer = models.load_tokenizer(ref)
+                with models.adapted(base, ref.adapter) as (model, change):
+                    info = measure_purified.describe(ref, dtype, change)
+                    args.output_dir = checkpoint
+                    if args.save_merged and ref.adapter and world.main:
+                        _save(model, tokenizer, Path(args.temp) / checkpoint.relative_to(Path(args.model).parent))
+                    measure_purified.measure_model(model, tokenizer, study, args, info, world, path, missing)
+            except cli.UserError as error:
+                failures[str(checkpoint)] = "; ".join(error.problems)
+            except Exception as error:  # one checkpoint's failure must not cost the others theirs; exit 1 tells of it
+                traceback.print_exc()
+                failures[str(checkpoint)] = f"{type(error).__name__}: {error}"
+        record["checkpoints"] = {
+            "found": len(checkpoints),
+            "complete_before": skipped,
+            "measured": len(checkpoints) - skipped - len(failures),
+            "failed": failures,
+        }
+        if failures:
+            record["error"] = f"{len(failures)} of {len(checkpoints)} checkpoints failed"
+    world.close()
+    return _report_failures(failures) if world.main else int(bool(failures))
+
+
+def _save(model, tokenizer, folder: Path) -> None:
+    with results.atomic_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+
+def _report_failures(failures: dict[str, str]) -> int:
+    for checkpoint, reason in failures.items():
+        print(f"failed: {checkpoint}: {reason}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def main(argv=None) -> int:
+    return run(make_parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.entry(main))
