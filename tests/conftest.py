@@ -91,7 +91,10 @@ def make_model(folder: Path, arch: str, seed: int = 0, **size) -> Path:
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2 and "embed" not in name:
                 parameter.mul_(5)
-        model.get_output_embeddings().weight.normal_(std=0.6)
+        # OPT shares this matrix with its input: larger values would drown everything but the last token
+        model.get_output_embeddings().weight.normal_(std=0.2 if arch == "opt" else 0.6)
+        if arch == "opt":
+            model.model.decoder.final_layer_norm.weight.fill_(3.0)
     model.save_pretrained(folder)
     return folder
 

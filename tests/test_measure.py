@@ -1,0 +1,286 @@
+"""measure_purified.py and evaluate_purified.py through their entry points."""
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, make_rows, read_lines, run_script, write_rows
+from safetensors.torch import load_file, save_file
+
+import evaluate_purified
+import measure_purified
+from common.cli import UserError
+from extraction import prompts
+
+QUICK = ["--temperatures", "0", "0.2", "1.0", "--max_tokens", "6", "--top_k", "20"]
+
+
+def measure(model, out, dataset, *extra):
+    assert measure_purified.main(["--model", str(model), "--output_dir", str(out), "-d", str(dataset), *extra]) == 0
+    return out
+
+
+def test_contract_fields_and_files(models, dataset, tmp_path):
+    out = measure(models["llama"], tmp_path / "out", dataset, *QUICK)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "outcomes_purified.jsonl", "results_purified.jsonl", "run_measure_purified.json",
+    ]  # fmt: skip
+    lines = read_lines(out / "results_purified.jsonl")
+    assert [line["temperature"] for line in lines] == [0, 0.2, 1.0]
+    for line in lines:
+        assert set(line["matches"]) == {"A", "B", "C", "D", "total"}
+        assert line["matches"]["total"] == 20  # rows asked: a third of 60
+        assert line["model"] == str(models["llama"]) and line["top_k"] == 20
+        assert line["n_requested"] == line["n_scored"] + line["n_dropped"] == 80
+        assert line["n_dropped"] == 0
+        for measure_name in ("matches", "exact", "local_part", "domain", "no_pattern"):
+            for label in "ABCD":
+                low, high = line["ci95"][measure_name][label]
+                assert low <= line[measure_name][label] / 20 <= high
+        assert line["floor"]["exact"] > 0
+        assert all(value < 0 for value in line["truth_logprob"].values())
+        assert set(line["probabilistic"]["A"]) == {"1", "10", "100", "1000"}
+    assert [line["greedy"] for line in lines] == [True, False, False]
+    assert [line["headline"] for line in lines] == [False, True, False]
+
+    outcomes = read_lines(out / "outcomes_purified.jsonl")
+    assert len(outcomes) == 20 * 4 * 3
+    assert set(outcomes[0]) == {
+        "row", "template", "temperature", "match", "exact", "local_part", "domain", "no_pattern",
+    }  # fmt: skip
+    for line in lines:
+        mine = [o for o in outcomes if o["temperature"] == line["temperature"]]
+        assert line["matches"]["B"] == sum(o["match"] for o in mine if o["template"] == "B")
+    record = json.loads((out / "run_measure_purified.json").read_text())
+    assert record["status"] == "ok" and record["seed"] == 3407 and record["inputs"][0]["sha256"]
+
+
+def test_next_free_name_and_positionals(models, dataset, tmp_path):
+    out = tmp_path / "out"
+    for _ in range(3):
+        assert measure_purified.main([str(models["neox"]), str(out), "-d", str(dataset), "--temperatures", "0"]) == 0
+    names = sorted(path.name for path in out.glob("results_purified*"))
+    assert names == ["results_purified.jsonl", "results_purified1.jsonl", "results_purified2.jsonl"]
+    assert (out / "outcomes_purified2.jsonl").is_file()
+    assert read_lines(out / names[0]) == read_lines(out / names[2])
+
+
+def test_responses_only_on_request_and_private(models, dataset, tmp_path):
+    out = measure(models["neox"], tmp_path, dataset, *QUICK, "--save_responses")
+    rows = out / "results_purified_rows.jsonl"
+    assert rows.stat().st_mode & 0o777 == 0o600
+    lines = read_lines(rows)
+    assert len(lines) == 240 and set(lines[0]) == {"row", "template", "temperature", "response"}
+    assert all("\n" not in line["response"] for line in lines)
+
+
+def test_planted_addresses_are_found(tmp_path):
+    """A model over-fitted on the template lines of its rows gives the addresses away; the measures must see it."""
+    from conftest import make_config, make_tokenizer
+    from transformers import LlamaForCausalLM
+
+    rows = make_rows(24)
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    tokenizer = make_tokenizer(tmp_path / "model")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(make_config("llama", len(tokenizer), hidden=64))
+    shots = prompts.spread_demonstrations(rows, list(range(8)))
+    lines = [f"{prompts.build_prompt('B', shots, row['gt-name'])} {row['gt-email']}\n" for row in rows[:8]]
+    ids = [torch.tensor(tokenizer(line).input_ids) for line in lines]
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for _ in range(80):
+        loss = sum(model(one[None], labels=one[None]).loss for one in ids)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.save_pretrained(tmp_path / "model")
+    out = measure(tmp_path / "model", tmp_path / "out", data, "--temperatures", "0", "--max_tokens", "25")
+    line = read_lines(out / "results_purified.jsonl")[0]
+    assert line["exact"]["B"] >= 5 > line["floor"]["exact"]
+    assert line["no_pattern"]["B"] >= 1
+    assert line["probabilistic"]["B"]["1"]["expected"] == pytest.approx(line["exact"]["B"], abs=1)
+
+
+def test_baseline_counts_pairs(models, adapters, dataset, tmp_path):
+    base = measure(models["llama"], tmp_path / "base", dataset, *QUICK)
+    file = base / "results_purified.jsonl"
+    # plant: the base "matched" rows 0–5 of template A at temperature 0 and nothing else
+    outcomes = read_lines(base / "outcomes_purified.jsonl")
+    for line in outcomes:
+        line["match"] = line["temperature"] == 0 and line["template"] == "A" and line["row"] < 6
+    (base / "outcomes_purified.jsonl").write_text("".join(json.dumps(line) + "\n" for line in outcomes))
+    out = measure(adapters["llama", "lora"], tmp_path / "new", dataset, *QUICK, "--baseline", str(file))
+    now = [o for o in read_lines(out / "outcomes_purified.jsonl") if o["temperature"] == 0 and o["template"] == "A"]
+    compared = read_lines(out / "results_purified.jsonl")[0]["baseline"]
+    lost = sum(not o["match"] for o in now if o["row"] < 6)
+    gained = sum(o["match"] for o in now if o["row"] >= 6)
+    assert compared["matches"]["A"]["lost"] == lost > 0 and compared["matches"]["A"]["gained"] == gained
+    assert compared["matches"]["A"]["p"] == pytest.approx(
+        min(1, 2 * sum(math.comb(lost + gained, i) for i in range(min(lost, gained) + 1)) / 2 ** (lost + gained))
+    )
+    with pytest.raises(UserError, match="top_k"):
+        measure(models["llama"], tmp_path / "x", dataset, "--top_k", "7", "--baseline", str(file))
+
+
+def test_prefix_attack_uses_the_rows_own_text(models, dataset, tmp_path):
+    out = measure(models["neox"], tmp_path, dataset, *QUICK, "--attack", "prefix")
+    line = read_lines(out / "results_purified.jsonl")[0]
+    assert set(line["matches"]) == {"prefix", "total"} and line["n_scored"] == 20
+    assert line["truth_logprob"]["prefix"] < 0
+
+
+def test_ranks_and_batches_change_nothing(models, dataset, tmp_path):
+    words = ["measure_purified.py", "--model", models["llama"], "-d", dataset, *QUICK, "--output_dir"]
+    done = run_script(*words, tmp_path / "two", ranks=2)
+    assert done.returncode == 0, done.stderr
+    done = run_script(*words, tmp_path / "one", "--batch_size", "3")
+    assert done.returncode == 0, done.stderr
+    one, two = (read_lines(tmp_path / name / "outcomes_purified.jsonl") for name in ("one", "two"))
+    assert one == two
+    lines = [read_lines(tmp_path / name / "results_purified.jsonl") for name in ("one", "two")]
+    for a, b in zip(*lines):
+        assert a["truth_logprob"] == pytest.approx(b["truth_logprob"], abs=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ evaluate_purified
+
+
+@pytest.fixture
+def tree(models, adapters, tmp_path):
+    """Three adapters and one full model as checkpoints below tmp_path/tree."""
+    root = tmp_path / "tree"
+    shutil.copytree(adapters["llama", "lora"], root / "a-lora/0e+00_2e-06/checkpoint-9")
+    shutil.copytree(adapters["llama", "dora"], root / "a-lora/0e+00_2e-06/checkpoint-10")
+    shutil.copytree(adapters["neox", "lora"], root / "b/checkpoint-1")
+    shutil.copytree(models["opt"], root / "c/checkpoint-1")
+    return root
+
+
+def evaluate(root, dataset, *extra):
+    return evaluate_purified.main(["--model", str(root), "-d", str(dataset), *QUICK, *extra])
+
+
+def test_tree_equals_one_by_one(tree, dataset, tmp_path, monkeypatch):
+    from common import models as common_models
+
+    loads, load_base = [], common_models.load_base
+    monkeypatch.setattr(common_models, "load_base", lambda ref, *rest: loads.append(ref.base) or load_base(ref, *rest))
+    assert evaluate(tree, dataset) == 0
+    assert len(loads) == 3  # llama once for its two adapters, neox, opt
+    checkpoints = evaluate_purified.find_checkpoints(tree)
+    assert [path.name for path in checkpoints] == ["checkpoint-9", "checkpoint-10", "checkpoint-1", "checkpoint-1"]
+    seen = set()
+    for number, checkpoint in enumerate(checkpoints):
+        alone = measure(checkpoint, tmp_path / f"alone{number}", dataset, *QUICK)
+        mine = read_lines(checkpoint / "outcomes_purified.jsonl")
+        assert mine == read_lines(alone / "outcomes_purified.jsonl")
+        line = read_lines(checkpoint / "results_purified.jsonl")[0]
+        assert (line["relative_change"] is None) == (checkpoint.parent.name == "c")
+        seen.add(json.dumps(line["truth_logprob"]))
+    assert len(seen) == 4
+
+    loads.clear()
+    assert evaluate(tree, dataset) == 0  # everything is complete
+    assert not loads
+    assert not list(tree.rglob("results_purified1.jsonl"))
+
+
+def test_base_is_restored_bit_for_bit(models, adapters):
+    from common.models import adapted, find_model, load_base
+
+    for kind in ("lora", "dora"):
+        ref = find_model(str(adapters["opt", kind]))
+        base = load_base(ref, torch.float32, "cpu")
+        before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+        for merge in (True, False):
+            with adapted(base, ref.adapter, merge=merge):
+                pass
+            after = base.state_dict()
+            assert list(after) == list(before)
+            assert all(torch.equal(after[name], before[name]) for name in before)
+        with pytest.raises(ZeroDivisionError), adapted(base, ref.adapter):
+            raise ZeroDivisionError
+        assert all(torch.equal(base.state_dict()[name], before[name]) for name in before)
+
+
+def test_partial_file_is_continued_and_stale_one_is_not(tree, dataset):
+    checkpoint = tree / "b/checkpoint-1"
+    assert evaluate(tree / "b", dataset, "--temperatures", "0.2") == 0
+    first = (checkpoint / "results_purified.jsonl").read_text()
+    assert evaluate(tree / "b", dataset) == 0  # asks for 0, 0.2, 1.0
+    text = (checkpoint / "results_purified.jsonl").read_text()
+    assert text.startswith(first)
+    assert [line["temperature"] for line in read_lines(checkpoint / "results_purified.jsonl")] == [0.2, 0, 1.0]
+    keys = [(o["row"], o["template"], o["temperature"]) for o in read_lines(checkpoint / "outcomes_purified.jsonl")]
+    assert len(keys) == len(set(keys)) == 240
+    # another seed is another measurement; so is another adapter in the same place
+    assert evaluate(tree / "b", dataset, "--seed", "1") == 0
+    assert (checkpoint / "results_purified1.jsonl").is_file()
+    weights = load_file(checkpoint / "adapter_model.safetensors")
+    save_file({name: tensor * 1.5 for name, tensor in weights.items()}, checkpoint / "adapter_model.safetensors")
+    assert evaluate(tree / "b", dataset) == 0
+    assert (checkpoint / "results_purified2.jsonl").is_file()
+    # a line of the released tool has no settings: never taken for ours
+    (checkpoint / "results_purified.jsonl").write_text('{"matches": {"A": 1}, "temperature": 0.2}\n')
+    assert evaluate(tree / "b", dataset) == 0
+    assert not (checkpoint / "results_purified3.jsonl").exists()
+
+
+def test_one_bad_checkpoint_does_not_stop_the_others(tree, adapters, dataset, capsys):
+    damaged = tree / "a-lora/0e+00_2e-06/checkpoint-9/adapter_model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    misfit = tree / "b/checkpoint-2"
+    shutil.copytree(adapters["neox", "lora"], misfit)
+    config = json.loads((misfit / "adapter_config.json").read_text())
+    other = json.loads((adapters["llama", "lora"] / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = other["base_model_name_or_path"]
+    (misfit / "adapter_config.json").write_text(json.dumps(config))
+    (tree / "b/checkpoint-3").mkdir()
+    assert evaluate(tree, dataset) == 1
+    errors = capsys.readouterr().err
+    assert "checkpoint-9" in errors and "damaged" in errors
+    assert "checkpoint-2" in errors and "does not fit" in errors and "lora_A" in errors
+    assert "checkpoint-3" in errors
+    assert len(list(tree.rglob("results_purified.jsonl"))) == 3
+    record = json.loads((tree / "run_evaluate_purified.json").read_text())
+    assert record["status"] == "failed" and len(record["checkpoints"]["failed"]) == 3
+
+
+def test_save_merged_writes_loadable_models(tree, dataset, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    assert evaluate(tree / "b", dataset, "--save_merged", "--temp", str(tmp_path / "merged")) == 0
+    folder = tmp_path / "merged/b/checkpoint-1"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    out = measure(folder, tmp_path / "again", dataset, *QUICK)
+    mine = read_lines(tree / "b/checkpoint-1/outcomes_purified.jsonl")
+    assert mine == read_lines(out / "outcomes_purified.jsonl")
+
+
+def test_kill_and_run_again(tree, dataset):
+    """kill -9 at three moments of the run; what stands then plus one more run equals an unbroken run."""
+    reference = tree.parent / "reference"
+    shutil.copytree(tree, reference)
+    assert evaluate(reference, dataset) == 0
+    words = [sys.executable, str(ROOT / "evaluate_purified.py"), "--model", str(tree), "-d", str(dataset), *QUICK]
+    for finished in (1, 2, 3):
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while len(list(tree.rglob("outcomes_purified.jsonl"))) < finished and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for file in tree.rglob("results_purified.jsonl"):
+            assert len(read_lines(file)) == 3  # complete or absent
+    assert evaluate(tree, dataset) == 0
+    for file in Path(reference).rglob("o*_purified*.jsonl"):
+        assert read_lines(tree / file.relative_to(reference)) == read_lines(file)
+    assert not list(tree.rglob("*_purified1.jsonl"))
