@@ -94,9 +94,12 @@ def test_planted_addresses_are_found(tmp_path):
     shots = prompts.spread_demonstrations(rows, list(range(8)))
     lines = [f"{prompts.build_prompt('B', shots, row['gt-name'])} {row['gt-email']}\n" for row in rows[:8]]
     ids = [torch.tensor(tokenizer(line).input_ids) for line in lines]
+    answers = [one.clone() for one in ids]
+    for answer, row in zip(answers, rows):
+        answer[: -len(tokenizer(f" {row['gt-email']}\n").input_ids)] = -100
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    for _ in range(80):
-        loss = sum(model(one[None], labels=one[None]).loss for one in ids)
+    for _ in range(100):
+        loss = sum(model(one[None], labels=answer[None]).loss for one, answer in zip(ids, answers))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
