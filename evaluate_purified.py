@@ -9,7 +9,6 @@ each checkpoint's own directory (see measure_purified.py). Checkpoints measured 
 skipped, partly measured ones are continued; run it again after any interruption.
 """
 
-import re
 import sys
 import traceback
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import measure_purified
-from common import cli, distributed, records, results
+from common import cli, distributed, models, records, results
 
 
 def make_parser() -> cli.Parser:
@@ -35,14 +34,6 @@ def make_parser() -> cli.Parser:
     return parser
 
 
-def find_checkpoints(folder) -> list[Path]:
-    """Every directory checkpoint-* below `folder` (or itself), in natural order: checkpoint-9 before checkpoint-10."""
-    folder = Path(folder)
-    found = [folder] if folder.name.startswith("checkpoint-") else folder.rglob("checkpoint-*")
-    found = [path for path in found if path.is_dir() and not any(part.startswith(".") for part in path.parts[1:])]
-    return sorted(found, key=lambda path: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", str(path))])
-
-
 def run(args) -> int:
     problems = cli.Problems()
     args.dataset = records.default_dataset(args.dataset)
@@ -51,7 +42,7 @@ def run(args) -> int:
     if not Path(args.model).is_dir():
         problems.add(f"--model {args.model}: no such directory")
     else:
-        checkpoints = find_checkpoints(args.model)
+        checkpoints = models.find_checkpoints(args.model)
         if not checkpoints:
             problems.add(f"--model {args.model}: no checkpoint-* directory below it")
         cli.check_writable(args.model, problems, "--model")
@@ -63,8 +54,6 @@ def run(args) -> int:
             args.dtype = "float32"
     study = measure_purified.prepare(args, problems)
     problems.check()
-
-    from common import models
 
     failures: dict[str, str] = {}
     todo: list[tuple] = []  # (base, checkpoint, ref, partial file, temperatures that are missing)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,22 @@ def find_model(name: str, revision=None, base_model=None, flag: str = "--model",
         return _find_adapter(path, revision, base_model, flag, is_opt)
     _check_full(name, revision, flag)
     return ModelRef(str(name), str(path) if path.is_dir() else name, None, revision)
+
+
+def find_checkpoints(folder) -> list[Path]:
+    """Every directory checkpoint-* below `folder` (or itself), in natural order: checkpoint-9 before checkpoint-10."""
+    folder = Path(folder)
+    found = [folder] if folder.name.startswith("checkpoint-") else folder.rglob("checkpoint-*")
+    # an unfinished checkpoint stands in a hidden directory until it is complete
+    found = [
+        path for path in found if path.is_dir() and not any(x.startswith(".") for x in path.relative_to(folder).parts)
+    ]
+    return sorted(found, key=natural_key)
+
+
+def natural_key(path) -> list:
+    """Sort key of a path in which numbers count as numbers."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]
 
 
 def _check_full(name: str, revision, flag: str) -> None:

@@ -149,7 +149,10 @@ def validate(path, rows: list[dict], fields: tuple[str, ...] | None = None) -> s
             known = "; ".join(", ".join(names) for names in REQUIRED.values())
             raise UserError(f"{path}: row 0: no known set of fields; expected one of: {known}")
         fields = REQUIRED[shape]
-    problems = []
+    absent = [field for field in fields if all(row.get(field) is None for row in rows)]
+    words = " and ".join(f"'{field}'" for field in absent)
+    problems = [f"{path}: no row has the field {words}; name a file that has it"] if absent else []
+    fields = [field for field in fields if field not in absent]
     for index, row in enumerate(rows):
         for field in fields:
             value = row.get(field)
@@ -263,7 +266,10 @@ def write_manifest(
     generator=None,
     sampling=None,
 ) -> None:
-    """Write `<path>.meta.json` for a data file that is complete. `source`: [(path, row count)]."""
+    """Write `<path>.meta.json` for a data file that is complete.
+
+    `source`: [(path, row count)], or (path, row count, sha256) for what is not one file.
+    """
     write_json(
         manifest_path(path),
         {
@@ -272,7 +278,10 @@ def write_manifest(
             "script": script,
             "argv": argv,
             "commit": commit()["commit"],
-            "source": [{"path": str(file), "sha256": sha256(file), "rows": count} for file, count in source],
+            "source": [
+                {"path": str(file), "sha256": known[0] if known else sha256(file), "rows": count}
+                for file, count, *known in source
+            ],
             "split_start": split_start,
             "generator": generator,
             "sampling": sampling,

@@ -10,18 +10,19 @@ from collections.abc import Callable, Sequence
 from common.distributed import World
 from common.models import context_length
 
-LOGIT_VALUES = 1 << 24  # fp32 logits that exist at once (64 MiB), unless one position alone has more
+LOGIT_VALUES = 1 << 23  # fp32 logits that exist at once (32 MiB: the fastest of 8 … 128 MiB on a CPU), …
+SMALLEST_CHUNK = 128  # … unless so many positions have more: fewer would leave the head waiting for its weights
 PROBE_TOKENS = 32
 TOKEN_BUDGET = 4096
 
 
 def log_probability(logits, targets):
     """log p(target) in nats: logits [P, V] fp32, targets [P] → [P]."""
-    return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+    return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 
 def windows(n: int, context: int, stride: int) -> list[tuple[int, int, int]]:
-    """(begin, end, first) of the windows over n tokens: one forward pass sees tokens begin … end−1 and scores first … end−1.
+    """(begin, end, first) of each window over n tokens: its pass sees tokens begin … end−1 and scores first … end−1.
 
     Window k begins at k·stride and holds at most `context` tokens. Every token but the first is scored once, in the
     earliest window that holds it: tokens of the first window have all their left context, later ones at least
@@ -122,7 +123,7 @@ def score(
     part = []
     with torch.no_grad():
         trunk, head, vocabulary = split_head(model, sequences[items[0][0]][:PROBE_TOKENS])
-        chunk = max(1, LOGIT_VALUES // vocabulary)
+        chunk = max(SMALLEST_CHUNK, LOGIT_VALUES // vocabulary)
         if head is None:
             world.say("scoring: logits are altered after the output head; whole logits in small batches, slower")
             token_budget = min(token_budget, chunk)
@@ -130,43 +131,39 @@ def score(
         batches = plan_batches([end - begin - 1 for _, begin, end, _ in items], token_budget)
         for batch in world.shard(batches):
             chosen = [items[item] for item in batch]
-            values = _score_batch(
-                model, trunk, head, chunk, [sequences[item[0]] for item in chosen], chosen, statistics
-            )
+            cut = [(sequences[index][begin:end], first - begin) for index, begin, end, first in chosen]
+            values = _score_batch(trunk, head, chunk, cut, statistics, model.device)
             part += [(index, first, value) for (index, _, _, first), value in zip(chosen, values)]
             if progress:
                 progress(sum(map(len, values)))
     return part
 
 
-def _score_batch(model, trunk, head, chunk: int, sequences, items, statistics) -> list:
-    """Statistics [scored tokens, …] of each window in `items` [(index, begin, end, first)], from one forward pass."""
+def _score_batch(trunk, head, chunk: int, cut: list[tuple], statistics, device) -> list:
+    """Statistics [tokens − first, …] of each (tokens, first scored) in `cut`, from one forward pass."""
     import torch
 
-    width = max(end - begin - 1 for _, begin, end, _ in items)
-    ids = torch.zeros(len(items), width, dtype=torch.long)  # any id will do as padding
+    ids = torch.zeros(len(cut), max(len(tokens) for tokens, _ in cut) - 1, dtype=torch.long)  # 0: any id will do
     rows, columns, targets = [], [], []
-    for row, (sequence, (_, begin, end, first)) in enumerate(zip(sequences, items)):
-        window = torch.as_tensor(sequence[begin:end])
-        ids[row, : end - begin - 1] = window[:-1]
-        targets.append(window[first - begin :])
-        rows.append(torch.full((end - first,), row))
-        columns.append(torch.arange(first - begin - 1, end - begin - 1))
-    states = trunk(input_ids=ids.to(model.device), use_cache=False)[0]
+    for row, (tokens, first) in enumerate(cut):
+        tokens = torch.as_tensor(tokens)
+        ids[row, : len(tokens) - 1] = tokens[:-1]
+        targets.append(tokens[first:])
+        rows.append(torch.full((len(tokens) - first,), row))
+        columns.append(torch.arange(first - 1, len(tokens) - 1))
+    states = trunk(input_ids=ids.to(device), use_cache=False)[0]
     rows, columns, targets = (torch.cat(parts).to(states.device) for parts in (rows, columns, targets))
     states = states[rows, columns]  # [tokens scored in the batch, hidden size or vocabulary]
     scored = []
     for start in range(0, len(targets), chunk):
         logits = states[start : start + chunk] if head is None else head(states[start : start + chunk])
         scored.append(statistics(logits.float(), targets[start : start + chunk].to(logits.device)))
-    values = torch.cat(scored).cpu().numpy()
-    counts = [end - first for _, _, end, first in items]
-    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
-    return [values[stop - count : stop] for count, stop in zip(counts, ends)]
+    counts = [len(tokens) - first for tokens, first in cut]
+    return [values.numpy() for values in torch.cat(scored).cpu().split(counts)]
 
 
 def join(sequences: Sequence[Sequence[int]], parts: Sequence[list[tuple]]) -> list:
-    """One numpy array [tokens − 1, …] a sequence, tokens 1 … n−1 in order, of what the ranks' `score` calls returned."""
+    """One numpy array [tokens − 1, …] a sequence, its tokens 1 … n−1 in order, of the parts that the ranks scored."""
     import numpy as np
 
     pieces: list[list] = [[] for _ in sequences]

@@ -177,7 +177,7 @@ def test_tree_equals_one_by_one(tree, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(common_models, "load_base", lambda ref, *rest: loads.append(ref.base) or load_base(ref, *rest))
     assert evaluate(tree, dataset) == 0
     assert len(loads) == 3  # llama once for its two adapters, neox, opt
-    checkpoints = evaluate_purified.find_checkpoints(tree)
+    checkpoints = common_models.find_checkpoints(tree)
     assert [path.name for path in checkpoints] == ["checkpoint-9", "checkpoint-10", "checkpoint-1", "checkpoint-1"]
     seen = set()
     for number, checkpoint in enumerate(checkpoints):

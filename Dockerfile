@@ -1,0 +1,9 @@
+# docker build -t privacy-audit . && docker run --gpus all --rm -v "$PWD/out:/app/quickstart-out" privacy-audit
+ARG BASE=pytorch/pytorch:2.13.0-cuda13.0-cudnn9-runtime
+FROM ${BASE}
+ENV PIP_BREAK_SYSTEM_PACKAGES=1 PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+WORKDIR /app
+COPY requirements.txt .
+RUN pip install --no-cache-dir --requirement requirements.txt
+COPY . .
+CMD ["python", "quickstart.py"]

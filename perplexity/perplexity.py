@@ -1,0 +1,344 @@
+#!/usr/bin/env python3
+"""Perplexity of every checkpoint below a directory, or of one model, on the evaluation head of a dataset.
+
+python perplexity/perplexity.py ./pythia-1.4b --dataset ./data/enron.jsonl    # every checkpoint-* below the directory
+python perplexity/perplexity.py --model ./pythia-1.4b/run/checkpoint-276 --output_dir ./results   # one adapter or model
+torchrun --nproc_per_node=4 perplexity/perplexity.py ./pythia-1.4b            # the rows spread over four GPUs
+
+A document is prompt + continuation; its perplexity is exp(mean NLL of its tokens 1 … T after a start token (BOS, else
+EOS)). perplexity.txt gets one line a checkpoint (mean over documents), perplexity.jsonl everything about it. Documents
+longer than the context are read in windows that begin every half context, each token scored once (`n_windowed` counts
+them). Checkpoints measured before with the same settings and weights are skipped, so an interrupted run continues.
+"""
+
+import argparse
+import gc
+import sys
+import time
+import traceback
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import cli, distributed, models, records, results
+from common.progress import progress_bar
+from common.scoring import TOKEN_BUDGET, join, score
+
+DEFAULT_DIR = "./pythia-1.4b"
+SMALLEST_FILE = 3  # rows
+RESAMPLES = 1000
+# Where two lines agree in these, they are the same measurement; model_sha256 tells a retrained checkpoint.
+SETTINGS = ("checkpoint", "model_sha256", "base_model", "revision", "dataset_sha256", "rows", "dtype", "seed")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(
+        "Perplexity of every checkpoint-* below a directory, or of one model.",
+        "python perplexity/perplexity.py ./pythia-1.4b --dataset ./data/enron.jsonl",
+    )
+    parser.add_argument("directory", nargs="?", metavar="DIR", default=None, help="same as --dir (default: --dir)")
+    parser.add_argument("--dir", default=DEFAULT_DIR, help="directory searched for checkpoint-*, at any depth")
+    parser.add_argument("-d", "--dataset", default="./data/enron.jsonl", help="data file (.jsonl, .arrow, .parquet)")
+    parser.add_argument("--model", default=None, help="instead of --dir: one model directory, adapter or hub name")
+    parser.add_argument("--base_model", default=None, help="base of every adapter, instead of the one it names itself")
+    parser.add_argument(
+        "--output_dir", default=None, help="where the result files go (default: that of --dir; ./ with --model)"
+    )
+    parser.add_argument(
+        "--num_rows",
+        type=cli.positive_int,
+        default=None,
+        help="first N rows of the file (default: its evaluation head, at most 1110 rows)",
+    )
+    parser.add_argument("--token_budget", type=cli.positive_int, default=TOKEN_BUDGET, help="positions a forward pass")
+    cli.add_model_flags(parser)
+    return parser
+
+
+# ---- pure functions: texts and arrays in, numbers out
+
+
+def summarize(nll: list[float], n_tokens: list[int], n_bytes: list[int], seed: int) -> dict:
+    """The figures of one model over scored documents; each is null, with its reason in `undefined`, where it has none.
+
+    nll       NLL of each document in nats, summed over its tokens.      n_tokens, n_bytes   of each document, ≥ 1.
+    mean            mean over documents of exp(NLL/T), what the `evaluate` metric calls mean_perplexity
+    token_weighted  exp(ΣNLL/ΣT)        median   of the documents' perplexities
+    bits_per_byte   ΣNLL/(ln 2 · Σbytes of UTF-8), comparable across tokenizers
+    mean_ci, token_weighted_ci   95 % percentile bootstrap over documents, 1,000 resamples from `seed`
+    """
+    import numpy as np
+
+    figures = ("mean", "token_weighted", "median", "bits_per_byte", "mean_ci", "token_weighted_ci")
+    if not nll:
+        return {**dict.fromkeys(figures), "undefined": dict.fromkeys(figures, "no document could be scored")}
+    nll, n_tokens, n_bytes = (np.asarray(values, float) for values in (nll, n_tokens, n_bytes))
+    perplexities = np.exp(nll / n_tokens)
+    made = {
+        "mean": float(perplexities.mean()),
+        "token_weighted": float(np.exp(nll.sum() / n_tokens.sum())),
+        "median": float(np.median(perplexities)),
+        "bits_per_byte": float(nll.sum() / (np.log(2) * n_bytes.sum())),
+        "mean_ci": None,
+        "token_weighted_ci": None,
+        "undefined": {},
+    }
+    if len(nll) < 2:
+        made["undefined"] = dict.fromkeys(("mean_ci", "token_weighted_ci"), "one document has no spread")
+        return made
+    rng, means, weighted = np.random.default_rng(seed), [], []
+    for _ in range(RESAMPLES):
+        drawn = rng.integers(len(nll), size=len(nll))
+        means.append(perplexities[drawn].mean())
+        weighted.append(np.exp(nll[drawn].sum() / n_tokens[drawn].sum()))
+    made["mean_ci"] = np.quantile(means, (0.025, 0.975), method="inverted_cdf").tolist()
+    made["token_weighted_ci"] = np.quantile(weighted, (0.025, 0.975), method="inverted_cdf").tolist()
+    return made
+
+
+def text_line(line: dict) -> str:
+    """The line of perplexity.txt for a line of perplexity.jsonl."""
+    return f"model path: {line['model']}; mean perplexity: {'null' if line['mean'] is None else line['mean']}"
+
+
+def same(line: dict, other: dict, but: tuple[str, ...] = ()) -> bool:
+    """Do two lines of perplexity.jsonl agree in SETTINGS (leaving out `but`)?"""
+    return all(line.get(key) == other.get(key) for key in SETTINGS if key not in but)
+
+
+# ---- models and files
+
+
+def choose_rows(args, problems: cli.Problems) -> tuple[list[int], list[str]]:
+    """(indices of the rows to score, their texts); what is wrong with the file goes to `problems`."""
+    rows = problems.absorb(records.read_rows, args.dataset)
+    if rows is None:
+        return [], []
+    if len(rows) < SMALLEST_FILE:
+        problems.add(f"{args.dataset}: {len(rows)} rows; at least {SMALLEST_FILE} are needed")
+        return [], []
+    if args.num_rows and args.num_rows > len(rows):
+        problems.add(f"--num_rows {args.num_rows}: {args.dataset} has only {len(rows)} rows")
+    manifest = problems.absorb(records.read_manifest, args.dataset)
+    if problems.absorb(records.validate, args.dataset, rows) is None:
+        return [], []
+    chosen = list(range(args.num_rows)) if args.num_rows else records.split(rows, manifest).head
+    if not chosen:
+        problems.add(f"{args.dataset}: no row belongs to the evaluation head; pass --num_rows")
+    texts = [records.row_text(rows[index])[0] for index in chosen if index < len(rows)]
+    for index, text in zip(chosen, texts):
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            problems.add(f"{args.dataset}: row {index}: half a surrogate pair in its text; mend or remove the row")
+    return chosen, texts
+
+
+def find_models(args, problems: cli.Problems) -> tuple[list, dict[str, str]]:
+    """([(name, ModelRef, tokenizer)], {path: why it cannot be measured}), from files only.
+
+    A single --model that cannot be measured is a problem; so are checkpoints none of which can.
+    """
+    if args.model:
+        paths = {args.model: args.model}
+    elif not Path(args.dir).is_dir():
+        problems.add(f"--dir {args.dir}: no such directory; name one with checkpoint-* below it, or pass --model")
+        return [], {}
+    else:
+        paths = {str(path): path.relative_to(args.dir).as_posix() for path in models.find_checkpoints(args.dir)}
+        if not paths:
+            problems.add(f"--dir {args.dir}: no checkpoint-* directory below it; for one model pass --model")
+    flag = "--model" if args.model else "--dir"
+    found, unusable, reasons = [], {}, []
+    for path, name in paths.items():
+        try:
+            ref = models.find_model(path, args.revision, args.base_model, flag)
+            found.append((name, ref, models.load_tokenizer(ref, flag)))
+        except cli.UserError as error:
+            unusable[path] = "; ".join(error.problems)
+            reasons += error.problems
+    if not found:
+        problems.lines.extend(reasons)
+    return found, unusable
+
+
+def weights_sha256(ref) -> str | None:
+    """SHA-256 of a model's weights: of the adapter's file, of the one file of a full model, or over the hashes of its
+    shards; None for a hub name."""
+    import hashlib
+
+    folder = Path(ref.adapter or ref.base)
+    if not folder.is_dir():
+        return None
+    pattern = "adapter_model.safetensors" if ref.adapter else "*.safetensors"
+    hashes = [results.sha256(file) for file in sorted(folder.glob(pattern)) or sorted(folder.glob("*.bin"))]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def tokenize(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text after a start token (BOS, else EOS); no other special tokens."""
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return [[start, *ids] for ids in tokenizer(texts, add_special_tokens=False, verbose=False).input_ids]
+
+
+def measure(shelf: dict, ref, ids: list[list[int]], dtype, args, world) -> tuple[list[tuple], int, float | None]:
+    """(this rank's part of the log-probabilities, context length, ‖ΔW‖/‖W‖ of a merged adapter).
+
+    `shelf` holds the last base {name: model}; another base is loaded only after it has gone.
+    """
+    if ref.base not in shelf:
+        shelf.clear()
+        gc.collect()
+        shelf[ref.base] = models.load_base(ref, dtype, world.device, args.device_map)
+    with models.adapted(shelf[ref.base], ref.adapter) as (model, change):
+        largest, embeddings = max(map(max, ids)), model.get_input_embeddings().weight.shape[0]
+        if largest >= embeddings:
+            raise cli.UserError(f"its tokenizer makes token {largest}, the model has only {embeddings} embeddings")
+        with progress_bar(sum(len(tokens) - 1 for tokens in ids) // world.size, "tokens", world) as bar:
+            part = score(model, ids, token_budget=args.token_budget, world=world, progress=bar.update)
+        return part, models.context_length(model), change
+
+
+def describe(texts: list[str], ids: list[list[int]], logps: list, context: int, seed: int) -> dict:
+    """The figures and counts of a result line, from the log-probabilities [T] of each document's tokens."""
+    import numpy as np
+
+    nll, n_tokens, n_bytes, n_windowed, dropped = [], [], [], 0, {}
+    for text, tokens, logp in zip(texts, ids, logps):
+        reason = None
+        if not len(logp):
+            reason = "no tokens" if text else "empty document"
+        elif not np.isfinite(logp).all():
+            reason = "log-probability not finite"
+        if reason:
+            dropped[reason] = dropped.get(reason, 0) + 1
+            continue
+        nll.append(-float(np.sum(logp, dtype=np.float64)))
+        n_tokens.append(len(logp))
+        n_bytes.append(len(text.encode()))
+        n_windowed += len(tokens) > context
+    return {
+        **summarize(nll, n_tokens, n_bytes, seed),
+        "n_requested": len(texts),
+        "n_scored": len(nll),
+        "n_dropped": len(texts) - len(nll),
+        "dropped": dropped,
+        "n_tokens": sum(n_tokens),
+        "n_bytes": sum(n_bytes),
+        "n_windowed": n_windowed,
+        "context": context,
+        "stride": context // 2,
+    }
+
+
+def write(folder: Path, lines: list[dict], current: list[dict]) -> None:
+    """Both result files anew: perplexity.jsonl has every line, perplexity.txt the last one of each model path, where
+    those of `current` come before older ones of other settings."""
+    results.write_jsonl(folder / "perplexity.jsonl", lines)
+    latest = {line["model"]: line for line in [*lines, *current]}
+    with results.atomic(folder / "perplexity.txt") as file:
+        file.writelines(text_line(latest[path]) + "\n" for path in sorted(latest, key=models.natural_key))
+
+
+def prepare(args, problems: cli.Problems):
+    """(output folder, earlier result lines, row indices, texts, models, {path: why it cannot be measured})."""
+    if args.directory is not None:
+        if args.dir not in (DEFAULT_DIR, args.directory):
+            problems.add(f"--dir {args.dir}: another directory than {args.directory}; give one")
+        args.dir = args.directory
+    if args.model and args.dir != DEFAULT_DIR:
+        problems.add(f"--model {args.model}: cannot be combined with the directory {args.dir}; give one")
+    args.dataset = records.default_dataset(args.dataset)
+    distributed.check_environment(problems)
+    folder = Path(args.output_dir or ("./" if args.model else args.dir))
+    cli.check_writable(folder, problems, "--output_dir" if args.output_dir or args.model else "--dir")
+    earlier, file = [], folder / "perplexity.jsonl"
+    if file.is_file() and file.stat().st_size:
+        earlier = problems.absorb(records.read_rows, file) or []
+        if any("model" not in line or "mean" not in line for line in earlier):
+            problems.add(f"{file}: not written by this script; move it away or name another --output_dir")
+    chosen, texts = choose_rows(args, problems)
+    found, unusable = find_models(args, problems)
+    return folder, earlier, chosen, texts, found, unusable
+
+
+def run(args) -> int:
+    """Measure everything asked for; 0, or 1 when a checkpoint failed. Raises UserError before any model is loaded."""
+    problems = cli.Problems()
+    folder, earlier, chosen, texts, found, failures = prepare(args, problems)
+    problems.check()
+
+    world = distributed.start()
+    dtype = models.resolve_dtype(args.dtype, world.device)
+    settings = {
+        "revision": args.revision,
+        "dataset": str(args.dataset),
+        "dataset_sha256": results.sha256(args.dataset),
+        "rows": [chosen[0], chosen[-1] + 1, len(chosen)],
+        "dtype": str(dtype).removeprefix("torch."),
+        "seed": args.seed,
+    }
+    todo, current = [], []  # (ModelRef, tokenizer, result line so far); lines of an earlier run that still hold
+    for name, ref, tokenizer in found:
+        weights = weights_sha256(ref)
+        line = {"model": ref.name, "checkpoint": name, "base_model": ref.base, "model_sha256": weights, **settings}
+        done = [old for old in earlier if same(old, line)]
+        current += done
+        if not done:
+            todo.append((ref, tokenizer, line))
+    bases = list(dict.fromkeys(ref.base for ref, *_ in todo))
+    todo.sort(key=lambda job: bases.index(job[0].base))  # each base is loaded once, for all its adapters
+    counts = f"{len(current)} measured before, {len(todo)} to measure, {len(failures)} unusable"
+    world.say(f"{len(texts)} documents; {counts}")
+    if args.dry_run:
+        for ref, *_ in todo:
+            world.say(f"would measure {ref.name}" + (f" on {ref.base}" if ref.adapter else ""))
+        world.say(f"would write perplexity.txt and perplexity.jsonl in {folder}")
+        world.close()
+        return _report(failures, world)
+
+    lines, shelf, total = list(earlier), {}, len(found) + len(failures)
+    with results.Run(folder / "run_perplexity.json", args, [args.dataset], world) as record:
+        record["n_tokens"], started = 0, time.monotonic()
+        for number, (ref, tokenizer, line) in enumerate(todo, 1):
+            try:
+                ids = tokenize(tokenizer, texts)
+                parts, contexts, changes = zip(*world.together(partial(measure, shelf, ref, ids, dtype, args, world)))
+                line |= describe(texts, ids, join(ids, parts), contexts[0], args.seed) | {"relative_change": changes[0]}
+            except cli.UserError as error:
+                failures[ref.name] = "; ".join(error.problems)
+                continue
+            except Exception as error:  # one checkpoint's failure must not cost the others theirs; exit 1 tells of it
+                traceback.print_exc()
+                failures[ref.name] = f"{type(error).__name__}: {error}"
+                shelf.clear()  # nobody knows what it left behind
+                continue
+            lines = [old for old in lines if old["model"] != ref.name or not same(old, line, but=("model_sha256",))]
+            lines.append(line)
+            current.append(line)
+            if world.main:
+                write(folder, lines, current)
+            record["n_tokens"] += line["n_tokens"]
+            world.say(f"[{number}/{len(todo)}] {text_line(line)}".rstrip())
+        if world.main and lines:
+            write(folder, lines, current)
+        record["tokens_per_second"] = round(record["n_tokens"] / (time.monotonic() - started), 1)
+        record["failed"] = failures
+        if failures:
+            record["error"] = f"{len(failures)} of {total} models failed"
+    world.close()
+    return _report(failures, world)
+
+
+def _report(failures: dict[str, str], world) -> int:
+    if world.main:
+        for path, reason in failures.items():
+            print(f"failed: {path}: {reason}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def main(argv=None) -> int:
+    return run(make_parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.entry(main))

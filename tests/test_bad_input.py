@@ -1,0 +1,181 @@
+"""Bad input to every script: status 2, one line that says what to do, no model loaded, nothing written."""
+
+import json
+import shutil
+
+import pytest
+from conftest import make_rows, write_rows
+
+import evaluate_purified
+import measure_purified
+import merge_peft
+import run_peft
+from common.cli import UserError
+from perplexity import perplexity
+
+
+@pytest.fixture
+def no_models(monkeypatch):
+    """Any attempt to load weights fails the test."""
+    from transformers import AutoModelForCausalLM
+
+    def refuse(*_, **__):
+        pytest.fail("a model was loaded before the input was checked")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+
+
+@pytest.fixture
+def files(tmp_path, models, adapters):
+    """Name → path of everything that can be wrong."""
+    rows = make_rows(12)
+    paths = {"good": write_rows(tmp_path / "good.jsonl", rows)}
+    broken = write_rows(tmp_path / "broken.jsonl", rows)
+    broken.write_text(broken.read_text().replace('"row_id": 3}', '"row_id": 3'))
+    paths["broken"] = broken
+    paths["no_field"] = write_rows(
+        tmp_path / "no_field.jsonl", [{k: v for k, v in row.items() if k != "gt-email"} for row in rows]
+    )
+    paths["one_without"] = write_rows(tmp_path / "one.jsonl", [*rows[:7], {"gt-name": "A B"}, *rows[8:]])
+    paths["empty"] = write_rows(tmp_path / "empty.jsonl", [])
+    paths["types"] = write_rows(tmp_path / "types.jsonl", [*rows[:5], {**rows[5], "gt-email": 7}, *rows[6:]])
+    paths["not_address"] = write_rows(tmp_path / "na.jsonl", [*rows[:5], {**rows[5], "gt-email": "nobody"}, *rows[6:]])
+    paths["two"] = write_rows(tmp_path / "two.jsonl", rows[:2])
+    paths["list"] = tmp_path / "list.jsonl"
+    paths["list"].write_text("[1, 2]\n")
+    paths["csv"] = tmp_path / "rows.csv"
+    paths["csv"].write_text("a,b\n")
+    paths["arrow"] = tmp_path / "rows.arrow"
+    paths["arrow"].write_bytes(b"not arrow at all, but long enough to be read")
+
+    orphan = tmp_path / "orphan"
+    shutil.copytree(adapters["llama", "lora"], orphan)
+    config = json.loads((orphan / "adapter_config.json").read_text())
+    (orphan / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/no/such/base"}))
+    paths["orphan"] = orphan
+    paths["half_adapter"] = tmp_path / "half"
+    shutil.copytree(adapters["llama", "lora"], paths["half_adapter"])
+    (paths["half_adapter"] / "adapter_model.safetensors").unlink()
+
+    plain = tmp_path / "no-eos"
+    shutil.copytree(models["llama"], plain)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (plain / name).is_file():
+            settings = json.loads((plain / name).read_text())
+            for key in ("eos_token", "bos_token", "pad_token", "unk_token"):
+                settings.pop(key, None)
+            (plain / name).write_text(json.dumps(settings))
+    paths["no_eos"] = plain
+    paths["read_only"] = tmp_path / "read-only"
+    paths["read_only"].mkdir(mode=0o555)
+    paths["a_file"] = paths["good"]
+    paths["model"] = models["llama"]
+    paths["adapter"] = adapters["llama", "lora"]
+    paths["out"] = tmp_path / "out"
+    paths["nothing"] = tmp_path / "nothing-there"
+    return paths
+
+
+MEASURE = ["--model", "{model}", "--output_dir", "{out}"]
+TRAIN = ["-m", "{model}", "--output_root", "{out}"]
+TABLE = [
+    # script, arguments, what the (only) line says
+    (measure_purified, [*MEASURE, "-d", "{nothing}.jsonl"], "nothing-there.jsonl: no such file"),
+    (measure_purified, [*MEASURE, "-d", "{broken}"], "broken.jsonl:4: not JSON"),
+    (measure_purified, [*MEASURE, "-d", "{no_field}"], "no row has the field 'gt-email'"),
+    (measure_purified, [*MEASURE, "-d", "{one_without}"], "row 7: field 'gt-email' is missing"),
+    (measure_purified, [*MEASURE, "-d", "{empty}"], "empty.jsonl: the file has no rows"),
+    (measure_purified, [*MEASURE, "-d", "{types}"], "row 5: field 'gt-email' must be text, not int"),
+    (measure_purified, [*MEASURE, "-d", "{not_address}"], "row 5: gt-email must look like local@domain"),
+    (measure_purified, [*MEASURE, "-d", "{list}"], "list.jsonl:1: a JSON object was expected"),
+    (measure_purified, [*MEASURE, "-d", "{csv}"], "unknown ending"),
+    (measure_purified, [*MEASURE, "-d", "{arrow}"], "not an Arrow file"),
+    (measure_purified, [*MEASURE, "-d", "{two}"], "2 rows; at least 3 are needed"),
+    (measure_purified, [*MEASURE, "-d", "{good}", "--num_rows", "13"], "--num_rows 13"),
+    (measure_purified, [*MEASURE, "-d", "{good}", "--num_rows", "10"], "pass --demonstrations"),
+    (measure_purified, [*MEASURE, "-d", "{good}", "--top_k", "0"], "--top_k: must be 1 or more, got 0"),
+    (measure_purified, [*MEASURE, "-d", "{good}", "--temperatures", "0.2", "-1"], "--temperatures: must be 0 or more"),
+    (measure_purified, [*MEASURE, "-d", "{good}", "--temperatures", "nan"], "--temperatures: must be 0 or more"),
+    (measure_purified, [*MEASURE, "-d", "{good}", "--temperatures", "0.2", "0.2"], "twice"),
+    (measure_purified, [*MEASURE, "-d", "{good}", "--max_tokens", "x"], "--max_tokens: must be a whole number"),
+    (measure_purified, [*MEASURE, "-d", "{good}", "--baseline", "{nothing}.jsonl"], "no such file"),
+    (measure_purified, [*MEASURE, "-d", "{good}", "--demonstrations", "{good}"], "no row has the field 'name'"),
+    (measure_purified, [*MEASURE, "-d", "{good}", "--no_such_flag"], "--no_such_flag: unknown argument"),
+    (measure_purified, [*MEASURE, "-d", "{good}", "--temp", "1"], "--temp: unknown argument"),
+    (measure_purified, ["--output_dir", "{out}", "-d", "{good}"], "--model: required"),
+    (measure_purified, ["--model", "{model}", "--output_dir", "{read_only}/x", "-d", "{good}"], "no permission"),
+    (measure_purified, ["--model", "{model}", "--output_dir", "{a_file}", "-d", "{good}"], "is a file"),
+    (measure_purified, ["--model", "{nothing}", "--output_dir", "{out}", "-d", "{good}"], "no such directory"),
+    (measure_purified, ["--model", "some-model-nobody-has", "--output_dir", "{out}", "-d", "{good}"], "not a model"),
+    (measure_purified, ["--model", "{orphan}", "--output_dir", "{out}", "-d", "{good}"], "/no/such/base"),
+    (measure_purified, ["--model", "{half_adapter}", "--output_dir", "{out}", "-d", "{good}"], "incomplete"),
+    (measure_purified, ["--model", "{no_eos}", "--output_dir", "{out}", "-d", "{good}"], "no EOS token"),
+    (evaluate_purified, ["--model", "{nothing}", "-d", "{good}"], "no such directory"),
+    (evaluate_purified, ["--model", "{model}", "-d", "{good}"], "no checkpoint-* directory"),
+    (merge_peft, ["--model", "{orphan}", "--save_dir", "{out}"], "/no/such/base"),
+    (merge_peft, ["--model", "{model}", "--save_dir", "{out}"], "full model already"),
+    (merge_peft, ["--model", "{half_adapter}", "--save_dir", "{out}"], "incomplete"),
+    (merge_peft, ["--model", "{adapter}", "--save_dir", "{read_only}/x"], "no permission"),
+    (run_peft, [*TRAIN, "-i", "{nothing}.jsonl"], "no such file"),
+    (run_peft, [*TRAIN, "-i", "{broken}"], "broken.jsonl:4: not JSON"),
+    (run_peft, [*TRAIN, "-i", "{types}"], "must be text"),
+    (run_peft, [*TRAIN, "-i", "{empty}"], "no rows"),
+    (run_peft, [*TRAIN, "-i", "{good}", "-opt", "adamw_imaginary"], "adamw_imaginary"),
+    (run_peft, [*TRAIN, "-i", "{good}", "-s", "imaginary"], "imaginary"),
+    (run_peft, [*TRAIN, "-i", "{good}", "-e", "0"], "epochs"),
+    (run_peft, [*TRAIN, "-i", "{good}", "--train_rows", "12"], "--allow_overlap"),
+    (run_peft, [*TRAIN, "-i", "{good}", "--train_rows", "99"], "99"),
+    (run_peft, ["-m", "{no_eos}", "--output_root", "{out}", "-i", "{good}"], "no EOS token"),
+    (run_peft, ["-m", "{model}", "--output_root", "{read_only}", "-i", "{good}"], "no permission"),
+    (perplexity, ["--model", "{model}", "-d", "{broken}", "--output_dir", "{out}"], "broken.jsonl:4: not JSON"),
+    (perplexity, ["--dir", "{nothing}", "-d", "{good}"], "no such directory"),
+    (perplexity, ["--model", "{model}", "-d", "{good}", "--num_rows", "13", "--output_dir", "{out}"], "13"),
+]
+
+
+@pytest.mark.parametrize(("script", "words", "expected"), TABLE, ids=lambda value: getattr(value, "__name__", None))
+def test_one_line_exit_2_nothing_written(script, words, expected, files, no_models, tmp_path, capsys):
+    from common import cli
+
+    before = sorted(path for path in tmp_path.rglob("*"))
+    words = [word.format(**files) for word in words]
+    status = cli.entry(lambda: script.main(words))
+    captured = capsys.readouterr()
+    assert status == 2
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert expected in lines[0]
+    assert "usage:" not in captured.err and "Traceback" not in captured.err
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
+def test_all_problems_at_once(files, capsys):
+    words = ["--output_dir", str(files["read_only"]), "-d", str(files["nothing"]), "--baseline", "x", "--seed", "y"]
+    with pytest.raises(UserError) as caught:
+        measure_purified.main([*words, "--top_k", "0", "--made_up"])
+    assert len(caught.value.problems) == 3  # the command line itself: --seed, --top_k, --made_up
+    with pytest.raises(UserError) as caught:
+        measure_purified.main([*words[:4], "--temperatures", "1", "1"])
+    text = "\n".join(caught.value.problems)
+    assert all(part in text for part in ("--model: required", "no permission", "nothing-there", "twice"))
+
+
+def test_exit_status_of_the_process(files):
+    from conftest import run_script
+
+    done = run_script(
+        "measure_purified.py", "--model", files["model"], "--output_dir", files["out"], "-d", files["broken"]
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.strip().endswith("mend or remove the line") and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_reading_names_every_broken_line_once(tmp_path):
+    from common import records
+
+    path = tmp_path / "many.jsonl"
+    path.write_text("".join(f"{{broken {i}\n" for i in range(40)))
+    with pytest.raises(UserError) as caught:
+        records.read_rows(path)
+    assert len(caught.value.problems) == records.SHOWN + 1
+    assert "35 more" in caught.value.problems[-1]

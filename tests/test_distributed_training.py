@@ -1,0 +1,170 @@
+"""ddp and fsdp with two gloo ranks give the adapter of one process at the same global batch.
+
+A launch of two ranks costs seconds, so each runs several run_peft.py commands one after another.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ARCHITECTURES, ROOT, read_lines
+
+import run_peft
+
+SCRIPT = """
+import json, os, signal, sys
+sys.path.insert(0, {root!r})
+import run_peft
+from common import distributed
+
+shard, step = run_peft.shard, run_peft.Training.step
+
+
+def watched_shard(model, replicated, world):
+    from torch.distributed.tensor import DTensor
+
+    shard(model, replicated, world)
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    sharded = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
+    here = sum(parameter.to_local().numel() for parameter in sharded)
+    world.say("SHARDED", json.dumps({{
+        "frozen": len(frozen),
+        "frozen sharded": sum(isinstance(parameter, DTensor) for parameter in frozen),
+        "sharded": len(sharded),
+        "share here": here / sum(parameter.numel() for parameter in sharded),
+    }}))
+
+
+def watched_step(self, members):
+    if command["sigterm"] == self.count["step"] + 1 and self.world.rank == 1:  # one rank alone is told to stop
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(self, members)
+
+
+run_peft.shard, run_peft.Training.step = watched_shard, watched_step
+close, distributed.World.close = distributed.World.close, lambda self: None  # one process group for all commands
+for command in json.load(open(sys.argv[1])):
+    status = run_peft.main(command["words"])
+    if status != (143 if command["sigterm"] else 0):
+        sys.exit(f"status {{status}}: {{command}}")
+close(distributed.start())
+"""
+SGD = ("-opt", "sgd", "-lr", "0.1")
+ADAMW = ("-lr", "1e-2")
+
+
+def words_of(model, dataset, out, mode, ranks, *flags) -> list[str]:
+    """37 rows, global batch 8, two epochs of 5 steps; the last step of each has 5 rows, so ranks get unequal loads."""
+    words = ["-m", model, "-i", dataset, "--output_root", out, "--lora_r", 4, "-e", 2, "-dt", mode]
+    words += ["--train_rows", 37, "--eval_rows", 3, "-pdbs", 2, "-gas", 4 // ranks, *flags]
+    return [str(word) for word in words]
+
+
+def folder_of(words):
+    return run_peft.run_folder(run_peft.make_parser().parse_args(words), "enron")
+
+
+def alone(words):
+    """The run directory of `words`, run here in one process unless it was."""
+    folder = folder_of(words)
+    return folder if run_peft.checkpoints(folder) else run_peft.run(run_peft.make_parser().parse_args(words))
+
+
+def launch(tmp_path, commands: list[list[str]], sigterm=()) -> subprocess.CompletedProcess:
+    """The commands, one after another, in one torchrun of two gloo ranks; `sigterm`: {command: step}."""
+    (tmp_path / "several.py").write_text(SCRIPT.format(root=str(ROOT)))
+    listed = [{"words": words, "sigterm": dict(sigterm).get(number)} for number, words in enumerate(commands)]
+    (tmp_path / "commands.json").write_text(json.dumps(listed))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launcher, tmp_path / "several.py", tmp_path / "commands.json"],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def furthest(one, other) -> float:
+    """Largest difference between the newest checkpoints of two run directories."""
+    from safetensors.torch import load_file
+
+    left, right = (load_file(next(run_peft.checkpoints(folder)[-1].glob("*.safetensors"))) for folder in (one, other))
+    assert left.keys() == right.keys() and left
+    return max((left[name] - right[name]).abs().max().item() for name in left)
+
+
+def check_metrics(one, other) -> None:
+    left, right = read_lines(one / "metrics.jsonl"), read_lines(other / "metrics.jsonl")
+    assert (
+        [line["step"] for line in left] == [line["step"] for line in right] == [0, 1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10, 10]
+    )
+    for key in ("loss", "eval_loss", "tokens", "eval_tokens", "lr"):
+        values = [[line[key] for line in lines if key in line] for lines in (left, right)]
+        assert len(values[0]) in (3, 10) and values[0] == pytest.approx(values[1], rel=1e-4), key
+
+
+def check_same_as_one_process(models, dataset, tmp_path, cases, modes=("ddp", "fsdp")):
+    """`cases`: [(architecture, flags, bound)]; returns what the two ranks printed."""
+    runs = []
+    for arch, flags, bound in cases:
+        for mode in modes:
+            two = words_of(models[arch], dataset, tmp_path / "two" / mode, mode, 2, *flags)
+            one = words_of(models[arch], dataset, tmp_path / "one", "ddp", 1, *flags)
+            runs.append((two, one, bound))
+    done = launch(tmp_path, [two for two, _, _ in runs])
+    for two, one, bound in runs:
+        record = json.loads((folder_of(two) / "run.json").read_text())
+        assert (record["world_size"], record["global_batch"], record["status"]) == (2, 8, "ok")
+        assert furthest(folder_of(two), alone(one)) < bound, two
+        check_metrics(folder_of(two), alone(one))
+    sharded = [json.loads(line.split(" ", 1)[1]) for line in done.stdout.splitlines() if line.startswith("SHARDED")]
+    assert len(sharded) == (len(cases) if "fsdp" in modes else 0)
+    return sharded
+
+
+def plain(*flags) -> tuple:
+    return (*flags, "--lora_dropout", "0")
+
+
+def test_two_ranks_are_one_process(models, dataset, tmp_path):
+    """LoRA on GPT-NeoX; SGD to 1e-6, AdamW (which divides tiny gradients by their size) to 5e-3."""
+    cases = [("neox", plain(*SGD), 1e-6), ("neox", plain(*ADAMW), 5e-3)]
+    for sharded in check_same_as_one_process(models, dataset, tmp_path, cases):
+        assert sharded["frozen"] == sharded["frozen sharded"] == sharded["sharded"] > 0
+        assert sharded["share here"] == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.slow
+def test_two_ranks_are_one_process_for_every_type(models, dataset, tmp_path):
+    kinds = ("lora", "dora", "pissa")
+    cases = [(arch, (*plain(*SGD), "-pt", kind), 1e-6) for arch in ARCHITECTURES for kind in kinds]
+    cases += [(arch, (*SGD, "-pt", "full"), 2e-6) for arch in ("neox", "opt")]
+    cases += [("llama", (*plain(*SGD), "--packing", "--gradient_checkpointing", "--run_name", "packed"), 1e-6)]
+    everything = check_same_as_one_process(models, dataset, tmp_path, cases)
+    for (_, flags, _), sharded in zip(cases, everything):
+        assert sharded["frozen"] == sharded["frozen sharded"]
+        assert (sharded["frozen"] == 0) == ("full" in flags) and sharded["sharded"] > 0
+
+
+@pytest.mark.slow
+def test_two_ranks_stop_together_and_resume(models, dataset, tmp_path):
+    """SIGTERM to one rank at step 7: both save, and the resumed run is the unbroken one (dropout on)."""
+    commands, sigterm, pairs = [], {}, []
+    for mode, kind in (("ddp", "dora"), ("fsdp", "pissa"), ("fsdp", "full")):
+        flags = ("-pt", kind, "-lr", "1e-3")
+        whole = words_of(models["neox"], dataset, tmp_path / "whole" / mode, mode, 2, *flags)
+        broken = words_of(models["neox"], dataset, tmp_path / "broken" / mode, mode, 2, *flags)
+        sigterm[len(commands) + 1] = 7
+        commands += [whole, broken, [*broken, "--resume"]]
+        pairs.append((whole, broken))
+    launch(tmp_path, commands, sigterm)
+    for whole, broken in pairs:
+        assert json.loads((folder_of(broken) / "run.json").read_text())["resumed_from"] == 7
+        assert furthest(folder_of(whole), folder_of(broken)) < 1e-6
+        check_metrics(folder_of(whole), folder_of(broken))
