@@ -100,6 +100,7 @@ def run(args) -> int:
             except Exception as error:  # one checkpoint's failure must not cost the others theirs; exit 1 tells of it
                 traceback.print_exc()
                 failures[str(checkpoint)] = f"{type(error).__name__}: {error}"
+                loaded = None  # nobody knows what it left behind: the next checkpoint gets a fresh base
         record["checkpoints"] = {
             "found": len(checkpoints),
             "complete_before": skipped,

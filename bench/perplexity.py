@@ -154,10 +154,9 @@ def run(args) -> float:
     n_tokens = sum(widths)
     print(f"model {args.model or 'random Llama'}, vocabulary {vocabulary}, {torch.get_num_threads()} threads")
     print(f"{len(sequences)} texts, {n_tokens} tokens: median {widths[len(widths) // 2]}, longest {widths[-1]}")
-    print(f"peer: {positions} positions, {positions / n_tokens:.2f} a token; fp32 logits up to", end=" ")
-    print(
-        f"{largest * vocabulary * 4 / 2**20:.0f} MiB; ours: up to {max(LOGIT_VALUES, SMALLEST_CHUNK * vocabulary) * 4 / 2**20:.0f} MiB"
-    )
+    chunk = max(LOGIT_VALUES, SMALLEST_CHUNK * vocabulary)
+    print(f"peer: {positions} positions, {positions / n_tokens:.2f} a token")
+    print(f"fp32 logits: peer up to {largest * vocabulary * 4 / 2**20:.0f} MiB, ours {chunk * 4 / 2**20:.0f} MiB")
 
     sides = {
         "peer": lambda chosen: plain_loop(model, chosen, width),

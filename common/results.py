@@ -146,7 +146,8 @@ class Run:
 
     with Run(path, args, inputs=[file, …], world=world) as run:
         run["tokens"] = 123          # anything worth keeping
-    A block that ends well but set run["error"] is 'failed' too. Only rank 0 writes. `args` is the parsed namespace; no environment variables are ever recorded.
+    A block that ends well but set run["error"] is 'failed' too. Only rank 0 writes. `args` is the parsed namespace; no
+    environment variables are ever recorded.
     """
 
     def __init__(self, path, args, inputs=(), world=None, **more):
