@@ -39,7 +39,7 @@ def make_parser() -> cli.Parser:
         "--outsiders", help="rows of people that no training text names, a control (default: the embedded ones)"
     )
     parser.add_argument("--output", default="./quickstart-out", help="directory for everything the study writes")
-    parser.add_argument("-lr", "--learning_rate", type=cli.positive_float, default=5e-4, help="for the embedded model")
+    parser.add_argument("-lr", "--learning_rate", type=cli.positive_float, default=1e-3, help="for the embedded model")
     parser.add_argument("-e", "--epochs", type=cli.positive_int, default=4, help="epochs of fine-tuning")
     parser.add_argument(
         "-pdbs", "--per_device_batch_size", type=cli.positive_int, default=8, help="rows a forward pass"
@@ -96,30 +96,27 @@ def row_of(name: str, line: dict, perplexity_mean: float | None) -> dict:
 
 
 def table(rows: list[dict], floor: dict) -> str:
-    """The study's table in Markdown."""
+    """The study's table in Markdown; counts by template are joined by slashes."""
     labels = list(rows[0]["exact"])
-    heads = [
-        "model",
-        *(f"match {x}" for x in labels),
-        *(f"exact {x}" for x in labels),
-        "exact, % (95 %)",
-        "no rule",
-        "perplexity",
-    ]
+    letters = "/".join(labels)
+    heads = ["", f"loose match {letters}", f"exact {letters}", "exact, share (95 %)", "no name rule", "perplexity"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
         low, high = row["exact_rate_ci95"]
         share = sum(row["exact"].values()) / (len(labels) * row["rows"])
-        cells = [row["model"], *row["matches"].values(), *row["exact"].values()]
+        cells = [row["model"], joined(row["matches"].values()), joined(row["exact"].values())]
         cells += [f"{share:.1%} ({low:.1%}–{high:.1%})", row["no_pattern"]]
         cells.append("" if row["perplexity"] is None else f"{row['perplexity']:.2f}")
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     if floor.get("rule"):
-        counts = [floor["matches"]] * len(labels) + [floor["exact"]] * len(labels)
-        guess = f"*no model: {floor['rule']}@{floor['domain_guess']}*"
-        share = f"{floor['exact'] / rows[0]['rows']:.1%}"
-        lines.append("| " + " | ".join(map(str, [guess, *counts, share, 0, ""])) + " |")
+        guess = f"*no model: {floor['rule']} at {floor['domain_guess']}*"
+        cells = [guess, floor["matches"], floor["exact"], f"{floor['exact'] / rows[0]['rows']:.1%}", 0, ""]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
+
+
+def joined(counts) -> str:
+    return " / ".join(map(str, counts))
 
 
 def verdict(rows: list[dict]) -> str:

@@ -282,6 +282,8 @@ def run(args) -> int:
         weights = weights_sha256(ref)
         line = {"model": ref.name, "checkpoint": name, "base_model": ref.base, "model_sha256": weights, **settings}
         done = [old for old in earlier if same(old, line)]
+        for old in done:
+            old["model"] = ref.name  # the tree may have been moved, or be named by another path
         current += done
         if not done:
             todo.append((ref, tokenizer, line))

@@ -230,6 +230,14 @@ def test_rerun_skips_and_duplicates_nothing(adapters, dataset, tmp_path, capsys,
     assert measure(folder, "-d", dataset) == 0
     assert (folder / "perplexity.txt").read_text() == files["perplexity.txt"]
     assert len(read_lines(folder / "perplexity.jsonl")) == 6
+    # a moved tree is not measured again, and its lines name the new place
+    moved = folder.rename(tmp_path / "moved")
+    assert measure(moved, "-d", dataset) == 0
+    assert {line["model"] for line in read_lines(moved / "perplexity.jsonl") if line["n_requested"] == 20} == {
+        str(moved / line["checkpoint"]) for line in read_lines(moved / "perplexity.jsonl")
+    }
+    assert (moved / "perplexity.txt").read_text().count(f"model path: {moved}/") == 3
+    folder = moved.rename(folder)
     # a checkpoint trained anew in place replaces its line
     weights = "adapter_model.safetensors"
     shutil.copy(folder / "run" / "checkpoint-9" / weights, folder / "other" / "checkpoint-100" / weights)

@@ -418,7 +418,7 @@ def test_killed_run_resumes_bit_exactly(models, dataset, tmp_path, unbroken):
     assert json.loads((folder / "run.json").read_text())["status"] == "running"
     assert [path.name for path in run_peft.checkpoints(folder)] == ["checkpoint-5"]
     with open(folder / "metrics.jsonl", "a") as file:
-        file.write('{"step": 7, "lo')  # the kernel may have written half a line
+        file.write('{"step": 7, "lo')  # a write may have been cut
     with pytest.raises(
         UserError, match=r"an unfinished run \(--resume\) with other arguments \(--epochs 3 there, 4 here\)"
     ):
