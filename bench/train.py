@@ -1,0 +1,271 @@
+"""Training throughput and peak memory against trl's SFTTrainer, on rows as long as mails.
+
+python bench/train.py                                          # a small GPT-NeoX made from a configuration
+python bench/train.py --peer_python /path/to/venv/bin/python   # trl in a virtual environment of its own
+python bench/train.py --model ./SmolLM2-135M --rows 64 --runs 1
+
+Three settings on the same rows and model: run_peft.py; SFTTrainer with dynamic padding; SFTTrainer padding every row to
+--max_length. Equal: LoRA r 64 on every linear layer, dropout 0.05, AdamW, linear schedule, float32 on a CPU (bfloat16
+on a GPU), per-device batch 8, 4 accumulation steps, no packing, no gradient checkpointing, one process, same threads.
+Every measurement is a process of its own; they take turns and the median of --runs counts. The rate is real tokens
+(without padding) over the time from the first to the last optimizer step, loading left out; memory is the peak of the
+whole process (on a GPU: of what torch allocated). The padded peer runs on the first --padded_rows rows: it is slow.
+Lengths are heavy-tailed, as those of mail: a quoted part of up to 200 tokens, then log-normal text; every text is
+invented.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from common import cli
+
+TARGETS = {"dynamic": 1.0, "padded": 3.0}
+NAMES = {"ours": "run_peft.py", "dynamic": "trl, dynamic padding", "padded": "trl, padded to {}"}
+
+
+def make_parser() -> cli.Parser:
+    parser = cli.Parser(
+        "Time run_peft.py against trl's SFTTrainer on rows as long as mails.",
+        "python bench/train.py --peer_python ~/venvs/trl/bin/python --rows 128",
+    )
+    add = parser.add_argument
+    add("--model", default=None, help="model directory; None: a random GPT-NeoX of the sizes below")
+    add("--hidden_size", type=cli.positive_int, default=256, help="of the random GPT-NeoX")
+    add("--layers", type=cli.positive_int, default=4, help="of the random GPT-NeoX")
+    add("--vocabulary", type=cli.positive_int, default=8192, help="of the random GPT-NeoX")
+    add("--rows", type=cli.positive_int, default=64, help="rows to train on, one epoch")
+    add("--padded_rows", type=cli.positive_int, default=32, help="rows for the peer that pads to --max_length")
+    add("--median", type=cli.positive_int, default=150, help="median tokens after the quoted part")
+    add("--sigma", type=cli.positive_float, default=1.0, help="spread of their logarithm")
+    add("--max_length", type=cli.positive_int, default=2048, help="tokens; a longer row is cut")
+    add("--per_device_batch_size", type=cli.positive_int, default=8, help="rows of a micro-batch")
+    add("--gradient_accumulation_steps", type=cli.positive_int, default=4, help="micro-batches of a step")
+    add("--threads", type=cli.positive_int, default=os.cpu_count(), help="OMP_NUM_THREADS of every process")
+    add("--runs", type=cli.positive_int, default=3, help="runs of each setting, in turns; the median counts")
+    add("--peer_python", default=sys.executable, help="Python that has trl")
+    add("--seed", type=int, default=3407, help="seed of lengths, texts, weights and training")
+    add("--worker", choices=("ours", "dynamic", "padded"), default=None, help="one measurement (used by this script)")
+    add("--folder", default=None, help="where the worker finds its model and rows")
+    return parser
+
+
+def mail_lengths(n: int, median: int, sigma: float, longest: int, seed: int) -> list[int]:
+    """Tokens of n mails: a quoted part of 20 … 200 plus log-normal text, cut at `longest`."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(20, 201, size=n) + rng.lognormal(np.log(median), sigma, size=n)
+    return [int(length) for length in lengths.clip(2, longest)]
+
+
+def make_model(folder: Path, args) -> None:
+    """A random GPT-NeoX whose tokenizer gives one token a word."""
+    import torch
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import AutoModelForCausalLM, GPTNeoXConfig, PreTrainedTokenizerFast
+
+    words = {"<|endoftext|>": 0, "<|padding|>": 1} | {f"w{index}": index for index in range(2, args.vocabulary)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<|padding|>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|padding|>", model_max_length=args.max_length
+    )
+    fast.save_pretrained(folder)
+    torch.manual_seed(args.seed)
+    config = GPTNeoXConfig(
+        vocab_size=args.vocabulary,
+        hidden_size=args.hidden_size,
+        intermediate_size=4 * args.hidden_size,
+        num_hidden_layers=args.layers,
+        num_attention_heads=max(1, args.hidden_size // 64),
+        max_position_embeddings=args.max_length,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
+
+
+def make_rows(tokenizer, lengths: list[int], seed: int) -> list[dict]:
+    """A text of about each length in tokens, of words drawn from the vocabulary."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    alphabetic = sorted(word for word in tokenizer.get_vocab() if word.isascii() and word.isalnum())
+    rows = []
+    for length in lengths:
+        text = " ".join(rng.choice(alphabetic, size=length - 1))
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        rows.append({"text": text if len(ids) < length else tokenizer.decode(ids[: length - 1])})
+    return rows
+
+
+def measure_ours(args, folder: Path, out: Path) -> float:
+    """Seconds of run_peft.py's steps on rows.jsonl in `folder`."""
+    import run_peft
+
+    words = ["-m", str(folder), "-i", str(folder / "rows.jsonl"), "--output_root", str(out), "-e", "1", "-l", "1000"]
+    words += ["-pdbs", str(args.per_device_batch_size), "-gas", str(args.gradient_accumulation_steps)]
+    words += ["--max_length", str(args.max_length), "--seed", str(args.seed)]
+    place = run_peft.run(run_peft.make_parser().parse_args(words))
+    record = json.loads((place / "run.json").read_text())
+    return record["tokens"] / record["tokens_per_second"]
+
+
+def measure_trl(args, folder: Path, out: Path) -> float:
+    """Seconds of SFTTrainer from its first step's start to its last step's end."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    class Watch(TrainerCallback):
+        begin = end = None
+
+        def on_step_begin(self, *_, **__):
+            self.begin = self.begin or time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            self.end = time.perf_counter()
+
+    with open(folder / "rows.jsonl", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    cuda = torch.cuda.is_available()
+    dtype = torch.bfloat16 if cuda else torch.float32
+    config = SFTConfig(
+        output_dir=str(out),
+        per_device_train_batch_size=args.per_device_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        num_train_epochs=1,
+        learning_rate=2e-6,
+        lr_scheduler_type="linear",
+        warmup_steps=0,
+        optim="adamw_torch",
+        max_grad_norm=1.0,
+        max_length=args.max_length,
+        packing=False,
+        pad_to_multiple_of=args.max_length if args.worker == "padded" else None,
+        gradient_checkpointing=False,
+        bf16=cuda,
+        use_cpu=not cuda,
+        seed=args.seed,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1000,
+        disable_tqdm=True,
+    )
+    watch = Watch()
+    trainer = SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(folder, dtype=dtype),
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(folder),
+        peft_config=LoraConfig(
+            r=64, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM"
+        ),
+        callbacks=[watch],
+    )
+    trainer.train()
+    return watch.end - watch.begin
+
+
+def worker(args) -> int:
+    """One measurement; the last line printed is {seconds, peak_bytes}."""
+    folder = Path(args.folder)
+    with tempfile.TemporaryDirectory() as out:
+        measure = measure_ours if args.worker == "ours" else measure_trl
+        seconds = measure(args, folder, Path(out))
+    from common.results import peak_memory
+
+    peak = peak_memory()
+    print(json.dumps({"seconds": seconds, "peak_bytes": peak.get("gpu_bytes", peak["cpu_bytes"])}), flush=True)
+    return 0
+
+
+def measure(args, setting: str, folder: Path) -> dict:
+    """{seconds, peak_bytes} of one setting in a process of its own."""
+    python = sys.executable if setting == "ours" else args.peer_python
+    words = [python, __file__, "--worker", setting, "--folder", str(folder), "--seed", str(args.seed)]
+    words += ["--max_length", str(args.max_length), "--per_device_batch_size", str(args.per_device_batch_size)]
+    words += ["--gradient_accumulation_steps", str(args.gradient_accumulation_steps)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{setting}: exit {done.returncode}\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def count_tokens(args, folder: Path) -> int:
+    """Tokens of a folder's rows as both sides train on them: EOS added, cut at --max_length."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with open(folder / "rows.jsonl", encoding="utf-8") as file:
+        return sum(min(args.max_length, len(tokenizer(json.loads(line)["text"])["input_ids"]) + 1) for line in file)
+
+
+def main(argv=None) -> int:
+    args = make_parser().parse_args(argv)
+    if args.worker:
+        return worker(args)
+    import shutil
+
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as work:
+        folders = {rows: Path(work) / str(rows) for rows in (args.rows, args.padded_rows)}
+        for folder in folders.values():
+            folder.mkdir()
+        whole, short = folders[args.rows], folders[args.padded_rows]
+        if args.model:
+            shutil.copytree(args.model, whole, dirs_exist_ok=True)
+        else:
+            make_model(whole, args)
+        lengths = mail_lengths(args.rows, args.median, args.sigma, args.max_length, args.seed)
+        rows = make_rows(AutoTokenizer.from_pretrained(whole), lengths, args.seed)
+        if short != whole:
+            shutil.copytree(whole, short, dirs_exist_ok=True)
+        for folder, part in ((whole, rows), (short, rows[: args.padded_rows])):
+            (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
+        tokens = {"ours": count_tokens(args, whole), "padded": count_tokens(args, short)}
+        tokens["dynamic"] = tokens["ours"]
+        print(
+            f"{args.rows} rows, {tokens['ours']} tokens (median {statistics.median(lengths):.0f}, longest "
+            f"{max(lengths)}); batch {args.per_device_batch_size} × {args.gradient_accumulation_steps}, "
+            f"{args.threads} threads",
+            flush=True,
+        )
+        runs = {setting: [] for setting in NAMES}
+        for number in range(args.runs):
+            for setting in NAMES:
+                runs[setting].append(measure(args, setting, short if setting == "padded" else whole))
+                rate = tokens[setting] / runs[setting][-1]["seconds"]
+                print(f"run {number + 1}: {NAMES[setting].format(args.max_length):24} {rate:8.0f} tokens/s", flush=True)
+    report(args, tokens, runs)
+    return 0
+
+
+def report(args, tokens: dict, runs: dict) -> None:
+    """The medians and the ratios to the peer, a line each."""
+    rate = {name: tokens[name] / statistics.median(run["seconds"] for run in found) for name, found in runs.items()}
+    peak = {name: statistics.median(run["peak_bytes"] for run in found) for name, found in runs.items()}
+    for setting, name in NAMES.items():
+        line = f"{name.format(args.max_length):24} {rate[setting]:8.0f} tokens/s  peak {peak[setting] / 2**30:.2f} GiB"
+        if setting != "ours":
+            line += f"  ours is {rate['ours'] / rate[setting]:.2f}× (target ≥ {TARGETS[setting]}×)"
+        print(line)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.entry(main))

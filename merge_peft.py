@@ -1,0 +1,108 @@
+"""Merge an adapter checkpoint into its base: a standalone model that loads without PEFT.
+
+    python merge_peft.py --model pythia-1.4b/original-lora/0e+00_2e-06/checkpoint-276
+    python merge_peft.py --model CHECKPOINT --save_dir merged --base_model EleutherAI/pythia-1.4b
+
+The base is the one that the adapter's adapter_config.json names; --base_model overrides it. The sum is made in float32.
+Writes the model (safetensors), its tokenizer, its generation config and run_merge_peft.json to --save_dir, complete or
+not at all, and prints ‖ΔW‖/‖W‖ over the adapted matrices.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from common import cli, models, results
+from common.cli import Problems
+
+RECORD = "run_merge_peft.json"
+
+
+def make_parser() -> cli.Parser:
+    parser = cli.Parser(
+        "Merge a LoRA, DoRA or PiSSA checkpoint into its base model. --dtype is that of the saved weights, and auto "
+        "means float32 on every device: half precision rounds a small update away.",
+        "python merge_peft.py --model pythia-1.4b/original-lora/0e+00_2e-06/checkpoint-276 --save_dir merged",
+    )
+    add = parser.add_argument
+    add("--model", required=True, default=None, help="an adapter checkpoint (directory)")
+    add("--save_dir", default="./tempMerged", help="where the model goes; an earlier merge there is replaced")
+    add("--base_model", default=None, help="base model instead of the one that the adapter's config names")
+    add(
+        "--is_opt",
+        action="store_true",
+        help="guess an OPT base (else a Pythia one) from the path of an adapter whose config names none",
+    )
+    cli.add_model_flags(parser)
+    return parser
+
+
+def check(args) -> models.ModelRef:
+    """The adapter and its base, from their files. UserError with every problem."""
+    problems = Problems()
+    ref = problems.absorb(models.find_model, args.model, args.revision, args.base_model, is_opt=args.is_opt)
+    if ref and not ref.adapter:
+        problems.add(f"--model {args.model}: no adapter_config.json in it; it is a full model already")
+    target = Path(args.save_dir).expanduser()
+    cli.check_writable(target, problems, "--save_dir")
+    if target.is_dir() and any(target.iterdir()) and not (target / RECORD).is_file():
+        problems.add(f"--save_dir {args.save_dir}: holds something else than an earlier merge; name an empty directory")
+    if ref:
+        problems.absorb(models.load_tokenizer, ref)
+    problems.check()
+    return ref
+
+
+def rounding(model, modules: list[str], dtype, change: float) -> float | None:
+    """‖round(W′) − W′‖ / ‖ΔW‖ over the weights of `modules`: what storing W′ in `dtype` costs, in sizes of the update.
+
+    `change` is ‖ΔW‖/‖W‖. None when there is no update to compare with.
+    """
+    if not change:
+        return None
+    error = total = 0.0
+    for name in modules:
+        weight = model.get_submodule(name).weight.detach().double()
+        error += (weight.to(dtype).double() - weight).square().sum().item()
+        total += weight.square().sum().item()
+    return (error / total) ** 0.5 / change
+
+
+def run(args) -> Path:
+    """Merge as `args` (make_parser) says; returns the directory of the merged model. UserError when it does not fit."""
+    ref = check(args)
+    target = Path(args.save_dir).expanduser()
+    print(f"adapter  {ref.adapter}\nbase     {ref.base}\nsave to  {target}", flush=True)
+    if args.dry_run:
+        return target
+    import torch
+
+    dtype = torch.float32 if args.dtype == "auto" else getattr(torch, args.dtype)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    inputs = [Path(ref.adapter) / "adapter_model.safetensors"]
+    with results.atomic_folder(target) as folder, results.Run(folder / RECORD, args, inputs) as record:
+        base = models.load_base(ref, torch.float32, device, args.device_map)
+        record["base"], record["base_commit"] = ref.base, getattr(base.config, "_commit_hash", None)
+        with models.adapted(base, ref.adapter, merge=True) as (merged, change):
+            record["relative_change"] = change
+            print(f"‖ΔW‖/‖W‖ {change:.4g}", flush=True)
+            if dtype != torch.float32:
+                modules = sorted({models.module_of(tensor) for tensor in models.adapter_shapes(ref.adapter)})
+                cost = record["rounding"] = rounding(merged, modules, dtype, change)
+                if cost is not None:
+                    words = f"saved as {args.dtype}, the adapted weights are rounded by {cost:.2g} times the update"
+                    print(f"warning: {words}; float32 keeps it", file=sys.stderr)
+            merged.to(dtype).save_pretrained(folder)
+        models.load_tokenizer(ref).save_pretrained(folder)
+    print(f"merged   {target}", flush=True)
+    return target
+
+
+def main(argv=None) -> int:
+    run(make_parser().parse_args(argv))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.entry(main))

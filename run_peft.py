@@ -1,0 +1,1241 @@
+"""Fine-tune a causal language model with LoRA, DoRA or PiSSA adapters, or whole.
+
+    python run_peft.py -m EleutherAI/pythia-1.4b -i data/enron.jsonl -e 4 -lr 2e-6
+    torchrun --nproc_per_node=4 run_peft.py -m EleutherAI/pythia-1.4b -i data/enron.jsonl -dt ddp
+    torchrun --nproc_per_node=4 run_peft.py -m EleutherAI/pythia-12b -dt fsdp -pt dora --gradient_checkpointing
+    python run_peft.py -m facebook/opt-1.3b -dt mp -pt pissa --resume
+
+Writes <output_root>/<model>/<data tag>-<peft type>/<weight decay>_<learning rate>[-<run name>]/ with
+
+    checkpoint-<step>/   one an epoch: a plain PEFT adapter that loads on the ORIGINAL base (--peft_type full: a model),
+                         the tokenizer, and in the newest one training_state.pt for --resume
+    metrics.jsonl        {step, epoch, loss, lr, grad_norm, tokens, time} every --logging_steps: loss is the mean over
+                         the label tokens since the last line, tokens counts all trained tokens so far (no padding);
+                         with --eval_rows also {step, epoch, eval_loss, eval_tokens, time}, before training and an epoch
+    run.json             arguments, versions, input, status
+
+One loop serves every mode. A step is one global batch of per_device_batch_size × gradient_accumulation_steps ×
+processes rows, drawn by (seed, epoch) alone; its loss is the sum over all its label tokens divided by their number, so
+neither the number of processes nor the way the rows are cut into micro-batches changes the update. ddp: every process
+holds the model. fsdp: the frozen base is sharded over the processes (FSDP2), the adapters are replicated. In both the
+adapters' gradients are summed over the processes once a step. mp: one process spreads the layers over its GPUs (on a
+CPU machine they all stay on the one device).
+"""
+
+import bisect
+import contextlib
+import copy
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from common import cli, distributed, models, records, results
+from common.cli import Problems, UserError
+
+CALL_COST = (
+    256  # what one forward and backward call costs beside its tokens, in tokens: cut() weighs padding against it
+)
+PROBE_ROWS, PROBE_TOKENS = 4, 128
+LOG_SECONDS = 30
+# These change where or how a run is watched, not what it computes: a finished run may be asked for with others.
+FREE_ARGUMENTS = ("input", "output_root", "resume", "dry_run", "logging_steps", "report_to", "allow_overlap")
+METRIC_SCHEDULERS = ("reduce_lr_on_plateau", "greedy")
+
+
+def make_parser() -> cli.Parser:
+    parser = cli.Parser(
+        "Fine-tune a causal language model with LoRA, DoRA or PiSSA, or whole.",
+        "torchrun --nproc_per_node=4 run_peft.py -m EleutherAI/pythia-1.4b -i data/enron.jsonl -pt lora -e 4 -lr 2e-6",
+    )
+    add = parser.add_argument
+    add("-m", "--model", default="EleutherAI/pythia-1.4b", help="hub name or directory of a causal LM")
+    add("-i", "--input", default="./data/enron.jsonl", help="training data: .jsonl, .arrow or .parquet")
+    add("-pdbs", "--per_device_batch_size", type=cli.positive_int, default=1, help="rows a process holds at once")
+    add(
+        "-gas",
+        "--gradient_accumulation_steps",
+        type=cli.positive_int,
+        default=8,
+        help="global batch = per_device_batch_size × this × processes",
+    )
+    add("-w", "--warmup_steps", type=cli.non_negative_int, default=0, help="steps until the full learning rate")
+    add("-e", "--epochs", type=cli.positive_int, default=4, help="passes over the rows; one checkpoint each")
+    add("-lr", "--learning_rate", type=cli.non_negative_float, default=2e-6, help="peak learning rate")
+    add("-l", "--logging_steps", type=cli.positive_int, default=1, help="steps between lines of metrics.jsonl")
+    add("-opt", "--optimizer", default="adamw_torch", help="an optimizer name of transformers")
+    add("-wd", "--weight_decay", type=cli.non_negative_float, default=0, help="on matrices; not on vectors")
+    add("-s", "--scheduler", default="linear", help="a learning-rate schedule name of transformers")
+    add("--scheduler_kwargs", default="{}", help='JSON object, for schedules that need more, e.g. {"min_lr": 1e-7}')
+    add(
+        "-dt",
+        "--distribution_type",
+        choices=("ddp", "mp", "fsdp"),
+        default="ddp",
+        help="ddp: a model a process; fsdp: the base sharded over the processes; mp: layers over one process's GPUs",
+    )
+    add(
+        "-pt",
+        "--peft_type",
+        choices=("lora", "dora", "pissa", "full"),
+        default="lora",
+        help="full: every parameter is trained, no adapter",
+    )
+    add("--output_root", default="./", help="where <model>/<data>-<type>/<decay>_<rate>/ is made")
+    add("--run_name", default=None, help="appended to the run directory's name")
+    add("--train_rows", type=cli.positive_int, default=None, help="train on the last N rows; None: the published split")
+    add("--eval_rows", type=cli.non_negative_int, default=0, help="held-out rows whose loss is taken every epoch")
+    add("--allow_overlap", action="store_true", help="allow training on rows that are evaluated elsewhere")
+    add("--lora_r", type=cli.positive_int, default=64, help="rank (a layer with a smaller side gets that side)")
+    add("--lora_alpha", type=cli.positive_float, default=16, help="the update is scaled by alpha / r")
+    add("--lora_dropout", type=cli.share, default=None, help="None: 0.05, and 0 for pissa")
+    add(
+        "--target_modules",
+        nargs="+",
+        default=["all-linear"],
+        help="module names, or all-linear: every linear layer but the output head",
+    )
+    add("--max_length", type=cli.positive_int, default=2048, help="tokens of a row; the rest is cut off")
+    add(
+        "--loss_on",
+        choices=("all", "completion"),
+        default="all",
+        help="completion: only tokens after the row's prompt part (and the EOS)",
+    )
+    add("--max_grad_norm", type=cli.positive_float, default=1.0, help="clip the gradient's norm; inf: off")
+    add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, more time")
+    add("--packing", action="store_true", help="fill sequences of max_length with several rows each")
+    add("--resume", action="store_true", help="continue an unfinished run from its newest saved state")
+    add("--report_to", default="none", help="trackers of accelerate, comma-separated: tensorboard,wandb,…")
+    cli.add_model_flags(parser)
+    return parser
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names and arguments
+
+
+def rate_name(value: float) -> str:
+    """2e-6 → '2e-06': `%.0e` where that is exact, else with as many digits as make it exact (2.5e-6 → '2.5e-06')."""
+    for digits in range(18):
+        text = f"{value:.{digits}e}"
+        if float(text) == value:
+            return text
+    raise ValueError(f"{value} has no exact form")
+
+
+def run_folder(args, tag: str) -> Path:
+    """<output_root>/<model basename>/<data tag>-<peft type>/<weight decay>_<learning rate>[-<run name>]"""
+    name = Path(args.model).expanduser()
+    basename = name.resolve().name if name.is_dir() else args.model.rstrip("/").split("/")[-1]
+    rates = f"{rate_name(args.weight_decay)}_{rate_name(args.learning_rate)}"
+    last = f"{rates}-{args.run_name}" if args.run_name else rates
+    return Path(args.output_root).expanduser() / basename / f"{tag.replace('/', '-')}-{args.peft_type}" / last
+
+
+def optimizer_class(args) -> tuple[type, dict]:
+    """(class, keyword arguments) for --optimizer, as transformers' Trainer resolves it. UserError when it cannot."""
+    from transformers import Trainer
+    from transformers.training_args import OptimizerNames
+
+    names = [item.value for item in OptimizerNames]
+    if args.optimizer not in names:
+        raise UserError(f"--optimizer {args.optimizer}: unknown; transformers knows {', '.join(names)}")
+    if args.optimizer.startswith(("lomo", "adalomo", "schedule_free", "galore", "apollo")):
+        raise UserError(f"--optimizer {args.optimizer}: replaces the training loop or averages weights; not supported")
+    wanted = SimpleNamespace(
+        optim=OptimizerNames(args.optimizer),
+        learning_rate=args.learning_rate,
+        adam_beta1=0.9,
+        adam_beta2=0.999,
+        adam_epsilon=1e-8,
+        optim_args=None,
+        optim_target_modules=None,
+    )
+    try:
+        return Trainer.get_optimizer_cls_and_kwargs(wanted)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"--optimizer {args.optimizer}: {str(error).splitlines()[0]}") from None
+
+
+def make_scheduler(args, optimizer, total: int):
+    from transformers import get_scheduler
+
+    extra = json.loads(args.scheduler_kwargs)
+    return get_scheduler(args.scheduler, optimizer, args.warmup_steps, total, scheduler_specific_kwargs=extra)
+
+
+def check_scheduler(args, total: int) -> None:
+    """UserError unless --scheduler is a name of transformers that works with the other arguments."""
+    import torch
+    from transformers import SchedulerType
+
+    names = [item.value for item in SchedulerType]
+    if args.scheduler not in names:
+        raise UserError(f"--scheduler {args.scheduler}: unknown; transformers knows {', '.join(names)}")
+    try:
+        if not isinstance(json.loads(args.scheduler_kwargs), dict):
+            raise UserError(f"--scheduler_kwargs {args.scheduler_kwargs}: must be a JSON object")
+        make_scheduler(args, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate), total)
+    except json.JSONDecodeError as error:
+        raise UserError(f"--scheduler_kwargs {args.scheduler_kwargs}: not JSON ({error})") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"--scheduler {args.scheduler}: {str(error).splitlines()[0]} (see --scheduler_kwargs)"
+        ) from None
+    if args.scheduler in METRIC_SCHEDULERS and not args.eval_rows:
+        raise UserError(f"--scheduler {args.scheduler}: follows the held-out loss; set --eval_rows")
+
+
+def tracker_classes(names: str) -> list[type]:
+    """The accelerate tracker classes of a comma-separated --report_to. UserError for an unknown or missing one."""
+    wanted = [name.strip() for name in names.split(",") if name.strip() not in ("", "none")]
+    if not wanted:
+        return []
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    problems, installed = Problems(), [str(name) for name in get_available_trackers()]
+    for name in wanted:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            problems.add(f"--report_to {name}: unknown; accelerate knows {', '.join(LOGGER_TYPE_TO_CLASS)}")
+        elif name not in installed:
+            problems.add(f"--report_to {name}: not installed; pip install it or leave it out")
+    problems.check()
+    return [LOGGER_TYPE_TO_CLASS[name] for name in wanted]
+
+
+def choose_rows(args, path, rows: list[dict], manifest: dict | None) -> tuple[list[int], list[int]]:
+    """(indices to train on, indices of the held-out rows). UserError for an overlap or too few rows."""
+    n, problems = len(rows), Problems()
+    parts, evaluated = records.split(rows, manifest), records.evaluated_rows(rows, manifest)
+    has_head = records.shape_of(rows[0]) == "enron"
+    held = (parts.head if has_head else list(range(n)))[: args.eval_rows]
+    train = parts.train
+    if args.train_rows is not None:
+        if args.train_rows > n:
+            raise UserError(f"--train_rows {args.train_rows}: {path} has only {n} rows")
+        train = list(range(n - args.train_rows, n))
+    if len(held) < args.eval_rows:
+        problems.add(f"--eval_rows {args.eval_rows}: only {len(held)} rows of {path} are held out of training")
+    if not has_head:
+        if args.train_rows is None:
+            train = [index for index in train if index >= len(held)]
+        elif set(train) & set(held):
+            problems.add(
+                f"--eval_rows {args.eval_rows} and --train_rows {args.train_rows} share rows of {path} ({n} rows)"
+            )
+    if not train:
+        problems.add(f"{path}: no row is left to train on")
+    overlap = sorted(set(train) & set(evaluated))
+    if overlap and not args.allow_overlap:
+        problems.add(
+            f"{path}: {len(overlap)} of the {len(train)} training rows (first: row {overlap[0]}) are evaluated "
+            "elsewhere; choose fewer --train_rows, or pass --allow_overlap"
+        )
+    problems.check()
+    return train, held
+
+
+def boundaries(path, rows: list[dict], indices: list[int]) -> None:
+    """UserError naming the first rows without a prompt part (--loss_on completion needs one)."""
+    bare = [index for index in indices if records.row_text(rows[index])[1] is None]
+    if bare:
+        more = f" (and {len(bare) - 1} more)" if len(bare) > 1 else ""
+        raise UserError(
+            f"--loss_on completion: {path}: row {bare[0]}{more} has no prompt part; train on all, or give rows with one"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows to tokens, tokens to batches (pure functions)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Token ids of one row and the position of its first label; positions `first` … end are predicted (never 0)."""
+
+    ids: list[int]
+    first: int
+
+    @property
+    def labels(self) -> int:
+        return max(0, len(self.ids) - self.first)
+
+
+def encode(rows: list[dict], tokenizer, max_length: int, loss_on: str = "all") -> list[Row]:
+    """Tokenise whole texts; EOS ends every row that is not cut at `max_length` tokens, once."""
+    if not rows:
+        return []
+    pairs = [records.row_text(row) for row in rows]
+    encoded = tokenizer([text for text, _ in pairs], return_offsets_mapping=loss_on == "completion", verbose=False)
+    eos, encoded_rows = tokenizer.eos_token_id, []
+    for index, (ids, (_, boundary)) in enumerate(zip(encoded["input_ids"], pairs)):
+        first = 1
+        if loss_on == "completion":
+            ends = [end for _, end in encoded["offset_mapping"][index]]
+            first = max(1, next((place for place, end in enumerate(ends) if end > boundary), len(ids)))
+        if not ids or ids[-1] != eos:
+            ids = [*ids, eos]
+        encoded_rows.append(Row(ids[:max_length], first))
+    return encoded_rows
+
+
+def pack(rows: list[Row], max_length: int) -> list[list[int]]:
+    """Row indices grouped into sequences of at most `max_length` tokens: best fit, longest rows first."""
+    sequences, space = [], []  # space: sorted (free tokens, sequence)
+    for index in sorted(range(len(rows)), key=lambda index: (-len(rows[index].ids), index)):
+        length = len(rows[index].ids)
+        place = bisect.bisect_left(space, (length, -1))
+        if place == len(space):
+            sequences.append([index])
+            bisect.insort(space, (max_length - length, len(sequences) - 1))
+        else:
+            free, sequence = space.pop(place)
+            sequences[sequence].append(index)
+            bisect.insort(space, (free - length, sequence))
+    return sequences
+
+
+def epoch_batches(n: int, global_batch: int, seed: int, epoch: int) -> list[list[int]]:
+    """An epoch's steps: the order 0 … n-1 shuffled by (seed, epoch), cut into global batches; the last is short."""
+    order = list(range(n))
+    random.Random(f"{seed} {epoch}").shuffle(order)
+    return [order[start : start + global_batch] for start in range(0, n, global_batch)]
+
+
+def cut(lengths: list[int], most: int) -> list[list[int]]:
+    """Cut items into micro-batches of at most `most` with the least padded tokens + CALL_COST a micro-batch.
+
+    Returns positions in `lengths`, longest first. Exact: items sorted by length, dynamic programming over the cuts.
+    """
+    order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
+    cost, size_before = [0.0], [0]
+    for end in range(1, len(order) + 1):
+        choices = [
+            (cost[end - size] + size * lengths[order[end - size]] + CALL_COST, size)
+            for size in range(1, min(most, end) + 1)
+        ]
+        best = min(choices)
+        cost.append(best[0])
+        size_before.append(best[1])
+    groups, end = [], len(order)
+    while end:
+        groups.append(order[end - size_before[end] : end])
+        end -= size_before[end]
+    return groups[::-1]
+
+
+def deal(costs: list[float], ranks: int) -> list[list[int | None]]:
+    """Micro-batches (by position) for each rank, dearest first to the least loaded; None fills up to equal counts."""
+    hands, load = [[] for _ in range(ranks)], [0.0] * ranks
+    for place in sorted(range(len(costs)), key=lambda place: (-costs[place], place)):
+        rank = load.index(min(load))
+        hands[rank].append(place)
+        load[rank] += costs[place]
+    longest = max(len(hand) for hand in hands)
+    return [hand + [None] * (longest - len(hand)) for hand in hands]
+
+
+def micro_batches(step: list[int], lengths: list[int], most: int, ranks: int) -> list[list[tuple[list[int], int]]]:
+    """For each rank the same number of (sequence indices, weight); weight 0 marks a dummy that keeps ranks in step."""
+    groups = [[step[place] for place in group] for group in cut([lengths[index] for index in step], most)]
+    costs = [len(group) * lengths[group[0]] + CALL_COST for group in groups]
+    dummy = ([min(step, key=lambda index: lengths[index])], 0)
+    return [[dummy if place is None else (groups[place], 1) for place in hand] for hand in deal(costs, ranks)]
+
+
+def collate(sequences: list[list[Row]], pad: int, packed: bool = False, additive: bool = False) -> dict:
+    """Model inputs of a micro-batch, each sequence one row or (`packed`) several; padded on the right.
+
+    Returns input_ids (B, T), logits_to_keep (B, T) bool — the positions that predict a label — and their targets (K,),
+    in row-major order. Padding is on the right and the models are causal, so no real token sees it and no mask is
+    needed; which positions count is known from the lengths, never from the pad id. `packed` adds position_ids that
+    start again with every row, and attention_mask (B, 1, T, T) that keeps attention inside a row (bool; `additive`:
+    0 or the lowest float, for eager attention).
+    """
+    import torch
+
+    longest = max(sum(len(row.ids) for row in rows) for rows in sequences)
+    shape = (len(sequences), longest)
+    input_ids, keep = torch.full(shape, pad), torch.zeros(shape, dtype=torch.bool)
+    positions, document = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)
+    targets = []
+    for line, rows in enumerate(sequences):
+        start = 0
+        for number, row in enumerate(rows):
+            end = start + len(row.ids)
+            input_ids[line, start:end] = torch.tensor(row.ids)
+            positions[line, start:end] = torch.arange(len(row.ids))
+            document[line, start:end] = number
+            keep[line, start + row.first - 1 : end - 1] = True
+            targets += row.ids[row.first :]
+            start = end
+    batch = {"input_ids": input_ids, "logits_to_keep": keep, "targets": torch.tensor(targets, dtype=torch.long)}
+    if packed:
+        mask = (document[:, :, None] == document[:, None, :]).tril()[:, None]
+        if additive:
+            mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+        batch |= {"position_ids": positions, "attention_mask": mask}
+    return batch
+
+
+def converted(state: dict, initial: dict) -> dict:
+    """A PiSSA adapter as the LoRA of twice the rank that gives the same model on the original base.
+
+    PiSSA trains B A on the residual W − s B₀A₀ (Meng et al. 2024), so ΔW = s (B A − B₀ A₀) = s [B, −B₀] [A; A₀]. Rank
+    and alpha both double, which keeps the scale s. Tensors: name → lora_A (r, in) or lora_B (out, r), float32.
+    """
+    import torch
+
+    wide = {}
+    for name, tensor in state.items():
+        if ".lora_A." in name:
+            wide[name] = torch.cat([tensor, initial[name]], dim=0)
+        else:
+            wide[name] = torch.cat([tensor, -initial[name]], dim=1)
+    return wide
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a call is to do, known before a model is loaded
+
+
+@dataclass
+class Plan:
+    """Everything decided from the arguments and files alone. `start`: 'new', 'resume' or 'finished'."""
+
+    ref: models.ModelRef
+    input: Path
+    tag: str
+    folder: Path
+    tokenizer: object
+    train: list[Row]
+    held: list[Row]
+    sequences: list[list[int]]
+    global_batch: int
+    max_length: int
+    start: str
+    world_size: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.sequences) / self.global_batch)
+
+
+def make_plan(args) -> Plan:
+    """Check every argument and file, tokenise the rows, look at the run directory. UserError with all problems."""
+    from transformers import AutoConfig
+
+    problems = Problems()
+    distributed.check_environment(problems)
+    ref = problems.absorb(models.find_model, args.model, args.revision)
+    if ref and ref.adapter:
+        problems.add(f"--model {args.model}: is an adapter; merge it into its base first (merge_peft.py)")
+    problems.absorb(optimizer_class, args)
+    problems.absorb(tracker_classes, args.report_to)
+    if args.peft_type == "pissa" and args.lora_dropout:
+        problems.add(f"--lora_dropout {args.lora_dropout}: PiSSA is trained without dropout; leave the flag out")
+    if args.device_map and args.distribution_type != "mp":
+        problems.add(f"--device_map {args.device_map}: only with --distribution_type mp")
+    if args.run_name and not re.fullmatch(r"[\w.+=-]+", args.run_name):
+        problems.add(f"--run_name {args.run_name}: letters, digits and . + = _ - only")
+    size = os.environ.get("WORLD_SIZE", "1")
+    world_size = int(size) if size.isdigit() else 1
+    if args.distribution_type == "mp" and world_size > 1:
+        problems.add(f"--distribution_type mp: runs as one process, not {world_size}; start it without torchrun")
+    if args.distribution_type == "fsdp" and args.peft_type == "full" and args.dtype == "float16":
+        problems.add("--dtype float16: full fine-tuning under fsdp has no loss scaling here; use bfloat16 or float32")
+
+    path, chosen, folder, tag = records.default_dataset(args.input), None, None, None
+    rows = problems.absorb(records.read_rows, path)
+    manifest = problems.absorb(records.read_manifest, path)
+    if rows:
+        if problems.absorb(records.validate, path, rows):
+            chosen = problems.absorb(choose_rows, args, path, rows, manifest)
+        tag = records.data_tag(path, manifest)
+        folder = run_folder(args, tag)
+        cli.check_writable(folder, problems, "--output_root")
+    if chosen and args.loss_on == "completion":
+        problems.absorb(boundaries, path, rows, chosen[0] + chosen[1])
+    global_batch = args.per_device_batch_size * args.gradient_accumulation_steps * world_size
+    steps = math.ceil(len(chosen[0]) / global_batch) * args.epochs if chosen else 1
+    problems.absorb(check_scheduler, args, steps)
+    tokenizer = problems.absorb(models.load_tokenizer, ref) if ref else None
+    start = problems.absorb(run_state, args, folder, path, global_batch) if folder else None
+    config = AutoConfig.from_pretrained(ref.base, revision=ref.revision) if ref else None
+    if config and args.target_modules != ["all-linear"] and args.peft_type != "full":
+        problems.absorb(check_targets, args.target_modules, config)
+    problems.check()
+
+    max_length = min(args.max_length, models.context_length(SimpleNamespace(config=config)))
+    train = encode([rows[index] for index in chosen[0]], tokenizer, max_length, args.loss_on)
+    held = encode([rows[index] for index in chosen[1]], tokenizer, max_length, args.loss_on)
+    if not sum(row.labels for row in train):
+        raise UserError(f"{path}: no token is left to learn from at --max_length {max_length}; raise it")
+    highest = max(max(row.ids) for row in train + held)
+    vocabulary = config.get_text_config().vocab_size
+    if highest >= vocabulary:
+        raise UserError(
+            f"--model {args.model}: its tokenizer gives id {highest}, the model knows ids below {vocabulary}"
+        )
+    sequences = pack(train, max_length) if args.packing else [[index] for index in range(len(train))]
+    return Plan(ref, path, tag, folder, tokenizer, train, held, sequences, global_batch, max_length, start, world_size)
+
+
+def run_state(args, folder: Path, path: Path, global_batch: int) -> str:
+    """'new', 'resume' or 'finished', from run.json in the run directory. UserError when its arguments differ."""
+    file = folder / "run.json"
+    if not file.is_file():
+        return "new"
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}: not JSON ({error}); remove {folder}") from None
+    finished = record["status"] == "ok"
+    if not finished and not args.resume:
+        return "new"
+    now = cli.plain(vars(args)) | {"global_batch": global_batch, "input's content": results.sha256(path)}
+    then = record["args"] | {"global_batch": record["global_batch"], "input's content": record["inputs"][0]["sha256"]}
+    keys = sorted((set(now) | set(then)) - set(FREE_ARGUMENTS))
+    different = [f"--{key} {then.get(key)} there, {now.get(key)} here" for key in keys if now.get(key) != then.get(key)]
+    if different:
+        kind = "a finished run" if finished else "an unfinished run (--resume)"
+        raise UserError(f"{folder}: holds {kind} with other arguments ({'; '.join(different)}); set --run_name")
+    return "finished" if finished else "resume"
+
+
+def describe(args, plan: Plan) -> list[str]:
+    """The plan in words, a line each."""
+    tokens = sum(len(row.ids) for row in plan.train)
+    labels = sum(row.labels for row in plan.train)
+    lines = [
+        f"model        {plan.ref.base}, {args.peft_type}, {args.distribution_type} on {plan.world_size} process(es)",
+        f"data         {plan.input} ({plan.tag}): {len(plan.train)} rows to train on, {len(plan.held)} held out",
+        f"tokens       {tokens} an epoch, {labels} of them predicted; at most {plan.max_length} a row",
+        f"steps        {plan.steps_per_epoch} an epoch × {args.epochs} epochs, global batch {plan.global_batch}",
+        f"directory    {plan.folder}",
+    ]
+    if args.packing:
+        lines.insert(3, f"packing      {len(plan.train)} rows in {len(plan.sequences)} sequences")
+    empty = sum(row.labels == 0 for row in plan.train)
+    if empty:
+        lines.insert(
+            3, f"             {empty} rows have nothing to predict (cut off before their completion, or empty)"
+        )
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model and its trainable part
+
+
+def build(args, plan: Plan, world, dtype):
+    """(model in training mode, its initial adapter's tensors on the CPU or None)."""
+    import torch
+
+    full, fsdp = args.peft_type == "full", args.distribution_type == "fsdp"
+    device_map = (args.device_map or "auto") if args.distribution_type == "mp" else None
+    # A model trained whole keeps float32 weights: half precision would round most of an update away.
+    loaded = torch.float32 if full else dtype
+    model = models.load_base(plan.ref, loaded, "cpu" if fsdp else world.device, device_map)
+    if device_map and len({parameter.device for parameter in model.parameters()}) == 1:
+        world.say(f"mp: one device here, all layers on {next(model.parameters()).device}")
+    if args.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    initial = None
+    if not full:
+        model, initial = add_adapter(args, plan, world, model)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if fsdp:
+        shard(model, set() if full else set(trainable), world)
+    return model.train(), initial
+
+
+def add_adapter(args, plan: Plan, world, model):
+    """(PEFT model, initial adapter tensors), the same on every rank; for PiSSA the base becomes the residual."""
+    import torch
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
+    chosen = {
+        name: sides
+        for name, sides in linear_layers(model).items()
+        if args.target_modules == ["all-linear"] or any(_is_named(name, target) for target in args.target_modules)
+    }
+    kept = plan.folder / "initial_adapter"
+    saved = plan.start == "resume" and args.peft_type == "pissa" and kept.is_dir()
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=0.0 if args.peft_type == "pissa" else 0.05 if args.lora_dropout is None else args.lora_dropout,
+        bias="none",
+        target_modules="all-linear" if args.target_modules == ["all-linear"] else args.target_modules,
+        use_dora=args.peft_type == "dora",
+        init_lora_weights="pissa" if args.peft_type == "pissa" and not saved else True,
+        rank_pattern={name: min(sides) for name, sides in chosen.items() if min(sides) < args.lora_r},
+        revision=args.revision,
+    )
+    torch.manual_seed(args.seed)
+    model = get_peft_model(model, config)
+    base = Path(plan.ref.base).expanduser()
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = str(base.resolve()) if base.is_dir() else plan.ref.base
+    if saved:
+        from safetensors.torch import load_file
+
+        set_peft_model_state_dict(model, load_file(kept / "adapter_model.safetensors"))
+        subtract_adapter(model)
+    config.init_lora_weights = True  # the published adapter is read as it stands
+    set_peft_model_state_dict(model, world.broadcast(adapter_state(model) if world.main else None))
+    return model, adapter_state(model)
+
+
+def _is_named(name: str, target: str) -> bool:
+    return name == target or name.endswith("." + target)
+
+
+def check_targets(targets: list[str], config) -> None:
+    """UserError when a name of --target_modules is no linear layer of the model (built without its weights)."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        linear = linear_layers(AutoModelForCausalLM.from_config(config))
+    unknown = [target for target in targets if not any(_is_named(name, target) for name in linear)]
+    if unknown:
+        kinds = sorted({name.split(".")[-1] for name in linear})
+        raise UserError(f"--target_modules {' '.join(unknown)}: no such linear layer; there are {', '.join(kinds)}")
+
+
+def linear_layers(model) -> dict[str, tuple[int, int]]:
+    """Name → shape of the weight of every linear layer but the output head."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    return {
+        name: tuple(module.weight.shape)
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+    }
+
+
+def lora_layers(model) -> dict:
+    """Name → PEFT layer, for every adapted layer."""
+    from peft.tuners.lora import LoraLayer
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def subtract_adapter(model) -> None:
+    """W ← W − s·B A in every adapted layer (in float32): from an original base to PiSSA's residual."""
+    import torch
+    from peft.utils.other import transpose
+
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            base, flipped = layer.get_base_layer(), layer.fan_in_fan_out
+            product = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+            residual = transpose(base.weight.float(), flipped) - product
+            base.weight.data = transpose(residual.to(base.weight.dtype), flipped)
+
+
+def adapter_state(model) -> dict:
+    """The adapter's tensors under the names PEFT saves them by, on the CPU."""
+    from peft import get_peft_model_state_dict
+
+    # Not model.state_dict(): under FSDP it re-shards the rank that calls it, and the ranks fall out of step.
+    named = {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
+    state = get_peft_model_state_dict(model, state_dict=named, save_embedding_layers=False)
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+
+
+def shard(model, replicated: set, world) -> None:
+    """FSDP2 over all processes: each decoder layer, then the rest; `replicated` parameters stay whole everywhere."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    for parameter in replicated:
+        parameter.data = parameter.data.to(world.device)
+    mesh = init_device_mesh(world.device.split(":")[0], (world.size,))
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kinds = set(base._no_split_modules or ())
+    layers = [module for module in base.modules() if type(module).__name__ in kinds]
+    if not layers:
+        raise RuntimeError(f"{type(base).__name__} names no decoder layers to shard by (_no_split_modules)")
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, ignored_params=replicated)
+    fully_shard(model, mesh=mesh, ignored_params=replicated)
+    whole = {id(parameter) for parameter in replicated}
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor) == (id(parameter) in whole):
+            raise RuntimeError(f"fsdp: {name} is {'' if isinstance(parameter, DTensor) else 'not '}sharded")
+
+
+def parameter_groups(model, weight_decay: float) -> list[dict]:
+    """Weight decay on matrices; none on biases, norms and DoRA magnitudes."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in trainable if parameter.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in trainable if parameter.dim() < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One run
+
+
+class Interrupted(Exception):
+    """SIGTERM arrived; the state is saved."""
+
+
+class Training:
+    """The state of one run: what a checkpoint saves and --resume restores."""
+
+    def __init__(self, args, plan: Plan, world, dtype):
+        import torch
+
+        self.args, self.plan, self.world, self.dtype = args, plan, world, dtype
+        self.full = args.peft_type == "full"
+        self.sharded = self.full and args.distribution_type == "fsdp"
+        self.model, self.initial = build(args, plan, world, dtype)
+        self.trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        kind, keywords = optimizer_class(args)
+        if self.full:
+            self.initial = self.fingerprint()
+        self.optimizer = kind(parameter_groups(self.model, args.weight_decay), **keywords)
+        self.scheduler = make_scheduler(args, self.optimizer, self.total)
+        self.scaler = torch.amp.GradScaler(self.device_type, enabled=dtype == torch.float16)
+        base = self.model if self.full else self.model.get_base_model()
+        self.additive = base.config._attn_implementation == "eager"
+        self.spread = len({parameter.device for parameter in base.parameters()}) > 1
+        self.lengths = [sum(len(plan.train[index].ids) for index in sequence) for sequence in plan.sequences]
+        self.stopping = False
+        # step: steps done; updates: steps that could change a weight; window: loss and labels since the last log line
+        self.count = {"step": 0, "updates": 0, "tokens": 0, "window_loss": 0.0, "window_labels": 0, "eval_losses": []}
+
+    @property
+    def device_type(self) -> str:
+        return self.world.device.split(":")[0]
+
+    @property
+    def total(self) -> int:
+        return self.plan.steps_per_epoch * self.args.epochs
+
+    # -- one micro-batch
+
+    def batch(self, rows: list[Row], sequences: list[list[int]]) -> dict:
+        made = collate(
+            [[rows[index] for index in sequence] for sequence in sequences],
+            self.plan.tokenizer.pad_token_id,
+            packed=self.args.packing,
+            additive=self.additive,
+        )
+        return {name: tensor.to(self.world.device, non_blocking=True) for name, tensor in made.items()}
+
+    def autocast(self):
+        import torch
+
+        return torch.autocast(self.device_type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def nll(self, batch: dict):
+        """Σ −log p(label) over a micro-batch's labels, float32 scalar."""
+        import torch.nn.functional as F
+
+        targets = batch.pop("targets")
+        keep = batch.pop("logits_to_keep")
+        with self.autocast():
+            if self.spread:  # the hidden states may lie on another GPU than the mask
+                logits = self.model(**batch, use_cache=False).logits
+                logits = logits[keep.to(logits.device)]
+            else:
+                logits = self.model(**batch, use_cache=False, logits_to_keep=keep).logits
+        return F.cross_entropy(logits.float(), targets.to(logits.device), reduction="sum")
+
+    # -- one step
+
+    def step(self, members: list[int]) -> dict:
+        """One optimizer step on the sequences `members` (over all ranks). Returns {lr, grad_norm, stop}."""
+        import torch
+
+        args, plan, world, count = self.args, self.plan, self.world, self.count
+        number = count["step"] + 1
+        # Dropout depends on nothing but seed, step and rank, so a resumed run draws what an unbroken one does.
+        torch.manual_seed((args.seed * 1_000_003 + number) * 1_009 + world.rank)
+        labels = sum(plan.train[index].labels for member in members for index in plan.sequences[member])
+        hands = micro_batches(members, self.lengths, args.per_device_batch_size, world.size)
+        total = torch.zeros((), device=world.device)
+        for group, weight in hands[world.rank]:
+            nll = self.nll(self.batch(plan.train, [plan.sequences[member] for member in group]))
+            loss = nll * (weight / max(1, labels))
+            # FSDP averages the gradients it reduces; ours are parts of one sum.
+            self.scaler.scale(loss * world.size if self.sharded else loss).backward()
+            total += loss.detach().to(total.device)
+        loss, stop = self.reduce(total)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"step {number}: the loss is {loss}; {self.last_good()}")
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.trainable, args.max_grad_norm)
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if not math.isfinite(norm) and not self.scaler.is_enabled():
+            raise FloatingPointError(f"step {number}: the gradient's norm is {norm}; {self.last_good()}")
+        rate, scale = self.optimizer.param_groups[0]["lr"], self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        skipped = self.scaler.get_scale() < scale
+        self.optimizer.zero_grad(set_to_none=True)
+        if not skipped and args.scheduler not in METRIC_SCHEDULERS:
+            self.scheduler.step()
+        count["step"] = number
+        count["updates"] += not skipped and rate > 0
+        count["tokens"] += sum(self.lengths[member] for member in members)
+        count["window_loss"] += loss * labels
+        count["window_labels"] += labels
+        return {"lr": rate, "grad_norm": norm if math.isfinite(norm) else None, "stop": stop}
+
+    def reduce(self, loss) -> tuple[float, bool]:
+        """Sum the replicated gradients, the loss and the stop signal over the ranks in one collective."""
+        import torch
+
+        signals = torch.stack([loss.float(), torch.tensor(float(self.stopping), device=loss.device)])
+        if self.world.backend:
+            shared = [] if self.sharded else [one.grad for one in self.trainable if one.grad is not None]
+            flat = self.world.sum_(torch.cat([*(grad.flatten().float() for grad in shared), signals]))
+            start = 0
+            for grad in shared:
+                grad.copy_(flat[start : start + grad.numel()].view_as(grad))
+                start += grad.numel()
+            signals = flat[start:]
+        loss, stop = signals.tolist()
+        return loss, stop > 0
+
+    def last_good(self) -> str:
+        saved = checkpoints(self.plan.folder)
+        return f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was saved yet"
+
+    # -- held-out loss
+
+    def evaluate(self) -> tuple[float, int]:
+        """(mean loss, number) of the held-out rows' label tokens."""
+        import torch
+
+        rows, world = self.plan.held, self.world
+        lengths = [len(row.ids) for row in rows]
+        hands = micro_batches(list(range(len(rows))), lengths, self.args.per_device_batch_size, world.size)
+        sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+        self.model.eval()
+        with torch.no_grad():
+            for group, weight in hands[world.rank]:
+                batch = self.batch(rows, [[index] for index in group])
+                labels = len(batch["targets"])
+                sums += weight * torch.tensor(
+                    [float(self.nll(batch)), labels], dtype=torch.float64, device=world.device
+                )
+        self.model.train()
+        loss, labels = world.sum_(sums).tolist()
+        return loss / max(1.0, labels), int(labels)
+
+    # -- saving and restoring
+
+    def weights(self) -> dict:
+        """The trainable parameters, whole, on the CPU, by name (empty on other ranks than 0 where they are sharded)."""
+        if self.sharded:
+            from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+            return get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        named = self.model.state_dict() if self.full else dict(self.model.named_parameters())
+        chosen = named if self.full else {name: item for name, item in named.items() if item.requires_grad}
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in chosen.items()}
+
+    def optimizer_state(self) -> dict:
+        if self.sharded:
+            from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            return get_optimizer_state_dict(self.model, self.optimizer, options=options)
+        return self.optimizer.state_dict()
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint with the training state: complete or not at all; older training states are dropped."""
+        import torch
+
+        weights, optimizer = self.weights(), self.optimizer_state()
+        if self.world.main:
+            with results.atomic_folder(folder) as new:
+                self.publish(new, weights)
+                state = {
+                    "count": self.count,
+                    "weights": weights,
+                    "optimizer": optimizer,
+                    "scheduler": self.scheduler.state_dict(),
+                    "scaler": self.scaler.state_dict(),
+                }
+                torch.save(state, new / "training_state.pt")
+            for other in saved_states(self.plan.folder):
+                if other != folder:
+                    (other / "training_state.pt").unlink()
+        self.world.barrier()
+
+    def publish(self, folder: Path, weights: dict) -> None:
+        """What others load: a PEFT adapter for the original base, or a whole model; the tokenizer beside it."""
+        self.plan.tokenizer.save_pretrained(folder)
+        if self.full:
+            self.model.save_pretrained(folder, state_dict=weights)
+            return
+        config, state = copy.deepcopy(self.model.peft_config["default"]), adapter_state(self.model)
+        if self.args.peft_type == "pissa":
+            state = converted(state, self.initial)
+            config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
+            config.rank_pattern = {name: 2 * rank for name, rank in config.rank_pattern.items()}
+        save_adapter(folder, state, config)
+
+    def restore(self, folder: Path) -> None:
+        """Continue from the training state in `folder`."""
+        import torch
+
+        state = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
+        if self.sharded:
+            from torch.distributed.checkpoint.state_dict import (
+                StateDictOptions,
+                set_model_state_dict,
+                set_optimizer_state_dict,
+            )
+
+            options = StateDictOptions(full_state_dict=True)
+            set_model_state_dict(self.model, state["weights"], options=options)
+            set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=options)
+        else:
+            named = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+            if not self.full and named != set(state["weights"]):
+                raise RuntimeError(f"{folder}: its training state is of another adapter")
+            self.model.load_state_dict(state["weights"], strict=self.full)
+            self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.count = state["count"]
+
+    # -- checks at the end
+
+    def probe(self):
+        """Logits (float32, on the CPU) of a few training rows, dropout off."""
+        import torch
+
+        rows = [Row(row.ids[:PROBE_TOKENS], 1) for row in self.plan.train[:PROBE_ROWS]]
+        batch = self.batch(rows, [[index] for index in range(len(rows))])
+        self.model.eval()
+        with torch.no_grad(), self.autocast():
+            logits = self.model(input_ids=batch["input_ids"], use_cache=False).logits.float().cpu()
+        self.model.train()
+        return logits
+
+    def check_saved(self, folder: Path) -> None:
+        """RuntimeError unless the weights saved in `folder` moved and give the logits of the model in memory.
+
+        LoRA and DoRA: the live adapter is zeroed and filled again from the file. PiSSA: the file, which fits the
+        original base, is attached beside the initial adapter on the residual base. Whole models: tensors are compared.
+        """
+        import torch
+
+        if self.full:
+            self.check_saved_model(folder)
+            return
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        trained, before = adapter_state(self.model), self.probe()
+        moved = any(not torch.equal(trained[name], self.initial[name]) for name in trained)
+        if self.count["updates"] and not moved:
+            raise RuntimeError(
+                f"{folder}: the adapter is what it was before training, after {self.count['updates']} steps"
+            )
+        if self.args.peft_type == "pissa":
+            after = self.probe_converted(folder)
+        else:
+            zeros = {name: torch.zeros_like(tensor) for name, tensor in trained.items()}
+            set_peft_model_state_dict(self.model, zeros)
+            set_peft_model_state_dict(self.model, load_file(folder / "adapter_model.safetensors"))
+            after = self.probe()
+        worst, scale = (after - before).abs().max().item(), before.abs().max().item()
+        bound = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}[self.dtype]
+        if not worst <= bound * max(scale, 1.0):
+            raise RuntimeError(f"{folder}: reloaded, its logits differ from the model in memory by {worst:.2g}")
+
+    def probe_converted(self, folder: Path):
+        """Logits of residual base + initial adapter + the saved, converted adapter."""
+        self.model.load_adapter(folder, adapter_name="reloaded")
+        self.model.load_adapter(self.plan.folder / "initial_adapter", adapter_name="initial")
+        self.model.base_model.set_adapter(["initial", "reloaded"])
+        after = self.probe()
+        self.model.base_model.set_adapter("default")
+        self.model.delete_adapter("reloaded")
+        self.model.delete_adapter("initial")
+        return after
+
+    def check_saved_model(self, folder: Path) -> None:
+        import torch
+        from safetensors import safe_open
+
+        if self.count["updates"] and self.fingerprint() == self.initial:
+            raise RuntimeError(
+                f"{folder}: the model is what it was before training, after {self.count['updates']} steps"
+            )
+        live, compared = self.weights(), 0
+        for file in folder.glob("*.safetensors") if self.world.main else ():
+            with safe_open(file, "pt") as saved:
+                for name in set(saved.keys()) & set(live):
+                    compared += 1
+                    if not torch.equal(saved.get_tensor(name), live[name]):
+                        raise RuntimeError(f"{folder}: {name} differs from the model in memory")
+        if self.world.main and not compared:
+            raise RuntimeError(f"{folder}: none of the model's weights are in it")
+
+    def fingerprint(self) -> list[float]:
+        """Sum of squares of every trainable parameter (over all ranks, where it is sharded)."""
+        sums = [parameter.detach().double().square().sum() for parameter in self.trainable]
+        return [float(item.full_tensor() if self.sharded else item) for item in sums]
+
+    def relative_change(self) -> float | None:
+        """‖ΔW‖ / ‖W‖ (Frobenius, all adapted matrices together); None but for LoRA on a base that is whole here."""
+        if self.args.peft_type != "lora" or self.args.distribution_type == "fsdp":
+            return None
+        change = total = 0.0
+        for layer in lora_layers(self.model).values():
+            change += layer.get_delta_weight("default").detach().double().square().sum().item()
+            total += layer.get_base_layer().weight.detach().double().square().sum().item()
+        return (change / total) ** 0.5
+
+
+def save_adapter(folder: Path, state: dict, config) -> None:
+    """A PEFT adapter directory: adapter_model.safetensors and adapter_config.json."""
+    from safetensors.torch import save_file
+
+    config = copy.deepcopy(config)
+    config.inference_mode = True
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(folder)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """checkpoint-<step> directories of a run, by step."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def saved_states(folder: Path) -> list[Path]:
+    """Directories of a run that hold a training state, `interrupted` last."""
+    found = [*checkpoints(folder), folder / "interrupted"]
+    return [path for path in found if (path / "training_state.pt").is_file()]
+
+
+def clean(folder: Path, everything: bool) -> None:
+    """Remove what a killed run left half-written; with `everything` the whole unfinished run."""
+    for rest in [*folder.glob(".*.tmp"), *folder.glob(".*.old")]:
+        shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
+    if everything:
+        for old in [*checkpoints(folder), folder / "interrupted", folder / "initial_adapter"]:
+            shutil.rmtree(old, ignore_errors=True)
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
+
+
+def keep_metrics(file: Path, step: int) -> None:
+    """Drop the lines of metrics.jsonl after `step`, and a line that a killed run left half-written."""
+    if not file.is_file():
+        return
+    whole, newline, _ = file.read_text(encoding="utf-8").rpartition("\n")
+    lines = [json.loads(line) for line in (whole + newline).splitlines()]
+    results.write_jsonl(file, [line for line in lines if line["step"] <= step])
+
+
+@contextlib.contextmanager
+def on_sigterm(training: Training):
+    """SIGTERM asks the run to stop after its current step."""
+
+    def ask(*_):
+        training.stopping = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def train(training: Training, run: results.Run, trackers: list) -> None:
+    """All remaining epochs: steps, metrics.jsonl, held-out loss, a checkpoint each. Raises Interrupted on SIGTERM."""
+    from tqdm import tqdm
+
+    args, plan, world, count = training.args, training.plan, training.world, training.count
+    seconds, tokens_before, said = 0.0, count["tokens"], time.monotonic()
+    terminal = sys.stderr.isatty()
+
+    def log(record: dict) -> None:
+        if world.main:
+            file.write(results.dumps(record | {"time": results.now()}) + "\n")
+            file.flush()
+            for tracker in trackers:
+                tracker.log({key: item for key, item in record.items() if key != "step"}, step=record["step"])
+
+    def held_out_loss() -> None:
+        loss, labels = training.evaluate()
+        count["eval_losses"].append(loss)
+        epoch = count["step"] / plan.steps_per_epoch
+        log({"step": count["step"], "epoch": epoch, "eval_loss": loss, "eval_tokens": labels})
+        world.say(f"epoch {epoch:g}  held-out loss {loss:.4f} over {labels} tokens")
+        if args.scheduler in METRIC_SCHEDULERS and count["step"]:
+            training.scheduler.step(loss)
+
+    with contextlib.ExitStack() as stack:
+        if world.main:
+            file = stack.enter_context(open(plan.folder / "metrics.jsonl", "a", encoding="utf-8"))
+        hidden = not (world.main and terminal)
+        bar = stack.enter_context(tqdm(total=training.total, initial=count["step"], disable=hidden, unit="step"))
+        if plan.held and not count["step"] and not count["eval_losses"]:
+            held_out_loss()
+        while count["step"] < training.total:
+            epoch, first = divmod(count["step"], plan.steps_per_epoch)
+            for members in epoch_batches(len(plan.sequences), plan.global_batch, args.seed, epoch)[first:]:
+                begun = time.monotonic()
+                done = training.step(members)
+                seconds += time.monotonic() - begun
+                step = count["step"]
+                if step % args.logging_steps == 0 or step == training.total:
+                    loss = count["window_loss"] / max(1, count["window_labels"])
+                    count["window_loss"], count["window_labels"] = 0.0, 0
+                    progress = {"step": step, "epoch": step / plan.steps_per_epoch, "loss": loss}
+                    log(progress | {"lr": done["lr"], "grad_norm": done["grad_norm"], "tokens": count["tokens"]})
+                    bar.set_postfix(loss=f"{loss:.3f}")
+                    if not terminal and time.monotonic() - said > LOG_SECONDS:
+                        said = time.monotonic()
+                        world.say(f"step {step}/{training.total}  loss {loss:.4f}  lr {done['lr']:.2g}")
+                bar.update()
+                if done["stop"] and step % plan.steps_per_epoch:
+                    training.save(plan.folder / "interrupted")
+                    raise Interrupted(f"SIGTERM after step {step}; --resume continues from there")
+            if plan.held:
+                held_out_loss()
+            training.save(plan.folder / f"checkpoint-{count['step']}")
+            run["tokens_per_second"] = (count["tokens"] - tokens_before) / seconds
+            world.say(
+                f"epoch {count['step'] // plan.steps_per_epoch}/{args.epochs}  step {count['step']}/{training.total}  "
+                f"{run['tokens_per_second']:.0f} tokens/s  {plan.folder / ('checkpoint-' + str(count['step']))}"
+            )
+            if done["stop"] and count["step"] < training.total:
+                raise Interrupted(f"SIGTERM after step {count['step']}; --resume continues from there")
+
+
+def run(args) -> Path:
+    """Fine-tune as `args` (make_parser) says; returns the run directory. Raises UserError, Interrupted, or a bug."""
+    from transformers.utils import logging as transformers_logging
+
+    plan = make_plan(args)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print("\n".join(describe(args, plan)), flush=True)
+    if plan.start == "finished":
+        print(f"{plan.folder}: this run is finished; nothing to do (remove it to run again)", flush=True)
+        return plan.folder
+    if args.dry_run:
+        return plan.folder
+    world = distributed.start(group_of_one=args.distribution_type == "fsdp")
+    try:
+        if not world.main or not sys.stderr.isatty():
+            transformers_logging.disable_progress_bar()
+        if world.main:
+            plan.folder.mkdir(parents=True, exist_ok=True)
+            old = checkpoints(plan.folder)
+            if plan.start == "new" and old:
+                print(f"starting over: {len(old)} checkpoint(s) of an unfinished run go (--resume would keep them)")
+            clean(plan.folder, everything=plan.start == "new")
+        world.barrier()
+        more = {"global_batch": plan.global_batch, "data_tag": plan.tag}
+        with results.Run(plan.folder / "run.json", args, inputs=[plan.input], world=world, **more) as record:
+            dtype = models.resolve_dtype(args.dtype, world.device)
+            _run(args, plan, world, dtype, record)
+    finally:
+        world.close()
+    return plan.folder
+
+
+def _run(args, plan: Plan, world, dtype, record: results.Run) -> None:
+    training = Training(args, plan, world, dtype)
+    record["dtype"] = str(dtype).removeprefix("torch.")
+    record["base_commit"] = getattr(training.model.config, "_commit_hash", None)
+    record["max_length"] = plan.max_length
+    record["rows"] = {"train": len(plan.train), "held_out": len(plan.held), "sequences": len(plan.sequences)}
+    record["parameters"] = {
+        "trainable": sum(parameter.numel() for parameter in training.trainable),
+        "all": sum(parameter.numel() for parameter in training.model.parameters()),
+    }
+    if args.peft_type == "pissa" and world.main and not (plan.folder / "initial_adapter").is_dir():
+        with results.atomic_folder(plan.folder / "initial_adapter") as folder:
+            save_adapter(folder, training.initial, training.model.peft_config["default"])
+    states = saved_states(plan.folder)
+    if states:
+        newest = states[-1]
+        training.restore(newest)
+        record["resumed_from"] = training.count["step"]
+        world.say(f"resuming from {newest}, step {training.count['step']} of {training.total}")
+    elif args.resume:
+        world.say("nothing to resume from: starting at the first step")
+    if world.main:
+        keep_metrics(plan.folder / "metrics.jsonl", training.count["step"] if states else -1)
+    world.barrier()
+    trackers = start_trackers(args, plan) if world.main else []
+    with on_sigterm(training):
+        train(training, record, trackers)
+    last = checkpoints(plan.folder)[-1]
+    training.check_saved(last)
+    world.say("checked: the saved weights moved, and reloaded they give the logits of the model in memory")
+    record["steps"], record["updates"] = training.count["step"], training.count["updates"]
+    record["tokens"], record["eval_losses"] = training.count["tokens"], training.count["eval_losses"]
+    record["relative_change"] = training.relative_change()
+    if record["relative_change"] is not None:
+        world.say(f"‖ΔW‖/‖W‖ {record['relative_change']:.3g}")
+    for tracker in trackers:
+        tracker.finish()
+    if world.main:
+        shutil.rmtree(plan.folder / "interrupted", ignore_errors=True)
+
+
+def start_trackers(args, plan: Plan) -> list:
+    """The accelerate trackers of --report_to, logging below the run directory where they keep files."""
+    trackers = []
+    for kind in tracker_classes(args.report_to):
+        places = [plan.folder] if kind.requires_logging_directory else []
+        tracker = kind("run_peft", *places)
+        tracker.start()
+        values = cli.plain(vars(args))
+        tracker.store_init_configuration(
+            {key: item if isinstance(item, (int, float, str, bool)) else str(item) for key, item in values.items()}
+        )
+        trackers.append(tracker)
+    return trackers
+
+
+def main(argv=None) -> int:
+    args = make_parser().parse_args(argv)
+    try:
+        run(args)
+    except Interrupted as error:
+        print(error, file=sys.stderr)
+        return 143
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.entry(main))
