@@ -235,9 +235,10 @@ def next_free(folder) -> Path:
 
 
 def model_key(ref) -> dict:
-    """What identifies the measured weights in a result line: {'model_sha256': … of an adapter's file, or None}."""
-    file = Path(ref.adapter) / "adapter_model.safetensors" if ref.adapter else None
-    return {"model_sha256": results.sha256(file) if file else None}
+    """What identifies the measured weights in a result line."""
+    from common import models
+
+    return {"model_sha256": models.weights_sha256(ref), "revision": ref.revision}
 
 
 def attack(model, tokenizer, study: Study, args, temperatures: list[float], world) -> list[dict]:

@@ -1,6 +1,7 @@
 """Tokenizers, base models, adapters, and merging that can be undone bit by bit."""
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.cli import Problems, UserError
+from common.results import sha256
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -134,6 +136,19 @@ def adapter_shapes(path) -> dict[str, tuple[int, ...]]:
             return {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: cannot be read ({error}); the checkpoint is damaged") from None
+
+
+def weights_sha256(ref) -> str | None:
+    """SHA-256 of a model's weights: of an adapter's file, of the one file of a full model, or over its files' hashes.
+
+    None for a hub name.
+    """
+    folder = Path(ref.adapter or ref.base)
+    if not folder.is_dir():
+        return None
+    pattern = "adapter_model.safetensors" if ref.adapter else "*.safetensors"
+    hashes = [sha256(file) for file in sorted(folder.glob(pattern)) or sorted(folder.glob("*.bin"))]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def load_tokenizer(ref: ModelRef, flag: str = "--model"):

@@ -161,19 +161,6 @@ def find_models(args, problems: cli.Problems) -> tuple[list, dict[str, str]]:
     return found, unusable
 
 
-def weights_sha256(ref) -> str | None:
-    """SHA-256 of a model's weights: of the adapter's file, of the one file of a full model, or over the hashes of its
-    shards; None for a hub name."""
-    import hashlib
-
-    folder = Path(ref.adapter or ref.base)
-    if not folder.is_dir():
-        return None
-    pattern = "adapter_model.safetensors" if ref.adapter else "*.safetensors"
-    hashes = [results.sha256(file) for file in sorted(folder.glob(pattern)) or sorted(folder.glob("*.bin"))]
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-
-
 def tokenize(tokenizer, texts: list[str]) -> list[list[int]]:
     """Token ids of each text after a start token (BOS, else EOS); no other special tokens."""
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
@@ -279,11 +266,12 @@ def run(args) -> int:
     }
     todo, current = [], []  # (ModelRef, tokenizer, result line so far); lines of an earlier run that still hold
     for name, ref, tokenizer in found:
-        weights = weights_sha256(ref)
+        weights = models.weights_sha256(ref)
         line = {"model": ref.name, "checkpoint": name, "base_model": ref.base, "model_sha256": weights, **settings}
         done = [old for old in earlier if same(old, line)]
-        for old in done:
-            old["model"] = ref.name  # the tree may have been moved, or be named by another path
+        for old in earlier:
+            if (old.get("checkpoint"), old.get("model_sha256")) == (name, weights):
+                old["model"] = ref.name  # the tree may have been moved, or be named by another path
         current += done
         if not done:
             todo.append((ref, tokenizer, line))
