@@ -37,7 +37,7 @@ def make_parser() -> cli.Parser:
 def run(args) -> int:
     problems = cli.Problems()
     args.dataset = records.default_dataset(args.dataset)
-    distributed.check_environment(problems)
+    distributed.check_environment(problems, args.device_map)
     checkpoints = []
     if not Path(args.model).is_dir():
         problems.add(f"--model {args.model}: no such directory")

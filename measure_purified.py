@@ -472,7 +472,7 @@ def run(args) -> int:
         if getattr(args, flag) is None:
             problems.add(f"--{flag}: required")
     args.dataset = records.default_dataset(args.dataset)
-    distributed.check_environment(problems)
+    distributed.check_environment(problems, args.device_map)
     if args.output_dir:
         cli.check_writable(args.output_dir, problems)
     study = prepare(args, problems)

@@ -87,8 +87,8 @@ class World:
             print(*words, flush=True)
 
 
-def check_environment(problems: Problems) -> None:
-    """WORLD_SIZE > 1 needs RANK, MASTER_ADDR and MASTER_PORT (torchrun sets all of them)."""
+def check_environment(problems: Problems, device_map: str | None = None) -> None:
+    """WORLD_SIZE > 1 needs RANK, MASTER_ADDR and MASTER_PORT (torchrun sets all of them), and no --device_map."""
     size = os.environ.get("WORLD_SIZE", "1")
     if not size.isdigit() or int(size) < 1:
         problems.add(f"WORLD_SIZE={size}: must be a whole number of 1 or more")
@@ -96,6 +96,8 @@ def check_environment(problems: Problems) -> None:
         missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
             problems.add(f"WORLD_SIZE={size} but {', '.join(missing)} not set: start with torchrun, or set them")
+        if device_map:
+            problems.add(f"--device_map {device_map}: every one of the {size} processes would spread over all devices")
 
 
 def start(group_of_one: bool = False) -> World:

@@ -235,7 +235,7 @@ def prepare(args, problems: cli.Problems):
     if args.model and args.dir != DEFAULT_DIR:
         problems.add(f"--model {args.model}: cannot be combined with the directory {args.dir}; give one")
     args.dataset = records.default_dataset(args.dataset)
-    distributed.check_environment(problems)
+    distributed.check_environment(problems, args.device_map)
     folder = Path(args.output_dir or ("./" if args.model else args.dir))
     cli.check_writable(folder, problems, "--output_dir" if args.output_dir or args.model else "--dir")
     earlier, file = [], folder / "perplexity.jsonl"

@@ -160,6 +160,17 @@ def test_all_problems_at_once(files, capsys):
     assert all(part in text for part in ("--model: required", "no permission", "nothing-there", "twice"))
 
 
+def test_a_broken_launch_is_said_before_anything_else(files, monkeypatch, no_models):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = ["--model", str(files["model"]), "--output_dir", str(files["out"]), "-d", str(files["good"])]
+    with pytest.raises(UserError, match="RANK, MASTER_ADDR, MASTER_PORT not set"):
+        measure_purified.main(words)
+    for name, value in (("RANK", "0"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="every one of the 2 processes"):
+        measure_purified.main([*words, "--device_map", "auto"])
+
+
 def test_exit_status_of_the_process(files):
     from conftest import run_script
 

@@ -1,0 +1,130 @@
+"""The command line is a contract: frozen flags, --help without heavy imports, and the README's commands as written."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, make_rows, read_lines, run_script, write_rows
+
+MODEL = {"--dtype", "--device_map", "--revision", "--dry_run", "--seed"}
+MEASURE = {
+    "-d", "--dataset", "--top_k", "-mt", "--max_tokens", "--num_rows", "--temperatures", "--attack", "--templates",
+    "--trailing_space", "--demonstrations", "--batch_size", "--save_responses", "--baseline",
+}  # fmt: skip
+FLAGS = {
+    "run_peft.py": MODEL | {
+        "-m", "--model", "-i", "--input", "-pdbs", "--per_device_batch_size", "-gas", "--gradient_accumulation_steps",
+        "-w", "--warmup_steps", "-e", "--epochs", "-lr", "--learning_rate", "-l", "--logging_steps", "-opt",
+        "--optimizer", "-wd", "--weight_decay", "-s", "--scheduler", "--scheduler_kwargs", "-dt",
+        "--distribution_type", "-pt", "--peft_type", "--output_root", "--run_name", "--train_rows", "--eval_rows",
+        "--allow_overlap", "--lora_r", "--lora_alpha", "--lora_dropout", "--target_modules", "--max_length",
+        "--loss_on", "--max_grad_norm", "--gradient_checkpointing", "--packing", "--resume", "--report_to",
+    },
+    "merge_peft.py": MODEL | {"--model", "--save_dir", "--base_model", "--is_opt"},
+    "measure_purified.py": MODEL | MEASURE | {"--model", "--output_dir"},
+    "evaluate_purified.py": MODEL | MEASURE | {
+        "-m", "--model", "-t", "--temp", "--is_opt", "--base_model", "--save_merged",
+    },
+    "perplexity/perplexity.py": MODEL | {
+        "--dir", "-d", "--dataset", "--model", "--base_model", "--output_dir", "--num_rows", "--token_budget",
+    },
+    "quickstart.py": MODEL | {
+        "-m", "--model", "-d", "--dataset", "--outsiders", "--output", "-lr", "--learning_rate", "-e", "--epochs",
+        "-pdbs", "--per_device_batch_size", "-gas", "--gradient_accumulation_steps", "-mt", "--max_tokens", "--full",
+    },
+    "data/enron/prepare.py": {
+        "--input", "--output", "--tokenizer", "--workers", "--strict", "--overwrite", "--seed",
+    },
+}  # fmt: skip
+HEAVY = ("torch", "transformers", "peft", "datasets", "sklearn", "scipy", "pandas", "matplotlib")
+
+
+@pytest.mark.parametrize("script", FLAGS)
+def test_help_shows_the_frozen_flags_and_loads_nothing_heavy(script):
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['x', '--help']\n"
+        "try:\n"
+        f"    runpy.run_path({str(ROOT / script)!r}, run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    assert not end.code, end.code\n"
+        f"print('LOADED', [name for name in {HEAVY!r} if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=True)
+    assert done.stdout.strip().endswith("LOADED []")
+    help_text = done.stdout
+    flags = set(re.findall(r"(?:^|[\s,])(--?[a-z][a-z_]*)", help_text.split("options:")[1].split("example:")[0]))
+    listed = {flag for flag in flags if re.search(rf"^  (?:.*, )?{flag}\b", help_text, re.M)} - {"-h", "--help"}
+    assert listed == FLAGS[script]
+    assert "example:\n" in help_text
+    options = re.split(r"\n  (?=-)", help_text.split("options:")[1].split("\nexample:")[0])[1:]
+    silent = [option.split()[0] for option in options if "(default:" not in option and "--help" not in option]
+    assert silent == []
+
+
+def test_defaults_of_the_contract():
+    import measure_purified
+    import run_peft
+
+    args = run_peft.make_parser().parse_args([])
+    contract = {
+        "model": "EleutherAI/pythia-1.4b", "input": "./data/enron.jsonl", "per_device_batch_size": 1,
+        "gradient_accumulation_steps": 8, "warmup_steps": 0, "epochs": 4, "learning_rate": 2e-6, "logging_steps": 1,
+        "optimizer": "adamw_torch", "weight_decay": 0, "scheduler": "linear", "distribution_type": "ddp",
+        "peft_type": "lora", "lora_r": 64, "lora_alpha": 16, "max_length": 2048, "seed": 3407,
+    }  # fmt: skip
+    assert {key: getattr(args, key) for key in contract} == contract
+    args = measure_purified.make_parser().parse_args([])
+    assert (args.top_k, args.max_tokens, args.dataset, args.seed) == (100, 15, "./data/enron.jsonl", 3407)
+    assert args.temperatures == [0.01, 0.1, 0.2, 0.5, 0.75, 1.0, 1.25, 1.5]
+
+
+def readme_blocks() -> list[list[str]]:
+    """The command lines of each sh block of the README."""
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    return [[line.split("   #")[0].strip() for line in block.splitlines() if line.strip()] for block in blocks]
+
+
+@pytest.mark.slow
+def test_readme_study_runs_as_written(models, tmp_path):
+    """The study block, on a tiny model called pythia-1.4b and 60 rows, two processes instead of four."""
+    shutil.copytree(models["neox"], tmp_path / "EleutherAI" / "pythia-1.4b")
+    (tmp_path / "data").mkdir()
+    write_rows(tmp_path / "data" / "enron.jsonl", make_rows(60))
+    block = next(block for block in readme_blocks() if any("merge_peft" in line for line in block))
+    assert len(block) == 5
+    for line in block:
+        # 40 rows in global batches of 1 × 8 × 2 are 3 steps an epoch: checkpoint-12 takes the place of checkpoint-276
+        line = line.replace("--nproc_per_node=4", "--nproc_per_node=2").replace("checkpoint-276", "checkpoint-12")
+        words = shlex.split(line)
+        start = [sys.executable]
+        if words[0] == "torchrun":
+            start += ["-m", "torch.distributed.run", "--standalone", words.pop(1)]
+        words[1] = str(ROOT / words[1])
+        done = subprocess.run([*start, *words[1:]], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+        assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
+    tree = tmp_path / "pythia-1.4b/enron-lora/0e+00_2e-06"
+    lines = read_lines(tree / "checkpoint-12/results_purified.jsonl")
+    assert len(lines) == 8 and "baseline" in lines[0]
+    assert len(read_lines(tree.parents[1] / "perplexity.jsonl")) == 4
+    assert (tmp_path / "merged/model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_quickstart_in_small(tmp_path):
+    """quickstart.py on the embedded model with 90 of its rows: every step runs, a second call keeps all of it."""
+    rows = read_lines(ROOT / "data/embedded/enron.jsonl")[:90]
+    data = write_rows(tmp_path / "enron.jsonl", rows)
+    outsiders = write_rows(tmp_path / "outsiders.jsonl", read_lines(ROOT / "data/embedded/outsiders.jsonl")[:30])
+    words = ["quickstart.py", "-d", data, "--outsiders", outsiders, "--output", tmp_path / "out", "-e", "2"]
+    done = run_script(*words, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    table = (tmp_path / "out/summary.md").read_text(encoding="utf-8")
+    assert table in done.stdout and "epoch 2" in table and "McNemar" in table and "no model:" in table
+    again = run_script(*words, timeout=600)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert "measured before, kept" in again.stdout and "nothing to do" in again.stdout
+    assert (tmp_path / "out/summary.md").read_text(encoding="utf-8") == table
