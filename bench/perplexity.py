@@ -8,7 +8,8 @@ Both sides score the same token sequences (start token added) with the same mode
 of --runs counts. The peer: batches of 16 in file order, padded on the right, an attention mask, fp32 logits of the
 whole batch, cross-entropy over all positions, then the mask. The metric itself pads every text to the longest of all
 texts; by default the peer pads only to the longest of each batch, which is kinder to it. Lengths are heavy-tailed, as
-those of mail: a quoted part of up to 200 tokens, then log-normal text; every text is invented.
+those of mail: a quoted part of up to 200 tokens, then log-normal text; every text is invented. Cross-entropy copies the
+peer's logits, so it needs several times the memory that is printed for them: lower --longest where that is too much.
 """
 
 import statistics
