@@ -283,7 +283,7 @@ def attack(model, tokenizer, study: Study, args, temperatures: list[float], worl
                     batch_size=args.batch_size,
                     progress=bar.update,
                 )
-                for row, answer in zip(asked, answers):
+                for row, answer, target in zip(asked, answers, targets):
                     texts = tokenizer.batch_decode(answer.tokens, skip_special_tokens=True)
                     found.append(
                         {
@@ -293,6 +293,7 @@ def attack(model, tokenizer, study: Study, args, temperatures: list[float], worl
                             "dropped": None,
                             "truth_logprob": answer.truth_logprob,
                             "truth_logp": answer.truth_logp,
+                            "truth_tokens": len(target),
                         }
                     )
         return found
@@ -338,6 +339,12 @@ def summarise(study: Study, found: list[dict], temperatures: list[float], model_
         label: sum(item["template"] == label and item["responses"] is not None for item in found)
         for label in study.labels
     }
+    # addresses of more tokens than an answer may have: their probability is 0 by definition
+    limit = study.settings["max_tokens"]
+    too_long = {
+        label: sum(item["template"] == label and item.get("truth_tokens", 0) > limit for item in found)
+        for label in study.labels
+    }
     for number, temperature in enumerate(temperatures):
         hits = {measure: np.full((n_rows, len(study.labels)), np.nan) for measure in metrics.MEASURES}
         for item in found:
@@ -371,6 +378,7 @@ def summarise(study: Study, found: list[dict], temperatures: list[float], model_
             label: metrics.probabilistic_extraction(np.array([values[number] for values in logp[label]]))
             for label in study.labels
         }
+        line["truth_too_long"] = too_long
         if study.baseline:
             line["baseline"] = _compare(study, outcome_lines[-len(found) :])
         line |= {
