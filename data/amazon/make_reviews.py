@@ -1,0 +1,242 @@
+#!/usr/bin/env python3
+"""Writes fictional reviews and products in the Amazon Reviews 2023 format, for tests, quick trials and the bench.
+
+python data/amazon/make_reviews.py --output_dir fictional                              # 10,000 reviews, 600 products
+python data/amazon/make_reviews.py --output_dir big --reviews 5000000 --products 300000 --gzip
+
+Files: `<Category>.jsonl` (rating, title, text, images, asin, parent_asin, user_id, timestamp, helpful_vote,
+verified_purchase) and `meta_<Category>.jsonl` (main_category, title, average_rating, rating_number, features,
+description, price, images, store, categories, details, parent_asin), .gz with --gzip.
+
+Every product, brand and person is invented. A review speaks of its product (the noun and two of its parts) and in the
+tone of its rating, so a model can learn both. As in the published data: 63 % of the ratings are five stars, few users
+write many of the reviews, and there are empty texts, exact duplicates, HTML (`<br />`, `&#34;`, `&amp;`), products
+without categories and reviews whose product is missing. How many of each lies in the manifest, under `sampling`.
+"""
+
+import contextlib
+import gzip
+import random
+import sys
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from common import cli
+from common.records import manifest_path, write_manifest
+from common.results import atomic, dumps
+
+RATINGS = {5: 0.63, 4: 0.14, 3: 0.08, 2: 0.05, 1: 0.10}
+EMPTY = 0.003  # shares of reviews
+DUPLICATE = 0.01
+MISSING_PRODUCT = 0.005
+HTML = 0.1
+NO_CATEGORIES = 0.04  # shares of products; half of them have no main category either
+NO_MAIN_CATEGORY = 0.5
+
+# noun, categories below the main one, parts with what is good and bad about each, what it is used for
+KINDS = (
+    ("kettle", "Kitchen|Small Appliances|Kettles", "tea before work", (
+        ("handle", "stays cool", "gets far too hot"), ("lid", "closes with a firm click", "never closes properly"),
+        ("spout", "pours without a drip", "drips all over the table"), ("switch", "is easy to reach", "broke off"))),
+    ("frying pan", "Kitchen|Cookware|Pans", "eggs on Sunday", (
+        ("coating", "lets nothing stick", "came off in flakes"), ("base", "heats evenly", "warped on the stove"),
+        ("handle", "sits well in the hand", "came loose"), ("rim", "is smooth all round", "has sharp edges"))),
+    ("desk lamp", "Home|Lighting|Desk Lamps", "reading at night", (
+        ("light", "is warm and bright", "flickers all the time"), ("arm", "holds every position", "sinks slowly"),
+        ("foot", "stands firmly", "tips over"), ("dimmer", "works smoothly", "stopped working"))),
+    ("backpack", "Luggage|Backpacks", "the daily train ride", (
+        ("zipper", "runs smoothly", "jams at every corner"), ("straps", "are soft and wide", "cut into the shoulder"),
+        ("lining", "feels strong", "tore at the seam"), ("pocket", "fits a bottle", "is too small for anything"))),
+    ("headphones", "Electronics|Audio|Headphones", "long calls", (
+        ("sound", "is clear and full", "is thin and noisy"), ("ear pads", "are soft for hours", "hurt after a while"),
+        ("battery", "lasts all week", "is empty by noon"), ("cable", "does not tangle", "broke at the plug"))),
+    ("garden hose", "Garden|Watering|Hoses", "the tomato beds", (
+        ("nozzle", "gives a fine spray", "leaks on my shoes"), ("hose", "never kinks", "kinks with every step"),
+        ("connector", "fits at once", "does not fit our tap"), ("reel", "rolls up easily", "cracked in the sun"))),
+    ("puzzle", "Toys|Puzzles", "rainy afternoons", (
+        ("pieces", "fit together neatly", "bend and fall apart"), ("picture", "is beautiful", "is dark and blurred"),
+        ("box", "is sturdy", "arrived crushed"), ("colours", "are bright", "look washed out"))),
+    ("yoga mat", "Sports|Fitness|Yoga Mats", "morning exercise", (
+        ("surface", "has a good grip", "is slippery"), ("foam", "is thick and soft", "is paper thin"),
+        ("strap", "keeps it rolled", "tore in a week"), ("smell", "was gone in a day", "is awful even now"))),
+    ("shampoo", "Beauty|Hair Care|Shampoo", "dry hair", (
+        ("scent", "is fresh and light", "is much too strong"), ("foam", "rinses out quickly", "leaves a film"),
+        ("bottle", "opens with one hand", "leaked in the parcel"), ("formula", "leaves hair soft", "itches badly"))),
+    ("dog bed", "Pets|Dogs|Beds", "our old terrier", (
+        ("cover", "washes well", "ripped in the first wash"), ("filling", "keeps its shape", "went flat"),
+        ("bottom", "does not slide", "slides on the floor"), ("stitching", "is neat and strong", "came undone"))),
+    ("notebook", "Office|Paper|Notebooks", "lecture notes", (
+        ("paper", "takes ink without bleeding", "lets the ink through"), ("binding", "lies flat", "lost its pages"),
+        ("cover", "feels solid", "bent in my bag"), ("ruling", "is fine and even", "is printed askew"))),
+    ("door mat", "Home|Entryway|Door Mats", "muddy boots", (
+        ("bristles", "clean well", "fall out by the handful"), ("back", "grips the floor", "slides on tiles"),
+        ("edge", "stays flat", "curls up"), ("print", "still looks new", "faded in a month"))),
+)  # fmt: skip
+TITLES = {
+    5: ("Love this {noun}", "Excellent {noun}", "Perfect for {use}", "Best {noun} we ever had"),
+    4: ("Very good {noun}", "Good {noun}, one small flaw", "Nearly perfect", "Happy with it"),
+    3: ("It is okay", "An average {noun}", "Does the job, no more", "Mixed feelings"),
+    2: ("Disappointed", "Not a good {noun}", "Expected more", "Poor quality for the price"),
+    1: ("Do not buy this {noun}", "Terrible", "Waste of money", "Sent it back"),
+}
+OPENINGS = (
+    "I bought this {noun} for {use}.", "My {person} gave me this {noun} for {use}.",
+    "We have used the {brand} {noun} for {time} now.", "This {noun} replaced our old one {time} ago.",
+    "I wanted a {colour} {noun} for {use}.", "After {time} with this {noun} I can judge it.",
+)  # fmt: skip
+CLOSINGS = {
+    5: ("I would buy it again at once.", "Highly recommended!", "My {person} wants one too.", "Five stars."),
+    4: ("Still a good buy.", "I would recommend it to my {person}.", "Only that keeps it from five stars."),
+    3: ("For the price it is all right.", "I may look for another one.", "Neither good nor bad."),
+    2: ("I would not buy it again.", "My {person} has a better one.", "I had hoped for more from {brand}."),
+    1: ("It went straight into the bin.", "I want my money back.", "Stay away from {brand}."),
+}
+PERSONS = ("sister", "neighbour", "father", "daughter", "roommate", "colleague", "aunt", "best friend")
+TIMES = ("two weeks", "a month", "three months", "half a year", "a whole year", "ten days")
+COLOURS = ("green", "blue", "grey", "red", "black", "white", "yellow")
+ADJECTIVES = ("Classic", "Compact", "Deluxe", "Everyday", "Large", "Light", "Premium", "Simple", "Travel")
+SYLLABLES = ("bar", "del", "fen", "gor", "hal", "kin", "lum", "mor", "nel", "pra", "quil", "ros", "tam", "vel", "zor")
+GOOD_PARTS = {5: (1, 1), 4: (1, 0), 3: (1, 0), 2: (0, 0), 1: (0, 0)}  # which of the two parts spoken of is good
+
+
+def make_parser() -> cli.Parser:
+    parser = cli.Parser(
+        "Write fictional reviews and products in the Amazon Reviews 2023 format.",
+        "python data/amazon/make_reviews.py --output_dir fictional --reviews 10000 --products 600",
+    )
+    parser.add_argument("--output_dir", default="./data/amazon/fictional", help="where the two files are written")
+    parser.add_argument("--category", default="Fictional_Goods", help="the main category and name of the files")
+    parser.add_argument("--reviews", type=cli.positive_int, default=10000, help="review lines")
+    parser.add_argument("--products", type=cli.positive_int, default=600, help="product lines")
+    parser.add_argument("--users", type=cli.non_negative_int, default=0, help="people; 0: one for two reviews")
+    parser.add_argument("--gzip", action="store_true", help="write .jsonl.gz")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
+    parser.add_argument("--seed", type=int, default=3407, help="seed of everything random")
+    return parser
+
+
+def code(rng: random.Random, length: int) -> str:
+    return "".join(rng.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ234567", k=length))
+
+
+def make_product(rng: random.Random, number: int, main: str) -> dict:
+    noun, path, _, parts = KINDS[number % len(KINDS)]
+    brand = "".join(rng.choices(SYLLABLES, k=2)).title()
+    quote = "&#34;" if rng.random() < HTML else " inch" if rng.random() < 0.3 else ""
+    size = f", {rng.randint(5, 40)}{quote}" if quote else ""
+    known = rng.random() >= NO_CATEGORIES
+    return {
+        "main_category": main if known or rng.random() >= NO_MAIN_CATEGORY else None,
+        "title": f"{brand} {rng.choice(ADJECTIVES)} {noun.title()}{size}, {rng.choice(COLOURS).title()}",
+        "average_rating": round(rng.uniform(3.4, 4.9), 1),
+        "rating_number": rng.randint(1, 5000),
+        "features": [f"{part.capitalize()} that {good}" for part, good, _ in parts[:2]],
+        "description": [],
+        "price": round(rng.uniform(5, 90), 2) if rng.random() < 0.7 else None,
+        "images": [],
+        "store": brand,
+        "categories": [main.replace("_", " "), *path.split("|")] if known else [],
+        "details": {"Brand": brand},
+        "parent_asin": f"B{number:09d}",
+    }
+
+
+def make_text(rng: random.Random, rating: int, kind: int, brand: str) -> tuple[str, str]:
+    """(title, text) of a review in the tone of `rating` about a product of KINDS[kind]."""
+    noun, _, use, parts = KINDS[kind]
+    words = {"noun": noun, "use": use, "brand": brand}
+    words |= {"person": rng.choice(PERSONS), "time": rng.choice(TIMES), "colour": rng.choice(COLOURS)}
+    sentences = [rng.choice(OPENINGS)] if rng.random() < 0.8 else []
+    count = rng.choice((1, 2, 2, 2))
+    for part, good in zip(rng.sample(parts, count), GOOD_PARTS[rating]):
+        link = "but the" if sentences and rating in (3, 4) and not good else "the"
+        sentences.append(f"{link} {part[0]} {part[1] if good else part[2]}.".capitalize())
+    sentences.append(rng.choice(CLOSINGS[rating]))
+    separator = " "
+    if rng.random() < HTML:
+        sentences.append("The shop calls it &#34;{colour} &amp; sturdy&#34;.")
+        separator = rng.choice(("<br />", "<br /><br />", " "))
+    return rng.choice(TITLES[rating]).format(**words), separator.join(sentences).format(**words)
+
+
+def make_review(rng: random.Random, products: list[dict], users: list[str], counts: Counter) -> dict:
+    rating = rng.choices(list(RATINGS), weights=list(RATINGS.values()))[0]
+    number = int(len(products) * rng.random() ** 2)  # few products have many of the reviews, so have few users
+    title, text = make_text(rng, rating, number % len(KINDS), products[number]["store"])
+    asin = products[number]["parent_asin"]
+    if rng.random() < EMPTY:
+        text, counts["empty"] = rng.choice(("", "  ", "<br />")), counts["empty"] + 1
+    elif rng.random() < MISSING_PRODUCT:
+        asin, counts["missing product"] = f"X{number:09d}", counts["missing product"] + 1
+    return {
+        "rating": float(rating),
+        "title": title,
+        "text": text,
+        "images": [],
+        "asin": asin,
+        "parent_asin": asin,
+        "user_id": users[int(len(users) * rng.random() ** 3)],
+        "timestamp": rng.randint(1_400_000_000_000, 1_690_000_000_000),
+        "helpful_vote": int(rng.expovariate(1.5)),
+        "verified_purchase": rng.random() < 0.9,
+    }
+
+
+def pack(file) -> gzip.GzipFile:
+    """A gzip writer over an open file; without name and time, so that equal content gives equal bytes."""
+    return gzip.GzipFile(filename="", mode="wb", fileobj=file, compresslevel=6, mtime=0)
+
+
+def run(args) -> dict:
+    """Write both files. Returns {'reviews': path, 'meta': path, 'counts': what was put into them}."""
+    ending = ".jsonl.gz" if args.gzip else ".jsonl"
+    reviews, meta = (Path(args.output_dir) / f"{prefix}{args.category}{ending}" for prefix in ("", "meta_"))
+    problems = cli.Problems()
+    for path in (reviews, meta):
+        if path.exists() and not args.overwrite:
+            problems.add(f"--output_dir: {path} exists; give --overwrite to replace it, or another place")
+    if not args.category.replace("_", "").isalnum():
+        problems.add(f"--category {args.category}: letters, digits and underscores only")
+    cli.check_writable(args.output_dir, problems)
+    problems.check()
+
+    rng = random.Random(args.seed)
+    products = [make_product(rng, number, args.category) for number in range(args.products)]
+    users = [f"A{code(rng, 27)}" for _ in range(args.users or max(1, args.reviews // 2))]
+    counts, last = Counter(), None
+    for path, rows in ((meta, args.products), (reviews, args.reviews)):
+        with atomic(path, "wb") as file:
+            with pack(file) if args.gzip else contextlib.nullcontext(file) as out:
+                for number in range(rows):
+                    if path == meta:
+                        line = dumps(products[number])
+                    elif last and rng.random() < DUPLICATE:
+                        line, counts["duplicates"] = last, counts["duplicates"] + 1
+                    else:
+                        spoiled = counts["empty"] + counts["missing product"]
+                        line = dumps(make_review(rng, products, users, counts))
+                        last = line if counts["empty"] + counts["missing product"] == spoiled else None
+                    out.write(line.encode() + b"\n")
+            manifest_path(path).unlink(missing_ok=True)  # it describes the file that is now replaced
+        write_manifest(
+            path,
+            tag="fictional-reviews" if path == reviews else "fictional-products",
+            script="data/amazon/make_reviews.py",
+            argv=sys.argv,
+            rows=rows,
+            generator="templates",
+            sampling={"seed": args.seed, "put in": dict(counts) if path == reviews else None},
+        )
+        print(f"{rows:>12,}  lines in {path}")
+    return {"reviews": reviews, "meta": meta, "counts": dict(counts)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    run(make_parser().parse_args(argv))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.entry(main))
