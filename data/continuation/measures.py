@@ -1,0 +1,103 @@
+"""What generated rows are like: length, repetition, and the addresses that occur in them. Pure functions."""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+
+SHINGLE = 8  # words
+JACCARD = 0.5  # two generations at least this alike are near-duplicates
+QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
+
+
+def shingles(text: str) -> frozenset[int]:
+    """Hashes of the 8-word runs of a text, case and white space aside; of the whole text when it is shorter."""
+    words = text.casefold().split()
+    return frozenset(
+        hash(tuple(words[start : start + SHINGLE])) for start in range(max(1, len(words) - SHINGLE + 1))
+    )  # hash() of a tuple of str differs between processes; only equality within this one is used
+
+
+def near_duplicates(texts: list[str], threshold: float = JACCARD) -> tuple[int, int]:
+    """(texts equal to an earlier one, other texts near-duplicate to an earlier one), case and white space aside.
+
+    Near: Jaccard similarity of the sets of 8-word runs ≥ threshold. Exact, not sampled: two sets that alike share one
+    of their rarest |A| − ⌈t·|A|⌉ + 1 members (prefix filter, Chaudhuri et al. 2006), so only such pairs are compared.
+    """
+    distinct = list({" ".join(text.casefold().split()): text for text in texts}.values())
+    sets = [shingles(text) for text in distinct]
+    frequency = Counter(shingle for one in sets for shingle in one)
+    holders = defaultdict(list)  # rare shingle → earlier texts
+    near = 0
+    for index, one in enumerate(sets):
+        rare = sorted(one, key=lambda shingle: (frequency[shingle], shingle))
+        rare = rare[: len(one) - math.ceil(threshold * len(one)) + 1]
+        candidates = {earlier for shingle in rare for earlier in holders[shingle]}
+        near += any(len(one & sets[other]) >= threshold * len(one | sets[other]) for other in candidates)
+        for shingle in rare:
+            holders[shingle].append(index)
+    return len(texts) - len(distinct), near
+
+
+def address_counts(texts: Iterable[str], wanted: set[str]) -> dict[str, int]:
+    """How often which of the `wanted` addresses (case-folded) stand in the texts: people, texts and occurrences."""
+    from extraction.metrics import EMAIL
+
+    people, n_texts, occurrences = set(), 0, 0
+    for text in texts:
+        found = [match.lstrip("'.").casefold() for match in EMAIL.findall(text)]
+        found = [address for address in found if address in wanted]
+        people.update(found)
+        n_texts += bool(found)
+        occurrences += len(found)
+    return {"addresses": len(people), "rows": n_texts, "occurrences": occurrences}
+
+
+def statistics(made: list[dict], head: list[dict]) -> dict:
+    """What the generated rows are like. made: rows of the output file; head: rows of the evaluation head."""
+    import numpy as np
+
+    texts = [row["generation"] for row in made]
+    own = [address_counts([row["generation"]], {row["gt-email"].casefold()}) for row in made]
+    evaluated = {row["gt-email"].casefold() for row in head}
+    tokens = [row["generated_tokens"] for row in made]
+    equal, near = near_duplicates(texts)
+    return {
+        "rows": len(made),
+        "truncated": sum(row["finish_reason"] == "length" for row in made),
+        "empty": sum(not text.strip() for text in texts),
+        "tokens": {f"{q:g}": float(value) for q, value in zip(QUANTILES, np.quantile(tokens, QUANTILES))},
+        "tokens_total": sum(tokens),
+        "equal_to_an_earlier": equal,
+        "near_duplicate_of_an_earlier": near,
+        "near_duplicate_measure": f"Jaccard of {SHINGLE}-word runs >= {JACCARD}, case and white space aside",
+        "evaluated_addresses": len(evaluated),
+        "evaluated_in_generations": address_counts(texts, evaluated),
+        "evaluated_in_prompts": address_counts((row["prompt"] for row in made), evaluated),
+        "own_in_generations": {key: sum(count[key] for count in own) for key in ("rows", "occurrences")},
+        "own_at_the_start": sum(
+            row["generation"].lstrip().casefold().startswith(row["gt-email"].casefold()) for row in made
+        ),
+    }
+
+
+def report(numbers: dict) -> str:
+    """The statistics in words, a line each."""
+    evaluated, n = numbers["evaluated_addresses"], numbers["rows"]
+    lines = [
+        (numbers["truncated"], f"generations cut before an end ({numbers['truncated'] / n:.1%})"),
+        (numbers["empty"], "empty generations"),
+        (numbers["equal_to_an_earlier"], "generations equal to an earlier one, case and white space aside"),
+        (
+            numbers["near_duplicate_of_an_earlier"],
+            f"others near-duplicate to an earlier one (Jaccard of {SHINGLE}-word runs ≥ {JACCARD})",
+        ),
+    ]
+    for where in ("generations", "prompts"):
+        count = numbers[f"evaluated_in_{where}"]
+        times = f"{count['occurrences']:,} times in {count['rows']:,} rows"
+        lines.append((count["addresses"], f"of {evaluated:,} evaluated addresses occur in the {where} ({times})"))
+    own = numbers["own_in_generations"]
+    times = f"{own['occurrences']:,} times; {numbers['own_at_the_start']:,} at the very start"
+    lines.append((own["rows"], f"rows whose own address was generated ({times})"))
+    quantiles = ", ".join(f"{float(q):.0%} {value:g}" for q, value in numbers["tokens"].items())
+    return "\n".join([f"{number:>9,}  {words}" for number, words in lines] + [f"tokens of a generation: {quantiles}"])
