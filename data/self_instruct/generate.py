@@ -1,0 +1,385 @@
+#!/usr/bin/env python3
+"""Self-instruct (Wang et al. 2023): instructions and instances that a model makes up from data/seedTasks.json.
+
+python data/self_instruct/generate.py --model EleutherAI/pythia-12b --output data/self-instruct.jsonl
+python data/self_instruct/generate.py -m EleutherAI/pythia-12b --output data/alpaca.jsonl --format alpaca --num_rows 500
+python run_peft.py -i data/self-instruct.jsonl --loss_on completion
+
+A round: prompts of 6 seed and 2 machine-made instructions (more seeds while there are none) → new instructions →
+filters (length, keywords, start, ROUGE-L F ≤ 0.7 against every seed and every instruction kept so far) → is it a
+classification? → instances, output first when it is, input first when not → filters (empty output, output equal to
+input, repeated, conflicting). Rounds go on until there are --num_rows instances; a killed run continues with the round
+it was in. Rows: `instruction`, `input`, `output` (alpaca); also `task`, `classification`, `row_id` (instances);
+or `prompt`, `generation`, `text` = prompt + generation + EOS (text). Also written: manifest, run_generate.json.
+"""
+
+import json
+import os
+import random
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from common import cli, distributed, records, results
+
+SEEDS_SHOWN, MACHINE_SHOWN = 6, 2  # instructions in a prompt for new ones
+INSTANCE_SEEDS = 3  # seed tasks in a prompt for instances
+KIND_SEEDS = 6  # seed tasks of either kind in the question of kind
+KIND_TOKENS = 4
+TOO_LONG = "prompts longer than the context"
+PATIENCE = 10  # rounds in a row without a row, after which the generator is given up
+STAGES = ("instructions", "kind", "instances")  # the position is the noise's template
+
+
+def make_parser() -> cli.Parser:
+    parser = cli.Parser(
+        "Let a model make up instructions with inputs and outputs from seed tasks (self-instruct).",
+        "python data/self_instruct/generate.py --model EleutherAI/pythia-12b --output data/self-instruct.jsonl",
+    )
+    parser.add_argument("-m", "--model", default="EleutherAI/pythia-12b", help="the generator: directory or hub name")
+    parser.add_argument("--seed_tasks", default="./data/seedTasks.json", help="JSON array of instruction and examples")
+    parser.add_argument("--output", help="the .jsonl file to write (default: data/self-instruct-<generator>.jsonl)")
+    parser.add_argument(
+        "--format",
+        choices=("instances", "alpaca", "text"),
+        default="instances",
+        help="instances: all fields; alpaca: instruction, input and output only; text: whole training texts",
+    )
+    parser.add_argument("--num_rows", type=cli.positive_int, default=2220, help="instances wanted")
+    parser.add_argument("--top_k", type=cli.positive_int, default=100, help="tokens kept before sampling")
+    parser.add_argument("-mt", "--max_tokens", type=cli.positive_int, default=400, help="tokens of a completion")
+    parser.add_argument("--temperature", type=cli.non_negative_float, default=0.75, help="of new instructions")
+    parser.add_argument(
+        "--instance_temperature", type=cli.non_negative_float, default=0.0, help="of instances; 0 is greedy"
+    )
+    parser.add_argument("--round_size", type=cli.positive_int, default=32, help="prompts of a round")
+    parser.add_argument("--batch_size", type=cli.positive_int, default=16, help="prompts decoded together")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing --output or unfinished run")
+    cli.add_model_flags(parser)
+    return parser
+
+
+def read_seed_tasks(path) -> list[dict]:
+    """The tasks of seedTasks.json; UserError, a line a problem, when they are not of its schema."""
+    path = Path(path)
+    if not path.is_file():
+        raise cli.UserError(f"--seed_tasks {path}: no such file")
+    try:
+        tasks = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise cli.UserError(f"--seed_tasks {path}: not JSON ({error})") from None
+    if not isinstance(tasks, list) or len(tasks) < SEEDS_SHOWN + MACHINE_SHOWN:
+        raise cli.UserError(
+            f"--seed_tasks {path}: a JSON array of at least {SEEDS_SHOWN + MACHINE_SHOWN} tasks is needed"
+        )
+    problems = cli.Problems()
+    for number, task in enumerate(tasks):
+        examples = task.get("examples") if isinstance(task, dict) else None
+        whole = isinstance(examples, list) and examples and isinstance(task.get("instruction"), str)
+        if not whole or not all(
+            isinstance(example, dict)
+            and isinstance(example.get("input"), str)
+            and isinstance(example.get("output"), str)
+            for example in examples
+        ):
+            problems.add(
+                f"--seed_tasks {path}: task {number}: needs an instruction and examples of input and output, all text"
+            )
+    problems.check()
+    return tasks
+
+
+def complete(
+    model, tokenizer, prompts: list[str], stage: str, first: int, args, world
+) -> list[tuple[str, bool] | None]:
+    """(completion, the model ended it) of every prompt, on every rank; None for one that the context cannot hold.
+
+    first: number of the first prompt of this stage in the whole run, which with the stage fixes the noise.
+    """
+    import torch
+
+    from common import models, sampling
+
+    temperature = {"instructions": args.temperature, "kind": 0.0, "instances": args.instance_temperature}[stage]
+    max_tokens = KIND_TOKENS if stage == "kind" else args.max_tokens
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    room = models.context_length(base) - max_tokens
+    ids = [tokenizer(prompt, verbose=False).input_ids for prompt in prompts]
+    fit = sorted((i for i in range(len(ids)) if len(ids[i]) <= room), key=lambda i: (len(ids[i]), i))
+    batches = [fit[start : start + args.batch_size] for start in range(0, len(fit), args.batch_size)]
+    stop = torch.zeros(base.config.get_text_config().vocab_size, dtype=torch.bool)
+    stop[tokenizer.eos_token_id] = True
+    stop[len(tokenizer) :] = True  # ids that pad the vocabulary and have no text
+
+    def mine() -> list[tuple[int, tuple[str, bool]]]:
+        made = []
+        for batch in world.shard(batches):
+            answers = sampling.sweep(
+                model,
+                [ids[i] for i in batch],
+                [(first + i, STAGES.index(stage)) for i in batch],
+                [temperature],
+                top_k=args.top_k,
+                max_tokens=max_tokens,
+                seed=args.seed,
+                stop=stop,
+                batch_size=len(batch),
+            )
+            for i, answer in zip(batch, answers):
+                tokens = answer.tokens[0]
+                ended = bool(stop[tokens[-1]])
+                made.append((i, (tokenizer.decode(tokens, skip_special_tokens=True), ended)))
+        return made
+
+    found = dict(item for part in world.together(mine) for item in part)
+    return [found.get(i) for i in range(len(prompts))]
+
+
+def one_round(ask, seeds: list[dict], pool, machine: list[str], rng: random.Random, round_size: int) -> dict:
+    """{'tasks': [{instruction, classification, instances}], 'counts': {…}} of one round; `pool` takes what is kept.
+
+    ask(prompts, stage) → [(completion, ended) or None]; machine: instructions kept in earlier rounds.
+    """
+    from data.self_instruct import filters
+
+    counts = Counter()
+    prompts = []
+    for _ in range(round_size):
+        shown = rng.sample(machine, min(MACHINE_SHOWN, len(machine)))
+        shown += [task["instruction"] for task in rng.sample(seeds, SEEDS_SHOWN + MACHINE_SHOWN - len(shown))]
+        rng.shuffle(shown)
+        prompts.append(filters.instruction_prompt(shown))
+    kept = []
+    for answer in ask(prompts, "instructions"):
+        if answer is None:
+            counts[TOO_LONG] += 1
+            continue
+        found, cut = filters.parse_instructions(*answer)
+        counts["instructions: candidates"] += len(found) + cut
+        counts["instructions: cut"] += cut
+        for instruction in found:
+            fault = filters.instruction_fault(instruction)
+            if fault is None and pool.alike(instruction):
+                fault = "alike"
+            if fault:
+                counts[f"instructions: {fault}"] += 1
+            else:
+                pool.add(instruction)
+                kept.append(instruction)
+    counts["instructions: kept"] += len(kept)
+
+    by_kind = {True: [], False: []}
+    for task in seeds:
+        by_kind[filters.is_classification(task)].append(task)
+    shots = [task for kind in (True, False) for task in by_kind[kind][:KIND_SEEDS]]
+    shots = sorted(shots, key=lambda task: task["instruction"])  # mixes the kinds
+    answers = ask([filters.kind_prompt(shots, instruction) for instruction in kept], "kind")
+    counts[TOO_LONG] += answers.count(None)
+    kinds = [answer is not None and answer[0].strip().casefold().startswith("yes") for answer in answers]
+    prompts = [
+        filters.instance_prompt(
+            rng.sample(by_kind[kind] or seeds, min(INSTANCE_SEEDS, len(by_kind[kind] or seeds))), instruction, kind
+        )
+        for instruction, kind in zip(kept, kinds)
+    ]
+    tasks = []
+    for instruction, kind, answer in zip(kept, kinds, ask(prompts, "instances")):
+        counts[TOO_LONG] += answer is None
+        instances, lost = filters.parse_instances(*answer, kind) if answer else ([], Counter())
+        good, dropped = filters.filter_instances(instances)
+        counts["instances: candidates"] += len(instances) + sum(lost.values())
+        counts.update({f"instances: {reason}": number for reason, number in (lost + dropped).items()})
+        counts["instances: kept"] += len(good)
+        counts["classification tasks"] += kind
+        counts["tasks without an instance"] += not good
+        tasks.append({"instruction": instruction, "classification": kind, "instances": good})
+    return {"tasks": tasks, "counts": dict(counts)}
+
+
+def rows_of(rounds: list[dict]) -> list[dict]:
+    """The instances of all rounds, a row each, in the order in which they were made."""
+    tasks = [task for one in rounds for task in one["tasks"]]
+    rows = []
+    for number, task in enumerate(tasks):
+        for given, output in task["instances"]:
+            rows.append(
+                {
+                    "instruction": task["instruction"],
+                    "input": given,
+                    "output": output,
+                    "task": number,
+                    "classification": task["classification"],
+                    "row_id": len(rows),
+                }
+            )
+    return rows
+
+
+def formatted(rows: list[dict], style: str, eos: str) -> list[dict]:
+    """Rows of `rows_of` in one of the --format styles; run_peft.py knows the completion's start in each."""
+    if style == "instances":
+        return rows
+    if style == "alpaca":
+        return [{key: row[key] for key in ("instruction", "input", "output")} for row in rows]
+    prompts = [records.instruction_prompt(row) for row in rows]
+    return [
+        {"prompt": prompt, "generation": row["output"], "text": prompt + row["output"] + eos}
+        for prompt, row in zip(prompts, rows)
+    ]
+
+
+def read_partial(file: Path, settings: dict, overwrite: bool) -> list[dict]:
+    """Finished rounds of an unfinished run; a torn last line does not count. UserError when its settings differ."""
+    lines = [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]] if file.is_file() else []
+    if not lines:
+        return []
+    differ = [key for key, value in settings.items() if lines[0].get(key) != value]
+    if differ and not overwrite:
+        raise cli.UserError(
+            f"--output: an unfinished run with another {', '.join(differ)} is in {file}; repeat its arguments to "
+            "continue it, or give --overwrite to discard it"
+        )
+    return [] if differ else lines[1:]
+
+
+def make_rounds(model, tokenizer, seeds, args, settings: dict, partial: Path, world) -> list[dict]:
+    """Rounds until there are --num_rows instances, each appended to the partial file as it ends."""
+    from common.progress import progress_bar
+    from data.self_instruct import filters
+
+    rounds = world.broadcast(read_partial(partial, settings, args.overwrite))
+    if world.main:
+        results.write_jsonl(partial, [settings, *rounds])
+    pool = filters.RougePool()
+    machine = [task["instruction"] for one in rounds for task in one["tasks"]]
+    for instruction in [task["instruction"] for task in seeds] + machine:
+        pool.add(instruction)
+    made = len(rows_of(rounds))
+    with progress_bar(args.num_rows, "rows", world) as bar:
+        bar.update(made)
+        while made < args.num_rows:
+            if len(rounds) >= PATIENCE and not rows_of(rounds[-PATIENCE:]):
+                lost = sum((Counter(one["counts"]) for one in rounds), Counter())
+                raise cli.UserError(
+                    f"--model {args.model}: {PATIENCE} rounds in a row gave no instance ({made} of {args.num_rows} so "
+                    f"far; {dict(lost)}); use a stronger generator or other settings"
+                )
+            number, n_machine = len(rounds), len(machine)
+
+            def ask(prompts, stage, number=number, n_machine=n_machine):
+                first = number * args.round_size if stage == "instructions" else n_machine
+                return complete(model, tokenizer, prompts, stage, first, args, world)
+
+            rng = random.Random(f"{args.seed}/{number}")
+            one = one_round(ask, seeds, pool, machine, rng, args.round_size)
+            rounds.append(one)
+            machine += [task["instruction"] for task in one["tasks"]]
+            made += len(rows_of([one]))
+            bar.update(len(rows_of([one])))
+            if world.main:
+                with open(partial, "a", encoding="utf-8") as file:
+                    file.write(results.dumps(one) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+    return rounds
+
+
+def report(counts: Counter, rows: int, output: Path) -> str:
+    """What was kept and what each filter took, in words."""
+    lines = [f"{rows:>9,}  rows in {output}"]
+    for kind in ("instructions", "instances"):
+        total = counts[f"{kind}: candidates"]
+        lines.append(f"{total:>9,}  candidate {kind}")
+        reasons = sorted(key for key in counts if key.startswith(f"{kind}: ") and not key.endswith(": candidates"))
+        lines += [f"{counts[key]:>9,}  {key} ({counts[key] / max(1, total):.1%})" for key in reasons]
+    lines += [f"{counts[key]:>9,}  {key}" for key in ("classification tasks", "tasks without an instance", TOO_LONG)]
+    return "\n".join(lines)
+
+
+def check(args) -> SimpleNamespace:
+    """Read and check every argument and file; UserError with all problems."""
+    from common import models
+
+    problems = cli.Problems()
+    distributed.check_environment(problems, args.device_map)
+    args.seed_tasks = str(records.default_dataset(args.seed_tasks))
+    output = Path(args.output or f"data/self-instruct-{Path(args.model).name}.jsonl")
+    if output.suffix != ".jsonl":
+        problems.add(f"--output {output}: the name must end in .jsonl")
+    if output.is_dir():
+        problems.add(f"--output {output}: is a directory; name a file")
+    elif output.exists() and not args.overwrite:
+        problems.add(f"--output {output}: exists; give --overwrite to replace it, or another name")
+    cli.check_writable(output.parent, problems, "--output")
+    seeds = problems.absorb(read_seed_tasks, args.seed_tasks)
+    ref = problems.absorb(models.find_model, args.model, args.revision)
+    tokenizer = problems.absorb(models.load_tokenizer, ref) if ref else None
+    problems.check()
+    return SimpleNamespace(output=output, seeds=seeds, ref=ref, tokenizer=tokenizer)
+
+
+def run(args) -> dict:
+    """Write the file; returns the counts by filter, which are also printed and kept in run_generate.json."""
+    task = check(args)
+    import torch
+
+    from common import models
+
+    dtype = models.resolve_dtype(args.dtype, "cuda" if torch.cuda.is_available() else "cpu")
+    sampled = ("temperature", "instance_temperature", "top_k", "max_tokens", "seed", "round_size")
+    settings = {
+        "seed_tasks": results.sha256(args.seed_tasks),
+        "model": args.model,
+        "revision": args.revision,
+        "weights": models.weights_sha256(task.ref),
+        **{key: getattr(args, key) for key in sampled},
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    partial = task.output.with_name(f".{task.output.name}.partial.jsonl")
+    read_partial(partial, settings, args.overwrite)  # refuses another run's before the model is loaded
+    if args.dry_run:
+        print(f"would make {args.num_rows} rows from {len(task.seeds)} seed tasks with {args.model}: {task.output}")
+        return {}
+
+    world = distributed.start()
+    with results.Run(task.output.parent / "run_generate.json", args, [args.seed_tasks], world) as record:
+        base = models.load_base(task.ref, dtype, world.device, args.device_map)
+        with models.adapted(base, task.ref.adapter) as (model, _):
+            rounds = make_rounds(model, task.tokenizer, task.seeds, args, settings, partial, world)
+        rows = formatted(rows_of(rounds)[: args.num_rows], args.format, task.tokenizer.eos_token)
+        counts = sum((Counter(one["counts"]) for one in rounds), Counter())
+        record["counts"], record["rounds"] = counts, len(rounds)
+        record["keep_rate"] = {
+            kind: counts[f"{kind}: kept"] / max(1, counts[f"{kind}: candidates"])
+            for kind in ("instructions", "instances")
+        }
+        if world.main:
+            records.manifest_path(task.output).unlink(missing_ok=True)  # it describes the file that is now replaced
+            results.write_jsonl(task.output, rows)
+            records.write_manifest(
+                task.output,
+                tag=f"self-instruct-{Path(args.model).name}",
+                script="data/self_instruct/generate.py",
+                argv=sys.argv,
+                rows=len(rows),
+                source=[(args.seed_tasks, len(task.seeds))],
+                generator={key: settings[key] for key in ("model", "revision", "weights")},
+                sampling={key: settings[key] for key in (*sampled, "dtype")},
+            )
+            partial.unlink()
+        world.barrier()
+    world.say(report(counts, len(rows), task.output))
+    world.close()
+    return dict(counts)
+
+
+def main(argv: list[str] | None = None) -> int:
+    run(make_parser().parse_args(argv))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.entry(main))

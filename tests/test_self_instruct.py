@@ -1,0 +1,309 @@
+"""data/self_instruct/generate.py: seed tasks, prompts, parsing, filters, ROUGE-L pool, the whole procedure."""
+
+import json
+import random
+import time
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT, make_model, read_lines, run_script
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rapidfuzz.distance import LCSseq
+
+import run_peft
+from common import distributed, records
+from common.cli import UserError
+from data.self_instruct import filters, generate
+
+SEEDS = ROOT / "data" / "seedTasks.json"
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A random Llama whose context holds the longest prompt."""
+    return make_model(tmp_path_factory.mktemp("long") / "tiny-long", "llama", positions=4096)
+
+
+# ---------------------------------------------------------------- seed tasks
+
+
+def test_seed_tasks_are_enough_varied_and_pass_their_own_filters():
+    tasks = generate.read_seed_tasks(SEEDS)
+    assert len(tasks) >= 64 and sum(len(task["examples"]) for task in tasks) >= 75
+    assert all(set(task) == {"instruction", "examples"} for task in tasks)
+    assert all(set(example) == {"input", "output"} for task in tasks for example in task["examples"])
+    pool = filters.RougePool()
+    for task in tasks:
+        assert filters.instruction_fault(task["instruction"]) is None
+        assert not pool.alike(task["instruction"])
+        pool.add(task["instruction"])
+        kept, dropped = filters.filter_instances([(one["input"], one["output"]) for one in task["examples"]])
+        assert len(kept) == len(task["examples"]) and not dropped
+    first_words = [task["instruction"].split()[0] for task in tasks]
+    assert len(set(first_words)) >= 20 and first_words.count("Summarise") <= 3
+    assert 10 <= sum(map(filters.is_classification, tasks)) <= len(tasks) // 2
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    (
+        ("{", "not JSON"),
+        ("[]", "at least 8 tasks"),
+        (json.dumps([{"instruction": "x", "examples": [{"input": "", "output": 3}]}] * 8), "task 7"),
+    ),
+)
+def test_bad_seed_tasks(text, words, tmp_path):
+    (tmp_path / "seeds.json").write_text(text)
+    with pytest.raises(UserError, match=words):
+        generate.read_seed_tasks(tmp_path / "seeds.json")
+
+
+# ---------------------------------------------------------------- parsing and filters
+
+
+def test_parse_instructions_by_hand():
+    text = " Who wrote  the opinion?\nTask 10: Name the court.\nTask 11: List the cl"
+    assert filters.parse_instructions(text, ended=False) == (["Who wrote the opinion?", "Name the court."], 1)
+    assert filters.parse_instructions(text, ended=True)[0][2] == "List the cl"
+    drifted = " Who wrote it?\nThe court held otherwise.\nTask 10: Name the court.\n"
+    assert filters.parse_instructions(drifted, ended=False) == (["Who wrote it?"], 0)
+    assert filters.parse_instructions("", ended=False) == ([], 1)
+
+
+def test_parse_instances_by_hand():
+    text = " a\nb\nOutput: c\n\nExample 2\nInput: None\nOutput: d\n\nTask: another\nExample 1\nInput: x\nOutput: y"
+    assert filters.parse_instances(text, False, False) == ([("a\nb", "c"), ("", "d")], {})
+    cut = " a\nOutput: c\nExample 2\nInput: d\nOutput: unfin"
+    assert filters.parse_instances(cut, False, False) == ([("a", "c")], {"cut": 1})
+    assert filters.parse_instances(cut, True, False)[0] == [("a", "c"), ("d", "unfin")]
+    assert filters.parse_instances(" chatter", True, False) == ([], {"no instance": 1})
+    text = " yes\nInput: one\nLabel: no\nInput: two\n\nTask: another"
+    assert filters.parse_instances(text, False, True) == ([("one", "yes"), ("two", "no")], {})
+
+
+def test_prompts_are_parsed_as_they_are_written():
+    tasks = generate.read_seed_tasks(SEEDS)
+    for task in tasks:
+        for output_first in (False, True):
+            prompt = filters.instance_prompt([task], "Name the next one.", output_first)
+            start = prompt.index("Label:" if output_first else "Example 1\nInput:")
+            lead = "Label:" if output_first else "Example 1\nInput:"
+            found, lost = filters.parse_instances(prompt[start + len(lead) :], False, output_first)
+            assert found == [(one["input"], one["output"]) for one in task["examples"]] and not lost
+    texts = [task["instruction"] for task in tasks[:8]]
+    prompt = filters.instruction_prompt(texts)
+    assert prompt.endswith("\nTask 9:")
+    assert filters.parse_instructions(prompt[prompt.index("Task 1:") + 7 :], True)[0] == [*texts, ""]
+
+
+def test_instruction_faults_by_hand():
+    assert filters.instruction_fault("Name it.") == "length"
+    assert filters.instruction_fault("word " * 151) == "length"
+    assert filters.instruction_fault("word " * 150) is None
+    assert filters.instruction_fault("Draw the floor of the court room") == "keyword"
+    assert filters.instruction_fault("Explain who may file a motion") is None
+    assert filters.instruction_fault("- name the judge please") == "start"
+    assert filters.instruction_fault("Ärzte im Zeugenstand nennen") == "start"
+
+
+def test_filter_instances_by_hand():
+    given_ = [("a", "1"), ("a", "2"), ("b", ""), ("c", "C"), ("d", "x"), ("d", "x"), ("e", "y")]
+    kept, dropped = filters.filter_instances(given_)
+    assert kept == [("d", "x"), ("e", "y")]
+    assert dropped == {"conflicting": 2, "empty output": 1, "output equals input": 1, "repeated": 1}
+
+
+# ---------------------------------------------------------------- ROUGE-L
+
+
+def rouge_l(a: list[str], b: list[str]) -> tuple[int, int]:
+    """F as a fraction (2·LCS, m + n), LCS from rapidfuzz on the words."""
+    return 2 * LCSseq.similarity(a, b), len(a) + len(b)
+
+
+def test_rouge_threshold_by_hand():
+    """Ten words against ten: LCS 7 is F = 0.7, kept; LCS 8 is 0.8, refused. Case and marks do not count."""
+    pool = filters.RougePool()
+    pool.add("one two three four five six seven eight nine ten")
+    assert not pool.alike("one two three four five six seven x y z")
+    assert pool.alike("One, two; three four FIVE six seven eight y z.")
+    assert not pool.alike("ten nine eight seven six five four three two one")  # the same words, LCS 1
+    assert not pool.alike("") and not filters.RougePool().alike("one two three")
+
+
+WORDS = st.lists(st.sampled_from(["a", "b", "c", "d", "e"]), min_size=1, max_size=12)
+
+
+@settings(max_examples=200)
+@given(st.lists(WORDS, max_size=15), WORDS)
+def test_pool_equals_comparing_every_pair(texts, candidate):
+    pool = filters.RougePool()
+    for words in texts:
+        pool.add(" ".join(words))
+    pairs = [rouge_l(candidate, words) for words in texts]
+    assert pool.alike(" ".join(candidate)) == any(10 * twice > 7 * both for twice, both in pairs)
+
+
+@pytest.mark.slow
+def test_two_hundred_candidates_a_second_against_fifty_thousand():
+    """Half of the words of a seed instruction exchanged: many near texts in the pool, the hard case."""
+    rng = random.Random(0)
+    seeds = [task["instruction"].split() for task in generate.read_seed_tasks(SEEDS)]
+    words = [word for seed in seeds for word in seed]
+
+    def variation() -> str:
+        text = list(rng.choice(seeds))
+        for place in rng.sample(range(len(text)), len(text) // 2):
+            text[place] = rng.choice(words)
+        return " ".join(text)
+
+    pool = filters.RougePool()
+    for _ in range(50_000):
+        pool.add(variation())
+    candidates = [variation() for _ in range(500)]
+    started = time.perf_counter()
+    alike = sum(map(pool.alike, candidates))
+    assert 0 < alike < 500 and 500 / (time.perf_counter() - started) >= 200
+
+
+# ---------------------------------------------------------------- the procedure
+
+SUBJECTS = "harbor orchard ferry quarry mill chapel meadow tannery foundry market granary lodge".split()  # noqa: SIM905
+VERBS = "weigh trace contrast outline justify question restate measure defend doubt".split()  # noqa: SIM905
+
+
+def scripted(calls: list):
+    """Stands in for the model: new instructions, a kind, instances; with every fault that the filters know."""
+
+    def complete(model, tokenizer, prompts, stage, first, args, world):
+        calls.append((stage, prompts))
+        answers = []
+        for number, prompt in enumerate(prompts, first):
+            subject, verb = SUBJECTS[number % len(SUBJECTS)], VERBS[number // len(SUBJECTS) % len(VERBS)]
+            if stage == "instructions":
+                new = f" {verb.title()} claims about {number} {subject}s\nTask 10: Name it.\nTask 11: Draw the"
+                answers.append(
+                    (f"{new} old {subject}\nTask 12: Classify the case as civil or criminal.\nTask 13: Wh", False)
+                )
+            elif stage == "kind":
+                answers.append((" Yes\n" if number % 3 == 0 else " No\n", False))
+            elif prompt.endswith("Label:"):
+                answers.append((f" yes\nInput: case {number}\nLabel: no\nInput: case {number}\n\nTask: x", False))
+            else:
+                more = f"Example 2\nInput: same\nOutput: same\nExample 3\nInput: lone\nOutput: {number}"
+                answers.append((f" facts of {number}\nOutput: {subject}\n{more}\n\nTask: x", False))
+        return answers
+
+    return complete
+
+
+def words(model, output, *more):
+    return [str(word) for word in ("-m", model, "--seed_tasks", SEEDS, "--output", output, "--round_size", 4, *more)]
+
+
+def test_procedure_rows_counts_and_resuming(tiny, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(generate, "complete", scripted(calls))
+    assert generate.main(words(tiny, tmp_path / "whole.jsonl", "--num_rows", 11)) == 0
+    rows = read_lines(tmp_path / "whole.jsonl")
+    assert len(rows) == 11 and [row["row_id"] for row in rows] == list(range(11))
+    assert rows[0] == {
+        "instruction": "Weigh claims about 1 orchards", "input": "facts of 1", "output": "orchard",
+        "task": 1, "classification": False, "row_id": 0,
+    }  # fmt: skip
+    record = json.loads((tmp_path / "run_generate.json").read_text())
+    # a round: 4 prompts of 5 lines each, and of the 4 kept tasks those numbered 0, 3, 6, … are classifications, whose
+    # two labels of one input conflict; the others give 2 instances, one lost
+    counts, rounds = record["counts"], record["rounds"]
+    assert counts["instructions: candidates"] == 20 * rounds and counts["instructions: kept"] == 4 * rounds
+    for fault in ("length", "keyword", "alike", "cut"):
+        assert counts[f"instructions: {fault}"] == 4 * rounds
+    n_kinds = counts["classification tasks"]
+    assert n_kinds == len(range(0, 4 * rounds, 3)) == counts["tasks without an instance"]
+    assert counts["instances: conflicting"] == 2 * n_kinds
+    assert counts["instances: output equals input"] == 4 * rounds - n_kinds
+    assert counts["instances: kept"] == 2 * (4 * rounds - n_kinds) >= 11
+    assert record["keep_rate"]["instructions"] == 0.2
+    manifest = records.read_manifest(tmp_path / "whole.jsonl")
+    assert (
+        manifest["tag"] == "self-instruct-tiny-long" and manifest["rows"] == 11 and manifest["source"][0]["rows"] == 68
+    )
+    # the first round has only seeds to show, later ones two machine-made instructions among eight
+    shown = [[line for line in prompt.splitlines() if "claims about" in line] for prompt in calls[0][1] + calls[3][1]]
+    assert [len(lines) for lines in shown] == [0] * 4 + [2] * 4
+    assert all(prompt.count("\nTask ") == 9 for prompt in calls[3][1])
+
+    # broken in the second round, then run again: the first round is kept and the file is the same
+    monkeypatch.setattr(generate, "complete", lambda *a: 1 / 0 if len(calls) == 3 else scripted(calls)(*a))
+    calls.clear()
+    with pytest.raises(ZeroDivisionError):
+        generate.main(words(tiny, tmp_path / "broken.jsonl", "--num_rows", 11))
+    partial = tmp_path / ".broken.jsonl.partial.jsonl"
+    with open(partial, "ab") as file:
+        file.write(b'{"tasks": [{"instr')  # a torn line
+    monkeypatch.setattr(generate, "complete", scripted(calls))
+    with pytest.raises(UserError, match="another seed"):
+        generate.main(words(tiny, tmp_path / "broken.jsonl", "--num_rows", 11, "--seed", 5))
+    assert generate.main(words(tiny, tmp_path / "broken.jsonl", "--num_rows", 11)) == 0
+    assert (tmp_path / "broken.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert len(calls) == 3 * rounds and not partial.exists()
+
+
+@pytest.mark.parametrize("style", ("instances", "alpaca", "text"))
+def test_run_peft_trains_on_every_format(style, tiny, models, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "complete", scripted([]))
+    data = tmp_path / "data.jsonl"
+    assert generate.main(words(tiny, data, "--num_rows", 10, "--format", style)) == 0
+    rows = read_lines(data)
+    for row in rows:
+        text, boundary = records.row_text(row)
+        assert text[boundary - 14 : boundary] == "### Response:\n"
+    assert (set(rows[0]) == {"instruction", "input", "output"}) == (style == "alpaca")
+    assert rows[0].get("text", "<|endoftext|>").endswith("<|endoftext|>")
+    flags = ["-m", models["llama"], "-i", data, "--output_root", tmp_path, "--loss_on", "completion"]
+    flags += ["-e", 1, "-gas", 5, "-lr", 1e-3, "--lora_r", 4]
+    assert run_peft.main([str(flag) for flag in flags]) == 0
+    folder = tmp_path / "tiny-llama" / "self-instruct-tiny-long-lora" / "0e+00_1e-03"
+    assert (folder / "checkpoint-2" / "adapter_model.safetensors").is_file()
+
+
+def test_completions_are_the_models_own(tiny):
+    """Greedy: transformers' generate; sampled: independent of the batches. None where the context is too short."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny).eval(), AutoTokenizer.from_pretrained(tiny)
+    seeds = generate.read_seed_tasks(SEEDS)
+    prompts = [filters.kind_prompt(seeds[:2], task["instruction"]) for task in seeds[:5]]
+    args = SimpleNamespace(temperature=0.75, instance_temperature=0.0, max_tokens=8, top_k=20, seed=1, batch_size=2)
+    prompts.insert(2, "x " * 5000)
+    found = generate.complete(model, tokenizer, prompts, "instances", 0, args, distributed.World())
+    assert found[2] is None
+    for prompt, answer in list(zip(prompts, found))[:2]:
+        ids = tokenizer(prompt, return_tensors="pt")
+        whole = model.generate(**ids, do_sample=False, max_new_tokens=8, pad_token_id=0, eos_token_id=0)[0]
+        assert answer[0] == tokenizer.decode(whole[ids.input_ids.shape[1] :], skip_special_tokens=True)
+    one = generate.complete(model, tokenizer, prompts, "instructions", 0, args, distributed.World())
+    args.batch_size = 5
+    assert generate.complete(model, tokenizer, prompts, "instructions", 0, args, distributed.World()) == one
+    assert generate.complete(model, tokenizer, prompts, "instructions", 9, args, distributed.World()) != one
+
+
+def test_a_generator_that_gives_nothing_ends_with_words(tiny, tmp_path, monkeypatch):
+    """The random model writes no instruction and no instance: status 2, what was lost, no file."""
+    monkeypatch.setattr(generate, "PATIENCE", 2)
+    with pytest.raises(UserError, match="2 rounds in a row gave no instance"):
+        generate.main(words(tiny, tmp_path / "data.jsonl", "--round_size", 2, "--max_tokens", 8))
+    assert not (tmp_path / "data.jsonl").exists()
+    assert json.loads((tmp_path / "run_generate.json").read_text())["status"] == "failed"
+
+
+def test_script_refuses_all_at_once(tmp_path):
+    (tmp_path / "x.jsonl").write_text("old")
+    done = run_script(
+        "data/self_instruct/generate.py", "-m", tmp_path / "no", "--seed_tasks", "/no", "--output", tmp_path / "x.jsonl"
+    )
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 3
+    for phrase in ("--model", "--seed_tasks /no: no such file", "--overwrite"):
+        assert phrase in done.stderr
+    assert (tmp_path / "x.jsonl").read_text() == "old"
