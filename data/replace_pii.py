@@ -1,0 +1,257 @@
+#!/usr/bin/env python3
+"""Enron rows → the same rows with every person and every e-mail address replaced by invented ones.
+
+python data/replace_pii.py --input data/enron.jsonl                                # data/replaced_data.arrow beside it
+python data/replace_pii.py --input data/enron.jsonl --output replaced_data.arrow --overwrite
+python data/replace_pii.py --input enron.jsonl --output r.arrow --save_map map.json  # old → new; keep it safe (0600)
+python run_peft.py -i data/replaced_data.arrow                                     # trains on its rows, split as usual
+
+Consistent over the whole file: everybody and every address has one stand-in, in every text column, quoted mail and
+signatures too. People are those of gt-name and gt-email, of names beside addresses and of header lines in the texts.
+Stand-ins are Faker's, of the same shape: number of words, case, initials, the name rule of an address and its digits
+(no rule: random letters of the same shape), the number of labels of a domain. What exactly is rewritten, and which
+ordinary words are left alone: data/replacement.py.
+
+Afterwards the leak check reads all of the output: an old full name ('First Last', 'First M. Last', 'Last, First'), an
+old address or a pair of them, in any case, ends the run with exit status 1 and no file. It knows only people who were
+found; a nickname, a truncated name and an unknown person's first name are no full names.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import cli, records
+from common.results import Run, atomic
+
+DEFAULT_NAME = "replaced_data.arrow"
+SHOWN = 3  # broken rows named
+SHOWN_LEAKS = 20  # row numbers
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(
+        "The same rows with every person and e-mail address replaced consistently, checked for leaks.",
+        "python data/replace_pii.py --input data/enron.jsonl --output data/replaced_data.arrow",
+    )
+    parser.add_argument("--input", default="./data/enron.jsonl", metavar="FILE", help="Enron rows (.jsonl, .arrow)")
+    parser.add_argument(
+        "--output", default=None, metavar="FILE", help=f"the .arrow file to write; None: {DEFAULT_NAME} beside --input"
+    )
+    parser.add_argument(
+        "--save_map", default=None, metavar="FILE", help="also write old → new as JSON, mode 0600 (it undoes the work)"
+    )
+    parser.add_argument("--strict", action="store_true", help="fail when a row is broken; else it is left out")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing --output and --save_map")
+    parser.add_argument("--seed", type=int, default=3407, help="seed of the stand-ins")
+    return parser
+
+
+def row_problem(row: dict) -> str | None:
+    """Why a row cannot be used, without its text; None when it can."""
+    for field in records.REQUIRED["enron"]:
+        if not isinstance(row.get(field), str):
+            return f"field '{field}' is missing or not text"
+    if not 0 < row["gt-email"].strip().find("@") < len(row["gt-email"].strip()) - 1:
+        return "gt-email must look like local@domain"
+    if not any(c.isalpha() for c in row["gt-name"]):
+        return "gt-name has no letters"
+    try:
+        json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return "half of a surrogate pair in its text"
+    return None
+
+
+def check(args) -> tuple[Path, Path, list[dict], dict | None, list[str]]:
+    """(source, output, rows with row_id, the source's manifest, broken rows as lines); UserError: all of them."""
+    import pyarrow as pa
+
+    problems = cli.Problems()
+    source = records.default_dataset(args.input)
+    output = Path(args.output) if args.output else source.with_name(DEFAULT_NAME)
+    rows = problems.absorb(records.read_rows, source) or []
+    manifest = problems.absorb(records.read_manifest, source)
+    for flag, path in (("--output", output), ("--save_map", args.save_map and Path(args.save_map))):
+        if path is None:
+            continue
+        if path.is_dir():
+            problems.add(f"{flag} {path}: is a directory; name a file")
+        elif path.resolve() == source.resolve():
+            problems.add(f"{flag} {path}: is also the --input")
+        elif path.exists() and not args.overwrite:
+            problems.add(f"{flag} {path}: exists; give --overwrite to replace it, or another name")
+        cli.check_writable(path.parent, problems, flag)
+    if output.suffix != ".arrow":
+        problems.add(f"--output {output}: the name must end in .arrow")
+    if args.save_map and Path(args.save_map).resolve() == output.resolve():
+        problems.add(f"--save_map {args.save_map}: is also the --output")
+    found = [(index, row, row_problem(row)) for index, row in enumerate(rows)]
+    broken = [f"{source}: row {index}: {reason}" for index, _, reason in found if reason]
+    if broken and args.strict:
+        for line in shorten(broken):
+            problems.add(line)
+    columns = list(dict.fromkeys(column for row in rows for column in row))  # Arrow has the same ones in every row
+    if rows and not all(isinstance(row.get("row_id"), int) for row in rows):
+        columns = [*(column for column in columns if column != "row_id"), "row_id"]
+        found = [(index, {**row, "row_id": index}, reason) for index, row, reason in found]
+    kept = [{column: row.get(column) for column in columns} for _, row, reason in found if not reason]
+    if rows and len(kept) < 3 and not (broken and args.strict):
+        problems.add(f"{source}: {len(kept)} whole rows with gt-name, gt-email, prompt, continuation; 3 are needed")
+    try:
+        pa.Table.from_pylist(kept)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):  # its message would show the values
+        problems.add(f"{source}: a column has values of different types; Arrow columns have one")
+    problems.check()
+    return source, output, kept, manifest, broken
+
+
+def shorten(lines: list[str]) -> list[str]:
+    return lines[:SHOWN] + ([f"broken rows: … and {len(lines) - SHOWN:,} more"] if len(lines) > SHOWN else [])
+
+
+def strings(row: dict) -> list[str]:
+    """Every string of a row, in the order in which `replace` meets them."""
+    from data import replacement
+
+    found = []
+    replacement.map_strings(row, lambda text: found.append(text) or text)
+    return found
+
+
+def meet(rows: list[dict], seed: int):
+    """(People with their stand-ins, the Scan that replaces them) of a file."""
+    from data import replacement
+
+    pairs = [(row["gt-name"], row["gt-email"]) for row in rows]
+    people = replacement.People(pairs)
+    pattern = replacement.scan_pattern(people.truths)
+    words, lower, addresses = Counter(), Counter(), set(people.truths)
+    for row in rows:
+        for text in strings(row):
+            for name, address in replacement.find_names(text):
+                people.add(name, address)
+            for match in pattern.finditer(text):
+                if match.lastgroup != "token":
+                    addresses.add(replacement.address_of(match))
+                    continue
+                words[match[0].casefold()] += 1
+                lower[match[0].casefold()] += match[0].islower()
+    people.adopt(addresses)
+    people.settle(seed)
+    return people, replacement.Scan(people, pattern, words, lower)
+
+
+def replace(rows: list[dict], people, scan) -> list[dict]:
+    """The rows with every string replaced; gt-name and gt-email by their owner whatever they look like."""
+    from data import replacement
+
+    replaced = []
+    for row in rows:
+        first, _, last = replacement.parse_name(row["gt-name"])
+        person = people.of_name[first, last]
+        texts = iter(scan.replace(strings(row)))
+        new = replacement.map_strings(row, lambda _, texts=texts: next(texts))
+        replaced.append(new | {"gt-name": person.rename(row["gt-name"])})
+    return replaced
+
+
+def leaks(rows: list[dict], people) -> dict[str, list[int]]:
+    """Numbers of the output rows that still hold an old full name, an old address, or one of each that were a pair."""
+    from data import replacement
+
+    names = [name for person in people.of_name.values() for name in person.spellings]
+    check = replacement.LeakCheck(names, people.of_address)
+    found = {"full names": [], "addresses": [], "pairs": []}
+    for index, row in enumerate(rows):
+        texts = strings(row)
+        old_names = set().union(*map(check.names_in, texts))
+        old_addresses = set().union(*map(check.addresses_in, texts))
+        owners = {people.of_address.get(address) for address in old_addresses} - {None}
+        pair = old_names and any(
+            not old_names.isdisjoint(check.forms(name)) for owner in owners for name in owner.spellings
+        )
+        for kind, leak in zip(found, (old_names, old_addresses, pair)):
+            if leak:
+                found[kind].append(index)
+    return found
+
+
+def run(args) -> int:
+    """Build the file. Returns 0, or 1 when the leak check fails (then nothing is written under the final names)."""
+    source, output, rows, manifest, broken = check(args)
+    for line in shorten(broken):
+        print(line, file=sys.stderr)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with Run(output.parent / "run_replace_pii.json", args, inputs=[source]) as record:
+        started = time.monotonic()
+        people, scan = meet(rows, args.seed)
+        replaced = replace(rows, people, scan)
+        seconds = time.monotonic() - started
+        found = leaks(replaced, people)
+        total = time.monotonic() - started
+        record["counts"] = counts = {
+            "rows": len(rows),
+            "broken rows left out": len(broken),
+            "people": len(people.of_name),
+            "addresses": len(people.of_address),
+            "rows changed": sum(old != new for old, new in zip(rows, replaced)),
+            "rows_per_s": round(len(rows) / seconds, 1),
+            "rows_per_s_with_check": round(len(rows) / total, 1),
+        }
+        record["leaks"] = {kind: len(numbers) for kind, numbers in found.items()}
+        if any(found.values()):
+            record["error"] = "leak check failed"
+            report_leaks(found, output)
+            return 1
+        records.manifest_path(output).unlink(missing_ok=True)  # it describes the file that is now replaced
+        records.write_arrow(output, replaced)
+        n = len(rows) + len(broken)
+        start = (manifest or {}).get("split_start")
+        records.write_manifest(
+            output,
+            tag="replaced",
+            script="data/replace_pii.py",
+            argv=sys.argv,
+            rows=len(rows),
+            source=[(source, n)],
+            split_start=min(records.HEAD_ROWS, n // 3) if start is None else start,
+            sampling={"seed": args.seed},
+        )
+        if args.save_map:
+            save_map(Path(args.save_map), people)
+    for key in ("rows", "broken rows left out", "people", "addresses", "rows changed"):
+        print(f"{counts[key]:>10,}  {key}")
+    print("leak check: no old full name, address or pair")
+    print(f"{counts['rows_per_s']:,.0f} rows/s, {counts['rows_per_s_with_check']:,.0f} with the leak check; {output}")
+    return 0
+
+
+def report_leaks(found: dict[str, list[int]], output: Path) -> None:
+    """Counts and numbers of output rows (from 0), never the text."""
+    for kind, numbers in found.items():
+        if numbers:
+            more = ", …" if len(numbers) > SHOWN_LEAKS else ""
+            shown = ", ".join(map(str, numbers[:SHOWN_LEAKS])) + more
+            print(f"leak check: old {kind} in {len(numbers):,} rows: {shown}", file=sys.stderr)
+    print(f"leak check failed: {output} is not written", file=sys.stderr)
+
+
+def save_map(path: Path, people) -> None:
+    names = {name: person.rename(name) for person in people.of_name.values() for name in person.spellings}
+    found = {"people": dict(sorted(names.items())), "addresses": dict(sorted(people.new_address.items()))}
+    with atomic(path, permissions=0o600) as file:
+        file.write(json.dumps(found, ensure_ascii=False, indent=1) + "\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run(make_parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.entry(main))
