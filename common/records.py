@@ -103,7 +103,8 @@ def write_arrow(path, rows: list[dict]) -> None:
 
     from common.results import atomic
 
-    table = pa.Table.from_pylist(rows)
+    columns = dict.fromkeys(name for row in rows for name in row)  # from_pylist alone would take the first row's
+    table = pa.Table.from_pylist([{name: row.get(name) for name in columns} for row in rows])
     with atomic(path, "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table, max_chunksize=1000)
 

@@ -35,8 +35,19 @@ FLAGS = {
         "-m", "--model", "-d", "--dataset", "--outsiders", "--output", "-lr", "--learning_rate", "-e", "--epochs",
         "-pdbs", "--per_device_batch_size", "-gas", "--gradient_accumulation_steps", "-mt", "--max_tokens", "--full",
     },
-    "data/enron/prepare.py": {
-        "--input", "--output", "--tokenizer", "--workers", "--strict", "--overwrite", "--seed",
+    "data/enron/prepare.py": {"--input", "--output", "--tokenizer", "--workers", "--strict", "--overwrite", "--seed"},
+    "data/replace_pii.py": {"--input", "--output", "--save_map", "--strict", "--overwrite", "--seed"},
+    "data/amazon/prepare.py": {
+        "--reviews", "--meta", "--output_dir", "--train", "--test", "--memory_limit", "--threads", "--strict",
+        "--overwrite", "--seed",
+    },
+    "data/continuation/generate.py": MODEL | {
+        "-m", "--model", "-d", "--data_set", "--dataset", "--top_k", "-mt", "--max_tokens", "--temperature", "--output",
+        "--batch_size", "--overwrite",
+    },
+    "data/self_instruct/generate.py": MODEL | {
+        "-m", "--model", "--seed_tasks", "--num_rows", "--top_k", "-mt", "--max_tokens", "--temperature",
+        "--instance_temperature", "--format", "--round_size", "--output", "--batch_size", "--overwrite",
     },
 }  # fmt: skip
 HEAVY = ("torch", "transformers", "peft", "datasets", "sklearn", "scipy", "pandas", "matplotlib")
