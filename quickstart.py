@@ -40,7 +40,7 @@ def make_parser() -> cli.Parser:
     )
     parser.add_argument("--output", default="./quickstart-out", help="directory for everything the study writes")
     parser.add_argument("-lr", "--learning_rate", type=cli.positive_float, default=1e-3, help="for the embedded model")
-    parser.add_argument("-e", "--epochs", type=cli.positive_int, default=4, help="epochs of fine-tuning")
+    parser.add_argument("-e", "--epochs", type=cli.positive_int, default=3, help="epochs of fine-tuning")
     parser.add_argument(
         "-pdbs", "--per_device_batch_size", type=cli.positive_int, default=8, help="rows a forward pass"
     )

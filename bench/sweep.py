@@ -155,7 +155,10 @@ def measure(python: str, job: dict) -> dict:
     done = subprocess.run(words, input=json.dumps(job), capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(done.stderr[-3000:])
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    prompts = sum(map(len, job["prompts"]))
+    print(f"{job['kind']} batch {job.get('batch', '-')}, {prompts} prompts: {found['seconds']:.1f} s", flush=True)
+    return found
 
 
 def main(argv=None) -> int:
