@@ -9,6 +9,8 @@ import sys
 import pytest
 from conftest import ROOT, make_rows, read_lines, run_script, write_rows
 
+from common import records
+
 MODEL = {"--dtype", "--device_map", "--revision", "--dry_run", "--seed"}
 MEASURE = {
     "-d", "--dataset", "--top_k", "-mt", "--max_tokens", "--num_rows", "--temperatures", "--attack", "--templates",
@@ -104,7 +106,8 @@ def test_readme_study_runs_as_written(models, tmp_path):
     """The study block, on a tiny model called pythia-1.4b and 60 rows, two processes instead of four."""
     shutil.copytree(models["neox"], tmp_path / "EleutherAI" / "pythia-1.4b")
     (tmp_path / "data").mkdir()
-    write_rows(tmp_path / "data" / "enron.jsonl", make_rows(60))
+    data = write_rows(tmp_path / "data" / "enron.jsonl", make_rows(60))
+    records.write_manifest(data, tag="original", script="test", argv=[], rows=60, split_start=20)  # as prepare.py's
     block = next(block for block in readme_blocks() if any("merge_peft" in line for line in block))
     assert len(block) == 5
     for line in block:
@@ -117,7 +120,7 @@ def test_readme_study_runs_as_written(models, tmp_path):
         words[1] = str(ROOT / words[1])
         done = subprocess.run([*start, *words[1:]], capture_output=True, text=True, cwd=tmp_path, timeout=300)
         assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
-    tree = tmp_path / "pythia-1.4b/enron-lora/0e+00_2e-06"
+    tree = tmp_path / "pythia-1.4b/original-lora/0e+00_2e-06"
     lines = read_lines(tree / "checkpoint-12/results_purified.jsonl")
     assert len(lines) == 8 and "baseline" in lines[0]
     assert len(read_lines(tree.parents[1] / "perplexity.jsonl")) == 4
