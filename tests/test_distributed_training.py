@@ -143,8 +143,8 @@ def test_two_ranks_are_one_process(models, dataset, tmp_path):
 @pytest.mark.slow
 def test_two_ranks_are_one_process_for_every_type(models, dataset, tmp_path):
     kinds = ("lora", "dora", "pissa")
-    # PiSSA and whole models start with large weights and gradients: ten steps at 0.1 amplify the last bits ten-fold
-    rates = {"lora": "0.1", "dora": "0.1", "pissa": "0.01"}
+    # PiSSA and whole models start with large weights and gradients: ten steps at 0.1 amplify the last bits
+    rates = {"lora": "0.1", "dora": "0.1", "pissa": "0.003"}
     cases = [(arch, (*plain(*SGD), "-pt", kind, "-lr", rates[kind]), 1e-6) for arch in ARCHITECTURES for kind in kinds]
     cases += [(arch, (*SGD, "-pt", "full", "-lr", "0.01"), 1e-6) for arch in ("neox", "opt")]
     cases += [("llama", (*plain(*SGD), "--packing", "--gradient_checkpointing", "--run_name", "packed"), 1e-6)]
