@@ -175,6 +175,16 @@ def check_writable(folder, problems: Problems, flag: str = "--output_dir") -> No
         problems.add(f"{flag} {folder}: no permission to write in {existing}; name another place or mend its mode")
 
 
+def check_output_file(output: Path, suffix: str, overwrite: bool, problems: Problems) -> None:
+    """Add a problem unless --output ends in `suffix`, is no directory, and is new or may be replaced."""
+    if output.suffix != suffix:
+        problems.add(f"--output {output}: the name must end in {suffix}")
+    if output.is_dir():
+        problems.add(f"--output {output}: is a directory; name a file")
+    elif output.exists() and not overwrite:
+        problems.add(f"--output {output}: exists; give --overwrite to replace it, or another name")
+
+
 def _can_write(folder: Path) -> bool:
     # access() says yes to root on a read-only mode; the mode bits are what the owner asked for.
     writable_by_mode = bool(folder.stat().st_mode & 0o222)

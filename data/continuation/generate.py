@@ -111,12 +111,7 @@ def check(args) -> Task:
     args.data_set = str(records.default_dataset(args.data_set))
     generator = Path(args.model).name
     output = Path(args.output or f"data/{generator}-continuations/data.arrow")
-    if output.suffix != ".arrow":
-        problems.add(f"--output {output}: the name must end in .arrow")
-    if output.is_dir():
-        problems.add(f"--output {output}: is a directory; name a file")
-    elif output.exists() and not args.overwrite:
-        problems.add(f"--output {output}: exists; give --overwrite to replace it, or another name")
+    cli.check_output_file(output, ".arrow", args.overwrite, problems)
     cli.check_writable(output.parent, problems, "--output")
     rows = problems.absorb(records.read_rows, args.data_set)
     manifest = problems.absorb(records.read_manifest, args.data_set) if rows else None

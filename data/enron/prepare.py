@@ -345,12 +345,7 @@ def check(args) -> tuple[list[tuple[Path, str]], object]:
     problems = cli.Problems()
     inputs = [(Path(path), problems.absorb(kind_of, Path(path))) for path in args.input]
     output = Path(args.output)
-    if output.suffix != ".jsonl":
-        problems.add(f"--output {output}: the name must end in .jsonl")
-    if output.is_dir():
-        problems.add(f"--output {output}: is a directory; name a file")
-    elif output.exists() and not args.overwrite:
-        problems.add(f"--output {output}: exists; give --overwrite to replace it, or another name")
+    cli.check_output_file(output, ".jsonl", args.overwrite, problems)
     if any(path.resolve() == output.resolve() for path, _ in inputs):
         problems.add(f"--output {output}: is also an --input")
     cli.check_writable(output.parent, problems, "--output")

@@ -307,12 +307,7 @@ def check(args) -> SimpleNamespace:
     distributed.check_environment(problems, args.device_map)
     args.seed_tasks = str(records.default_dataset(args.seed_tasks))
     output = Path(args.output or f"data/self-instruct-{Path(args.model).name}.jsonl")
-    if output.suffix != ".jsonl":
-        problems.add(f"--output {output}: the name must end in .jsonl")
-    if output.is_dir():
-        problems.add(f"--output {output}: is a directory; name a file")
-    elif output.exists() and not args.overwrite:
-        problems.add(f"--output {output}: exists; give --overwrite to replace it, or another name")
+    cli.check_output_file(output, ".jsonl", args.overwrite, problems)
     cli.check_writable(output.parent, problems, "--output")
     seeds = problems.absorb(read_seed_tasks, args.seed_tasks)
     ref = problems.absorb(models.find_model, args.model, args.revision)
