@@ -155,7 +155,8 @@ def measure(python: str, job: dict) -> dict:
     done = subprocess.run(words, input=json.dumps(job), capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(done.stderr[-3000:])
-    found = json.loads(done.stdout.strip().splitlines()[-1])
+    # the last line that is JSON: an engine may say something while it shuts down
+    found = json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
     prompts = sum(map(len, job["prompts"]))
     print(f"{job['kind']} batch {job.get('batch', '-')}, {prompts} prompts: {found['seconds']:.1f} s", flush=True)
     return found
@@ -166,7 +167,8 @@ def main(argv=None) -> int:
     if args.worker:
         job = json.load(sys.stdin)
         found = {"ours": work_ours, "transformers": work_transformers, "vllm": work_vllm}[job["kind"]](job)
-        found["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)  # vLLM's engine is a process of its own
+        found["peak_mb"] = max(resource.getrusage(one).ru_maxrss for one in who) // 1024
         print(json.dumps(found))
         return 0
 

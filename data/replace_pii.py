@@ -12,22 +12,25 @@ Stand-ins are Faker's, of the same shape: number of words, case, initials, the n
 (no rule: random letters of the same shape), the number of labels of a domain. What exactly is rewritten, and which
 ordinary words are left alone: data/replacement.py.
 
-Afterwards the leak check reads all of the output: an old full name ('First Last', 'First M. Last', 'Last, First'), an
+Before the file gets its name, the leak check reads all of it again from the disk: an old full name ('First Last', 'First M. Last', 'Last, First'), an
 old address or a pair of them, in any case, ends the run with exit status 1 and no file. It knows only people who were
 found; a nickname, a truncated name and an unknown person's first name are no full names.
 """
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import cli, records
-from common.results import Run, atomic
+from common.results import Run, atomic, sync_folder
 
 DEFAULT_NAME = "replaced_data.arrow"
 SHOWN = 3  # broken rows named
@@ -161,39 +164,23 @@ def replace(rows: list[dict], people, scan) -> list[dict]:
     return replaced
 
 
-def leaks(rows: list[dict], people) -> dict[str, list[int]]:
-    """Numbers of the output rows that still hold an old full name, an old address, or one of each that were a pair."""
-    from data import replacement
-
-    names = [name for person in people.of_name.values() for name in person.spellings]
-    check = replacement.LeakCheck(names, people.of_address)
-    found = {"full names": [], "addresses": [], "pairs": []}
-    for index, row in enumerate(rows):
-        texts = strings(row)
-        old_names = set().union(*map(check.names_in, texts))
-        old_addresses = set().union(*map(check.addresses_in, texts))
-        owners = {people.of_address.get(address) for address in old_addresses} - {None}
-        pair = old_names and any(
-            not old_names.isdisjoint(check.forms(name)) for owner in owners for name in owner.spellings
-        )
-        for kind, leak in zip(found, (old_names, old_addresses, pair)):
-            if leak:
-                found[kind].append(index)
-    return found
-
-
 def run(args) -> int:
     """Build the file. Returns 0, or 1 when the leak check fails (then nothing is written under the final names)."""
     source, output, rows, manifest, broken = check(args)
     for line in shorten(broken):
         print(line, file=sys.stderr)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with Run(output.parent / "run_replace_pii.json", args, inputs=[source]) as record:
+    with Run(output.parent / "run_replace_pii.json", args, inputs=[source]) as record, ExitStack() as stack:
+        from data.leak_check import leaks
+
         started = time.monotonic()
         people, scan = meet(rows, args.seed)
         replaced = replace(rows, people, scan)
         seconds = time.monotonic() - started
-        found = leaks(replaced, people)
+        # the check reads what was written, under a name that nobody uses
+        unchecked = Path(stack.enter_context(TemporaryDirectory(prefix=".replace_pii-", dir=output.parent)), "r.arrow")
+        records.write_arrow(unchecked, replaced)
+        found = leaks(records.read_rows(unchecked), people)
         total = time.monotonic() - started
         record["counts"] = counts = {
             "rows": len(rows),
@@ -210,7 +197,8 @@ def run(args) -> int:
             report_leaks(found, output)
             return 1
         records.manifest_path(output).unlink(missing_ok=True)  # it describes the file that is now replaced
-        records.write_arrow(output, replaced)
+        os.replace(unchecked, output)
+        sync_folder(output.parent)
         n = len(rows) + len(broken)
         start = (manifest or {}).get("split_start")
         records.write_manifest(

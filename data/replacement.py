@@ -1,10 +1,11 @@
-"""Replacing people and addresses in text: who is in it, their stand-ins, one scan a text, and the check afterwards.
+"""Replacing people and addresses in text: who is in it, their stand-ins, and one scan a text.
 
-Text in, text out: no paths, no options. A *token* is a run of letters and digits, compared case-folded.
+Text in, text out: no paths, no options. What checks the result is apart: data/leak_check.py. A *token* is a run of letters and digits, compared case-folded.
 
 What is rewritten:
 * addresses, everywhere and in any case, also `jane (at) x (dot) example` and `jane at x dot example` (no other
-  disguises); the local part of a role address (info@, sales@) that is no row's gt-email is kept;
+  disguises); the local part of a role address (info@, sales@) is kept, unless it is a row's gt-email or holds the
+  name of somebody known;
 * full names, everywhere and in any case: First Last, First M. Last, First Middle Last, `Last, First [M.]`, joined by
   blanks, one line break (behind quote marks too) or one of . _ - ; 'Last First' when both words are capitalised;
 * user names without a domain: a local part of the file everywhere, unless it is short or an ordinary word or no name
@@ -200,6 +201,12 @@ def find_names(text: str) -> Iterator[tuple[str, str | None]]:
                 yield name, None
 
 
+def holds_one(words: tuple[str, ...], known: set[tuple[str, ...]]) -> bool:
+    """Whether a run of the words is one of `known`."""
+    ends = range(1, len(words) + 1)
+    return any(words[start:end] in known for end in ends for start in range(end))
+
+
 def rule_of(name: str, local: str) -> str | None:
     """The name rule (`name_rule_guesses`) that makes `local` of `name`, digits left out; None when none does."""
     wanted = re.sub(r"\d", "", local)
@@ -275,9 +282,12 @@ class People:
         for person in people:
             self._name_one(person, names, taken, rng)
         locals_ = {address.rpartition("@")[0] for address in self.of_address}
+        known = {order for p in people if p.last for order in (p.first + p.last, p.last + p.first)}
+        known |= {tokens(guess) for person in people for guess in person.guesses}
         for address in sorted(set(self.of_address) - set(self.new_address)):
             local, _, domain = address.rpartition("@")
             role = address not in self.truths and mail.address_problem(address) == mail.ROLE_ADDRESS
+            role = role and not holds_one(tokens(local), known)
             new = local if role else same_shape(local, rng)
             while f"{new}@{self.domains[domain]}" in taken or (new in locals_ and not role):
                 new, role = same_shape(local + "ob" * rng.randint(0, 2), rng), False
@@ -585,9 +595,6 @@ def in_name_position(text: str, start: int, end: int) -> bool:
     return GREETING.search(text[max(0, start - 24) : start]) is not None
 
 
-# ---------------------------------------------------------------- the check
-
-
 def map_strings(value, function: Callable[[str], str]):
     """`value` with `function` applied to every string in it (lists and dicts walked; keys kept)."""
     if isinstance(value, str):
@@ -597,62 +604,3 @@ def map_strings(value, function: Callable[[str], str]):
     if isinstance(value, dict):
         return {key: map_strings(item, function) for key, item in value.items()}
     return value
-
-
-class LeakCheck:
-    """Finds old names and addresses in texts; knows nothing of how they were replaced.
-
-    names: as written, two words or more (one word alone is no evidence); addresses. Case is ignored, and so is what
-    surrounds an address; a name's words may be wrapped over a line break, with an initial between them.
-    """
-
-    def __init__(self, names: Iterable[str], addresses: Iterable[str]):
-        self.names, self.locals = defaultdict(set), defaultdict(set)
-        for name in names:
-            for form in self.forms(name):
-                opening = TOKEN.search(form)
-                self.names[opening[0]].add(form[opening.start() :])
-        for address in addresses:
-            local, _, domain = address.strip().casefold().rpartition("@")
-            self.locals[domain].add(local)
-        self.domain_lengths = sorted({len(domain) for domain in self.locals})
-        self.local_lengths = {domain: sorted(set(map(len, known))) for domain, known in self.locals.items()}
-
-    @staticmethod
-    def forms(name: str) -> set[str]:
-        """What counts as `name`: as written, First Last, First M. Last, `Last, First`, First.Last (also _ and -)."""
-        full = " ".join(name.casefold().split())
-        parsed = parse_name(full)
-        if parsed is None or not parsed[2] or max(map(len, parsed[0] + parsed[2])) < 2:
-            return set()
-        words = spelled(full).split()
-        first, last = words[0], words[-1]
-        forms = {full, " ".join(words), f"{first} {last}", f"{last}, {first}", f"{last}, {' '.join(words[:-1])}"}
-        return forms | {f"{first.strip('.')}{mark}{last}" for mark in "._-"}
-
-    def addresses_in(self, text: str) -> set[str]:
-        """Old addresses anywhere in `text`, inside longer ones too."""
-        text, found = text.casefold(), set()
-        at = text.find("@")
-        while at >= 0:
-            for length in self.domain_lengths:
-                domain = text[at + 1 : at + 1 + length]
-                for size in self.local_lengths.get(domain, ()):
-                    if text[max(0, at - size) : at] in self.locals[domain]:
-                        found.add(text[at - size : at + 1 + length])
-            at = text.find("@", at + 1)
-        return found
-
-    def names_in(self, text: str) -> set[str]:
-        """Forms of old names that stand in `text` as words of their own."""
-        found = set()
-        for block in re.split(r"\n[^\S\n]*(?:[>|][^\S\n]*)*(?=\n)", text.casefold()):
-            line = re.sub(r"[^\S\n]*\n[\s>|]*|\s+", " ", block).replace(" ,", ",").replace(",", ", ")
-            line = re.sub(r" {2,}", " ", line)
-            for version in (line, re.sub(r"(?<=[^\W_] )[^\W_]\.? (?=[^\W_])", "", line)):
-                for match in TOKEN.finditer(version):
-                    for form in self.names.get(match[0], ()):
-                        after = match.start() + len(form)
-                        if version.startswith(form, match.start()) and not version[after : after + 1].isalnum():
-                            found.add(form)
-        return found
