@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from common import cli, distributed, records, results
+from common import cli, distributed, models, records, results
 from extraction import prompts
 
 TEMPERATURES = [0.01, 0.1, 0.2, 0.5, 0.75, 1.0, 1.25, 1.5]
@@ -236,8 +236,6 @@ def next_free(folder) -> Path:
 
 def model_key(ref) -> dict:
     """What identifies the measured weights in a result line."""
-    from common import models
-
     return {"model_sha256": models.weights_sha256(ref), "revision": ref.revision}
 
 
@@ -246,7 +244,7 @@ def attack(model, tokenizer, study: Study, args, temperatures: list[float], worl
 
     {row, template, responses: [text per temperature] or None, dropped: reason or None, truth_logprob, truth_logp}.
     """
-    from common import models, sampling
+    from common import sampling
     from common.progress import progress_bar
 
     def ask_mine() -> list[dict]:
@@ -465,6 +463,7 @@ def describe(ref, dtype, change) -> dict:
         **model_key(ref),
         "dtype": str(dtype).removeprefix("torch."),
         "relative_change": change,
+        "privacy": models.privacy(ref),
     }
 
 
@@ -486,8 +485,6 @@ def run(args) -> int:
     study = prepare(args, problems)
     ref = tokenizer = None
     if args.model:
-        from common import models
-
         ref = problems.absorb(models.find_model, args.model, args.revision)
         tokenizer = problems.absorb(models.load_tokenizer, ref) if ref else None
     problems.check()

@@ -95,6 +95,9 @@ def run(args) -> Path:
                     print(f"warning: {words}; float32 keeps it", file=sys.stderr)
             merged.to(dtype).save_pretrained(folder)
         models.load_tokenizer(ref).save_pretrained(folder)
+        if spent := models.privacy(ref):
+            results.write_json(folder / models.PRIVACY_FILE, spent)
+            record["privacy"] = spent
     print(f"merged   {target}", flush=True)
     return target
 

@@ -4,6 +4,7 @@
     torchrun --nproc_per_node=4 run_peft.py -m EleutherAI/pythia-1.4b -i data/enron.jsonl -dt ddp
     torchrun --nproc_per_node=4 run_peft.py -m EleutherAI/pythia-12b -dt fsdp -pt dora --gradient_checkpointing
     python run_peft.py -m facebook/opt-1.3b -dt mp -pt pissa --resume
+    python run_peft.py -m EleutherAI/pythia-1.4b -pdbs 16 --dp --target_epsilon 8 --logical_batch_size 512
 
 Writes <output_root>/<model>/<data tag>-<peft type>/<weight decay>_<learning rate>[-<run name>]/ with
 
@@ -20,16 +21,23 @@ neither the number of processes nor the way the rows are cut into micro-batches 
 holds the model. fsdp: the frozen base is sharded over the processes (FSDP2), the adapters are replicated. In both the
 adapters' gradients are summed over the processes once a step. mp: one process spreads the layers over its GPUs (on a
 CPU machine they all stay on the one device).
+
+--dp (DP-SGD) changes the batches (a Poisson draw of privacy units a step, in micro-batches of at most
+--per_device_batch_size rows), the loss (the mean over each record's own tokens), the clipping (each unit's gradient
+alone) and adds noise: nothing else. run.json has a `privacy` block, and every checkpoint a privacy.json with the ε
+spent up to it. The state for --resume lies in private/, which is removed at the end: its random secret would undo the
+noise. metrics.jsonl's loss, batch, clipped, dropped and signal_to_noise (of the sum of clipped gradients) are computed
+from the data and are not covered by ε; do not publish them with the model.
 """
 
-import bisect
 import contextlib
 import copy
+import hashlib
 import json
 import math
 import os
-import random
 import re
+import secrets
 import shutil
 import signal
 import sys
@@ -43,14 +51,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from common import cli, distributed, models, records, results
 from common.cli import Problems, UserError
+from training import privacy
+from training.batches import Row, collate, converted, encode, epoch_batches, micro_batches, pack, unit_batches
 
-CALL_COST = (
-    256  # what one forward and backward call costs beside its tokens, in tokens: cut() weighs padding against it
-)
 PROBE_ROWS, PROBE_TOKENS = 4, 128
+PUBLIC_ROWS = 256  # of --suggest_max_grad_norm
 LOG_SECONDS = 30
 # These change where or how a run is watched, not what it computes: a finished run may be asked for with others.
 FREE_ARGUMENTS = ("input", "output_root", "resume", "dry_run", "logging_steps", "report_to", "allow_overlap")
+SEED = 3407  # without --dp
 METRIC_SCHEDULERS = ("reduce_lr_on_plateau", "greedy")
 
 
@@ -113,12 +122,25 @@ def make_parser() -> cli.Parser:
         default="all",
         help="completion: only tokens after the row's prompt part (and the EOS)",
     )
-    add("--max_grad_norm", type=cli.positive_float, default=1.0, help="clip the gradient's norm; inf: off")
+    add(
+        "--max_grad_norm",
+        type=cli.positive_float,
+        default=1.0,
+        help="clip the gradient's norm (--dp: of each unit); inf: off",
+    )
     add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, more time")
     add("--packing", action="store_true", help="fill sequences of max_length with several rows each")
     add("--resume", action="store_true", help="continue an unfinished run from its newest saved state")
     add("--report_to", default="none", help="trackers of accelerate, comma-separated: tensorboard,wandb,…")
-    cli.add_model_flags(parser)
+    privacy.add_flags(parser)
+    add(
+        "--suggest_max_grad_norm",
+        default=None,
+        metavar="PUBLIC",
+        help="with --dp: print the norms of per-record gradients on this public file (never the private one) and stop",
+    )
+    seed = f"seed of everything random (default: {SEED}; with --dp the operating system's entropy)"
+    cli.add_model_flags(parser, seed=None, seed_help=seed)
     return parser
 
 
@@ -141,7 +163,12 @@ def run_folder(args, tag: str) -> Path:
     basename = name.resolve().name if name.is_dir() else args.model.rstrip("/").split("/")[-1]
     rates = f"{rate_name(args.weight_decay)}_{rate_name(args.learning_rate)}"
     last = f"{rates}-{args.run_name}" if args.run_name else rates
-    return Path(args.output_root).expanduser() / basename / f"{tag.replace('/', '-')}-{args.peft_type}" / last
+    kind = args.peft_type
+    if args.dp and args.target_epsilon is not None:
+        kind += f"-dp-eps{args.target_epsilon:g}"
+    elif args.dp and args.noise_multiplier is not None:
+        kind += f"-dp-sigma{args.noise_multiplier:g}"
+    return Path(args.output_root).expanduser() / basename / f"{tag.replace('/', '-')}-{kind}" / last
 
 
 def optimizer_class(args) -> tuple[type, dict]:
@@ -258,156 +285,6 @@ def boundaries(path, rows: list[dict], indices: list[int]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rows to tokens, tokens to batches (pure functions)
-
-
-@dataclass(frozen=True)
-class Row:
-    """Token ids of one row and the position of its first label; positions `first` … end are predicted (never 0)."""
-
-    ids: list[int]
-    first: int
-
-    @property
-    def labels(self) -> int:
-        return max(0, len(self.ids) - self.first)
-
-
-def encode(rows: list[dict], tokenizer, max_length: int, loss_on: str = "all") -> list[Row]:
-    """Tokenise whole texts; EOS ends every row that is not cut at `max_length` tokens, once."""
-    if not rows:
-        return []
-    pairs = [records.row_text(row) for row in rows]
-    encoded = tokenizer([text for text, _ in pairs], return_offsets_mapping=loss_on == "completion", verbose=False)
-    eos, encoded_rows = tokenizer.eos_token_id, []
-    for index, (ids, (_, boundary)) in enumerate(zip(encoded["input_ids"], pairs)):
-        first = 1
-        if loss_on == "completion":
-            ends = [end for _, end in encoded["offset_mapping"][index]]
-            first = max(1, next((place for place, end in enumerate(ends) if end > boundary), len(ids)))
-        if not ids or ids[-1] != eos:
-            ids = [*ids, eos]
-        encoded_rows.append(Row(ids[:max_length], first))
-    return encoded_rows
-
-
-def pack(rows: list[Row], max_length: int) -> list[list[int]]:
-    """Row indices grouped into sequences of at most `max_length` tokens: best fit, longest rows first."""
-    sequences, space = [], []  # space: sorted (free tokens, sequence)
-    for index in sorted(range(len(rows)), key=lambda index: (-len(rows[index].ids), index)):
-        length = len(rows[index].ids)
-        place = bisect.bisect_left(space, (length, -1))
-        if place == len(space):
-            sequences.append([index])
-            bisect.insort(space, (max_length - length, len(sequences) - 1))
-        else:
-            free, sequence = space.pop(place)
-            sequences[sequence].append(index)
-            bisect.insort(space, (free - length, sequence))
-    return sequences
-
-
-def epoch_batches(n: int, global_batch: int, seed: int, epoch: int) -> list[list[int]]:
-    """An epoch's steps: the order 0 … n-1 shuffled by (seed, epoch), cut into global batches; the last is short."""
-    order = list(range(n))
-    random.Random(f"{seed} {epoch}").shuffle(order)
-    return [order[start : start + global_batch] for start in range(0, n, global_batch)]
-
-
-def cut(lengths: list[int], most: int) -> list[list[int]]:
-    """Cut items into micro-batches of at most `most` with the least padded tokens + CALL_COST a micro-batch.
-
-    Returns positions in `lengths`, longest first. Exact: items sorted by length, dynamic programming over the cuts.
-    """
-    order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
-    cost, size_before = [0.0], [0]
-    for end in range(1, len(order) + 1):
-        choices = [
-            (cost[end - size] + size * lengths[order[end - size]] + CALL_COST, size)
-            for size in range(1, min(most, end) + 1)
-        ]
-        best = min(choices)
-        cost.append(best[0])
-        size_before.append(best[1])
-    groups, end = [], len(order)
-    while end:
-        groups.append(order[end - size_before[end] : end])
-        end -= size_before[end]
-    return groups[::-1]
-
-
-def deal(costs: list[float], ranks: int) -> list[list[int | None]]:
-    """Micro-batches (by position) for each rank, dearest first to the least loaded; None fills up to equal counts."""
-    hands, load = [[] for _ in range(ranks)], [0.0] * ranks
-    for place in sorted(range(len(costs)), key=lambda place: (-costs[place], place)):
-        rank = load.index(min(load))
-        hands[rank].append(place)
-        load[rank] += costs[place]
-    longest = max(len(hand) for hand in hands)
-    return [hand + [None] * (longest - len(hand)) for hand in hands]
-
-
-def micro_batches(step: list[int], lengths: list[int], most: int, ranks: int) -> list[list[tuple[list[int], int]]]:
-    """For each rank the same number of (sequence indices, weight); weight 0 marks a dummy that keeps ranks in step."""
-    groups = [[step[place] for place in group] for group in cut([lengths[index] for index in step], most)]
-    costs = [len(group) * lengths[group[0]] + CALL_COST for group in groups]
-    dummy = ([min(step, key=lambda index: lengths[index])], 0)
-    return [[dummy if place is None else (groups[place], 1) for place in hand] for hand in deal(costs, ranks)]
-
-
-def collate(sequences: list[list[Row]], pad: int, packed: bool = False, additive: bool = False) -> dict:
-    """Model inputs of a micro-batch, each sequence one row or (`packed`) several; padded on the right.
-
-    Returns input_ids (B, T), logits_to_keep (B, T) bool — the positions that predict a label — and their targets (K,),
-    in row-major order. Padding is on the right and the models are causal, so no real token sees it and no mask is
-    needed; which positions count is known from the lengths, never from the pad id. `packed` adds position_ids that
-    start again with every row, and attention_mask (B, 1, T, T) that keeps attention inside a row (bool; `additive`:
-    0 or the lowest float, for eager attention).
-    """
-    import torch
-
-    longest = max(sum(len(row.ids) for row in rows) for rows in sequences)
-    shape = (len(sequences), longest)
-    input_ids, keep = torch.full(shape, pad), torch.zeros(shape, dtype=torch.bool)
-    positions, document = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)
-    targets = []
-    for line, rows in enumerate(sequences):
-        start = 0
-        for number, row in enumerate(rows):
-            end = start + len(row.ids)
-            input_ids[line, start:end] = torch.tensor(row.ids)
-            positions[line, start:end] = torch.arange(len(row.ids))
-            document[line, start:end] = number
-            keep[line, start + row.first - 1 : end - 1] = True
-            targets += row.ids[row.first :]
-            start = end
-    batch = {"input_ids": input_ids, "logits_to_keep": keep, "targets": torch.tensor(targets, dtype=torch.long)}
-    if packed:
-        mask = (document[:, :, None] == document[:, None, :]).tril()[:, None]
-        if additive:
-            mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
-        batch |= {"position_ids": positions, "attention_mask": mask}
-    return batch
-
-
-def converted(state: dict, initial: dict) -> dict:
-    """A PiSSA adapter as the LoRA of twice the rank that gives the same model on the original base.
-
-    PiSSA trains B A on the residual W − s B₀A₀ (Meng et al. 2024), so ΔW = s (B A − B₀ A₀) = s [B, −B₀] [A; A₀]. Rank
-    and alpha both double, which keeps the scale s. Tensors: name → lora_A (r, in) or lora_B (out, r), float32.
-    """
-    import torch
-
-    wide = {}
-    for name, tensor in state.items():
-        if ".lora_A." in name:
-            wide[name] = torch.cat([tensor, initial[name]], dim=0)
-        else:
-            wide[name] = torch.cat([tensor, -initial[name]], dim=1)
-    return wide
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # What a call is to do, known before a model is loaded
 
 
@@ -427,10 +304,17 @@ class Plan:
     max_length: int
     start: str
     world_size: int
+    privacy: privacy.Privacy | None
+    n_trainable: int
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(len(self.sequences) / self.global_batch)
+        return self.privacy.steps_per_epoch if self.privacy else math.ceil(len(self.sequences) / self.global_batch)
+
+    @property
+    def private(self) -> Path:
+        """Where a DP run keeps what would undo its noise, while it runs."""
+        return self.folder / "private"
 
 
 def make_plan(args) -> Plan:
@@ -454,6 +338,9 @@ def make_plan(args) -> Plan:
     world_size = int(size) if size.isdigit() else 1
     if args.distribution_type == "mp" and world_size > 1:
         problems.add(f"--distribution_type mp: runs as one process, not {world_size}; start it without torchrun")
+    clean_flags = privacy.check_flags(args, METRIC_SCHEDULERS, problems)
+    if args.suggest_max_grad_norm and not args.dp:
+        problems.add("--suggest_max_grad_norm: only with --dp")
     if args.distribution_type == "fsdp" and args.peft_type == "full" and args.dtype == "float16":
         problems.add("--dtype float16: full fine-tuning under fsdp has no loss scaling here; use bfloat16 or float32")
 
@@ -469,14 +356,22 @@ def make_plan(args) -> Plan:
     if chosen and args.loss_on == "completion":
         problems.absorb(boundaries, path, rows, chosen[0] + chosen[1])
     global_batch = args.per_device_batch_size * args.gradient_accumulation_steps * world_size
+    spending = None
+    if args.dp and chosen and clean_flags:
+        spending = problems.absorb(privacy.make_privacy, args, path, rows, chosen[0])
+    if spending:
+        global_batch = spending.logical_batch
     steps = math.ceil(len(chosen[0]) / global_batch) * args.epochs if chosen else 1
     problems.absorb(check_scheduler, args, steps)
     tokenizer = problems.absorb(models.load_tokenizer, ref) if ref else None
     start = problems.absorb(run_state, args, folder, path, global_batch) if folder else None
+    public = problems.absorb(records.read_rows, args.suggest_max_grad_norm) if args.suggest_max_grad_norm else None
     config = AutoConfig.from_pretrained(ref.base, revision=ref.revision) if ref else None
     if config and args.target_modules != ["all-linear"] and args.peft_type != "full":
         problems.absorb(check_targets, args.target_modules, config)
     problems.check()
+    if public:
+        rows, chosen = public, (list(range(len(public)))[:PUBLIC_ROWS], [])
 
     max_length = min(args.max_length, models.context_length(SimpleNamespace(config=config)))
     train = encode([rows[index] for index in chosen[0]], tokenizer, max_length, args.loss_on)
@@ -490,7 +385,19 @@ def make_plan(args) -> Plan:
             f"--model {args.model}: its tokenizer gives id {highest}, the model knows ids below {vocabulary}"
         )
     sequences = pack(train, max_length) if args.packing else [[index] for index in range(len(train))]
-    return Plan(ref, path, tag, folder, tokenizer, train, held, sequences, global_batch, max_length, start, world_size)
+    n_trainable = count_trainable(args, config) if args.dp else 0
+    return Plan(
+        ref, path, tag, folder, tokenizer, train, held, sequences, global_batch, max_length, start, world_size,
+        spending, n_trainable,
+    )  # fmt: skip
+
+
+def count_trainable(args, config) -> int:
+    """Parameters of the adapter (from the model's shapes alone, without its weights)."""
+    chosen = chosen_layers(args, meta_model(config))
+    ranks = {name: min(args.lora_r, *sides) for name, sides in chosen.items()}
+    n = sum(ranks[name] * sum(sides) for name, sides in chosen.items())
+    return n + (sum(n_out for n_out, _ in chosen.values()) if args.peft_type == "dora" else 0)
 
 
 def run_state(args, folder: Path, path: Path, global_batch: int) -> str:
@@ -526,6 +433,11 @@ def describe(args, plan: Plan) -> list[str]:
         f"steps        {plan.steps_per_epoch} an epoch × {args.epochs} epochs, global batch {plan.global_batch}",
         f"directory    {plan.folder}",
     ]
+    if plan.privacy:
+        lines[3:4] = [
+            f"steps        {plan.steps_per_epoch} an epoch × {args.epochs} epochs, {plan.global_batch} units expected",
+            *privacy.describe(plan.privacy, args.epochs, plan.n_trainable),
+        ]
     if args.packing:
         lines.insert(3, f"packing      {len(plan.train)} rows in {len(plan.sequences)} sequences")
     empty = sum(row.labels == 0 for row in plan.train)
@@ -540,7 +452,7 @@ def describe(args, plan: Plan) -> list[str]:
 # The model and its trainable part
 
 
-def build(args, plan: Plan, world, dtype):
+def build(args, plan: Plan, world, dtype, seed: int):
     """(model in training mode, its initial adapter's tensors on the CPU or None)."""
     import torch
 
@@ -555,23 +467,19 @@ def build(args, plan: Plan, world, dtype):
         model.activation_checkpointing_enable({"use_reentrant": False})
     initial = None
     if not full:
-        model, initial = add_adapter(args, plan, world, model)
+        model, initial = add_adapter(args, plan, world, model, seed)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if fsdp:
         shard(model, set() if full else set(trainable), world)
     return model.train(), initial
 
 
-def add_adapter(args, plan: Plan, world, model):
+def add_adapter(args, plan: Plan, world, model, seed: int):
     """(PEFT model, initial adapter tensors), the same on every rank; for PiSSA the base becomes the residual."""
     import torch
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
-    chosen = {
-        name: sides
-        for name, sides in linear_layers(model).items()
-        if args.target_modules == ["all-linear"] or any(_is_named(name, target) for target in args.target_modules)
-    }
+    chosen = chosen_layers(args, model)
     kept = plan.folder / "initial_adapter"
     saved = plan.start == "resume" and args.peft_type == "pissa" and kept.is_dir()
     config = LoraConfig(
@@ -586,7 +494,7 @@ def add_adapter(args, plan: Plan, world, model):
         rank_pattern={name: min(sides) for name, sides in chosen.items() if min(sides) < args.lora_r},
         revision=args.revision,
     )
-    torch.manual_seed(args.seed)
+    torch.manual_seed(seed)
     model = get_peft_model(model, config)
     base = Path(plan.ref.base).expanduser()
     config = model.peft_config["default"]
@@ -605,13 +513,27 @@ def _is_named(name: str, target: str) -> bool:
     return name == target or name.endswith("." + target)
 
 
-def check_targets(targets: list[str], config) -> None:
-    """UserError when a name of --target_modules is no linear layer of the model (built without its weights)."""
+def chosen_layers(args, model) -> dict[str, tuple[int, int]]:
+    """Name → shape of the weight of every linear layer that --target_modules names."""
+    return {
+        name: sides
+        for name, sides in linear_layers(model).items()
+        if args.target_modules == ["all-linear"] or any(_is_named(name, target) for target in args.target_modules)
+    }
+
+
+def meta_model(config):
+    """The model without its weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        linear = linear_layers(AutoModelForCausalLM.from_config(config))
+        return AutoModelForCausalLM.from_config(config)
+
+
+def check_targets(targets: list[str], config) -> None:
+    """UserError when a name of --target_modules is no linear layer of the model."""
+    linear = linear_layers(meta_model(config))
     unknown = [target for target in targets if not any(_is_named(name, target) for name in linear)]
     if unknown:
         kinds = sorted({name.split(".")[-1] for name in linear})
@@ -705,13 +627,18 @@ class Interrupted(Exception):
 class Training:
     """The state of one run: what a checkpoint saves and --resume restores."""
 
-    def __init__(self, args, plan: Plan, world, dtype):
+    def __init__(self, args, plan: Plan, world, dtype, secret: bytes | None = None):
         import torch
 
-        self.args, self.plan, self.world, self.dtype = args, plan, world, dtype
+        self.args, self.plan, self.world, self.dtype, self.secret = args, plan, world, dtype, secret
+        self.seed = args.seed
+        if secret:
+            from common import dp
+
+            self.seed = int.from_bytes(dp.stream(secret, "dropout", 0, 4))  # step() multiplies it; torch takes 63 bits
         self.full = args.peft_type == "full"
         self.sharded = self.full and args.distribution_type == "fsdp"
-        self.model, self.initial = build(args, plan, world, dtype)
+        self.model, self.initial = build(args, plan, world, dtype, self.seed)
         self.trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         kind, keywords = optimizer_class(args)
         if self.full:
@@ -723,9 +650,17 @@ class Training:
         self.additive = base.config._attn_implementation == "eager"
         self.spread = len({parameter.device for parameter in base.parameters()}) > 1
         self.lengths = [sum(len(plan.train[index].ids) for index in sequence) for sequence in plan.sequences]
-        self.stopping = False
+        self.stopping, self.order = False, (None, [])
+        if plan.privacy:
+            from common import dp
+
+            try:
+                self.examples = dp.PerExample(self.model)
+            except ValueError as error:
+                raise UserError(f"--dp: {error}") from None
+            self.check_examples()
         # step: steps done; updates: steps that could change a weight; window: loss and labels since the last log line
-        self.count = {"step": 0, "updates": 0, "tokens": 0, "window_loss": 0.0, "window_labels": 0, "eval_losses": []}
+        self.count = {"step": 0, "updates": 0, "tokens": 0, "window_loss": 0.0, "window_weight": 0, "eval_losses": []}
 
     @property
     def device_type(self) -> str:
@@ -752,7 +687,7 @@ class Training:
         return torch.autocast(self.device_type, self.dtype, enabled=self.dtype != torch.float32)
 
     def nll(self, batch: dict):
-        """Σ −log p(label) over a micro-batch's labels, float32 scalar."""
+        """−log p of each of a micro-batch's K labels, float32 (K,)."""
         import torch.nn.functional as F
 
         targets = batch.pop("targets")
@@ -763,32 +698,22 @@ class Training:
                 logits = logits[keep.to(logits.device)]
             else:
                 logits = self.model(**batch, use_cache=False, logits_to_keep=keep).logits
-        return F.cross_entropy(logits.float(), targets.to(logits.device), reduction="sum")
+        return F.cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
 
     # -- one step
 
-    def step(self, members: list[int]) -> dict:
-        """One optimizer step on the sequences `members` (over all ranks). Returns {lr, grad_norm, stop}."""
+    def step(self) -> dict:
+        """One optimizer step (over all ranks). Returns what it adds to metrics.jsonl, and `stop`."""
         import torch
 
-        args, plan, world, count = self.args, self.plan, self.world, self.count
+        args, count = self.args, self.count
         number = count["step"] + 1
         # Dropout depends on nothing but seed, step and rank, so a resumed run draws what an unbroken one does.
-        torch.manual_seed((args.seed * 1_000_003 + number) * 1_009 + world.rank)
-        labels = sum(plan.train[index].labels for member in members for index in plan.sequences[member])
-        hands = micro_batches(members, self.lengths, args.per_device_batch_size, world.size)
-        total = torch.zeros((), device=world.device)
-        for group, weight in hands[world.rank]:
-            nll = self.nll(self.batch(plan.train, [plan.sequences[member] for member in group]))
-            loss = nll * (weight / max(1, labels))
-            # FSDP averages the gradients it reduces; ours are parts of one sum.
-            self.scaler.scale(loss * world.size if self.sharded else loss).backward()
-            total += loss.detach().to(total.device)
-        loss, stop = self.reduce(total)
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"step {number}: the loss is {loss}; {self.last_good()}")
+        torch.manual_seed((self.seed * 1_000_003 + number) * 1_009 + self.world.rank)
+        found = self.private_gradient(number) if self.plan.privacy else self.gradient(number)
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.trainable, args.max_grad_norm)
+        bound = math.inf if self.plan.privacy else args.max_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(self.trainable, bound)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         if not math.isfinite(norm) and not self.scaler.is_enabled():
             raise FloatingPointError(f"step {number}: the gradient's norm is {norm}; {self.last_good()}")
@@ -801,26 +726,119 @@ class Training:
             self.scheduler.step()
         count["step"] = number
         count["updates"] += not skipped and rate > 0
-        count["tokens"] += sum(self.lengths[member] for member in members)
-        count["window_loss"] += loss * labels
-        count["window_labels"] += labels
-        return {"lr": rate, "grad_norm": norm if math.isfinite(norm) else None, "stop": stop}
+        return {"lr": rate, "grad_norm": norm if math.isfinite(norm) else None} | found
 
-    def reduce(self, loss) -> tuple[float, bool]:
-        """Sum the replicated gradients, the loss and the stop signal over the ranks in one collective."""
+    def members(self, number: int) -> list[int]:
+        """The sequences of step `number` (from 1)."""
+        epoch, place = divmod(number - 1, self.plan.steps_per_epoch)
+        if self.order[0] != epoch:
+            batches = epoch_batches(len(self.plan.sequences), self.plan.global_batch, self.seed, epoch)
+            self.order = (epoch, batches)
+        return self.order[1][place]
+
+    def gradient(self, number: int) -> dict:
+        """Leave in .grad the gradient of the mean loss over all label tokens of step `number`'s global batch."""
         import torch
 
-        signals = torch.stack([loss.float(), torch.tensor(float(self.stopping), device=loss.device)])
-        if self.world.backend:
-            shared = [] if self.sharded else [one.grad for one in self.trainable if one.grad is not None]
-            flat = self.world.sum_(torch.cat([*(grad.flatten().float() for grad in shared), signals]))
-            start = 0
-            for grad in shared:
-                grad.copy_(flat[start : start + grad.numel()].view_as(grad))
-                start += grad.numel()
-            signals = flat[start:]
-        loss, stop = signals.tolist()
-        return loss, stop > 0
+        plan, world, count = self.plan, self.world, self.count
+        members = self.members(number)
+        labels = sum(plan.train[index].labels for member in members for index in plan.sequences[member])
+        hands = micro_batches(members, self.lengths, self.args.per_device_batch_size, world.size)
+        total = torch.zeros((), device=world.device)
+        for group, weight in hands[world.rank]:
+            nll = self.nll(self.batch(plan.train, [plan.sequences[member] for member in group])).sum()
+            loss = nll * (weight / max(1, labels))
+            # FSDP averages the gradients it reduces; ours are parts of one sum.
+            self.scaler.scale(loss * world.size if self.sharded else loss).backward()
+            total += loss.detach().to(total.device)
+        loss, stop = self.reduce([] if self.sharded else [one.grad for one in self.trainable], [total, self.stopping])
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"step {number}: the loss is {loss}; {self.last_good()}")
+        count["tokens"] += sum(self.lengths[member] for member in members)
+        count["window_loss"] += loss * labels
+        count["window_weight"] += labels
+        return {"stop": stop > 0}
+
+    def private_gradient(self, number: int) -> dict:
+        """Leave in .grad (Σ clipped gradients of the drawn units + noise) / expected units.
+
+        Nothing here may stop the run or change a weight by looking at one record: a loss or gradient that is not
+        finite counts as zero.
+        """
+        import torch
+
+        from common import dp
+
+        plan, world, count, rows = self.plan, self.world, self.count, self.plan.train
+        spending = plan.privacy
+        drawn = dp.poisson_draw(self.secret, number, len(spending.units), spending.sample_rate)
+        units = [[row for row in spending.units[unit] if rows[row].labels] for unit in drawn]
+        hands, passes = unit_batches(units, self.lengths, self.args.per_device_batch_size, world.size)
+        total = {name: torch.zeros_like(item, dtype=torch.float32) for name, item in self.examples.named.items()}
+        losses, norms = [], []
+        for n_units, item in hands[world.rank]:
+            self.examples.begin(n_units)
+            for group, owners in item:
+                record_losses = self.record_losses([rows[row] for row in group])
+                with self.examples.of(owners):
+                    record_losses.sum().backward()
+                losses.append(record_losses.detach().double().cpu())
+            norms.append(self.examples.clip_into(total, spending.max_grad_norm))
+        for _ in range(passes - len(losses)):  # ranks make equally many passes, or fsdp waits for ever
+            shortest = min((row for unit in units for row in unit), key=lambda row: self.lengths[row])
+            self.record_losses([rows[shortest]]).sum().backward()
+        losses, norms = torch.cat([torch.zeros(0), *losses]), torch.cat([torch.zeros(0), *norms])
+        finite = losses.isfinite()
+        signals = [
+            losses[finite].sum(), finite.sum(), (norms > spending.max_grad_norm).sum(), (~norms.isfinite()).sum(),
+            self.stopping,
+        ]  # fmt: skip
+        sums = list(total.values())
+        loss, weight, clipped, dropped, stop = self.reduce(sums, signals)
+        deviation = spending.noise_multiplier * spending.max_grad_norm if spending.noise_multiplier else 0.0
+        found = {"batch": len(drawn), "clipped": clipped / max(1, len(drawn)), "dropped": int(dropped)}
+        if deviation:
+            size = math.sqrt(sum(float(one.double().square().sum()) for one in sums))
+            found["signal_to_noise"] = size / (deviation * math.sqrt(plan.n_trainable))
+            noise = dp.gaussian(self.secret, number, [one.shape for one in sums], spending.secure_rng)
+            for one, add in zip(sums, noise):  # the same on every rank: the sums are, and so is the stream
+                one.add_(torch.from_numpy(add).to(one.device), alpha=deviation)
+        for name, one in total.items():
+            self.examples.named[name].grad = one.div_(spending.logical_batch).to(self.examples.named[name].dtype)
+        count["tokens"] += sum(self.lengths[row] for unit in units for row in unit)
+        count["window_loss"] += loss
+        count["window_weight"] += int(weight)
+        return found | {"epsilon_rdp": self.spent(number), "stop": stop > 0}
+
+    def record_losses(self, rows: list[Row]):
+        """Mean −log p over each row's own labels, float32 (rows,)."""
+        import torch
+
+        nll = self.nll(self.batch(rows, [[place] for place in range(len(rows))]))
+        owner = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([row.labels for row in rows]))
+        means = torch.tensor([1 / row.labels for row in rows], device=nll.device)[owner.to(nll.device)]
+        return torch.zeros(len(rows), device=nll.device).index_add_(0, owner.to(nll.device), nll * means)
+
+    def spent(self, steps: int) -> float | None:
+        epsilon = self.plan.privacy.epsilon(steps, "rdp")
+        return epsilon if math.isfinite(epsilon) else None
+
+    def reduce(self, shared: list, signals: list) -> list[float]:
+        """Sum `shared` (tensors, in place) and `signals` (numbers, returned) over the ranks in one collective."""
+        import torch
+
+        signals = torch.stack([torch.as_tensor(one, dtype=torch.float64).cpu() for one in signals])
+        if not self.world.backend:
+            return signals.tolist()
+        shared = [one for one in shared if one is not None]
+        # float32 holds what is summed here; a loss is rounded as on one rank
+        flat = [*(one.flatten().float() for one in shared), signals.float().to(self.world.device)]
+        flat = self.world.sum_(torch.cat(flat))
+        start = 0
+        for one in shared:
+            one.copy_(flat[start : start + one.numel()].view_as(one))
+            start += one.numel()
+        return flat[start:].tolist()
 
     def last_good(self) -> str:
         saved = checkpoints(self.plan.folder)
@@ -842,7 +860,7 @@ class Training:
                 batch = self.batch(rows, [[index] for index in group])
                 labels = len(batch["targets"])
                 sums += weight * torch.tensor(
-                    [float(self.nll(batch)), labels], dtype=torch.float64, device=world.device
+                    [float(self.nll(batch).sum()), labels], dtype=torch.float64, device=world.device
                 )
         self.model.train()
         loss, labels = world.sum_(sums).tolist()
@@ -874,19 +892,28 @@ class Training:
 
         weights, optimizer = self.weights(), self.optimizer_state()
         if self.world.main:
-            with results.atomic_folder(folder) as new:
-                self.publish(new, weights)
-                state = {
-                    "count": self.count,
-                    "weights": weights,
-                    "optimizer": optimizer,
-                    "scheduler": self.scheduler.state_dict(),
-                    "scaler": self.scaler.state_dict(),
-                }
-                torch.save(state, new / "training_state.pt")
-            for other in saved_states(self.plan.folder):
-                if other != folder:
-                    (other / "training_state.pt").unlink()
+            state = {
+                "count": self.count,
+                "weights": weights,
+                "optimizer": optimizer,
+                "scheduler": self.scheduler.state_dict(),
+                "scaler": self.scaler.state_dict(),
+            }
+            if self.plan.privacy:
+                # Killed in between, the run repeats these steps with the same secret: the same bits are published.
+                if folder.name != "interrupted":
+                    with results.atomic_folder(folder) as new:
+                        self.publish(new, weights)
+                        results.write_json(new / models.PRIVACY_FILE, self.plan.privacy.block(self.count["step"]))
+                with results.atomic(self.plan.private / "training_state.pt", "wb", 0o600) as file:
+                    torch.save(state, file)
+            else:
+                with results.atomic_folder(folder) as new:
+                    self.publish(new, weights)
+                    torch.save(state, new / "training_state.pt")
+                for other in saved_states(self.plan.folder):
+                    if other != folder:
+                        (other / "training_state.pt").unlink()
         self.world.barrier()
 
     def publish(self, folder: Path, weights: dict) -> None:
@@ -927,7 +954,57 @@ class Training:
         self.scaler.load_state_dict(state["scaler"])
         self.count = state["count"]
 
-    # -- checks at the end
+    # -- checks
+
+    def check_examples(self) -> None:
+        """RuntimeError unless per-example gradients of random tokens are those of one row at a time by plain autograd.
+
+        Reads no data. B matrices that start at zero are moved for the occasion, else A's gradients would all be zero.
+        """
+        import torch
+
+        generator = torch.Generator().manual_seed(0)
+        ids = [torch.randint(len(self.plan.tokenizer), (n,), generator=generator).tolist() for n in (7, 12, 9)]
+        rows, examples = [Row(one, 1) for one in ids], self.examples
+        kept = {name: item.detach().clone() for name, item in examples.named.items() if ".lora_B." in name}
+        self.model.eval()
+        with torch.no_grad():
+            for name in kept:
+                item = examples.named[name]
+                item.add_(0.02 * torch.randn(item.shape, generator=generator).to(item.device))
+        examples.begin(len(rows))
+        with examples.of(list(range(len(rows)))):
+            self.record_losses(rows).sum().backward()
+        found, bound = examples.gradients, 1e-3 if self.dtype == torch.float32 else 0.1
+        for place, row in enumerate(rows):
+            with examples.off():
+                self.record_losses([row]).sum().backward()
+            for name, item in examples.named.items():
+                alone = torch.zeros_like(item) if item.grad is None else item.grad
+                here = found[name][place] if name in found else torch.zeros_like(item)
+                if not (here - alone).abs().max() <= bound * max(float(alone.abs().max()), 1e-8):
+                    raise RuntimeError(f"--dp: {name}: its per-example gradient is wrong on this model; not supported")
+                item.grad = None
+        with torch.no_grad():
+            for name, before in kept.items():
+                examples.named[name].copy_(before)
+        examples.begin(0)
+        self.model.train()
+
+    def record_norms(self):
+        """(rows,) norms of the per-record gradients of the training rows, at the weights as they are."""
+        import torch
+
+        most, rows = self.args.per_device_batch_size, [row for row in self.plan.train if row.labels]
+        norms = []
+        for start in range(0, len(rows), most):
+            part = rows[start : start + most]
+            self.examples.begin(len(part))
+            with self.examples.of(list(range(len(part)))):
+                self.record_losses(part).sum().backward()
+            none = {name: torch.zeros_like(item) for name, item in self.examples.named.items()}
+            norms.append(self.examples.clip_into(none, math.inf))
+        return torch.cat(norms)
 
     def probe(self):
         """Logits (float32, on the CPU) of a few training rows, dropout off."""
@@ -1035,8 +1112,8 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def saved_states(folder: Path) -> list[Path]:
-    """Directories of a run that hold a training state, `interrupted` last."""
-    found = [*checkpoints(folder), folder / "interrupted"]
+    """Directories of a run that hold a training state, the newest last."""
+    found = [*checkpoints(folder), folder / "interrupted", folder / "private"]
     return [path for path in found if (path / "training_state.pt").is_file()]
 
 
@@ -1045,7 +1122,7 @@ def clean(folder: Path, everything: bool) -> None:
     for rest in [*folder.glob(".*.tmp"), *folder.glob(".*.old")]:
         shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
     if everything:
-        for old in [*checkpoints(folder), folder / "interrupted", folder / "initial_adapter"]:
+        for old in [*checkpoints(folder), folder / "interrupted", folder / "private", folder / "initial_adapter"]:
             shutil.rmtree(old, ignore_errors=True)
         (folder / "metrics.jsonl").unlink(missing_ok=True)
 
@@ -1108,25 +1185,27 @@ def train(training: Training, run: results.Run, trackers: list) -> None:
         if plan.held and not count["step"] and not count["eval_losses"]:
             held_out_loss()
         while count["step"] < training.total:
-            epoch, first = divmod(count["step"], plan.steps_per_epoch)
-            for members in epoch_batches(len(plan.sequences), plan.global_batch, args.seed, epoch)[first:]:
-                begun = time.monotonic()
-                done = training.step(members)
-                seconds += time.monotonic() - begun
-                step = count["step"]
-                if step % args.logging_steps == 0 or step == training.total:
-                    loss = count["window_loss"] / max(1, count["window_labels"])
-                    count["window_loss"], count["window_labels"] = 0.0, 0
-                    progress = {"step": step, "epoch": step / plan.steps_per_epoch, "loss": loss}
-                    log(progress | {"lr": done["lr"], "grad_norm": done["grad_norm"], "tokens": count["tokens"]})
-                    bar.set_postfix(loss=f"{loss:.3f}")
-                    if not terminal and time.monotonic() - said > LOG_SECONDS:
-                        said = time.monotonic()
-                        world.say(f"step {step}/{training.total}  loss {loss:.4f}  lr {done['lr']:.2g}")
-                bar.update()
-                if done["stop"] and step % plan.steps_per_epoch:
-                    training.save(plan.folder / "interrupted")
-                    raise Interrupted(f"SIGTERM after step {step}; --resume continues from there")
+            begun = time.monotonic()
+            done = training.step()
+            seconds += time.monotonic() - begun
+            step, stop = count["step"], done.pop("stop")
+            if step % args.logging_steps == 0 or step == training.total:
+                weight = count["window_weight"]
+                loss = count["window_loss"] / weight if weight else None  # None: nothing was drawn
+                count["window_loss"], count["window_weight"] = 0.0, 0
+                progress = {"step": step, "epoch": step / plan.steps_per_epoch, "loss": loss}
+                log(progress | done | {"tokens": count["tokens"]})
+                words = "loss -" if loss is None else f"loss {loss:.4f}"
+                bar.set_postfix_str(words)
+                if not terminal and time.monotonic() - said > LOG_SECONDS:
+                    said = time.monotonic()
+                    world.say(f"step {step}/{training.total}  {words}  lr {done['lr']:.2g}")
+            bar.update()
+            if stop and step % plan.steps_per_epoch:
+                training.save(plan.folder / "interrupted")
+                raise Interrupted(f"SIGTERM after step {step}; --resume continues from there")
+            if step % plan.steps_per_epoch:
+                continue
             if plan.held:
                 held_out_loss()
             training.save(plan.folder / f"checkpoint-{count['step']}")
@@ -1135,14 +1214,17 @@ def train(training: Training, run: results.Run, trackers: list) -> None:
                 f"epoch {count['step'] // plan.steps_per_epoch}/{args.epochs}  step {count['step']}/{training.total}  "
                 f"{run['tokens_per_second']:.0f} tokens/s  {plan.folder / ('checkpoint-' + str(count['step']))}"
             )
-            if done["stop"] and count["step"] < training.total:
+            if stop and count["step"] < training.total:
                 raise Interrupted(f"SIGTERM after step {count['step']}; --resume continues from there")
 
 
 def run(args) -> Path:
     """Fine-tune as `args` (make_parser) says; returns the run directory. Raises UserError, Interrupted, or a bug."""
+    import torch
     from transformers.utils import logging as transformers_logging
 
+    if args.seed is None and not args.dp:
+        args.seed = SEED
     plan = make_plan(args)
     if int(os.environ.get("RANK", 0)) == 0:
         print("\n".join(describe(args, plan)), flush=True)
@@ -1150,6 +1232,9 @@ def run(args) -> Path:
         print(f"{plan.folder}: this run is finished; nothing to do (remove it to run again)", flush=True)
         return plan.folder
     if args.dry_run:
+        return plan.folder
+    if args.suggest_max_grad_norm:
+        suggest(args, plan)
         return plan.folder
     world = distributed.start(group_of_one=args.distribution_type == "fsdp")
     try:
@@ -1161,18 +1246,52 @@ def run(args) -> Path:
             if plan.start == "new" and old:
                 print(f"starting over: {len(old)} checkpoint(s) of an unfinished run go (--resume would keep them)")
             clean(plan.folder, everything=plan.start == "new")
+        secret = world.broadcast(find_secret(args, plan) if world.main else None) if plan.privacy else None
         world.barrier()
         more = {"global_batch": plan.global_batch, "data_tag": plan.tag}
+        if plan.privacy:
+            more |= {"seed": "os" if args.seed is None else args.seed, "privacy": plan.privacy.block(0)}
         with results.Run(plan.folder / "run.json", args, inputs=[plan.input], world=world, **more) as record:
             dtype = models.resolve_dtype(args.dtype, world.device)
-            _run(args, plan, world, dtype, record)
+            if plan.privacy and dtype == torch.float16:
+                raise UserError("--dtype auto: this GPU has no bfloat16; --dp needs --dtype float32 there")
+            _run(args, plan, world, dtype, record, secret)
     finally:
         world.close()
     return plan.folder
 
 
-def _run(args, plan: Plan, world, dtype, record: results.Run) -> None:
-    training = Training(args, plan, world, dtype)
+def find_secret(args, plan: Plan) -> bytes:
+    """The 32 bytes that draws, noise, dropout and initial weights of a DP run hang on; an unfinished run's own."""
+    file = plan.private / "secret"
+    if not file.is_file():
+        plan.private.mkdir(parents=True, exist_ok=True)
+        plan.private.chmod(0o700)
+        given = args.seed is not None
+        secret = hashlib.sha256(f"seed {args.seed}".encode()).digest() if given else secrets.token_bytes(32)
+        with results.atomic(file, permissions=0o600) as out:
+            out.write(secret.hex())
+    return bytes.fromhex(file.read_text())
+
+
+def suggest(args, plan: Plan) -> None:
+    """Print quantiles of per-record gradient norms on public rows."""
+    import torch
+
+    world = distributed.start(group_of_one=args.distribution_type == "fsdp")
+    try:
+        training = Training(args, plan, world, models.resolve_dtype(args.dtype, world.device), bytes(32))
+        norms = training.record_norms()
+        shares = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)
+        found = "  ".join(f"{share:.0%} {item:.3g}" for share, item in zip(shares, norms.quantile(shares)))
+        world.say(f"per-record gradient norms of {len(norms)} public rows at the initial weights: {found}")
+        world.say(f"suggestion: --max_grad_norm {norms.median():.2g} (the median; about half the records are clipped)")
+    finally:
+        world.close()
+
+
+def _run(args, plan: Plan, world, dtype, record: results.Run, secret: bytes | None) -> None:
+    training = Training(args, plan, world, dtype, secret)
     record["dtype"] = str(dtype).removeprefix("torch.")
     record["base_commit"] = getattr(training.model.config, "_commit_hash", None)
     record["max_length"] = plan.max_length
@@ -1204,12 +1323,16 @@ def _run(args, plan: Plan, world, dtype, record: results.Run) -> None:
     record["steps"], record["updates"] = training.count["step"], training.count["updates"]
     record["tokens"], record["eval_losses"] = training.count["tokens"], training.count["eval_losses"]
     record["relative_change"] = training.relative_change()
+    if plan.privacy:
+        record["privacy"] = plan.privacy.block(training.count["step"])
+        world.say(privacy.summary(record["privacy"]))
     if record["relative_change"] is not None:
         world.say(f"‖ΔW‖/‖W‖ {record['relative_change']:.3g}")
     for tracker in trackers:
         tracker.finish()
     if world.main:
-        shutil.rmtree(plan.folder / "interrupted", ignore_errors=True)
+        for rest in ("interrupted", "private"):
+            shutil.rmtree(plan.folder / rest, ignore_errors=True)
 
 
 def start_trackers(args, plan: Plan) -> list:

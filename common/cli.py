@@ -12,6 +12,7 @@ import textwrap
 from pathlib import Path
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+SHOWN_BROKEN = 3  # broken rows of an input that are spelled out
 
 
 class UserError(Exception):
@@ -143,7 +144,7 @@ def _number(kind, text, words):
         raise argparse.ArgumentTypeError(f"must be {words}, got {text!r}") from None
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
+def add_model_flags(parser: argparse.ArgumentParser, seed=3407, seed_help="seed of everything random") -> None:
     """The flags of every script that loads a model: --dtype --device_map --revision --dry_run --seed."""
     parser.add_argument(
         "--dtype",
@@ -160,7 +161,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry_run", action="store_true", help="check every argument and file, print the plan, load no model"
     )
-    parser.add_argument("--seed", type=int, default=3407, help="seed of everything random")
+    parser.add_argument("--seed", type=int, default=seed, help=seed_help)
 
 
 def check_writable(folder, problems: Problems, flag: str = "--output_dir") -> None:
@@ -183,6 +184,18 @@ def check_output_file(output: Path, suffix: str, overwrite: bool, problems: Prob
         problems.add(f"--output {output}: is a directory; name a file")
     elif output.exists() and not overwrite:
         problems.add(f"--output {output}: exists; give --overwrite to replace it, or another name")
+
+
+def report_broken(what: str, lines: list[str], n: int, strict: bool) -> None:
+    """Say on stderr which rows of an input are left out: the first lines of all `n`. UserError when `strict`."""
+    shown = lines[:SHOWN_BROKEN]
+    if n > len(shown):
+        shown.append(f"broken {what}: … and {n - len(shown):,} more")
+    if strict and shown:
+        raise UserError(*shown)
+    if int(os.environ.get("RANK", 0)) == 0:
+        for line in shown:
+            print(line, file=sys.stderr)
 
 
 def _can_write(folder: Path) -> bool:

@@ -18,6 +18,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+PRIVACY_FILE = "privacy.json"
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,12 @@ def weights_sha256(ref) -> str | None:
     pattern = "adapter_model.safetensors" if ref.adapter else "*.safetensors"
     hashes = [sha256(file) for file in sorted(folder.glob(pattern)) or sorted(folder.glob("*.bin"))]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def privacy(ref) -> dict | None:
+    """What a model's training spent: the privacy.json that run_peft.py --dp leaves beside it; None without one."""
+    file = Path(ref.adapter or ref.base) / PRIVACY_FILE
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def load_tokenizer(ref: ModelRef, flag: str = "--model"):

@@ -293,7 +293,8 @@ def run(args) -> int:
             try:
                 ids = tokenize(tokenizer, texts)
                 parts, contexts, changes = zip(*world.together(partial(measure, shelf, ref, ids, dtype, args, world)))
-                line |= describe(texts, ids, join(ids, parts), contexts[0], args.seed) | {"relative_change": changes[0]}
+                line |= describe(texts, ids, join(ids, parts), contexts[0], args.seed)
+                line |= {"relative_change": changes[0], "privacy": models.privacy(ref)}
             except cli.UserError as error:
                 failures[ref.name] = "; ".join(error.problems)
                 continue

@@ -24,6 +24,8 @@ FLAGS = {
         "--distribution_type", "-pt", "--peft_type", "--output_root", "--run_name", "--train_rows", "--eval_rows",
         "--allow_overlap", "--lora_r", "--lora_alpha", "--lora_dropout", "--target_modules", "--max_length",
         "--loss_on", "--max_grad_norm", "--gradient_checkpointing", "--packing", "--resume", "--report_to",
+        "--dp", "--target_epsilon", "--noise_multiplier", "--target_delta", "--logical_batch_size", "--accountant",
+        "--privacy_unit", "--max_rows_per_user", "--secure_rng", "--suggest_max_grad_norm",
     },
     "merge_peft.py": MODEL | {"--model", "--save_dir", "--base_model", "--is_opt"},
     "measure_purified.py": MODEL | MEASURE | {"--model", "--output_dir"},
@@ -45,11 +47,12 @@ FLAGS = {
     },
     "data/continuation/generate.py": MODEL | {
         "-m", "--model", "-d", "--data_set", "--dataset", "--top_k", "-mt", "--max_tokens", "--temperature", "--output",
-        "--batch_size", "--overwrite",
+        "--batch_size", "--strict", "--overwrite",
     },
     "data/self_instruct/generate.py": MODEL | {
         "-m", "--model", "--seed_tasks", "--num_rows", "--top_k", "-mt", "--max_tokens", "--temperature",
-        "--instance_temperature", "--format", "--round_size", "--output", "--batch_size", "--overwrite",
+        "--instance_temperature", "--format", "--round_size", "--output", "--batch_size", "--strict",
+        "--overwrite",
     },
 }  # fmt: skip
 HEAVY = ("torch", "transformers", "peft", "datasets", "sklearn", "scipy", "pandas", "matplotlib")
@@ -87,8 +90,10 @@ def test_defaults_of_the_contract():
         "model": "EleutherAI/pythia-1.4b", "input": "./data/enron.jsonl", "per_device_batch_size": 1,
         "gradient_accumulation_steps": 8, "warmup_steps": 0, "epochs": 4, "learning_rate": 2e-6, "logging_steps": 1,
         "optimizer": "adamw_torch", "weight_decay": 0, "scheduler": "linear", "distribution_type": "ddp",
-        "peft_type": "lora", "lora_r": 64, "lora_alpha": 16, "max_length": 2048, "seed": 3407,
+        "peft_type": "lora", "lora_r": 64, "lora_alpha": 16, "max_length": 2048,
+        "max_grad_norm": 1.0, "seed": None,  # 3407, and with --dp the system's entropy
     }  # fmt: skip
+    assert "(default: 3407; with --dp" in " ".join(run_peft.make_parser().format_help().split())
     assert {key: getattr(args, key) for key in contract} == contract
     args = measure_purified.make_parser().parse_args([])
     assert (args.top_k, args.max_tokens, args.dataset, args.seed) == (100, 15, "./data/enron.jsonl", 3407)

@@ -37,10 +37,10 @@ def watched_shard(model, replicated, world):
     }}))
 
 
-def watched_step(self, members):
+def watched_step(self):
     if command["sigterm"] == self.count["step"] + 1 and self.world.rank == 1:  # one rank alone is told to stop
         os.kill(os.getpid(), signal.SIGTERM)
-    return step(self, members)
+    return step(self)
 
 
 run_peft.shard, run_peft.Training.step = watched_shard, watched_step

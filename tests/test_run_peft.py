@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import run_peft
 from common import records
 from common.cli import UserError
+from training import batches
 
 SGD = ("-opt", "sgd", "--lora_dropout", "0", "--max_grad_norm", "inf")
 
@@ -192,13 +193,13 @@ def test_packing_with_eager_attention(models, tmp_path, dataset):
     """The additive mask of eager attention gives what the boolean mask of SDPA gives."""
     import torch
 
-    rows = run_peft.encode(records.read_rows(dataset)[:4], _tokenizer(models["neox"]), 256)
+    rows = batches.encode(records.read_rows(dataset)[:4], _tokenizer(models["neox"]), 256)
     logits = {}
     for attention in ("sdpa", "eager"):
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(models["neox"], attn_implementation=attention).eval()
-        batch = run_peft.collate([rows[:2], rows[2:]], 0, packed=True, additive=attention == "eager")
+        batch = batches.collate([rows[:2], rows[2:]], 0, packed=True, additive=attention == "eager")
         batch.pop("targets")
         with torch.no_grad():
             logits[attention] = model(**batch).logits
@@ -209,8 +210,8 @@ def test_eos_is_learned_once_a_row_and_padding_never(models):
     """pad = EOS here: the targets still hold exactly one EOS a row and no padding."""
     tokenizer = _tokenizer(models["neox"])
     texts = ["Dear Ann, thank you.", "Yes.", "See you at noon, then.<|endoftext|>"]
-    rows = run_peft.encode([{"text": text} for text in texts], tokenizer, 64)
-    batch = run_peft.collate([[row] for row in rows], tokenizer.eos_token_id)
+    rows = batches.encode([{"text": text} for text in texts], tokenizer, 64)
+    batch = batches.collate([[row] for row in rows], tokenizer.eos_token_id)
     eos = tokenizer.eos_token_id
     assert (batch["targets"] == eos).sum() == 3
     assert len(batch["targets"]) == sum(len(row.ids) - 1 for row in rows) == batch["logits_to_keep"].sum()
@@ -218,14 +219,14 @@ def test_eos_is_learned_once_a_row_and_padding_never(models):
     for line, row in enumerate(rows):
         assert batch["logits_to_keep"][line].tolist() == [place < len(row.ids) - 1 for place in range(width)]
     # a row that is cut off has not ended: no EOS
-    cut_off = run_peft.encode([{"text": texts[0]}], tokenizer, 4)[0]
+    cut_off = batches.encode([{"text": texts[0]}], tokenizer, 4)[0]
     assert len(cut_off.ids) == 4 and eos not in cut_off.ids
 
 
 def test_loss_on_completion(models, dataset, tmp_path):
     tokenizer = _tokenizer(models["neox"])
     for row in records.read_rows(dataset)[:20]:
-        encoded = run_peft.encode([row], tokenizer, 1000, "completion")[0]
+        encoded = batches.encode([row], tokenizer, 1000, "completion")[0]
         learned = tokenizer.decode(encoded.ids[encoded.first :])
         # the token that holds the boundary is learned whole, so up to its length more than the continuation
         assert learned.endswith(row["continuation"] + "<|endoftext|>")
@@ -244,12 +245,12 @@ def test_loss_on_completion(models, dataset, tmp_path):
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=9), st.integers(1, 4), st.integers(1, 3))
 def test_micro_batches_cover_the_step_at_least_cost(lengths, most, ranks):
-    groups = run_peft.cut(lengths, most)
+    groups = batches.cut(lengths, most)
     assert sorted(place for group in groups for place in group) == list(range(len(lengths)))
     assert max(map(len, groups)) <= most
 
     def cost(parts):
-        return sum(len(part) * max(lengths[place] for place in part) + run_peft.CALL_COST for part in parts)
+        return sum(len(part) * max(lengths[place] for place in part) + batches.CALL_COST for part in parts)
 
     order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
     best = min(  # every way to cut the sorted rows
@@ -257,7 +258,7 @@ def test_micro_batches_cover_the_step_at_least_cost(lengths, most, ranks):
     )
     assert cost(groups) == best
     step = list(range(len(lengths)))
-    hands = run_peft.micro_batches(step, lengths, most, ranks)
+    hands = batches.micro_batches(step, lengths, most, ranks)
     assert len(hands) == ranks and len({len(hand) for hand in hands}) == 1
     assert sorted(index for hand in hands for group, weight in hand if weight for index in group) == step
 
@@ -275,18 +276,18 @@ def _parts(order, mask):
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 50), st.integers(1, 9), st.integers(0, 5), st.integers(0, 5))
 def test_epoch_batches(n, global_batch, seed, epoch):
-    steps = run_peft.epoch_batches(n, global_batch, seed, epoch)
+    steps = batches.epoch_batches(n, global_batch, seed, epoch)
     assert sorted(index for step in steps for index in step) == list(range(n))
     assert len(steps) == -(-n // global_batch) and all(len(step) == global_batch for step in steps[:-1])
-    assert steps == run_peft.epoch_batches(n, global_batch, seed, epoch)
+    assert steps == batches.epoch_batches(n, global_batch, seed, epoch)
     if n > 20:
-        assert steps != run_peft.epoch_batches(n, global_batch, seed, epoch + 1)
+        assert steps != batches.epoch_batches(n, global_batch, seed, epoch + 1)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 64), min_size=1, max_size=40))
 def test_pack(lengths):
-    sequences = run_peft.pack([run_peft.Row([5] * length, 1) for length in lengths], 64)
+    sequences = batches.pack([batches.Row([5] * length, 1) for length in lengths], 64)
     assert sorted(index for sequence in sequences for index in sequence) == list(range(len(lengths)))
     fill = [sum(lengths[index] for index in sequence) for sequence in sequences]
     assert max(fill) <= 64
@@ -363,8 +364,8 @@ import os, signal, sys
 sys.path.insert(0, {root!r})
 import run_peft
 original = run_peft.Training.step
-def step(self, members):
-    done = original(self, members)
+def step(self):
+    done = original(self)
     if self.count["step"] == 7:
         os.kill(os.getpid(), signal.SIGKILL)
     return done
@@ -433,10 +434,10 @@ def test_sigterm_saves_and_resumes(at, models, dataset, tmp_path, unbroken, monk
     """SIGTERM in the middle of an epoch (7 of 5 + 5 + 5) and at its last step (10): exit 143, then bit-exact."""
     original = run_peft.Training.step
 
-    def step(self, members):
+    def step(self):
         if self.count["step"] + 1 == at and self.plan.start != "resume":
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, members)
+        return original(self)
 
     words = ["-m", models["neox"], "-i", dataset, "--output_root", tmp_path, "--lora_r", 4, "-pdbs", 4, "-gas", 2]
     words = [str(word) for word in [*words, *FLAGS, "-pt", "pissa"]]

@@ -1,0 +1,327 @@
+"""Differentially private training: Poisson draws, per-example gradients, clipping, noise, and the ε they spend.
+
+One step (DP-SGD, Abadi et al. 2016): every privacy unit is drawn with probability q, its gradient g is clipped to
+g·min(1, C/‖g‖) over all trainable parameters together, the clipped gradients are summed, N(0, (σC)²) is added once, and
+the sum is divided by the expected number of units, never by the drawn one. Adjacency: add or remove one unit.
+
+Import this module inside functions: it needs torch.
+"""
+
+import contextlib
+import hashlib
+import math
+from functools import cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+PRV_ERROR = 0.01  # the PRV accountant's ε is an upper bound that lies at most about this above the true value
+SLACK = 1e-6  # a clipped norm stays below C in spite of float32's rounding
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The accountant
+
+
+@cache
+def _rdp(noise_multiplier: float, sample_rate: float) -> tuple[tuple, tuple]:
+    """(orders, Rényi divergence of one step at each)."""
+    from opacus.accountants import RDPAccountant
+    from opacus.accountants.analysis.rdp import compute_rdp
+
+    orders = RDPAccountant.DEFAULT_ALPHAS
+    return tuple(orders), tuple(
+        compute_rdp(q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=orders).tolist()
+    )
+
+
+@cache
+def epsilon(
+    noise_multiplier: float,
+    sample_rate: float,
+    steps: int,
+    delta: float,
+    accountant: str = "prv",
+    error: float = PRV_ERROR,
+) -> float:
+    """ε at `delta` of `steps` Poisson-subsampled Gaussian mechanisms; an upper bound; inf without noise.
+
+    accountant 'prv': Gopi, Lee and Wutschitz 2021, to `error` (or 1/2000 of ε, where that is more); 'rdp': Mironov,
+    Talwar and Zhang 2019, looser and immediate. Both from Opacus. noise_multiplier σ: noise deviation / clipping norm.
+    """
+    if steps == 0:
+        return 0.0
+    if noise_multiplier == 0:
+        return math.inf
+    from opacus.accountants.analysis.rdp import get_privacy_spent
+
+    orders, divergences = _rdp(noise_multiplier, sample_rate)
+    rdp = float(get_privacy_spent(orders=orders, rdp=steps * np.array(divergences), delta=delta)[0])
+    if accountant == "rdp":
+        return rdp
+    from opacus.accountants import PRVAccountant
+
+    prv = PRVAccountant()
+    prv.history = [(noise_multiplier, sample_rate, steps)]
+    with np.errstate(divide="ignore", invalid="ignore"):  # log of a region that its own np.where leaves out (q = 1)
+        return float(prv.get_epsilon(delta=delta, eps_error=max(error, rdp / 2000)))
+
+
+def noise_multiplier(target: float, sample_rate: float, steps: int, delta: float, accountant: str = "prv") -> float:
+    """The smallest σ (four digits, rounded up) whose ε is at most `target`, checked with the accountant itself.
+
+    The RDP accountant brackets it, and a coarse PRV narrows the bracket before the exact one is asked.
+    """
+
+    def search(spent, low: float, high: float, tolerance: float) -> tuple[float, float]:
+        """Bisect on log σ between spent(low) > target ≥ spent(high)."""
+        while high / low > 1 + tolerance:
+            middle = math.sqrt(low * high)
+            low, high = (middle, high) if spent(middle) > target else (low, middle)
+        return low, high
+
+    def spent(sigma: float, kind: str = accountant, error: float = PRV_ERROR) -> float:
+        return epsilon(sigma, sample_rate, steps, delta, kind, error)
+
+    low, high = 0.05, 1.0
+    while spent(high, "rdp") > target:
+        low, high = high, 2 * high
+        if high > 1e6:
+            raise ValueError(f"no noise reaches ε = {target}")
+    while spent(low, "rdp") <= target:
+        low, high = low / 2, low
+    low, high = search(lambda sigma: spent(sigma, "rdp"), low, high, 1e-4)
+    if accountant == "prv":
+        coarse = 10 * PRV_ERROR if target > 1 else PRV_ERROR
+        bias = coarse - PRV_ERROR  # how far the coarse upper bound lies above the exact one
+        low, high = 0.5 * high, high
+        while spent(low, "prv", coarse) - bias <= target:
+            low, high = low / 2, low
+        low, high = search(lambda sigma: spent(sigma, "prv", coarse) - bias, low, high, 5e-3)
+        low, high = low / 1.01, high * 1.01
+        while spent(high) > target:
+            low, high = high, 1.02 * high
+        low, high = search(spent, low, high, 1e-3)
+    digits = 3 - math.floor(math.log10(high))
+    sigma = math.ceil(high * 10**digits) / 10**digits
+    while spent(sigma) > target:
+        sigma = round(sigma + 10**-digits, digits)
+    return sigma
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Randomness: everything hangs on one secret, a purpose and the step, so a resumed run repeats its own draws
+
+
+def stream(secret: bytes, purpose: str, step: int, n_bytes: int) -> bytes:
+    """`n_bytes` of SHAKE-256 keyed by (secret, purpose, step): a cryptographic stream, the same on every rank."""
+    return hashlib.shake_256(len(secret).to_bytes(4, "big") + secret + f"{purpose} {step}".encode()).digest(n_bytes)
+
+
+def uniforms(secret: bytes, purpose: str, step: int, n: int) -> np.ndarray:
+    """(n,) float64 uniform in [0, 1), 53 random bits each."""
+    words = np.frombuffer(stream(secret, purpose, step, 8 * n), dtype="<u8")
+    return (words >> np.uint64(11)) * 2.0**-53
+
+
+def poisson_draw(secret: bytes, step: int, n: int, sample_rate: float) -> list[int]:
+    """The units of 0 … n-1 in step `step`: each independently with probability `sample_rate`; may be empty."""
+    return np.flatnonzero(uniforms(secret, "draw", step, n) < sample_rate).tolist()
+
+
+def gaussian(secret: bytes, step: int, shapes: list[tuple], secure: bool) -> list[np.ndarray]:
+    """Standard normal float32 arrays of the given shapes for one step.
+
+    secure: from the cryptographic stream by the inverse distribution function, four draws summed and halved, so that
+    no single float reveals another (Holohan and Braghin 2021). Otherwise Philox with a 128-bit key from the stream.
+    """
+    sizes = [math.prod(shape) for shape in shapes]
+    if secure:
+        from scipy.special import ndtri
+
+        drawn = ndtri(uniforms(secret, "noise", step, 4 * sum(sizes)) + 2.0**-54)
+        flat = (drawn.reshape(4, -1).sum(0) / 2).astype(np.float32)
+    else:
+        key = int.from_bytes(stream(secret, "noise", step, 16), "little")
+        flat = np.random.Generator(np.random.Philox(key=key)).standard_normal(sum(sizes), dtype=np.float32)
+    ends = np.cumsum(sizes)
+    return [flat[end - size : end].reshape(shape) for size, end, shape in zip(sizes, ends, shapes)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Per-example gradients
+
+
+class _Linear(torch.autograd.Function):
+    """y = x Wᵀ (y of the autocast type); backward hands each unit's ∂W to the collector instead of to autograd."""
+
+    @staticmethod
+    def forward(ctx, x, weight, collector, name):
+        y = F.linear(x, weight)
+        ctx.save_for_backward(x.to(y.dtype), weight)
+        ctx.collector, ctx.name, ctx.dtype = collector, name, x.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        if ctx.collector.owners is not None:
+            rows = len(ctx.collector.owners)
+            left = grad.reshape(rows, -1, grad.shape[-1]).transpose(1, 2)
+            ctx.collector.add(ctx.name, torch.bmm(left, x.reshape(rows, -1, x.shape[-1])))
+        back = (grad @ weight.to(grad.dtype)).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        return back, None, None, None
+
+
+class _Scale(torch.autograd.Function):
+    """y = v · m along the last dimension; backward hands each unit's ∂m to the collector."""
+
+    @staticmethod
+    def forward(ctx, v, magnitude, collector, name):
+        ctx.save_for_backward(v, magnitude)
+        ctx.collector, ctx.name = collector, name
+        return v * magnitude
+
+    @staticmethod
+    def backward(ctx, grad):
+        v, magnitude = ctx.saved_tensors
+        if ctx.collector.owners is not None:
+            rows = len(ctx.collector.owners)
+            ctx.collector.add(ctx.name, (grad * v).reshape(rows, -1, v.shape[-1]).sum(1))
+        return grad * magnitude, None, None, None
+
+
+class PerExample:
+    """Collects the gradient of every privacy unit for the LoRA matrices and DoRA magnitudes of a PEFT model.
+
+    The layers' forward is replaced where a trainable parameter is used (the values stay the same), so any attention,
+    dropout and non-reentrant checkpointing works. A model flattened to (rows · tokens, width) is as good as (rows,
+    tokens, width): the rows of a pass are known. ValueError names a trainable parameter without a per-example rule.
+
+        examples = PerExample(model)
+        examples.begin(units=3)
+        for rows, owners in passes:            # a unit's rows may lie in several passes
+            with examples.of(owners):          # owners[i]: the unit of row i
+                loss_summed_over_rows.backward()
+        norms = examples.clip_into(total, max_norm)
+    """
+
+    def __init__(self, model):
+        self.named = {name: item for name, item in model.named_parameters() if item.requires_grad}
+        self.units, self.owners, self.gradients, self.replaced = 0, None, {}, []
+        ruled = self._replace(model)
+        strange = [name for name in self.named if name not in ruled]
+        if strange:
+            raise ValueError(f"{strange[0]}: no per-example rule (LoRA on linear layers and DoRA magnitudes have one)")
+
+    def _replace(self, model) -> set[str]:
+        from peft.tuners.lora import Linear
+        from peft.tuners.lora.dora import DoraLinearLayer
+
+        ruled = set()
+        for path, layer in model.named_modules():
+            if not isinstance(layer, Linear):
+                continue
+            for kind in ("lora_A", "lora_B"):
+                for adapter, module in getattr(layer, kind).items():
+                    name = f"{path}.{kind}.{adapter}.weight"
+                    if name in self.named and type(module) is torch.nn.Linear and module.bias is None:
+                        self.replaced.append((module, self._linear(module, name)))
+                        ruled.add(name)
+            for adapter, module in layer.lora_magnitude_vector.items():
+                name = f"{path}.lora_magnitude_vector.{adapter}.weight"
+                if name in self.named and type(module) is DoraLinearLayer:
+                    self.replaced.append((module, self._dora(module, name)))
+                    ruled.add(name)
+        for module, forward in self.replaced:
+            module.forward = forward
+        return ruled
+
+    @contextlib.contextmanager
+    def off(self):
+        """The layers as they were: gradients go to .grad."""
+        for module, _ in self.replaced:
+            del module.forward
+        try:
+            yield
+        finally:
+            for module, forward in self.replaced:
+                module.forward = forward
+
+    def _linear(self, module, name: str):
+        def forward(x):
+            return _Linear.apply(x, module.weight, self, name)
+
+        return forward
+
+    def _dora(self, module, name: str):
+        """peft's DoRA layer, with the magnitude applied in one place: y = m (Wx + s B A x) / ‖W + s B A‖ − Wx."""
+        from peft.utils.integrations import dequantize_module_weight
+        from peft.utils.other import transpose
+
+        def forward(x, *, lora_A, lora_B, scaling, base_layer, base_result=None, adapter_name="default"):
+            weight = dequantize_module_weight(base_layer).to(x.dtype)
+            with torch.no_grad():
+                delta = lora_B.weight @ lora_A.weight
+                norm = module.get_weight_norm(weight, delta.to(x.dtype), scaling).float()
+            if base_result is None:
+                base_result = F.linear(x, transpose(weight, module.fan_in_fan_out))
+            elif base_layer.bias is not None:
+                base_result = base_result - base_layer.bias
+            base_result = base_result.float()
+            direction = (base_result + scaling * lora_B(lora_A(x)).float()) / norm
+            return _Scale.apply(direction, module.weight, self, name) - base_result
+
+        return forward
+
+    def begin(self, units: int) -> None:
+        """Forget what was collected; the next passes belong to units 0 … units-1."""
+        self.units, self.gradients = units, {}
+
+    @contextlib.contextmanager
+    def of(self, owners: list[int] | None):
+        """One forward and backward pass whose row i belongs to unit owners[i]; None: collect nothing."""
+        self.owners = owners
+        try:
+            yield
+        finally:
+            self.owners = None
+
+    def add(self, name: str, rows: torch.Tensor) -> None:
+        """Add the gradients (rows, *shape) of one layer and pass to their units'."""
+        rows = rows.float()
+        if self.owners == list(range(self.units)):
+            self.gradients[name] = self.gradients[name] + rows if name in self.gradients else rows
+            return
+        if name not in self.gradients:
+            self.gradients[name] = rows.new_zeros(self.units, *rows.shape[1:])
+        self.gradients[name].index_add_(0, torch.tensor(self.owners, device=rows.device), rows)
+
+    def clip_into(self, total: dict[str, torch.Tensor], max_norm: float) -> torch.Tensor:
+        """total[name] += Σ over units of g·min(1, max_norm/‖g‖); (units,) float64 norms, on the CPU.
+
+        A unit whose norm is not finite counts as zero.
+        """
+        if not self.gradients:
+            return torch.zeros(self.units, dtype=torch.float64)
+        norms = [torch.linalg.vector_norm(g.flatten(1), dim=1).double().cpu() for g in self.gradients.values()]
+        norm = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+        factor = (max_norm / (norm * (1 + SLACK))).clamp(max=1.0)
+        finite = norm.isfinite()
+        factor[~finite] = 0.0
+        for name, gradient in self.gradients.items():
+            if not finite.all():
+                gradient[(~finite).to(gradient.device)] = 0.0
+            total[name].add_((factor.to(gradient.device, torch.float32) @ gradient.flatten(1)).view_as(total[name]))
+        self.gradients = {}
+        return norm
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is written down
+
+
+def signal_to_noise(logical_batch: float, noise_multiplier: float, n_parameters: int) -> float:
+    """Upper bound of ‖Σ clipped gradients‖ / E‖noise‖ in an expected step: L·C against σ·C·√P."""
+    return math.inf if noise_multiplier == 0 else logical_batch / (noise_multiplier * math.sqrt(n_parameters))

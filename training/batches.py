@@ -1,0 +1,185 @@
+"""Rows to tokens, tokens to batches: the pure part of run_peft.py."""
+
+import bisect
+import random
+from dataclasses import dataclass
+
+from common import records
+
+CALL_COST = 256  # what a forward and backward call costs beside its tokens, in tokens: cut() weighs padding against it
+
+
+@dataclass(frozen=True)
+class Row:
+    """Token ids of one row and the position of its first label; positions `first` … end are predicted (never 0)."""
+
+    ids: list[int]
+    first: int
+
+    @property
+    def labels(self) -> int:
+        return max(0, len(self.ids) - self.first)
+
+
+def encode(rows: list[dict], tokenizer, max_length: int, loss_on: str = "all") -> list[Row]:
+    """Tokenise whole texts; EOS ends every row that is not cut at `max_length` tokens, once."""
+    if not rows:
+        return []
+    pairs = [records.row_text(row) for row in rows]
+    encoded = tokenizer([text for text, _ in pairs], return_offsets_mapping=loss_on == "completion", verbose=False)
+    eos, encoded_rows = tokenizer.eos_token_id, []
+    for index, (ids, (_, boundary)) in enumerate(zip(encoded["input_ids"], pairs)):
+        first = 1
+        if loss_on == "completion":
+            ends = [end for _, end in encoded["offset_mapping"][index]]
+            first = max(1, next((place for place, end in enumerate(ends) if end > boundary), len(ids)))
+        if not ids or ids[-1] != eos:
+            ids = [*ids, eos]
+        encoded_rows.append(Row(ids[:max_length], first))
+    return encoded_rows
+
+
+def pack(rows: list[Row], max_length: int) -> list[list[int]]:
+    """Row indices grouped into sequences of at most `max_length` tokens: best fit, longest rows first."""
+    sequences, space = [], []  # space: sorted (free tokens, sequence)
+    for index in sorted(range(len(rows)), key=lambda index: (-len(rows[index].ids), index)):
+        length = len(rows[index].ids)
+        place = bisect.bisect_left(space, (length, -1))
+        if place == len(space):
+            sequences.append([index])
+            bisect.insort(space, (max_length - length, len(sequences) - 1))
+        else:
+            free, sequence = space.pop(place)
+            sequences[sequence].append(index)
+            bisect.insort(space, (free - length, sequence))
+    return sequences
+
+
+def epoch_batches(n: int, global_batch: int, seed: int, epoch: int) -> list[list[int]]:
+    """An epoch's steps: the order 0 … n-1 shuffled by (seed, epoch), cut into global batches; the last is short."""
+    order = list(range(n))
+    random.Random(f"{seed} {epoch}").shuffle(order)
+    return [order[start : start + global_batch] for start in range(0, n, global_batch)]
+
+
+def cut(lengths: list[int], most: int) -> list[list[int]]:
+    """Cut items into micro-batches of at most `most` with the least padded tokens + CALL_COST a micro-batch.
+
+    Returns positions in `lengths`, longest first. Exact: items sorted by length, dynamic programming over the cuts.
+    """
+    order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
+    cost, size_before = [0.0], [0]
+    for end in range(1, len(order) + 1):
+        choices = [
+            (cost[end - size] + size * lengths[order[end - size]] + CALL_COST, size)
+            for size in range(1, min(most, end) + 1)
+        ]
+        best = min(choices)
+        cost.append(best[0])
+        size_before.append(best[1])
+    groups, end = [], len(order)
+    while end:
+        groups.append(order[end - size_before[end] : end])
+        end -= size_before[end]
+    return groups[::-1]
+
+
+def deal(costs: list[float], ranks: int) -> list[list[int | None]]:
+    """Micro-batches (by position) for each rank, dearest first to the least loaded; None fills up to equal counts."""
+    hands, load = [[] for _ in range(ranks)], [0.0] * ranks
+    for place in sorted(range(len(costs)), key=lambda place: (-costs[place], place)):
+        rank = load.index(min(load))
+        hands[rank].append(place)
+        load[rank] += costs[place]
+    longest = max(map(len, hands))
+    return [hand + [None] * (longest - len(hand)) for hand in hands]
+
+
+def micro_batches(step: list[int], lengths: list[int], most: int, ranks: int) -> list[list[tuple[list[int], int]]]:
+    """For each rank the same number of (sequence indices, weight); weight 0 marks a dummy that keeps ranks in step."""
+    groups = [[step[place] for place in group] for group in cut([lengths[index] for index in step], most)]
+    costs = [len(group) * lengths[group[0]] + CALL_COST for group in groups]
+    dummy = ([min(step, key=lambda index: lengths[index])], 0)
+    return [[dummy if place is None else (groups[place], 1) for place in hand] for hand in deal(costs, ranks)]
+
+
+def unit_batches(
+    units: list[list[int]], lengths: list[int], most: int, ranks: int
+) -> tuple[list[list[tuple[int, list[tuple[list[int], list[int]]]]]], int]:
+    """Whole privacy units for each rank, and the number of passes that every rank makes (the rest are dummies).
+
+    units[u] are the rows of unit u. A rank's item is (number of its units, passes); a pass is (rows, owners) with at
+    most `most` rows, row i belonging to the item's unit owners[i]. A unit lies in one item; only one that has more than
+    `most` rows takes several passes, and has the item to itself.
+    """
+    if all(len(unit) == 1 for unit in units):
+        groups = cut([lengths[row] for (row,) in units], most)
+    else:
+        groups = [[]]
+        order = sorted(range(len(units)), key=lambda u: (-max((lengths[row] for row in units[u]), default=0), u))
+        for unit in order:
+            if groups[-1] and sum(len(units[other]) for other in groups[-1]) + len(units[unit]) > most:
+                groups.append([])
+            groups[-1].append(unit)
+    items, costs = [], []
+    for group in groups:
+        rows = [(row, owner) for owner, unit in enumerate(group) for row in units[unit]]
+        rows.sort(key=lambda pair: (-lengths[pair[0]], pair))
+        parts = [rows[start : start + most] for start in range(0, len(rows), most)]
+        if parts:
+            items.append((len(group), [([row for row, _ in part], [owner for _, owner in part]) for part in parts]))
+            costs.append(sum(len(part) * lengths[part[0][0]] + CALL_COST for part in parts))
+    hands = [[items[place] for place in hand if place is not None] for hand in deal(costs, ranks)]
+    return hands, max(sum(len(passes) for _, passes in hand) for hand in hands)
+
+
+def collate(sequences: list[list[Row]], pad: int, packed: bool = False, additive: bool = False) -> dict:
+    """Model inputs of a micro-batch, each sequence one row or (`packed`) several; padded on the right.
+
+    Returns input_ids (B, T), logits_to_keep (B, T) bool — the positions that predict a label — and their targets (K,),
+    in row-major order. Padding is on the right and the models are causal, so no real token sees it and no mask is
+    needed; which positions count is known from the lengths, never from the pad id. `packed` adds position_ids that
+    start again with every row, and attention_mask (B, 1, T, T) that keeps attention inside a row (bool; `additive`:
+    0 or the lowest float, for eager attention).
+    """
+    import torch
+
+    longest = max(sum(len(row.ids) for row in rows) for rows in sequences)
+    shape = (len(sequences), longest)
+    input_ids, keep = torch.full(shape, pad), torch.zeros(shape, dtype=torch.bool)
+    positions, document = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)
+    targets = []
+    for line, rows in enumerate(sequences):
+        start = 0
+        for number, row in enumerate(rows):
+            end = start + len(row.ids)
+            input_ids[line, start:end] = torch.tensor(row.ids)
+            positions[line, start:end] = torch.arange(len(row.ids))
+            document[line, start:end] = number
+            keep[line, start + row.first - 1 : end - 1] = True
+            targets += row.ids[row.first :]
+            start = end
+    batch = {"input_ids": input_ids, "logits_to_keep": keep, "targets": torch.tensor(targets, dtype=torch.long)}
+    if packed:
+        mask = (document[:, :, None] == document[:, None, :]).tril()[:, None]
+        if additive:
+            mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+        batch |= {"position_ids": positions, "attention_mask": mask}
+    return batch
+
+
+def converted(state: dict, initial: dict) -> dict:
+    """A PiSSA adapter as the LoRA of twice the rank that gives the same model on the original base.
+
+    PiSSA trains B A on the residual W − s B₀A₀ (Meng et al. 2024), so ΔW = s (B A − B₀ A₀) = s [B, −B₀] [A; A₀]. Rank
+    and alpha both double, which keeps the scale s. Tensors: name → lora_A (r, in) or lora_B (out, r), float32.
+    """
+    import torch
+
+    wide = {}
+    for name, tensor in state.items():
+        if ".lora_A." in name:
+            wide[name] = torch.cat([tensor, initial[name]], dim=0)
+        else:
+            wide[name] = torch.cat([tensor, -initial[name]], dim=1)
+    return wide

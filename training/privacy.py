@@ -1,0 +1,185 @@
+"""What a DP run is to spend, known before a model is loaded."""
+
+import math
+from dataclasses import dataclass
+
+from common import cli
+from common.cli import UserError
+
+DP_FLAGS = ("target_epsilon", "noise_multiplier", "target_delta", "logical_batch_size")  # None unless given
+ENOUGH_UNITS = 256  # below this expected batch the noise drowns the signal at any useful ε
+
+
+def add_flags(parser: cli.Parser) -> None:
+    add = parser.add_argument
+    add("--dp", action="store_true", help="DP-SGD: Poisson batches, per-unit clipping, noise")
+    add("--target_epsilon", type=cli.positive_float, default=None, help="choose the noise for this ε after all epochs")
+    add("--noise_multiplier", type=cli.non_negative_float, default=None, help="σ: noise deviation / --max_grad_norm")
+    add("--target_delta", type=cli.positive_float, default=None, help="δ; None: 1 / (10 · privacy units)")
+    add("--logical_batch_size", type=cli.positive_int, default=None, help="expected units a step; None: 256, or all")
+    add("--accountant", choices=("prv", "rdp"), default="prv", help="whose ε is aimed at; both are recorded")
+    add("--privacy_unit", choices=("record", "user"), default="record", help="user: all rows of one user_id")
+    add("--max_rows_per_user", type=cli.positive_int, default=16, help="a user's further rows are left out")
+    add("--secure_rng", action="store_true", help="noise from a cryptographic stream")
+
+
+def check_flags(args, metric_schedulers: tuple, problems: cli.Problems) -> bool:
+    """Add every problem with the DP flags that the arguments alone show; True when there is none."""
+    before = len(problems.lines)
+    if not args.dp:
+        given = [f"--{name}" for name in DP_FLAGS if getattr(args, name) is not None]
+        given += ["--secure_rng"] * args.secure_rng + ["--privacy_unit user"] * (args.privacy_unit == "user")
+        if given:
+            problems.add(f"{', '.join(given)}: only with --dp")
+        return not given
+    if (args.target_epsilon is None) == (args.noise_multiplier is None):
+        problems.add("--dp: give exactly one of --target_epsilon and --noise_multiplier")
+    for name in ("target_epsilon", "noise_multiplier"):
+        if getattr(args, name) == math.inf:
+            problems.add(f"--{name} inf: must be finite; no noise is --noise_multiplier 0")
+    if args.max_grad_norm == math.inf and args.noise_multiplier != 0:
+        problems.add("--max_grad_norm inf: noise needs a finite bound; only --noise_multiplier 0 goes without")
+    if args.peft_type == "full":
+        problems.add("--peft_type full: has no per-example rule under --dp; train an adapter")
+    if args.packing:
+        problems.add("--packing: mixes records in one sequence; not with --dp")
+    if args.scheduler in metric_schedulers:
+        problems.add(f"--scheduler {args.scheduler}: follows a loss that is not private; not with --dp")
+    if args.dtype == "float16":
+        problems.add("--dtype float16: needs loss scaling, which --dp has not; use bfloat16 or float32")
+    return len(problems.lines) == before
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """Units (rows of each, as positions among the training rows), noise and sampling of one DP run."""
+
+    units: list[list[int]]
+    unit: str
+    rows_left_out: int
+    noise_multiplier: float
+    max_grad_norm: float
+    delta: float
+    logical_batch: int
+    accountant: str
+    secure_rng: bool
+    seeded: bool
+
+    @property
+    def sample_rate(self) -> float:
+        return self.logical_batch / len(self.units)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.units) / self.logical_batch)
+
+    def epsilon(self, steps: int, accountant: str) -> float:
+        from common import dp
+
+        return dp.epsilon(self.noise_multiplier, self.sample_rate, steps, self.delta, accountant)
+
+    def block(self, steps: int) -> dict:
+        """The `privacy` block after `steps` steps. epsilon is None where there is none (no noise)."""
+        spent = {name: self.epsilon(steps, name) for name in ("prv", "rdp")}
+        finite = {name: value if math.isfinite(value) else None for name, value in spent.items()}
+        return {
+            "private": math.isfinite(spent["prv"]) and not self.seeded,
+            "epsilon": finite["prv"],
+            "epsilon_rdp": finite["rdp"],
+            "void": "--seed was given: whoever knows it can subtract the noise" if self.seeded else None,
+            "delta": self.delta,
+            "noise_multiplier": self.noise_multiplier,
+            "max_grad_norm": self.max_grad_norm,
+            "sample_rate": self.sample_rate,
+            "steps": steps,
+            "num_records": sum(map(len, self.units)),
+            "num_units": len(self.units),
+            "logical_batch_size": self.logical_batch,
+            "adjacency": "add/remove",
+            "unit": self.unit,
+            "rows_left_out": self.rows_left_out,
+            "sampler": "poisson",
+            "accountant": self.accountant,
+            "secure_rng": self.secure_rng,
+            "outside_epsilon": "the number of units, token counts, and metrics.jsonl's loss, batch, clipped and "
+            "signal_to_noise, held-out losses",
+        }
+
+
+def make_privacy(args, path, rows: list[dict], train: list[int]) -> Privacy:
+    """The plan of a DP run over rows[train]; chooses σ for --target_epsilon. UserError names what cannot be."""
+    units, left_out = [[place] for place in range(len(train))], 0
+    if args.privacy_unit == "user":
+        bare = [index for index in train if rows[index].get("user_id") in (None, "")]
+        if bare:
+            raise UserError(f"--privacy_unit user: {path}: row {bare[0]} (and {len(bare) - 1} more) has no user_id")
+        users: dict = {}
+        for place, index in enumerate(train):
+            users.setdefault(rows[index]["user_id"], []).append(place)
+        units = [places[: args.max_rows_per_user] for places in users.values()]
+        left_out = len(train) - sum(map(len, units))
+    n = len(units)
+    logical = min(ENOUGH_UNITS, n) if args.logical_batch_size is None else args.logical_batch_size
+    delta = 1 / (10 * n) if args.target_delta is None else args.target_delta
+    problems = cli.Problems()
+    if logical > n:
+        problems.add(f"--logical_batch_size {logical}: {path} has only {n} privacy units ({args.privacy_unit}s)")
+    if delta >= 1 / n:
+        problems.add(f"--target_delta {delta:g}: must be below 1/{n}, one over the number of {args.privacy_unit}s")
+    problems.check()
+    sigma = args.noise_multiplier
+    if sigma is None:
+        from common import dp
+
+        steps = math.ceil(n / logical) * args.epochs
+        sigma = dp.noise_multiplier(args.target_epsilon, logical / n, steps, delta, args.accountant)
+    return Privacy(
+        units, args.privacy_unit, left_out, sigma, args.max_grad_norm, delta, logical, args.accountant,
+        args.secure_rng, args.seed is not None,
+    )  # fmt: skip
+
+
+def describe(privacy: Privacy, epochs: int, n_parameters: int) -> list[str]:
+    """The plan in words: σ, q, steps, ε after each epoch, expected signal-to-noise, hints."""
+    from common import dp
+
+    n, steps = len(privacy.units), privacy.steps_per_epoch
+    lines = [
+        f"privacy      unit {privacy.unit}, {n} of them; δ {privacy.delta:.3g}, add/remove adjacency",
+        f"noise        σ {privacy.noise_multiplier:g} × clipping norm {privacy.max_grad_norm:g}, "
+        f"{'cryptographic stream' if privacy.secure_rng else 'Philox'}",
+        f"sampling     Poisson, q = {privacy.logical_batch}/{n} = {privacy.sample_rate:.4g}, {steps} steps an epoch",
+    ]
+    if privacy.rows_left_out:
+        lines.append(f"             {privacy.rows_left_out} rows above --max_rows_per_user left out")
+    if privacy.noise_multiplier == 0:
+        return [*lines, "ε            infinite: no noise, not private"]
+    for epoch in range(1, epochs + 1):
+        prv, rdp = (privacy.epsilon(steps * epoch, name) for name in ("prv", "rdp"))
+        lines.append(f"ε            after epoch {epoch}: {prv:.3f} (PRV), {rdp:.3f} (RDP)")
+    ratio = dp.signal_to_noise(privacy.logical_batch, privacy.noise_multiplier, n_parameters)
+    lines.append(
+        f"signal/noise at most {ratio:.3g}: {privacy.logical_batch} units of norm ≤ C against noise of norm σC√P on "
+        f"P = {n_parameters} parameters"
+    )
+    if privacy.logical_batch < ENOUGH_UNITS:
+        lines.append(
+            f"             hint: --logical_batch_size {privacy.logical_batch} is small; noise is added once a step, so "
+            f"{ENOUGH_UNITS} or more gives a better signal at the same ε"
+        )
+    if ratio < 0.1:
+        lines.append("             hint: a smaller --lora_r or a larger --logical_batch_size raises it")
+    if privacy.seeded:
+        lines.append("             --seed is given: for tests only; whoever knows it can subtract the noise: ε is void")
+    return lines
+
+
+def summary(block: dict) -> str:
+    """The `privacy` block in a line."""
+    if block["epsilon"] is None:
+        return f"not private: no noise ({block['steps']} steps)"
+    words = (
+        f"ε {block['epsilon']:.3f} (PRV; RDP {block['epsilon_rdp']:.3f}) at δ {block['delta']:.3g} after "
+        f"{block['steps']} steps, {block['adjacency']} of one {block['unit']}, {block['sampler']} sampling"
+    )
+    return f"{words}; VOID: {block['void']}" if block["void"] else words
