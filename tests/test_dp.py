@@ -631,3 +631,60 @@ def test_bad_flags(models, dataset, tmp_path, flags, words):
 def test_dp_flags_without_dp(models, dataset, tmp_path):
     with pytest.raises(UserError, match="--noise_multiplier, --secure_rng: only with --dp"):
         run_peft.make_plan(parse("-m", models["neox"], "-i", dataset, "--noise_multiplier", 1, "--secure_rng"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The audit
+
+
+def planted(models, tmp_path, bound_holds: bool, monkeypatch) -> tuple[dict, float]:
+    """(one-run audit, the accountant's ε): 200 canaries of random tokens, each planted once by a coin; the score is the
+    fall of the canary's loss."""
+    import torch
+
+    from canary import audit
+    from common import dp
+
+    if not bound_holds:
+        original = dp.PerExample.clip_into
+        monkeypatch.setattr(dp.PerExample, "clip_into", lambda self, total, bound: original(self, total, math.inf))
+    rng = np.random.default_rng(11)
+    texts = [" ".join(rng.permutation(["amber", "birch", "cedar", "dune", "ember", "flint"])) for _ in range(200)]
+    texts = [f"{rng.integers(10**6, 10**7)} {text}" for text in texts]
+    included = rng.random(200) < 0.5
+    rows = [{"text": text} for text, chosen in zip(texts, included) if chosen]
+    file = write_rows(tmp_path / "planted.jsonl", rows)
+    words = ["-m", models["llama"], "-i", file, "--output_root", tmp_path, "-e", 120, "-pdbs", 64, "--lora_r", 32,
+             "-lr", 0.01, "--lora_dropout", 0, "--dp", "--target_epsilon", 1, "--target_delta", 1e-5, "--seed", 2,
+             "--logical_batch_size", 50, "--max_grad_norm", 0.0001, "-l", 1000]  # fmt: skip
+    folder = run_peft.run(parse(*words))
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(models["llama"])
+    tuned = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(models["llama"]), run_peft.checkpoints(folder)[-1]
+    ).eval()
+
+    def loss(text: str) -> float:
+        ids = torch.tensor([tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]])
+        return tuned(input_ids=ids, labels=ids).loss.item()
+
+    with torch.no_grad():
+        after = [loss(text) for text in texts]
+        with tuned.disable_adapter():
+            before = [loss(text) for text in texts]
+    block = json.loads((folder / "run.json").read_text())["privacy"]
+    return audit.one_run(np.subtract(before, after), included, block["delta"]), block["epsilon"]
+
+
+@pytest.mark.slow
+def test_the_audit_stays_below_epsilon(models, tmp_path, monkeypatch):
+    found, epsilon = planted(models, tmp_path, True, monkeypatch)
+    assert 0.9 < epsilon <= 1 and found["epsilon"] <= epsilon
+
+
+@pytest.mark.slow
+def test_the_audit_catches_training_that_does_not_clip(models, tmp_path, monkeypatch):
+    found, epsilon = planted(models, tmp_path, False, monkeypatch)
+    assert 0.9 < epsilon <= 1 and found["epsilon"] > epsilon

@@ -8,6 +8,7 @@ from common.cli import UserError
 
 DP_FLAGS = ("target_epsilon", "noise_multiplier", "target_delta", "logical_batch_size")  # None unless given
 ENOUGH_UNITS = 256  # below this expected batch the noise drowns the signal at any useful ε
+MOST_LINES = 10  # of ε after an epoch, in the plan
 
 
 def add_flags(parser: cli.Parser) -> None:
@@ -154,7 +155,7 @@ def describe(privacy: Privacy, epochs: int, n_parameters: int) -> list[str]:
         lines.append(f"             {privacy.rows_left_out} rows above --max_rows_per_user left out")
     if privacy.noise_multiplier == 0:
         return [*lines, "ε            infinite: no noise, not private"]
-    for epoch in range(1, epochs + 1):
+    for epoch in sorted({math.ceil(epochs * part / MOST_LINES) for part in range(1, MOST_LINES + 1)}):
         prv, rdp = (privacy.epsilon(steps * epoch, name) for name in ("prv", "rdp"))
         lines.append(f"ε            after epoch {epoch}: {prv:.3f} (PRV), {rdp:.3f} (RDP)")
     ratio = dp.signal_to_noise(privacy.logical_batch, privacy.noise_multiplier, n_parameters)
