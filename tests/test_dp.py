@@ -579,6 +579,29 @@ def test_two_ranks_are_one_process_for_every_type(models, dataset, tmp_path):
     check_same_as_one_process(models, dataset, tmp_path, cases)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_on_a_bf16_base(models, dataset, tmp_path, kind):
+    """The whole run with its own checks; the adapter stays float32, its matrices near the float32 run's."""
+    folders = []
+    for dtype in ("float32", "bfloat16"):
+        flags = ("--noise_multiplier", 1, "-pt", kind, "--dtype", dtype, "-opt", "sgd", "-lr", 0.003, "-e", 1)
+        folders.append(run_peft.run(parse(*words_of(models, "llama", dataset, tmp_path / dtype, *flags))))
+    exact, rough = adapter(folders[0]), adapter(folders[1])
+    assert all(str(tensor.dtype) == "torch.float32" for tensor in rough.values())
+    if kind != "pissa":  # whose SVD is of rounded weights: another start
+        matrices = [name for name in exact if ".lora_" in name and "magnitude" not in name]
+        apart = max((exact[name] - rough[name]).abs().max().item() for name in matrices)
+        assert 0 < apart < 0.1 * 0.003 * 5  # five steps of clipped norm ≤ 1
+
+
+def test_mp_is_the_same_run(models, dataset, tmp_path):
+    folders = []
+    for mode in ("ddp", "mp"):
+        flags = ("--noise_multiplier", 1, "-lr", 0.01, "-dt", mode)
+        folders.append(run_peft.run(parse(*words_of(models, "neox", dataset, tmp_path / mode, *flags))))
+    assert furthest(adapter(folders[0]), adapter(folders[1])) == 0
+
+
 def test_dry_run_prints_the_plan_without_a_model(models, dataset, tmp_path, capsys, monkeypatch):
     from common import models as common_models
 
