@@ -5,6 +5,7 @@ A row is a dict. Five shapes are known (`shape_of`): 'text', 'enron', 'instructi
 
 import gzip
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,15 +21,15 @@ INSTRUCTION_TEMPLATE = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n
 INSTRUCTION_TEMPLATE_NO_INPUT = "### Instruction:\n{instruction}\n\n### Response:\n"
 REVIEW_FIELDS = ("System prompt", "Rating", "Review Title", "Review", "Product Title", "Product Categories")
 REVIEW_TEMPLATE = (
-    "{System prompt}\n\nProduct: {Product Title}\nCategories: {Product Categories}\n"
-    "Rating: {Rating}\nTitle: {Review Title}\nReview:"
+    "{System prompt}\n\nProduct: {Product Title}\nCategories: {Product Categories}\nRating: {Rating}\n{title}Review:"
 )
 
 
-def read_rows(path) -> list[dict]:
+def read_rows(path, broken: dict[int, str] | None = None) -> list[dict]:
     """All rows of a .jsonl (.gz), .arrow (stream or file format) or .parquet file.
 
-    Raises UserError naming the file (and the line of broken JSON) when it is missing, empty or unreadable.
+    Raises UserError naming the file (and the line of broken JSON) when it is missing, empty or unreadable. With a dict
+    `broken` a line that is no JSON object is no error: {} stands in its place, and `broken[index]` says why.
     """
     path = Path(path)
     if not path.is_file():
@@ -36,7 +37,7 @@ def read_rows(path) -> list[dict]:
         raise UserError(f"{path}: {what}; name a .jsonl, .arrow or .parquet file")
     name = path.name.removesuffix(".gz")
     if name.endswith((".jsonl", ".json")):
-        rows = _read_jsonl(path)
+        rows = _read_jsonl(path, broken)
     elif name.endswith(".arrow"):
         rows = _read_arrow(path)
     elif name.endswith(".parquet"):
@@ -48,8 +49,16 @@ def read_rows(path) -> list[dict]:
     return rows
 
 
-def _read_jsonl(path: Path) -> list[dict]:
+def _read_jsonl(path: Path, broken: dict[int, str] | None = None) -> list[dict]:
     rows, problems = [], []
+
+    def refuse(number: int, reason: str, advice: str) -> None:
+        if broken is None:
+            problems.append(f"{path}:{number}: {reason}{advice}")
+        else:
+            broken[len(rows)] = reason
+            rows.append({})
+
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rb") as file:
@@ -59,12 +68,12 @@ def _read_jsonl(path: Path) -> list[dict]:
                 try:
                     row = json.loads(line)
                 except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                    problems.append(f"{path}:{number}: not JSON ({error}); mend or remove the line")
+                    refuse(number, f"not JSON ({error})", "; mend or remove the line")
                     continue
                 if isinstance(row, dict):
                     rows.append(row)
                 else:
-                    problems.append(f"{path}:{number}: a JSON object was expected, not {type(row).__name__}")
+                    refuse(number, f"a JSON object was expected, not {type(row).__name__}", "")
     except (OSError, EOFError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     if problems:
@@ -155,19 +164,39 @@ def validate(path, rows: list[dict], fields: tuple[str, ...] | None = None) -> s
     problems = [f"{path}: no row has the field {words}; name a file that has it"] if absent else []
     fields = [field for field in fields if field not in absent]
     for index, row in enumerate(rows):
-        for field in fields:
-            value = row.get(field)
-            if value is None:
-                problems.append(f"{path}: row {index}: field '{field}' is missing; add it or remove the row")
-            elif not isinstance(value, str) and field != "Rating":
-                problems.append(f"{path}: row {index}: field '{field}' must be text, not {type(value).__name__}")
-            elif field == "gt-email" and not 0 < value.find("@") < len(value) - 1:
-                problems.append(f"{path}: row {index}: gt-email must look like local@domain")
-            elif field == "gt-name" and not value.strip():
-                problems.append(f"{path}: row {index}: gt-name is empty")
+        problems += [f"{path}: row {index}: {problem}" for problem in row_problems(row, fields)]
     if problems:
         raise UserError(*_shorten(problems))
     return shape
+
+
+def row_problems(row: dict, fields: Iterable[str]) -> Iterator[str]:
+    """Why a row cannot be used, a line a field, without its text."""
+    for field in fields:
+        value = row.get(field)
+        if value is None:
+            yield f"field '{field}' is missing; add it or remove the row"
+        elif not isinstance(value, str) and field != "Rating":
+            yield f"field '{field}' must be text, not {type(value).__name__}"
+        elif field == "gt-email" and not 0 < value.find("@") < len(value) - 1:
+            yield "gt-email must look like local@domain"
+        elif field == "gt-name" and not value.strip():
+            yield "gt-name is empty"
+
+
+def read_with_broken(path, fields: tuple[str, ...]) -> tuple[list[dict], dict[int, str]]:
+    """(all rows, {index of a broken one: why}) for builders that leave broken rows out; Arrow takes all others."""
+    broken = {}
+    rows = read_rows(path, broken)
+    for index, row in enumerate(rows):
+        problem = broken.get(index) or next(row_problems(row, fields), None)
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            problem = problem or "half of a surrogate pair in its text"
+        if problem:
+            broken[index] = problem
+    return rows, broken
 
 
 def row_text(row: dict) -> tuple[str, int | None]:
@@ -195,8 +224,13 @@ def instruction_prompt(row: dict) -> str:
 
 
 def review_prompt(row: dict) -> str:
-    """The text before the review, from metadata only (never from the review itself)."""
-    return REVIEW_TEMPLATE.format(**{field: row.get(field) or "" for field in REVIEW_FIELDS if field != "Review"})
+    """The text before the review, as trained and as generated from: metadata only, never the review itself.
+
+    The review's title is private text too: it enters only where the row says `"condition": "title"`.
+    """
+    fields = {field: row.get(field) or "" for field in REVIEW_FIELDS if field != "Review"}
+    title = f"Title: {fields['Review Title']}\n" if row.get("condition") == "title" else ""
+    return REVIEW_TEMPLATE.format(**fields, title=title)
 
 
 @dataclass(frozen=True)
@@ -224,6 +258,24 @@ def split(rows: list[dict], manifest: dict | None = None) -> Split:
     else:
         head, train = list(range(min(HEAD_ROWS, n // 3))), list(range(min(HEAD_ROWS, n // 3), n))
     return Split(head, head[: min(PII_ROWS, n // 3)], train)
+
+
+def split_source(rows: list[dict], broken, manifest: dict | None) -> tuple[list[dict], Split, int | None]:
+    """For builders that leave the rows with indices in `broken` out but let them keep their places in the split.
+
+    Returns (the rows, with their index as `row_id` unless all whole ones have one; the split without broken rows; the
+    `split_start` of a file made from these rows, None when the row_ids of head and training rows lie mixed).
+    """
+    if not all(isinstance(row.get("row_id"), int) for index, row in enumerate(rows) if index not in broken):
+        rows = [{**row, "row_id": index} for index, row in enumerate(rows)]
+    ids = [row["row_id"] if isinstance(row.get("row_id"), int) else -1 for row in rows]  # -1: broken ones
+    parts = split([{"gt-name": "", "row_id": one} for one in ids], manifest)
+    head, pii, train = ([i for i in part if i not in broken] for part in (parts.head, parts.pii, parts.train))
+    start = (manifest or {}).get("split_start")
+    if start is None and train:
+        first = min(ids[index] for index in parts.train if ids[index] != -1)
+        start = first if all(rows[index]["row_id"] < first for index in head) else None
+    return rows, Split(head, pii, train), start
 
 
 def evaluated_rows(rows: list[dict], manifest: dict | None) -> list[int]:
@@ -266,10 +318,11 @@ def write_manifest(
     split_start=None,
     generator=None,
     sampling=None,
+    more: dict | None = None,
 ) -> None:
     """Write `<path>.meta.json` for a data file that is complete.
 
-    `source`: [(path, row count)], or (path, row count, sha256) for what is not one file.
+    `source`: [(path, row count)], or (path, row count, sha256) for what is not one file. `more`: further keys.
     """
     write_json(
         manifest_path(path),
@@ -289,6 +342,7 @@ def write_manifest(
             "rows": rows,
             "sha256": sha256(path),
             "created": now(),
+            **(more or {}),
         },
     )
 

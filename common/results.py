@@ -15,7 +15,7 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-from common.cli import plain
+from common.cli import UserError, plain
 
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,6 +100,30 @@ def read_jsonl(path) -> list[dict]:
     """Every line of a result file of ours (strict: a broken line raises)."""
     with open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in file if line.strip()]
+
+
+def append_line(file, item) -> None:
+    """Write a line to an open text file so that a power cut does not lose it."""
+    file.write(dumps(item) + "\n")
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def read_partial(file, settings: dict, overwrite: bool) -> list[dict]:
+    """Lines of an unfinished run's hidden file: first {'settings': …}, then one for each finished piece.
+
+    A torn last line does not count. [] when there is no file, or when its settings differ and `overwrite` is set;
+    UserError when they differ without it.
+    """
+    file = Path(file)
+    lines = [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]] if file.is_file() else []
+    differ = [key for key, value in settings.items() if lines and lines[0]["settings"].get(key) != value]
+    if differ and not overwrite:
+        raise UserError(
+            f"--output: an unfinished run with another {', '.join(differ)} is in {file}; repeat its arguments to "
+            "continue it, or give --overwrite to discard it"
+        )
+    return [] if differ else lines
 
 
 @cache

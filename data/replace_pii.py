@@ -12,9 +12,10 @@ Stand-ins are Faker's, of the same shape: number of words, case, initials, the n
 (no rule: random letters of the same shape), the number of labels of a domain. What exactly is rewritten, and which
 ordinary words are left alone: data/replacement.py.
 
-Before the file gets its name, the leak check reads all of it again from the disk: an old full name ('First Last', 'First M. Last', 'Last, First'), an
-old address or a pair of them, in any case, ends the run with exit status 1 and no file. It knows only people who were
-found; a nickname, a truncated name and an unknown person's first name are no full names.
+Before the file gets its name, the leak check reads all of it again from the disk: an old full name ('First Last',
+'First M. Last', 'Last, First'), an old address or a pair of them, in any case, ends the run with exit status 1 and no
+file. It knows only people who were found; a nickname, a truncated name and an unknown person's first name are no full
+names.
 """
 
 import argparse
@@ -33,7 +34,6 @@ from common import cli, records
 from common.results import Run, atomic, sync_folder
 
 DEFAULT_NAME = "replaced_data.arrow"
-SHOWN = 3  # broken rows named
 SHOWN_LEAKS = 20  # row numbers
 
 
@@ -55,30 +55,14 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def row_problem(row: dict) -> str | None:
-    """Why a row cannot be used, without its text; None when it can."""
-    for field in records.REQUIRED["enron"]:
-        if not isinstance(row.get(field), str):
-            return f"field '{field}' is missing or not text"
-    if not 0 < row["gt-email"].strip().find("@") < len(row["gt-email"].strip()) - 1:
-        return "gt-email must look like local@domain"
-    if not any(c.isalpha() for c in row["gt-name"]):
-        return "gt-name has no letters"
-    try:
-        json.dumps(row, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        return "half of a surrogate pair in its text"
-    return None
-
-
-def check(args) -> tuple[Path, Path, list[dict], dict | None, list[str]]:
-    """(source, output, rows with row_id, the source's manifest, broken rows as lines); UserError: all of them."""
+def check(args) -> tuple[Path, Path, list[dict], int | None, int]:
+    """(source, output, whole rows with row_id, split_start, number of broken rows); UserError: all problems."""
     import pyarrow as pa
 
     problems = cli.Problems()
     source = records.default_dataset(args.input)
     output = Path(args.output) if args.output else source.with_name(DEFAULT_NAME)
-    rows = problems.absorb(records.read_rows, source) or []
+    rows, broken = problems.absorb(records.read_with_broken, source, records.REQUIRED["enron"]) or ([], {})
     manifest = problems.absorb(records.read_manifest, source)
     for flag, path in (("--output", output), ("--save_map", args.save_map and Path(args.save_map))):
         if path is None:
@@ -94,16 +78,16 @@ def check(args) -> tuple[Path, Path, list[dict], dict | None, list[str]]:
         problems.add(f"--output {output}: the name must end in .arrow")
     if args.save_map and Path(args.save_map).resolve() == output.resolve():
         problems.add(f"--save_map {args.save_map}: is also the --output")
-    found = [(index, row, row_problem(row)) for index, row in enumerate(rows)]
-    broken = [f"{source}: row {index}: {reason}" for index, _, reason in found if reason]
-    if broken and args.strict:
-        for line in shorten(broken):
-            problems.add(line)
-    columns = list(dict.fromkeys(column for row in rows for column in row))  # Arrow has the same ones in every row
-    if rows and not all(isinstance(row.get("row_id"), int) for row in rows):
-        columns = [*(column for column in columns if column != "row_id"), "row_id"]
-        found = [(index, {**row, "row_id": index}, reason) for index, row, reason in found]
-    kept = [{column: row.get(column) for column in columns} for _, row, reason in found if not reason]
+    for index, row in enumerate(rows):
+        if index not in broken and not any(c.isalpha() for c in row["gt-name"]):
+            broken[index] = "gt-name has no letters"
+    lines = [f"{source}: row {index}: {reason}" for index, reason in sorted(broken.items())]
+    problems.absorb(cli.report_broken, "rows", lines, len(lines), args.strict)
+    start = None
+    if rows:
+        rows, _, start = records.split_source(rows, broken, manifest)
+    columns = dict.fromkeys(column for row in rows for column in row)  # Arrow has the same ones in every row
+    kept = [{column: row.get(column) for column in columns} for index, row in enumerate(rows) if index not in broken]
     if rows and len(kept) < 3 and not (broken and args.strict):
         problems.add(f"{source}: {len(kept)} whole rows with gt-name, gt-email, prompt, continuation; 3 are needed")
     try:
@@ -111,11 +95,7 @@ def check(args) -> tuple[Path, Path, list[dict], dict | None, list[str]]:
     except (pa.ArrowInvalid, pa.ArrowTypeError):  # its message would show the values
         problems.add(f"{source}: a column has values of different types; Arrow columns have one")
     problems.check()
-    return source, output, kept, manifest, broken
-
-
-def shorten(lines: list[str]) -> list[str]:
-    return lines[:SHOWN] + ([f"broken rows: … and {len(lines) - SHOWN:,} more"] if len(lines) > SHOWN else [])
+    return source, output, kept, start, len(broken)
 
 
 def strings(row: dict) -> list[str]:
@@ -166,9 +146,7 @@ def replace(rows: list[dict], people, scan) -> list[dict]:
 
 def run(args) -> int:
     """Build the file. Returns 0, or 1 when the leak check fails (then nothing is written under the final names)."""
-    source, output, rows, manifest, broken = check(args)
-    for line in shorten(broken):
-        print(line, file=sys.stderr)
+    source, output, rows, start, broken = check(args)
     output.parent.mkdir(parents=True, exist_ok=True)
     with Run(output.parent / "run_replace_pii.json", args, inputs=[source]) as record, ExitStack() as stack:
         from data.leak_check import leaks
@@ -184,7 +162,7 @@ def run(args) -> int:
         total = time.monotonic() - started
         record["counts"] = counts = {
             "rows": len(rows),
-            "broken rows left out": len(broken),
+            "broken rows left out": broken,
             "people": len(people.of_name),
             "addresses": len(people.of_address),
             "rows changed": sum(old != new for old, new in zip(rows, replaced)),
@@ -199,16 +177,14 @@ def run(args) -> int:
         records.manifest_path(output).unlink(missing_ok=True)  # it describes the file that is now replaced
         os.replace(unchecked, output)
         sync_folder(output.parent)
-        n = len(rows) + len(broken)
-        start = (manifest or {}).get("split_start")
         records.write_manifest(
             output,
             tag="replaced",
             script="data/replace_pii.py",
             argv=sys.argv,
             rows=len(rows),
-            source=[(source, n)],
-            split_start=min(records.HEAD_ROWS, n // 3) if start is None else start,
+            source=[(source, len(rows) + broken)],
+            split_start=start,
             sampling={"seed": args.seed},
         )
         if args.save_map:

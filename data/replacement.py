@@ -1,6 +1,7 @@
 """Replacing people and addresses in text: who is in it, their stand-ins, and one scan a text.
 
-Text in, text out: no paths, no options. What checks the result is apart: data/leak_check.py. A *token* is a run of letters and digits, compared case-folded.
+Text in, text out: no paths, no options. A *token* is a run of letters and digits, compared case-folded. What checks the
+result is apart: data/leak_check.py.
 
 What is rewritten:
 * addresses, everywhere and in any case, also `jane (at) x (dot) example` and `jane at x dot example` (no other
@@ -327,16 +328,16 @@ class People:
         person.new = {letter: new.upper() for letter, new in self.letter.items()}
         particles = {token for token in person.last[:-1] if token in mail.PARTICLES}
         for token in person.last:
-            if len(token) > 1:
+            if token not in self.letter:
                 person.new[token] = token if token in particles else draw(token, self.lasts)
         for token in sorted(person.middles):  # 'Anna M. Roe' and 'Anna Maria Roe' agree
-            if len(token) > 1:
+            if token not in self.letter:
                 initial = self.letter.get(token[0], "e").upper()
                 used = set(person.new.values())
                 fitting = [name for name in self.firsts if name[0] == initial and name not in used]
                 person.new[token] = rng.choice(fitting) if fitting else initial + draw(token, self.firsts)[1:]
         for token in person.first:
-            if len(token) > 1:
+            if token not in self.letter:
                 person.new[token] = draw(token, self.firsts)
 
     def stand_in(self, token: str) -> str:

@@ -23,8 +23,9 @@ from data.amazon import make_reviews, prepare
 
 FIELDS = [*records.REVIEW_FIELDS, "row_id", "user_id"]
 PRODUCTS = [
-    {"parent_asin": "P1", "title": "Bardel &#34;D&#34; Kettle", "main_category": "Z", "categories": ["A", "B &amp; C"]},
-    {"parent_asin": "P2", "title": "Quillan Lamp", "main_category": "Lights &amp; More", "categories": []},
+    {"parent_asin": "P1", "title": "Bardel &#34;D&#34; Kettle", "main_category": "Z",
+     "categories": ["A", "&nbsp;", "B &amp; C"]},
+    {"parent_asin": "P2", "title": "Quillan Lamp", "main_category": "Lights &amp; More", "categories": ["<br>", None]},
     {"parent_asin": "P3", "title": "Tamvel Mat", "main_category": None, "categories": None},
     {"parent_asin": "P4", "title": None, "main_category": "Home"},
     {"parent_asin": "P1", "title": "A later line about P1", "main_category": "Other", "categories": ["Z"]},

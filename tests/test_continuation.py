@@ -124,6 +124,33 @@ def test_trailing_space_of_a_prompt_is_kept_once(models, tmp_path):
         assert b["generation"] == a["generation"].removeprefix(" ") and b["text"].startswith(b["prompt"])
 
 
+def test_broken_rows_are_left_out_and_shown_or_refused(models, tmp_path, capsys):
+    """Of 15 rows the head is 5, whichever are broken; the others' continuations do not change."""
+    rows = make_rows(15)
+    whole = make(models["neox"], write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "whole.arrow")
+    data, output = tmp_path / "rows.jsonl", tmp_path / "data.arrow"
+    rows[1]["gt-email"], rows[8]["prompt"], rows[11]["gt-name"] = "nobody", None, "\ud800"
+    lines = [json.dumps(row) for row in rows]
+    lines[13] = "{torn"
+    data.write_text("\n".join(lines))
+    capsys.readouterr()
+    made = make(models["neox"], data, output)
+    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith((str(data), "broken"))]
+    assert err == [
+        f"{data}: row 1: gt-email must look like local@domain",
+        f"{data}: row 8: field 'prompt' is missing; add it or remove the row",
+        f"{data}: row 11: half of a surrogate pair in its text",
+        "broken rows: … and 1 more",
+    ]
+    assert made == [row for row in whole if row["row_id"] not in (8, 11, 13)]
+    manifest = records.read_manifest(output)
+    assert (manifest["split_start"], manifest["source"][0]["rows"], manifest["rows"]) == (5, 15, 7)
+    assert json.loads((tmp_path / "run_generate.json").read_text())["dropped"] == {"broken": 4}
+    with pytest.raises(UserError, match="row 1: gt-email") as error:
+        make(models["neox"], data, output, "--overwrite", "--strict")
+    assert error.value.problems == err
+
+
 def test_split_of_the_manifest_and_files_without_one(models, tmp_path):
     rows = make_rows(12)
     for row in rows:

@@ -281,6 +281,16 @@ def test_a_role_address_that_holds_the_name_of_somebody_is_no_exception(local, t
     assert "moss" not in text and "plain-request@" in text
 
 
+def test_single_letters_that_are_words(tmp_path):
+    """Names whose parts are one letter outside a–z or one digit: replaced as words are."""
+    names = ["Ó Broin", "Ciarán Ó Broin", "李 明", "Unit 7", "J R"]
+    rows = [make_row(index, f"ask {name} soon", name) for index, name in enumerate(names)]
+    replaced = build(tmp_path, [*rows, make_row(5)])
+    for name, row in zip(names[:4], replaced):
+        assert name not in row["continuation"] and row["gt-name"] != name
+        assert row["gt-name"] in row["continuation"] and len(row["gt-name"].split()) == len(name.split())
+
+
 def test_deterministic_for_a_seed(tmp_path):
     rows = make_rows(40)
     build(tmp_path, rows)
@@ -322,6 +332,28 @@ def test_split_start_of_the_source_is_kept_and_missing_row_ids_are_given(tmp_pat
     assert [row["row_id"] for row in replaced] == list(range(12))
     parts = records.split(replaced, records.read_manifest(tmp_path / "replaced_data.arrow"))
     assert (parts.head, parts.train) == (list(range(7)), list(range(7, 12)))
+
+
+def test_lines_that_are_no_rows_keep_their_places(tmp_path, capsys):
+    """Rows numbered from 100: the head of 13 lines is 4 of them, whichever are broken; their row_ids stay."""
+    rows = [row | {"row_id": row["row_id"] + 100} for row in make_rows(12)]
+    source, output = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "r.arrow"
+    lines = source.read_text().splitlines()
+    lines[0], lines[2], lines[4], lines[9] = "{torn", "[1]", json.dumps({"row_id": 104, "gt-email": "x@y"}), "\xff"
+    lines.insert(12, json.dumps({"row_id": "x"}))
+    source.write_text("\n".join(lines), encoding="latin-1")
+    assert replace_pii.main(["--input", str(source), "--output", str(output)]) == 0
+    err = capsys.readouterr().err.splitlines()
+    assert err[0].startswith(f"{source}: row 0: not JSON (") and err[1].startswith(
+        f"{source}: row 2: a JSON object was"
+    )
+    assert (len(err), err[3]) == (4, "broken rows: … and 2 more")
+    replaced, manifest = records.read_rows(output), records.read_manifest(output)
+    assert [row["row_id"] for row in replaced] == [101, 103, 105, 106, 107, 108, 110, 111]
+    assert (manifest["split_start"], manifest["source"][0]["rows"]) == (104, 13)
+    assert records.split(replaced, manifest).head == [0, 1]
+    with pytest.raises(UserError, match="row 0: not JSON"):
+        replace_pii.main(["--input", str(source), "--output", str(output), "--strict", "--overwrite"])
 
 
 def test_columns_that_only_some_rows_have(tmp_path):
@@ -386,10 +418,8 @@ def test_the_check_reads_every_text_of_the_written_file(tmp_path, monkeypatch, c
     write = records.write_arrow
     rows = [row | {"notes": [{"by": "nobody"}]} for row in make_rows(12)]
     for spoil in (lambda name: [{"by": name}], lambda name: [{name: "x"}]):
-        new = lambda path, rows_, spoil=spoil: write(  # noqa: E731
-            path, [*rows_[:-1], rows_[-1] | {"notes": spoil(rows[2]["gt-name"])}]
-        )
-        monkeypatch.setattr(records, "write_arrow", new)
+        notes = {"notes": spoil(rows[2]["gt-name"])}
+        monkeypatch.setattr(records, "write_arrow", lambda path, new, n=notes: write(path, [*new[:-1], new[-1] | n]))
         source = write_rows(tmp_path / "rows.jsonl", rows)
         assert replace_pii.main(["--input", str(source), "--output", str(tmp_path / "r.arrow")]) == 1
         err = capsys.readouterr().err.splitlines()
@@ -507,7 +537,8 @@ def test_an_existing_output_is_refused(tmp_path):
 
 
 BROKEN = [
-    ({"gt-name": 5}, "field 'gt-name' is missing or not text"),
+    ({"gt-name": 5}, "field 'gt-name' must be text, not int"),
+    ({"continuation": None}, "field 'continuation' is missing; add it or remove the row"),
     ({"gt-email": "nobody"}, "gt-email must look like local@domain"),
     ({"gt-name": "?!"}, "gt-name has no letters"),
     ({"prompt": "\ud800"}, "half of a surrogate pair in its text"),

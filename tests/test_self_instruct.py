@@ -2,6 +2,9 @@
 
 import json
 import random
+import signal
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -29,8 +32,8 @@ def tiny(tmp_path_factory):
 
 
 def test_seed_tasks_are_enough_varied_and_pass_their_own_filters():
-    tasks = generate.read_seed_tasks(SEEDS)
-    assert len(tasks) >= 64 and sum(len(task["examples"]) for task in tasks) >= 75
+    tasks, broken = generate.read_seed_tasks(SEEDS, strict=True)
+    assert broken == 0 and len(tasks) >= 64 and sum(len(task["examples"]) for task in tasks) >= 75
     assert all(set(task) == {"instruction", "examples"} for task in tasks)
     assert all(set(example) == {"input", "output"} for task in tasks for example in task["examples"])
     pool = filters.RougePool()
@@ -49,14 +52,36 @@ def test_seed_tasks_are_enough_varied_and_pass_their_own_filters():
     ("text", "words"),
     (
         ("{", "not JSON"),
-        ("[]", "at least 8 tasks"),
-        (json.dumps([{"instruction": "x", "examples": [{"input": "", "output": 3}]}] * 8), "task 7"),
+        ("{}", "a JSON array of tasks is needed, not dict"),
+        ("[]", "0 whole tasks; at least 8 are needed"),
+        (json.dumps([{"instruction": "x", "examples": [{"input": "", "output": 3}]}] * 8), "0 whole tasks"),
     ),
 )
 def test_bad_seed_tasks(text, words, tmp_path):
     (tmp_path / "seeds.json").write_text(text)
     with pytest.raises(UserError, match=words):
         generate.read_seed_tasks(tmp_path / "seeds.json")
+
+
+def test_broken_seed_tasks_are_left_out_and_shown_or_refused(tiny, tmp_path, capsys, monkeypatch):
+    tasks = json.loads(SEEDS.read_text(encoding="utf-8"))
+    tasks[2:2] = [7, {"instruction": "x", "examples": []}, {"examples": [{"input": "", "output": ""}]}, None]
+    seeds = tmp_path / "seeds.json"
+    seeds.write_text(json.dumps(tasks))
+    monkeypatch.setattr(generate, "complete", scripted([]))
+    command = words(tiny, tmp_path / "data.jsonl", "--num_rows", 5, "--seed_tasks", seeds)
+    assert generate.main(command) == 0
+    lines = capsys.readouterr().err.splitlines()
+    shown = [f"--seed_tasks {seeds}: task {number}: needs an instruction and ex" for number in (2, 3, 4)]
+    assert [line[: len(start)] for line, start in zip(lines, shown)] == shown
+    assert lines[3] == "broken tasks: … and 1 more"
+    assert records.read_manifest(tmp_path / "data.jsonl")["source"][0]["rows"] == len(tasks)
+    assert json.loads((tmp_path / "run_generate.json").read_text())["counts"]["broken seed tasks"] == 4
+    assert generate.main(words(tiny, tmp_path / "clean.jsonl", "--num_rows", 5)) == 0
+    assert (tmp_path / "clean.jsonl").read_bytes() == (tmp_path / "data.jsonl").read_bytes()
+    with pytest.raises(UserError, match="task 2: needs") as error:
+        generate.main([*command, "--strict", "--overwrite"])
+    assert error.value.problems == lines[:4]
 
 
 # ---------------------------------------------------------------- parsing and filters
@@ -80,10 +105,14 @@ def test_parse_instances_by_hand():
     assert filters.parse_instances(" chatter", True, False) == ([], {"no instance": 1})
     text = " yes\nInput: one\nLabel: no\nInput: two\n\nTask: another"
     assert filters.parse_instances(text, False, True) == ([("one", "yes"), ("two", "no")], {})
+    # as a small model writes: labels again within an instance, an output that begins with one
+    text = " a\nOutput: b: c\n\nOutput: b\n\nExample 2\nInput: d\nInput: e\nOutput: f\n\n"
+    text += "Example 3\nInput: g\nOutput:\nInput: h"
+    assert filters.parse_instances(text, True, False) == ([("a", "b: c"), ("g", "")], {"no instance": 1})
 
 
 def test_prompts_are_parsed_as_they_are_written():
-    tasks = generate.read_seed_tasks(SEEDS)
+    tasks, _ = generate.read_seed_tasks(SEEDS)
     for task in tasks:
         for output_first in (False, True):
             prompt = filters.instance_prompt([task], "Name the next one.", output_first)
@@ -112,6 +141,7 @@ def test_filter_instances_by_hand():
     kept, dropped = filters.filter_instances(given_)
     assert kept == [("d", "x"), ("e", "y")]
     assert dropped == {"conflicting": 2, "empty output": 1, "output equals input": 1, "repeated": 1}
+    assert filters.filter_instances([("It was  so.", "it was so"), ("?", "!")])[0] == [("?", "!")]
 
 
 # ---------------------------------------------------------------- ROUGE-L
@@ -146,10 +176,11 @@ def test_pool_equals_comparing_every_pair(texts, candidate):
 
 
 @pytest.mark.slow
-def test_two_hundred_candidates_a_second_against_fifty_thousand():
-    """Half of the words of a seed instruction exchanged: many near texts in the pool, the hard case."""
+def test_candidates_a_second_against_fifty_thousand():
+    """Half of the words of a seed instruction exchanged: many near texts in the pool, the hard case. Run with -s to
+    read the speed; it is printed, not asserted, and of three the verdict is checked against every pair."""
     rng = random.Random(0)
-    seeds = [task["instruction"].split() for task in generate.read_seed_tasks(SEEDS)]
+    seeds = [task["instruction"].split() for task in generate.read_seed_tasks(SEEDS)[0]]
     words = [word for seed in seeds for word in seed]
 
     def variation() -> str:
@@ -162,9 +193,16 @@ def test_two_hundred_candidates_a_second_against_fifty_thousand():
     for _ in range(50_000):
         pool.add(variation())
     candidates = [variation() for _ in range(500)]
-    started = time.perf_counter()
+    started = time.process_time()
     alike = sum(map(pool.alike, candidates))
-    assert 0 < alike < 500 and 500 / (time.perf_counter() - started) >= 200
+    speed = 500 / (time.process_time() - started)
+    print(f"{speed:,.0f} candidates per CPU second against 50,000, {speed / 200:.1f} times the 200 wanted")
+    assert 0 < alike < 500
+    for text in candidates[:3]:
+        assert pool.alike(text) == any(
+            10 * LCSseq.similarity(pool._words(text), held) * 2 > 7 * (len(text.split()) + len(held))
+            for held in pool.texts
+        )
 
 
 # ---------------------------------------------------------------- the procedure
@@ -229,6 +267,8 @@ def test_procedure_rows_counts_and_resuming(tiny, tmp_path, monkeypatch):
     assert (
         manifest["tag"] == "self-instruct-tiny-long" and manifest["rows"] == 11 and manifest["source"][0]["rows"] == 68
     )
+    kinds = [line.split("? ")[1] for line in calls[1][1][0].splitlines() if line.startswith("Is it classification? ")]
+    assert kinds == ["Yes", "No"] * 6
     # the first round has only seeds to show, later ones two machine-made instructions among eight
     shown = [[line for line in prompt.splitlines() if "claims about" in line] for prompt in calls[0][1] + calls[3][1]]
     assert [len(lines) for lines in shown] == [0] * 4 + [2] * 4
@@ -248,6 +288,68 @@ def test_procedure_rows_counts_and_resuming(tiny, tmp_path, monkeypatch):
     assert generate.main(words(tiny, tmp_path / "broken.jsonl", "--num_rows", 11)) == 0
     assert (tmp_path / "broken.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert len(calls) == 3 * rounds and not partial.exists()
+
+
+DRIVER = """
+import re, sys
+sys.path.insert(0, {root!r})
+from data.self_instruct import generate
+real = generate.complete
+def complete(model, tokenizer, prompts, stage, *rest):
+    texts = [" ".join(re.findall("[a-z]+", answer[0])) for answer in real(model, tokenizer, prompts, stage, *rest)]
+    forms = {{"instructions": " Explain {{}} now\\nTask 10: and", "kind": " No{{}}"}}
+    form = forms.get(stage, " {{}}\\nOutput: why {{}}")
+    return [(form.format(text, text), stage == "instances") for text in texts]
+generate.complete = complete
+sys.exit(generate.cli.entry(generate.main))
+"""
+
+
+@pytest.fixture
+def driver(tmp_path):
+    """The script with a random model's own words put into the form that a trained generator would write."""
+    path = tmp_path / "driver.py"
+    path.write_text(DRIVER.format(root=str(ROOT)))
+    return path
+
+
+def quick(model, output, *more):
+    return words(model, output, "--round_size", 3, "-mt", 6, "--num_rows", 12, "--instance_temperature", 1, *more)
+
+
+def test_two_ranks_give_the_file_of_one(tiny, driver, tmp_path):
+    done = run_script(driver, *quick(tiny, tmp_path / "one.jsonl"))
+    assert done.returncode == 0, done.stderr
+    rows = read_lines(tmp_path / "one.jsonl")
+    assert len(rows) == 12 and len({row["instruction"] for row in rows}) == 12
+    done = run_script(driver, *quick(tiny, tmp_path / "two.jsonl", "--batch_size", 2), ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+    assert not list(tmp_path.glob(".*"))
+    other = run_script(driver, *quick(tiny, tmp_path / "other.jsonl", "--seed", 1))
+    assert other.returncode == 0 and (tmp_path / "other.jsonl").read_bytes() != (tmp_path / "one.jsonl").read_bytes()
+
+
+def test_kill_and_run_again(tiny, driver, tmp_path):
+    """kill -9 after two rounds; the next run goes on from there and gives the file of an unbroken run."""
+    assert run_script(driver, *quick(tiny, tmp_path / "whole.jsonl")).returncode == 0
+    output = tmp_path / "broken" / "data.jsonl"
+    partial = output.with_name(".data.jsonl.partial.jsonl")
+    command = [sys.executable, str(driver), *quick(tiny, output)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (partial.exists() and partial.read_bytes().count(b"\n") > 2):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert partial.exists() and not output.exists()
+    kept = partial.read_bytes().rpartition(b"\n")[0]
+    with open(partial, "ab") as file:
+        file.write(b'{"tasks": [{"instr')  # a line that the power cut tore
+    other = run_script(driver, *quick(tiny, output, "--top_k", 7))
+    assert other.returncode == 2 and "another top_k" in other.stderr and partial.read_bytes().startswith(kept)
+    assert run_script(driver, *quick(tiny, output)).returncode == 0
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and not partial.exists()
+    assert 2 < len(kept.splitlines()) <= json.loads((output.parent / "run_generate.json").read_text())["rounds"] + 1
 
 
 @pytest.mark.parametrize("style", ("instances", "alpaca", "text"))
@@ -273,7 +375,7 @@ def test_completions_are_the_models_own(tiny):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny).eval(), AutoTokenizer.from_pretrained(tiny)
-    seeds = generate.read_seed_tasks(SEEDS)
+    seeds, _ = generate.read_seed_tasks(SEEDS)
     prompts = [filters.kind_prompt(seeds[:2], task["instruction"]) for task in seeds[:5]]
     args = SimpleNamespace(temperature=0.75, instance_temperature=0.0, max_tokens=8, top_k=20, seed=1, batch_size=2)
     prompts.insert(2, "x " * 5000)

@@ -35,6 +35,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -45,7 +46,6 @@ from common.results import Run, atomic, peak_memory
 
 SPLITS = ("train", "test", "validation")
 REASONS = ("broken", "without a user", "without a rating", "empty text")
-SHOWN = 3  # broken lines named
 SYSTEM_PROMPT = (
     "Write a customer's review of the product below that fits its categories, the star rating and the title."
 )
@@ -82,10 +82,18 @@ def make_parser() -> argparse.ArgumentParser:
 # ---------------------------------------------------------------- pure functions
 
 
+@lru_cache(1 << 12)
+def decoded(reference: str) -> str:
+    """The character of one HTML reference; texts repeat the same few."""
+    return html.unescape(reference)
+
+
 def clean(text: str) -> str:
     """Text with <br> as line breaks, complete HTML references decoded (once), NULs and outer white space removed."""
-    text = LINE_BREAK.sub("\n", text)
-    text = REFERENCE.sub(lambda found: html.unescape(found[0]), text)
+    if "<" in text:
+        text = LINE_BREAK.sub("\n", text)
+    if "&" in text:
+        text = REFERENCE.sub(lambda found: decoded(found[0]), text)
     return text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "").strip(WHITESPACE)
 
 
@@ -182,6 +190,7 @@ def connect(folder: Path, args):
     connection = duckdb.connect(folder / "work.duckdb", config=config)
     connection.execute("SET autoinstall_known_extensions = false")
     connection.execute("SET enable_progress_bar = false")
+    connection.execute("SET force_compression = 'uncompressed'")  # of tables that live for a minute
     for name, value in {"seed": str(args.seed), "system_prompt": SYSTEM_PROMPT}.items():
         connection.execute(f"SET VARIABLE {name} = ?", [value])
     connection.create_function(
@@ -235,14 +244,9 @@ def report_broken(connection, path: Path, table: str, broken: int, strict: bool)
     """Show the first broken lines of a file; with `strict` that is the end."""
     if not broken:
         return
-    query = f"SELECT rowid FROM {table} WHERE broken ORDER BY rowid LIMIT {SHOWN}"
+    query = f"SELECT rowid FROM {table} WHERE broken ORDER BY rowid LIMIT {cli.SHOWN_BROKEN}"
     lines = broken_line(path, [position for (position,) in connection.execute(query).fetchall()])
-    if broken > SHOWN:
-        lines.append(f"broken lines in {path}: … and {broken - SHOWN:,} more")
-    if strict:
-        raise cli.UserError(*lines)
-    for line in lines:
-        print(line, file=sys.stderr)
+    cli.report_broken(f"lines in {path}", lines, broken, strict)
 
 
 def load_inputs(connection, args) -> dict[str, int]:
@@ -271,7 +275,8 @@ def load_inputs(connection, args) -> dict[str, int]:
         "meta",
         """nothing AS broken, parent_asin, one_line(title) AS title, one_line(main_category) AS main_category,
            CASE WHEN json_type(categories) = 'ARRAY'
-                THEN [one_line(name) FOR name IN categories->>'$[*]' IF trim(name) <> ''] ELSE [] END AS categories""",
+                THEN [name FOR name IN [one_line(raw) FOR raw IN categories->>'$[*]'] IF name <> ''] ELSE []
+                END AS categories""",
     )
     report_broken(connection, meta, "meta", broken_products, args.strict)
     # of several lines about a product the first counts

@@ -8,11 +8,11 @@ torchrun --nproc_per_node=4 data/continuation/generate.py -m EleutherAI/pythia-1
 Only rows to train on are continued (records.split: 1,110 to the end of the published file). Output: their columns and
 `row_id` (index in the source), `generation`, `text` = prompt + generation + EOS, `finish_reason` ('stop': the model
 ended there; 'length': cut at --max_tokens or at the end of its context) and `generated_tokens`. The file is the same
-whatever the number of processes. A killed run continues from the hidden partial file beside the output. Also written:
-the manifest and run_generate.json with the statistics that are printed.
+whatever the number of processes. Broken rows are left out and keep their places in the split. A killed run continues
+from the hidden partial file beside the output. Also written: the manifest and run_generate.json with the statistics
+that are printed.
 """
 
-import json
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import cli, distributed, records, results
 from data.continuation import measures
 
+FIELDS = ("gt-name", "gt-email", "prompt")  # of a row that is not broken
 MAX_PROMPT_TOKENS = 2048  # prompts are shorter than this
 MIN_ROOM = 16  # a prompt that leaves the context fewer tokens than this (and than --max_tokens) is dropped
 MAX_BATCH = 64  # rows decoded together when memory does not bind
@@ -45,6 +46,7 @@ def make_parser() -> cli.Parser:
     parser.add_argument(
         "--batch_size", type=cli.non_negative_int, default=0, help="rows decoded together; 0: by memory"
     )
+    parser.add_argument("--strict", action="store_true", help="fail when a row is broken; else it is left out")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --output or unfinished run")
     cli.add_model_flags(parser)
     return parser
@@ -113,33 +115,29 @@ def check(args) -> Task:
     output = Path(args.output or f"data/{generator}-continuations/data.arrow")
     cli.check_output_file(output, ".arrow", args.overwrite, problems)
     cli.check_writable(output.parent, problems, "--output")
-    rows = problems.absorb(records.read_rows, args.data_set)
+    rows, broken = problems.absorb(records.read_with_broken, args.data_set, FIELDS) or ([], {})
     manifest = problems.absorb(records.read_manifest, args.data_set) if rows else None
-    if rows and "text" in rows[0]:
+    if any("text" in row for row in rows[:1]):
         problems.add(f"{args.data_set}: has a `text` already (generated rows); name the rows it was made from")
     elif rows:
-        problems.absorb(records.validate, args.data_set, rows, ("gt-name", "gt-email", "prompt"))
-        if len(rows) < 3:
-            problems.add(f"{args.data_set}: {len(rows)} rows; at least 3 are needed")
+        lines = [f"{args.data_set}: row {index}: {reason}" for index, reason in sorted(broken.items())]
+        problems.absorb(cli.report_broken, "rows", lines, len(lines), args.strict)
+        if len(rows) - len(broken) < 3:
+            problems.add(
+                f"{args.data_set}: {len(rows) - len(broken)} whole rows with {', '.join(FIELDS)}; at least 3 are needed"
+            )
     ref = problems.absorb(models.find_model, args.model, args.revision)
     tokenizer = problems.absorb(models.load_tokenizer, ref) if ref else None
     problems.check()
 
     config = AutoConfig.from_pretrained(ref.base, revision=ref.revision)
-    split = records.split(rows, manifest)
-    ids = [row.get("row_id") for row in rows]
-    if not all(isinstance(one, int) for one in ids):
-        rows = [{**row, "row_id": index} for index, row in enumerate(rows)]
-        ids = list(range(len(rows)))
+    rows, split, start = records.split_source(rows, broken, manifest)
     if not split.train:
         raise cli.UserError(f"{args.data_set}: every row belongs to the evaluation head; none is left to continue")
-    first = min(ids[index] for index in split.train)
-    start = first if all(ids[index] < first for index in split.head) else None
-
     task = Task(ref, tokenizer, config, rows, [], [], [], split.head, start, output)
     context = models.context_length(SimpleNamespace(config=config))
     least = min(MIN_ROOM, args.max_tokens)
-    counts = Counter()
+    counts = Counter({"broken": len(broken)} if broken else {})
     for index in split.train:
         # a trailing space would be cut off the word that follows it; the generation brings its own
         prompt = tokenizer(rows[index]["prompt"].rstrip(" "), verbose=False).input_ids
@@ -170,39 +168,24 @@ def partial_files(output: Path) -> list[Path]:
     return sorted(output.parent.glob(f".{output.name}.partial-*.jsonl"))
 
 
-def read_partial(output: Path, settings: dict, overwrite: bool) -> tuple[int | None, dict[str, list]]:
-    """(memory budget of the unfinished run or None, batch number → its rows). A torn last line does not count.
-
-    UserError when the run had other settings, unless `overwrite`: then it is forgotten.
-    """
+def read_partials(output: Path, settings: dict, overwrite: bool) -> tuple[int | None, dict[str, list]]:
+    """(memory budget of the unfinished run or None, batch number → its rows); refuses as `results.read_partial`."""
     budget, done = None, {}
     for file in partial_files(output):
-        lines = [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]
-        if not lines:
-            continue
-        differ = [key for key, value in settings.items() if lines[0]["settings"].get(key) != value]
-        if differ and overwrite:
-            continue
-        if differ:
-            raise cli.UserError(
-                f"--output {output}: an unfinished run with another {', '.join(differ)} is in {file.name}; repeat its "
-                "arguments to continue it, or give --overwrite to discard it"
-            )
-        budget = lines[0]["budget"]
-        done.update((line["batch"], line["rows"]) for line in lines[1:])
+        for line in results.read_partial(file, settings, overwrite):
+            budget = line.get("budget", budget)
+            done.update({line["batch"]: line["rows"]} if "batch" in line else {})
     return budget, done
 
 
 def generate(model, task: Task, args, settings: dict, world) -> list[dict]:
     """[{index, generation, finish_reason, generated_tokens}] of every row asked, on every rank, in file order."""
-    import os
-
     import torch
 
     from common import sampling
     from common.progress import progress_bar
 
-    found = world.gather(read_partial(task.output, settings, args.overwrite))
+    found = world.gather(read_partials(task.output, settings, args.overwrite))
     budgets = [budget for budget, _ in found if budget] or world.gather(sampling.memory_budget(world.device))
     budget, done = min(budgets), {number: rows for _, part in found for number, rows in part.items()}
     element_size = next(model.parameters()).element_size()
@@ -240,7 +223,7 @@ def generate(model, task: Task, args, settings: dict, world) -> list[dict]:
             progress_bar(sum(len(batches[number]) for number in mine), "rows", world) as bar,
         ):
             if world.rank:
-                file.write(results.dumps(header) + "\n")
+                results.append_line(file, header)
             for number in mine:
                 batch = batches[number]
                 answers = sampling.sweep(
@@ -255,9 +238,7 @@ def generate(model, task: Task, args, settings: dict, world) -> list[dict]:
                     batch_size=len(batch),
                 )
                 rows = [finish(task, i, answer.tokens[0], stop) for i, answer in zip(batch, answers)]
-                file.write(results.dumps({"batch": number, "rows": rows}) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+                results.append_line(file, {"batch": number, "rows": rows})
                 made += rows
                 bar.update(len(batch))
         return made
@@ -308,7 +289,7 @@ def run(args) -> dict:
         **{key: getattr(args, key) for key in ("temperature", "top_k", "max_tokens", "seed", "batch_size")},
         "dtype": str(dtype).removeprefix("torch."),
     }
-    read_partial(task.output, settings, args.overwrite)  # refuses another run's before the model is loaded
+    read_partials(task.output, settings, args.overwrite)  # refuses another run's before the model is loaded
     if args.dry_run:
         print(
             f"would continue {len(task.asked)} prompts ({sum(task.dropped.values())} dropped) of {args.data_set} with "

@@ -47,7 +47,6 @@ PROMPT_TOKENS = 200
 PROMPT_CHARACTERS = 800  # where no tokenizer is at hand
 MAX_SURNAMES = 2  # an address with more different last names is a list or a role
 MIN_ROWS = 3
-SHOWN = 3  # broken mails named
 TAR_ERRORS = (tarfile.TarError, EOFError, zlib.error, OSError)
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 OTHER_ENDING = re.compile(r"\.[A-Za-z]{1,5}\d?$")  # .json, .html, .mp3: not a mail's
@@ -428,7 +427,8 @@ def run(args) -> dict:
     with Run(output.parent / "run_prepare.json", args, inputs=files) as record, Pairs(output.parent) as pairs:
         started = time.monotonic()
         counts, broken, sources = collect(inputs, pairs, workers, args.seed)
-        report_broken(broken, args.strict)
+        lines = [f"broken message {label}: {reason}" for label, reason in broken]
+        cli.report_broken("messages", lines, len(lines), args.strict)
         people = {key: pairs.read(key)[:2] for key in pairs.held}
         shared = shared_addresses(people.values())
         kept = {key: pair for key, pair in people.items() if pair[1].lower() not in shared}
@@ -482,17 +482,6 @@ def run(args) -> dict:
         record["sources"] = [{"path": str(path), "messages": n} for path, n, *_ in sources]
     report(result, output, head)
     return result
-
-
-def report_broken(broken: list[tuple[str, str]], strict: bool) -> None:
-    """Show the first broken mails (file name and reason, no text); with `strict` that is the end."""
-    lines = [f"broken message {label}: {reason}" for label, reason in broken[:SHOWN]]
-    if len(broken) > SHOWN:
-        lines.append(f"broken messages: … and {len(broken) - SHOWN:,} more")
-    if broken and strict:
-        raise cli.UserError(*lines)
-    for line in lines:
-        print(line, file=sys.stderr)
 
 
 def report(result: dict, output: Path, head: int) -> None:

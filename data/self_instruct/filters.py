@@ -16,6 +16,7 @@ KEYWORDS = re.compile(
     re.I,
 )
 NO_INPUT = "None"
+LABEL = re.compile(r"(?:^|\n)\s*(?:Input|Output|Label|Task|Example)(?: \d+)?:")  # a generator repeats them at will
 
 INSTRUCTION_HEAD = "Come up with a series of tasks about court opinions:\n\n"
 INPUT_FIRST_HEAD = (
@@ -99,10 +100,10 @@ def parse_instances(completion: str, ended: bool, output_first: bool) -> tuple[l
         lost["cut"] = 1
     for piece in pieces[:MAX_INSTANCES]:
         match = re.fullmatch(rf"\s*{first}(.*?)\n\s*{second}(.*)", piece, re.S)
-        if not match:
+        if not match or LABEL.search(match.group(1)):
             lost["no instance"] += 1
             continue
-        one, other = match.group(1).strip(), match.group(2).strip()
+        one, other = match.group(1).strip(), LABEL.split(match.group(2))[0].strip()
         given, output = (other, one) if output_first else (one, other)
         found.append(("" if given.casefold() == NO_INPUT.casefold() else given, output))
     return found, lost
@@ -122,13 +123,18 @@ def instruction_fault(text: str) -> str | None:
     return None
 
 
+def said(text: str) -> tuple[str, ...] | str:
+    """What two texts share that differ only in case, white space and marks."""
+    return tuple(re.findall(r"\w+", text.casefold())) or text
+
+
 def filter_instances(instances: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], Counter]:
     """(instances kept, dropped by filter) of one instruction. Conflicting ones (one input, two outputs) all go."""
     dropped, outputs = Counter(), {}
     for given, output in instances:
         if not output:
             dropped["empty output"] += 1
-        elif given.casefold() == output.casefold():
+        elif said(given) == said(output):
             dropped["output equals input"] += 1
         elif output in outputs.setdefault(given, []):
             dropped["repeated"] += 1

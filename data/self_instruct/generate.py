@@ -14,10 +14,10 @@ or `prompt`, `generation`, `text` = prompt + generation + EOS (text). Also writt
 """
 
 import json
-import os
 import random
 import sys
 from collections import Counter
+from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,13 +57,15 @@ def make_parser() -> cli.Parser:
     )
     parser.add_argument("--round_size", type=cli.positive_int, default=32, help="prompts of a round")
     parser.add_argument("--batch_size", type=cli.positive_int, default=16, help="prompts decoded together")
+    parser.add_argument("--strict", action="store_true", help="fail when a seed task is broken; else it is left out")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --output or unfinished run")
     cli.add_model_flags(parser)
     return parser
 
 
-def read_seed_tasks(path) -> list[dict]:
-    """The tasks of seedTasks.json; UserError, a line a problem, when they are not of its schema."""
+def read_seed_tasks(path, strict: bool = False) -> tuple[list[dict], int]:
+    """(the whole tasks of seedTasks.json, number of broken ones, which are said on stderr); UserError when `strict` or
+    when too few are left."""
     path = Path(path)
     if not path.is_file():
         raise cli.UserError(f"--seed_tasks {path}: no such file")
@@ -71,25 +73,31 @@ def read_seed_tasks(path) -> list[dict]:
         tasks = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise cli.UserError(f"--seed_tasks {path}: not JSON ({error})") from None
-    if not isinstance(tasks, list) or len(tasks) < SEEDS_SHOWN + MACHINE_SHOWN:
+    if not isinstance(tasks, list):
+        raise cli.UserError(f"--seed_tasks {path}: a JSON array of tasks is needed, not {type(tasks).__name__}")
+    whole = [is_whole(task) for task in tasks]
+    lines = [
+        f"--seed_tasks {path}: task {number}: needs an instruction and examples of input and output, all text"
+        for number, good in enumerate(whole)
+        if not good
+    ]
+    cli.report_broken("tasks", lines, len(lines), strict)
+    if sum(whole) < SEEDS_SHOWN + MACHINE_SHOWN:
         raise cli.UserError(
-            f"--seed_tasks {path}: a JSON array of at least {SEEDS_SHOWN + MACHINE_SHOWN} tasks is needed"
+            f"--seed_tasks {path}: {sum(whole)} whole tasks; at least {SEEDS_SHOWN + MACHINE_SHOWN} are needed"
         )
-    problems = cli.Problems()
-    for number, task in enumerate(tasks):
-        examples = task.get("examples") if isinstance(task, dict) else None
-        whole = isinstance(examples, list) and examples and isinstance(task.get("instruction"), str)
-        if not whole or not all(
-            isinstance(example, dict)
-            and isinstance(example.get("input"), str)
-            and isinstance(example.get("output"), str)
-            for example in examples
-        ):
-            problems.add(
-                f"--seed_tasks {path}: task {number}: needs an instruction and examples of input and output, all text"
-            )
-    problems.check()
-    return tasks
+    return [task for task, good in zip(tasks, whole) if good], len(lines)
+
+
+def is_whole(task) -> bool:
+    """Whether an item of seedTasks.json is {instruction, examples: [{input, output}, …]}, all text."""
+    examples = task.get("examples") if isinstance(task, dict) else None
+    if not isinstance(examples, list) or not examples or not isinstance(task.get("instruction"), str):
+        return False
+    return all(
+        isinstance(one, dict) and isinstance(one.get("input"), str) and isinstance(one.get("output"), str)
+        for one in examples
+    )
 
 
 def complete(
@@ -174,8 +182,9 @@ def one_round(ask, seeds: list[dict], pool, machine: list[str], rng: random.Rand
     by_kind = {True: [], False: []}
     for task in seeds:
         by_kind[filters.is_classification(task)].append(task)
-    shots = [task for kind in (True, False) for task in by_kind[kind][:KIND_SEEDS]]
-    shots = sorted(shots, key=lambda task: task["instruction"])  # mixes the kinds
+    # taking turns: a small model repeats the answer that it saw several times in a row
+    turns = zip_longest(by_kind[True][:KIND_SEEDS], by_kind[False][:KIND_SEEDS])
+    shots = [task for pair in turns for task in pair if task]
     answers = ask([filters.kind_prompt(shots, instruction) for instruction in kept], "kind")
     counts[TOO_LONG] += answers.count(None)
     kinds = [answer is not None and answer[0].strip().casefold().startswith("yes") for answer in answers]
@@ -231,28 +240,14 @@ def formatted(rows: list[dict], style: str, eos: str) -> list[dict]:
     ]
 
 
-def read_partial(file: Path, settings: dict, overwrite: bool) -> list[dict]:
-    """Finished rounds of an unfinished run; a torn last line does not count. UserError when its settings differ."""
-    lines = [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]] if file.is_file() else []
-    if not lines:
-        return []
-    differ = [key for key, value in settings.items() if lines[0].get(key) != value]
-    if differ and not overwrite:
-        raise cli.UserError(
-            f"--output: an unfinished run with another {', '.join(differ)} is in {file}; repeat its arguments to "
-            "continue it, or give --overwrite to discard it"
-        )
-    return [] if differ else lines[1:]
-
-
 def make_rounds(model, tokenizer, seeds, args, settings: dict, partial: Path, world) -> list[dict]:
     """Rounds until there are --num_rows instances, each appended to the partial file as it ends."""
     from common.progress import progress_bar
     from data.self_instruct import filters
 
-    rounds = world.broadcast(read_partial(partial, settings, args.overwrite))
+    rounds = world.broadcast(results.read_partial(partial, settings, args.overwrite)[1:])
     if world.main:
-        results.write_jsonl(partial, [settings, *rounds])
+        results.write_jsonl(partial, [{"settings": settings}, *rounds])
     pool = filters.RougePool()
     machine = [task["instruction"] for one in rounds for task in one["tasks"]]
     for instruction in [task["instruction"] for task in seeds] + machine:
@@ -281,9 +276,7 @@ def make_rounds(model, tokenizer, seeds, args, settings: dict, partial: Path, wo
             bar.update(len(rows_of([one])))
             if world.main:
                 with open(partial, "a", encoding="utf-8") as file:
-                    file.write(results.dumps(one) + "\n")
-                    file.flush()
-                    os.fsync(file.fileno())
+                    results.append_line(file, one)
     return rounds
 
 
@@ -295,7 +288,8 @@ def report(counts: Counter, rows: int, output: Path) -> str:
         lines.append(f"{total:>9,}  candidate {kind}")
         reasons = sorted(key for key in counts if key.startswith(f"{kind}: ") and not key.endswith(": candidates"))
         lines += [f"{counts[key]:>9,}  {key} ({counts[key] / max(1, total):.1%})" for key in reasons]
-    lines += [f"{counts[key]:>9,}  {key}" for key in ("classification tasks", "tasks without an instance", TOO_LONG)]
+    others = ("broken seed tasks", "classification tasks", "tasks without an instance", TOO_LONG)
+    lines += [f"{counts[key]:>9,}  {key}" for key in others]
     return "\n".join(lines)
 
 
@@ -309,11 +303,11 @@ def check(args) -> SimpleNamespace:
     output = Path(args.output or f"data/self-instruct-{Path(args.model).name}.jsonl")
     cli.check_output_file(output, ".jsonl", args.overwrite, problems)
     cli.check_writable(output.parent, problems, "--output")
-    seeds = problems.absorb(read_seed_tasks, args.seed_tasks)
+    seeds, broken = problems.absorb(read_seed_tasks, args.seed_tasks, args.strict) or ([], 0)
     ref = problems.absorb(models.find_model, args.model, args.revision)
     tokenizer = problems.absorb(models.load_tokenizer, ref) if ref else None
     problems.check()
-    return SimpleNamespace(output=output, seeds=seeds, ref=ref, tokenizer=tokenizer)
+    return SimpleNamespace(output=output, seeds=seeds, broken=broken, ref=ref, tokenizer=tokenizer)
 
 
 def run(args) -> dict:
@@ -334,7 +328,7 @@ def run(args) -> dict:
         "dtype": str(dtype).removeprefix("torch."),
     }
     partial = task.output.with_name(f".{task.output.name}.partial.jsonl")
-    read_partial(partial, settings, args.overwrite)  # refuses another run's before the model is loaded
+    results.read_partial(partial, settings, args.overwrite)  # refuses another run's before the model is loaded
     if args.dry_run:
         print(f"would make {args.num_rows} rows from {len(task.seeds)} seed tasks with {args.model}: {task.output}")
         return {}
@@ -345,7 +339,7 @@ def run(args) -> dict:
         with models.adapted(base, task.ref.adapter) as (model, _):
             rounds = make_rounds(model, task.tokenizer, task.seeds, args, settings, partial, world)
         rows = formatted(rows_of(rounds)[: args.num_rows], args.format, task.tokenizer.eos_token)
-        counts = sum((Counter(one["counts"]) for one in rounds), Counter())
+        counts = sum((Counter(one["counts"]) for one in rounds), Counter({"broken seed tasks": task.broken}))
         record["counts"], record["rounds"] = counts, len(rounds)
         record["keep_rate"] = {
             kind: counts[f"{kind}: kept"] / max(1, counts[f"{kind}: candidates"])
@@ -360,7 +354,7 @@ def run(args) -> dict:
                 script="data/self_instruct/generate.py",
                 argv=sys.argv,
                 rows=len(rows),
-                source=[(args.seed_tasks, len(task.seeds))],
+                source=[(args.seed_tasks, len(task.seeds) + task.broken)],
                 generator={key: settings[key] for key in ("model", "revision", "weights")},
                 sampling={key: settings[key] for key in (*sampled, "dtype")},
             )
