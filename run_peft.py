@@ -658,6 +658,10 @@ class Training:
                 self.examples = dp.PerExample(self.model)
             except ValueError as error:
                 raise UserError(f"--dp: {error}") from None
+            if sum(item.numel() for item in self.trainable) != plan.n_trainable:
+                raise RuntimeError(
+                    f"--dp: the plan counted {plan.n_trainable} trainable parameters, the model has others"
+                )
             self.check_examples()
         # step: steps done; updates: steps that could change a weight; window: loss and labels since the last log line
         self.count = {"step": 0, "updates": 0, "tokens": 0, "window_loss": 0.0, "window_weight": 0, "eval_losses": []}

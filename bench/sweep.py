@@ -4,8 +4,10 @@ python bench/sweep.py --model DIR --names 200 --peer_names 25
 python bench/sweep.py --model DIR --engine vllm --peer_python /path/to/vllm-venv/bin/python
 
 Ours: every name × 4 templates × 8 temperatures, with the exact probabilities of the true addresses on the way. The
-peer: the same prompts left-padded, one temperature and --peer_names names at each batch size of --peer_batches, the
-best of them scaled up to all temperatures and names (said in the output); it may stop at the same tokens as ours.
+peer transformers: the same prompts left-padded, one temperature and --peer_names names at each batch size of
+--peer_batches, the best of them scaled up to all temperatures and names (said in the output); it may stop at the same
+tokens as ours. The peer vllm keeps prefixes in its cache, so it is asked all temperatures in one call, of --peer_names
+names, and scaled by names alone.
 Each measurement is a process of its own; the median of --runs is printed, with the peak memory of each.
 """
 
@@ -137,11 +139,12 @@ def work_vllm(job: dict) -> dict:
 
     engine = LLM(job["model"], dtype="float32" if job.get("cpu", True) else "bfloat16", enable_prefix_caching=True,
                  max_model_len=2048)  # fmt: skip
-    sampling = SamplingParams(temperature=1.0, top_k=TOP_K, max_tokens=MAX_TOKENS, stop=["\n"])
     flat = [prompt for cells in job["prompts"] for prompt, _ in cells]
-    engine.generate(flat[:4], sampling, use_tqdm=False)
+    engine.generate(["warm up"], SamplingParams(max_tokens=MAX_TOKENS), use_tqdm=False)
+    asked = [(prompt, heat) for prompt in flat for heat in TEMPERATURES]
+    settings = [SamplingParams(temperature=heat, top_k=TOP_K, max_tokens=MAX_TOKENS, stop=["\n"]) for _, heat in asked]
     start = time.perf_counter()
-    found = engine.generate(flat, sampling, use_tqdm=False)
+    found = engine.generate([prompt for prompt, _ in asked], settings, use_tqdm=False)
     return {
         "seconds": time.perf_counter() - start,
         "tokens": sum(len(answer.outputs[0].token_ids) for answer in found),
@@ -182,13 +185,14 @@ def main(argv=None) -> int:
     mine = statistics.median(run["seconds"] for run in ours)
     best = min(peers, key=lambda batch: statistics.median(run["seconds"] for run in peers[batch]))
     part = statistics.median(run["seconds"] for run in peers[best])
-    scale = len(TEMPERATURES) * args.names / args.peer_names
+    heats = 1 if args.engine == "transformers" else len(TEMPERATURES)  # that the peer was asked
+    scale = len(TEMPERATURES) / heats * args.names / args.peer_names
     print(f"model {args.model}, {args.threads} threads, median of {args.runs}")
     print(f"ours: {args.names} names x 4 templates x {len(TEMPERATURES)} temperatures in {mine:.1f} s, "
           f"{ours[0]['tokens']} tokens, peak {max(run['peak_mb'] for run in ours)} MB")  # fmt: skip
     for batch, found in peers.items():
         seconds = statistics.median(run["seconds"] for run in found)
-        print(f"{args.engine} batch {batch or 'its own'}: {args.peer_names} names x 4 templates x 1 temperature in "
+        print(f"{args.engine} batch {batch or 'its own'}: {args.peer_names} names x 4 templates x {heats} temperature(s) in "
               f"{seconds:.1f} s, peak {max(run['peak_mb'] for run in found)} MB")  # fmt: skip
     print(f"{args.engine} at its best, scaled x{scale:g} to the same sweep: {part * scale:.1f} s")
     print(f"ratio: {part * scale / mine:.1f}x")

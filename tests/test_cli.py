@@ -35,9 +35,15 @@ FLAGS = {
     "perplexity/perplexity.py": MODEL | {
         "--dir", "-d", "--dataset", "--model", "--base_model", "--output_dir", "--num_rows", "--token_budget",
     },
+    "mia/mia.py": MODEL | {
+        "--model", "--dir", "--base_model", "--members", "--nonmembers", "--text_field", "--attacks", "--ref_model",
+        "--prefix_file", "--neighbor_model", "--freq_corpus", "--max_length", "--max_samples", "--token_budget",
+        "--bootstrap", "--combine", "--output_dir", "--config",
+    },
     "quickstart.py": MODEL | {
         "-m", "--model", "-d", "--dataset", "--outsiders", "--output", "-lr", "--learning_rate", "-e", "--epochs",
         "-pdbs", "--per_device_batch_size", "-gas", "--gradient_accumulation_steps", "-mt", "--max_tokens", "--full",
+        "--study", "--generator", "--generated_tokens", "--arms",
     },
     "data/enron/prepare.py": {"--input", "--output", "--tokenizer", "--workers", "--strict", "--overwrite", "--seed"},
     "data/replace_pii.py": {"--input", "--output", "--save_map", "--strict", "--overwrite", "--seed"},
@@ -53,6 +59,23 @@ FLAGS = {
         "-m", "--model", "--seed_tasks", "--num_rows", "--top_k", "-mt", "--max_tokens", "--temperature",
         "--instance_temperature", "--format", "--round_size", "--output", "--batch_size", "--strict",
         "--overwrite",
+    },
+    "fidelity/fidelity.py": MODEL | {
+        "--real", "--synthetic", "--train", "--output_dir", "--num_rows", "--pool_rows", "--embedder", "--max_tokens",
+        "--without", "--overwrite",
+    },
+    "utility/downstream.py": MODEL | {
+        "-m", "--model", "--real", "--heldout", "--synthetic", "--num_rows", "--num_heldout", "--num_seeds",
+        "--allow_overlap", "--output_dir", "-e", "--epochs", "-lr", "--learning_rate", "-pdbs",
+        "--per_device_batch_size", "-gas", "--gradient_accumulation_steps", "-w", "--warmup_steps", "-pt",
+        "--peft_type", "--lora_r", "--lora_alpha", "--max_length",
+    },
+    "utility/feature_importance.py": {
+        "--real", "--heldout", "--synthetic", "--num_rows", "--num_heldout", "--min_rows", "--num_seeds",
+        "--output_dir", "--overwrite", "--seed",
+    },
+    "utility/human_sheet.py": {
+        "--synthetic", "--real", "--num_rows", "--sheets", "--key", "--output_dir", "--overwrite", "--seed",
     },
 }  # fmt: skip
 HEAVY = ("torch", "transformers", "peft", "datasets", "sklearn", "scipy", "pandas", "matplotlib")

@@ -1,0 +1,162 @@
+"""System P in miniature: base / original / generated / replaced. See quickstart.py."""
+
+import json
+
+import evaluate_purified
+import merge_peft
+from common import cli, models, records, results
+from data import replace_pii
+from data.continuation import generate
+from mia import mia
+from perplexity import perplexity
+from studies.steps import (
+    TEMPERATURE,
+    attack,
+    build,
+    call,
+    joined,
+    measured,
+    paired,
+    row_of,
+    share,
+    table,
+    train,
+)
+
+EPOCHS = 3
+ARMS = ("original", "generated", "replaced")
+
+
+def check(args) -> None:
+    """UserError with every problem of the study's inputs."""
+    problems = cli.Problems()
+    rows = problems.absorb(records.read_rows, args.dataset)
+    if rows:
+        problems.absorb(records.validate, args.dataset, rows, ("gt-name", "gt-email", "prompt", "continuation"))
+    if args.outsiders:
+        problems.absorb(records.read_rows, args.outsiders)
+    problems.absorb(models.find_model, args.model, args.revision)
+    if "generated" in args.arms:
+        problems.absorb(models.find_model, args.generator, None, flag="--generator")
+    problems.check()
+
+
+def inputs(args) -> list:
+    return [args.dataset, *([args.outsiders] if args.outsiders else [])]
+
+
+def run(args, out, record) -> str:
+    """All arms; returns the text of summary.md."""
+    flags = ["--seed", args.seed, "--dtype", args.dtype]
+    flags += ["--device_map", args.device_map] if args.device_map else []
+    asked = ["-mt", args.max_tokens, *([] if args.full else ["--temperatures", "0", str(TEMPERATURE)]), *flags]
+    attack(args.model, out / "base", args.dataset, *asked)
+    base_results = sorted((out / "base").glob("results_purified*.jsonl"))[0]
+    call(perplexity, "--model", args.model, "-d", args.dataset, "--output_dir", out / "base", *flags)
+
+    data = {"original": args.dataset}
+    if "generated" in args.arms:
+        words = ["-m", args.generator, "-d", args.dataset, "-mt", args.generated_tokens, "--seed", args.seed]
+        data["generated"] = build(generate, out / "generated" / "data.arrow", *words)
+    if "replaced" in args.arms:
+        words = ["--input", args.dataset, "--seed", args.seed]
+        data["replaced"] = build(replace_pii, out / "replaced" / "replaced_data.arrow", *words)
+    base_line = measured(out / "base")[TEMPERATURE]
+    rows = [row_of("base", base_line, results.read_jsonl(out / "base" / "perplexity.jsonl")[-1]["mean"])]
+    last, trees = {}, {}
+    for arm in args.arms:
+        tree = trees[arm] = train(
+            "-m", args.model, "-i", data[arm], "--output_root", out, "-lr", args.learning_rate, "-e", args.epochs,
+            "-pdbs", args.per_device_batch_size, "-gas", args.gradient_accumulation_steps, "-l", 10, *flags,
+        )  # fmt: skip
+        every = arm == "original" or args.full
+        chosen = models.find_checkpoints(tree) if every else models.find_checkpoints(tree)[-1:]
+        place = tree if every else chosen[-1]
+        call(evaluate_purified, "--model", place, "-d", args.dataset, "--baseline", base_results, *asked)
+        call(perplexity, "--dir", place, "-d", args.dataset, "--output_dir", tree, *flags)
+        means = {line["model"]: line["mean"] for line in results.read_jsonl(tree / "perplexity.jsonl")}
+        for checkpoint in chosen:
+            epoch = models.find_checkpoints(tree).index(checkpoint) + 1
+            rows.append(row_of(f"{arm}, epoch {epoch}", measured(checkpoint)[TEMPERATURE], means.get(str(checkpoint))))
+        last[arm] = rows[-1]
+    record["trees"] = {arm: str(tree) for arm, tree in trees.items()}
+    if "original" in args.arms:
+        newest = models.find_checkpoints(trees["original"])[-1]
+        call(merge_peft, "--model", newest, "--save_dir", out / "merged")
+    aucs = membership(args, out, trees, flags)
+    floor = base_line["floor"]
+    text = [
+        f"Addresses given away at temperature {TEMPERATURE}, of {rows[0]['rows']} people asked by four prompts (A–D): "
+        "loose matches, exact addresses, and exact ones that no name rule makes. AUC: membership inference on the rows "
+        "of the *original* training set (attack `ref`, 95 % interval).",
+        "",
+        extraction_table(rows, floor, aucs),
+        "",
+        "Exact hits gained and lost against the base, row by row, McNemar:",
+        *(f"* {row['model']}: {paired(row)}" for row in last.values()),
+    ]
+    if "generated" in last:
+        text += ["", said_in_generated(data["generated"])]
+    control = []
+    if args.outsiders and "original" in args.arms:
+        few = [*asked, "--num_rows", len(records.read_rows(args.outsiders)) - 10]
+        attack(args.model, out / "outsiders-base", args.outsiders, *few)
+        attack(newest, out / "outsiders-tuned", args.outsiders, *few)
+        for name in ("base", "tuned"):
+            line = measured(out / f"outsiders-{name}")[TEMPERATURE]
+            control.append(row_of(f"{name}, outsiders", line, None))
+        text += ["", "The control: people whom no training text names.", ""]
+        text += [extraction_table(control, measured(out / "outsiders-base")[TEMPERATURE]["floor"], {})]
+    results.write_json(
+        out / "summary.json",
+        {"temperature": TEMPERATURE, "rows": rows, "floor": floor, "outsiders": control, "mia": aucs},
+    )
+    return "\n".join(text)
+
+
+def membership(args, out, trees: dict, flags: list) -> dict:
+    """{table row: {auc, ci}} of mia.py's `ref` on the last checkpoint of each arm: original rows against the head."""
+    aucs, few = {}, [] if args.full else ["--attacks", "loss", "ref", "--max_samples", 500]
+    for arm, tree in trees.items():
+        checkpoint = models.find_checkpoints(tree)[-1]
+        folder = out / f"mia-{arm}"
+        if not (folder / "results_mia.jsonl").is_file():
+            call(mia, "--model", checkpoint, "--members", args.dataset, "--output_dir", folder, *few, *flags)
+        line = next(line for line in results.read_jsonl(folder / "results_mia.jsonl") if line["attack"] == "ref")
+        name = f"{arm}, epoch {len(models.find_checkpoints(tree))}"
+        aucs[name] = {"auc": line["auc"], "ci": line["auc_ci"], "flags": line["flags"]}
+    return aucs
+
+
+def extraction_table(rows: list[dict], floor: dict, aucs: dict) -> str:
+    """The study's table in Markdown; counts by template are joined by slashes."""
+    labels = list(rows[0]["exact"])
+    letters = "/".join(labels)
+    heads = ["", f"loose match {letters}", f"exact {letters}", "exact, share (95 %)", "no name rule", "perplexity"]
+    heads += ["AUC"] * bool(aucs)
+    cells = []
+    for row in rows:
+        line = [row["model"], joined(row["matches"].values()), joined(row["exact"].values()), share(row)]
+        line += [row["no_pattern"], "" if row["perplexity"] is None else f"{row['perplexity']:.2f}"]
+        if aucs:
+            found = aucs.get(row["model"])
+            line.append("{auc:.3f} ({ci[0]:.3f}–{ci[1]:.3f})".format(**found) if found else "")
+        cells.append(line)
+    if floor.get("rule"):
+        line = [f"*no model: {floor['rule']} at {floor['domain_guess']}*", floor["matches"], floor["exact"]]
+        line += [f"{floor['exact'] / rows[0]['rows']:.1%}", 0, *[""] * (1 + bool(aucs))]
+        cells.append(line)
+    return table(heads, cells)
+
+
+def said_in_generated(file) -> str:
+    """How many evaluated addresses the generator itself wrote: it decides what the generated arm means."""
+    record = json.loads((file.parent / "run_generate.json").read_text(encoding="utf-8"))
+    seen, of = (
+        record["statistics"]["evaluated_in_generations"]["addresses"],
+        record["statistics"]["evaluated_addresses"],
+    )
+    return (
+        f"The generated text itself contains {seen} of the {of} evaluated addresses: what the generator had memorised "
+        "reaches the model through it."
+    )

@@ -1,0 +1,112 @@
+"""What DP-SGD costs and prevents: ε against perplexity, extraction and membership inference. See quickstart.py.
+
+Every arm has the same draws' rate, steps, learning rate and schedule; the first has neither noise nor clipping.
+Two sets of people are asked for: those of the training rows, whom ε protects, and those of the evaluation head, whom
+only the base saw. The private arms draw their randomness from the operating system, so two runs differ a little.
+"""
+
+from common import cli, models, records, results
+from mia import mia
+from perplexity import perplexity
+from studies.steps import TEMPERATURE, attack, call, measured, row_of, share, table, train
+
+EPOCHS = 10
+EPSILONS = (8, 1)
+LOGICAL_BATCH = 256
+RANK = 8  # a small adapter: the noise grows with the root of its parameters
+
+
+def check(args) -> None:
+    """UserError with every problem of the study's inputs."""
+    problems = cli.Problems()
+    rows = problems.absorb(records.read_rows, args.dataset)
+    if rows:
+        problems.absorb(records.validate, args.dataset, rows, ("gt-name", "gt-email", "prompt", "continuation"))
+    problems.absorb(models.find_model, args.model, args.revision)
+    problems.check()
+
+
+def inputs(args) -> list:
+    return [args.dataset]
+
+
+def run(args, out, record) -> str:
+    """All arms; returns the text of summary.md."""
+    device = ["--dtype", args.dtype, *(["--device_map", args.device_map] if args.device_map else [])]
+    flags = ["--seed", args.seed, *device]
+    asked = ["-mt", args.max_tokens, "--temperatures", "0", str(TEMPERATURE), *flags]
+    trained_people = put_trained_first(args.dataset, out / "trained_people.jsonl")
+    arms = {"no noise, no clipping": ["--noise_multiplier", 0, "--max_grad_norm", "inf"]}
+    arms |= {f"ε = {epsilon}": ["--target_epsilon", epsilon] for epsilon in EPSILONS}
+    rows = [row_for("base", args.model, None, out / "base", args, trained_people, asked, flags)]
+    for name, words in arms.items():
+        tree = train(
+            "-m", args.model, "-i", args.dataset, "--output_root", out, "-lr", args.learning_rate, "-e", args.epochs,
+            "-pdbs", 4 * args.per_device_batch_size, "--lora_r", RANK, "-l", 10, "--dp", "--logical_batch_size",
+            min(LOGICAL_BATCH, len(records.read_rows(args.dataset)) // 4), *words, *device,
+        )  # fmt: skip
+        checkpoint = models.find_checkpoints(tree)[-1]
+        spent = models.privacy(models.find_model(str(checkpoint)))
+        rows.append(row_for(name, checkpoint, spent, tree / "measured", args, trained_people, asked, flags))
+    results.write_json(out / "summary.json", {"temperature": TEMPERATURE, "rows": rows})
+    record["epsilons"] = [row["epsilon"] for row in rows]
+    heads = [
+        "",
+        "ε (δ)",
+        "steps",
+        "perplexity",
+        "exact, trained people",
+        "exact, others",
+        "MIA AUC (ref)",
+        "MIA AUC (loss)",
+    ]
+    lines = []
+    for row in rows:
+        spent = (
+            ""
+            if row["steps"] is None
+            else "∞"
+            if row["epsilon"] is None
+            else f"{row['epsilon']:.2f} ({row['delta']:g})"
+        )
+        aucs = ["{auc:.3f} ({ci[0]:.3f}–{ci[1]:.3f})".format(**row[key]) if row[key] else "" for key in ("ref", "loss")]
+        line = [row["model"], spent if row["steps"] else "", row["steps"] or "", f"{row['perplexity']:.3f}"]
+        lines.append([*line, row["trained"], row["others"], *aucs])
+    return "\n".join(
+        [
+            f"ε by the PRV accountant, unit record, add/remove; perplexity of the evaluation head; exact addresses at "
+            f"temperature {TEMPERATURE} over four prompts; AUC of membership inference, training rows against the head "
+            "(95 % intervals).",
+            "",
+            table(heads, lines),
+        ]
+    )
+
+
+def put_trained_first(dataset, file):
+    """The dataset with its training rows first, so that the attack asks for the people that were trained on."""
+    rows = records.read_rows(dataset)
+    parts = records.split(rows, records.read_manifest(dataset))
+    order = [*parts.train, *parts.head]
+    results.write_jsonl(file, [rows[index] for index in order])
+    return file
+
+
+def row_for(name: str, model, spent: dict | None, folder, args, trained_people, asked: list, flags: list) -> dict:
+    """Everything measured on one model."""
+    attack(model, folder / "others", args.dataset, *asked)
+    attack(model, folder / "trained", trained_people, *asked)
+    call(perplexity, "--model", model, "-d", args.dataset, "--output_dir", folder, *flags)
+    row = {"model": name, "epsilon": spent and spent["epsilon"], "delta": spent and spent["delta"]}
+    row |= {"steps": spent and spent["steps"], "ref": None, "loss": None}
+    if spent:
+        if not (folder / "results_mia.jsonl").is_file():
+            words = ["--members", args.dataset, "--attacks", "loss", "ref", "--output_dir", folder, *flags]
+            call(mia, "--model", model, *words)
+        for line in results.read_jsonl(folder / "results_mia.jsonl"):
+            if line["attack"] in ("ref", "loss"):
+                row[line["attack"]] = {"auc": line["auc"], "ci": line["auc_ci"]}
+    row["perplexity"] = results.read_jsonl(folder / "perplexity.jsonl")[-1]["mean"]
+    for people in ("others", "trained"):
+        row[people] = share(row_of(name, measured(folder / people)[TEMPERATURE], None))
+    return row

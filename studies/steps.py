@@ -1,0 +1,95 @@
+"""What the studies of quickstart.py share: calling a script's own entry point, and the table of extraction results."""
+
+import shlex
+from pathlib import Path
+
+import measure_purified
+import run_peft
+from common import results
+
+EMBEDDED = Path(__file__).resolve().parents[1] / "data" / "embedded"
+TEMPERATURE = measure_purified.HEADLINE_TEMPERATURE
+
+
+def show(script, words: list[str]) -> None:
+    file = Path(script.__file__)
+    name = file.name if file.parent == EMBEDDED.parents[1] else f"{file.parent.name}/{file.name}"
+    print(f"\n$ python {name} {shlex.join(words)}", flush=True)
+
+
+def call(script, *words) -> None:
+    """Run a script's own entry point with the arguments printed; a user error or a failed step ends the study."""
+    words = [str(word) for word in words]
+    show(script, words)
+    status = script.main(words)
+    if status:
+        raise RuntimeError(f"{Path(script.__file__).name} ended with status {status}")
+
+
+def train(*words) -> Path:
+    """run_peft.py with these arguments; its run directory. A run that is finished already is kept."""
+    words = [str(word) for word in words]
+    show(run_peft, words)
+    return run_peft.run(run_peft.make_parser().parse_args(words))
+
+
+def build(script, output: Path, *words) -> Path:
+    """A data builder, unless its --output stands already."""
+    if output.exists():
+        print(f"\n{output}: built before, kept")
+    else:
+        call(script, *words, "--output", output)
+    return output
+
+
+def measured(folder: Path) -> dict[float, dict]:
+    """Temperature → result line of the newest measurement in `folder`."""
+    files = sorted(folder.glob("results_purified*.jsonl"), key=lambda path: (len(path.name), path.name))
+    files = [path for path in files if not path.stem.endswith("_rows")]
+    return {line["temperature"]: line for line in results.read_jsonl(files[-1])}
+
+
+def attack(model, folder: Path, dataset, *extra) -> None:
+    """measure_purified.py, unless `folder` has its finished result already."""
+    if any(folder.glob("results_purified*.jsonl")):
+        print(f"\n{folder}: measured before, kept")
+        return
+    call(measure_purified, "--model", model, "--output_dir", folder, "-d", dataset, *extra)
+
+
+def row_of(name: str, line: dict, perplexity_mean: float | None) -> dict:
+    """One row of the table from a result line."""
+    labels = [label for label in line["matches"] if label != "total"]
+    return {
+        "model": name,
+        "matches": {label: line["matches"][label] for label in labels},
+        "exact": {label: line["exact"][label] for label in labels},
+        "no_pattern": sum(line["no_pattern"][label] or 0 for label in labels),
+        "expected": {label: line["probabilistic"][label]["1"]["expected"] for label in labels},
+        "exact_rate_ci95": line["ci95"]["exact"]["total"],
+        "perplexity": perplexity_mean,
+        "rows": line["matches"]["total"],
+        "mcnemar_exact": {label: line["baseline"]["exact"][label] for label in labels} if "baseline" in line else None,
+    }
+
+
+def share(row: dict) -> str:
+    """Exact hits as a share of all prompts, with its interval."""
+    low, high = row["exact_rate_ci95"]
+    return f"{sum(row['exact'].values()) / (len(row['exact']) * row['rows']):.1%} ({low:.1%}–{high:.1%})"
+
+
+def table(heads: list, rows: list[list]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(map(str, heads)) + " |", "|" + "---|" * len(heads)]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+
+
+def joined(counts) -> str:
+    return " / ".join(map(str, counts))
+
+
+def paired(row: dict) -> str:
+    """Exact hits gained and lost against the baseline of a measurement, by template, with McNemar's exact p."""
+    pairs = (row["mcnemar_exact"] or {}).items()
+    return "; ".join(f"{label}: +{pair['gained']} −{pair['lost']} (p = {pair['p']:.2g})" for label, pair in pairs)
