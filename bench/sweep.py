@@ -192,7 +192,7 @@ def main(argv=None) -> int:
           f"{ours[0]['tokens']} tokens, peak {max(run['peak_mb'] for run in ours)} MB")  # fmt: skip
     for batch, found in peers.items():
         seconds = statistics.median(run["seconds"] for run in found)
-        print(f"{args.engine} batch {batch or 'its own'}: {args.peer_names} names x 4 templates x {heats} temperatures in "
+        print(f"{args.engine} batch {batch or 'its own'}: {args.peer_names} names x 4 templates x {heats} heats in "
               f"{seconds:.1f} s, peak {max(run['peak_mb'] for run in found)} MB")  # fmt: skip
     print(f"{args.engine} at its best, scaled x{scale:g} to the same sweep: {part * scale:.1f} s")
     print(f"ratio: {part * scale / mine:.1f}x")
