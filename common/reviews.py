@@ -1,0 +1,80 @@
+"""Review rows and generated rows as the evaluators of synthetic data read them: texts, ratings, arms, halves."""
+
+import random
+import re
+from collections.abc import Sequence
+
+from common.cli import Problems, UserError
+from common.records import read_rows, validate
+
+ARM = re.compile(r"[A-Za-z][\w-]*")
+REAL, GENERATED = "Review", "generated_text"  # the field of the text
+
+
+def rating(row: dict) -> int | None:
+    """The rating of a row as a whole number of 1 … 5, or None."""
+    try:
+        value = float(row["Rating"])
+    except (TypeError, ValueError):
+        return None
+    return int(value) if value in (1, 2, 3, 4, 5) else None
+
+
+def text_of(row: dict) -> str:
+    """The review of a row, generated or real, without outer white space: the same treatment for both."""
+    return row[GENERATED if GENERATED in row else REAL].strip()
+
+
+def with_text(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if text_of(row)]
+
+
+def read_reviews(path, field: str = REAL) -> list[dict]:
+    """All rows of a file. UserError when a row has no text field `field` or no rating of 1 to 5 (blank is a text)."""
+    rows = read_rows(path)
+    validate(path, rows, (field, "Rating"))
+    wrong = [index for index, row in enumerate(rows) if rating(row) is None]
+    if wrong:
+        raise UserError(f"{path}: row {wrong[0]}: Rating must be 1 to 5 ({len(wrong)} such rows)")
+    return rows
+
+
+def split_arms(words: Sequence[str], taken: Sequence[str], problems: Problems) -> dict[str, str]:
+    """{arm: file} of the ARM=FILE words of --synthetic; `taken` names cannot be used."""
+    arms: dict[str, str] = {}
+    for word in words:
+        name, _, file = word.partition("=")
+        if not file or not ARM.fullmatch(name):
+            problems.add(f"--synthetic {word}: give ARM=FILE, the arm a name of letters, digits, _ and -")
+        elif name in taken or name in arms:
+            problems.add(f"--synthetic {word}: the name {name} is taken; choose another")
+        else:
+            arms[name] = file
+    return arms
+
+
+def source_key(row: dict) -> tuple:
+    """What a generated row and the real row whose metadata it was made from have in common."""
+    return row.get("row_id"), rating(row), row.get("Product Title")
+
+
+def shared_rows(rows: list[dict], others: list[dict]) -> int:
+    """How many of `rows` are among the `others`: same row_id and same text."""
+    known = {(row.get("row_id"), text_of(row)) for row in others}
+    return sum((row.get("row_id"), text_of(row)) in known for row in rows)
+
+
+def halve(rows: list[dict], seed: int) -> tuple[list[dict], list[dict]]:
+    """Two halves of `rows`, each in random order, no user in both (a row without user_id stands alone)."""
+    users: dict[object, list[dict]] = {}
+    for index, row in enumerate(rows):
+        users.setdefault(row.get("user_id") or index, []).append(row)
+    rng = random.Random(seed)
+    order = list(users.values())
+    rng.shuffle(order)
+    halves: tuple[list, list] = ([], [])
+    for own in sorted(order, key=len, reverse=True):  # the largest first, so that the halves end up equal
+        min(halves, key=len).extend(own)
+    for half in halves:
+        rng.shuffle(half)
+    return halves

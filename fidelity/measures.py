@@ -1,0 +1,411 @@
+"""Measures of how close synthetic text is to real text. Pure functions of texts and arrays; no models, no paths.
+
+A comparison has two samples of n documents. Their documents are dealt to the same GROUPS groups, and every interval is
+a delete-one-group jackknife: the measure is taken on everything and again without each group of both samples (a
+bootstrap repeats documents, which biases divergences, nearest-neighbour measures and distinct-n). `keep` is the boolean
+mask [n] of the documents that stay, the same for both samples; "replicates" are [1 + GROUPS] values, the whole first.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+GROUPS = 20
+NEIGHBOURS = 5  # k of precision, recall, density and coverage
+DEPTH = 8 * NEIGHBOURS  # neighbours remembered: enough that k are left when any one group is deleted
+CHUNK = 1000  # rows of a distance matrix that exist at once
+COPY_STEPS = (20, 30, 40, 50, 75, 100, 150, 200, 300)  # characters
+COPY = 50  # from this length on, a common substring counts as copied
+WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+SENTENCE_END = re.compile(r"[.!?]+(?=\s|$)|\n+")
+WORD_BINS = (0, 5, 10, 15, 20, 30, 40, 50, 75, 100, 150, 200, 300, 500, np.inf)  # words of a document
+SENTENCE_BINS = (*range(11), 15, 20, 30, np.inf)  # sentences of a document
+LETTER_BINS = (*range(1, 13), np.inf)  # characters of a word
+POSITIVE = (
+    "amazing awesome beautiful best better bright clean clear comfortable cute durable easy enjoy enjoyed excellent "
+    "fantastic fine firm fit fits fresh fun glad good great happy helpful highly ideal impressed like liked love loved "
+    "loves lovely neat nice perfect perfectly pleased quality quick recommend recommended reliable satisfied smooth "
+    "smoothly soft solid strong sturdy super useful well wonderful works worth"
+)
+NEGATIVE = (
+    "annoying awful bad bent bin blurred broke broken cheap cheaply complaint cracked crooked crushed defective "
+    "difficult disappointed disappointing fail failed fails faded fell flimsy hard hate horrible itches jams junk "
+    "leaked leaks loose lost mediocre misleading missing never noisy not poor poorly problem problems refund return "
+    "returned ripped slippery stopped terrible thin tore ugly unfortunately unhappy useless warped waste wasted weak "
+    "worse worst wrong"
+)
+
+
+# ---------------------------------------------------------------- intervals
+
+
+def deal(n: int, seed: int) -> np.ndarray:
+    """Group of each of n documents, [n] of 0 … GROUPS − 1: sizes equal to within one, order random."""
+    return np.random.default_rng(seed).permutation(np.arange(n) % GROUPS)
+
+
+def masks(groups: np.ndarray) -> list[np.ndarray]:
+    """The 1 + GROUPS masks [n] of a jackknife: all documents, then all but one group each."""
+    return [np.ones(len(groups), bool)] + [groups != group for group in range(GROUPS)]
+
+
+def replicate(measure: Callable[[np.ndarray], dict[str, float]], groups: np.ndarray) -> dict[str, np.ndarray]:
+    """{name: replicates} of a function from a mask to {name: value}."""
+    values = [measure(keep) for keep in masks(groups)]
+    return {name: np.array([value[name] for value in values], float) for name in values[0]}
+
+
+def interval(replicates: np.ndarray) -> dict:
+    """{'value', 'low', 'high'}: 95 % interval of a delete-one-group jackknife (Shao & Tu 1995, section 2.3).
+
+    se² = (G − 1)/G · Σ (θ₍g₎ − mean)², and value ± t(0.975, G − 1) · se. Undefined (NaN): null with the reason.
+    """
+    value, deleted = float(replicates[0]), np.asarray(replicates[1:], float)
+    if np.isnan(value):
+        return {"value": None, "low": None, "high": None, "reason": "undefined on this sample"}
+    if np.isnan(deleted).any():
+        return {"value": value, "low": None, "high": None, "reason": "undefined without one of the groups"}
+    g = len(deleted)
+    half = stats.t.ppf(0.975, g - 1) * np.sqrt((g - 1) / g * np.sum((deleted - deleted.mean()) ** 2))
+    return {"value": value, "low": value - float(half), "high": value + float(half)}
+
+
+# ---------------------------------------------------------------- words
+
+
+def words(text: str) -> list[str]:
+    """Runs of letters and digits, case-folded; an apostrophe within one belongs to it."""
+    return WORD.findall(text.casefold())
+
+
+def count_of(found: Sequence[str], wordlist: str) -> int:
+    """How many of the words `found` are in a list of words separated by spaces."""
+    wanted = frozenset(wordlist.split())
+    return sum(word in wanted for word in found)
+
+
+def count_sentences(text: str) -> int:
+    """Parts with a word in them, between full stops, exclamation marks, question marks and line ends."""
+    return sum(WORD.search(part) is not None for part in SENTENCE_END.split(text))
+
+
+class Corpus(NamedTuple):
+    """Word ids of all documents one after the other [T], the document of each [T], and the number of documents."""
+
+    tokens: np.ndarray
+    document: np.ndarray
+    size: int
+
+
+def make_corpus(texts: Sequence[str], vocabulary: dict[str, int]) -> Corpus:
+    """Words of `texts` as ids of `vocabulary`, which grows by the words it lacks."""
+    tokens, lengths = [], []
+    for text in texts:
+        found = [vocabulary.setdefault(word, len(vocabulary)) for word in words(text)]
+        tokens += found
+        lengths.append(len(found))
+    return Corpus(np.array(tokens, np.int64), np.repeat(np.arange(len(texts)), lengths), len(texts))
+
+
+def ngrams(corpus: Corpus, order: int) -> tuple[np.ndarray, np.ndarray]:
+    """(document [P], n-gram [P]) of every n-gram within a document; equal n-grams have equal ids (exact, no hash)."""
+    tokens, document, _ = corpus
+    start, gram = np.arange(len(tokens)), tokens
+    for step in range(1, order):
+        inside = start + step < len(tokens)
+        inside[inside] = document[start[inside] + step] == document[start[inside]]
+        start, gram = start[inside], gram[inside]
+        if len(start):
+            gram = np.unique(gram * (tokens.max() + 1) + tokens[start + step], return_inverse=True)[1]
+    return document[start], gram
+
+
+# ---------------------------------------------------------------- distributions
+
+
+def kl_divergence(real, other, edges: Sequence[float]) -> float:
+    """KL(real ‖ other) in bits of two samples' histograms over [edges[i], edges[i+1]), add-one smoothed."""
+    p, q = (np.histogram(sample, np.asarray(edges, float))[0] + 1.0 for sample in (real, other))
+    p, q = p / p.sum(), q / q.sum()
+    return float(np.sum(p * np.log2(p / q)))
+
+
+def jensen_shannon(p, q) -> float:
+    """Jensen–Shannon divergence in bits, 0 … 1, of two count vectors over the same words (Lin 1991)."""
+    p, q = np.asarray(p, float) / np.sum(p), np.asarray(q, float) / np.sum(q)
+    middle = (p + q) / 2
+    return float(sum(np.sum(side[side > 0] * np.log2(side[side > 0] / middle[side > 0])) for side in (p, q)) / 2)
+
+
+def distinct(document, gram, keep, budget: int) -> float:
+    """Different n-grams among the first `budget` n-grams of the kept documents, as a share (Li et al. 2016).
+
+    The share falls with the number of n-grams looked at, so samples are compared at the same budget.
+    """
+    kept = gram[keep[document]][:budget]
+    return len(np.unique(kept)) / len(kept) if len(kept) else float("nan")
+
+
+def repetition(document, gram, size: int) -> np.ndarray:
+    """[size] share of a document's n-grams that repeat an earlier one of it (seq-rep-n, Welleck et al. 2020).
+
+    NaN for a document without n-grams.
+    """
+    total = np.bincount(document, minlength=size)
+    pairs = np.unique(np.stack([document, gram]), axis=1) if len(gram) else np.empty((2, 0), int)
+    different = np.bincount(pairs[0], minlength=size)
+    with np.errstate(invalid="ignore"):
+        return 1 - different / total
+
+
+class Counts(NamedTuple):
+    """How often which document holds which n-gram, sorted by n-gram, then by falling count; entries [E] each."""
+
+    document: np.ndarray
+    gram: np.ndarray
+    count: np.ndarray
+
+
+def gram_counts(corpus: Corpus, order: int) -> Counts:
+    document, gram = ngrams(corpus, order)
+    if not len(gram):
+        return Counts(document, gram, gram)
+    pairs, count = np.unique(gram * corpus.size + document, return_counts=True)
+    gram, document = np.divmod(pairs, corpus.size)
+    sort = np.lexsort((-count, gram))
+    return Counts(document[sort], gram[sort], count[sort])
+
+
+def self_bleu(counts: Sequence[Counts], lengths: np.ndarray, keep: np.ndarray) -> float:
+    """Mean BLEU-4 of each kept document against all others (Zhu et al. 2018), 0 … 1; higher: less diverse.
+
+    counts   gram_counts of orders 1 … 4;   lengths   [n] words of each document.
+    A document's BLEU is sacrebleu's sentence BLEU: counts clipped at the most that any one reference holds, the closest
+    reference length (the shorter one of two), effective order, exponential smoothing. Exact over all references in
+    linear time: the most among the others is the n-gram's highest count, or the second-highest for its holder.
+    """
+    documents = np.flatnonzero(keep & (lengths > 0))
+    if len(documents) < 2:
+        return float("nan")
+    log_precision, orders = np.zeros(len(lengths)), np.zeros(len(lengths))
+    smooth, any_hit = np.ones(len(lengths)), np.zeros(len(lengths), bool)
+    for order, (document, gram, count) in enumerate(counts, 1):
+        kept = keep[document]
+        document, gram, count = document[kept], gram[kept], count[kept]
+        first = np.append(True, gram[1:] != gram[:-1])[: len(gram)]
+        highest = count[first][np.cumsum(first) - 1]
+        second = np.zeros_like(count)
+        follows = np.flatnonzero(first[:-1] & ~first[1:])
+        second[follows] = count[follows + 1]
+        clipped = np.minimum(count, np.where(first, second, highest))
+        hits = np.bincount(document, clipped, len(lengths))
+        total = np.maximum(lengths - order + 1, 0)
+        has = total > 0
+        missed = has & (hits == 0)
+        smooth[missed] *= 2
+        with np.errstate(divide="ignore", invalid="ignore"):
+            precision = np.where(missed, 1 / (smooth * total), hits / total)
+            log_precision[has] += np.log(precision[has])
+        orders += has
+        any_hit |= hits > 0
+    own = lengths[documents]
+    closest = _closest_other(own)
+    penalty = np.where(own < closest, np.exp(1 - closest / own), 1.0)
+    bleu = penalty * np.exp(log_precision[documents] / orders[documents])
+    return float(np.mean(np.where(any_hit[documents], bleu, 0.0)))
+
+
+def _closest_other(lengths: np.ndarray) -> np.ndarray:
+    """[n] the length nearest to each one among the others, the shorter one of two equally near; n ≥ 2."""
+    order = np.argsort(lengths, kind="stable")
+    padded = np.concatenate([[-np.inf], lengths[order], [np.inf]])
+    below, above = padded[:-2], padded[2:]  # the neighbours in sorted order: the nearest other length is one of them
+    nearest = np.empty(len(lengths))
+    nearest[order] = np.where(lengths[order] - below <= above - lengths[order], below, above)
+    return nearest
+
+
+def rank_correlations(columns: np.ndarray) -> np.ndarray:
+    """Spearman correlations [C, C] of the columns of [n, C]; NaN where a column is constant."""
+    ranks = stats.rankdata(columns, axis=0)
+    ranks -= ranks.mean(0)
+    scale = np.sqrt((ranks**2).sum(0))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (ranks.T @ ranks) / np.outer(scale, scale)
+
+
+# ---------------------------------------------------------------- copies
+
+
+def _flatten(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(mixed code points [N], text of each [N], characters from each to the end of its text [N])."""
+    codes = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
+    codes = (codes + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
+    codes ^= codes >> np.uint64(29)
+    lengths = np.array([len(text) for text in texts], np.int64)
+    owner = np.repeat(np.arange(len(texts)), lengths)
+    left = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(codes))
+    return codes, owner, left
+
+
+def _window_hashes(codes: np.ndarray, length: int) -> np.ndarray:
+    """Polynomial hashes mod 2^64 of all windows of `length` code points, [max(0, N − length + 1)]."""
+    base, done, made = np.uint64(0xD1342543DE82EF95), 0, None
+    power, span, piece = base, 1, codes  # hashes of windows of `span`, and base^span
+    rest = length
+    with np.errstate(over="ignore"):
+        while rest:
+            n = len(codes) - done - span + 1
+            if rest & 1:
+                if n <= 0:
+                    return np.empty(0, np.uint64)
+                tail = piece[done : done + n]
+                made = tail.copy() if made is None else made[:n] * power + tail
+                done += span
+            rest >>= 1
+            if rest:
+                piece = piece[: len(piece) - span] * power + piece[span:] if len(piece) > span else piece[:0]
+                power, span = power * power, 2 * span
+    return made
+
+
+def _holds(texts, source, length: int) -> np.ndarray:
+    """[len(texts)] whether a run of `length` characters of the text occurs in `source`; both from `_flatten`."""
+    found = []
+    for codes, _, left in (texts, source):
+        hashes = _window_hashes(codes, length)
+        found.append((hashes, left[: len(hashes)] >= length))
+    (mine, valid), (theirs, inside) = found
+    theirs = np.sort(theirs[inside])
+    owner = texts[1][: len(mine)][valid]
+    held = np.zeros(int(texts[1].max(initial=-1)) + 1, bool)
+    if len(theirs):
+        mine = mine[valid]
+        place = np.minimum(np.searchsorted(theirs, mine), len(theirs) - 1)
+        held[owner[theirs[place] == mine]] = True
+    return held
+
+
+def copied_lengths(texts: Sequence[str], source: Sequence[str], steps: Sequence[int] = COPY_STEPS) -> np.ndarray:
+    """[n] the largest of `steps` (ascending) that the longest common substring of a text and any source text reaches.
+
+    0 below the first step. Characters as they stand. Hashes of all windows of a step's length are looked up (64 bits: a
+    false hit among 3·10⁶ × 3·10⁷ windows has probability 5·10⁻⁶), so time grows with n log n, not with texts × source.
+    """
+    reached, alive, flat = np.zeros(len(texts), np.int64), np.arange(len(texts)), _flatten(source)
+    for step in steps:
+        held = np.zeros(len(alive), bool)
+        found = _holds(_flatten([texts[index] for index in alive]), flat, step)
+        held[: len(found)] = found
+        alive = alive[held]
+        reached[alive] = step
+        if not len(alive):
+            break
+    return reached
+
+
+def longest_copy(texts: Sequence[str], source: Sequence[str], at_least: int = 0) -> int:
+    """Length of the longest substring that any text shares with any source text, known to be ≥ `at_least`."""
+    low, high = at_least, max(map(len, texts), default=0)
+    mine, theirs = _flatten(texts), _flatten(source)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if _holds(mine, theirs, middle).any():
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+# ---------------------------------------------------------------- embeddings
+
+
+def frechet_distance(real: np.ndarray, other: np.ndarray) -> float:
+    """Fréchet distance ‖μ₁−μ₂‖² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½) of two samples [n, d] taken as Gaussian (Heusel et al. 2017).
+
+    Biased upwards on small samples: compare it only between samples of one size.
+    """
+    first, second = np.cov(real, rowvar=False), np.cov(other, rowvar=False)
+    values, vectors = np.linalg.eigh(np.atleast_2d(first))
+    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ np.atleast_2d(second) @ root), 0)).sum()
+    shift = np.sum((real.mean(0) - other.mean(0)) ** 2)
+    return float(max(0.0, shift + np.trace(np.atleast_2d(first + second)) - 2 * cross))
+
+
+def _distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Euclidean distances [n, m]; squares rounded to 1e-6, so that equal vectors are at exactly 0."""
+    squares = (x * x).sum(1)[:, None] + (y * y).sum(1)[None] - 2 * (x @ y.T)
+    return np.sqrt(np.maximum(np.round(squares, 6), 0))
+
+
+def _own_neighbours(x: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
+    """(distances, indices) [n, depth] of each row's nearest other rows, nearest first."""
+    near, index = [], []
+    for start in range(0, len(x), CHUNK):
+        distances = _distances(x[start : start + CHUNK], x)
+        distances[np.arange(len(distances)), start + np.arange(len(distances))] = np.inf
+        chosen = np.argpartition(distances, depth - 1, axis=1)[:, :depth]
+        values = np.take_along_axis(distances, chosen, 1)
+        order = np.argsort(values, axis=1, kind="stable")
+        near.append(np.take_along_axis(values, order, 1))
+        index.append(np.take_along_axis(chosen, order, 1))
+    return np.concatenate(near), np.concatenate(index)
+
+
+def _radii(near: np.ndarray, index: np.ndarray, keep: np.ndarray, k: int) -> np.ndarray:
+    """[n] distance to the k-th nearest kept row."""
+    rank = np.cumsum(keep[index], axis=1)
+    if (rank[:, -1] < k).any():
+        raise ValueError(f"a row has fewer than {k} kept neighbours among its {near.shape[1]} nearest")
+    return near[np.arange(len(near)), (rank >= k).argmax(1)]
+
+
+def manifold_measures(real: np.ndarray, other: np.ndarray, groups: np.ndarray, k: int = NEIGHBOURS) -> dict:
+    """{'precision', 'recall', 'density', 'coverage'}: replicates, of two samples [n, d] of the same n.
+
+    A ball reaches to the k-th nearest row of its own sample. Precision: share of `other` in a ball of `real`; recall:
+    share of `real` in a ball of `other` (Kynkäänniemi et al. 2019). Density: balls of `real` that a row of `other` lies
+    in, mean over k; coverage: share of `real` whose ball holds a row of `other` (Naeem et al. 2020).
+    """
+    depth = min(DEPTH, len(real) - 1)
+    balls = [_own_neighbours(sample, depth) for sample in (real, other)]
+    kept = masks(groups)
+    radii = [[_radii(*ball, keep, k) for keep in kept] for ball in balls]
+    widest_real, widest_other = (np.max(each, axis=0) for each in radii)
+    pairs = []  # only pairs within one of the widest balls can count
+    for start in range(0, len(real), CHUNK):
+        distances = _distances(real[start : start + CHUNK], other)
+        row, column = np.nonzero(
+            (distances <= widest_real[start : start + CHUNK, None]) | (distances <= widest_other[None])
+        )
+        pairs.append((row + start, column, distances[row, column]))
+    row, column, distance = (np.concatenate(part) for part in zip(*pairs))
+    found = {name: [] for name in ("precision", "recall", "density", "coverage")}
+    for keep, real_radius, other_radius in zip(kept, *radii):
+        n, both = keep.sum(), keep[row] & keep[column]
+        in_real, in_other = both & (distance <= real_radius[row]), both & (distance <= other_radius[column])
+        found["precision"].append(len(np.unique(column[in_real])) / n)
+        found["recall"].append(len(np.unique(row[in_other])) / n)
+        found["density"].append(in_real.sum() / (k * n))
+        found["coverage"].append(len(np.unique(row[in_real])) / n)
+    return {name: np.array(values) for name, values in found.items()}
+
+
+def nearest_cosine(x: np.ndarray, pool: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """[n, GROUPS] highest cosine of each row of x [n, d] (unit rows) to the rows of each group of the pool [m, d]."""
+    order = np.argsort(groups, kind="stable")
+    starts = np.searchsorted(groups[order], np.arange(GROUPS))
+    sorted_pool = pool[order]
+    parts = [x[start : start + CHUNK] @ sorted_pool.T for start in range(0, len(x), CHUNK)]
+    return np.concatenate([np.maximum.reduceat(part, starts, axis=1) for part in parts])
+
+
+def mean_nearest(best: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Replicates of the mean highest cosine; `best`: `nearest_cosine`, `groups` [n] of x; one goes from both sides."""
+    means = [best.max(1).mean()]
+    means += [np.delete(best, group, axis=1)[groups != group].max(1).mean() for group in range(GROUPS)]
+    return np.array(means, float)

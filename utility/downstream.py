@@ -1,0 +1,287 @@
+#!/usr/bin/env python3
+"""Train on synthetic, test on real: the same base model learns to rate reviews from each arm's rows.
+
+python utility/downstream.py --model meta-llama/Llama-3.1-8B --real train.jsonl --heldout validation.jsonl \\
+    --synthetic no_dp=generated_sequences_no_dp.jsonl dp=generated_sequences_with_dp.jsonl --output_dir utility-out
+
+Every arm (real, and each --synthetic) gives the same number of rows, so run_peft.py, called in process with equal
+arguments, takes the same number of optimiser steps; both are checked. --num_seeds seeds draw the rows and train. A
+model rates a held-out real review by the most probable of the five labels "1" … "5" after the prompt: one forward pass,
+no sampling. The prompt holds the review alone (its first tokens where it is long), not its title or product.
+
+results_utility.jsonl: a line an arm and seed (accuracy, macro-F1, mean absolute error in stars; exact McNemar p against
+the real arm of that seed), the untuned base and the majority class of the real training rows, then a line an arm with
+mean and spread over seeds. results_utility_rows.jsonl: truth and rating of every row, no text. Trained runs stay below
+--output_dir/models and are taken up again.
+"""
+
+import argparse
+import os
+import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import run_peft
+from common import cli, distributed, models, records, results, reviews
+from common.progress import progress_bar
+
+INSTRUCTION = "Rate the customer's review below with 1 to 5 stars. Answer with the number alone."
+LABELS = ("1", "2", "3", "4", "5")
+SHOWN = ("accuracy", "macro_f1", "mae")
+MARGIN = 4  # tokens that cutting a review may add, and the EOS
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(
+        "Fine-tune one base on real and on synthetic reviews, rate held-out real ones.",
+        "python utility/downstream.py -m MODEL --real train.jsonl --heldout test.jsonl --synthetic dp=dp.jsonl",
+    )
+    add, trainer = parser.add_argument, run_peft.make_parser()
+    add("-m", "--model", default=trainer.get_default("model"), help="hub name or directory of a causal LM")
+    add("--real", required=True, metavar="FILE", help="review rows to train on (default: none, required)")
+    add("--heldout", required=True, metavar="FILE", help="review rows to rate (default: none, required)")
+    add("--synthetic", nargs="+", action="extend", metavar="ARM=FILE", help="generated rows an arm (default: none)")
+    add("--num_rows", type=cli.positive_int, default=None, help="training rows an arm; None: as many as all have")
+    add("--num_heldout", type=cli.positive_int, default=2000, help="held-out rows at most")
+    add("--num_seeds", type=cli.positive_int, default=3, help="seeds: --seed, --seed + 1, …")
+    add("--allow_overlap", action="store_true", help="allow arms made from the metadata of held-out rows")
+    add("--output_dir", default="./utility-out", help="where models and results are written")
+    for short, name, kind in (
+        ("-e", "epochs", cli.positive_int), ("-lr", "learning_rate", cli.non_negative_float),
+        ("-pdbs", "per_device_batch_size", cli.positive_int), ("-gas", "gradient_accumulation_steps", cli.positive_int),
+        ("-w", "warmup_steps", cli.non_negative_int), ("-pt", "peft_type", str), ("--lora_r", None, cli.positive_int),
+        ("--lora_alpha", None, cli.positive_float), ("--max_length", None, cli.positive_int),
+    ):  # fmt: skip
+        flags = [short] + ([f"--{name}"] if name else [])
+        choices = ("lora", "dora", "pissa") if name == "peft_type" else None
+        default = trainer.get_default(flags[-1].removeprefix("--"))
+        add(*flags, type=kind, choices=choices, default=default, help="as run_peft.py's")
+    cli.add_model_flags(parser)
+    return parser
+
+
+# ---------------------------------------------------------------- rows
+
+
+def check_overlap(arms: dict[str, list[dict]], heldout: list[dict], allowed: bool, problems: cli.Problems) -> None:
+    """Problems for real training rows that are held-out rows too, and for arms made from held-out rows' metadata."""
+    keys = {reviews.source_key(row) for row in heldout if row.get("row_id") is not None}
+    for arm, rows in arms.items():
+        if arm == "real":
+            shared = reviews.shared_rows(rows, heldout)
+            if shared:
+                problems.add(f"--real: {shared} of its rows are held-out rows; give other ones")
+        elif not allowed and (shared := sum(reviews.source_key(row) in keys for row in rows)):
+            problems.add(
+                f"--synthetic {arm}: {shared} rows have the product and rating of held-out rows; hold out other rows, "
+                "or pass --allow_overlap"
+            )
+
+
+def instruction_rows(rows: list[dict], tokenizer, max_length: int) -> tuple[list[dict], int]:
+    """(instruction rows that fit max_length tokens with label and EOS, how many reviews were cut for that)."""
+    frame = records.instruction_prompt({"instruction": INSTRUCTION, "input": "x"}) + LABELS[0]
+    room = max_length - len(tokenizer(frame).input_ids) - MARGIN
+    texts = [reviews.text_of(row) for row in rows]
+    offsets = tokenizer(texts, return_offsets_mapping=True, add_special_tokens=False, verbose=False).offset_mapping
+    made, n_cut = [], 0
+    for row, text, spans in zip(rows, texts, offsets):
+        if len(spans) > room:
+            text, n_cut = text[: spans[room - 1][1]].rstrip(), n_cut + 1
+        made.append({"instruction": INSTRUCTION, "input": text, "output": str(reviews.rating(row))})
+    return made, n_cut
+
+
+# ---------------------------------------------------------------- models
+
+
+def label_log_probabilities(model, tokenizer, prompts: list[str], bar) -> list[list[float]]:
+    """[n][5] log p(label | prompt) in nats, tokenised as in training: prompt and label as one text.
+
+    Where the five labels differ in one last token, one pass a prompt gives all five; else each label is scored.
+    """
+    from common.scoring import join, score
+
+    encoded = tokenizer([prompt + label for prompt in prompts for label in LABELS], verbose=False).input_ids
+    eos = tokenizer.eos_token_id
+    encoded = [ids[:-1] if len(ids) > 1 and ids[-1] == eos else ids for ids in encoded]
+    groups = [encoded[start : start + len(LABELS)] for start in range(0, len(encoded), len(LABELS))]
+    last = [[ids[-1] for ids in group] for group in groups]
+    if all(last[0] == each for each in last) and all(len({tuple(ids[:-1]) for ids in group}) == 1 for group in groups):
+        sequences = [group[0] for group in groups]
+
+        def statistics(logits, targets):
+            return logits.log_softmax(-1)[:, last[0]]
+
+        found = join(sequences, [score(model, sequences, statistics=statistics, progress=bar.update)])
+        return [values[-1].tolist() for values in found]
+    found = iter(join(encoded, [score(model, encoded, progress=bar.update)]))
+    totals = []
+    for group in groups:
+        shared = next((k for k, column in enumerate(zip(*group)) if len(set(column)) > 1), min(map(len, group)))
+        totals.append([float(next(found)[max(0, shared - 1) :].sum()) for _ in group])
+    return totals
+
+
+def rate(base, adapter, tokenizer, prompts: list[str]) -> list[int]:
+    """[n] ratings 1 … 5 by the base with `adapter` (None: as it is)."""
+    with models.adapted(base, adapter) as (model, _), progress_bar(None, "tokens") as bar:
+        found = label_log_probabilities(model, tokenizer, prompts, bar)
+    return [1 + max(range(5), key=lambda label: values[label]) for values in found]
+
+
+def training_arguments(args, file: Path, seed: int):
+    """run_peft.py's arguments of one arm and seed; they differ in --input and --seed alone."""
+    training = run_peft.make_parser().parse_args([])
+    for key, value in vars(args).items():
+        if hasattr(training, key) and key not in ("output_dir", "allow_overlap"):
+            setattr(training, key, value)
+    training.input, training.output_root = str(file), str(Path(args.output_dir) / "models")
+    training.seed, training.loss_on = seed, "completion"
+    training.logging_steps, training.resume = 10, True
+    return training
+
+
+# ---------------------------------------------------------------- the command
+
+
+def prepare(args, problems: cli.Problems):
+    """(model reference, tokenizer, {arm: rows}, held-out rows, training rows an arm, blank rows left out of each)."""
+    if int(os.environ.get("WORLD_SIZE", "1") or 1) > 1:
+        problems.add("WORLD_SIZE: runs as one process; start it without torchrun")
+    cli.check_writable(args.output_dir, problems)
+    ref = problems.absorb(models.find_model, args.model, args.revision)
+    if ref and ref.adapter:
+        problems.add(f"--model {args.model}: is an adapter; merge it into its base first (merge_peft.py)")
+    tokenizer = problems.absorb(models.load_tokenizer, ref) if ref else None
+    files = reviews.split_arms(args.synthetic or [], ("real", "base", "majority"), problems)
+    arms = {"real": problems.absorb(reviews.read_reviews, args.real)}
+    arms |= {arm: problems.absorb(reviews.read_reviews, file, reviews.GENERATED) for arm, file in files.items()}
+    heldout = problems.absorb(reviews.read_reviews, args.heldout)
+    problems.check()
+    check_overlap(arms, heldout, args.allow_overlap, problems)
+    dropped = {arm: len(rows) - len(reviews.with_text(rows)) for arm, rows in [*arms.items(), ("heldout", heldout)]}
+    arms = {arm: reviews.with_text(rows) for arm, rows in arms.items()}
+    heldout = reviews.with_text(heldout)
+    n = args.num_rows or min(map(len, arms.values()))
+    for arm, rows in arms.items():
+        if len(rows) < max(n, 1):
+            problems.add(f"--num_rows {n}: {arm} has only {len(rows)} rows with text")
+    if not heldout:
+        problems.add(f"--heldout {args.heldout}: no row has text")
+    problems.check()
+    heldout = random.Random(f"{args.seed} heldout").sample(heldout, min(args.num_heldout, len(heldout)))
+    return ref, tokenizer, arms, heldout, n, dropped
+
+
+def line_of(arm: str, seed: int | None, truth: list[int], predicted: list[int], **more) -> dict:
+    from extraction.metrics import clopper_pearson
+    from utility.measures import rating_scores
+
+    hits = sum(map(int.__eq__, truth, predicted))
+    counts = {"n_requested": len(truth), "n_scored": len(truth), "n_dropped": 0}
+    scores = rating_scores(truth, predicted) | {"accuracy_ci95": clopper_pearson(hits, len(truth))}
+    return {"arm": arm, "seed": seed, **scores, **counts, **more}
+
+
+def paired(truth: list[int], real: list[int], other: list[int]) -> dict:
+    """Rows that only `other` rates rightly (gained), that only `real` does (lost), exact McNemar p."""
+    from extraction.metrics import mcnemar
+
+    right = [(a == t, b == t) for t, a, b in zip(truth, real, other)]
+    gained, lost = sum(b and not a for a, b in right), sum(a and not b for a, b in right)
+    return {"gained": gained, "lost": lost, "p": mcnemar(gained, lost)}
+
+
+def summary(arm: str, lines: list[dict]) -> dict:
+    """Mean, standard deviation and range over the seeds of an arm's lines."""
+    import statistics
+
+    found = {"arm": arm, "seed": None, "seeds": [line["seed"] for line in lines]}
+    for name in SHOWN:
+        values = [line[name] for line in lines]
+        spread = statistics.stdev(values) if len(values) > 1 else None
+        found[name] = {"mean": statistics.mean(values), "sd": spread, "low": min(values), "high": max(values)}
+    return found
+
+
+def run(args) -> list[dict]:
+    """Train, rate, write; returns the lines of results_utility.jsonl. UserError before a model is loaded."""
+    problems = cli.Problems()
+    ref, tokenizer, arms, heldout, n, dropped = prepare(args, problems)
+    folder = Path(args.output_dir)
+    print(f"{n} rows an arm ({', '.join(arms)}), {len(heldout)} held-out rows, {args.num_seeds} seeds", flush=True)
+    if args.dry_run:
+        print(f"would write results_utility.jsonl in {folder}")
+        return []
+    inputs = [args.real, args.heldout, *(word.partition("=")[2] for word in args.synthetic or [])]
+    world = distributed.start()
+    with results.Run(folder / "run_downstream.json", args, inputs, world) as record:
+        record["dropped_blank"] = dropped
+        lines, rows, record["steps"] = measure(args, ref, tokenizer, arms, heldout, n, world, folder)
+        results.write_jsonl(folder / "results_utility_rows.jsonl", rows)
+        results.write_jsonl(folder / "results_utility.jsonl", lines)
+    for line in lines:
+        if line["seed"] is None:
+            mean = {name: line[name]["mean"] if isinstance(line[name], dict) else line[name] for name in SHOWN}
+            print(f"{line['arm']:>12}  " + "  ".join(f"{name} {value:.4f}" for name, value in mean.items()))
+    return lines
+
+
+def measure(args, ref, tokenizer, arms, heldout, n, world, folder: Path) -> tuple[list[dict], list[dict], int]:
+    from types import SimpleNamespace
+
+    from transformers import AutoConfig
+
+    from utility.measures import majority
+
+    dtype = models.resolve_dtype(args.dtype, world.device)
+    config = AutoConfig.from_pretrained(ref.base, revision=ref.revision)
+    max_length = min(args.max_length, models.context_length(SimpleNamespace(config=config)))
+    asked, n_cut = instruction_rows(heldout, tokenizer, max_length)
+    prompts, truth = [records.instruction_prompt(row) for row in asked], [reviews.rating(row) for row in heldout]
+    runs, found, lines = {}, {}, []
+    for seed in range(args.seed, args.seed + args.num_seeds):
+        for arm, rows in arms.items():
+            chosen = random.Random(f"{seed} {arm}").sample(rows, n)
+            file = folder / "data" / f"{arm}-seed{seed}.jsonl"
+            made, arm_cut = instruction_rows(chosen, tokenizer, max_length)
+            results.write_jsonl(file, made, permissions=0o600)
+            last = run_peft.checkpoints(run_peft.run(training_arguments(args, file, seed)))[-1]
+            runs[arm, seed] = {
+                "checkpoint": str(last),
+                "steps": int(last.name.rpartition("-")[2]),
+                "train_cut": arm_cut,
+            }
+    steps = {one["steps"] for one in runs.values()}
+    if len(steps) != 1:
+        raise RuntimeError(f"the arms took different numbers of optimiser steps: {runs}")
+    base = models.load_base(ref, dtype, world.device, args.device_map)
+    for (arm, seed), one in runs.items():  # the real arm comes first
+        predicted = found[arm, seed] = rate(base, one["checkpoint"], tokenizer, prompts)
+        against = paired(truth, found["real", seed], predicted) if arm != "real" else None
+        more = {"train_rows": n, **one, "mcnemar_against_real": against}
+        lines.append(line_of(arm, seed, truth, predicted, n_cut=n_cut, **more))
+    lines += [summary(arm, [line for line in lines if line["arm"] == arm]) for arm in arms]
+    untuned = rate(base, None, tokenizer, prompts)
+    commonest = majority([reviews.rating(row) for row in arms["real"]])
+    for arm, predicted in (("base", untuned), ("majority", [commonest] * len(truth))):
+        found[arm, None] = predicted
+        lines.append(line_of(arm, None, truth, predicted, n_cut=n_cut))
+    rows = [
+        {"arm": arm, "seed": seed, "row_id": row.get("row_id"), "truth": reviews.rating(row), "rating": rating}
+        for (arm, seed), predicted in found.items()
+        for row, rating in zip(heldout, predicted)
+    ]
+    return lines, rows, steps.pop()
+
+
+def main(argv=None) -> int:
+    run(make_parser().parse_args(argv))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.entry(main))

@@ -1,0 +1,173 @@
+#!/usr/bin/env python3
+"""Do models trained on synthetic reviews rate by the same words as one trained on real reviews?
+
+python utility/feature_importance.py --real train.jsonl --heldout test.jsonl \\
+    --synthetic no_dp=generated_sequences_no_dp.jsonl dp=generated_sequences_with_dp.jsonl --output_dir utility-out
+
+A TF-IDF logistic regression learns the rating from each arm's rows (as many of each). The words are those of at least
+--min_rows held-out rows: another word has no importance there. The importance of a word is the expected rise of the
+log-loss on the SAME held-out real rows when its column is shuffled: the expectation over all shuffles, without noise.
+Each arm is compared with the model of one half of the real rows: `real` is the other half (the ceiling; no user in
+both halves), `null` the first half with its ratings shuffled. Spearman and Pearson over all words, Jaccard of the top.
+Repeated over --num_seeds draws of rows → feature_importance.json.
+"""
+
+import argparse
+import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import cli, results, reviews
+
+TOPS = (10, 20, 50)
+FEWEST = 20  # rows of an arm
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(
+        "Consistency of word importance between models trained on synthetic and on real reviews.",
+        "python utility/feature_importance.py --real train.jsonl --heldout test.jsonl --synthetic dp=dp.jsonl",
+    )
+    add = parser.add_argument
+    add("--real", required=True, metavar="FILE", help="review rows to train on (default: none, required)")
+    add("--heldout", required=True, metavar="FILE", help="review rows to measure on (default: none, required)")
+    add("--synthetic", nargs="+", action="extend", metavar="ARM=FILE", help="generated rows an arm (default: none)")
+    add("--num_rows", type=cli.positive_int, default=None, help="rows an arm; None: as many as all have")
+    add("--num_heldout", type=cli.positive_int, default=2000, help="held-out rows at most")
+    add("--min_rows", type=cli.positive_int, default=5, help="held-out rows that a word must stand in")
+    add("--num_seeds", type=cli.positive_int, default=5, help="draws of rows: --seed, --seed + 1, …")
+    add("--output_dir", default="./utility-out", help="where the results are written")
+    add("--overwrite", action="store_true", help="replace an existing feature_importance.json")
+    add("--seed", type=int, default=3407, help="seed of everything random")
+    return parser
+
+
+def importances(rows: list[dict], words: list[str], heldout: list[dict], seed: int):
+    """[words] expected permutation importance on the held-out rows of a TF-IDF logistic regression of `rows`."""
+    import numpy as np
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+
+    from utility.measures import expected_permutation_importance
+
+    vectorizer = TfidfVectorizer(vocabulary=words)
+    model = LogisticRegression(max_iter=2000, random_state=seed)
+    features = vectorizer.fit_transform([reviews.text_of(row) for row in rows])
+    model.fit(features, [reviews.rating(row) for row in rows])
+    weights, bias = np.zeros((len(words), 5)), np.full(5, -30.0)  # a rating that no row has: as good as impossible
+    classes = [int(label) - 1 for label in model.classes_]
+    if len(classes) == 2:  # scikit-learn keeps one vector for two classes
+        weights[:, classes] = np.column_stack([np.zeros(len(words)), model.coef_[0]])
+        bias[classes] = 0, model.intercept_[0]
+    else:
+        weights[:, classes], bias[classes] = model.coef_.T, model.intercept_
+    features = vectorizer.transform([reviews.text_of(row) for row in heldout]).tocsc()
+    truth = np.array([reviews.rating(row) - 1 for row in heldout])
+    return expected_permutation_importance(features, weights, bias, truth)
+
+
+def compare(reference, other) -> dict:
+    """Spearman, Pearson and Jaccard@k of two importance vectors [words]; null where one is constant."""
+    import numpy as np
+    from scipy import stats
+
+    from utility.measures import top_jaccard
+
+    constant = np.ptp(reference) == 0 or np.ptp(other) == 0
+    found = {
+        "spearman": None if constant else float(stats.spearmanr(reference, other).statistic),
+        "pearson": None if constant else float(stats.pearsonr(reference, other).statistic),
+    }
+    return found | {f"jaccard@{k}": top_jaccard(reference, other, k) for k in TOPS}
+
+
+def run(args) -> dict:
+    """Measure and write feature_importance.json; returns its content."""
+    problems = cli.Problems()
+    target = Path(args.output_dir) / "feature_importance.json"
+    cli.check_writable(args.output_dir, problems)
+    if target.exists() and not args.overwrite:
+        problems.add(f"--output_dir: {target} exists; give --overwrite to replace it, or another place")
+    sources = reviews.split_arms(args.synthetic or [], ("real", "null", "reference"), problems)
+    arms = {arm: problems.absorb(reviews.read_reviews, file, reviews.GENERATED) for arm, file in sources.items()}
+    real = problems.absorb(reviews.read_reviews, args.real)
+    heldout = problems.absorb(reviews.read_reviews, args.heldout)
+    if real and heldout and (shared := reviews.shared_rows(real, heldout)):
+        problems.add(f"--real {args.real}: {shared} of its rows are held-out rows; give other ones")
+    problems.check()
+    real, heldout, arms = (
+        reviews.with_text(real),
+        reviews.with_text(heldout),
+        {arm: reviews.with_text(rows) for arm, rows in arms.items()},
+    )
+    draws = [reviews.halve(real, seed) for seed in range(args.seed, args.seed + args.num_seeds)]
+    smallest = min(*(len(half) for halves in draws for half in halves), *map(len, arms.values()), len(real))
+    n = args.num_rows or smallest
+    if n > smallest:
+        problems.add(f"--num_rows {n}: only {smallest} rows are there (an arm's rows, or half of --real)")
+    if n < FEWEST or len(heldout) < FEWEST:
+        problems.add(f"{min(n, len(heldout))} rows with text; at least {FEWEST} of each arm and held out are needed")
+    problems.check()
+    heldout = random.Random(f"{args.seed} heldout").sample(heldout, min(args.num_heldout, len(heldout)))
+
+    inputs = [args.real, args.heldout, *sources.values()]
+    with results.Run(Path(args.output_dir) / "run_feature_importance.json", args, inputs):
+        content = measure(args, draws, arms, heldout, n)
+        results.write_json(target, content)
+    for arm, one in content["arms"].items():
+        print(f"{arm:>12}  " + "  ".join(f"{name} {cell(value)}" for name, value in one["mean"].items()))
+    return content
+
+
+def cell(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def measure(args, draws: list[tuple], arms: dict, heldout: list[dict], n: int) -> dict:
+    import numpy as np
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    counter = TfidfVectorizer(min_df=args.min_rows)
+    try:
+        counter.fit([reviews.text_of(row) for row in heldout])
+    except ValueError as error:  # "no terms remain": the words say what to change
+        raise cli.UserError(f"--min_rows {args.min_rows}: no word stands in so many held-out rows ({error})") from None
+    words = sorted(counter.vocabulary_)
+    found: dict[str, list[dict]] = {}
+    top: list[str] = []
+    for seed, halves in enumerate(draws, args.seed):
+        rng = random.Random(seed)
+        first, second = (half[:n] for half in halves)
+        samples = {"reference": first, "real": second} | {arm: rng.sample(rows, n) for arm, rows in arms.items()}
+        shuffled = [row["Rating"] for row in first]
+        rng.shuffle(shuffled)
+        samples["null"] = [row | {"Rating": rating} for row, rating in zip(first, shuffled)]
+        vectors = {arm: importances(rows, words, heldout, seed) for arm, rows in samples.items()}
+        top = top or [words[index] for index in np.argsort(-vectors["reference"], kind="stable")[: TOPS[0]]]
+        for arm, vector in vectors.items():
+            if arm != "reference":
+                found.setdefault(arm, []).append({"seed": seed, **compare(vectors["reference"], vector)})
+    content = {"schema": 1, "rows": n, "heldout_rows": len(heldout), "words": len(words), "top_words": top, "arms": {}}
+    for arm, lines in found.items():
+        names = [name for name in lines[0] if name != "seed"]
+        values = {name: [line[name] for line in lines if line[name] is not None] for name in names}
+        content["arms"][arm] = {
+            "mean": {name: float(np.mean(each)) if each else None for name, each in values.items()},
+            "sd": {name: float(np.std(each, ddof=1)) if len(each) > 1 else None for name, each in values.items()},
+            "seeds": lines,
+            "n_requested": len(lines),
+            "n_scored": sum(line["spearman"] is not None for line in lines),
+            "n_dropped": sum(line["spearman"] is None for line in lines),
+        }
+    return content
+
+
+def main(argv=None) -> int:
+    run(make_parser().parse_args(argv))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.entry(main))
