@@ -23,7 +23,8 @@ from studies.steps import (
     train,
 )
 
-EPOCHS = 3
+EPOCHS = 2
+RANK = 16  # of the embedded model, which is 128 wide
 ARMS = ("original", "generated", "replaced")
 
 
@@ -67,7 +68,8 @@ def run(args, out, record) -> str:
     for arm in args.arms:
         tree = trees[arm] = train(
             "-m", args.model, "-i", data[arm], "--output_root", out, "-lr", args.learning_rate, "-e", args.epochs,
-            "-pdbs", args.per_device_batch_size, "-gas", args.gradient_accumulation_steps, "-l", 10, *flags,
+            "-pdbs", args.per_device_batch_size, "-gas", args.gradient_accumulation_steps, "-l", 10,
+            "--lora_r", args.lora_r, *flags,
         )  # fmt: skip
         every = arm == "original" or args.full
         chosen = models.find_checkpoints(tree) if every else models.find_checkpoints(tree)[-1:]

@@ -42,7 +42,7 @@ def run(args, out, record) -> str:
     for name, words in arms.items():
         tree = train(
             "-m", args.model, "-i", args.dataset, "--output_root", out, "-lr", args.learning_rate, "-e", args.epochs,
-            "-pdbs", 4 * args.per_device_batch_size, "--lora_r", RANK, "-l", 10, "--dp", "--logical_batch_size",
+            "-pdbs", 2 * args.per_device_batch_size, "--lora_r", args.lora_r, "-l", 10, "--dp", "--logical_batch_size",
             min(LOGICAL_BATCH, len(records.read_rows(args.dataset)) // 4), *words, *device,
         )  # fmt: skip
         checkpoint = models.find_checkpoints(tree)[-1]

@@ -43,7 +43,7 @@ FLAGS = {
     "quickstart.py": MODEL | {
         "-m", "--model", "-d", "--dataset", "--outsiders", "--output", "-lr", "--learning_rate", "-e", "--epochs",
         "-pdbs", "--per_device_batch_size", "-gas", "--gradient_accumulation_steps", "-mt", "--max_tokens", "--full",
-        "--study", "--generator", "--generated_tokens", "--arms",
+        "--study", "--generator", "--generated_tokens", "--arms", "--lora_r",
     },
     "data/enron/prepare.py": {"--input", "--output", "--tokenizer", "--workers", "--strict", "--overwrite", "--seed"},
     "data/replace_pii.py": {"--input", "--output", "--save_map", "--strict", "--overwrite", "--seed"},
@@ -54,6 +54,18 @@ FLAGS = {
     "data/continuation/generate.py": MODEL | {
         "-m", "--model", "-d", "--data_set", "--dataset", "--top_k", "-mt", "--max_tokens", "--temperature", "--output",
         "--batch_size", "--strict", "--overwrite",
+    },
+    "data/synthetic/generate.py": MODEL | {
+        "-m", "--model", "-i", "--input", "--arm", "--num", "--num_rows", "--condition", "--training",
+        "--metadata_epsilon", "--metadata_delta", "--metadata_fields", "--histogram", "--max_new_tokens",
+        "--temperature", "--top_k", "--filter", "--batch_size", "--output", "--overwrite",
+    },
+    "canary/inject.py": {
+        "-i", "--input", "--output", "--key_file", "--share", "--repetitions", "--canaries", "--audit",
+        "--privacy_unit", "--secret", "--within", "--condition", "--overwrite", "--seed",
+    },
+    "canary/measure.py": MODEL | {
+        "--canaries", "--models", "--synthetic", "--ref_model", "--references", "--output_dir", "--overwrite",
     },
     "data/self_instruct/generate.py": MODEL | {
         "-m", "--model", "--seed_tasks", "--num_rows", "--top_k", "-mt", "--max_tokens", "--temperature",
