@@ -1,6 +1,7 @@
 """Merge → measure over a tree of checkpoints: the extraction attack on every checkpoint-* below a directory.
 
 python evaluate_purified.py --model ./pythia-1.4b --dataset ./data/enron.jsonl
+python evaluate_purified.py --model ./pythia-1.4b --mia                     # membership inference on each as well
 python evaluate_purified.py --model ./opt-1.3b --is_opt --save_merged --temp ./tempMerged
 torchrun --nproc_per_node=4 evaluate_purified.py --model ./pythia-1.4b
 
@@ -17,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import measure_purified
 from common import cli, distributed, models, records, results
+from mia import mia
 
 
 def make_parser() -> cli.Parser:
@@ -29,6 +31,11 @@ def make_parser() -> cli.Parser:
     parser.add_argument("--is_opt", action="store_true", help="guess a missing base model's name as facebook/opt-*")
     parser.add_argument("--base_model", help="base of every adapter, instead of the one its configuration names")
     parser.add_argument("--save_merged", action="store_true", help="also write each merged model below --temp")
+    parser.add_argument(
+        "--mia",
+        action="store_true",
+        help="also mia/mia.py's core attacks: the training rows of --dataset against its held-out head",
+    )
     measure_purified.add_measure_flags(parser)
     cli.add_model_flags(parser)
     return parser
@@ -53,15 +60,21 @@ def run(args) -> int:
         elif args.dtype == "auto":
             args.dtype = "float32"
     study = measure_purified.prepare(args, problems)
+    if args.mia:
+        words = ["--dir", args.model, "--members", args.dataset, "--seed", args.seed, "--dtype", args.dtype]
+        membership = mia.make_parser().parse_args([str(word) for word in words])
+        sets = mia.prepare(membership, problems)
     problems.check()
 
     failures: dict[str, str] = {}
+    refs: dict = {}  # checkpoint → ModelRef
     todo: list[tuple] = []  # (base, checkpoint, ref, partial file, temperatures that are missing)
     skipped = 0
     for checkpoint in checkpoints:
         try:
             ref = models.find_model(str(checkpoint), args.revision, args.base_model, is_opt=args.is_opt)
             path, done = measure_purified.find_results(checkpoint, study, measure_purified.model_key(ref))
+            refs[checkpoint] = ref
         except cli.UserError as error:
             failures[str(checkpoint)] = "; ".join(error.problems)
             continue
@@ -101,6 +114,10 @@ def run(args) -> int:
                 traceback.print_exc()
                 failures[str(checkpoint)] = f"{type(error).__name__}: {error}"
                 loaded = None  # nobody knows what it left behind: the next checkpoint gets a fresh base
+        if args.mia:
+            base = None
+            usable = {checkpoint: ref for checkpoint, ref in refs.items() if str(checkpoint) not in failures}
+            failures |= mia.measure_all(usable, sets, membership, world, mia.cache_folder(args.model))
         record["checkpoints"] = {
             "found": len(checkpoints),
             "complete_before": skipped,

@@ -30,7 +30,7 @@ FLAGS = {
     "merge_peft.py": MODEL | {"--model", "--save_dir", "--base_model", "--is_opt"},
     "measure_purified.py": MODEL | MEASURE | {"--model", "--output_dir"},
     "evaluate_purified.py": MODEL | MEASURE | {
-        "-m", "--model", "-t", "--temp", "--is_opt", "--base_model", "--save_merged",
+        "-m", "--model", "-t", "--temp", "--is_opt", "--base_model", "--save_merged", "--mia",
     },
     "perplexity/perplexity.py": MODEL | {
         "--dir", "-d", "--dataset", "--model", "--base_model", "--output_dir", "--num_rows", "--token_budget",

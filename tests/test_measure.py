@@ -196,6 +196,23 @@ def test_tree_equals_one_by_one(tree, dataset, tmp_path, monkeypatch):
     assert not list(tree.rglob("results_purified1.jsonl"))
 
 
+def test_membership_inference_over_the_tree(tree, dataset, tmp_path):
+    """--mia: the lines that mia.py itself writes for each checkpoint; a damaged one fails alone."""
+    from mia import mia
+
+    shutil.rmtree(tree / "c")
+    (tree / "b/checkpoint-1/adapter_model.safetensors").write_bytes(b"damaged")
+    assert evaluate(tree, dataset, "--mia") == 1
+    assert not (tree / "b/checkpoint-1/results_mia.jsonl").exists()
+    for number, name in enumerate(("checkpoint-9", "checkpoint-10")):
+        checkpoint = tree / "a-lora/0e+00_2e-06" / name
+        out = tmp_path / f"mia{number}"
+        assert mia.main(["--model", str(checkpoint), "--members", str(dataset), "--output_dir", str(out)]) == 0
+        pairs = list(zip(read_lines(checkpoint / "results_mia.jsonl"), read_lines(out / "results_mia.jsonl")))
+        assert len(pairs) > 20 and all(mine["attack"] == alone["attack"] for mine, alone in pairs)
+        assert all(mine["auc"] == pytest.approx(alone["auc"], abs=0.02) for mine, alone in pairs)
+
+
 def test_base_is_restored_bit_for_bit(models, adapters):
     from common.models import adapted, find_model, load_base
 

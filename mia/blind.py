@@ -1,0 +1,81 @@
+"""What can be told without any model: baselines on the text alone, and texts that stand in both sets.
+
+A set of members and non-members that differ in date, topic or length is told apart by these already; whatever an attack
+reaches on such a set says nothing about the model (Duan et al. 2024; Meeus et al. 2024; Das et al. 2024).
+"""
+
+import re
+import zlib
+from collections import Counter, defaultdict
+
+import numpy as np
+
+from mia.metrics import cross_fit
+
+BASELINES = ("blind_length", "blind_zlib", "blind_bow", "blind_tfidf")
+MOST_WORDS = 20000
+SHINGLE = 5
+SIMILAR = 0.8
+
+
+def scores(texts: list[str], labels, seed: int) -> dict[str, np.ndarray | None]:
+    """Log-odds [n] of membership for each of BASELINES, cross-fitted over five folds; None below 5 texts a class.
+
+    length  log(1 + characters) and its square   zlib   compressed share of the bytes and its square
+    bow     counts of words                      tfidf  TF-IDF of words and pairs of words
+    The squares let a set be told by the middle of a range. All by logistic regression, C = 1.
+    """
+    from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import MaxAbsScaler, PolynomialFeatures, StandardScaler
+
+    def curve():
+        squares = PolynomialFeatures(2, include_bias=False)
+        return make_pipeline(StandardScaler(), squares, LogisticRegression(max_iter=1000))
+
+    def words():
+        counts = CountVectorizer(max_features=MOST_WORDS, token_pattern=WORD)
+        return make_pipeline(counts, MaxAbsScaler(), LogisticRegression(max_iter=200))
+
+    def tfidf():
+        pairs = TfidfVectorizer(max_features=MOST_WORDS, token_pattern=WORD, ngram_range=(1, 2), sublinear_tf=True)
+        return make_pipeline(pairs, LogisticRegression(max_iter=200))
+
+    sizes = np.array([[np.log1p(len(text))] for text in texts])
+    ratios = np.array([[len(zlib.compress(text.encode())) / max(1, len(text.encode()))] for text in texts])
+    return {
+        "blind_length": cross_fit(sizes, labels, curve, seed),
+        "blind_zlib": cross_fit(ratios, labels, curve, seed),
+        "blind_bow": cross_fit([text.strip() or "." for text in texts], labels, words, seed),
+        "blind_tfidf": cross_fit([text.strip() or "." for text in texts], labels, tfidf, seed),
+    }
+
+
+WORD = r"(?u)\w+|[^\w\s]"
+
+
+def normalized(text: str) -> str:
+    """Lower case, white space as single spaces."""
+    return re.sub(r"\s+", " ", text.lower()).strip()
+
+
+def shingles(text: str) -> frozenset:
+    """Runs of 5 words of the normalised text; the whole text where it has fewer."""
+    words = normalized(text).split(" ")
+    return frozenset(" ".join(words[start : start + SHINGLE]) for start in range(max(1, len(words) - SHINGLE + 1)))
+
+
+def near_duplicates(texts: list[str], others: list[str]) -> list[tuple[int, int]]:
+    """(index in texts, index in others) of pairs whose sets of shingles overlap by |A∩B| / |A∪B| ≥ 0.8."""
+    sets, where = [shingles(other) for other in others], defaultdict(list)
+    for index, found in enumerate(sets):
+        for shingle in found:
+            where[shingle].append(index)
+    pairs = []
+    for index, mine in enumerate(map(shingles, texts)):
+        common = Counter(other for shingle in mine for other in where.get(shingle, ()))
+        for other, shared in sorted(common.items()):
+            if shared >= SIMILAR * (len(mine) + len(sets[other]) - shared):
+                pairs.append((index, other))
+    return pairs

@@ -1,0 +1,180 @@
+"""From texts to scores with one model: tokens, the passes that the attacks need, the scores they give."""
+
+import argparse
+from dataclasses import dataclass, field
+
+from common import models
+from mia.texts import Study
+
+
+@dataclass
+class Encoded:
+    """A model's tokens of every text. Arrays of passes stand only on rank 0."""
+
+    texts: list[str]  # cut to the tokens
+    tokens: list[list[int]]
+    lower: list[list[int]]
+    specials: int  # leading special tokens, which the tokenizer puts before every text
+    cut: int  # texts that were cut
+
+
+def encode(tokenizer, texts: list[str], limit: int) -> Encoded:
+    """Tokens as the tokenizer gives them (no start token is added here), at most `limit`; texts cut to the same."""
+    coded = tokenizer(texts, return_offsets_mapping=True, verbose=False)
+    tokens, shown, cut = [], [], 0
+    for text, ids, offsets in zip(texts, coded.input_ids, coded.offset_mapping):
+        if len(ids) > limit:
+            text, cut = text[: max(end for _, end in offsets[:limit])], cut + 1
+        tokens.append(ids[:limit])
+        shown.append(text)
+    lower = [ids[:limit] for ids in tokenizer([text.lower() for text in shown], verbose=False).input_ids]
+    return Encoded(shown, tokens, lower, len(tokenizer("").input_ids), cut)
+
+
+def make_prefix(tokenizer, shots: list[str], specials: int, limit: int, room: int) -> tuple[list[int], int]:
+    """(tokens of as many shots as fit into `room`, each at most `limit` tokens and ended by a newline; how many)."""
+    newline = tokenizer("\n", add_special_tokens=False).input_ids
+    prefix, used = tokenizer("").input_ids[:specials], 0
+    for shot in shots:
+        ids = tokenizer(shot, add_special_tokens=False, verbose=False).input_ids[:limit]
+        if len(prefix) + len(ids) + len(newline) > room:
+            break
+        prefix, used = [*prefix, *ids, *newline], used + 1
+    return (prefix, used) if used else ([], 0)
+
+
+def config_of(ref):
+    """Something with the model's configuration, for `models.context_length`, without its weights."""
+    from transformers import AutoConfig
+
+    return argparse.Namespace(config=AutoConfig.from_pretrained(ref.base, revision=ref.revision))
+
+
+@dataclass
+class Evidence:
+    """What passes over one model gave for each text (None where a text has no such thing), on rank 0."""
+
+    encoded: Encoded
+    tokens: dict  # index of a text → its statistics [n, 4]
+    lower: dict = field(default_factory=dict)  # log p [n] of the lower-cased text
+    after: dict = field(default_factory=dict)  # 'recall' | 'con_recall' → {index: log p [n] after the shots}
+    neighbours: dict = field(default_factory=dict)  # ℓ of each neighbour
+    gradient: dict = field(default_factory=dict)
+    shots: dict = field(default_factory=dict)  # how many fit
+
+
+def gather(passes, ref, tokenizer, study: Study, args, gradients: bool) -> Evidence:
+    """Run every pass over one model that the study's attacks need (gradients: those of grad_norm too)."""
+    context = models.context_length(config_of(ref))
+    encoded = encode(tokenizer, study.texts, min(args.max_length, context))
+    wanted = set(study.attacks)
+    scored = [index for index, ids in enumerate(encoded.tokens) if len(ids) > 1]
+    sequences = [encoded.tokens[index] for index in scored]
+
+    def over(indices, arrays) -> dict:
+        return dict(zip(indices, arrays)) if arrays else {}
+
+    evidence = Evidence(encoded, over(scored, passes.statistics(ref, sequences)))
+    if "lowercase" in wanted:
+        low = [index for index in scored if len(encoded.lower[index]) > 1]
+        evidence.lower = over(low, passes.statistics(ref, [encoded.lower[index] for index in low], "logp"))
+    longest = max(map(len, sequences), default=0)
+    for name, shots in (("recall", study.shots), ("con_recall", study.member_shots)):
+        if name in wanted or (name == "recall" and "con_recall" in wanted):
+            room = context - longest
+            prefix, used = make_prefix(tokenizer, shots, encoded.specials, args.max_length, room)
+            evidence.shots[name] = used
+            if used:
+                evidence.after[name] = over(scored, passes.after_prefix(ref, sequences, prefix, encoded.specials))
+    if "neighborhood" in wanted:
+        chosen = [encoded.texts[index] for index in scored]
+        found = passes.neighbours(ref, sequences, chosen, tokenizer, min(args.max_length, context), args.seed,
+                                  args.neighbor_model)  # fmt: skip
+        evidence.neighbours = over(scored, found)
+    if "grad_norm" in wanted and gradients and ref.adapter:
+        evidence.gradient = over(scored, passes.gradient_norms(ref, sequences))
+    return evidence
+
+
+def score_texts(study: Study, args, evidence: Evidence, reference: Evidence | None, frequencies) -> tuple[dict, dict]:
+    """({attack: [score or None, …]}, {attack: {index: reason of a None}}), one score a text of the study."""
+    from mia import scores
+    from mia.passes import DEVIATION, HIT, LOGP, MEAN
+
+    found, reasons = {}, {}
+
+    def apply(keys: list[str], function) -> None:
+        """function(index) → a float, or one for each of `keys`; it may raise Undefined."""
+        columns = [[] for _ in keys]
+        for index in range(len(study.texts)):
+            try:
+                if index not in evidence.tokens:
+                    raise scores.Undefined("under 2 tokens")
+                values = function(index)
+                values = [values] if isinstance(values, float) else values
+                if not all(abs(value) < float("inf") for value in values):
+                    raise scores.Undefined("not a finite number")
+            except scores.Undefined as reason:
+                values = [None] * len(keys)
+                for key in keys:
+                    reasons.setdefault(key, {})[index] = str(reason)
+            for column, value in zip(columns, values):
+                column.append(value)
+        found.update(zip(keys, columns))
+
+    def logp(index):
+        return evidence.tokens[index][:, LOGP]
+
+    def need(values: dict, index: int, otherwise: str):
+        if index not in values:
+            raise scores.Undefined(otherwise)
+        return values[index]
+
+    def base(index, tokenwise: bool = True):
+        if reference is None:
+            raise scores.Undefined("no reference model")
+        if tokenwise and reference.encoded.tokens[index] != evidence.encoded.tokens[index]:
+            raise scores.Undefined("the reference model has other tokens")
+        return need(reference.tokens, index, "under 2 tokens for the reference model")[:, LOGP]
+
+    def after(name, index):
+        return need(evidence.after.get(name, {}), index, "no shot fits into the context beside the longest text")
+
+    tokens, texts = evidence.encoded.tokens, evidence.encoded.texts
+    neighbours = "neighborhood" if args.neighbor_model else "neighborhood_self"
+    functions = {
+        "loss": lambda i: scores.loss(logp(i)),
+        "zlib": lambda i: scores.zlib_ratio(logp(i), texts[i]),
+        "lowercase": lambda i: scores.difference(logp(i), need(evidence.lower, i, "under 2 tokens in lower case")),
+        "ref": lambda i: scores.difference(logp(i), base(i, tokenwise=False)),
+        "surp": lambda i: scores.surp(logp(i), -evidence.tokens[i][:, MEAN]),
+        "recall": lambda i: scores.recall(logp(i), after("recall", i)),
+        "con_recall": lambda i: scores.con_recall(logp(i), after("recall", i), after("con_recall", i)),
+        "dc_pdd": lambda i: scores.dc_pdd(tokens[i][1:], logp(i), frequencies),
+        "neighborhood": lambda i: scores.neighborhood(logp(i), evidence.neighbours[i]),
+        "grad_norm": lambda i: -float(need(evidence.gradient, i, "no adapter")[0]),
+        "ez": lambda i: scores.ez(logp(i), base(i), evidence.tokens[i][:, HIT]),
+        "wbc": lambda i: scores.wbc(logp(i), base(i)),
+    }
+    for attack in study.attacks:
+        if attack.startswith("min_k"):
+            family = "min_k_pp" if attack.startswith("min_k_pp") else "min_k"
+            ks = scores.PERCENTS if attack == family else [int(attack.rpartition("_")[2])]
+            keys = [key for key in (f"{family}_{k}" for k in ks) if key not in found]
+            ks = [int(key.rpartition("_")[2]) for key in keys]
+            if family == "min_k":
+                apply(keys, lambda i, ks=ks: scores.min_k(logp(i), ks))
+            else:
+                apply(keys, lambda i, ks=ks: scores.min_k_pp(
+                    logp(i), evidence.tokens[i][:, MEAN], evidence.tokens[i][:, DEVIATION], ks))  # fmt: skip
+        else:
+            apply([neighbours if attack == "neighborhood" else attack], functions[attack])
+    return found, reasons
+
+
+def count_tokens(tokenizer, corpus: list[str]):
+    """[V] how often each token occurs in the corpus."""
+    import numpy as np
+
+    ids = [token for found in tokenizer(corpus, add_special_tokens=False, verbose=False).input_ids for token in found]
+    return np.bincount(ids, minlength=len(tokenizer))

@@ -1,0 +1,214 @@
+"""What scores are worth: ROC-AUC, TPR at a low FPR, intervals, the set-level test. Arrays in, numbers out.
+
+members [M], nonmembers [N]: scores, higher = more likely a member. TPR is the share of members called members, FPR the
+share of non-members called members. Levels of FPR are named as in the result files: "0.1", "0.01", "0.001".
+"""
+
+import numpy as np
+
+LEVELS = {"0.1": 10, "0.01": 100, "0.001": 1000}  # name → 1/level, so that ⌊level·(N+1)⌋ is exact
+SMALLEST = {"0.001": 1000}  # non-members below which a level is refused though the rule would give a threshold
+COARSE = {"0.001": 10000}  # non-members below which a level hangs on a handful of them
+BOOTSTRAP_FROM = 9  # allowed false positives; below, the threshold is a single extreme and resampling it says nothing
+FOLDS = 5
+
+
+def auc(members, nonmembers) -> float:
+    """P(member > non-member) + ½ P(equal): the area under the ROC curve (Mann–Whitney)."""
+    ordered = np.sort(nonmembers)
+    below = np.searchsorted(ordered, members, "left") + np.searchsorted(ordered, members, "right")
+    return float(below.sum() / (2 * len(members) * len(nonmembers)))
+
+
+def allowed(level: str, n: int) -> int:
+    """False positives allowed among n non-members: ⌊level·(n + 1)⌋ − 1, so that the *expected* FPR ≤ level."""
+    return (n + 1) // LEVELS[level] - 1
+
+
+def threshold(nonmembers, most: int) -> float:
+    """The score that must be exceeded: the (most + 1)-th largest non-member, so at most `most` of them exceed it."""
+    return float(np.sort(nonmembers)[::-1][most])
+
+
+def clopper_pearson(k: int, n: int, confidence: float = 0.95) -> list[float]:
+    """Exact two-sided interval of a binomial rate, k of n."""
+    from scipy.stats import beta
+
+    tail = (1 - confidence) / 2
+    low = float(beta.ppf(tail, k, n - k + 1)) if k else 0.0
+    high = float(beta.ppf(1 - tail, k + 1, n - k)) if k < n else 1.0
+    return [low, high]
+
+
+def tpr_at(members, nonmembers, level: str) -> dict:
+    """One operating point: {tpr, tpr_ci, false_positives, fpr, fpr_ci, coarse, undefined}; null where N is too small.
+
+    tpr_ci is Clopper–Pearson at this threshold; `summarize` replaces it where a bootstrap can say more.
+    """
+    n, most = len(nonmembers), allowed(level, len(nonmembers))
+    needed = max(LEVELS[level] - 1, SMALLEST.get(level, 0))
+    if n < needed:
+        blank = dict.fromkeys(("tpr", "tpr_ci", "false_positives", "fpr", "fpr_ci"))
+        return {**blank, "coarse": None, "undefined": f"{n} non-members; at least {needed} are needed"}
+    above = threshold(nonmembers, most)
+    true, false = int(np.sum(members > above)), int(np.sum(nonmembers > above))
+    return {
+        "tpr": true / len(members),
+        "tpr_ci": clopper_pearson(true, len(members)),
+        "false_positives": false,
+        "fpr": false / n,
+        "fpr_ci": clopper_pearson(false, n),
+        "coarse": n < COARSE.get(level, 0),
+        "undefined": None,
+    }
+
+
+def draw(n: int, resamples: int, rng) -> np.ndarray:
+    """[resamples, n] how often each of n items is in a resample of n with replacement."""
+    picked = rng.integers(n, size=(resamples, n)) + n * np.arange(resamples)[:, None]
+    return np.bincount(picked.ravel(), minlength=resamples * n).reshape(resamples, n).astype(np.int32)
+
+
+def bootstrap(members, nonmembers, member_draws, nonmember_draws, levels=()) -> tuple[np.ndarray, dict]:
+    """(AUC [B], {level: TPR [B]}) of B resamples; draws [B, M] and [B, N] from `draw`, the classes apart.
+
+    One sort serves all resamples: a resample only changes how often each score counts, so its AUC is a weighted sum
+    over running counts, and its threshold the place where the running count from the top passes the allowed number.
+    """
+    down = np.argsort(-nonmembers, kind="stable")
+    ordered = nonmembers[down]
+    counts = np.zeros((len(nonmember_draws), len(nonmembers) + 1), np.int32)  # of non-members, from the largest down
+    np.cumsum(nonmember_draws[:, down], axis=1, out=counts[:, 1:])
+    up = np.argsort(-members, kind="stable")
+    sorted_members, weights = members[up], member_draws[:, up]
+    above = np.searchsorted(-ordered, -sorted_members, "left")  # non-members strictly above each member
+    not_below = np.searchsorted(-ordered, -sorted_members, "right")
+    beaten = 2 * len(nonmembers) - counts[:, above] - counts[:, not_below]  # 2 · (below + ½ equal)
+    areas = np.einsum("bi,bi->b", weights, beaten, dtype=np.int64) / (2 * len(members) * len(nonmembers))
+    rates = {}
+    found = np.zeros((len(member_draws), len(members) + 1), np.int32)
+    if levels:
+        np.cumsum(weights, axis=1, out=found[:, 1:])
+        exceeding = np.searchsorted(-sorted_members, -ordered, "left")  # members strictly above each non-member
+    for level in levels:
+        place = (counts[:, 1:] > allowed(level, len(nonmembers))).argmax(1)
+        rates[level] = found[np.arange(len(found)), exceeding[place]] / len(members)
+    return areas, rates
+
+
+def interval(values, confidence: float = 0.95) -> list[float]:
+    """Percentile interval."""
+    tail = (1 - confidence) / 2
+    return np.quantile(values, (tail, 1 - tail), method="inverted_cdf").tolist()
+
+
+class Draws:
+    """Bootstrap draws by class sizes, from one seed: attacks over the same texts share their resamples."""
+
+    def __init__(self, resamples: int, seed: int):
+        self.resamples, self.seed, self.made = resamples, seed, {}
+
+    def __call__(self, m: int, n: int):
+        if (m, n) not in self.made:
+            rng = np.random.default_rng(self.seed)
+            self.made[m, n] = draw(m, self.resamples, rng), draw(n, self.resamples, rng)
+        return self.made[m, n]
+
+
+def summarize(members, nonmembers, draws: Draws) -> dict:
+    """{auc, auc_ci, auc_ci99, tpr_at_fpr, tpr_ci, points, undefined} of one attack; null with a reason, never NaN."""
+    members, nonmembers = np.asarray(members, np.float64), np.asarray(nonmembers, np.float64)
+    blank = dict.fromkeys(LEVELS)
+    if not len(members) or not len(nonmembers):
+        empty = "members" if not len(members) else "non-members"
+        nothing = {"auc": None, "auc_ci": None, "auc_ci99": None, "tpr_at_fpr": blank, "tpr_at_fpr_ci": blank}
+        return {**nothing, "points": blank, "undefined": f"no scored {empty}"}
+    points = {level: tpr_at(members, nonmembers, level) for level in LEVELS}
+    many = [level for level in LEVELS if points[level]["tpr"] is not None]
+    many = [level for level in many if allowed(level, len(nonmembers)) >= BOOTSTRAP_FROM]
+    areas, rates = bootstrap(members, nonmembers, *draws(len(members), len(nonmembers)), many)
+    for level, values in rates.items():
+        points[level]["tpr_ci"] = interval(values)
+    return {
+        "auc": auc(members, nonmembers),
+        "auc_ci": interval(areas),
+        "auc_ci99": interval(areas, 0.99),
+        "tpr_at_fpr": {level: point["tpr"] for level, point in points.items()},
+        "tpr_at_fpr_ci": {level: point["tpr_ci"] for level, point in points.items()},
+        "points": points,
+        "undefined": None,
+    }
+
+
+def roc(members, nonmembers) -> tuple[np.ndarray, np.ndarray]:
+    """(FPR, TPR) at every threshold, from (0, 0) to (1, 1); equal scores are one step."""
+    cuts = np.unique(np.concatenate([members, nonmembers]))[::-1]
+    false = len(nonmembers) - np.searchsorted(np.sort(nonmembers), cuts, "left")
+    true = len(members) - np.searchsorted(np.sort(members), cuts, "left")
+    return np.concatenate([[0], false / len(nonmembers)]), np.concatenate([[0], true / len(members)])
+
+
+# ---- many scores together
+
+
+def cross_fit(features, labels, make, seed: int) -> np.ndarray | None:
+    """Log-odds [n] of membership, each from a classifier that saw the other four fifths; None below 5 texts a class.
+
+    features: array or sparse matrix [n, F], or a list of n texts; make() → a scikit-learn classifier or pipeline.
+    """
+    from sklearn.model_selection import StratifiedKFold
+
+    labels = np.asarray(labels)
+    if np.bincount(labels, minlength=2).min() < FOLDS:
+        return None
+    found = np.zeros(len(labels))
+    for fit, held_out in StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(labels, labels):
+        model = make().fit(_take(features, fit), labels[fit])
+        found[held_out] = model.decision_function(_take(features, held_out))
+    return found
+
+
+def _take(features, rows):
+    return [features[row] for row in rows] if isinstance(features, list) else features[rows]
+
+
+def logistic():
+    """Logistic regression over standardised scores, a missing score taken as the median of the training part."""
+    from sklearn.impute import SimpleImputer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    return make_pipeline(SimpleImputer(strategy="median"), StandardScaler(), LogisticRegression(max_iter=1000))
+
+
+def usable(scores) -> np.ndarray:
+    """The columns of scores [n, A] (missing: NaN) that at least half of the texts have and that vary."""
+    scores = np.asarray(scores, np.float64)
+    known = ~np.isnan(scores)
+    spread = [len(np.unique(column[mask])) > 1 for column, mask in zip(scores.T, known.T)]
+    return scores[:, (known.mean(0) >= 0.5) & np.array(spread, bool)]
+
+
+def dataset_inference(scores, labels, seed: int) -> dict:
+    """{p, t, n_members, n_nonmembers, undefined}: is the *set* of members in the training data? (Maini et al. 2024)
+
+    Half of each class fits a logistic regression over all scores [n, A] (missing: NaN); on the other half its log-odds
+    are compared by Welch's t-test, one-sided: members higher.
+    """
+    from scipy.stats import ttest_ind
+    from sklearn.model_selection import train_test_split
+
+    labels, scores = np.asarray(labels), usable(scores)
+    fewest = np.bincount(labels, minlength=2).min()
+    if fewest < 4 or not scores.shape[1]:
+        reason = "under 4 texts in a class" if fewest < 4 else "no score that half of the texts have"
+        return {**dict.fromkeys(("p", "t", "n_members", "n_nonmembers")), "undefined": reason}
+    fit, held_out = train_test_split(np.arange(len(labels)), test_size=0.5, stratify=labels, random_state=seed)
+    odds = logistic().fit(scores[fit], labels[fit]).decision_function(scores[held_out])
+    members, nonmembers = odds[labels[held_out] == 1], odds[labels[held_out] == 0]
+    if np.ptp(odds) == 0:
+        return {**dict.fromkeys(("p", "t", "n_members", "n_nonmembers")), "undefined": "every text has the same score"}
+    test = ttest_ind(members, nonmembers, equal_var=False, alternative="greater")
+    sizes = {"n_members": len(members), "n_nonmembers": len(nonmembers)}
+    return {"p": float(test.pvalue), "t": float(test.statistic), **sizes, "undefined": None}

@@ -1,0 +1,103 @@
+"""Neighbours of a text: near-copies with one token replaced, for the neighbourhood attack (Mattern et al. 2023)."""
+
+import hashlib
+
+from common import models
+from common.scoring import plan_batches, score
+from mia.scores import N_NEIGHBOURS
+
+MASKED_TOKENS = 1024  # positions of a masked LM's pass, whose logits are whole
+
+
+def places(n: int, key, seed: int) -> list[int]:
+    """At most 25 of n places, drawn without replacement by (seed, key) alone."""
+    import numpy as np
+
+    rng = np.random.default_rng(int(hashlib.sha256(repr((seed, key)).encode()).hexdigest()[:16], 16))
+    return sorted(rng.permutation(n)[:N_NEIGHBOURS].tolist())
+
+
+def deal(n_places: int) -> list[tuple[int, int]]:
+    """25 × (place, rank of its proposal): the best at every place, then the second best, …"""
+    return [(number % n_places, number // n_places) for number in range(N_NEIGHBOURS)]
+
+
+def own_neighbours(model, sequences, seed: int, token_budget: int) -> list[list[list[int]]]:
+    """25 neighbours of each sequence: one token (never the first) replaced by the model's own likeliest other token."""
+    import numpy as np
+
+    most = N_NEIGHBOURS + 1  # one of them may be the token that stands there
+
+    def proposals(logits, _):
+        return logits.topk(min(most, logits.shape[-1]), -1).indices.float()  # exact below 2^24 tokens
+
+    made = [[] for _ in sequences]
+    for index, _, found in score(model, sequences, token_budget=token_budget, statistics=proposals,
+                                 context=max(map(len, sequences))):  # fmt: skip
+        ids = list(sequences[index])
+        where = places(len(ids) - 1, ids, seed)
+        for place, rank in deal(len(where)):
+            position = where[place] + 1
+            others = [token for token in found[position - 1].astype(np.int64).tolist() if token != ids[position]]
+            if rank < len(others):
+                made[index].append([*ids[:position], others[rank], *ids[position + 1 :]])
+    return made
+
+
+class MaskedProposer:
+    """Neighbours of texts by a masked LM: one token masked at a time, its likeliest other token put there."""
+
+    def __init__(self, folder: str, device):
+        from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.model = AutoModelForMaskedLM.from_pretrained(folder).to(device).eval()
+        positions = models.context_length(self.model)
+        self.longest = min(positions - 2, self.tokenizer.model_max_length)  # RoBERTa numbers its positions from 2
+
+    def __call__(self, texts: list[str], seed: int) -> list[list[str]]:
+        """At most 25 neighbours of each text."""
+        import torch
+
+        encoded = self.tokenizer(texts, return_offsets_mapping=True, return_special_tokens_mask=True, truncation=True,
+                                 max_length=self.longest, verbose=False)  # fmt: skip
+        jobs = []  # (text, position in its tokens, ranks of the proposals wanted there)
+        for index in range(len(texts)):
+            marks = zip(encoded["special_tokens_mask"][index], encoded["offset_mapping"][index])
+            words = [place for place, (special, (start, end)) in enumerate(marks) if not special and end > start]
+            where = [words[place] for place in places(len(words), texts[index], seed)]
+            ranks = [[] for _ in where]
+            for place, rank in deal(len(where)) if where else ():
+                ranks[place].append(rank)
+            jobs += [(index, place, wanted) for place, wanted in zip(where, ranks) if wanted]
+        made = [[] for _ in texts]
+        lengths = [len(encoded["input_ids"][index]) for index, *_ in jobs]
+        for batch in plan_batches(lengths, MASKED_TOKENS):
+            width = max(lengths[job] for job in batch)
+            ids = torch.full((len(batch), width), self.tokenizer.pad_token_id)
+            mask = torch.zeros_like(ids)
+            for row, job in enumerate(batch):
+                index, place, _ = jobs[job]
+                ids[row, : lengths[job]] = torch.tensor(encoded["input_ids"][index])
+                ids[row, place] = self.tokenizer.mask_token_id
+                mask[row, : lengths[job]] = 1
+            with torch.no_grad():
+                logits = self.model(ids.to(self.model.device), attention_mask=mask.to(self.model.device)).logits
+            found = (
+                logits[torch.arange(len(batch)), [jobs[job][1] for job in batch]]
+                .topk(min(4 * N_NEIGHBOURS, logits.shape[-1]), -1)
+                .indices
+            )
+            for job, proposals in zip(batch, found.tolist()):
+                index, place, wanted = jobs[job]
+                start, end = encoded["offset_mapping"][index][place]
+                words = self._words(proposals, texts[index][start:end])
+                made[index] += [texts[index][:start] + words[rank] + texts[index][end:] for rank in wanted
+                                if rank < len(words)]  # fmt: skip
+        return made
+
+    def _words(self, tokens: list[int], instead_of: str) -> list[str]:
+        """The proposals as written, best first, without special tokens, blanks and the word that stands there."""
+        kept = [token for token in tokens if token not in self.tokenizer.all_special_ids]
+        words = [self.tokenizer.decode([token]).strip().removeprefix("##") for token in kept]
+        return list(dict.fromkeys(word for word in words if word and word.lower() != instead_of.strip().lower()))

@@ -1,0 +1,305 @@
+"""Forward passes behind the scores: each is run once per model and text, kept on disk, and never again.
+
+A pass gives one float32 array a text. `Passes.run` asks the cache first and loads a model only when something is
+missing. Under torchrun the ranks take turns over batches; rank 0 alone holds, keeps and returns the arrays.
+"""
+
+import contextlib
+import copy
+import gc
+import hashlib
+from functools import partial
+from pathlib import Path
+
+from common import cli, models, results
+from common.progress import progress_bar
+from common.scoring import (
+    LOGIT_VALUES,
+    PROBE_TOKENS,
+    SMALLEST_CHUNK,
+    log_probability,
+    plan_batches,
+    score,
+    split_head,
+)
+from mia.neighbours import MaskedProposer, own_neighbours
+from mia.scores import N_NEIGHBOURS
+
+LOGP, MEAN, DEVIATION, HIT = range(4)  # columns of `token_statistics`; the entropy is −MEAN
+ROWS_AT_ONCE = 32  # on a CPU: 32 rows of logits stay in its cache over all sweeps
+ROUND_TOKENS = 1 << 16  # tokens between two writes of the cache: what a killed run loses at most
+
+
+def token_statistics(logits, targets):
+    """[log p(target), μ, σ, target is the most likely token] of each position: logits [P, V] fp32 → [P, 4].
+
+    μ = Σ p·log p (minus the entropy, nats) and σ² = Σ p·(log p − μ)² over the vocabulary, summed in two passes because
+    Σ p·log²p − μ² cancels. Worked on in blocks of rows, so no further [P, V] array is made on a CPU.
+    """
+    import torch
+
+    found = logits.new_empty(len(logits), 4)
+    rows = ROWS_AT_ONCE if logits.device.type == "cpu" else len(logits)
+    for start in range(0, len(logits), rows):
+        block, own = logits[start : start + rows], targets[start : start + rows, None]
+        values = block - block.amax(-1, keepdim=True)
+        weights = values.exp()  # p = weights / total
+        total = weights.sum(-1, keepdim=True)
+        target = values.gather(1, own)
+        mean = torch.linalg.vecdot(weights, values)[:, None] / total
+        values -= mean
+        variance = torch.linalg.vecdot(weights, values.square_())[:, None] / total
+        rest = total.log()  # log p = value − log Σ exp value
+        found[start : start + rows] = torch.cat([target - rest, mean - rest, variance.sqrt(), (target == 0).float()], 1)
+    return found
+
+
+class Cache:
+    """Arrays by (group, key) as files of numpy arrays: complete or absent, named by what they hold."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+
+    def load(self, group: str) -> dict:
+        import numpy as np
+
+        known = {}
+        for file in sorted((self.folder / group).glob("*.npz")):
+            with np.load(file) as part:
+                arrays = np.split(part["values"], np.cumsum(part["counts"])[:-1])
+                known.update(zip(part["keys"].tolist(), arrays))
+        return known
+
+    def save(self, group: str, items: dict) -> None:
+        import numpy as np
+
+        keys = sorted(items)
+        name = hashlib.sha256("".join(keys).encode()).hexdigest()[:32]
+        with results.atomic(self.folder / group / f"{name}.npz", "wb") as file:
+            arrays = [items[key] for key in keys]
+            np.savez(file, keys=keys, counts=[len(array) for array in arrays], values=np.concatenate(arrays))
+
+
+def digest(*parts) -> str:
+    """SHA-256 over the representations of `parts`."""
+    return hashlib.sha256("\x00".join(map(repr, parts)).encode()).hexdigest()
+
+
+def model_key(ref, dtype) -> str:
+    """What identifies a model's numbers: weights and configuration of base and adapter, or hub name; and the dtype."""
+    parts = [str(dtype)]
+    for one in (models.ModelRef(ref.name, ref.base, None, ref.revision), ref if ref.adapter else None):
+        if one is None:
+            continue
+        folder = Path(one.adapter or one.base)
+        configs = [results.sha256(file) for file in sorted(folder.glob("*config.json"))] if folder.is_dir() else []
+        parts += [models.weights_sha256(one) or (one.base, one.revision), configs]
+    return digest(*parts)
+
+
+class Passes:
+    """Runs passes with the model they need. `shelf` {base name: model} holds the last base model, unadapted."""
+
+    def __init__(self, cache: Cache, world, dtype, token_budget: int, device_map=None, shelf: dict | None = None):
+        self.cache, self.world, self.dtype = cache, world, dtype
+        self.token_budget, self.device_map = token_budget, device_map
+        self.shelf = {} if shelf is None else shelf
+        self.held, self.stack = None, contextlib.ExitStack()
+        self.scored = 0  # texts that no cache had
+
+    def close(self) -> None:
+        """Take off the adapter; the base on the shelf is bit for bit as it was."""
+        self.held = None
+        self.stack.close()
+
+    def model(self, ref, merge: bool | None = None):
+        """The model of `ref`, loaded and adapted when it is not the one in hand."""
+        if self.held and self.held[0] == (ref.base, ref.adapter, merge):
+            return self.held[1]
+        self.close()
+        if ref.base not in self.shelf:
+            self.shelf.clear()
+            gc.collect()
+            self.shelf[ref.base] = models.load_base(ref, self.dtype, self.world.device, self.device_map)
+        model, _ = self.stack.enter_context(models.adapted(self.shelf[ref.base], ref.adapter, merge))
+        self.held = (ref.base, ref.adapter, merge), model
+        return model
+
+    def run(self, ref, name: tuple, sequences: list, compute, keys: list | None = None, merge=None) -> list:
+        """One array a sequence on rank 0, [] on the others.
+
+        name     of the pass and all that it depends on beside model and tokens.
+        compute  (model, indices of sequences) → this rank's part of [(index, array [≥ 1, columns])].
+        keys     what identifies each sequence (default: its token ids).
+        """
+        group = digest(model_key(ref, self.dtype), *name)[:32] if self.world.main else ""
+        keys = [digest(key) for key in (sequences if keys is None else keys)]
+        known = self.cache.load(group) if self.world.main else {}
+        todo = sorted(set(keys) - set(known)) if self.world.main else None
+        todo = self.world.broadcast(todo)
+        if todo:
+            first = {key: index for index, key in reversed(list(enumerate(keys)))}
+            for indices in rounds([first[key] for key in todo], sequences):
+                parts = self.world.together(partial(self._work, ref, merge, compute, sequences, indices))
+                fresh = {keys[index]: array for part in parts for index, array in part}
+                if len(fresh) != len(indices):
+                    raise ValueError(f"{len(fresh)} of {len(indices)} texts came back: a rank's part is missing")
+                self.world.together(partial(self._save, group, fresh))
+                known.update(fresh)
+                self.scored += len(fresh)
+        return [known[key] for key in keys] if self.world.main else []
+
+    def _work(self, ref, merge, compute, sequences, indices):
+        model = self.model(ref, merge)
+        largest = max(max(sequences[index]) for index in indices)
+        embeddings = model.get_input_embeddings().weight.shape[0]
+        if largest >= embeddings:
+            raise cli.UserError(
+                f"{ref.name}: its tokenizer makes token {largest}, the model has only {embeddings} embeddings"
+            )
+        return compute(model, indices)
+
+    def _save(self, group, fresh) -> None:
+        if self.world.main:
+            self.cache.save(group, fresh)
+
+    # ---- the passes
+
+    def statistics(self, ref, sequences, name: str = "statistics") -> list:
+        """`token_statistics` [T − 1, 4] of each sequence, or with name "logp" only [T − 1] log p."""
+        reduce = token_statistics if name == "statistics" else log_probability
+        with progress_bar(sum(map(len, sequences)) // self.world.size, f"tokens ({name})", self.world) as bar:
+
+            def compute(model, indices):
+                chosen = [sequences[index] for index in indices]
+                part = score(model, chosen, token_budget=self.token_budget, world=self.world, statistics=reduce,
+                             context=max(map(len, chosen)), progress=bar.update)  # fmt: skip
+                return [(indices[place], values) for place, _, values in part]
+
+            return self.run(ref, (name,), sequences, compute)
+
+    def after_prefix(self, ref, sequences, prefix: list[int], skip: int) -> list:
+        """[T − 1] log p of tokens 2 … T of each sequence after `prefix`, which is encoded once.
+
+        skip: leading special tokens of each sequence, left out between prefix and text.
+        """
+
+        def compute(model, indices):
+            return score_after_prefix(model, prefix, sequences, indices, skip, self.token_budget, self.world)
+
+        return self.run(ref, ("prefix", prefix, skip), sequences, compute)
+
+    def gradient_norms(self, ref, sequences) -> list:
+        """[1] ‖∇ ℓ‖₂ over the adapter's parameters, dropout off, of each sequence."""
+
+        def compute(model, indices):
+            parameters = [one.requires_grad_(True) for name, one in model.named_parameters() if "lora_" in name]
+            return [(index, gradient_norm(model, parameters, sequences[index])) for index in self.world.shard(indices)]
+
+        return self.run(ref, ("gradient",), sequences, compute, merge=False)
+
+    def neighbours(self, ref, sequences, texts, tokenizer, limit: int, seed: int, neighbor_model: str | None) -> list:
+        """[25] ℓ of each text's neighbours under the model; neighbours by `neighbor_model` or by the model itself.
+
+        Neighbours are near-copies of the texts, so they are made anew and only their ℓ is kept.
+        """
+        proposer = None
+        name = ("neighbours", seed, N_NEIGHBOURS, neighbor_model and model_key(_plain(neighbor_model), self.dtype))
+
+        def compute(model, indices):
+            nonlocal proposer
+            mine = self.world.shard(indices)
+            if not mine:
+                return []
+            if neighbor_model:
+                proposer = proposer or MaskedProposer(neighbor_model, model.device)
+                made = proposer([texts[index] for index in mine], seed)
+                made = [[tokenizer(text, verbose=False).input_ids[:limit] for text in found] for found in made]
+            else:
+                made = own_neighbours(model, [sequences[index] for index in mine], seed, self.token_budget)
+            flat = [ids for found in made for ids in found if len(ids) > 1]
+            values = {}
+            if flat:
+                part = score(model, flat, token_budget=self.token_budget, context=max(map(len, flat)))
+                values = {tuple(flat[place]): logp.mean(dtype="float64") for place, _, logp in part}
+            return [(index, _array([values[tuple(ids)] for ids in found if len(ids) > 1]))
+                    for index, found in zip(mine, made)]  # fmt: skip
+
+        return self.run(ref, name, sequences, compute, keys=list(zip(texts, sequences)))
+
+
+def _plain(folder: str):
+    return models.ModelRef(folder, folder, None, None)
+
+
+def _array(values):
+    import numpy as np
+
+    return np.asarray(values, np.float32)
+
+
+def rounds(indices: list[int], sequences) -> list[list[int]]:
+    """Indices in rounds of at most ROUND_TOKENS tokens, similar lengths together, whatever the order given."""
+    made, room = [], 0
+    for index in sorted(indices, key=lambda index: (len(sequences[index]), index)):
+        if len(sequences[index]) > room:
+            made.append([])
+            room = ROUND_TOKENS
+        made[-1].append(index)
+        room -= len(sequences[index])
+    return made
+
+
+def score_after_prefix(model, prefix, sequences, indices, skip: int, token_budget: int, world) -> list[tuple]:
+    """This rank's part of [(index, log p [T − 1])] of tokens 2 … T after `prefix`.
+
+    The prefix runs once, its keys and values are shared; a batch counts prefix + text positions against the budget.
+    Texts are padded on the right, where causal attention never looks.
+    """
+    import torch
+
+    with torch.no_grad():
+        trunk, head, vocabulary = split_head(model, prefix[:PROBE_TOKENS])
+        chunk = max(SMALLEST_CHUNK, LOGIT_VALUES // vocabulary)
+        part, cache = [], None
+        if len(prefix) > 1:  # its last token opens every text's own pass
+            ids = torch.tensor([prefix[:-1]], device=model.device)
+            cache = model.get_base_model().base_model if hasattr(model, "get_base_model") else model.base_model
+            cache = cache(input_ids=ids, use_cache=True).past_key_values
+        lengths = [len(prefix) + len(sequences[index]) for index in indices]
+        for batch in world.shard(plan_batches(lengths, token_budget)):
+            chosen = [indices[place] for place in batch]
+            inputs = [[prefix[-1], *sequences[index][skip:-1]] for index in chosen]
+            ids = torch.zeros(len(chosen), max(map(len, inputs)), dtype=torch.long)
+            rows, columns, targets = [], [], []
+            for row, (index, tokens) in enumerate(zip(chosen, inputs)):
+                ids[row, : len(tokens)] = torch.tensor(tokens)
+                scored = len(sequences[index]) - 1
+                rows += [row] * scored
+                columns += range(len(tokens) - scored, len(tokens))
+                targets += sequences[index][1:]
+            shared = copy.deepcopy(cache)
+            if shared is not None:
+                shared.batch_repeat_interleave(len(chosen))
+            states = trunk(input_ids=ids.to(model.device), past_key_values=shared, use_cache=True)[0]
+            states, targets = states[rows, columns], torch.tensor(targets, device=states.device)
+            found = []
+            for start in range(0, len(targets), chunk):
+                logits = states[start : start + chunk] if head is None else head(states[start : start + chunk])
+                found.append(log_probability(logits.float(), targets[start : start + chunk].to(logits.device)).cpu())
+            counts = [len(sequences[index]) - 1 for index in chosen]
+            part += [(index, values.numpy()) for index, values in zip(chosen, torch.cat(found).split(counts))]
+    return part
+
+
+def gradient_norm(model, parameters, ids: list[int]):
+    """[1] ‖∇ ℓ‖₂ of one sequence over `parameters`; the model is in eval mode, so dropout is off."""
+    import torch
+
+    with torch.enable_grad():
+        tokens = torch.tensor([ids], device=model.device)
+        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits[0].float()
+        mean = log_probability(logits, tokens[0, 1:].to(logits.device)).mean()
+        gradients = torch.autograd.grad(mean, parameters, allow_unused=True)
+    norms = [gradient.float().norm() for gradient in gradients if gradient is not None]
+    return torch.stack(norms).norm()[None].cpu().numpy()

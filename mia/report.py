@@ -1,0 +1,213 @@
+"""What the scores of one model say: result lines with their controls, the table, the figure."""
+
+import hashlib
+
+from mia.evidence import Evidence
+from mia.texts import Study
+
+AGAINST_BASE = ("ref", "ez", "wbc")  # these compare with the base, so the base has none itself
+HEADLINE = "ref"  # at 1 % FPR, fixed in advance
+DRAWN = ("loss", "zlib", "lowercase", "ref", "min_k_20", "min_k_pp_20", "surp", "recall", "con_recall", "dc_pdd",
+         "neighborhood", "neighborhood_self", "grad_norm", "ez", "wbc", "combine")  # fmt: skip
+
+
+def parameters_of(attack: str, args, evidence: Evidence) -> dict:
+    """The settings behind one key of the score file."""
+    from mia import scores
+
+    known = {
+        "surp": {"k": scores.SURP_PERCENT, "entropy": scores.SURP_ENTROPY},
+        "recall": {"shots": evidence.shots.get("recall")},
+        "con_recall": {
+            "shots": evidence.shots.get("recall"),
+            "member_shots": evidence.shots.get("con_recall"),
+            "gamma": scores.CON_RECALL_GAMMA,
+        },
+        "dc_pdd": {"ceiling": scores.DC_PDD_CEILING},
+        "neighborhood": {"neighbours": scores.N_NEIGHBOURS, "neighbor_model": args.neighbor_model},
+        "neighborhood_self": {"neighbours": scores.N_NEIGHBOURS},
+        "wbc": {"windows": list(scores.WINDOWS)},
+    }
+    if attack.startswith("min_k"):
+        return {"k": int(attack.rpartition("_")[2])}
+    return known.get(attack, {})
+
+
+def by_class(values, labels) -> tuple[list[float], list[float]]:
+    """(scores of members, of non-members), Nones left out."""
+    pairs = [(value, label) for value, label in zip(values, labels) if value is not None]
+    return [value for value, label in pairs if label], [value for value, label in pairs if not label]
+
+
+def matrix(found: dict):
+    """Scores [n, A] with NaN for None."""
+    import numpy as np
+
+    return np.array([[np.nan if value is None else value for value in column] for column in found.values()]).T
+
+
+def combined(found: dict, labels, seed: int) -> list | None:
+    """Cross-fitted log-odds over all scores; a text without any score stays None. None below 5 texts a class."""
+    import numpy as np
+
+    from mia import metrics
+
+    scores = metrics.usable(matrix(found))
+    some = [index for index in range(len(labels)) if not np.isnan(scores[index]).all()]
+    odds = metrics.cross_fit(scores[some], [labels[index] for index in some], metrics.logistic, seed) if some else None
+    if odds is None:
+        return None
+    values = dict(zip(some, odds.tolist()))
+    return [values.get(index) for index in range(len(labels))]
+
+
+def report(study: Study, args, info: dict, found, reasons, evidence, base_scores, base_reasons) -> tuple:
+    """(result lines, score lines, what run_mia.json holds) of one model, from its scores and its base's."""
+    from mia import blind, metrics
+
+    draws = metrics.Draws(args.bootstrap, args.seed)
+    if not study.blind:
+        study.blind = blind.scores(study.texts, study.labels, args.seed)
+    blinds = {}
+    for name, values in study.blind.items():
+        if values is None:
+            blinds[name] = {"auc": None, "auc_ci99": None, "undefined": "fewer than 5 texts in a class"}
+        else:
+            made = metrics.summarize(*by_class(values.tolist(), study.labels), draws)
+            blinds[name] = {key: made[key] for key in ("auc", "auc_ci99", "tpr_at_fpr", "undefined")}
+    set_flags = [name for name, made in blinds.items() if made["auc"] is not None and made["auc_ci99"][0] > 0.5]
+    if study.duplicates:
+        set_flags.append("near_duplicates")
+
+    test = metrics.dataset_inference
+    whole = {
+        "target": test(matrix(found), study.labels, args.seed),
+        "base": test(matrix(base_scores), study.labels, args.seed) if base_scores else None,
+        "blind": test(matrix(study.blind), study.labels, args.seed)
+        if all(one is not None for one in study.blind.values())
+        else None,
+    }
+    if args.combine:
+        for some, why in ((found, reasons), (base_scores, base_reasons)):
+            if some:
+                values = combined(some, study.labels, args.seed)
+                reason = "fewer than 5 texts in a class" if values is None else "no score to combine"
+                some["combine"] = values or [None] * len(study.labels)
+                why["combine"] = {i: reason for i, value in enumerate(some["combine"]) if value is None}
+
+    twice = {
+        "pairs": len(study.duplicates),
+        "members": len({member for member, _ in study.duplicates}),
+        "nonmembers": len({other for _, other in study.duplicates}),
+    }
+    lines, n = [], len(study.texts)
+    for attack, values in found.items():
+        made = metrics.summarize(*by_class(values, study.labels), draws)
+        members, nonmembers = map(len, by_class(values, study.labels))
+        why = list(reasons.get(attack, {}).values())
+        other = base_scores.get(attack)
+        if other is None or not any(value is not None for value in other):
+            kept = sorted(set(base_reasons.get(attack, {}).values()))
+            missing = "compares with the base" if attack in AGAINST_BASE and base_scores else "no reference model"
+            base = {"auc": None, "auc_ci": None, "auc_ci99": None, "undefined": kept[0] if kept else missing}
+        else:
+            summary = metrics.summarize(*by_class(other, study.labels), draws)
+            base = {key: summary[key] for key in ("auc", "auc_ci", "auc_ci99", "tpr_at_fpr", "undefined")}
+        flags = [*set_flags, *(["base"] if base["auc"] is not None and base["auc_ci99"][0] > 0.5 else [])]
+        points = made["points"]
+        flags += [f"coarse_{level}" for level, point in points.items() if point and point["coarse"]]
+        if made["undefined"] and len(set(why)) == 1:
+            made["undefined"] = why[0]
+        lines.append(
+            {
+                "attack": attack,
+                "headline": attack == HEADLINE,
+                "parameters": parameters_of(attack, args, evidence),
+                "auc": made["auc"],
+                "auc_ci": made["auc_ci"],
+                "tpr_at_fpr": made["tpr_at_fpr"],
+                "tpr_at_fpr_ci": made["tpr_at_fpr_ci"],
+                "points": points,
+                "undefined": made["undefined"],
+                "n_requested": n,
+                "n_scored": members + nonmembers,
+                "n_dropped": n - members - nonmembers,
+                "dropped": {reason: why.count(reason) for reason in sorted(set(why))},
+                "n_members": members,
+                "n_nonmembers": nonmembers,
+                "blind": blinds,
+                "base": base,
+                "near_duplicates": twice,
+                "flags": flags,
+                **info,
+            }
+        )
+    rows = []
+    for index in range(n):
+        row = {"id": study.ids[index], "label": study.labels[index]}
+        row |= {attack: values[index] for attack, values in found.items()}
+        row |= {name: None if values is None else float(values[index]) for name, values in study.blind.items()}
+        row["text_sha256"] = hashlib.sha256(study.texts[index].encode()).hexdigest()
+        row["null"] = {attack: missing[index] for attack, missing in reasons.items() if index in missing}
+        rows.append(row)
+    pairs = [[study.ids[member], study.ids[other]] for member, other in study.duplicates]
+    kept = {"dataset_inference": whole, "near_duplicates": pairs, **study.counts, "n_cut": evidence.encoded.cut}
+    return lines, rows, kept
+
+
+def draw_roc(found: dict, study: Study, flags: list[str], title: str):
+    """ROC curves on log–log axes with chance and the blind baselines; a flagged set says so in the title."""
+    from matplotlib.figure import Figure
+
+    from mia import metrics
+
+    smallest = 1 / (2 * max(1, study.labels.count(0)))
+    figure = Figure(figsize=(7.5, 6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot([smallest, 1], [smallest, 1], ":", color="black", label="chance")
+    blinds = {name: list(values) for name, values in study.blind.items() if values is not None}
+    styles = ("-", "--", "-.", ":")
+    drawn = [(name, blinds[name], {"color": "grey", "linestyle": style}) for name, style in zip(blinds, styles)]
+    drawn += [(name, found[name], {"linewidth": 2.5 if name == HEADLINE else 1}) for name in DRAWN if name in found]
+    for name, values, style in drawn:
+        members, nonmembers = by_class(values, study.labels)
+        if members and nonmembers:
+            false, true = metrics.roc(members, nonmembers)
+            axes.step(false.clip(smallest), true.clip(smallest), where="post", label=name, **style)
+    axes.set(xscale="log", yscale="log", xlim=(smallest, 1), ylim=(smallest, 1.05))
+    axes.set(xlabel="false positive rate", ylabel="true positive rate")
+    if flags:
+        axes.set_title(f"{title}\nFLAGGED: {', '.join(flags)}", color="darkred", fontsize=9)
+    else:
+        axes.set_title(title, fontsize=9)
+    axes.legend(fontsize=7, ncols=2, loc="lower right")
+    return figure
+
+
+def table(lines: list[dict]) -> str:
+    """The result lines as text, with what the controls say below."""
+    shown = [f"{'attack':<18} {'AUC (95 %)':<20} {'TPR at FPR 10 %':>15} {'1 % (95 %)':>20} {'0.1 %':>7}  base   flags"]
+
+    def rate(value) -> str:
+        return "—" if value is None else f"{value:.1%}"
+
+    for line in lines:
+        if line["auc"] is None:
+            shown.append(f"{line['attack']:<18} — {line['undefined']}")
+            continue
+        low, high = line["auc_ci"]
+        tpr, at_one = line["tpr_at_fpr"], line["tpr_at_fpr_ci"]["0.01"]
+        one = rate(tpr["0.01"]) + (f" ({at_one[0]:.1%}–{at_one[1]:.1%})" if at_one else "")
+        base = "—" if line["base"]["auc"] is None else f"{line['base']['auc']:.3f}"
+        words = f"{line['attack']:<18} {line['auc']:.3f} ({low:.3f}–{high:.3f})  {rate(tpr['0.1']):>15} {one:>20}"
+        shown.append(f"{words} {rate(tpr['0.001']):>7}  {base:<5}  {' '.join(line['flags'])}".rstrip())
+    first = lines[0]
+    for name, made in first["blind"].items():
+        said = made["undefined"]
+        if made["auc"] is not None:
+            said = f"{made['auc']:.3f} (99 %: {made['auc_ci99'][0]:.3f}–{made['auc_ci99'][1]:.3f})"
+        flag = "  FLAG: tells the sets apart without the model" if name in first["flags"] else ""
+        shown.append(f"{name:<18} {said}{flag}")
+    if first["near_duplicates"]["pairs"]:
+        shown.append(f"FLAG: {first['near_duplicates']['pairs']} pairs of near-duplicates across the two sets")
+    return "\n".join(shown)

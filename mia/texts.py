@@ -1,0 +1,94 @@
+"""The two sets of texts and what goes with them: reading, sampling, shots, what must not be scored."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common import cli, records
+
+SHOTS = 12
+
+
+@dataclass
+class Study:
+    """Everything about the two sets and the attacks that does not depend on a model."""
+
+    texts: list[str]  # members first, each set in the order of its file
+    ids: list
+    labels: list[int]
+    attacks: list[str]  # families, or single sizes as min_k_20
+    shots: list[str] = field(default_factory=list)  # non-members
+    member_shots: list[str] = field(default_factory=list)
+    corpus: list[str] | None = None  # of dc_pdd
+    inputs: list[str] = field(default_factory=list)
+    counts: dict = field(default_factory=dict)  # what was left out, and why
+    duplicates: list[tuple[int, int]] = field(default_factory=list)  # (member, non-member), indices into texts
+    blind: dict = field(default_factory=dict)  # baseline → [n] or None, made by the first measurement
+
+
+def read_texts(path, text_field, problems: cli.Problems, flag: str) -> tuple[list[dict], list[str], dict | None]:
+    """(rows, their texts, manifest) of a data file; what is wrong with it goes to `problems`."""
+    rows = problems.absorb(records.read_rows, path)
+    if rows is None:
+        return [], [], None
+    manifest = problems.absorb(records.read_manifest, path)
+    before = len(problems.lines)
+    problems.absorb(records.validate, path, rows, (text_field,) if text_field else None)
+    if len(problems.lines) > before:
+        return [], [], None
+    texts = [row[text_field] if text_field else records.row_text(row)[0] for row in rows]
+    for index, text in enumerate(texts):
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            problems.add(f"{flag} {path}: row {index}: half a surrogate pair in its text; mend or remove the row")
+    return rows, texts, manifest
+
+
+def read_sets(args, problems: cli.Problems) -> tuple[list[tuple], list[tuple]]:
+    """([(id, text)] of the members, of the non-members)."""
+    rows, texts, manifest = read_texts(args.members, args.text_field, problems, "--members")
+    known = [(row.get("row_id", index), text) for index, (row, text) in enumerate(zip(rows, texts))]
+    if args.nonmembers and Path(args.nonmembers).absolute() != Path(args.members).absolute():
+        others, texts, _ = read_texts(args.nonmembers, args.text_field, problems, "--nonmembers")
+        return known, [(row.get("row_id", index), text) for index, (row, text) in enumerate(zip(others, texts))]
+    if not rows:
+        return [], []
+    if records.shape_of(rows[0]) != "enron":
+        problems.add(f"{args.members}: only files with gt-name are split into trained and held-out rows; "
+                     "pass another file as --nonmembers")  # fmt: skip
+        return [], []
+    split = records.split(rows, manifest)
+    return [known[index] for index in split.train], [known[index] for index in split.head]
+
+
+def sample(items: list, n: int | None, seed: int) -> list:
+    """n of the items drawn by the seed, in their order; all of them when n is None or larger."""
+    import numpy as np
+
+    if n is None or n >= len(items):
+        return list(items)
+    return [items[index] for index in sorted(np.random.default_rng(seed).permutation(len(items))[:n])]
+
+
+def without(items: list[tuple], unwanted: list[str]) -> list[tuple]:
+    """Items (id, text) whose text is no near-duplicate of an unwanted one."""
+    from mia import blind
+
+    found = {index for index, _ in blind.near_duplicates([text for _, text in items], unwanted)}
+    return [item for index, item in enumerate(items) if index not in found]
+
+
+def choose_shots(args, attacks, members, nonmembers, problems) -> tuple[list[str], list[str]]:
+    """(non-member shots, member shots) of recall and con_recall."""
+    if not {"recall", "con_recall"} & set(attacks):
+        return [], []
+    shots = member_shots = []
+    if args.prefix_file:
+        rows, texts, _ = read_texts(args.prefix_file, args.text_field, problems, "--prefix_file")
+        shots = [text for row, text in zip(rows, texts) if row.get("label") != 1][:SHOTS]
+        member_shots = [text for row, text in zip(rows, texts) if row.get("label") == 1][:SHOTS]
+        if rows and not shots:
+            problems.add(f"--prefix_file {args.prefix_file}: every row has label 1; recall needs non-members")
+    else:  # at most a quarter of a small set
+        shots = [text for _, text in sample(nonmembers, min(SHOTS, len(nonmembers) // 4), args.seed)]
+    if "con_recall" in attacks and not member_shots:
+        member_shots = [text for _, text in sample(members, min(SHOTS, len(members) // 4), args.seed)]
+    return shots, member_shots

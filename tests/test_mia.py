@@ -1,0 +1,588 @@
+"""mia/mia.py: scores against stock transformers and peft in float64, controls, files, cache, ranks, bad input."""
+
+import json
+import math
+import shutil
+import time
+import zlib
+
+import numpy as np
+import pytest
+from conftest import ARCHITECTURES, ROOT, make_rows, read_lines, run_script, write_rows
+
+from common import cli
+from mia import evidence, neighbours, passes, scores
+from mia import mia as script
+from mia import report as reporting
+
+SIZES = [f"{family}_{k}" for family in ("min_k", "min_k_pp") for k in range(10, 101, 10)]
+CORE = ["loss", "zlib", "lowercase", "ref", *SIZES, "surp", "ez", "wbc"]
+BLIND = ["blind_length", "blind_zlib", "blind_bow", "blind_tfidf"]
+FIELDS = {
+    "attack", "headline", "parameters", "auc", "auc_ci", "tpr_at_fpr", "tpr_at_fpr_ci", "points", "undefined",
+    "n_requested", "n_scored", "n_dropped", "dropped", "n_members", "n_nonmembers", "blind", "base", "near_duplicates",
+    "flags", "model", "base_model", "reference", "model_sha256", "members", "nonmembers", "max_length", "dtype",
+    "bootstrap", "seed",
+}  # fmt: skip
+
+
+def attack(*words) -> int:
+    return script.main([str(word) for word in words])
+
+
+def texts_of(path) -> list[str]:
+    return [row["prompt"] + row["continuation"] for row in read_lines(path)]
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """(members, non-members): 12 + 12 fictional rows; ids 0 … 23."""
+    folder, rows = tmp_path_factory.mktemp("sets"), make_rows(24, seed=7)
+    return write_rows(folder / "members.jsonl", rows[:12]), write_rows(folder / "nonmembers.jsonl", rows[12:])
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    rows = make_rows(10, seed=40)
+    return write_rows(tmp_path / "corpus.jsonl", rows)
+
+
+def run_on(folder, model, sets, *words, bootstrap=20) -> tuple[list[dict], list[dict]]:
+    """(result lines, score lines) of one run."""
+    status = attack("--model", model, "--members", sets[0], "--nonmembers", sets[1], "--output_dir", folder,
+                    "--bootstrap", bootstrap, *words)  # fmt: skip
+    assert status == 0
+    return read_lines(folder / "results_mia.jsonl"), read_lines(folder / "scores_mia.jsonl")
+
+
+def same_scores(rows, others, rel=1e-5, but=()):
+    assert len(rows) == len(others)
+    for row, other in zip(rows, others):
+        assert list(row) == list(other)
+        for key in set(row) - set(but):
+            close = isinstance(other[key], float)
+            assert row[key] == (pytest.approx(other[key], rel=rel, abs=1e-6) if close else other[key]), key
+
+
+# ---- the numbers
+
+
+class Plain:
+    """The plain route: one text at a time, stock peft with the adapter switched on or off, whole float64 logits."""
+
+    def __init__(self, base, adapter):
+        import torch
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(base)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        self.model = PeftModel.from_pretrained(model, adapter).eval()
+
+    def logs(self, ids, before=()):
+        """[T − 1, V] log-probabilities for tokens 2 … T, after `before`."""
+        import torch
+
+        with torch.no_grad():
+            logits = self.model(torch.tensor([[*before, *ids]])).logits[0].double()
+        return logits[len(before) : -1].log_softmax(-1).numpy()
+
+    def logp(self, ids, before=()):
+        logs = self.logs(ids, before)
+        return logs[np.arange(len(logs)), ids[1:]]
+
+    def gradient(self, ids) -> float:
+        import torch
+
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+        loss = self.model(torch.tensor([ids]), labels=torch.tensor([ids])).loss
+        self.model.zero_grad()
+        loss.backward()
+        return math.sqrt(
+            sum(p.grad.double().square().sum().item() for p in self.model.parameters() if p.grad is not None)
+        )
+
+
+@pytest.mark.parametrize("arch, kind", [(arch, "lora") for arch in ARCHITECTURES] + [("llama", "dora")])
+def test_scores_equal_the_plain_route(models, adapters, sets, corpus, tmp_path, arch, kind):
+    short = [
+        {"text": text[:40], "label": int(index > 2)} for index, text in enumerate(map(_text, make_rows(5, seed=60)))
+    ]
+    shots = write_rows(tmp_path / "shots.jsonl", short)
+    lines, rows = run_on(tmp_path / "out", adapters[arch, kind], sets, "--attacks", "core", "recall", "con_recall",
+                         "grad_norm", "dc_pdd", "--prefix_file", shots, "--freq_corpus", corpus)  # fmt: skip
+    by_attack = {line["attack"]: line for line in lines}
+    used = by_attack["con_recall"]["parameters"]
+    assert (used["shots"], used["member_shots"]) == (3, 2)
+    plain = Plain(models[arch], adapters[arch, kind])
+    tokenize = lambda text: plain.tokenizer(text).input_ids  # noqa: E731
+    shown = [tokenize(text) + tokenize("\n") for text in (row["text"] for row in short)]
+    prefix = [[token for ids in part for token in ids] for part in (shown[:3], shown[3:])]
+    counts = np.bincount(
+        [token for text in texts_of(corpus) for token in tokenize(text)], minlength=len(plain.tokenizer)
+    )
+    for row, text in list(zip(rows, texts_of(sets[0]) + texts_of(sets[1])))[::5]:
+        ids = tokenize(text)
+        logs, logp = plain.logs(ids), plain.logp(ids)
+        with plain.model.disable_adapter():
+            base = plain.logp(ids)
+        mean = (np.exp(logs) * logs).sum(1)
+        deviation = np.sqrt((np.exp(logs) * (logs - mean[:, None]) ** 2).sum(1))
+        after, after_members = (plain.logp(ids, before).mean() for before in prefix)
+        low = sorted((logp - mean) / deviation)[: max(1, len(logp) * 20 // 100)]
+        change = (logp - base)[logs.argmax(1) != np.array(ids[1:])]
+        first = [place for place, token in enumerate(ids[1:]) if token not in ids[1 : place + 1]]
+        rarity = np.log((counts.sum() + len(counts)) / (counts[np.array(ids[1:])] + 1))
+        wanted = {
+            "loss": logp.mean(),
+            "zlib": logp.mean() / len(zlib.compress(text.encode())),
+            "lowercase": logp.mean() - plain.logp(tokenize(text.lower())).mean(),
+            "ref": logp.mean() - base.mean(),
+            "min_k_20": np.mean(sorted(logp)[: max(1, len(logp) * 20 // 100)]),
+            "min_k_100": logp.mean(),
+            "min_k_pp_20": np.mean(low),
+            "recall": after / logp.mean(),
+            "con_recall": (after - 0.5 * after_members) / logp.mean(),
+            "dc_pdd": np.mean([min(math.exp(logp[place]) * rarity[place], 0.01) for place in first]),
+            "grad_norm": -plain.gradient(ids),
+            "ez": change[change > 0].sum() / np.abs(change).sum(),
+        }
+        assert {key: row[key] for key in wanted} == pytest.approx(wanted, rel=2e-4, abs=2e-5)
+        assert {key: row[key] for key in ("surp", "wbc")} == pytest.approx(
+            {"surp": scores.surp(logp, -mean), "wbc": scores.wbc(logp, base)}, rel=2e-4, abs=2e-5)  # fmt: skip
+
+
+def test_files_lines_and_fields(adapters, sets, tmp_path):
+    lines, rows = run_on(tmp_path, adapters["llama", "lora"], sets, "--combine")
+    names = ["mia_cache", "results_mia.jsonl", "roc_mia.png", "run_mia.json", "scores_mia.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert [line["attack"] for line in lines] == [*CORE, "combine"]
+    for line in lines:
+        assert set(line) == FIELDS
+        assert (line["n_requested"], line["n_scored"] + line["n_dropped"]) == (24, 24)
+        assert list(line["tpr_at_fpr"]) == ["0.1", "0.01", "0.001"]
+        assert line["tpr_at_fpr"]["0.1"] is not None and line["tpr_at_fpr"]["0.01"] is None
+        assert list(line["blind"]) == BLIND
+        assert (line["base"]["auc"] is None) == (line["attack"] in ("ref", "ez", "wbc"))
+    assert [line["attack"] for line in lines if line["headline"]] == ["ref"]
+    wanted = ["id", "label", *CORE, "combine", *BLIND, "text_sha256", "null"]
+    assert all(list(row) == wanted for row in rows)
+    assert [row["label"] for row in rows] == [1] * 12 + [0] * 12
+    assert [row["id"] for row in rows] == list(range(24))
+    for line in lines:  # the lines are what the scores say
+        kept = [(row[line["attack"]], row["label"]) for row in rows if row[line["attack"]] is not None]
+        pairs = [(m > n) + 0.5 * (m == n) for m, one in kept if one for n, other in kept if not other]
+        assert line["auc"] == pytest.approx(np.mean(pairs))
+    record = json.loads((tmp_path / "run_mia.json").read_text())
+    assert record["status"] == "ok" and set(record["dataset_inference"]) == {"target", "base", "blind"}
+    written = "".join(path.read_text() for path in tmp_path.glob("*.json*"))
+    assert not any(row["gt-email"] in written or row["gt-name"] in written for row in read_lines(sets[0]))
+
+
+def test_base_auc_is_that_of_the_base_itself(models, adapters, sets, tmp_path):
+    lines, _ = run_on(tmp_path / "adapter", adapters["neox", "lora"], sets, "--attacks", "core", "neighborhood")
+    alone, _ = run_on(tmp_path / "base", models["neox"], sets, "--attacks", "core", "neighborhood")
+    alone = {line["attack"]: line for line in alone}
+    for line in lines:
+        if line["attack"] in ("ref", "ez", "wbc"):
+            assert line["base"]["auc"] is None and line["base"]["undefined"] == "compares with the base"
+            assert alone[line["attack"]]["auc"] is None
+            assert alone[line["attack"]]["dropped"] == {"no reference model": 24}
+        else:
+            assert line["base"]["auc"] == alone[line["attack"]]["auc"]
+
+
+def test_a_reference_model_of_other_tokens(models, sets, tmp_path):
+    """ref compares means over each model's own tokens; ez and wbc need the same tokens."""
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    lines, _ = run_on(tmp_path / "same", models["llama"], sets, "--ref_model", models["neox"])
+    assert all(line["n_scored"] == 24 for line in lines)
+    other = shutil.copytree(models["neox"], tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    bytewise = type(tokenizer)(
+        tokenizer_object=Tokenizer.from_str(_without_merges(tokenizer)),
+        eos_token="<|endoftext|>",
+        bos_token="<|endoftext|>",
+    )
+    bytewise.save_pretrained(other)
+    lines, _ = run_on(tmp_path / "out", models["llama"], sets, "--ref_model", other)
+    found = {line["attack"]: line for line in lines}
+    assert found["ref"]["n_scored"] == 24
+    for name in ("ez", "wbc"):
+        assert found[name]["dropped"] == {"the reference model has other tokens": 24}
+
+
+def _without_merges(tokenizer) -> str:
+    made = json.loads(tokenizer.backend_tokenizer.to_str())
+    made["model"]["merges"] = []
+    return json.dumps(made)
+
+
+def test_any_batching_and_any_round_gives_the_same_scores(adapters, sets, tmp_path, monkeypatch):
+    words = ("--attacks", "core", "recall", "neighborhood")
+    _, whole = run_on(tmp_path / "whole", adapters["neox", "lora"], sets, *words, "--token_budget", 100_000)
+    _, single = run_on(tmp_path / "single", adapters["neox", "lora"], sets, *words, "--token_budget", 1)
+    same_scores(single, whole)
+    monkeypatch.setattr(passes, "ROUND_TOKENS", 300)
+    _, rounds = run_on(tmp_path / "rounds", adapters["neox", "lora"], sets, *words, "--token_budget", 500)
+    same_scores(rounds, whole)
+    assert len(list((tmp_path / "rounds" / "mia_cache").rglob("*.npz"))) > len(
+        list((tmp_path / "whole" / "mia_cache").rglob("*.npz"))
+    )
+
+
+def test_two_ranks_equal_one_process(adapters, sets, tmp_path):
+    words = ["--attacks", "core", "recall", "grad_norm", "neighborhood", "--token_budget", "300"]
+    done = run_script("mia/mia.py", "--model", adapters["opt", "lora"], "--members", sets[0], "--nonmembers", sets[1],
+                      "--output_dir", tmp_path / "two", "--bootstrap", 20, *words, ranks=2)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines, rows = run_on(tmp_path / "one", adapters["opt", "lora"], sets, *words)
+    same_scores(read_lines(tmp_path / "two" / "scores_mia.jsonl"), rows)
+    for line, other in zip(read_lines(tmp_path / "two" / "results_mia.jsonl"), lines):
+        assert (line["attack"], line["auc"], line["auc_ci"]) == (other["attack"], other["auc"], other["auc_ci"])
+    assert done.stdout.count("dataset inference") == 1
+
+
+# ---- the cache
+
+
+def test_a_second_run_or_attack_costs_nothing(adapters, sets, tmp_path, monkeypatch, capsys):
+    _, rows = run_on(tmp_path, adapters["neox", "lora"], sets, "--attacks", "loss", "ref")
+    content = {path.name: path.read_bytes() for path in tmp_path.glob("*_mia.jsonl")}
+    with monkeypatch.context() as patch:
+        patch.setattr(passes.models, "load_base", lambda *_: pytest.fail("a model was loaded"))
+        run_on(tmp_path, adapters["neox", "lora"], sets, "--attacks", "loss", "ref")
+        assert content == {path.name: path.read_bytes() for path in tmp_path.glob("*_mia.jsonl")}
+        assert json.loads((tmp_path / "run_mia.json").read_text())["passes"] == {"texts_scored": 0}
+        # other attacks on the same pass, and a part of the texts
+        _, more = run_on(tmp_path, adapters["neox", "lora"], sets, "--attacks", "min_k_pp", "surp", "ez", "wbc", "loss",
+                         "--max_samples", 5)  # fmt: skip
+        assert len(more) == 10
+        known = {row["id"]: row["loss"] for row in rows}
+        assert all(row["loss"] == known[row["id"]] for row in more)
+    # another length, dtype or adapter is another pass
+    for words in (("--max_length", 20), ("--dtype", "bfloat16")):
+        run_on(tmp_path, adapters["neox", "lora"], sets, "--attacks", "loss", *words)
+        assert json.loads((tmp_path / "run_mia.json").read_text())["passes"]["texts_scored"] == 48
+    shutil.copytree(adapters["neox", "lora"], tmp_path / "copy")
+    config = tmp_path / "copy" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 80'))
+    _, other = run_on(tmp_path / "o", tmp_path / "copy", sets, "--attacks", "loss")
+    assert other[0]["loss"] != rows[0]["loss"]
+    cached = b"".join(path.read_bytes() for path in (tmp_path / "mia_cache").rglob("*.npz"))
+    assert cached and not any(row["gt-name"].encode() in cached for row in read_lines(sets[0]))
+
+
+def test_a_killed_run_keeps_its_finished_rounds(adapters, sets, tmp_path, monkeypatch):
+    monkeypatch.setattr(passes, "ROUND_TOKENS", 400)
+    scored, calls = passes.score, []
+
+    def dies_in_the_third_round(*words, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return scored(*words, **options)
+
+    monkeypatch.setattr(passes, "score", dies_in_the_third_round)
+    with pytest.raises(KeyboardInterrupt):
+        run_on(tmp_path / "broken", adapters["neox", "lora"], sets, "--attacks", "loss")
+    assert json.loads((tmp_path / "broken" / "run_mia.json").read_text())["status"] == "failed"
+    assert not (tmp_path / "broken" / "results_mia.jsonl").exists()
+    assert not list((tmp_path / "broken").rglob("*.tmp"))
+    assert len(list((tmp_path / "broken" / "mia_cache").rglob("*.npz"))) == 2
+    _, rows = run_on(tmp_path / "broken", adapters["neox", "lora"], sets, "--attacks", "loss")
+    record = json.loads((tmp_path / "broken" / "run_mia.json").read_text())
+    assert 0 < record["passes"]["texts_scored"] < 48
+    _, whole = run_on(tmp_path / "whole", adapters["neox", "lora"], sets, "--attacks", "loss")
+    same_scores(rows, whole)
+
+
+# ---- what is scored
+
+
+def test_default_sets_are_trained_and_held_out_rows(models, dataset, tmp_path):
+    assert attack("--model", models["opt"], "--members", dataset, "--output_dir", tmp_path, "--attacks", "loss",
+                  "--bootstrap", 10) == 0  # fmt: skip
+    rows = read_lines(tmp_path / "scores_mia.jsonl")
+    assert [row["id"] for row in rows if row["label"]] == list(range(20, 60))
+    assert [row["id"] for row in rows if not row["label"]] == list(range(20))
+
+
+def test_unscorable_texts_stay_as_null(models, tmp_path):
+    members = write_rows(
+        tmp_path / "m.jsonl", [{"text": ""}, {"text": "a"}, {"text": "one two three"}, {"text": "four"}]
+    )
+    nonmembers = write_rows(tmp_path / "n.jsonl", [{"text": "five six"}, {"text": "seven eight nine"}])
+    lines, rows = run_on(tmp_path / "out", models["neox"], (members, nonmembers), "--ref_model", models["llama"])
+    assert len(rows) == 6 and rows[0]["loss"] is None and rows[1]["loss"] is None and rows[2]["loss"] is not None
+    assert rows[0]["null"]["loss"] == rows[1]["null"]["min_k_pp_50"] == "under 2 tokens"
+    assert (lines[0]["n_requested"], lines[0]["n_scored"], lines[0]["n_dropped"]) == (6, 4, 2)
+    assert lines[0]["dropped"] == {"under 2 tokens": 2}
+    assert lines[0]["blind"]["blind_bow"] == {
+        "auc": None, "auc_ci99": None, "undefined": "fewer than 5 texts in a class"}  # fmt: skip
+    assert "NaN" not in (tmp_path / "out" / "scores_mia.jsonl").read_text()
+
+
+def test_prefix_rows_are_never_scored(models, sets, tmp_path):
+    """By default a quarter of a small set (12 rows at most) of either kind are shots; a given file's go too."""
+    _, rows = run_on(tmp_path / "own", models["neox"], sets, "--attacks", "recall", "con_recall")
+    assert sum(row["label"] for row in rows) == 9 and len(rows) == 18
+    assert json.loads((tmp_path / "own" / "run_mia.json").read_text())["prefix_rows_excluded"] == 6
+    shots = write_rows(tmp_path / "shots.jsonl", [read_lines(sets[1])[3], *make_rows(2, seed=80)])
+    _, rows = run_on(tmp_path / "file", models["neox"], sets, "--attacks", "recall", "--prefix_file", shots)
+    assert [row["id"] for row in rows] == [index for index in range(24) if index != 15]
+    assert all(row["recall"] is not None for row in rows)
+
+
+def test_shots_that_do_not_fit_are_dropped_and_reported(models, sets, tmp_path):
+    """512 positions: as many shots of about 60 … 150 tokens as fit beside the longest text; and none fits at all."""
+    shots = write_rows(tmp_path / "shots.jsonl", make_rows(12, seed=81))
+    lines, _ = run_on(tmp_path / "some", models["neox"], sets, "--attacks", "recall", "--prefix_file", shots)
+    assert 1 <= lines[0]["parameters"]["shots"] < 12
+    long = write_rows(tmp_path / "long.jsonl", [{"text": " ".join(texts_of(sets[0]))}, {"text": "x y z"}])
+    other = write_rows(tmp_path / "other.jsonl", [{"text": "a b c d"}, {"text": "e f g"}])
+    lines, _ = run_on(tmp_path / "none", models["neox"], (long, other), "--attacks", "recall", "--prefix_file", shots)
+    assert lines[0]["parameters"]["shots"] == 0 and lines[0]["auc"] is None
+    assert lines[0]["undefined"] == "no shot fits into the context beside the longest text"
+    assert json.loads((tmp_path / "none" / "run_mia.json").read_text())["n_cut"] == 1
+
+
+def test_neighbours_of_a_masked_model(models, sets, tmp_path):
+    """A random BERT: other words than self-made neighbours, in the words of the text but for one place each."""
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+
+    trainer = BertWordPieceTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer.train_from_iterator(texts_of(sets[0]), vocab_size=300, special_tokens=special, show_progress=False)
+    named = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trainer._tokenizer, model_max_length=128, **named)
+    folder = tmp_path / "bert"
+    tokenizer.save_pretrained(folder)
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=128, **size)).save_pretrained(folder)
+    text = texts_of(sets[0])[0]
+    made = neighbours.MaskedProposer(str(folder), "cpu")([text, "word", ""], seed=1)
+    assert len(made[0]) == 25 and len(set(made[0])) == 25 and len(made[1]) == 25 and made[2] == []
+    for other in made[0]:
+        head = next(place for place, (a, b) in enumerate(zip(text, other)) if a != b)
+        tail = next(place for place, (a, b) in enumerate(zip(text[::-1], other[::-1])) if a != b)
+        assert len(text) - head - tail < 20  # one place changed, by a token
+    assert made == neighbours.MaskedProposer(str(folder), "cpu")([text, "word", ""], seed=1)
+    lines, rows = run_on(tmp_path / "out", models["neox"], sets, "--neighbor_model", folder)
+    assert lines[-3]["attack"] == "neighborhood" and lines[-3]["n_scored"] == 24
+    _, own = run_on(tmp_path / "own", models["neox"], sets, "--attacks", "neighborhood")
+    assert own[0]["neighborhood_self"] != rows[0]["neighborhood"]
+
+
+def test_own_neighbours_are_the_likeliest_other_tokens(models):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(models["neox"]).eval()
+    ids = torch.randint(1, 400, (30,), generator=torch.Generator().manual_seed(0)).tolist()
+    (found,) = neighbours.own_neighbours(model, [ids], 3, 1000)
+    assert len(found) == 25
+    with torch.no_grad():
+        order = model(torch.tensor([ids])).logits[0].argsort(-1, descending=True).tolist()
+    places = set()
+    for other in found:
+        (place,) = [place for place in range(30) if other[place] != ids[place]]
+        best = next(token for token in order[place - 1] if token != ids[place])
+        assert place > 0 and other[place] == best
+        places.add(place)
+    assert len(places) == 25
+
+
+# ---- controls
+
+
+def test_a_shifted_set_raises_the_flag(models, tmp_path, capsys):
+    """Non-members from another domain: told apart without the model, in every line, the table and the figure."""
+    members = write_rows(tmp_path / "m.jsonl", [{"text": text} for text in map(_text, make_rows(60, seed=1))])
+    code = [f"def f_{k}(x):\n    return [x + {k}, x * {k % 7}]\n" for k in range(60)]
+    other = write_rows(tmp_path / "n.jsonl", [{"text": text} for text in code])
+    lines, _ = run_on(tmp_path / "shifted", models["neox"], (members, other), bootstrap=200)
+    assert all({"blind_length", "blind_bow", "blind_tfidf"} <= set(line["flags"]) for line in lines)
+    assert lines[0]["blind"]["blind_bow"]["auc"] > 0.99
+    assert capsys.readouterr().out.count("FLAG: tells the sets apart") >= 3
+    same = write_rows(tmp_path / "s.jsonl", [{"text": text} for text in map(_text, make_rows(120, seed=1)[60:])])
+    lines, _ = run_on(tmp_path / "same", models["neox"], (members, same), bootstrap=200)
+    assert all(line["flags"] == [] for line in lines)
+    assert "FLAG" not in capsys.readouterr().out
+
+
+def _text(row) -> str:
+    return row["prompt"] + row["continuation"]
+
+
+def test_the_figure_says_what_is_flagged():
+    from mia.texts import Study
+
+    study = Study(["a"] * 4, [0, 1, 2, 3], [1, 1, 0, 0], ["loss"], blind={"blind_length": np.array([1.0, 2, 1, 0])})
+    found = {"loss": [1.0, 2.0, None, 0.0], "min_k_30": [1.0] * 4}
+    axes = reporting.draw_roc(found, study, ["blind_length"], "m").axes[0]
+    assert "FLAGGED: blind_length" in axes.get_title()
+    assert [line.get_label() for line in axes.lines] == ["chance", "blind_length", "loss"]
+    assert axes.get_xscale() == axes.get_yscale() == "log"
+    assert "FLAGGED" not in reporting.draw_roc(found, study, [], "m").axes[0].get_title()
+
+
+def test_near_duplicates_across_the_sets_are_flagged(models, sets, tmp_path):
+    rows = read_lines(sets[1])
+    rows[4] = {**read_lines(sets[0])[2], "row_id": 77}
+    other = write_rows(tmp_path / "n.jsonl", rows)
+    lines, _ = run_on(tmp_path / "out", models["neox"], (sets[0], other), "--attacks", "loss")
+    assert lines[0]["near_duplicates"] == {"pairs": 1, "members": 1, "nonmembers": 1}
+    assert "near_duplicates" in lines[0]["flags"]
+    assert json.loads((tmp_path / "out" / "run_mia.json").read_text())["near_duplicates"] == [[2, 77]]
+
+
+@pytest.mark.slow
+def test_planted_members_are_found(tmp_path):
+    """mini-pythia overfitted on half of 160 embedded rows: the loss tells them, the base and the text do not."""
+    import run_peft
+
+    rows = read_lines(ROOT / "data/embedded/enron.jsonl")
+    chosen = [rows[place] for place in np.random.default_rng(0).permutation(len(rows))[:160]]
+    texts = [{"text": _text(row), "row_id": row["row_id"]} for row in chosen]
+    members = write_rows(tmp_path / "members.jsonl", texts[:80])
+    nonmembers = write_rows(tmp_path / "nonmembers.jsonl", texts[80:])
+    assert run_peft.main([str(word) for word in (
+        "-m", ROOT / "data/embedded/mini-pythia", "-i", members, "-e", 16, "-lr", "4e-3", "-pdbs", 8, "-gas", 1,
+        "--lora_dropout", 0, "--output_root", tmp_path / "runs", "-l", 50)]) == 0  # fmt: skip
+    (checkpoint,) = (tmp_path / "runs").rglob("checkpoint-160")
+    lines, _ = run_on(tmp_path / "out", checkpoint, (members, nonmembers), "--combine", bootstrap=500)
+    found = {line["attack"]: line for line in lines}
+    assert found["loss"]["auc"] > 0.9 and found["ref"]["auc"] > 0.9 and found["ez"]["auc"] > 0.9
+    assert found["wbc"]["auc"] > 0.9 and found["min_k_pp_20"]["auc"] > 0.8
+    # 80 against 80 of one distribution: the AUC's standard error is 0.046, four of them are 0.18
+    assert abs(found["loss"]["base"]["auc"] - 0.5) < 0.18
+    assert all(abs(made["auc"] - 0.5) < 0.18 for made in found["loss"]["blind"].values())
+    test = json.loads((tmp_path / "out" / "run_mia.json").read_text())["dataset_inference"]
+    assert test["target"]["p"] < 1e-6 and test["base"]["p"] > 1e-4 and test["blind"]["p"] > 1e-4
+
+
+# ---- many checkpoints, arguments
+
+
+def tree(folder, adapters):
+    shutil.copytree(adapters["llama", "lora"], folder / "run" / "checkpoint-10")
+    shutil.copytree(adapters["llama", "dora"], folder / "run" / "checkpoint-9")
+    return folder
+
+
+def test_every_checkpoint_below_a_directory(adapters, sets, tmp_path, monkeypatch, capsys):
+    from transformers import AutoModelForCausalLM
+
+    folder = tree(tmp_path / "tree", adapters)
+    broken = shutil.copytree(adapters["llama", "lora"], folder / "run" / "checkpoint-11")
+    weights = broken / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    loads, load = [], AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: loads.append(a[0]) or load(*a, **k))
+    words = ["--dir", folder, "--members", sets[0], "--nonmembers", sets[1], "--bootstrap", 20]
+    assert attack(*words) == 1
+    assert len(loads) == 1  # the base once
+    assert f"failed: {broken}: " in capsys.readouterr().err
+    assert (folder / "mia_cache").is_dir() and not (broken / "results_mia.jsonl").exists()
+    for name in ("checkpoint-9", "checkpoint-10"):
+        _, alone = run_on(tmp_path / "alone" / name, folder / "run" / name, sets)
+        same_scores(read_lines(folder / "run" / name / "scores_mia.jsonl"), alone, rel=1e-6)
+    shutil.rmtree(broken)
+    assert attack(*words, "--output_dir", tmp_path / "elsewhere") == 0
+    assert (tmp_path / "elsewhere" / "run" / "checkpoint-9" / "roc_mia.png").is_file()
+
+
+def test_a_configuration_file_has_the_same_keys(models, sets, tmp_path):
+    config = {"model": str(models["opt"]), "members": str(sets[0]), "nonmembers": str(sets[1]), "bootstrap": 10,
+              "attacks": ["loss", "min_k_20"], "combine": True, "ref_model": None, "output_dir": str(tmp_path / "a"),
+              "dry_run": False}  # fmt: skip
+    path = tmp_path / "mia.json"
+    path.write_text(json.dumps(config))
+    assert attack("--config", path) == 0
+    lines = read_lines(tmp_path / "a" / "results_mia.jsonl")
+    assert [line["attack"] for line in lines] == ["loss", "min_k_20", "combine"] and lines[0]["bootstrap"] == 10
+    assert attack("--config", path, "--output_dir", tmp_path / "b", "--bootstrap", 11) == 0  # a flag wins
+    assert read_lines(tmp_path / "b" / "results_mia.jsonl")[0]["bootstrap"] == 11
+
+
+def test_bad_input_is_reported_at_once(models, adapters, sets, tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    model, (members, nonmembers) = models["neox"], sets
+    whole = write_rows(tmp_path / "whole.jsonl", [{"text": "a b c"}, {"text": "d e f"}])
+    one = write_rows(tmp_path / "one.jsonl", [{"text": "a b c"}])
+    surrogate = tmp_path / "surrogate.jsonl"
+    surrogate.write_text('{"text": "\\ud800 x"}\n{"text": "ok"}\n')
+    all_members = write_rows(tmp_path / "label.jsonl", [{"text": "a b", "label": 1}])
+    config = tmp_path / "config.json"
+    config.write_text('{"modle": "x", "attack": 1}')
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    write_rows(foreign / "results_mia.jsonl", [{"attack": "loss", "model": "x"}])
+    both = ["--members", members, "--nonmembers", nonmembers]
+    table = [
+        ([*both], ["--model or --dir"]),
+        (["--model", model, "--dir", tmp_path, *both], ["--model or --dir"]),
+        (["--model", tmp_path / "no", *both], ["no such directory"]),
+        (["--dir", tmp_path / "no", *both], ["no such directory"]),
+        (["--dir", tmp_path, *both], ["no checkpoint-*"]),
+        (["--model", model, "--members", tmp_path / "no.jsonl", "--nonmembers", tmp_path / "neither.jsonl"],
+         ["no.jsonl: no such file", "neither.jsonl: no such file"]),
+        (["--model", model, "--members", whole], ["only files with gt-name are split"]),
+        (["--model", model, "--members", whole, "--nonmembers", one], ["1 non-members: at least 2"]),
+        (["--model", model, "--members", surrogate, "--nonmembers", whole], ["row 0: half a surrogate pair"]),
+        (["--model", model, *both, "--text_field", "body"], ["no row has the field 'body'"] * 2),
+        (["--model", model, *both, "--attacks", "los", "min_k_15"], ["--attacks los", "--attacks min_k_15"]),
+        (["--model", model, *both, "--attacks", "dc_pdd"], ["needs --freq_corpus"]),
+        (["--model", model, *both, "--freq_corpus", members], ["every row stands in one of the sets"]),
+        (["--model", model, *both, "--prefix_file", all_members], ["every row has label 1"]),
+        (["--model", model, *both, "--neighbor_model", model], ["not a masked language model"]),
+        (["--model", model, *both, "--neighbor_model", tmp_path], ["--neighbor_model"]),
+        (["--model", model, *both, "--ref_model", tmp_path], ["--ref_model"]),
+        (["--model", model, *both, "--bootstrap", "0", "--max_length", "x"], ["--bootstrap", "--max_length"]),
+        (["--config", config, *both], ["unknown key 'modle'", "unknown key 'attack'"]),
+        (["--config", tmp_path / "none.json"], ["cannot be read"]),
+        (["--model", model, *both, "--output_dir", foreign], ["results of another model"]),
+        (["--model", model, *both, "--output_dir", members], ["is a file, not a directory"]),
+    ]  # fmt: skip
+    for words, expected in table:
+        extra = [] if "--output_dir" in words else ["--output_dir", tmp_path / "out"]
+        with pytest.raises(cli.UserError) as error:
+            attack(*words, *extra)
+        assert len(error.value.problems) == len(expected), (words, error.value.problems)
+        for line, part in zip(error.value.problems, expected):
+            assert part in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_writes_nothing(adapters, sets, tmp_path, capsys):
+    words = ["--model", adapters["neox", "lora"], "--members", sets[0], "--nonmembers", sets[1], "--dry_run"]
+    assert attack(*words, "--output_dir", tmp_path / "out") == 0
+    assert not (tmp_path / "out").exists() and "12 members, 12 non-members" in capsys.readouterr().out
+
+
+def test_exit_status_and_quick_help(tmp_path):
+    done = run_script("mia/mia.py", "--model", tmp_path / "none", "--members", tmp_path / "no.jsonl")
+    assert done.returncode == 2 and done.stdout == "" and "usage" not in done.stderr
+    assert len(done.stderr.splitlines()) == 2
+    started = time.monotonic()
+    done = run_script("mia/mia.py", "--help")
+    assert time.monotonic() - started < 2 and done.returncode == 0  # 0.2 s on an idle machine
+    assert "(default: 512)" in done.stdout
+
+
+def test_texts_are_cut_to_their_tokens(models):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(models["neox"])
+    text = "Grüße aus dem Büro " * 30
+    made = evidence.encode(tokenizer, [text, "short"], 20)
+    assert made.cut == 1 and len(made.tokens[0]) == 20 and made.texts[1] == "short"
+    assert text.startswith(made.texts[0]) and tokenizer(made.texts[0]).input_ids[:19] == made.tokens[0][:19]
+    assert evidence.encode(tokenizer, [text], 10_000).texts == [text]
