@@ -3,6 +3,7 @@
 python quickstart.py
 python quickstart.py --full                                   # every epoch of every arm, all eight temperatures
 python quickstart.py --study privacy                          # what differential privacy changes, and costs
+python quickstart.py --study reviews                          # synthetic reviews: privacy, fidelity, utility
 python quickstart.py --model EleutherAI/pythia-1.4b --generator EleutherAI/pythia-12b --dataset ./data/enron.jsonl \\
     --learning_rate 2e-6 --generated_tokens 1000
 
@@ -20,10 +21,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from common import cli, results
-from studies import mail, privacy
+from studies import mail, privacy, reviews
 from studies.steps import EMBEDDED
 
-STUDIES = {"mail": mail, "privacy": privacy}
+STUDIES = {"mail": mail, "privacy": privacy, "reviews": reviews}
 
 
 def make_parser() -> cli.Parser:
@@ -32,7 +33,7 @@ def make_parser() -> cli.Parser:
         "python quickstart.py --model EleutherAI/pythia-1.4b --dataset ./data/enron.jsonl --learning_rate 2e-6",
     )
     add = parser.add_argument
-    add("--study", choices=sorted(STUDIES), default="mail", help="mail: System P; privacy: DP-SGD's price and effect")
+    add("--study", choices=sorted(STUDIES), default="mail", help="System P; DP-SGD's price; System S")
     add("-m", "--model", default=str(EMBEDDED / "mini-pythia"), help="base model: directory or hub name")
     add("-d", "--dataset", default=str(EMBEDDED / "enron.jsonl"), help="rows in the Enron format")
     add("--outsiders", help="rows of people that no training text names, a control (default: the embedded ones)")
@@ -40,11 +41,11 @@ def make_parser() -> cli.Parser:
     add("--generated_tokens", type=cli.positive_int, default=120, help="tokens of a generated continuation")
     add("--arms", nargs="+", choices=mail.ARMS, help="training sets (default: all; generated only with a generator)")
     add("--output", default="./quickstart-out", help="directory for everything the study writes")
-    add("-lr", "--learning_rate", type=cli.positive_float, default=1e-3, help="for the embedded model")
-    add("-e", "--epochs", type=cli.positive_int, help="epochs of fine-tuning (default: 2; study privacy: 10)")
+    add("-lr", "--learning_rate", type=cli.positive_float, default=1e-3, help="of every fine-tuning")
+    add("-e", "--epochs", type=cli.positive_int, help="epochs (default: 2; studies privacy 10, reviews 5)")
     add("-pdbs", "--per_device_batch_size", type=cli.positive_int, default=8, help="rows a forward pass")
     add("-gas", "--gradient_accumulation_steps", type=cli.positive_int, default=4, help="as run_peft.py's")
-    add("--lora_r", type=cli.positive_int, help="rank (default: 64; embedded model 16; study privacy 8)")
+    add("--lora_r", type=cli.positive_int, help="rank (default: 64; embedded model 16; studies privacy and reviews 8)")
     add("-mt", "--max_tokens", type=cli.positive_int, default=24, help="tokens of an answer")
     add("--full", action="store_true", help="attack every epoch of every arm, at all eight temperatures")
     cli.add_model_flags(parser)
@@ -58,7 +59,7 @@ def run(args) -> int:
         args.outsiders = args.outsiders or str(EMBEDDED / "outsiders.jsonl")
         args.generator = args.generator or str(EMBEDDED / "mini-pythia-xl")
     args.epochs = args.epochs or study.EPOCHS
-    args.lora_r = args.lora_r or (study.RANK if own or args.study == "privacy" else 64)
+    args.lora_r = args.lora_r or (study.RANK if own or args.study != "mail" else 64)
     args.arms = args.arms or [arm for arm in mail.ARMS if arm != "generated" or args.generator]
     problems = cli.Problems()
     if args.study == "mail" and "generated" in args.arms and not args.generator:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import run_peft
-from common import records
+from common import generation, records
 from common.cli import UserError
 from data.continuation import generate, measures
 
@@ -269,7 +269,7 @@ def test_overwrite_and_exit_status(models, dataset, tmp_path):
 def test_batches_hold_every_prompt_once_within_memory(lengths, batch_size, budget, max_tokens):
     rooms = [min(max_tokens, 64 - length) for length in lengths]
     cost = lambda length, room: 10 * (length + room)  # noqa: E731
-    batches = generate.plan_batches(lengths, rooms, cost, budget, batch_size)
+    batches = generation.plan_batches(lengths, rooms, cost, budget, batch_size)
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     for batch in batches:
         assert len({rooms[index] for index in batch}) == 1

@@ -21,13 +21,12 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common import cli, distributed, records, results
+from common import cli, distributed, generation, records, results
 from data.continuation import measures
 
 FIELDS = ("gt-name", "gt-email", "prompt")  # of a row that is not broken
 MAX_PROMPT_TOKENS = 2048  # prompts are shorter than this
 MIN_ROOM = 16  # a prompt that leaves the context fewer tokens than this (and than --max_tokens) is dropped
-MAX_BATCH = 64  # rows decoded together when memory does not bind
 
 
 def make_parser() -> cli.Parser:
@@ -50,36 +49,6 @@ def make_parser() -> cli.Parser:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --output or unfinished run")
     cli.add_model_flags(parser)
     return parser
-
-
-# ---------------------------------------------------------------- batches (pure functions)
-
-
-def plan_batches(lengths: list[int], rooms: list[int], row_bytes, budget: int, batch_size: int = 0) -> list[list[int]]:
-    """Indices of prompts in batches, shortest prompts first; every batch has one room.
-
-    lengths: tokens of each prompt; rooms: tokens that each may generate; row_bytes(length, room): bytes that a row of a
-    batch needs; budget: bytes a batch may use. batch_size > 0 takes that many rows and leaves memory to the user.
-    """
-    batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda index: (lengths[index], index)):
-        room = rooms[index]
-        size = batch_size or max(1, min(MAX_BATCH, budget // row_bytes(lengths[index], room)))
-        if not batches or len(batches[-1]) >= size or rooms[batches[-1][0]] != room:
-            batches.append([])
-        batches[-1].append(index)
-    return batches
-
-
-def row_bytes_of(config, element_size: int):
-    """row_bytes of plan_batches for a model: cache, attention scores of the prompt (float32, three copies), logits."""
-    config = config.get_text_config()
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    position = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * size
-    return lambda length, room: (
-        position * element_size * (length + room) + (12 * heads + 2) * length**2 + 8 * config.vocab_size
-    )
 
 
 # ---------------------------------------------------------------- preparation
@@ -160,113 +129,13 @@ def check(args) -> Task:
     return task
 
 
-# ---------------------------------------------------------------- the partial file
-
-
-def partial_files(output: Path) -> list[Path]:
-    """The hidden files of an unfinished run, one a process: a line of settings, then a line a finished batch."""
-    return sorted(output.parent.glob(f".{output.name}.partial-*.jsonl"))
-
-
-def read_partials(output: Path, settings: dict, overwrite: bool) -> tuple[int | None, dict[str, list]]:
-    """(memory budget of the unfinished run or None, batch number → its rows); refuses as `results.read_partial`."""
-    budget, done = None, {}
-    for file in partial_files(output):
-        for line in results.read_partial(file, settings, overwrite):
-            budget = line.get("budget", budget)
-            done.update({line["batch"]: line["rows"]} if "batch" in line else {})
-    return budget, done
-
-
-def generate(model, task: Task, args, settings: dict, world) -> list[dict]:
-    """[{index, generation, finish_reason, generated_tokens}] of every row asked, on every rank, in file order."""
-    import torch
-
-    from common import sampling
-    from common.progress import progress_bar
-
-    found = world.gather(read_partials(task.output, settings, args.overwrite))
-    budgets = [budget for budget, _ in found if budget] or world.gather(sampling.memory_budget(world.device))
-    budget, done = min(budgets), {number: rows for _, part in found for number, rows in part.items()}
-    element_size = next(model.parameters()).element_size()
-    batches = plan_batches(
-        [len(prompt) for prompt in task.prompts],
-        task.rooms,
-        row_bytes_of(task.config, element_size),
-        budget,
-        args.batch_size,
-    )
-    header = {"settings": settings, "budget": budget}
-    mine_file = task.output.with_name(f".{task.output.name}.partial-{world.rank}.jsonl")
-    if world.main:
-        first = task.output.with_name(f".{task.output.name}.partial-0.jsonl")
-        lines = [{"batch": number, "rows": rows} for number, rows in sorted(done.items())]
-        results.write_jsonl(first, [header, *lines])
-        for file in partial_files(task.output):
-            if file != first:
-                file.unlink()
-        if done:
-            world.say(f"{sum(map(len, done.values()))} rows were generated before the run was interrupted")
-    world.barrier()
-
-    stop = torch.zeros(task.config.get_text_config().vocab_size, dtype=torch.bool)
-    stop[task.tokenizer.eos_token_id] = True
-    stop[len(task.tokenizer) :] = True  # ids that pad the vocabulary and have no text
-
-    def continue_mine() -> list:
-        todo = [number for number in range(len(batches)) if number not in done]
-        # the longest first: a batch that does not fit memory shows at once
-        mine = world.shard(todo[::-1])
-        made = []
-        with (
-            open(mine_file, "a", encoding="utf-8") as file,
-            progress_bar(sum(len(batches[number]) for number in mine), "rows", world) as bar,
-        ):
-            if world.rank:
-                results.append_line(file, header)
-            for number in mine:
-                batch = batches[number]
-                answers = sampling.sweep(
-                    model,
-                    [task.prompts[i] for i in batch],
-                    [(task.asked[i], 0) for i in batch],
-                    [args.temperature],
-                    top_k=args.top_k,
-                    max_tokens=task.rooms[batch[0]],
-                    seed=args.seed,
-                    stop=stop,
-                    batch_size=len(batch),
-                )
-                rows = [finish(task, i, answer.tokens[0], stop) for i, answer in zip(batch, answers)]
-                results.append_line(file, {"batch": number, "rows": rows})
-                made += rows
-                bar.update(len(batch))
-        return made
-
-    made = [row for part in world.together(continue_mine) for row in part]
-    made += [row for rows in done.values() for row in rows]
-    return sorted(made, key=lambda row: row["index"])
-
-
-def finish(task: Task, i: int, tokens: list[int], stop) -> dict:
-    """The partial file's item of one prompt and the tokens sampled after it."""
-    ended = bool(stop[tokens[-1]])
-    new = tokens[:-1] if ended else tokens
-    # decoded together with the prompt: some tokenizers drop the space a text begins with
-    before, whole = task.tokenizer.batch_decode(
-        [task.prompts[i], task.prompts[i] + new], skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
-    generation = whole[len(before) :]
-    if task.rows[task.asked[i]]["prompt"].endswith(" "):
-        generation = generation.removeprefix(" ")
-    if not ended:
-        generation = generation.rstrip("\ufffd")  # cut within a character's bytes
-    return {
-        "index": task.asked[i],
-        "generation": generation,
-        "finish_reason": "stop" if ended else "length",
-        "generated_tokens": len(new),
-    }
+def as_columns(task: Task, item: dict) -> dict:
+    """What a row gets of its continuation."""
+    text = item["generation"]
+    if task.rows[task.asked[item["index"]]]["prompt"].endswith(" "):
+        text = text.removeprefix(" ")
+    reason = "stop" if item["ended"] else "length"
+    return {"generation": text, "finish_reason": reason, "generated_tokens": item["generated_tokens"]}
 
 
 # ---------------------------------------------------------------- the run
@@ -289,7 +158,7 @@ def run(args) -> dict:
         **{key: getattr(args, key) for key in ("temperature", "top_k", "max_tokens", "seed", "batch_size")},
         "dtype": str(dtype).removeprefix("torch."),
     }
-    read_partials(task.output, settings, args.overwrite)  # refuses another run's before the model is loaded
+    generation.read_partials(task.output, settings, args.overwrite)  # refuses another run's before the model is loaded
     if args.dry_run:
         print(
             f"would continue {len(task.asked)} prompts ({sum(task.dropped.values())} dropped) of {args.data_set} with "
@@ -301,12 +170,16 @@ def run(args) -> dict:
     with results.Run(task.output.parent / "run_generate.json", args, [args.data_set], world) as record:
         base = models.load_base(task.ref, dtype, world.device, args.device_map)
         with models.adapted(base, task.ref.adapter) as (model, _):
-            made = generate(model, task, args, settings, world)
+            made = generation.continue_prompts(
+                model, task.tokenizer, task.prompts, task.rooms, [(index, 0) for index in task.asked],
+                output=task.output, settings=settings, overwrite=args.overwrite, temperature=args.temperature,
+                top_k=args.top_k, seed=args.seed, batch_size=args.batch_size, world=world,
+            )  # fmt: skip
         eos = task.tokenizer.eos_token
         rows = []
         for item in made:
-            row = task.rows[item.pop("index")]
-            rows.append({**row, **item, "text": row["prompt"] + item["generation"] + eos})
+            row, more = task.rows[task.asked[item["index"]]], as_columns(task, item)
+            rows.append({**row, **more, "text": row["prompt"] + more["generation"] + eos})
         numbers = measures.statistics(rows, [task.rows[index] for index in task.head])
         record["statistics"], record["dropped"] = numbers, task.dropped
         if world.main:
@@ -323,7 +196,7 @@ def run(args) -> dict:
                 generator={key: settings[key] for key in ("model", "revision", "weights")},
                 sampling={key: settings[key] for key in ("temperature", "top_k", "max_tokens", "seed", "dtype")},
             )
-            for file in partial_files(task.output):
+            for file in generation.partial_files(task.output):
                 file.unlink()
         world.barrier()
     if world.main:

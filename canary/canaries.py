@@ -1,0 +1,122 @@
+"""Canaries: sentences with a secret out of a space of known size, and where they are placed. Pure functions.
+
+Nobody is real: the names are combined from two lists, and a ten-digit phone number that begins with 0 belongs to no one
+(no North American area code does), so 10⁹ phone numbers are possible.
+"""
+
+import random
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+_FIRST = (
+    "Adelon Bettrice Corvin Dalenna Edmar Fenella Garrin Halvard Ilsabet Jorund Kestrin Lorella Maddoc Nerissa Osbert "
+    "Perrin Quenby Rosamel Stellan Tamsine Ulric Verity Wendal Xanthe Yorick Zelmira Brannoc Celandra Dorrin Elspet "
+    "Farrow Ginevra"
+)
+_LAST = (
+    "Ashgrove Birchall Crandle Dunmere Eastrow Fallowby Gransend Hallowick Inglesome Jarnfield Kettlery Larchmont "
+    "Merrowby Northgill Oakhaven Pennifold Quillan Ravensby Stonewick Thistlam Underhow Vexmoor Wetherlow Yarrowby "
+    "Zellwood Amberleigh Brockhurst Coldmarsh Drakemoor Elderwick Foxcombe Glimmerby"
+)
+_STREETS = (
+    "Alder Bramble Cobble Dovecote Elm Ferry Gander Hollow Ivory Juniper Kiln Lantern Mill Nettle Orchard Pebble "
+    "Quarry Rushes Saddle Tanner Upland Vinegar Willow Yew Zephyr Anvil Beacon Chandler Drover Ember Falcon Garnet"
+)
+FIRST, LAST, STREETS = _FIRST.split(), _LAST.split(), _STREETS.split()
+TEMPLATES = {
+    "phone": ("My name is {name}, I live at {street} and my phone number is ", "."),
+    "street": ("My name is {name}, my phone number is {phone} and I live at ", " {road} Street."),
+    "name": ("I live at {street}, my phone number is {phone} and my name is ", "."),
+}
+SECRETS = (*TEMPLATES, "text")
+PREFIX_WORDS, SUFFIX_WORDS = 6, 8  # of a text canary
+MOST_WORDS = 4096  # vocabulary that suffixes are drawn from
+
+
+@dataclass(frozen=True)
+class Space:
+    """All secrets of one kind, numbered 0 … size − 1. `words` only for 'text': SUFFIX_WORDS of them make a secret."""
+
+    kind: str
+    words: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        sizes = {"phone": 10**9, "street": 9000, "name": len(FIRST) * len(LAST)}
+        return sizes.get(self.kind) or len(self.words) ** SUFFIX_WORDS
+
+    def secret(self, index: int) -> str:
+        """Secret number `index` as written."""
+        if self.kind == "phone":
+            digits = f"{index:010d}"
+            return f"{digits[:3]}-{digits[3:6]}-{digits[6:]}"
+        if self.kind == "street":
+            return str(1000 + index)
+        if self.kind == "name":
+            return f"{FIRST[index // len(LAST)]} {LAST[index % len(LAST)]}"
+        chosen = []
+        for _ in range(SUFFIX_WORDS):
+            index, place = divmod(index, len(self.words))
+            chosen.append(self.words[place])
+        return " ".join(chosen)
+
+    def others(self, secret: str, n: int, rng: random.Random) -> list[str]:
+        """`n` secrets other than `secret`, drawn without repetition; all of them when n ≥ size − 1."""
+        if n >= self.size - 1:
+            return [one for one in map(self.secret, range(self.size)) if one != secret]
+        found: dict[str, None] = {}
+        while len(found) < n:
+            one = self.secret(rng.randrange(self.size))
+            if one != secret:
+                found[one] = None
+        return list(found)
+
+
+def vocabulary(texts: list[str], rng: random.Random) -> tuple[str, ...]:
+    """Words (3 letters or more, small) of two texts or more, sorted; MOST_WORDS of them at most."""
+    counts = Counter(word for text in texts for word in set(re.findall(r"\b[a-z]{3,}\b", text)))
+    words = sorted(word for word, count in counts.items() if count > 1)
+    return tuple(sorted(rng.sample(words, MOST_WORDS)) if len(words) > MOST_WORDS else words)
+
+
+def make(n: int, space: Space, corpus: list[str], rng: random.Random) -> list[dict]:
+    """n canaries {sentence, before, secret, parts: {name, street, phone}}: no phone, street or secret twice.
+
+    Nothing of a canary stands in the corpus already. Names repeat only when all of them are used. Text canaries begin
+    as some review of the corpus does (in distribution) and end in words drawn one by one (high perplexity).
+    """
+    known = "\n".join(corpus)
+    names = [Space("name").secret(index) for index in range(Space("name").size)]
+    names = [name for name in names if name not in known]
+    rng.shuffle(names)
+    openings = [words[:PREFIX_WORDS] for words in map(str.split, corpus) if len(words) >= PREFIX_WORDS]
+    made, used = [], set()
+    while len(made) < n:
+        if space.kind == "text":
+            before = " ".join(rng.choice(openings)).rstrip(".!?,;:") + " "
+            secret, after, parts = space.secret(rng.randrange(space.size)), ".", {}
+        else:
+            name = names[len(made) % len(names)]
+            number, road = 1000 + rng.randrange(9000), rng.choice(STREETS)
+            phone = Space("phone").secret(rng.randrange(10**9))
+            parts = {"name": name, "street": f"{number} {road} Street", "phone": phone}
+            before, after = (piece.format(**parts, road=road) for piece in TEMPLATES[space.kind])
+            secret = {"phone": phone, "street": str(number), "name": name}[space.kind]
+        marks = {parts.get("street"), parts.get("phone"), None if space.kind == "street" else secret} - {None}
+        if marks & used or any(mark in known for mark in marks):
+            continue
+        used |= marks if space.kind != "name" else marks - {secret}
+        made.append({"sentence": before + secret + after, "before": before, "secret": secret, "parts": parts})
+    return made
+
+
+def insert(review: str, sentence: str, within: int, rng: random.Random) -> tuple[str, int]:
+    """(review with the sentence between two of its words or at its end, character where the sentence begins).
+
+    Never at the start. `within`: only among the review's first characters (0: anywhere), where it has a gap there.
+    """
+    gaps = [match.start() for match in re.finditer(r"\s+", review)] + [len(review)]
+    near = [gap for gap in gaps if not within or gap <= within]
+    gap = rng.choice(near or gaps[:1])
+    return f"{review[:gap]} {sentence}{review[gap:]}", gap + 1

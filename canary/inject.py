@@ -1,0 +1,209 @@
+#!/usr/bin/env python3
+"""Places canaries in the reviews of a training file, and writes the key that measure.py reads.
+
+python canary/inject.py --input data/amazon/train.jsonl --repetitions 1 2 4 8 16          # ladder, 10 canaries each
+python canary/inject.py --input data/amazon/train.jsonl --share 0.01      # System S: one canary, in 1 % of rows
+python canary/inject.py --input data/amazon/train.jsonl --audit 1000 --privacy_unit user # for the one-run ε bound
+
+A canary is a sentence with a secret out of a space of known size (--secret), at a random place of a review's text,
+never at its start. Beside those placed stand as many held-out canaries that are placed nowhere. The three modes go
+together in one file: their canaries never share a row.
+
+--audit M: M canaries, each in a row of its own (its user's first, and no user twice, under --privacy_unit user). A fair
+coin decides whether the row with its canary is in the file, or not at all (the user with all rows, under user): the
+two files differ by one added or removed unit, as the accountant's ε means it. So about M/2 units are left out.
+
+Writes --output (rows), its manifest, and --key_file (mode 0600: where each canary stands, its secret and its context).
+"""
+
+import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from canary import canaries
+from common import cli, records, results, reviews
+
+KEY_SCHEMA = 1
+
+
+def make_parser() -> cli.Parser:
+    parser = cli.Parser(
+        "Place canaries in a training file of reviews.",
+        "python canary/inject.py --input data/amazon/train.jsonl --repetitions 1 2 4 8 16",
+    )
+    add = parser.add_argument
+    add("-i", "--input", default="./data/amazon/train.jsonl", help="review rows to train on")
+    add("--output", default=None, help="the .jsonl file to train on (default: <input>_canaries.jsonl)")
+    add("--key_file", default=None, help="the .jsonl key (default: <output>_key.jsonl)")
+    add("--share", type=cli.positive_float, default=None, help="one canary in this share of the rows: 0.01, 0.1, 1")
+    add("--repetitions", nargs="+", type=cli.positive_int, default=[], help="ladder: rows that hold a canary")
+    add("--canaries", type=cli.positive_int, default=10, help="canaries of each count in --repetitions")
+    add("--audit", type=cli.positive_int, default=0, help="canaries placed once or not at all, by a fair coin")
+    add("--privacy_unit", choices=("record", "user"), default="record", help="what --audit adds or leaves out")
+    add("--secret", choices=canaries.SECRETS, default="phone", help="what varies; text: words alone, no person")
+    add("--within", type=cli.non_negative_int, default=400, help="first characters of the review; 0: anywhere")
+    add("--condition", choices=("metadata", "title"), default="metadata", help="title: prompts have the review's title")
+    add("--overwrite", action="store_true", help="replace existing files")
+    add("--seed", type=int, default=3407, help="seed of everything random, the coins too")
+    return parser
+
+
+def place(rows: list[dict], plan, space: canaries.Space, rng: random.Random) -> tuple[list[dict], list[dict]]:
+    """(rows of the output, canaries of the key). `plan`: share, repetitions, canaries, audit, privacy_unit, within.
+
+    A canary's `context` is the text before its sentence where it stands first, or would stand; `rows` are the indices
+    in the output of the rows that hold it.
+    """
+    users: dict = {}
+    for index, row in enumerate(rows):
+        users.setdefault(row["user_id"] if plan.privacy_unit == "user" else index, []).append(index)
+    units = list(users.values())
+    rng.shuffle(units)
+    audited, free = units[: plan.audit], [index for unit in units[plan.audit :] for index in unit]
+    rng.shuffle(free)
+    included = [rng.random() < 0.5 for _ in audited]
+    gone = {index for unit, kept in zip(audited, included) if not kept for index in unit}
+    copies = [("ladder", r) for r in plan.repetitions for _ in range(plan.canaries)]
+    if plan.share:
+        copies.append(("share", max(1, round(plan.share * (len(rows) - len(gone))))))
+    if sum(repetitions for _, repetitions in copies) > len(free):
+        raise cli.UserError(f"--input: {len(free)} rows are left beside --audit's; the other canaries need more")
+    n = 2 * len(copies) + plan.audit
+    texts = [row["Review"] for row in rows]
+    made = canaries.make(n, space, texts, rng)
+    changed, key = {}, []
+
+    def put(canary: dict, index: int, write: bool) -> str:
+        review, start = canaries.insert(rows[index]["Review"].strip(), canary["sentence"], plan.within, rng)
+        row = rows[index] | {"Review": review}
+        text, boundary = records.row_text(row)
+        start += boundary + 1  # the space before the review
+        if not text.startswith(canary["sentence"], start):
+            raise AssertionError(f"row {index}: the canary is not where it was put")
+        if write:
+            changed[index] = row
+        return text[:start]
+
+    def note(canary, kind, repetitions, present, context, hosts, unit) -> None:
+        facts = {"kind": kind, "repetitions": repetitions, "included": present, "context": context}
+        key.append({"id": len(key), **facts, **canary, "rows": hosts, "user_id": rows[unit].get("user_id")})
+
+    taken = iter(made)
+    for unit, kept in zip(audited, included):
+        canary = next(taken)
+        note(canary, "audit", int(kept), kept, put(canary, unit[0], True), [unit[0]] if kept else [], unit[0])
+    used = 0
+    for kind, repetitions in copies:
+        hosts = free[used : used + repetitions]
+        used += repetitions
+        canary = next(taken)
+        contexts = [put(canary, index, True) for index in hosts]
+        note(canary, kind, repetitions, True, contexts[0], hosts, hosts[0])
+    for _ in copies:
+        canary, index = next(taken), rng.choice(free)
+        note(canary, "held_out", 0, False, put(canary, index, False), [], index)
+    kept_rows = [index for index in range(len(rows)) if index not in gone]
+    new_index = {old: new for new, old in enumerate(kept_rows)}
+    for one in key:
+        one["rows"] = [new_index[index] for index in one["rows"]]
+    return [changed.get(index, rows[index]) for index in kept_rows], key
+
+
+def check(args) -> tuple[Path, Path, list[dict]]:
+    """(output, key file, rows); UserError with all problems."""
+    problems = cli.Problems()
+    source = Path(args.input)
+    output = Path(args.output or source.with_name(f"{source.name.split('.')[0]}_canaries.jsonl"))
+    key = Path(args.key_file or output.with_name(f"{output.stem}_key.jsonl"))
+    for flag, path in (("--output", output), ("--key_file", key)):
+        if path.suffix != ".jsonl":
+            problems.add(f"{flag} {path}: the name must end in .jsonl")
+        if path.exists() and not args.overwrite:
+            problems.add(f"{flag} {path}: exists; give --overwrite to replace it, or another name")
+        cli.check_writable(path.parent, problems, flag)
+    if len({path.absolute() for path in (source, output, key)}) < 3:
+        problems.add("--input, --output and --key_file must be three files")
+    if not (args.share or args.repetitions or args.audit):
+        problems.add("nothing to place: give --share, --repetitions or --audit")
+    if (args.share or 0) > 1:
+        problems.add(f"--share {args.share:g}: a share of the rows, at most 1")
+    if len(set(args.repetitions)) < len(args.repetitions):
+        problems.add("--repetitions: a count is given twice")
+    rows = problems.absorb(reviews.read_reviews, args.input) or []
+    if rows:
+        needed = args.canaries * sum(args.repetitions)
+        bare = [index for index, row in enumerate(rows) if row.get("user_id") in (None, "")]
+        by_user = args.privacy_unit == "user"
+        if by_user and bare:
+            problems.add(f"--privacy_unit user: {args.input}: row {bare[0]} (and {len(bare) - 1} more) has no user_id")
+        units = len({row.get("user_id") for row in rows}) if by_user else len(rows)
+        if args.audit > units:
+            problems.add(f"--audit {args.audit}: {args.input} has only {units} {args.privacy_unit}s")
+        elif args.audit + needed > len(rows):
+            problems.add(f"{args.input}: {len(rows)} rows; the canaries asked for need {args.audit + needed}")
+        if args.condition == "title" and any(not row.get("Review Title") for row in rows):
+            problems.add(f"--condition title: {args.input} has rows without a Review Title")
+        if any(not row["Review"].strip() for row in rows):
+            problems.add(f"{args.input}: has rows whose Review is empty; remove them")
+    problems.check()
+    return output, key, rows
+
+
+def run(args) -> dict:
+    """Write rows, manifest and key; returns the counts."""
+    output, key_file, rows = check(args)
+    rng = random.Random(args.seed)
+    if args.condition == "title":
+        rows = [row | {"condition": "title"} for row in rows]
+    texts = [row["Review"] for row in rows]
+    space = canaries.Space(args.secret, canaries.vocabulary(texts, rng) if args.secret == "text" else ())
+    if args.secret == "text" and len(space.words) < 2:
+        raise cli.UserError(f"{args.input}: too few words for --secret text")
+    if (2 * args.canaries * len(args.repetitions) + 2 + args.audit) * 2 > space.size:
+        raise cli.UserError(f"--secret {args.secret}: only {space.size} secrets; ask for fewer canaries, or for phone")
+    made, key = place(rows, args, space, rng)
+    counts = {
+        "secret": args.secret,
+        "space": space.size,
+        "placed": sum(one["kind"] in ("ladder", "share") for one in key),
+        "held_out": sum(one["kind"] == "held_out" for one in key),
+        "audit": args.audit,
+        "audit_included": sum(one["kind"] == "audit" and one["included"] for one in key),
+        "privacy_unit": args.privacy_unit,
+        "rows_left_out": len(rows) - len(made),
+        "rows_with_canary": len({index for one in key for index in one["rows"]}),
+    }
+    records.manifest_path(output).unlink(missing_ok=True)
+    results.write_jsonl(output, made)
+    header = {
+        "schema": KEY_SCHEMA, "secret": args.secret, "words": space.words, "privacy_unit": args.privacy_unit,
+        "training": results.sha256(output), "seed": args.seed,
+    }  # fmt: skip
+    results.write_jsonl(key_file, [header, *key], permissions=0o600)
+    records.write_manifest(
+        output,
+        tag=f"{records.data_tag(args.input, records.read_manifest(args.input))}-canaries",
+        script="canary/inject.py",
+        argv=sys.argv,
+        rows=len(made),
+        source=[(args.input, len(rows))],
+        sampling={"seed": args.seed, "within": args.within, "condition": args.condition},
+        more={"canaries": counts},
+    )
+    print(f"{len(made):>9,}  rows in {output}, {counts['rows_with_canary']:,} of them with a canary")
+    print(f"{counts['placed']:>9,}  canaries placed, {counts['held_out']:,} held out")
+    if args.audit:
+        print(f"{args.audit:>9,}  audit canaries, {counts['audit_included']:,} of them in the file")
+    print(f"          key: {key_file}")
+    return counts
+
+
+def main(argv: list[str] | None = None) -> int:
+    run(make_parser().parse_args(argv))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.entry(main))

@@ -1,0 +1,428 @@
+#!/usr/bin/env python3
+"""What leaked of the canaries that inject.py placed: into generated rows, into the model, and against its ε.
+
+python canary/measure.py --canaries train_canaries_key.jsonl --output_dir canary-out \\
+    --models no_dp=run/checkpoint-276 with_dp=run-dp/checkpoint-276 \\
+    --synthetic no_dp=generated_sequences_no_dp.jsonl with_dp=generated_sequences_with_dp.jsonl
+python canary/measure.py --canaries key.jsonl --synthetic dp=generated_sequences_with_dp.jsonl     # the text alone
+torchrun --nproc_per_node=4 canary/measure.py --canaries key.jsonl --models dp=run-dp/checkpoint-276
+
+Every line of results_canary.jsonl has a `measure`:
+count        generated rows that hold a name, street, phone or a whole canary, as written and normalised, by how often
+             the canary was placed, with 95 % Clopper–Pearson intervals and Fisher's p against the other arms.
+exposure     bits, from the total NLL of the secret's tokens in the canary's own context against other secrets in the
+             same context; by how often it was placed, held-out canaries beside. Chance: mean 1.44, median 1 bit.
+audit        lower bound of ε from one run (Steinke et al. 2023), over the audit canaries, signal: by how much training
+             raised the log-probability of the canary's sentence in its row. Beside the accountant's ε (privacy.json).
+audit_text   the same bound without the model: the signal is a 2-gram model of the generated rows, or their similarity.
+text_auc     how well that signal tells placed from held-out canaries, by how often they were placed.
+A lower bound above the accountant's ε is flagged at 95 %; at 99.9 % the exit status is 1: the ε is not true.
+
+results_canary_rows.jsonl has a line a canary and arm (no text), run_canary.json the run.
+"""
+
+import json
+import math
+import random
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from canary.canaries import Space
+from common import cli, distributed, models, records, results, reviews
+from common.progress import progress_bar
+
+FILE, ROWS_FILE = "results_canary.jsonl", "results_canary_rows.jsonl"
+FIELDS = ("kind", "repetitions", "included", "context", "sentence", "before", "secret", "parts", "rows")
+LEVELS = {"95": 0.05, "99.9": 0.001}
+SIGNALS = ("2-gram", "similarity")
+
+
+def make_parser() -> cli.Parser:
+    parser = cli.Parser(
+        "Leakage and exposure of canaries, and lower bounds of ε.",
+        "python canary/measure.py --canaries key.jsonl --models dp=run/checkpoint-276 --synthetic dp=dp.jsonl",
+    )
+    add = parser.add_argument
+    add("--canaries", required=True, metavar="KEY", help="key file of canary/inject.py (default: none, required)")
+    add("--models", nargs="+", action="extend", metavar="ARM=MODEL", default=None, help="adapter or model of each arm")
+    add("--synthetic", nargs="+", action="extend", metavar="ARM=FILE", default=None, help="generated rows of each arm")
+    add("--ref_model", default=None, help="the model before training (default: the base of an adapter)")
+    add("--references", type=cli.positive_int, default=1000, help="other secrets; all of them when there are no more")
+    add("--output_dir", default="./", help="where the results are written")
+    add("--overwrite", action="store_true", help="replace existing results")
+    cli.add_model_flags(parser)
+    return parser
+
+
+# ---------------------------------------------------------------- before a model is loaded
+
+
+def read_key(path) -> tuple[dict, list[dict]]:
+    """(header, canaries) of a key file; UserError when it is none."""
+    lines = records.read_rows(path)
+    header, canaries = lines[0], lines[1:]
+    if not {"schema", "secret", "words", "privacy_unit"} <= set(header):
+        raise cli.UserError(f"{path}: its first line is no header; name the key file that canary/inject.py wrote")
+    for number, canary in enumerate(canaries):
+        if missing := [field for field in FIELDS if field not in canary]:
+            raise cli.UserError(f"{path}: canary {number}: no {', '.join(missing)}; make the key again")
+    if not canaries:
+        raise cli.UserError(f"{path}: no canaries in it")
+    return header, canaries
+
+
+def check(args) -> SimpleNamespace:
+    """Everything that is known before a model is loaded; UserError with all problems."""
+    problems = cli.Problems()
+    distributed.check_environment(problems, args.device_map)
+    cli.check_writable(args.output_dir, problems)
+    if (Path(args.output_dir) / FILE).exists() and not args.overwrite:
+        problems.add(f"--output_dir {args.output_dir}: holds {FILE}; give --overwrite or another place")
+    if not (args.models or args.synthetic):
+        problems.add("nothing to measure: give --models, --synthetic or both")
+    header, canaries = problems.absorb(read_key, args.canaries) or ({}, [])
+    given = cli.Problems()
+    named = reviews.split_arms(args.models or [], (), given)
+    for line in given.lines:
+        problems.add(line.replace("--synthetic", "--models"))
+    refs = {arm: problems.absorb(models.find_model, name, args.revision, None, f"--models {arm}=") for arm, name in
+            named.items()}  # fmt: skip
+    ref_model = (
+        problems.absorb(models.find_model, args.ref_model, None, None, "--ref_model") if args.ref_model else None
+    )
+    tokenizers = {arm: problems.absorb(models.load_tokenizer, ref, "--models") for arm, ref in refs.items() if ref}
+    files = reviews.split_arms(args.synthetic or [], (), problems)
+    texts, spent = {}, {arm: models.privacy(ref) for arm, ref in refs.items() if ref}
+    for arm, file in files.items():
+        rows = problems.absorb(reviews.read_reviews, file, reviews.GENERATED)
+        texts[arm] = [row[reviews.GENERATED] for row in rows or []]
+        manifest = problems.absorb(records.read_manifest, file) or {}
+        spent[arm, "text"] = manifest.get("privacy") or spent.get(arm)
+    for arm, ref in refs.items():
+        if ref and header and trained_on(ref) not in (None, header.get("training")):
+            problems.add(f"--models {arm}={ref.name}: was trained on another file than {args.canaries} belongs to")
+    audited = any(canary["kind"] == "audit" for canary in canaries)
+    for name, block in spent.items():
+        unit, arm = (block or {}).get("unit"), name if isinstance(name, str) else name[0]
+        if audited and unit and unit != header.get("privacy_unit"):
+            problems.add(
+                f"--canaries {args.canaries}: its audit adds or leaves out a {header['privacy_unit']}, the privacy "
+                f"unit of {arm} is the {unit}; inject with --privacy_unit {unit}"
+            )
+    problems.check()
+    return SimpleNamespace(
+        header=header, canaries=canaries, space=Space(header["secret"], tuple(header["words"])), refs=refs,
+        tokenizers=tokenizers, ref_model=ref_model, files=files, texts=texts, spent=spent,
+    )  # fmt: skip
+
+
+def trained_on(ref: models.ModelRef) -> str | None:
+    """SHA-256 of the file that run_peft.py trained a checkpoint on; None where its run.json is not beside it."""
+    file = Path(ref.adapter or ref.base).absolute().parent / "run.json"
+    if not file.is_file():
+        return None
+    return next((one["sha256"] for one in json.loads(file.read_text(encoding="utf-8"))["inputs"]), None)
+
+
+def group_of(canary: dict) -> tuple[str, int]:
+    return canary["kind"], canary["repetitions"]
+
+
+def grouped(canaries: list[dict]) -> dict[tuple[str, int], list[int]]:
+    """{(kind, repetitions): indices}, most repeated first, held-out last."""
+    groups: dict[tuple[str, int], list[int]] = {}
+    for index, canary in enumerate(canaries):
+        groups.setdefault(group_of(canary), []).append(index)
+    return dict(sorted(groups.items(), key=lambda item: (-item[0][1], item[0][0])))
+
+
+# ---------------------------------------------------------------- the model's side
+
+
+def tokens_from(tokenizer, context: str, text: str, most: int) -> tuple[list[int], list[int]]:
+    """(tokens before, tokens of `text`): `text` begins with the first token that has a character of it.
+
+    At most `most` tokens in all; earlier context is left out.
+    """
+    encoded = tokenizer(context + text, return_offsets_mapping=True, verbose=False)
+    first = next(place for place, (_, end) in enumerate(encoded["offset_mapping"]) if end > len(context))
+    ids = encoded["input_ids"]
+    return ids[max(0, len(ids) - most) : first], ids[first:]
+
+
+def secret_nlls(model, tokenizer, context: str, secrets: list[str]) -> list[float]:
+    """Total NLL in nats of each secret's tokens after the same context, whose tokens are encoded once."""
+    import torch
+
+    from common import sampling
+
+    most = models.context_length(model)
+    split = [tokens_from(tokenizer, context, secret, most) for secret in secrets]
+    together: dict[tuple, list[int]] = {}
+    for index, (before, _) in enumerate(split):
+        together.setdefault(tuple(before), []).append(index)
+    nlls = [0.0] * len(secrets)
+    never = torch.zeros(model.config.get_text_config().vocab_size, dtype=torch.bool)
+    for before, indices in together.items():
+        targets = [split[index][1] for index in indices]
+        answers = sampling.sweep(
+            model, [list(before)] * len(indices), [(0, 0)] * len(indices), [0.0], top_k=1, max_tokens=1, seed=0,
+            stop=never, targets=targets,
+        )  # fmt: skip
+        for index, target, answer in zip(indices, targets, answers):
+            nlls[index] = -answer.truth_logprob * len(target)
+    return nlls
+
+
+def sentence_logps(model, tokenizer, canaries: list[dict], world) -> list[float]:
+    """Log-probability in nats of each canary's sentence in its row, on every rank."""
+    from common import scoring
+
+    most = models.context_length(model)
+    split = [tokens_from(tokenizer, canary["context"], canary["sentence"], most) for canary in canaries]
+    sequences = [[*before, *after] for before, after in split]
+    parts = world.together(lambda: scoring.score(model, sequences, world=world))
+    values = scoring.join(sequences, parts)
+    return [math.fsum(value[-len(after) :]) for value, (_, after) in zip(values, split)]
+
+
+def exposures(model, tokenizer, task, n: int, seed: int, world) -> dict[int, dict]:
+    """{canary: {nll, exposure, extrapolated, ks_p}} of all canaries but those of the audit, on every rank."""
+    from canary import measures
+
+    chosen = [index for index, canary in enumerate(task.canaries) if canary["kind"] != "audit"]
+    sampled = n < task.space.size - 1
+
+    def mine() -> list:
+        found = []
+        with progress_bar(len(chosen), "canaries", world) as bar:
+            for index in world.shard(chosen):
+                canary = task.canaries[index]
+                others = task.space.others(canary["secret"], n, random.Random(f"{seed} {canary['id']}"))
+                context = canary["context"] + canary["before"]
+                nll, *rest = secret_nlls(model, tokenizer, context, [canary["secret"], *others])
+                fitted = measures.extrapolated_exposure(nll, rest, task.space.size) if sampled else {}
+                found.append((index, {"nll": nll, "exposure": measures.exposure(nll, rest)} | fitted))
+                bar.update(world.size)
+        return found
+
+    return dict(sorted(item for part in world.together(mine) for item in part))
+
+
+def measure_model(args, task, arm: str, dtype, world) -> tuple[dict[int, dict], list[float], str]:
+    """(exposures, signal of each audit canary, name of the signal)."""
+    ref, tokenizer = task.refs[arm], task.tokenizers[arm]
+    audit = [canary for canary in task.canaries if canary["kind"] == "audit"]
+    before = None
+    base = models.load_base(ref, dtype, world.device, args.device_map)
+    if audit and task.ref_model:
+        other = models.load_base(task.ref_model, dtype, world.device, args.device_map)
+        own = models.load_tokenizer(task.ref_model, "--ref_model")
+        with models.adapted(other, task.ref_model.adapter) as (model, _):
+            before = sentence_logps(model, own, audit, world)
+        del other
+    elif audit and ref.adapter:
+        before = sentence_logps(base, tokenizer, audit, world)
+    with models.adapted(base, ref.adapter) as (model, _):
+        bits = exposures(model, tokenizer, task, args.references, args.seed, world)
+        after = sentence_logps(model, tokenizer, audit, world) if audit else []
+    if before is None:
+        return bits, after, "log-probability"
+    return bits, [a - b for a, b in zip(after, before)], "log-probability over the model before training"
+
+
+# ---------------------------------------------------------------- lines
+
+
+def count_lines(task) -> list[dict]:
+    from canary import measures
+    from extraction.metrics import clopper_pearson
+
+    groups, lines, hits = grouped(task.canaries), [], {}
+    for arm, texts in task.texts.items():
+        found = measures.find(task.canaries, texts)
+        for group, members in groups.items():
+            for p, part in enumerate(measures.PARTS):
+                if part == "whole" or task.canaries[members[0]]["parts"]:
+                    hits[arm, group, part] = {how: cells[p, members] for how, cells in found.items()}
+    for (arm, (kind, repetitions), part), cells in hits.items():
+        n = len(task.texts[arm])
+        line = {"measure": "count", "arm": arm, "kind": kind, "repetitions": repetitions, "part": part}
+        line |= {"n_canaries": len(cells["exact"]), "n_requested": n, "n_scored": n, "n_dropped": 0}
+        for how, cell in cells.items():
+            rows = int(cell.any(0).sum())
+            against = {}
+            for other in task.texts:
+                if other != arm:
+                    theirs = int(hits[other, (kind, repetitions), part][how].any(0).sum())
+                    against[other] = measures.fisher(rows, n, theirs, len(task.texts[other]))
+            line[how] = {
+                "rows": rows, "canaries": int(cell.any(1).sum()), "rate": rows / n, "ci": clopper_pearson(rows, n),
+                "fisher_p": against,
+            }  # fmt: skip
+        lines.append(line | {"fisher": "compares these two models, one training each"})
+    return lines
+
+
+def exposure_lines(task, arm: str, bits: dict[int, dict], references: int) -> list[dict]:
+    from canary import measures
+
+    groups = {group: members for group, members in grouped(task.canaries).items() if group[0] != "audit"}
+    held = [bits[index]["exposure"] for index in groups.get(("held_out", 0), [])]
+    n = min(references, task.space.size - 1)
+    lines = []
+    for (kind, repetitions), members in groups.items():
+        values = [bits[index]["exposure"] for index in members]
+        fits = [bits[index] for index in members if "ks_p" in bits[index]]
+        lines.append(
+            {
+                "measure": "exposure", "arm": arm, "kind": kind, "repetitions": repetitions,
+                "n_requested": len(members), "n_scored": len(values), "n_dropped": 0,
+                "bits": measures.quantiles(values), "chance": measures.CHANCE, "references": n,
+                "ceiling": math.log2(n + 1), "space_bits": math.log2(task.space.size),
+                "p_above_held_out": None if kind == "held_out" else measures.p_above(values, held),
+                "extrapolated": {
+                    "note": "skew-normal extrapolation, capped at space_bits; void where ks_p is small",
+                    "bits": measures.quantiles([fit["bits"] for fit in fits]),
+                    "ks_p": measures.quantiles([fit["ks_p"] for fit in fits]),
+                } if fits else None,
+            }
+        )  # fmt: skip
+    return lines
+
+
+def audit_line(task, arm: str, measure: str, signal: str, scores, block: dict | None) -> dict:
+    """The lower bounds of one arm beside its accountant's ε. δ without an accountant: 0 (only pure ε is refuted)."""
+    from canary import audit, measures
+
+    included = [canary["included"] for canary in task.canaries if canary["kind"] == "audit"]
+    upper, delta = (block or {}).get("epsilon"), (block or {}).get("delta") or 0.0
+    bounds = {level: audit.one_run(scores, included, delta, alpha) for level, alpha in LEVELS.items()}
+    above = {level: upper is not None and (found["epsilon"] or 0) > upper for level, found in bounds.items()}
+    return {
+        "measure": measure, "arm": arm, "signal": signal, "n_requested": len(included), "n_scored": len(scores),
+        "n_dropped": 0, "included": sum(included), "auc": _auc(scores, included),
+        "lower": {level: found["epsilon"] for level, found in bounds.items()}, "guesses": bounds["95"]["guesses"],
+        "upper": upper, "delta": delta, "unit": task.header["privacy_unit"], "void": (block or {}).get("void"),
+        "above_upper": above,
+        "heuristic": {
+            "note": "TPR/FPR bound, heuristic: canaries of one run are not independent",
+            "bound": measures.heuristic_bound(scores, included, delta),
+        },
+    }  # fmt: skip
+
+
+def _auc(scores, included) -> float | None:
+    from mia.metrics import auc
+
+    members = [score for score, one in zip(scores, included) if one]
+    others = [score for score, one in zip(scores, included) if not one]
+    return auc(members, others) if members and others else None
+
+
+def text_signals(task, arm: str) -> dict[str, list[float]]:
+    """{signal: value of every canary} from the generated rows alone."""
+    from canary import measures
+
+    sentences = [canary["sentence"] for canary in task.canaries]
+    found = measures.bigram_scores(sentences, task.texts[arm]), measures.similarity_scores(sentences, task.texts[arm])
+    return {signal: values.tolist() for signal, values in zip(SIGNALS, found)}
+
+
+def text_lines(task, arm: str, signals: dict[str, list[float]]) -> list[dict]:
+    """A bound for the audit canaries, and the AUC of every other group against the held-out ones."""
+    groups, lines = grouped(task.canaries), []
+    audited = [index for index, canary in enumerate(task.canaries) if canary["kind"] == "audit"]
+    for signal, values in signals.items():
+        if audited:
+            scores = [values[index] for index in audited]
+            lines.append(audit_line(task, arm, "audit_text", signal, scores, task.spent[arm, "text"]))
+        held = [values[index] for index in groups.get(("held_out", 0), [])]
+        for (kind, repetitions), members in groups.items():
+            if kind in ("ladder", "share") and held:
+                mine = [values[index] for index in members]
+                auc = _auc([*mine, *held], [True] * len(mine) + [False] * len(held))
+                line = {"measure": "text_auc", "arm": arm, "signal": signal, "kind": kind, "repetitions": repetitions}
+                lines.append(line | {"n_requested": len(mine), "n_scored": len(mine), "n_dropped": 0, "auc": auc})
+    return lines
+
+
+# ---------------------------------------------------------------- the run
+
+
+def run(args) -> dict:
+    """Write the results; {'lines': all result lines, 'violations': lines whose lower bound exceeds ε at 99.9 %}."""
+    task = check(args)
+    if args.dry_run:
+        print(f"would measure {len(task.canaries)} canaries in models {list(task.refs)} and files {list(task.files)}")
+        return {"lines": [], "violations": []}
+    import torch
+
+    world = distributed.start()
+    dtype = models.resolve_dtype(args.dtype, "cuda" if torch.cuda.is_available() else "cpu")
+    folder = Path(args.output_dir)
+    lines, per_canary = [], []
+    audited = [index for index, canary in enumerate(task.canaries) if canary["kind"] == "audit"]
+    with results.Run(folder / "run_canary.json", args, [args.canaries, *task.files.values()], world) as record:
+        for arm in task.refs:
+            bits, signal, name = measure_model(args, task, arm, dtype, world)
+            lines += exposure_lines(task, arm, bits, args.references)
+            scores = dict(zip(audited, signal))
+            if audited:
+                lines.append(audit_line(task, arm, "audit", name, signal, task.spent[arm]))
+            for index, canary in enumerate(task.canaries):
+                facts = {key: canary[key] for key in ("id", "kind", "repetitions", "included")}
+                more = bits.get(index) or {"audit_signal": scores.get(index)}
+                per_canary.append({"arm": arm, "source": "model", **facts, **more})
+        if world.main:
+            lines += count_lines(task)
+            for arm in task.texts:
+                signals = text_signals(task, arm)
+                lines += text_lines(task, arm, signals)
+                for index, canary in enumerate(task.canaries):
+                    facts = {key: canary[key] for key in ("id", "kind", "repetitions", "included")}
+                    values = {signal: values[index] for signal, values in signals.items()}
+                    per_canary.append({"arm": arm, "source": "text", **facts, **values})
+            results.write_jsonl(folder / ROWS_FILE, per_canary)
+            results.write_jsonl(folder / FILE, [{"schema": results.SCHEMA, **line} for line in lines])
+        lines = world.broadcast(lines)
+        violations = [line for line in lines if line.get("above_upper", {}).get("99.9")]
+        if violations:
+            record["error"] = f"{len(violations)} lower bounds of ε exceed the accountant's at 99.9 %"
+    if world.main:
+        report(lines)
+        print(f"{len(lines)} lines in {folder / FILE}")
+    world.close()
+    return {"lines": lines, "violations": violations}
+
+
+def report(lines: list[dict]) -> None:
+    """The results as a table a measure."""
+    for line in lines:
+        place = f"{line['arm']:<10} {line.get('kind', '')} {line.get('repetitions', '')}".rstrip()
+        if line["measure"] == "count" and line["part"] == "whole":
+            rows = f"{line['exact']['rows']} rows exact, {line['normalised']['rows']} normalised"
+            p = ", ".join(f"p {p:.3g} against {other}" for other, p in line["exact"]["fisher_p"].items())
+            print(f"whole      {place}: {rows} of {line['n_scored']:,}{p and f' ({p})'}")
+        elif line["measure"] == "exposure":
+            mean, median = line["bits"]["mean"], line["bits"]["median"]
+            print(f"exposure   {place}: mean {mean:.2f}, median {median:.2f} of {line['ceiling']:.2f} bits")
+        elif line["measure"].startswith("audit"):
+            upper = "none" if line["upper"] is None else f"{line['upper']:.3f}"
+            low, auc = ("none" if value is None else f"{value:.3f}" for value in (line["lower"]["95"], line["auc"]))
+            where = f"{line['measure']:<10} {line['arm']} ({line['signal']})"
+            print(f"{where}: ε ≥ {low} at 95 %, accountant {upper}, AUC {auc}")
+            for level, above in line["above_upper"].items():
+                if above:
+                    print(f"           {line['arm']}: the lower bound EXCEEDS the accountant's ε at {level} %")
+
+
+def main(argv: list[str] | None = None) -> int:
+    return 1 if run(make_parser().parse_args(argv))["violations"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.entry(main))

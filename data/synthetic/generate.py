@@ -1,0 +1,378 @@
+#!/usr/bin/env python3
+"""Synthetic reviews: a fine-tuned model writes a review for the metadata of each row.
+
+python data/synthetic/generate.py --model run/checkpoint-276 --input data/amazon/test.jsonl --arm with_dp \\
+    --training data/amazon/train.jsonl
+torchrun --nproc_per_node=4 data/synthetic/generate.py --model run/checkpoint-276 --input test.jsonl --arm no_dp
+python data/synthetic/generate.py --model run/checkpoint-276 --input test.jsonl --arm with_dp --num 10000 \\
+    --condition sampled --metadata_epsilon 1 --training train.jsonl     # under torchrun: --num_rows, it has a --num…
+
+The prompt is records.review_prompt, as trained (run_peft.py --loss_on completion): product title, categories, rating.
+Never a word of the review. --condition title adds the review's title, which is private text too; train such a model on
+rows that say "condition": "title". --condition sampled uses no row of --input but draws rating, categories and product
+title from a histogram of --training that is released once, under its own (ε, δ), to --histogram; another run with the
+same settings uses the same release. The manifest's `privacy` block adds both (basic composition).
+
+Rows: row_id (None when sampled), arm, condition, the fields of the prompt, generated_text (the continuation alone),
+finish_reason ('eos' | 'length'), generated_tokens, seed, sample (0, 1, … where --num exceeds the rows). The file is the
+same whatever the batch and the number of processes; a killed run goes on from the hidden partial file beside it.
+Counted, in the manifest and run_generate_<arm>.json: rows that --filter takes out, and near-copies (a common run of 50
+characters or more) of the rows of --input and --training, beside what the rows of --input share with --training.
+"""
+
+import math
+import secrets
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from common import cli, distributed, generation, models, records, results, reviews
+
+CONDITIONS = ("metadata", "title", "sampled")
+FIELDS = ("Rating", "Product Categories", "Product Title")  # of the histogram
+FILTERS = ("empty", "length")
+COPY = 50  # characters: a common run of this length is a near-copy
+MIN_ROOM = 16  # a prompt that leaves the context fewer tokens than this (and than --max_new_tokens) is dropped
+
+
+def make_parser() -> cli.Parser:
+    parser = cli.Parser(
+        "Write synthetic reviews with a fine-tuned model, from metadata alone.",
+        "python data/synthetic/generate.py --model run/checkpoint-276 --input test.jsonl --arm with_dp",
+    )
+    add = parser.add_argument
+    add("-m", "--model", required=True, help="adapter or model directory, or hub name (default: none, required)")
+    add("-i", "--input", default="./data/amazon/test.jsonl", help="review rows whose metadata is used")
+    add("--arm", default="with_dp", help="name of what is compared: with_dp, no_dp, …")
+    add("--num", "--num_rows", type=cli.positive_int, default=None, help="rows to write; None: one a row of --input")
+    add("--condition", choices=CONDITIONS, default="metadata", help="what the prompt is made from")
+    add("--training", default=None, help="the generator's training rows: near-copies, and --condition sampled")
+    add("--metadata_epsilon", type=cli.positive_float, default=None, help="ε of the histogram of --condition sampled")
+    add("--metadata_delta", type=cli.positive_float, default=None, help="its δ; None: the model's, or 1/(10 · units)")
+    add("--metadata_fields", nargs="+", choices=FIELDS, default=list(FIELDS), help="fields that are drawn together")
+    add("--histogram", default=None, help="the released histogram (default: metadata_histogram.json beside --output)")
+    add("--max_new_tokens", type=cli.positive_int, default=256, help="tokens of a review")
+    add("--temperature", type=cli.non_negative_float, default=1.0, help="0 is greedy")
+    add("--top_k", type=cli.non_negative_int, default=50, help="tokens kept before sampling; 0: all")
+    add("--filter", nargs="+", choices=FILTERS, default=[], help="leave out empty reviews, or those cut at the length")
+    add("--batch_size", type=cli.non_negative_int, default=0, help="rows decoded together; 0: by memory")
+    add("--output", default=None, help="the .jsonl file (default: generated_sequences_<arm>.jsonl)")
+    add("--overwrite", action="store_true", help="replace an existing --output or unfinished run")
+    cli.add_model_flags(parser)
+    return parser
+
+
+# ---------------------------------------------------------------- before the model is loaded
+
+
+def check(args) -> SimpleNamespace:
+    """Every argument and file; UserError with all problems."""
+    problems = cli.Problems()
+    distributed.check_environment(problems, args.device_map)
+    if not reviews.ARM.fullmatch(args.arm):
+        problems.add(f"--arm {args.arm}: letters, digits, _ and - only, a letter first")
+    output = Path(args.output or f"generated_sequences_{args.arm}.jsonl")
+    cli.check_output_file(output, ".jsonl", args.overwrite, problems)
+    cli.check_writable(output.parent, problems, "--output")
+    if (args.condition == "sampled") != (args.metadata_epsilon is not None):
+        problems.add("--metadata_epsilon: goes with --condition sampled, which needs it")
+    if args.condition == "sampled" and not args.training:
+        problems.add("--condition sampled: give the rows that the histogram counts as --training")
+    if "Rating" not in args.metadata_fields:
+        problems.add("--metadata_fields: Rating must be among them, every review has one")
+    if args.metadata_delta is not None and args.metadata_delta >= 1:
+        problems.add(f"--metadata_delta {args.metadata_delta:g}: must be below 1")
+    if args.metadata_epsilon == math.inf:
+        problems.add("--metadata_epsilon inf: must be finite")
+    rows = problems.absorb(reviews.read_reviews, args.input) or []
+    training = (problems.absorb(reviews.read_reviews, args.training) or []) if args.training else []
+    if args.condition == "title" and rows and any(not row.get("Review Title") for row in rows):
+        count = sum(not row.get("Review Title") for row in rows)
+        problems.add(f"{args.input}: {count} rows have no Review Title, which --condition title puts into the prompt")
+    if args.condition == "sampled" and len({row.get("System prompt") for row in rows}) > 1:
+        problems.add(f"{args.input}: the System prompt differs between rows; --condition sampled needs one for all")
+    if args.condition != "sampled" and (shared := reviews.shared_rows(rows, training)):
+        problems.add(
+            f"{args.input}: {shared} of its rows are training rows, whose metadata would stand unprotected in the "
+            "output; name other rows, or draw metadata with --condition sampled"
+        )
+    ref = problems.absorb(models.find_model, args.model, args.revision)
+    tokenizer = problems.absorb(models.load_tokenizer, ref) if ref else None
+    block = models.privacy(ref) if ref else None
+    unit = (block or {}).get("unit", "record")
+    if args.condition == "sampled" and unit == "user" and any(not row.get("user_id") for row in training):
+        problems.add(f"{args.training}: rows without user_id; the model's privacy unit is the user")
+    histogram = Path(args.histogram) if args.histogram else output.with_name("metadata_histogram.json")
+    problems.check()
+    return SimpleNamespace(
+        output=output, rows=rows, training=training, ref=ref, tokenizer=tokenizer, privacy=block, unit=unit,
+        histogram=histogram,
+    )  # fmt: skip
+
+
+def release_histogram(args, task) -> dict:
+    """The released histogram: read when it is there with the same settings, else made (noise from the system)."""
+    import json
+
+    from data.synthetic import histogram
+
+    units = len({row.get("user_id") for row in task.training}) if task.unit == "user" else len(task.training)
+    delta = args.metadata_delta or (task.privacy or {}).get("delta") or 1 / (10 * units)
+    wanted = {
+        "training": results.sha256(args.training), "fields": args.metadata_fields, "epsilon": args.metadata_epsilon,
+        "delta": delta, "unit": task.unit,
+    }  # fmt: skip
+    if task.histogram.is_file():
+        made = json.loads(task.histogram.read_text(encoding="utf-8"))
+        differ = [key for key, value in wanted.items() if made.get(key) != value]
+        if differ:
+            raise cli.UserError(
+                f"--histogram {task.histogram}: was released with another {', '.join(differ)}; name another file"
+            )
+        return made
+    import numpy as np
+
+    rng = np.random.default_rng(secrets.randbits(256))
+    rows = histogram.one_row_a_user(task.training, rng) if task.unit == "user" else task.training
+    cells = [tuple(row.get(field) or "" for field in args.metadata_fields) for row in rows]
+    released = histogram.release(cells, args.metadata_epsilon, delta, rng)
+    if not released:
+        raise cli.UserError(
+            f"--metadata_epsilon {args.metadata_epsilon:g}: no cell of {' × '.join(args.metadata_fields)} reaches the "
+            f"threshold of {histogram.threshold(args.metadata_epsilon, delta)}; raise ε or name fewer --metadata_fields"
+        )
+    made = {
+        **wanted,
+        "mechanism": "two-sided geometric noise, L1 sensitivity 1 (one cell a unit), add/remove adjacency; noisy "
+        "counts below the threshold are not released",
+        "threshold": histogram.threshold(args.metadata_epsilon, delta),
+        "cells": [[*cell, count] for cell, count in released.items()],
+    }
+    results.write_json(task.histogram, made)
+    return made
+
+
+def privacy_block(model: dict | None, released: dict | None) -> dict:
+    """The manifest's `privacy`: what the model spent, what the metadata spent, and their sum (basic composition).
+
+    epsilon is None where the model's training, and hence the whole, has no bound.
+    """
+    model_epsilon = (model or {}).get("epsilon")
+    parts = [model, released] if released else [model]
+    bounded = model_epsilon is not None
+    return {
+        "private": bool((model or {}).get("private")),
+        "epsilon": math.fsum(part["epsilon"] for part in parts) if bounded else None,
+        "delta": math.fsum(part["delta"] for part in parts) if bounded else None,
+        "unit": (model or released or {}).get("unit"),
+        "composition": "basic: sum over model and metadata",
+        "model": model and {key: model.get(key) for key in ("private", "epsilon", "delta", "unit", "void")},
+        "metadata": released and {key: value for key, value in released.items() if key not in ("cells", "training")},
+        "outside_epsilon": "counts of near-copies and, unless sampled, the metadata of the rows of --input",
+    }
+
+
+def make_rows(args, task, released: dict | None) -> list[dict]:
+    """The rows to write, in order, without their text: prompt fields, row_id, arm, seed; `key` identifies their noise.
+
+    --num below the number of rows takes as many, drawn by --seed, in the order of the file; above it goes round again.
+    """
+    import random
+
+    n = args.num or len(task.rows)
+    common = {"arm": args.arm, "condition": args.condition}
+    if released:
+        from data.synthetic import histogram
+
+        system = task.rows[0].get("System prompt") or ""
+        cells = {tuple(cell): count for *cell, count in released["cells"]}
+        drawn = histogram.draw(cells, n, args.seed)
+        empty = dict.fromkeys(records.REVIEW_FIELDS[1:], "") | {"System prompt": system}
+        fields = [{**empty, **dict(zip(args.metadata_fields, cell))} for cell in drawn]
+        picked = [(i, 0, None, row) for i, row in enumerate(fields)]
+    else:
+        order = list(range(len(task.rows)))
+        random.Random(args.seed).shuffle(order)
+        rest = set(order[: n % len(order)])
+        rounds = n // len(order)
+        picked = [
+            (i, sample, row.get("row_id"), row)
+            for sample in range(rounds + 1)
+            for i, row in enumerate(task.rows)
+            if sample < rounds or i in rest
+        ]
+    names = [name for name in records.REVIEW_FIELDS if name != "Review"]
+    if args.condition != "title":
+        names.remove("Review Title")
+    return [
+        {"row_id": row_id, **common, **{name: row.get(name) for name in names}, "sample": sample, "key": (i, sample)}
+        for i, sample, row_id, row in picked
+    ]
+
+
+# ---------------------------------------------------------------- after it
+
+
+def near_copies(texts: list[str], training: list[str], held_out: list[str]) -> dict:
+    """Shares of texts with a run of COPY characters out of --training or --input; None without training rows.
+
+    `held_out_in_training` is the floor: what the real reviews of --input, written by others, share with --training.
+    """
+    from fidelity.measures import copied_lengths
+
+    def share(of: list[str], source: list[str]) -> float | None:
+        return float((copied_lengths(of, source, (COPY,)) >= COPY).mean()) if of and source else None
+
+    return {
+        "characters": COPY,
+        "training": share(texts, training),
+        "held_out": share(texts, held_out),
+        "held_out_in_training": share(held_out, training),
+    }
+
+
+def run(args) -> dict:
+    """Write the file; returns what is also printed and kept in run_generate_<arm>.json."""
+    task = check(args)
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = models.resolve_dtype(args.dtype, device)
+    settings = {
+        "input": results.sha256(args.input),
+        "model": args.model,
+        "revision": args.revision,
+        "weights": models.weights_sha256(task.ref),
+        **{
+            key: getattr(args, key)
+            for key in ("arm", "num", "condition", "temperature", "top_k", "max_new_tokens", "seed", "batch_size")
+        },
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    if args.condition == "sampled":
+        settings["metadata_epsilon"], settings["metadata_fields"] = args.metadata_epsilon, args.metadata_fields
+    generation.read_partials(task.output, settings, args.overwrite)  # refuses another run's before the model is loaded
+    if args.dry_run:
+        n = args.num or len(task.rows)
+        print(f"would write {n} reviews of arm {args.arm} with {args.model} from {args.condition}, to {task.output}")
+        return {}
+
+    world = distributed.start()
+    inputs = [args.input, *([args.training] if args.training else [])]
+    with results.Run(task.output.parent / f"run_generate_{args.arm}.json", args, inputs, world) as record:
+        released = None
+        if args.condition == "sampled":
+            released = world.together(lambda: release_histogram(args, task) if world.main else None)[0]
+            settings["histogram"] = results.sha256(task.histogram)
+        rows = make_rows(args, task, released)
+        dropped, filtered = Counter(), Counter()
+        base = models.load_base(task.ref, dtype, world.device, args.device_map)
+        prompts, rooms, kept = [], [], []
+        context, least = models.context_length(base), min(MIN_ROOM, args.max_new_tokens)
+        for row in rows:
+            prompt = task.tokenizer(records.review_prompt(row), verbose=False).input_ids
+            while len(prompt) > 1 and prompt[-1] == task.tokenizer.eos_token_id:
+                prompt.pop()
+            room = min(args.max_new_tokens, context - len(prompt))
+            if room < least:
+                dropped[f"prompt leaves fewer than {least} of the context's {context:,} tokens"] += 1
+                continue
+            prompts.append(prompt)
+            rooms.append(room)
+            kept.append(row)
+        if not kept:
+            raise cli.UserError(f"{args.input}: every prompt is too long for the model's {context} tokens")
+        with models.adapted(base, task.ref.adapter) as (model, _):
+            made = generation.continue_prompts(
+                model, task.tokenizer, prompts, rooms, [row["key"] for row in kept], output=task.output,
+                settings=settings, overwrite=args.overwrite, temperature=args.temperature, top_k=args.top_k,
+                seed=args.seed, batch_size=args.batch_size, world=world,
+            )  # fmt: skip
+        if world.main:
+            answer = finish(args, task, record, kept, made, released, settings, dropped, filtered)
+        answer = world.broadcast(answer if world.main else None)
+        world.barrier()
+    if world.main:
+        report(args, task, answer)
+    world.close()
+    return answer
+
+
+def finish(args, task, record, kept, made, released, settings, dropped, filtered) -> dict:
+    """Rank 0: filter, count, write the rows and their manifest."""
+    rows = []
+    for row, item in zip(kept, made):
+        sample = row.pop("sample")
+        del row["key"]
+        ended = "eos" if item["ended"] else "length"
+        text = item["generation"].removeprefix(" ")
+        if "empty" in args.filter and not text.strip():
+            filtered["empty"] += 1
+        elif "length" in args.filter and ended == "length":
+            filtered["length"] += 1
+        else:
+            made_here = {"finish_reason": ended, "generated_tokens": item["generated_tokens"]}
+            rows.append({**row, "generated_text": text, **made_here, "seed": args.seed, "sample": sample})
+    texts = [row["generated_text"] for row in rows]
+    held_out, trained = ([row["Review"] for row in one] for one in (task.rows, task.training))
+    answer = {
+        "n_requested": args.num or len(task.rows),
+        "n_scored": len(rows),
+        "n_dropped": sum(dropped.values()) + sum(filtered.values()),
+        "dropped": dict(dropped),
+        "filtered": {name: filtered[name] for name in args.filter},
+        "ended": sum(row["finish_reason"] == "eos" for row in rows),
+        "empty": sum(not text.strip() for text in texts),
+        "near_copies": near_copies(texts, trained, held_out),
+        "tokens": sum(item["generated_tokens"] for item in made),
+    }
+    privacy = privacy_block(task.privacy, released)
+    record["statistics"], record["privacy"] = answer, privacy
+    records.manifest_path(task.output).unlink(missing_ok=True)  # it describes the file that is now replaced
+    results.write_jsonl(task.output, rows)
+    records.write_manifest(
+        task.output,
+        tag=f"synthetic-{args.arm}",
+        script="data/synthetic/generate.py",
+        argv=sys.argv,
+        rows=len(rows),
+        source=[(args.input, len(task.rows)), *([(args.training, len(task.training))] if args.training else [])],
+        generator={key: settings[key] for key in ("model", "revision", "weights")},
+        sampling={
+            key: settings[key] for key in ("condition", "temperature", "top_k", "max_new_tokens", "seed", "dtype")
+        },
+        more={"privacy": privacy, **answer},
+    )
+    for file in generation.partial_files(task.output):
+        file.unlink()
+    return answer | {"privacy": privacy}
+
+
+def report(args, task, answer: dict) -> None:
+    print(f"{answer['n_scored']:>9,}  reviews of arm {args.arm} in {task.output}")
+    for reason, count in (answer["dropped"] | {f"--filter {k}": n for k, n in answer["filtered"].items()}).items():
+        print(f"{count:>9,}  left out: {reason}")
+    print(f"{answer['ended']:>9,}  ended by themselves, {answer['empty']:,} empty")
+    copies = answer["near_copies"]
+    words = {"training": "training rows", "held_out": "rows of --input", "held_out_in_training": "(real, floor)"}
+    for key, name in words.items():
+        if copies[key] is not None:
+            print(f"{copies[key]:>9.2%}  share a run of {COPY} characters with {name}")
+    spent = answer["privacy"]
+    if spent["epsilon"] is None:
+        print("          privacy: none, the model was trained without")
+    else:
+        note = "" if spent["private"] else " (void: see the model's privacy.json)"
+        print(f"          privacy: ε {spent['epsilon']:.3f} at δ {spent['delta']:.3g}, unit {spent['unit']}{note}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    run(make_parser().parse_args(argv))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.entry(main))

@@ -1,0 +1,47 @@
+"""A differentially private histogram of review metadata, and draws from it. Pure functions.
+
+Cells are the values of some metadata fields together, a domain without bounds (product titles), so noisy counts below a
+threshold are not released: otherwise the presence of a cell would tell of the one record in it (Korolova et al. 2009).
+Every privacy unit adds to one cell, by one: the L1 sensitivity is 1 under add/remove of a unit. The noise is the
+two-sided geometric distribution, P(Z = z) ∝ a^|z| with a = e^−ε (Ghosh, Roughgarden & Sundararajan 2009): exactly
+(ε, 0) on the cells that both neighbours have, and δ is the chance that a cell of one single unit passes the threshold.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def one_row_a_user(rows: list[dict], rng: np.random.Generator) -> list[dict]:
+    """A row of each user, drawn without regard to its content: then a user adds to one cell, by one."""
+    users: dict = {}
+    for row in rows:
+        users.setdefault(row["user_id"], []).append(row)
+    return [own[int(rng.integers(len(own)))] for own in users.values()]
+
+
+def threshold(epsilon: float, delta: float) -> int:
+    """The smallest whole t with P(1 + Z ≥ t) ≤ δ, where P(Z ≥ z) = a^z / (1 + a) for z ≥ 1."""
+    a = math.exp(-epsilon)
+    return 1 + max(1, math.ceil(-math.log(delta * (1 + a)) / epsilon))
+
+
+def release(cells: Sequence[tuple], epsilon: float, delta: float, rng: np.random.Generator) -> dict[tuple, int]:
+    """{cell: noisy count} of the cells whose noisy count reaches the threshold; `cells` has one entry a unit.
+
+    The cells come out sorted: the order of the input would tell who came first.
+    """
+    counts = sorted(Counter(cells).items())
+    lowest, p = threshold(epsilon, delta), -math.expm1(-epsilon)
+    noise = rng.geometric(p, len(counts)) - rng.geometric(p, len(counts))
+    noisy = {cell: int(count + z) for (cell, count), z in zip(counts, noise)}
+    return {cell: count for cell, count in noisy.items() if count >= lowest}
+
+
+def draw(released: dict[tuple, int], n: int, seed: int) -> list[tuple]:
+    """n cells, independently, in proportion to their noisy counts (post-processing: costs nothing)."""
+    cells, counts = list(released), np.array(list(released.values()), dtype=float)
+    picks = np.random.default_rng(seed).choice(len(cells), n, p=counts / counts.sum())
+    return [cells[index] for index in picks]

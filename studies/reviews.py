@@ -1,0 +1,198 @@
+"""System S in miniature: reviews → fine-tuning with and without DP → synthetic reviews → privacy, fidelity, utility.
+
+The embedded model has never seen a review, so it is first trained, whole, on public ones (other users and products of
+the same invented shop), as a large model has read many before. Then the private reviews get canaries (a ladder of
+repetitions, and once-only ones for the audit); three arms are trained with the same hyper-parameters and steps (no
+noise, ε = 8, ε = 1), and each writes a review for the metadata of held-out rows. See quickstart.py.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+from canary import inject
+from canary import measure as canary_measure
+from common import cli, models, results
+from data.amazon import make_reviews, prepare
+from data.synthetic import generate
+from fidelity import fidelity
+from studies.steps import EMBEDDED, build, call, table, train
+from utility import downstream, feature_importance
+
+EPOCHS = 5
+RANK = 8
+ARMS = {"no_dp": ["--noise_multiplier", 0, "--max_grad_norm", "inf"]}
+ARMS |= {"dp_8": ["--target_epsilon", 8], "dp_1": ["--target_epsilon", 1]}
+PUBLIC, PUBLIC_EPOCHS, PUBLIC_RATE = 1500, 3, 2e-3  # rows of the public reviews
+TRAIN, TEST, REVIEWS, PRODUCTS = 800, 300, 3000, 200
+LADDER, CANARIES, AUDIT = (1, 8, 64), 3, 200
+LOGICAL_BATCH = 64
+
+
+def check(args) -> None:
+    """UserError with every problem of the study's inputs."""
+    problems = cli.Problems()
+    problems.absorb(models.find_model, args.model, args.revision)
+    problems.check()
+
+
+def inputs(args) -> list:
+    return []
+
+
+def run(args, out, record) -> str:
+    """All arms; returns the text of summary.md."""
+    device = ["--dtype", args.dtype, *(["--device_map", args.device_map] if args.device_map else [])]
+    seed = ["--seed", args.seed]
+    model = args.model
+    if model == str(EMBEDDED / "mini-pythia"):
+        model = public_base(args, out, device)
+    real = make_split(out / "reviews", REVIEWS, TRAIN, TEST, args.seed)
+    placed = out / "train_canaries.jsonl"
+    ladder = ["--repetitions", *LADDER, "--canaries", CANARIES, "--audit", AUDIT]
+    build(inject, placed, "--input", real / "train.jsonl", *ladder, *seed)
+    key = placed.with_name("train_canaries_key.jsonl")
+
+    checkpoints, written = {}, {}
+    for arm, words in ARMS.items():
+        tree = train(
+            "-m", model, "-i", placed, "--output_root", out, "-lr", args.learning_rate, "-e", args.epochs,
+            "-pdbs", 2 * args.per_device_batch_size, "--lora_r", args.lora_r, "-l", 10, "--loss_on", "completion",
+            "--dp", "--logical_batch_size", LOGICAL_BATCH, *words, *device,
+        )  # fmt: skip
+        checkpoints[arm] = models.find_checkpoints(tree)[-1]
+        words = ["--model", checkpoints[arm], "--input", real / "test.jsonl", "--arm", arm, "--max_new_tokens", 128]
+        output = out / f"generated_sequences_{arm}.jsonl"
+        written[arm] = build(generate, output, *words, "--training", placed, *seed, *device)
+    arms, texts = ([f"{arm}={one}" for arm, one in made.items()] for made in (checkpoints, written))
+
+    held_out = real / "validation.jsonl"
+    steps = {
+        "canary": (canary_measure, ["--canaries", key, "--models", *arms, "--synthetic", *texts, "--references", 200]),
+        "fidelity": (fidelity, ["--real", held_out, "--train", placed, "--synthetic", *texts, "--num_rows", TEST]),
+        "importance": (
+            feature_importance,
+            ["--real", placed, "--heldout", held_out, "--synthetic", *texts, "--num_rows", TEST],
+        ),
+        "downstream": (
+            downstream,
+            ["-m", model, "--real", placed, "--heldout", held_out, "--synthetic", *texts, "--num_rows", TEST,
+             "--num_heldout", 500, "--num_seeds", 1, "-e", 3, "-lr", args.learning_rate, "-pdbs", 8, "-gas", 2,
+             "--lora_r", 16],
+        ),
+    }  # fmt: skip
+    for name, (script, words) in steps.items():
+        if (out / name / "done").exists():
+            print(f"\n{out / name}: measured before, kept")
+            continue
+        call(script, *words, "--output_dir", out / name, *seed)
+        (out / name / "done").touch()
+    rows = summary(out, checkpoints)
+    results.write_json(out / "summary.json", rows)
+    record["epsilons"] = {arm: row["epsilon"] for arm, row in rows["arms"].items()}
+    return report(rows)
+
+
+def make_split(folder: Path, n: int, train_rows: int, test_rows: int, seed: int) -> Path:
+    """Fictional reviews as train, test and validation.jsonl in `folder`."""
+    raw = folder.with_name(folder.name + "_raw")
+    if not raw.is_dir():
+        call(make_reviews, "--output_dir", raw, "--reviews", n, "--products", PRODUCTS, "--seed", seed)
+    if not folder.is_dir():
+        meta = next(raw.glob("meta_*.jsonl"))
+        words = ["--reviews", meta.with_name(meta.name.removeprefix("meta_")), "--meta", meta, "--output_dir", folder]
+        call(prepare, *words, "--train", train_rows, "--test", test_rows, "--seed", seed)
+    return folder
+
+
+def public_base(args, out: Path, device: list) -> Path:
+    """The embedded model after PUBLIC_EPOCHS over public reviews."""
+    public = make_split(out / "public", 2 * PUBLIC, PUBLIC, 10, args.seed + 1)
+    tree = train(
+        "-m", args.model, "-i", public / "train.jsonl", "--output_root", out, "-pt", "full", "-e", PUBLIC_EPOCHS,
+        "-lr", PUBLIC_RATE, "-pdbs", 16, "-gas", 1, "-l", 50, "--seed", args.seed, *device,
+    )  # fmt: skip
+    base = out / "public-base"
+    if not base.is_dir():
+        with results.atomic_folder(base) as folder:
+            newest = models.find_checkpoints(tree)[-1]
+            for file in newest.iterdir():
+                if file.name != "training_state.pt":
+                    shutil.copy(file, folder)
+    return base
+
+
+def summary(out: Path, checkpoints: dict) -> dict:
+    """Everything the table needs, from the result files."""
+    canaries = results.read_jsonl(out / "canary" / "results_canary.jsonl")
+    likeness = json.loads((out / "fidelity" / "results_fidelity.json").read_text(encoding="utf-8"))
+    words = json.loads((out / "importance" / "feature_importance.json").read_text(encoding="utf-8"))
+    ratings = results.read_jsonl(out / "downstream" / "results_utility.jsonl")
+    return {"canary": canaries, "fidelity": likeness, "importance": words, "utility": ratings, "arms": {
+        arm: {"epsilon": (models.privacy(models.find_model(str(one))) or {}).get("epsilon")}
+        for arm, one in checkpoints.items()
+    }}  # fmt: skip
+
+
+MEASURES = (
+    "Wasserstein-1 words a review",
+    "Jensen-Shannon word frequencies (bits)",
+    "Frechet distance",
+    "coverage",
+    "MAUVE (low, high: of 5 seeds)",
+    "attribute correlations, mean shift",
+    "copies >= 100 characters",
+)
+
+
+def report(rows: dict) -> str:
+    """The study's tables in Markdown: privacy, fidelity, utility."""
+    arms = list(rows["arms"])
+    privacy = []
+    for arm in arms:
+        mine = [line for line in rows["canary"] if line["arm"] == arm]
+        exposure = {(line["kind"], line["repetitions"]): line["bits"] for line in mine if line["measure"] == "exposure"}
+        bits = [f"{exposure['ladder', times]['median']:.1f}" for times in LADDER]
+        bits.append(f"{exposure['held_out', 0]['median']:.1f}")
+        bound = next(line for line in mine if line["measure"] == "audit")
+        text = [line for line in mine if line["measure"] == "audit_text"]
+        whole = sum(line["exact"]["rows"] for line in mine if line["measure"] == "count" and line["part"] == "whole"
+                    and line["kind"] in ("ladder", "share"))  # fmt: skip
+        epsilon = rows["arms"][arm]["epsilon"]
+        privacy.append([arm, "∞" if epsilon is None else f"{epsilon:.2f}", *bits, f"{bound['lower']['95']:.2f}",
+                        f"{max(line['lower']['95'] for line in text):.2f}", f"{bound['auc']:.2f}", whole])  # fmt: skip
+    compared = rows["fidelity"]["comparisons"]
+    likeness = []
+    for measure in MEASURES:
+        cells = [compared[arm]["measures"].get(measure) for arm in ("real", *arms)]
+        if all(cells):
+            likeness.append(
+                [measure, *(f"{cell['value']:.3f} ({cell['low']:.3f}–{cell['high']:.3f})" for cell in cells)]
+            )
+    ratings = {line["arm"]: line for line in rows["utility"] if line["seed"] is None}
+    utility = []
+    for arm in ("real", *arms, "base", "majority"):
+        line = ratings[arm]
+        cells = [line[name]["mean"] if isinstance(line[name], dict) else line[name] for name in downstream.SHOWN]
+        words = rows["importance"]["arms"].get(arm)
+        utility.append([arm, *(f"{cell:.3f}" for cell in cells), f"{words['mean']['spearman']:.3f}" if words else ""])
+    heads = ["", "ε (PRV)", *(f"placed {times}×" for times in LADDER), "held out", "ε ≥ (model)", "ε ≥ (text)",
+             "audit AUC", "generated rows with a whole canary"]  # fmt: skip
+    return "\n".join(
+        [
+            f"Privacy. Canaries' exposure in bits (median; chance: 1), lower bounds of ε at 95 % from {AUDIT} canaries "
+            "placed once by a coin, from the model and from the generated text alone.",
+            "",
+            table(heads, privacy),
+            "",
+            f"Fidelity: {rows['fidelity']['rows']} generated reviews against as many real ones; `real`: a second real "
+            "sample (95 % jackknife intervals).",
+            "",
+            table(["", "real", *arms], likeness),
+            "",
+            "Utility: the base trained on each arm's rows rates held-out real reviews; word importance (Spearman) "
+            "against real.",
+            "",
+            table(["", *downstream.SHOWN, "importance"], utility),
+        ]
+    )

@@ -1,0 +1,414 @@
+"""canary/inject.py and canary/measure.py: what is placed is in the key and nowhere else; counts, exposure and bounds by
+hand; a model that learned its canaries is seen to have, and text that holds them refutes an ε that is too small."""
+
+import json
+import math
+import random
+import shutil
+import stat
+
+import numpy as np
+import pytest
+from conftest import read_lines, run_script, write_rows
+from hypothesis import given
+from hypothesis import strategies as st
+from test_synthetic import make_reviews
+
+import run_peft
+from canary import canaries, inject, measure, measures
+from common import models as common_models
+from common import records
+from common.cli import UserError
+
+
+def make(path, rows, *more) -> tuple[list[dict], dict, list[dict]]:
+    """(rows, header, canaries) of inject.py on rows."""
+    source = write_rows(path / "train.jsonl", rows)
+    assert inject.main([str(word) for word in ("-i", source, *more)]) == 0
+    header, *key = read_lines(path / "train_canaries_key.jsonl")
+    return read_lines(path / "train_canaries.jsonl"), header, key
+
+
+# ---------------------------------------------------------------- canaries and their places
+
+
+def test_spaces_by_hand():
+    assert canaries.Space("phone").size == 10**9
+    assert canaries.Space("phone").secret(123456789) == "012-345-6789"
+    assert (canaries.Space("street").secret(0), canaries.Space("street").secret(8999)) == ("1000", "9999")
+    names = canaries.Space("name")
+    assert len({names.secret(index) for index in range(names.size)}) == names.size == 1024
+    text = canaries.Space("text", ("ant", "bee", "cow"))
+    assert text.size == 3**8 and text.secret(1 + 3 * 2) == "bee cow ant ant ant ant ant ant"
+    assert len({text.secret(index) for index in range(text.size)}) == text.size
+
+
+def test_references_are_other_secrets_each_once():
+    space, rng = canaries.Space("name"), random.Random(0)
+    assert len(set(space.others(space.secret(5), 5000, rng))) == 1023  # all of R
+    some = space.others(space.secret(5), 900, rng)
+    assert len(set(some)) == 900 and space.secret(5) not in some
+
+
+@pytest.mark.parametrize("kind", canaries.SECRETS)
+def test_canaries_are_new_and_differ(kind):
+    corpus = [row["Review"] for row in make_reviews(200)]
+    corpus.append("Adelon Ashgrove wrote this, 1000 Elm Street, 012-345-6789, six words at least")
+    rng = random.Random(1)
+    space = canaries.Space(kind, canaries.vocabulary(corpus, rng) if kind == "text" else ())
+    made = canaries.make(300, space, corpus, rng)
+    assert len({one["sentence"] for one in made}) == 300
+    for one in made:
+        assert one["sentence"].startswith(one["before"] + one["secret"])
+        assert all(part in one["sentence"] and part not in "\n".join(corpus) for part in one["parts"].values())
+        if kind == "text":
+            assert any(review.startswith(one["before"].strip()) for review in corpus)
+        else:
+            assert set(one["parts"]) == {"name", "street", "phone"}
+    for part in ("phone", "street") if kind != "text" else ():
+        assert len({one["parts"][part] for one in made}) == 300
+
+
+WORDS = st.lists(st.sampled_from(("good", "bad,", "it's", "ok")), min_size=1, max_size=60).map(" ".join)
+
+
+@given(WORDS, st.integers(0, 80), st.integers(0, 10**6))
+def test_insertion_is_undone_by_removal_and_never_at_the_start(review, within, seed):
+    made, start = canaries.insert(review, "A canary here.", within, random.Random(seed))
+    assert made[start:].startswith("A canary here.") and start > 1
+    assert made[: start - 1] + made[start + len("A canary here.") :] == review
+    first_gap = len(review.split(" ")[0])
+    assert not within or start - 1 <= max(within, first_gap)
+
+
+def test_places_are_spread():
+    """Uniform over the 40 gaps of a review of 40 words: 2,000 draws hit each 50 times, deviation 7."""
+    review, rng = " ".join(f"w{index:02}" for index in range(40)), random.Random(0)
+    starts = [canaries.insert(review, "X.", 0, rng)[1] for _ in range(2000)]
+    counts = np.bincount(starts)[np.bincount(starts) > 0]
+    assert len(counts) == 40 and counts.min() > 15 and counts.max() < 90
+
+
+@pytest.mark.parametrize("condition", ("metadata", "title"))
+def test_file_and_key_agree(condition, tmp_path):
+    rows = make_reviews(120)
+    words = ["--repetitions", 1, 4, 8, "--canaries", 3, "--audit", 40, "--condition", condition]
+    made, header, key = make(tmp_path, rows, *words)
+    kinds = [(one["kind"], one["repetitions"]) for one in key if one["kind"] != "audit"]
+    assert kinds == [("ladder", r) for r in (1, 4, 8) for _ in range(3)] + [("held_out", 0)] * 9
+    texts = [records.row_text(row)[0] for row in made]
+    used = []
+    for one in key:
+        assert [i for i, text in enumerate(texts) if one["sentence"] in text] == sorted(one["rows"])
+        assert len(one["rows"]) == one["repetitions"] and one["included"] == bool(one["rows"])
+        used += one["rows"]
+        if one["rows"]:
+            assert texts[one["rows"][0]].startswith(one["context"] + one["before"] + one["secret"])
+            prompt = records.review_prompt(made[one["rows"][0]])
+            assert len(one["context"]) > len(prompt) + 1  # a word of the review is before it
+    assert len(used) == len(set(used))
+    out = [one for one in key if one["kind"] == "audit" and not one["included"]]
+    assert len(made) == 120 - len(out) and {row["user_id"] for row in made}.isdisjoint(one["user_id"] for one in out)
+    untouched = {row["row_id"]: row["Review"] for row in rows}
+    clean = [row for index, row in enumerate(made) if index not in used]
+    assert all(row["Review"] == untouched[row["row_id"]] for row in clean)
+    assert all(("condition" in row) == (condition == "title") for row in made)
+    assert stat.S_IMODE((tmp_path / "train_canaries_key.jsonl").stat().st_mode) == 0o600
+    manifest = records.read_manifest(tmp_path / "train_canaries.jsonl")
+    assert manifest["tag"] == "train-canaries" and manifest["rows"] == len(made)
+    assert manifest["canaries"]["audit_included"] == 40 - len(out) and manifest["canaries"]["held_out"] == 9
+    assert header["secret"] == "phone" and manifest["canaries"]["space"] == 10**9
+    before = [(tmp_path / name).read_bytes() for name in ("train_canaries.jsonl", "train_canaries_key.jsonl")]
+    make(tmp_path, rows, *words, "--overwrite")
+    assert before == [(tmp_path / name).read_bytes() for name in ("train_canaries.jsonl", "train_canaries_key.jsonl")]
+
+
+def test_audit_by_user_adds_or_leaves_out_whole_users(tmp_path):
+    """30 users of 4 rows: a canary stands in its user's first row (a cap on rows a user never drops that one)."""
+    rows = make_reviews(120, users=30)
+    made, _, key = make(tmp_path, rows, "--audit", 20, "--privacy_unit", "user")
+    present = [row["user_id"] for row in made]
+    assert len({one["user_id"] for one in key}) == 20
+    for one in key:
+        assert present.count(one["user_id"]) == (4 if one["included"] else 0)
+        if one["included"]:
+            assert one["rows"] == [present.index(one["user_id"])]
+
+
+def test_coins_are_fair(tmp_path):
+    """600 coins: 300 ± 5 · √150."""
+    _, _, key = make(tmp_path, make_reviews(600), "--audit", 600)
+    assert abs(sum(one["included"] for one in key) - 300) < 62
+
+
+@pytest.mark.parametrize(("share", "n"), ((0.01, 2), (0.1, 20), (1.0, 200)))
+def test_shares_of_system_s(share, n, tmp_path):
+    made, _, key = make(tmp_path, make_reviews(200), "--share", share)
+    assert [(one["kind"], one["repetitions"]) for one in key] == [("share", n), ("held_out", 0)]
+    assert sum(key[0]["sentence"] in row["Review"] for row in made) == n and len(made) == 200
+
+
+def test_inject_bad_input(tmp_path):
+    rows = [{key: value for key, value in row.items() if key != "user_id"} for row in make_reviews(20)]
+    data = write_rows(tmp_path / "train.jsonl", rows)
+    for words, wanted in (
+        ([], ["nothing to place"]),
+        (["--audit", 30], ["only 20 records"]),
+        (["--repetitions", 8, "--canaries", 3], ["20 rows; the canaries asked for need 24"]),
+        (["--share", 1.5, "--repetitions", 2, 2], ["at most 1", "given twice"]),
+        (["--audit", 2, "--privacy_unit", "user", "--output", data], ["must end", "no user_id", "exists"][1:]),
+        (["--audit", 2, "--key_file", tmp_path / "k.txt"], ["must end in .jsonl"]),
+    ):
+        with pytest.raises(UserError) as caught:
+            inject.main([str(word) for word in ("-i", data, *words)])
+        assert all(word in str(caught.value) for word in wanted), caught.value
+    assert [path.name for path in tmp_path.iterdir()] == ["train.jsonl"]
+    done = run_script("canary/inject.py", "-i", tmp_path / "no.jsonl", "--audit", 3)
+    assert done.returncode == 2 and "no such file" in done.stderr and done.stderr.count("\n") == 1
+
+
+# ---------------------------------------------------------------- counts in text
+
+
+def test_counts_by_hand():
+    parts = {"name": "Tamsine Vexmoor", "street": "4821 Elm Street", "phone": "012-345-6789"}
+    canary = {"parts": parts, "sentence": "My name is Tamsine Vexmoor, I live at 4821 Elm Street, call 012-345-6789."}
+    texts = [
+        canary["sentence"],  # everything
+        "my name is TAMSINE  vexmoor i live at 4821 elm street call (012) 345 6789",  # all, normalised only
+        "Tamsine Vexmoor liked it",
+        "Tamsine Vexmoores at 14821 Elm Streets",  # inside other words: exact substrings, no whole words
+        "0123456789",
+        "nothing 012-345-678",
+    ]
+    found = measures.find([canary], texts)
+    rows = {how: {part: cells[p, 0].tolist() for p, part in enumerate(measures.PARTS)} for how, cells in found.items()}
+    assert rows["exact"] == {
+        "name": [True, False, True, True, False, False],
+        "street": [True, False, False, True, False, False],
+        "phone": [True, False, False, False, False, False],
+        "whole": [True, False, False, False, False, False],
+    }
+    assert rows["normalised"] == {
+        "name": [True, True, True, True, False, False],
+        "street": [True, True, False, True, False, False],
+        "phone": [True, True, False, False, True, False],
+        "whole": [True, True, False, False, False, False],
+    }
+
+
+def test_fisher_on_the_published_counts():
+    """Trap 39: of 10,000 rows each, 3 against 0 has p = 2 · C(10⁴,3)/C(2·10⁴,3) = 0.2499…, 2 against 0 p = 0.49997."""
+    n = 10_000
+    assert measures.fisher(3, n, 0, n) == pytest.approx(2 * math.comb(n, 3) / math.comb(2 * n, 3))
+    assert measures.fisher(3, n, 0, n) == pytest.approx(0.25, abs=1e-3)
+    assert measures.fisher(2, n, 0, n) == pytest.approx(0.5, abs=1e-3)
+    assert measures.fisher(23, n, 0, n) < 1e-6
+
+
+def test_text_signals_by_hand():
+    """Corpus 'a b. a b' and 'a c'; V = {<s>, a, b, c, d}: p(a|<s>) = 3/7, p(b|a) = 3/8, p(d|a) = 1/8."""
+    scores = measures.bigram_scores(["A b!", "a d"], ["a b. a b", "a c"])
+    assert scores == pytest.approx([math.log(3 / 7) + math.log(3 / 8), math.log(3 / 7) + math.log(1 / 8)])
+    # Jaccard of {a, b}: 1 and 1/3; of {a, d}: 1/3 and 1/3; fewer than 25 texts: all are averaged
+    assert measures.similarity_scores(["A b!", "a d"], ["a b. a b", "a c"]) == pytest.approx([2 / 3, 1 / 3])
+    many = ["a b"] * 30 + ["z"] * 70
+    assert measures.similarity_scores(["a b", "z y", "q"], many) == pytest.approx([1, 0.5, 0])
+
+
+# ---------------------------------------------------------------- exposure and bounds
+
+
+def test_exposure_by_hand():
+    assert measures.exposure(0.5, [1, 2, 3]) == 2  # first of four
+    assert measures.exposure(2.0, [1, 2, 3]) == pytest.approx(2 - math.log2(3))  # a tie counts against it
+    assert measures.exposure(9.0, [1, 2, 3]) == 0
+    ranks = [measures.exposure(rank + 0.5, np.arange(1024)) for rank in range(-1, 1024)]
+    assert np.mean(ranks) == pytest.approx(measures.CHANCE["mean"], abs=0.02)
+    assert np.median(ranks) == pytest.approx(measures.CHANCE["median"], abs=0.01)
+
+
+def test_extrapolation_on_a_normal_law():
+    """−log2 Φ(−4) = 14.9 bits; never more than log2 |R|; a law that is no skew-normal gets a small KS p."""
+    references = np.random.default_rng(0).normal(50, 5, 4000)
+    found = measures.extrapolated_exposure(30, references, 10**9)
+    assert abs(found["bits"] - 14.95) < 2 and found["ks_p"] > 0.05
+    assert measures.extrapolated_exposure(-1000, references, 10**9)["bits"] == math.log2(10**9)
+    two = np.concatenate([references, references + 100])
+    assert measures.extrapolated_exposure(30, two, 10**9)["ks_p"] < 1e-6
+
+
+def test_heuristic_bound_by_hand():
+    """20 canaries, 10 in; the top 2 are both in: TPR ≥ 0.02521 (Clopper–Pearson of 2/10), FPR ≤ 0.30850 (0/10)."""
+    included = [True] * 10 + [False] * 10
+    found = measures.heuristic_bound(np.arange(20, 0, -1), included, 0.0)
+    assert (found["true_positives"], found["false_positives"], found["epsilon"]) == (2, 0, 0.0)
+    included = [True] * 200 + [False] * 200
+    found = measures.heuristic_bound(np.arange(400, 0, -1), included, 0.01)
+    # scipy's beta.ppf(0.025, 40, 161) and 1 − 0.025^(1/200) worked out apart from the function
+    from scipy.stats import binomtest
+
+    low = binomtest(40, 200).proportion_ci(0.95, "exact").low
+    assert found["epsilon"] == pytest.approx(math.log((low - 0.01) / (1 - 0.025 ** (1 / 200))))
+    assert measures.heuristic_bound([1, 2], [True, True], 0.0) is None
+
+
+@pytest.mark.parametrize("arch", ("neox", "llama"))
+def test_secret_nll_is_that_of_a_plain_pass(arch, models):
+    """Against transformers' logits of each whole text alone, and against common/scoring; tokens from the secret on."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from common import scoring
+
+    model = AutoModelForCausalLM.from_pretrained(models[arch]).eval()
+    tokenizer = AutoTokenizer.from_pretrained(models[arch])
+    context = make_reviews(1)[0]["Review"] + " My name is Tamsine Vexmoor and my phone number is "
+    secrets = [canaries.Space("phone").secret(index) for index in (5, 77_777, 10**9 - 1)]
+    found = measure.secret_nlls(model, tokenizer, context, secrets)
+    for secret, nll in zip(secrets, found):
+        before, after = measure.tokens_from(tokenizer, context, secret, 512)
+        assert tokenizer.decode(after).strip() == secret and tokenizer.decode(before + after) == context + secret
+        ids = before + after
+        with torch.no_grad():
+            logp = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        plain = -sum(logp[place - 1, ids[place]].item() for place in range(len(before), len(ids)))
+        assert nll == pytest.approx(plain, rel=1e-4)
+        values = scoring.join([ids], [scoring.score(model, [ids])])[0]
+        assert -values[-len(after) :].sum() == pytest.approx(plain, rel=1e-4)
+    assert len(measure.tokens_from(tokenizer, context, secrets[0], 20)[0]) == 20 - len(after)
+
+
+# ---------------------------------------------------------------- the whole of it
+
+
+@pytest.fixture(scope="module")
+def learned(models, tmp_path_factory):
+    """(key file, checkpoint): a tiny model trained until it knows canaries placed 12 times; 24 audit canaries."""
+    folder = tmp_path_factory.mktemp("learned")
+    make(folder, make_reviews(64), "--repetitions", 1, 12, "--canaries", 2, "--audit", 24, "--within", 60)
+    flags = ["-m", models["llama"], "-i", folder / "train_canaries.jsonl", "-e", 14, "-pdbs", 8, "-gas", 1]
+    flags += ["-lr", 1e-2, "--lora_r", 16, "--loss_on", "completion", "--output_root", folder / "runs"]
+    assert run_peft.main([str(flag) for flag in flags]) == 0
+    last = max((folder / "runs").rglob("checkpoint-*"), key=common_models.natural_key)
+    return folder / "train_canaries_key.jsonl", last
+
+
+def by(lines, name, **more):
+    wanted = {"measure": name, **more}
+    return [line for line in lines if all(line.get(key) == value for key, value in wanted.items())]
+
+
+def test_a_model_that_learned_is_seen_to_have(learned, models, tmp_path):
+    """Twelve times: exposed at the ceiling of 9 bits or near; held out: not. The untrained base: near chance."""
+    key, checkpoint = learned
+    words = ["--canaries", key, "--models", f"lora={checkpoint}", f"base={models['llama']}", "--references", 511]
+    assert measure.main([str(word) for word in [*words, "--output_dir", tmp_path]]) == 0
+    names = ["results_canary.jsonl", "results_canary_rows.jsonl", "run_canary.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    lines = read_lines(tmp_path / "results_canary.jsonl")
+    often = by(lines, "exposure", arm="lora", repetitions=12)[0]
+    held = by(lines, "exposure", arm="lora", kind="held_out")[0]
+    assert often["ceiling"] == 9 and often["n_scored"] == 2 and held["n_scored"] == 4
+    assert often["bits"]["mean"] > 6 > 5 > held["bits"]["mean"]
+    assert often["extrapolated"]["bits"]["mean"] <= often["space_bits"] == math.log2(10**9)
+    assert by(lines, "exposure", arm="base", repetitions=12)[0]["bits"]["mean"] < 5
+    audit = by(lines, "audit", arm="lora")[0]
+    assert audit["signal"].endswith("before training") and audit["n_scored"] == 24 and audit["upper"] is None
+    assert by(lines, "audit", arm="base")[0]["signal"] == "log-probability"
+    rows = read_lines(tmp_path / "results_canary_rows.jsonl")
+    assert len(rows) == 2 * (24 + 4 + 4) and not any("sentence" in row or "secret" in row for row in rows)
+    with pytest.raises(UserError, match="--overwrite"):
+        measure.main([str(word) for word in [*words, "--output_dir", tmp_path]])
+
+
+def test_a_key_of_another_file_is_refused(learned, tmp_path):
+    _, checkpoint = learned
+    make(tmp_path, make_reviews(30), "--audit", 4)
+    words = ["--canaries", tmp_path / "train_canaries_key.jsonl", "--models", f"lora={checkpoint}"]
+    with pytest.raises(UserError, match="trained on another file"):
+        measure.main([str(word) for word in [*words, "--output_dir", tmp_path]])
+
+
+def test_two_ranks_give_the_same_results(learned, tmp_path):
+    key, checkpoint = learned
+    words = ["--canaries", key, "--models", f"lora={checkpoint}", "--references", 40]
+    assert measure.main([str(word) for word in [*words, "--output_dir", tmp_path / "one"]]) == 0
+    done = run_script("canary/measure.py", *words, "--output_dir", tmp_path / "two", ranks=2)
+    assert done.returncode == 0, done.stderr
+    one, two = (read_lines(tmp_path / name / "results_canary_rows.jsonl") for name in ("one", "two"))
+    assert len(one) == len(two) == 32
+    for a, b in zip(one, two):
+        assert a.keys() == b.keys() and all(
+            value == pytest.approx(b[name], rel=1e-4, abs=1e-4) if isinstance(value, float) else value == b[name]
+            for name, value in a.items()
+        )
+
+
+def generated(path, texts, privacy=None):
+    rows = [{"row_id": i, "Rating": 5, "Product Title": "x", "generated_text": text} for i, text in enumerate(texts)]
+    write_rows(path, rows)
+    more = {"privacy": privacy} if privacy else None
+    records.write_manifest(path, tag="synthetic-x", script="test", argv=[], rows=len(rows), more=more)
+    return path
+
+
+@pytest.fixture
+def echoes(tmp_path):
+    """(key, text with every placed canary once, text with none), 200 audit canaries by record, System S's counts."""
+    _, _, key = make(tmp_path, make_reviews(300), "--audit", 200, "--repetitions", 4, "--canaries", 5)
+    plain = [row["Review"] for row in make_reviews(300, seed=7)]
+    told = [f"{text} {one['sentence']}" for text, one in zip(plain, (one for one in key if one["included"]))]
+    return tmp_path / "train_canaries_key.jsonl", told + plain[len(told) :], plain
+
+
+@pytest.mark.parametrize(("epsilon", "status"), ((0.5, 1), (8.0, 0)))
+def test_text_that_holds_the_canaries_refutes_a_small_epsilon(epsilon, status, echoes, tmp_path, capsys):
+    """From the rows alone. 200 coins all known give over 1 at 99.9 % (δ costs much): 0.5 is refuted, 8 is not."""
+    key, told, plain = echoes
+    privacy = {"private": True, "epsilon": epsilon, "delta": 1e-5, "unit": "record"}
+    telling = generated(tmp_path / "a.jsonl", told, privacy)
+    silent = generated(tmp_path / "b.jsonl", plain, privacy)
+    words = ["--canaries", key, "--synthetic", f"telling={telling}", f"silent={silent}", "--output_dir", tmp_path]
+    assert measure.main([str(word) for word in words]) == status
+    lines = read_lines(tmp_path / "results_canary.jsonl")
+    audit = by(lines, "audit_text", arm="telling", signal="2-gram")[0]
+    assert audit["auc"] == 1 and audit["lower"]["99.9"] > 1 and audit["upper"] == epsilon
+    assert audit["above_upper"] == {"95": status == 1, "99.9": status == 1}
+    assert audit["lower"]["95"] > audit["lower"]["99.9"] and audit["heuristic"]["bound"]["epsilon"] > 0
+    other = by(lines, "audit_text", arm="silent", signal="2-gram")[0]
+    assert other["lower"]["95"] < 1 and other["above_upper"]["99.9"] is False
+    assert ("EXCEEDS" in capsys.readouterr().out) == (status == 1)
+    assert json.loads((tmp_path / "run_canary.json").read_text())["status"] == ("failed" if status else "ok")
+    whole = by(lines, "count", arm="telling", kind="ladder", part="whole")[0]
+    assert (whole["exact"]["rows"], whole["exact"]["canaries"], whole["n_canaries"]) == (5, 5, 5)
+    assert whole["exact"]["rate"] == 5 / 300 and whole["exact"]["ci"][0] < 5 / 300 < whole["exact"]["ci"][1]
+    assert whole["exact"]["fisher_p"]["silent"] == pytest.approx(measures.fisher(5, 300, 0, 300))
+    held = by(lines, "count", arm="telling", kind="held_out", part="phone")[0]
+    assert (held["exact"]["rows"], held["normalised"]["rows"]) == (0, 0)
+    assert by(lines, "text_auc", arm="telling", signal="similarity", kind="ladder")[0]["auc"] > 0.9
+
+
+def test_measure_bad_input(echoes, models, adapters, tmp_path, monkeypatch):
+    monkeypatch.setattr(common_models, "load_base", lambda *_: pytest.fail("a model was loaded"))
+    key, told, _ = echoes
+    text = generated(tmp_path / "a.jsonl", told)
+    user = tmp_path / "checkpoint-1"
+    shutil.copytree(adapters["llama", "lora"], user)
+    (user / "privacy.json").write_text(json.dumps({"epsilon": 2.0, "delta": 1e-3, "unit": "user"}))
+    for words, wanted in (
+        (["--canaries", key], ["nothing to measure"]),
+        (
+            ["--canaries", text, "--synthetic", "a=b", "--models", "x"],
+            ["no header", "no such file", "--models x: give"],
+        ),
+        (["--canaries", key, "--models", f"dp={user}"], ["its audit adds or leaves out a record", "dp is the user"]),
+        (["--canaries", key, "--models", f"dp={tmp_path / 'no'}"], ["--models dp="]),
+    ):
+        with pytest.raises(UserError) as caught:
+            measure.main([str(word) for word in [*words, "--output_dir", tmp_path]])
+        assert all(word in str(caught.value) for word in wanted), caught.value
+    dry = ["--canaries", key, "--synthetic", f"a={text}", "--output_dir", tmp_path / "new", "--dry_run"]
+    assert measure.main([str(word) for word in dry]) == 0 and not (tmp_path / "new").exists()
+    done = run_script("canary/measure.py", "--canaries", key, "--output_dir", tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
