@@ -46,9 +46,7 @@ from common.results import Run, atomic, peak_memory
 
 SPLITS = ("train", "test", "validation")
 REASONS = ("broken", "without a user", "without a rating", "empty text")
-SYSTEM_PROMPT = (
-    "Write a customer's review of the product below that fits its categories, the star rating and the title."
-)
+SYSTEM_PROMPT = "Write a customer's review of the product below that fits its categories and the star rating."
 WHITESPACE = " \t\n\r\v\f\u00a0\u2003\u2028\u2029\u200b\u3000\ufeff"
 LINE_BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
 REFERENCE = re.compile(r"&(?:#\d+|#[xX][0-9a-fA-F]+|[A-Za-z][A-Za-z0-9]*);")
