@@ -11,18 +11,20 @@ On the embedded model and corpus (fictional people) it needs no network, no GPU 
 is attacked; it is fine-tuned with LoRA on rows of other people (original), on what a larger sibling wrote in their
 place (generated), and on the same rows with everybody replaced by invented people (replaced); every arm is attacked,
 its perplexity and membership inference measured, and a table printed. Every step is the script of that name, called
-with the arguments that are printed; run it again and finished steps are kept. Also in --output: summary.md,
-summary.json.
+with the arguments that are printed; run it again and finished steps are kept. In --output: summary.md, summary.json,
+report/report.html.
 """
 
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import plot_results
 from common import cli, results
 from studies import mail, privacy, reviews
-from studies.steps import EMBEDDED
+from studies.steps import EMBEDDED, call
 
 STUDIES = {"mail": mail, "privacy": privacy, "reviews": reviews}
 
@@ -71,13 +73,15 @@ def run(args) -> int:
     if args.dry_run:
         print(f"study {args.study}: would fine-tune {args.model} on {args.dataset}, {args.epochs} epochs, write {out}")
         return 0
+    started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     with results.Run(out / "run_quickstart.json", args, study.inputs(args)) as record:
         text = study.run(args, out, record)
         with results.atomic(out / "summary.md") as file:
             file.write(text + "\n")
-        print("\n" + text)
-    print(f"\n{record['seconds']:.0f} s; everything is in {out}")
+    call(plot_results, out, "--output", out / "report", *([] if args.full else ["--no_figures"]))
+    print("\n" + text)
+    print(f"\n{time.monotonic() - started:.0f} s; everything is in {out}, to look at: {out / 'report' / 'report.html'}")
     return 0
 
 

@@ -1,5 +1,6 @@
 """The command line is a contract: frozen flags, --help without heavy imports, and the README's commands as written."""
 
+import json
 import re
 import shlex
 import shutil
@@ -86,6 +87,7 @@ FLAGS = {
         "--real", "--heldout", "--synthetic", "--num_rows", "--num_heldout", "--min_rows", "--num_seeds",
         "--output_dir", "--overwrite", "--seed",
     },
+    "plot_results.py": {"--output", "--include_responses", "--unredacted", "--no_figures", "--seed"},
     "utility/human_sheet.py": {
         "--synthetic", "--real", "--num_rows", "--sheets", "--key", "--output_dir", "--overwrite", "--seed",
     },
@@ -143,14 +145,14 @@ def readme_blocks() -> list[list[str]]:
 
 @pytest.mark.slow
 def test_readme_study_runs_as_written(models, tmp_path):
-    """The study block, on a tiny model called pythia-1.4b and 60 rows, two processes instead of four."""
+    """The blocks that name pythia-1.4b, on a tiny model of that name and 60 rows, two processes instead of four."""
     shutil.copytree(models["neox"], tmp_path / "EleutherAI" / "pythia-1.4b")
     (tmp_path / "data").mkdir()
     data = write_rows(tmp_path / "data" / "enron.jsonl", make_rows(60))
     records.write_manifest(data, tag="original", script="test", argv=[], rows=60, split_start=20)  # as prepare.py's
-    block = next(block for block in readme_blocks() if any("merge_peft" in line for line in block))
-    assert len(block) == 5
-    for line in block:
+    blocks = [block for block in readme_blocks() if any("pythia-1.4b" in line for line in block)]
+    assert [len(block) for block in blocks] == [5, 3, 3]  # the study, differential privacy, membership inference
+    for line in [line for block in blocks for line in block]:
         # 40 rows in global batches of 1 × 8 × 2 are 3 steps an epoch: checkpoint-12 takes the place of checkpoint-276
         line = line.replace("--nproc_per_node=4", "--nproc_per_node=2").replace("checkpoint-276", "checkpoint-12")
         words = shlex.split(line)
@@ -165,6 +167,9 @@ def test_readme_study_runs_as_written(models, tmp_path):
     assert len(lines) == 8 and "baseline" in lines[0]
     assert len(read_lines(tree.parents[1] / "perplexity.jsonl")) == 4
     assert (tmp_path / "merged/model.safetensors").is_file()
+    assert (tree / "checkpoint-12/results_mia.jsonl").is_file() and (tmp_path / "results/roc_mia.png").is_file()
+    private = json.loads((tree.parents[1] / "original-lora-dp-eps8/0e+00_2e-06/run.json").read_text())["privacy"]
+    assert private["private"] and private["epsilon"] <= 8
 
 
 @pytest.mark.slow
@@ -182,3 +187,16 @@ def test_quickstart_in_small(tmp_path):
     assert again.returncode == 0, again.stderr[-2000:]
     assert "measured before, kept" in again.stdout and "nothing to do" in again.stdout
     assert (tmp_path / "out/summary.md").read_text(encoding="utf-8") == table
+
+
+@pytest.mark.slow
+def test_quickstart_study_privacy_in_small(tmp_path):
+    rows = read_lines(ROOT / "data/embedded/enron.jsonl")[:60]
+    data = write_rows(tmp_path / "enron.jsonl", rows)
+    done = run_script("quickstart.py", "--study", "privacy", "-d", data, "--output", tmp_path / "out", "-e", "1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    table = (tmp_path / "out/summary.md").read_text(encoding="utf-8")
+    assert table in done.stdout
+    assert [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")][2:] == [
+        "base", "no noise, no clipping", "ε = 8", "ε = 1",
+    ]  # fmt: skip

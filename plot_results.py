@@ -1,0 +1,101 @@
+#!/usr/bin/env python3
+"""Every result file below some directories → figures and one page.
+
+python plot_results.py ./pythia-1.4b --output report                        # a tree that the other scripts wrote
+python plot_results.py quickstart-out pythia-1.4b opt-1.3b --output report  # several trees on one page
+python plot_results.py ./released-results --output report                   # a tree of the released System P tool
+
+Written to --output: report.html (one file, needs no network: what would mislead first, then each number with interval,
+n, settings and the line it came from), figures/*.png and *.pdf, results.csv (a number a row), run_plot_results.json.
+Headlines are read at one setting fixed in advance (temperature 0.2, greedy beside it; the last checkpoint; attack ref),
+never at a maximum. Settings differ: the numbers stand apart. A line that cannot be read is named on the page and on
+stderr, the rest is shown, and the exit status is 1. No answer of a model enters unless --include_responses, and then
+only its shape (letters as x, digits as 0) unless --unredacted.
+"""
+
+import csv
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from common import cli, results
+
+OURS = "run_plot_results.json"
+
+
+def make_parser() -> cli.Parser:
+    parser = cli.Parser(
+        "Figures and one page from every result file below some directories.",
+        "python plot_results.py ./pythia-1.4b --output report",
+    )
+    add = parser.add_argument
+    add("directories", nargs="+", metavar="DIR", help="searched for result files, at any depth (default: none)")
+    add("--output", default="./report", help="directory of the page, the figures and the table")
+    add("--include_responses", action="store_true", help="show answers of --save_responses, by their shape alone")
+    add("--unredacted", action="store_true", help="with --include_responses: as they are; the page gets mode 0600")
+    add("--no_figures", action="store_true", help="no PNG and PDF; the page has its figures all the same")
+    add("--seed", type=int, default=3407, help="recorded; nothing here is random")
+    return parser
+
+
+def check(args):
+    """The Study below the directories; UserError with every problem, before anything is drawn."""
+    from reporting import read
+
+    problems = cli.Problems()
+    for directory in args.directories:
+        if not Path(directory).is_dir():
+            problems.add(f"{directory}: no such directory")
+    if args.unredacted and not args.include_responses:
+        problems.add("--unredacted: only with --include_responses")
+    output = Path(args.output)
+    cli.check_writable(output, problems, "--output")
+    if (output / "figures").exists() and not (output / OURS).exists():
+        problems.add(f"--output {output}: has a folder figures/ that is not of an earlier report; name another place")
+    problems.check()
+    study = read.read([Path(directory) for directory in args.directories], output)
+    if not study.rows and not study.curves and not study.damage:
+        where = ", ".join(args.directories)
+        problems.add(f"{where}: no result file below; run measure_purified.py, perplexity.py, mia.py, … first")
+    if args.include_responses and not study.files["responses"]:
+        problems.add("--include_responses: no results_purified*_rows.jsonl below; measure with --save_responses")
+    problems.check()
+    return study
+
+
+def run(args) -> int:
+    """Write the report; 0, or 1 when a line of a result file could not be read."""
+    study = check(args)
+    from reporting import cautions, draw, figures, page, read, responses
+
+    output = Path(args.output)
+    with results.Run(output / OURS, args) as record:
+        answers = responses.html(study, args.unredacted) if args.include_responses else ""
+        drawn = figures.build(study)
+        with results.atomic_folder(output / "figures") as folder:
+            for figure in drawn if not args.no_figures else ():
+                draw.save(figure, folder)
+        with results.atomic(output / "results.csv") as file:
+            csv.writer(file, lineterminator="\n").writerows(read.csv_rows(study))
+        made = {"time": results.now().replace("T", " ").replace("+00:00", " UTC"), **results.commit()}
+        text = page.render(study, drawn, cautions.find(study), made, answers)
+        with results.atomic(output / "report.html", permissions=0o600 if args.unredacted else 0o644) as file:
+            file.write(text)
+        broken = [f"{one.file}:{one.line}: {one.reason}" for one in study.damage if not one.torn]
+        record["figures"] = [figure.name for figure in drawn]
+        record["numbers"], record["damaged"] = len(study.rows), broken
+        if broken:
+            record["error"] = f"{len(broken)} lines could not be read"
+    for line in broken:
+        print(f"not read: {line}", file=sys.stderr)
+    print(f"{len(study.rows):,} numbers, {len(drawn)} figures: {output / 'report.html'}")
+    return 1 if broken else 0
+
+
+def main(argv=None) -> int:
+    return run(make_parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.entry(main))

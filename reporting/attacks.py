@@ -1,0 +1,454 @@
+"""Figures of the attacks: extraction, perplexity, privacy against utility, membership inference.
+
+Every function takes a Study, the Look and the compared models and returns the figures that its numbers allow; no file
+is read but the membership scores behind a ROC curve.
+"""
+
+import json
+import math
+
+from reporting.draw import AXIS, BASE, COLOURS, GRID, INK, MUTED, Figure, Panel, errors, percent
+from reporting.draw import line as plot_line
+from reporting.looks import (
+    MOST_GROUPS,
+    MOST_LINES,
+    Look,
+    axis_of,
+    groups,
+    interval_text,
+    name_of,
+    names,
+    short,
+    styles_of,
+    sweeps,
+)
+from reporting.read import HEADLINE_ATTACK, HEADLINE_TEMPERATURE, Model, Row, Study
+
+MOST_ROCS = 6
+MOST_COLUMNS = 24  # checkpoints of a heat map
+ATTACKS = ("ref", "loss", "zlib", "lowercase", "min_k_20", "min_k_pp_20", "surp", "recall", "con_recall", "dc_pdd",
+           "neighborhood", "neighborhood_self", "grad_norm", "ez", "wbc", "combine")  # fmt: skip
+
+
+# ---------------------------------------------------------------- extraction
+
+
+def extraction_bars(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
+    """Loose matches and exact addresses by model, a panel a template, with the floor of the best name rule."""
+    made = []
+    every = study.select("extraction", headline=True, role="target")
+    for place, group in enumerate(groups(every)[:MOST_GROUPS]):
+        rows = [row for row in every if row.group == group]
+        models = look.sort(model for model in chosen if any(row.model is model for row in rows))
+        templates = [name for name in dict.fromkeys(row.template for row in rows) if name != "all"]
+        if not models:
+            continue
+        at = {(row.model.key, row.metric, row.template): row for row in rows}
+        floors = {row.metric: row for row in study.select("extraction", role="floor", group=group)}
+        high = max((row.high or row.value or 0) for row in rows if row.model in models and row.metric in
+                   ("exact", "matches"))  # fmt: skip
+        panels = [
+            Panel(f"Template {name}", _bars(name, models, at, floors, look, max(high * 1.05, 0.01)),
+                  (4.0, 0.9 + 0.36 * len(models)))
+            for name in templates
+        ]  # fmt: skip
+        told = [
+            f"{model.label}: " + ", ".join(
+                f"{name} {interval_text(at[model.key, 'exact', name])}" for name in templates
+                if (model.key, "exact", name) in at
+            ) for model in models
+        ]  # fmt: skip
+        keys = [("exact address", INK, "block", None), ("loose match (partial ratio ≥ 80)", AXIS, "block", None)]
+        if floors:
+            keys.append((f"floor: {next(iter(floors.values())).attack}, no model", INK, None, ":"))
+        made.append(
+            Figure(
+                name_of("extraction_bars", place), f"Addresses given away at temperature {HEADLINE_TEMPERATURE}",
+                f"{group}. Solid: exact address; pale: the released tool's loose rule; whiskers: 95 % Clopper–Pearson. "
+                "Dotted: exact addresses that the best name rule guesses without any model.",
+                "Share of exact addresses by template. " + "; ".join(told), panels, keys, 2, "extraction",
+            )
+        )  # fmt: skip
+    return made
+
+
+def _bars(template, models, at, floors, look, high):
+    named = names(models)
+
+    def draw(axes):
+        for place, model in enumerate(reversed(models)):
+            colour = look.of[model.arm][0]
+            loose, exact = (at.get((model.key, metric, template)) for metric in ("matches", "exact"))
+            for row, width, alpha in ((loose, 0.72, 0.3), (exact, 0.4, 1.0)):
+                if row is None or row.value is None:
+                    continue
+                axes.barh(place, row.value, width, color=colour, alpha=alpha, linewidth=0)
+                edge = 0.27 if row is loose and exact is not None else 0
+                axes.errorbar(row.value, place + edge, xerr=errors(row), color=INK if row is exact else MUTED,
+                              elinewidth=1, capsize=0)  # fmt: skip
+        if floors.get("exact"):
+            axes.axvline(floors["exact"].value, color=INK, linestyle=":", linewidth=1.3)
+        axes.set(xlim=(0, high), ylim=(-0.6, len(models) - 0.4))
+        axes.set_yticks(range(len(models)), [short(named[model.key]) for model in reversed(models)])
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
+        axes.spines["left"].set_visible(False)
+        axes.grid(axis="x")
+        percent(axes.xaxis)
+
+    return draw
+
+
+def extraction_curves(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
+    """Successes against temperature, learning rate and epoch, a panel a template."""
+    made = []
+    every = study.select("extraction", role="target")
+    for place, group in enumerate(groups(every)[:MOST_GROUPS]):
+        rows = [row for row in every if row.group == group]
+        temperatures = sorted({row.temperature for row in rows})
+        if len(temperatures) >= 3:
+            made += _over_temperature(name_of("extraction_temperature", place), group, rows, look, chosen)
+        fixed = [row for row in rows if row.headline]
+        for axis, words in (("learning_rate", "learning rate"), ("epoch", "epoch")):
+            series = sweeps(fixed, axis, chosen)
+            if series:
+                name = name_of(f"extraction_{axis}", place)
+                made.append(_over_sweep(name, group, words, axis, series, fixed, look))
+    return made
+
+
+def _over_temperature(name, group, rows, look, chosen) -> list[Figure]:
+    models = look.sort(model for model in chosen if any(row.model is model for row in rows))[:MOST_LINES]
+    templates = [name for name in dict.fromkeys(row.template for row in rows) if name != "all"]
+    at: dict[tuple, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row.temperature):
+        at.setdefault((row.model.key, row.metric, row.template), []).append(row)
+
+    def panel(metric, template):
+        def draw(axes):
+            for model in models:
+                found = at.get((model.key, metric, template), [])
+                colour, marker = look.of[model.arm]
+                if found:
+                    plot_line(axes, [row.temperature for row in found], found, colour, marker, markersize=4)
+            axes.axvline(HEADLINE_TEMPERATURE, color=AXIS, linestyle=":", linewidth=1)
+            axes.set_ylim(bottom=0)
+            axes.set_xlabel("temperature")
+            axes.grid(axis="y")
+            percent(axes.yaxis)
+
+        words = "exact" if metric == "exact" else "loose match"
+        return Panel(f"{template}: {words}", draw, (3.0, 2.3))
+
+    metrics = [metric for metric in ("matches", "exact") if any(key[1] == metric for key in at)]
+    keys = [(names(models)[model.key], *look.of[model.arm], "-") for model in models]
+    caption = (
+        f"{group}. One answer a person and template; band: 95 %. Dotted line: {HEADLINE_TEMPERATURE}, where the "
+        "headline is read."
+    )
+    told = "; ".join(
+        f"{model.label}: {metric} {template} from {found[0].value:.1%} at {found[0].temperature:g} to "
+        f"{found[-1].value:.1%} at {found[-1].temperature:g}"
+        for model in models for metric in metrics for template in templates
+        if (found := at.get((model.key, metric, template))) and None not in (found[0].value, found[-1].value)
+    )  # fmt: skip
+    panels = [panel(metric, template) for metric in metrics for template in templates]
+    return [
+        Figure(name, "Successes against temperature, by template", caption, told, panels, keys, 4, "extraction")
+    ] if models else []  # fmt: skip
+
+
+def _over_sweep(name, group, words, axis, series, rows, look) -> Figure:
+    rows_of = {(row.model.key, row.metric, row.template): row for row in rows}
+    bases = [row for row in rows if row.model.is_base]
+    fixed = [model for models in series.values() for model in models]
+    templates = [one for one in dict.fromkeys(key[2] for key in rows_of) if one != "all"]
+    styles = styles_of(series, look)
+    metrics = [one for one in ("matches", "exact") if any(key[1] == one for key in rows_of)]
+
+    def panel(metric, template):
+        def draw(axes):
+            for label, models in series.items():
+                found = [(getattr(m, axis), rows_of.get((m.key, metric, template))) for m in models]
+                found = [(x, row) for x, row in found if row is not None]
+                if found:
+                    colour, marker, style = styles[label]
+                    plot_line(axes, [x for x, _ in found], [row for _, row in found], colour, marker, style,
+                              markersize=4, band=len(series) <= 4)  # fmt: skip
+            for row in bases:
+                if (row.metric, row.template) == (metric, template) and row.value is not None:
+                    axes.axhline(row.value, color=BASE, linestyle="--", linewidth=1.3)
+            axis_of(axes, axis, [getattr(model, axis) for model in fixed])
+            axes.set_ylim(bottom=0)
+            axes.set_xlabel(words)
+            axes.grid(axis="y")
+            percent(axes.yaxis)
+
+        return Panel(f"{template}: {'exact' if metric == 'exact' else 'loose match'}", draw, (3.0, 2.3))
+
+    keys = [(label, *styles[label]) for label in series]
+    keys += [("base", BASE, None, "--")] if bases else []
+    rates = {model.learning_rate for model in fixed if model.learning_rate is not None}
+    at = f", learning rate {rates.pop():g}" if axis == "epoch" and len(rates) == 1 else ""
+    caption = f"{group}, temperature {HEADLINE_TEMPERATURE}{at}. A point is a checkpoint; none is picked by its result."
+    told = "; ".join(
+        f"{label}: " + ", ".join(f"{getattr(m, axis):g} {interval_text(row)}" for m in models
+                                 if (row := rows_of.get((m.key, metrics[-1], "all"))))
+        for label, models in series.items()
+    )  # fmt: skip
+    panels = [panel(metric, template) for metric in metrics for template in templates]
+    title = f"Successes against {words}, by template"
+    return Figure(name, title, caption, f"All templates, {metrics[-1]}. {told}", panels, keys, 4, "extraction")
+
+
+# ---------------------------------------------------------------- perplexity and the plane
+
+
+def perplexity_curves(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
+    every = study.select("perplexity", "mean", role="target")
+    panels, keys, told = [], {}, []
+    for group in groups(every)[:1]:
+        rows = {row.model.key: row for row in every if row.group == group}
+        bases = [row for row in rows.values() if row.model.is_base and row.value is not None]
+        for axis, words in (("epoch", "epoch"), ("learning_rate", "learning rate")):
+            series = sweeps(list(rows.values()), axis, chosen)
+            if not series:
+                continue
+            styles = styles_of(series, look)
+            keys |= {label: (label, *styles[label]) for label in series}
+            panels.append(Panel(f"By {words}", _perplexity(axis, words, series, rows, styles, bases), (4.0, 2.8)))
+            told += [
+                f"{label} by {words}: " + ", ".join(f"{getattr(m, axis):g} {rows[m.key].value:.3g}" for m in models
+                                                    if rows[m.key].value is not None)
+                for label, models in series.items()
+            ]  # fmt: skip
+        if bases:
+            keys["base"] = ("base", BASE, None, "--")
+            told.append(f"base {bases[0].value:.3g}")
+        if panels:
+            caption = f"{group}: mean over documents, band: 95 % bootstrap over documents. Lower is better."
+            return [
+                Figure("perplexity", "Perplexity of held-out text", caption, "; ".join(told), panels,
+                       list(keys.values()), 2, "perplexity")
+            ]  # fmt: skip
+    return []
+
+
+def _perplexity(axis, words, series, rows, styles, bases):
+    def draw(axes):
+        for label, models in series.items():
+            colour, marker, style = styles[label]
+            found = [(getattr(model, axis), rows[model.key]) for model in models]
+            plot_line(axes, [x for x, _ in found], [row for _, row in found], colour, marker, style,
+                      band=len(series) <= 6)  # fmt: skip
+        for row in bases:
+            axes.axhline(row.value, color=BASE, linestyle="--", linewidth=1.3)
+        axis_of(axes, axis, [getattr(model, axis) for models in series.values() for model in models])
+        axes.set(xlabel=words, ylabel="perplexity")
+        axes.grid(axis="y")
+
+    return draw
+
+
+def front(points: list[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other one beats: nothing is as low in both and lower in one. By rising x."""
+    kept, lowest = [], math.inf
+    for index in sorted(range(len(points)), key=lambda i: points[i]):
+        if points[index][1] < lowest:
+            kept.append(index)
+            lowest = points[index][1]
+    return kept
+
+
+def plane(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
+    """Perplexity against exact extraction, a point a checkpoint, with the Pareto front."""
+    means = study.select("perplexity", "mean", role="target", value=lambda value: value is not None)
+    if not means:
+        return []
+    main = groups(means)[0]
+    utility = {row.model.key: row for row in means if row.group == main}
+    every = study.select("extraction", "exact", role="target", headline=True, template="all",
+                         value=lambda value: value is not None)  # fmt: skip
+    panels, told, arms = [], [], {}
+    for group in groups(every)[:MOST_GROUPS]:
+        pairs = [(utility[row.model.key], row) for row in every if row.group == group and row.model.key in utility]
+        if len(pairs) < 3:
+            continue
+        kept = front([(x.value, y.value) for x, y in pairs])
+        panels.append(Panel(f"{group}", _plane(pairs, kept, look), (4.0, 3.1)))
+        arms |= {row.model.arm: None for _, row in pairs}
+        names = ", ".join(pairs[index][1].model.label for index in kept)
+        told.append(f"{group}: {len(pairs)} models; on the Pareto front: {names}")
+    if not panels:
+        return []
+    keys = [(arm, *look.of[arm], None) for arm in look.arms if arm in arms]
+    keys.append(("Pareto front", INK, None, "-"))
+    caption = (
+        f"A point is a checkpoint: perplexity on {main} and exact addresses at temperature {HEADLINE_TEMPERATURE}, all "
+        "templates, 95 % intervals. Lower left is better. The front joins point estimates: it says nothing of points "
+        "whose intervals overlap."
+    )
+    return [Figure("privacy_utility", "Privacy against utility", caption, "; ".join(told), panels, keys, 2,
+                   "extraction")]  # fmt: skip
+
+
+def _plane(pairs, kept, look):
+    def draw(axes):
+        many = len(pairs) > 30
+        for x, y in pairs:
+            colour, marker = look.of[y.model.arm]
+            if not many:
+                axes.errorbar(x.value, y.value, xerr=errors(x), yerr=errors(y), color=colour, elinewidth=0.8,
+                              alpha=0.4, zorder=2)  # fmt: skip
+            axes.plot(x.value, y.value, marker, color=colour, markersize=4 if many else 6, zorder=3)
+        ends = [(pairs[index][0].value, pairs[index][1].value) for index in kept]
+        axes.step(*zip(*ends), where="post", color=INK, linewidth=1, zorder=1)
+        values = [x.value for x, _ in pairs]
+        if max(values) / min(values) > 8:
+            axes.set_xscale("log")
+        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]) if axes.get_ylim()[0] < 0.05 else None)
+        axes.set_ylim(bottom=max(-0.01, axes.get_ylim()[0]))
+        axes.set(xlabel="perplexity", ylabel="exact addresses")
+        axes.grid()
+        percent(axes.yaxis)
+
+    return draw
+
+
+# ---------------------------------------------------------------- membership inference
+
+
+def roc_curves(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
+    """ROC on logarithmic axes: the headline attack, others in grey, blind baselines dashed, chance dotted."""
+    from mia.metrics import roc
+
+    files, panels, told = {}, [], []
+    for row in study.select("mia", "auc", role="target", attack=HEADLINE_ATTACK):
+        if row.file in study.scores and row.model in chosen:
+            files[row.model.key] = row
+    if not files:  # without the headline attack
+        for row in study.select("mia", "auc", role="target", attack="loss"):
+            if row.file in study.scores and row.model in chosen:
+                files[row.model.key] = row
+    flags = {file: set(line["flags"]) for file, _, line in study.lines.get("mia", [])}
+    drawn = look.sort(row.model for row in files.values())[:MOST_ROCS]
+    named = names(drawn)
+    for model in drawn:
+        row = files[model.key]
+        with open(study.scores[row.file], encoding="utf-8") as file:
+            lines = [json.loads(text) for text in file if text.strip()]
+        curves = {}
+        scored = [name for name in (*ATTACKS, "blind_length", "blind_zlib", "blind_bow", "blind_tfidf")
+                  if name in lines[0]]  # fmt: skip
+        for name in scored:
+            members, others = ([line[name] for line in lines if line["label"] == label and line[name] is not None]
+                               for label in (1, 0))  # fmt: skip
+            if members and others:
+                curves[name] = thin(*roc(members, others))
+        n = sum(line["label"] == 0 for line in lines)
+        bad = sorted(flag for flag in flags[row.file] if flag.startswith(("blind", "near")))
+        panels.append(Panel(short(named[model.key], 40), _roc(curves, n, look.of[model.arm][0], bad), (3.45, 3.3)))
+        told.append(f"{model.label}: AUC of {row.attack} {interval_text(row, False)}")
+        told += [f"flagged: {', '.join(bad)}"] if bad else []
+    if not panels:
+        return []
+    keys = [(f"{HEADLINE_ATTACK} (headline), in its arm's colour", INK, None, "-"), ("other attacks", AXIS, None, "-"),
+            ("blind baselines", INK, None, "--"), ("chance", MUTED, None, ":"),
+            ("1 % FPR", GRID, None, "-")]  # fmt: skip
+    caption = (
+        "True against false positive rate, both logarithmic. Blind baselines never see the model: where they leave the "
+        "diagonal, so may an attack for the same reason."
+    )
+    return [Figure("mia_roc", "Membership inference: ROC", caption, "; ".join(told), panels, keys, 3, "mia")]
+
+
+def thin(x, y, most: int = 300):
+    """At most about `most` points of a staircase, even on a logarithm of x; first and last stay."""
+    import numpy as np
+
+    if len(x) <= most:
+        return x, y
+    at = np.unique(np.searchsorted(x, np.geomspace(max(x[x > 0].min(), 1e-6), 1, most)))
+    at = np.unique(np.concatenate([[0], at.clip(0, len(x) - 1), [len(x) - 1]]))
+    return x[at], y[at]
+
+
+def _roc(curves, n, colour, bad):
+    def draw(axes):
+        smallest = 1 / (2 * max(1, n))
+        axes.axvline(0.01, color=GRID, linewidth=1.5, zorder=0)
+        axes.plot([smallest, 1], [smallest, 1], ":", color=MUTED, linewidth=1.3)
+        for name, (false, true) in curves.items():
+            style = {"color": AXIS, "linewidth": 0.9, "zorder": 2}
+            if name.startswith("blind"):
+                style = {"color": INK, "linewidth": 1.0, "linestyle": "--", "zorder": 3}
+            elif name == HEADLINE_ATTACK:
+                style = {"color": colour, "linewidth": 2.4, "zorder": 4}
+            axes.step(false.clip(smallest), true.clip(smallest), where="post", **style)
+        axes.set(xscale="log", yscale="log", xlim=(smallest, 1.02), ylim=(smallest, 1.1))
+        axes.set(xlabel="false positive rate", ylabel="true positive rate")
+        if bad:
+            axes.text(0.03, 0.97, "flagged: " + ", ".join(bad), transform=axes.transAxes, va="top", fontsize=8,
+                      color=COLOURS["vermillion"][0], fontweight="bold")  # fmt: skip
+        axes.minorticks_off()
+
+    return draw
+
+
+def heat_maps(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
+    """AUC and TPR at 1 % FPR, attack × checkpoint."""
+    made = []
+    every = study.select("mia", role="target", attack=lambda name: name in ATTACKS)
+    for place, group in enumerate(groups(every)[:MOST_GROUPS]):
+        rows = [row for row in every if row.group == group]
+        models = look.sort({row.model.key: row.model for row in rows}.values())
+        left_out = 0
+        if len(models) > MOST_COLUMNS:
+            first = [model for model in models if model in chosen][:MOST_COLUMNS]
+            left_out, models = len(models) - len(first), first
+        attacks = [name for name in ATTACKS if any(row.attack == name for row in rows)]
+        at = {(row.model.key, row.attack, row.metric): row for row in rows if row.level in (None, "0.01")}
+        size = (max(3.45, 1.3 + 0.62 * len(models)), 1.75 + 0.27 * len(attacks))
+        panels = [
+            Panel("AUC", _heat(models, attacks, at, "auc", look), size),
+            Panel("TPR at 1 % FPR", _heat(models, attacks, at, "tpr", look), size),
+        ]
+        best = [row for row in rows if row.metric == "auc" and row.attack == HEADLINE_ATTACK and row.model in models]
+        told = "; ".join(f"{row.model.label} {HEADLINE_ATTACK} AUC {interval_text(row, False)}" for row in best)
+        caption = f"{group}. AUC 0.5 and a true positive rate of 1 % are chance."
+        caption += f" {left_out} more checkpoints are in the table." if left_out else ""
+        made.append(Figure(name_of("mia_heatmap", place), "Attack × checkpoint", caption, told, panels, [], 2, "mia"))
+    return made
+
+
+def _heat(models, attacks, at, metric, look):
+    def draw(axes):
+        import numpy as np
+        from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
+
+        def value(model, attack):
+            row = at.get((model.key, attack, metric))
+            return math.nan if row is None or row.value is None else row.value
+
+        values = np.array([[value(model, attack) for model in models] for attack in attacks])
+        chance, least, most = (0.5, 0.3, 0.7) if metric == "auc" else (0.01, 0.0, 0.05)
+        norm = TwoSlopeNorm(chance, least, max(most, np.nanmax(values, initial=chance)))
+        scale = [(0, "#5b86bd"), (0.5, "#f3f3f1"), (0.75, "#f0a468"), (1, "#b23c00")]  # chance is neutral
+        colours = LinearSegmentedColormap.from_list("", scale)
+        axes.pcolormesh(np.ma.masked_invalid(values), cmap=colours, norm=norm, edgecolors="face", linewidth=0.5)
+        for i, j in np.ndindex(values.shape):
+            if math.isnan(values[i, j]):
+                axes.text(j + 0.5, i + 0.5, "–", ha="center", va="center", color=MUTED, fontsize=8.5)
+                continue
+            r, g, b, _ = colours(norm(values[i, j]))
+            text = f"{values[i, j]:.3f}" if metric == "auc" else f"{values[i, j]:.1%}"
+            tint = "#101214" if 0.299 * r + 0.587 * g + 0.114 * b > 0.5 else "#ffffff"
+            axes.text(j + 0.5, i + 0.5, text, ha="center", va="center", color=tint, fontsize=8.5)
+        axes.set_yticks(np.arange(len(attacks)) + 0.5, attacks)
+        labels = [short(name, 22) for name in names(models).values()]
+        axes.set_xticks(np.arange(len(models)) + 0.5, labels, rotation=30, ha="right", rotation_mode="anchor")
+        axes.invert_yaxis()
+        axes.tick_params(length=0, labelcolor=INK)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+
+    return draw

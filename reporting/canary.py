@@ -1,0 +1,60 @@
+"""Lines of results_canary.jsonl → rows: counts in generated text, exposure by repetition, bounds of ε."""
+
+
+def rows(line: dict, study, models, path, number: int) -> list:
+    """Rows of one line; `template` is the part of a canary, `attack` the canary's kind or the audit's signal."""
+    from reporting.read import Row
+
+    measure = line["measure"]
+    shared = {
+        "arm": line["arm"],
+        "group": study.shown(path),
+        "n_requested": line["n_requested"],
+        "n_dropped": line["n_dropped"],
+        "repetitions": line.get("repetitions"),
+        "attack": line.get("signal") or line.get("kind"),
+    }
+    n = line["n_scored"]
+    if measure == "count":
+        made = []
+        for how, metric in (("normalised", "generated rows with it"), ("exact", "generated rows with it, as written")):
+            found = line[how]
+            more = {"canaries": found["canaries"], "fisher_p": found["fisher_p"], "n_canaries": line["n_canaries"]}
+            made.append(Row("canary", metric, found["rate"], *found["ci"], "Clopper–Pearson 95 %", count=found["rows"],
+                            n=n, template=line["part"], settings=more, **shared))  # fmt: skip
+        return made
+    if measure == "exposure":
+        bits = line["bits"]
+        more = {key: line.get(key) for key in ("references", "ceiling", "space_bits", "p_above_held_out")}
+        made = [
+            Row("canary", "exposure", bits["median"], bits["q25"], bits["q75"], "quartiles over canaries", n=n,
+                settings=more, **shared),
+            Row("canary", "exposure, mean", bits["mean"], bits["q05"], bits["q95"], "5–95 % of canaries", n=n,
+                settings=more, **shared),
+        ]  # fmt: skip
+        if line.get("extrapolated"):
+            far, fit = line["extrapolated"]["bits"], line["extrapolated"]["ks_p"]
+            made.append(Row("canary", "exposure, extrapolated", far["median"], far["q25"], far["q75"],
+                            "quartiles over canaries", n=n, settings={"ks_p": fit}, **shared))  # fmt: skip
+        return made
+    if measure == "text_auc":
+        return [Row("canary", "AUC of text alone", line["auc"], n=n, **shared)]
+    if not measure.startswith("audit"):
+        raise ValueError(f"unknown measure {measure!r}")
+    more = {key: line[key] for key in ("upper", "delta", "unit", "void", "guesses", "included", "above_upper")}
+    above = [level for level, yes in line["above_upper"].items() if yes]
+    more["lower_above_upper"] = above
+    kind = "" if measure == "audit" else ", text only"
+    made = [
+        Row("canary", f"ε lower{kind}" + ("" if level == "95" else f" at {level} %"), value, n=n, level=level,
+            undefined=None if value is not None else "fewer than two canaries", settings=more, **shared)
+        for level, value in line["lower"].items()
+    ]  # fmt: skip
+    bound = line["heuristic"]["bound"]
+    if bound:
+        made.append(Row("canary", f"ε lower{kind}, heuristic", bound["epsilon"], n=n, settings=bound, **shared))
+    if line["upper"] is not None:
+        made.append(Row("canary", "ε upper (PRV)", line["upper"], n=n, level=f"{line['delta']:g}",
+                        undefined=line["void"], settings=more, **shared))  # fmt: skip
+    made.append(Row("canary", f"AUC of the audit{kind}", line["auc"], n=n, settings=more, **shared))
+    return made

@@ -1,0 +1,239 @@
+"""What would mislead a reader of the numbers: found in the files of a Study, said before anything else."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from reporting.read import HEADLINE_TEMPERATURE, Study, fixed_models
+
+LEVELS = ("wrong", "careful", "note")  # a number is not what it says | read it with this in mind | good to know
+MUCH_CUT = 0.05  # share of generated rows that hit the token limit
+MOVED = 1e-6  # ‖ΔW‖/‖W‖ below which training changed nothing that float32 keeps
+
+
+@dataclass
+class Caution:
+    """`places`: the lines or files meant."""
+
+    level: str
+    title: str
+    text: str
+    places: list[str] = field(default_factory=list)
+
+
+def find(study: Study) -> list[Caution]:
+    """Every caution, the gravest first; those of one kind are one Caution with all their places."""
+    found = [caution for check in CHECKS for caution in check(study)]
+    return sorted(found, key=lambda caution: LEVELS.index(caution.level))
+
+
+def damaged(study: Study):
+    broken = [one for one in study.damage if not one.torn]
+    if broken:
+        places = [f"{one.file}:{one.line}: {one.reason}" for one in broken]
+        yield Caution("wrong", f"{_n(broken, 'line')} could not be read", "Their numbers are missing here.", places)
+    torn = [one for one in study.damage if one.torn]
+    if torn:
+        text = "The last line of a training log is incomplete: its run was killed or still writes."
+        yield Caution("note", f"{_n(torn, 'log')} with a torn last line", text, [f"{o.file}:{o.line}" for o in torn])
+
+
+def runs(study: Study):
+    for status, title, text in (
+        ("failed", "failed", "What they left may be incomplete."),
+        ("running", "did not finish", "They were killed, or still run: what they measured is incomplete."),
+    ):
+        bad = {path: run for path, run in study.runs.items() if run.get("status") == status}
+        if bad:
+            places = [f"{study.shown(path)} ({run.get('error') or 'started ' + str(run.get('start'))})"
+                      for path, run in bad.items()]  # fmt: skip
+            yield Caution("wrong", f"{_n(bad, 'run')} {title}", text, places)
+    overlap = [study.shown(path) for path, run in study.runs.items() if run.get("args", {}).get("allow_overlap")]
+    if overlap:
+        text = "--allow_overlap was given: rows that were trained on may be asked for here."
+        yield Caution("wrong", "Training and evaluation may overlap", text, overlap)
+    dirty = [study.shown(path) for path, run in study.runs.items() if run.get("dirty")]
+    commits = {run["commit"] for run in study.runs.values() if run.get("commit")}
+    if len(commits) > 1:
+        yield Caution("note", f"{len(commits)} commits", "Runs come from different versions of the code.",
+                      sorted(commit[:12] for commit in commits))  # fmt: skip
+    if dirty:
+        text = "The code had uncommitted changes: its commit does not say all."
+        yield Caution("note", f"{_n(dirty, 'run')} from a changed working tree", text, dirty)
+
+
+def membership(study: Study):
+    lines = study.lines.get("mia", [])
+    kinds = {
+        "blind": ("careful", "Members and non-members differ without any model",
+                  "A blind baseline tells the sets apart (its 99 % interval lies above 0.5), so attacks may do so for "
+                  "the same reason: their AUC is no evidence of memorisation."),
+        "near": ("careful", "Near-duplicates across members and non-members",
+                 "Texts of both sets are nearly the same, which pulls every attack towards chance."),
+        "base": ("careful", "The base model already tells members from non-members",
+                 "It was not fine-tuned on them: the sets differ, or it knew them before. Read the difference to the "
+                 "base, or `ref`."),
+        "coarse": ("note", "True positive rates that hang on a handful of non-members",
+                   "At this level the threshold is set by very few non-members."),
+    }  # fmt: skip
+    for prefix, (level, title, text) in kinds.items():
+        places: dict[str, set] = {}
+        for file, _, line in lines:
+            for flag in line.get("flags", []):
+                if flag == prefix or flag.startswith((f"{prefix}_", f"{prefix}-")):
+                    what = line["attack"] if prefix in ("base", "coarse") else _blind(line, flag)
+                    places.setdefault(f"{file}", set()).add(what)
+        if places:
+            yield Caution(level, title, text, [f"{file}: {', '.join(sorted(what))}" for file, what in places.items()])
+
+
+def _blind(line: dict, flag: str) -> str:
+    found = line.get("blind", {}).get(flag)
+    if found and found.get("auc") is not None:
+        return f"{flag} AUC {found['auc']:.3f} (99 %: {found['auc_ci99'][0]:.3f}–{found['auc_ci99'][1]:.3f})"
+    return f"{line['near_duplicates']['pairs']} pairs" if flag == "near_duplicates" else flag
+
+
+def dropped(study: Study):
+    places: dict[str, str] = {}
+    for area in ("extraction", "perplexity", "mia", "fidelity", "utility", "importance", "canary"):
+        for row in study.select(area, n_dropped=lambda n: bool(n)):
+            places.setdefault(row.source, f"{row.source}: {row.n_dropped:,} of {row.n_requested or 0:,}")
+    if places:
+        text = "Rows that could not be asked or scored; no rate counts them."
+        yield Caution("careful", f"Rows were dropped in {_n(places, 'result line')}", text, list(places.values()))
+
+
+def privacy(study: Study):
+    rows = study.select("privacy", "ε upper (PRV)")
+    void = [f"{row.source}: {row.settings['void']}" for row in rows if row.settings.get("void")]
+    if void:
+        yield Caution("wrong", "ε is void", "The bound does not hold for these checkpoints.", void)
+    noiseless = [row.source for row in rows if row.value is None]
+    if noiseless:
+        text = "No noise was added: ε is infinite, and nothing is protected."
+        yield Caution("careful", "DP training without noise", text, noiseless)
+    above = [row for row in study.select("canary") if row.metric.startswith("ε lower")
+             and row.level in row.settings.get("lower_above_upper", ())]  # fmt: skip
+    if above:
+        text = "The audit contradicts the accountant: the training was not as private as it says."
+        places = [f"{row.source}: {row.arm}: at {row.level} % lower {row.value:.2f}, upper {row.settings['upper']:.2f}"
+                  for row in above]  # fmt: skip
+        yield Caution("wrong", "ε: the lower bound is above the upper bound", text, places)
+
+
+def settings(study: Study):
+    rows = study.select("extraction", role="target")
+    measured = {row.model.key: row for row in rows}
+    fixed = {row.model.key for row in rows if row.headline}
+    without = [row for key, row in measured.items() if key not in fixed]
+    if without:
+        text = (f"The headline is read at temperature {HEADLINE_TEMPERATURE}, fixed in advance. These models have no "
+                "such line; nothing else stands in for it, least of all their best setting.")  # fmt: skip
+        yield Caution("careful", f"No headline for {_n(without, 'model')}", text, [row.file for row in without])
+    trials = {(r.model.key, r.temperature) for r in rows if r.metric == "matches" and not r.model.is_base}
+    if len(trials) > 8:
+        metric = "exact" if any(row.metric == "exact" for row in rows) else "matches"
+        best = max(r.value for r in rows if r.template == "all" and r.metric == metric and r.value is not None)
+        text = (
+            f"{len(trials):,} combinations of checkpoint and temperature were measured. The largest rate among them "
+            f"({metric}, {best:.1%}) is a maximum over as many draws, and is compared with nothing here: under pure "
+            "noise a maximum rises with their number."
+        )
+        yield Caution("note", "Maxima are not results", text)
+    bent = fixed_models(list(study.models.values()))[2]
+    if bent:
+        text = "These arms have no run at the learning rate that the others share; their smallest stands in."
+        yield Caution("careful", "Arms compared at different learning rates", text, bent)
+    for area, words in (("extraction", "sets of people or settings"), ("mia", "sets of texts or settings")):
+        found = study.groups.get(area, {})
+        if len(found) > 1:
+            text = "Numbers are comparable within one of them only; each has figures and rows of its own."
+            yield Caution("note", f"{words.capitalize()}: {len(found)} different ones", text, list(found))
+
+
+def released(study: Study):
+    files = {file for file, _, line in study.lines.get("extraction", []) if "exact" not in line}
+    if files:
+        text = ("Written by the released tool: only its loose rule (partial ratio ≥ 80, which a one-letter answer or "
+                "the bare domain passes), no exact addresses, no floor, settings not recorded. Intervals are computed "
+                "here.")  # fmt: skip
+        yield Caution("careful", f"{_n(files, 'file')} with loose matches only", text, sorted(files))
+    below = []
+    for group in study.groups.get("extraction", {}):
+        floors = [r for r in study.select("extraction", "exact", role="floor", group=group) if r.headline]
+        for row in study.select("extraction", "exact", role="target", group=group, headline=True, template="all"):
+            if floors and row.value is not None and row.value <= floors[0].value:
+                below.append(f"{row.model.label}: {row.value:.1%} exact, floor {floors[0].value:.1%} ({row.source})")
+    if below:
+        text = "A rule that makes the address from the name, without a model, guesses as many or more."
+        yield Caution("note", f"{_n(below, 'measurement')} at or below the name-rule floor", text, below)
+
+
+def models(study: Study):
+    residual = [file for file, _, config in study.lines.get("adapter", [])
+                if str(config.get("init_lora_weights", "")).lower().startswith("pissa")]  # fmt: skip
+    if residual:
+        text = ("The adapter belongs to the residual base that PiSSA leaves. On the original base its principal part "
+                "counts twice: everything measured that way is of another model.")  # fmt: skip
+        yield Caution("wrong", "Unconverted PiSSA adapters", text, residual)
+    seen: dict[str, set] = {}
+    for area in ("extraction", "perplexity", "mia"):
+        for row in study.select(area, role="target"):
+            if row.model and row.settings.get("model_sha256"):
+                seen.setdefault(row.model.key, set()).add(row.settings["model_sha256"])
+    changed = [study.models[key].label for key, hashes in seen.items() if len(hashes) > 1]
+    if changed:
+        text = "Its weights were not the same at every measurement (another SHA-256): it was trained again between."
+        yield Caution("wrong", f"{_n(changed, 'model')} measured in two states", text, changed)
+    still = {}
+    for kind in ("extraction", "perplexity"):
+        for file, number, line in study.lines.get(kind, []):
+            change = line.get("relative_change")
+            if change is not None and change < MOVED:
+                still[line.get("model")] = f"{file}:{number}: ‖ΔW‖/‖W‖ = {change:.1g}"
+    if still:
+        text = "Training left the weights as they were; the base was measured."
+        yield Caution("careful", f"{_n(still, 'adapter')} that changed nothing", text, list(still.values()))
+    older = study.lines.get("superseded", [])
+    if older:
+        text = "The same model was measured again with the same settings; the newest lines are shown."
+        yield Caution("note", f"{_n(older, 'older line')} left out", text, [f"{file}:{n}" for file, n, _ in older])
+
+
+def synthetic(study: Study):
+    cut = [f"{row.source}: {row.arm} {row.value:.1%}" for row in study.select("fidelity", "cut at the token limit")
+           if row.role == "target" and (row.value or 0) > MUCH_CUT]  # fmt: skip
+    if cut:
+        text = "Many rows stop at the token limit: lengths, endings and all that depends on them are of cut text."
+        yield Caution("careful", "Generated rows are cut", text, cut)
+    majority = {row.group: row for row in study.select("utility", "accuracy", arm="majority")}
+    low = [f"{row.source}: {row.arm} {row.value:.3f}, majority {majority[row.group].value:.3f}"
+           for row in study.select("utility", "accuracy", role="mean")
+           if row.group in majority and row.value <= majority[row.group].value]  # fmt: skip
+    if low:
+        text = "Always saying the commonest rating is right as often."
+        yield Caution("careful", "Accuracy at or below the majority class", text, low)
+    few = [f"{row.source}: {row.arm}, {row.n}" for row in study.select("utility", "accuracy", role="mean") if row.n < 3]
+    if few:
+        yield Caution("note", "Fewer than three seeds", "The spread over seeds is not known.", few)
+
+
+def undefined(study: Study):
+    rows = [row for row in study.rows if row.value is None and row.role == "target"
+            and row.metric not in ("tpr",) and not row.metric.startswith("ε upper")]  # fmt: skip
+    if rows:
+        places = list(dict.fromkeys(f"{r.source}: {r.attack or r.metric}: {r.undefined}" for r in rows))
+        yield Caution("note", f"{_n(places, 'number')} undefined", "With the reason that the script gave.", places)
+
+
+CHECKS = (damaged, runs, privacy, models, settings, membership, dropped, released, synthetic, undefined)
+
+
+def _n(things, word: str) -> str:
+    return f"{len(things):,} {word}{'' if len(things) == 1 else 's'}"
+
+
+def script_of(run: dict, path: str) -> str:
+    """The script that wrote a run file."""
+    name = Path(path).stem
+    return "run_peft.py" if name == "run" else name.removeprefix("run_") + ".py"

@@ -1,0 +1,242 @@
+"""One look for every figure: panels → inline SVG that follows the page's colours, and the same as PNG and PDF.
+
+A panel is drawn once with the light colours. In the SVG these become CSS variables, so that the page's dark theme
+reaches the figure; its text stays text, in the page's font.
+"""
+
+import html
+import io
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+# name: (light, dark). Series after Okabe and Ito (2008), told apart by the colour-blind; each has a marker too.
+COLOURS = {
+    "ink": ("#1b1f24", "#e7eaee"),
+    "muted": ("#5b6470", "#a2abb7"),
+    "grid": ("#e2e6ea", "#333a43"),
+    "axis": ("#b9c0c8", "#56606c"),
+    "base": ("#7a838e", "#98a2ae"),
+    "blue": ("#0068a8", "#5fb0ec"),
+    "vermillion": ("#cf5400", "#ff9152"),
+    "green": ("#008a63", "#3fcf9f"),
+    "purple": ("#a64d84", "#e79ac8"),
+    "amber": ("#b27d00", "#f0bd4c"),
+    "sky": ("#2b95cf", "#8fd3ff"),
+}
+SERIES = ("blue", "vermillion", "green", "purple", "amber", "sky")
+MARKERS = ("o", "s", "D", "^", "v", "P")
+INK, MUTED, GRID, AXIS, BASE = (COLOURS[name][0] for name in ("ink", "muted", "grid", "axis", "base"))
+SETTINGS = {
+    "font.size": 9.5,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 7,
+    "axes.labelsize": 9,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": AXIS,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.titlecolor": INK,
+    "text.color": INK,
+    "xtick.color": AXIS,
+    "ytick.color": AXIS,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "pdf.fonttype": 42,
+}
+
+
+@dataclass
+class Panel:
+    """A set of axes: `draw` gets them, styled. `size` in inches, also on the page (96 pixels an inch)."""
+
+    title: str
+    draw: Callable
+    size: tuple[float, float] = (3.45, 2.6)
+
+
+@dataclass
+class Figure:
+    """Panels under one title. `keys`: label, colour, marker, line style in the legend; `summary`: its words."""
+
+    name: str
+    title: str
+    caption: str
+    summary: str
+    panels: list[Panel]
+    keys: list[tuple] = field(default_factory=list)
+    columns: int = 2
+    section: str = ""
+
+
+def css_variables(dark: bool) -> str:
+    return "".join(f"--{name}:{pair[dark]};" for name, pair in COLOURS.items())
+
+
+def svg(panel: Panel, name: str, label: str) -> str:
+    """The panel as an <svg> element for a page that defines the variables of `css_variables`."""
+    import matplotlib
+    from matplotlib.figure import Figure as Canvas
+
+    with matplotlib.rc_context({**SETTINGS, "svg.hashsalt": name}):
+        canvas = Canvas(figsize=panel.size, layout="constrained")
+        axes = canvas.subplots()
+        panel.draw(axes)
+        axes.set_title(panel.title)
+        buffer = io.StringIO()
+        canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r'(<g) id="[^"]*"', r"\1", text)
+    text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.S)
+    text = re.sub(r"font:[^;\"]*?([\d.]+)px [^;\"]*", _font, text)
+    text = re.sub(r"font-family:[^;\"]*", "font-family: inherit", text)
+    for colour, (light, _) in COLOURS.items():
+        text = re.sub(light, f"var(--{colour})", text, flags=re.I)
+    # clip paths and markers are numbered alike in every figure
+    ids = {found: f"{name}-{number}" for number, found in enumerate(dict.fromkeys(re.findall(r' id="([^"]+)"', text)))}
+    text = re.sub(r' id="([^"]+)"', lambda found: f' id="{ids[found[1]]}"', text)
+    text = re.sub(r"(#)([\w-]+)(?=[\")])", lambda found: "#" + ids.get(found[2], found[2]), text)
+    text = re.sub(r"<[^>]+>", lambda tag: re.sub(r"\d+\.\d{3,}", _rounded, tag[0]), text)  # not the numbers shown
+    text = re.sub(r"\s*\n\s*", " ", text)
+    width, height = (round(96 * inches) for inches in panel.size)
+    box = f'viewBox="0 0 {72 * panel.size[0]:g} {72 * panel.size[1]:g}"'
+    start = f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" {box} width="{width}" height="{height}" role="img"'
+    return start + f' aria-label="{html.escape(label, quote=True)}">' + text[text.index(">") + 1 :]
+
+
+def _rounded(found: re.Match) -> str:
+    return f"{float(found[0]):.2f}".rstrip("0").rstrip(".")
+
+
+def _font(found: re.Match) -> str:
+    weight = "bold " if "bold" in found[0] or "700" in found[0] else ""
+    return f"font: {weight}{found[1]}px var(--font)"
+
+
+def whole(figure: Figure):
+    """All panels on one canvas with title and legend, for PNG and PDF. A matplotlib Figure."""
+    import matplotlib
+    from matplotlib.figure import Figure as Canvas
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    columns = min(figure.columns, len(figure.panels))
+    rows = math.ceil(len(figure.panels) / columns)
+    width = columns * max(panel.size[0] for panel in figure.panels)
+    heights = [
+        max(panel.size[1] for panel in figure.panels[row * columns : (row + 1) * columns]) for row in range(rows)
+    ]
+    with matplotlib.rc_context(SETTINGS):
+        legend_rows = math.ceil(len(figure.keys) / max(1, int(width / 1.8)))
+        head = 0.42 + 0.22 * legend_rows
+        canvas = Canvas(figsize=(width, sum(heights) + head), layout="constrained", facecolor="white")
+        grid = canvas.subplots(rows, columns, squeeze=False, height_ratios=heights)
+        for axes, panel in zip(grid.flat, figure.panels):
+            panel.draw(axes)
+            axes.set_title(panel.title)
+        for axes in grid.flat[len(figure.panels) :]:
+            axes.set_visible(False)
+        canvas.suptitle(figure.title, x=0.01, ha="left", fontsize=11.5, fontweight="bold")
+        if figure.keys:
+            handles = [
+                Patch(color=colour, label=label)
+                if marker == "block"
+                else Line2D([], [], color=colour, marker=marker or "", linestyle=style or "", label=label)
+                for label, colour, marker, style in figure.keys
+            ]
+            columns = max(1, min(len(handles), int(width / 1.8)))
+            canvas.legend(handles=handles, loc="outside lower left", ncols=columns, fontsize=8.5)
+    return canvas
+
+
+def save(figure: Figure, folder) -> None:
+    """<name>.png (150 dots an inch) and <name>.pdf in `folder`, the same bytes for the same numbers."""
+    import matplotlib
+
+    with matplotlib.rc_context(SETTINGS):
+        canvas = whole(figure)
+        canvas.savefig(folder / f"{figure.name}.png", dpi=150, metadata={"Software": None})
+        canvas.savefig(folder / f"{figure.name}.pdf", metadata={"CreationDate": None})
+
+
+def key_svg(colour: str, marker: str | None, style: str | None) -> str:
+    """A legend entry's sample, 22 × 12 pixels."""
+    name = next((name for name, pair in COLOURS.items() if pair[0] == colour), None)
+    paint = f"var(--{name})" if name else colour
+    dashes = {"--": ' stroke-dasharray="5 3"', ":": ' stroke-dasharray="1.5 2.5"', "-.": ' stroke-dasharray="6 2 1 2"'}
+    shapes = {
+        "o": '<circle cx="11" cy="6" r="3.4"/>',
+        "s": '<rect x="8" y="3" width="6" height="6"/>',
+        "D": '<path d="M11 2l4 4-4 4-4-4z"/>',
+        "^": '<path d="M11 2l4 7.5h-8z"/>',
+        "v": '<path d="M11 10l4-7.5h-8z"/>',
+        "P": '<path d="M9.5 2h3v2.5H15v3h-2.5V10h-3V7.500H7v-3h2.5z"/>',
+        "|": '<path d="M10 1h2v10h-2z"/>',
+        "block": '<rect x="3" y="2" width="16" height="8" rx="1"/>',
+    }
+    line = f'<path d="M1 6h20" stroke="{paint}" stroke-width="2"{dashes.get(style, "")}/>' if style else ""
+    return f'<svg width="22" height="12" aria-hidden="true" fill="{paint}">{line}{shapes.get(marker, "")}</svg>'
+
+
+# ---------------------------------------------------------------- helpers for panels
+
+
+def percent(axis) -> None:
+    """Rates 0 … 1 as percent, with as many decimals as the ticks need."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(5))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.6g}%"))
+
+
+def line(axes, x, rows, colour, marker="o", style="-", band=True, **more) -> None:
+    """Values of `rows` over x with their intervals as a band; rows without a value leave a gap."""
+    import numpy as np
+
+    y = np.array([np.nan if row.value is None else row.value for row in rows])
+    ends = [(row.low, row.high) if row.low is not None else (np.nan, np.nan) for row in rows]
+    low, high = np.array(ends, dtype=float).T
+    if band and np.isfinite(low).any():
+        axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
+    axes.plot(x, y, color=colour, marker=marker, linestyle=style, **more)
+
+
+def errors(row) -> list[list[float]]:
+    """[[down], [up]] for errorbar; zeros where there is no interval."""
+    if row.low is None or row.high is None:
+        return [[0], [0]]
+    return [[max(0.0, row.value - row.low)], [max(0.0, row.high - row.value)]]
+
+
+def label_ends(axes, ends: list[tuple]) -> None:
+    """(y, text, colour) at the right edge of the axes, moved apart where they would touch."""
+    axes.figure.canvas.draw()  # the limits are known only now
+    low, high = axes.get_ylim()
+    log = axes.get_yscale() == "log"
+    place = (lambda y: math.log(y / low) / math.log(high / low)) if log else (lambda y: (y - low) / (high - low))
+    step = 11 / (axes.bbox.height / axes.figure.dpi * 72)
+    at, last = [], -math.inf
+    for y, text, colour in sorted(ends, key=lambda end: end[0]):
+        last = max(place(y), last + step)
+        at.append([last, text, colour])
+    over = max(0.0, at[-1][0] - 1) if at else 0
+    for height, text, colour in at:
+        axes.annotate(
+            text, (1, height - over), xycoords="axes fraction", xytext=(5, 0), textcoords="offset points",
+            color=colour, va="center", fontsize=8.5, annotation_clip=False,
+        )  # fmt: skip

@@ -1,0 +1,89 @@
+"""The figures of a Study: all that its numbers allow, and the training curves."""
+
+import math
+from pathlib import Path
+
+from reporting import attacks, synthetic
+from reporting.draw import BASE, Figure, Panel, label_ends
+from reporting.looks import Look, short
+from reporting.read import Model, Study, fixed_models
+
+
+def training(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
+    """Training loss, and with DP the signal-to-noise ratio, a line a run."""
+    arm_of = {model.run: model for model in study.models.values() if model.step is not None}
+    runs = {run: lines for run, lines in study.curves.items() if lines}
+    if not runs:
+        return []
+    labels = {}
+    for run in runs:
+        model = arm_of.get(run)
+        labels[run] = model.label.rpartition(" · epoch")[0] or model.label if model else Path(run).name
+    few = len(runs) <= 6
+
+    def panel(metric, words):
+        found = {run: [(line["step"], line[metric]) for line in lines if line.get(metric) is not None
+                       and line.get("step") is not None] for run, lines in runs.items()}  # fmt: skip
+        found = {run: every_nth(points) for run, points in found.items() if points}
+
+        def draw(axes):
+            ends, seen = [], {}
+            for run, points in found.items():
+                model = arm_of.get(run)
+                colour = look.of[model.arm][0] if model else BASE
+                style = ("-", "--", "-.", ":")[seen.get(colour, 0) % 4] if few else "-"
+                seen[colour] = seen.get(colour, 0) + 1
+                axes.plot(*zip(*points), color=colour, linestyle=style, linewidth=1.7 if few else 0.8,
+                          alpha=1 if few else 0.55, marker="o" if len(points) < 4 else "", markersize=3)  # fmt: skip
+                ends.append((points[-1][1], short(labels[run], 24), colour))
+            axes.set(xlabel="optimiser step")
+            axes.grid(axis="y")
+            values = [value for points in found.values() for _, value in points]
+            if min(values) > 0 and max(values) / min(values) > 30:
+                axes.set_yscale("log")
+            if few:
+                label_ends(axes, ends)
+
+        return Panel(words, draw, (4.2, 2.8)) if found else None
+
+    panels = [panel("loss", "Training loss"), panel("eval_loss", "Held-out loss")]
+    panels.append(panel("grad_norm", "Gradient norm"))
+    panels = [one for one in panels if one]
+    told = "; ".join(
+        f"{labels[run]}: loss {lines[0]['loss']:.3g} at step {lines[0]['step']}, {lines[-1]['loss']:.3g} at step "
+        f"{lines[-1]['step']}" for run, lines in list(runs.items())[:12] if "loss" in lines[0] and "loss" in lines[-1]
+    )  # fmt: skip
+    arms = dict.fromkeys(arm_of[run].arm for run in runs if run in arm_of)
+    keys = [] if few else [(arm, look.of[arm][0], None, "-") for arm in arms]
+    caption = f"{len(runs)} runs, as logged in metrics.jsonl."
+    return [Figure("training", "Training curves", caption, told, panels, keys, 2, "training")]
+
+
+def every_nth(points: list, most: int = 250) -> list:
+    """At most about `most` of the points, evenly; the last one stays."""
+    step = math.ceil(len(points) / most)
+    return points if step == 1 else [*points[:-1:step], points[-1]]
+
+
+BUILDERS = (
+    attacks.extraction_bars,
+    attacks.extraction_curves,
+    attacks.plane,
+    attacks.perplexity_curves,
+    attacks.roc_curves,
+    attacks.heat_maps,
+    synthetic.epsilon_bounds,
+    synthetic.exposure,
+    synthetic.canary_counts,
+    synthetic.fidelity,
+    synthetic.utility,
+    synthetic.importance,
+    training,
+)
+
+
+def build(study: Study) -> list[Figure]:
+    """Every figure that the numbers allow."""
+    look = Look(study)
+    chosen = fixed_models(list(study.models.values()))[0]
+    return [figure for builder in BUILDERS for figure in builder(study, look, chosen)]

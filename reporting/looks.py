@@ -1,0 +1,115 @@
+"""What the figures share: a colour an arm, short names, sweeps over one setting. Nothing is drawn here."""
+
+import math
+
+from reporting.draw import BASE, COLOURS, MARKERS, SERIES
+from reporting.read import Model, Row, Study
+
+MOST_GROUPS = 3  # sets of people or texts that get figures of their own; tables have all
+MOST_LINES = 8
+
+
+class Look:
+    """Colour and marker of each arm, the same in every figure. Base is grey."""
+
+    def __init__(self, study: Study):
+        first = ("original", "generated", "replaced", "self-instruct", "real", "no_dp", "dp")
+        arms = {row.arm for row in study.rows if row.arm} | {model.arm for model in study.models.values()}
+        arms = sorted(arms - {"base", "majority", "null"}, key=lambda arm: (_order(arm, first), arm))
+        colours = [COLOURS[name][0] for name in SERIES]
+        self.of = {arm: (colours[i % len(colours)], MARKERS[i % len(MARKERS)]) for i, arm in enumerate(arms)}
+        self.arms = ["base", *arms]
+        for arm in ("base", "majority", "null"):
+            self.of[arm] = (BASE, "o")
+
+    def sort(self, models) -> list[Model]:
+        places = {arm: place for place, arm in enumerate(self.arms)}
+        return sorted(models, key=lambda m: (places.get(m.arm, 99), m.learning_rate or 0, m.step or 0))
+
+
+def names(models: list[Model]) -> dict[str, str]:
+    """{key: the shortest of arm, arm · epoch and label that tells these models apart}."""
+    for form in (lambda m: m.arm, lambda m: m.arm if m.epoch is None else f"{m.arm} · epoch {m.epoch:g}"):
+        if len({form(model) for model in models}) == len(models):
+            return {model.key: form(model) for model in models}
+    return {model.key: model.label for model in models}
+
+
+def _order(arm: str, first: tuple) -> int:
+    return next((place for place, name in enumerate(first) if arm.startswith(name)), len(first))
+
+
+def groups(rows: list[Row]) -> list[str]:
+    """Groups by how many models they have, most first."""
+    found: dict[str, set] = {}
+    for row in rows:
+        found.setdefault(row.group, set()).add(row.model.key)
+    return sorted(found, key=lambda group: -len(found[group]))
+
+
+def name_of(base: str, place: int) -> str:
+    return base if place == 0 else f"{base}_{place + 1}"
+
+
+def interval_text(row: Row, rate=True) -> str:
+    if row.value is None:
+        return "undefined"
+    form = "{:.1%}" if rate else "{:.3g}"
+    ends = "" if row.low is None else f" ({form.format(row.low)}–{form.format(row.high)})"
+    return form.format(row.value) + ends
+
+
+def short(label: str, most: int = 26) -> str:
+    return label if len(label) <= most else label[: most // 2] + "…" + label[-(most // 2 - 1) :]
+
+
+def sweeps(rows: list[Row], axis: str, chosen: list[Model]) -> dict[str, list[Model]]:
+    """{label: models in order} that differ in `axis` alone; for learning rate, last checkpoints only.
+
+    Of more than MOST_LINES, those through a model of `chosen`.
+    """
+    found: dict[tuple, dict] = {}
+    for row in rows:
+        model = row.model
+        if getattr(model, axis) is None or (axis == "learning_rate" and not model.last):
+            continue
+        rest = (model.arm, model.base, model.peft_type, model.run_name)
+        found.setdefault(rest if axis == "learning_rate" else (*rest, model.learning_rate), {})[model.key] = model
+    several = {rest: sorted(models.values(), key=lambda m: getattr(m, axis)) for rest, models in found.items()}
+    several = {rest: models for rest, models in several.items() if len({getattr(m, axis) for m in models}) > 1}
+    if len(several) > MOST_LINES:
+        several = {rest: models for rest, models in several.items() if any(model in chosen for model in models)}
+    shown = {}
+    for rest, models in several.items():
+        parts = [rest[0]]
+        for place in range(1, len(rest)):
+            if len({other[place] for other in several}) > 1 and rest[place]:
+                parts.append(f"lr {rest[place]:g}" if place == 4 else str(rest[place]))
+        shown[" · ".join(parts)] = models
+    return shown
+
+
+def styles_of(series: dict[str, list[Model]], look: Look) -> dict[str, tuple]:
+    """(colour, marker, line style) of each series: its arm's, the style telling series of one arm apart."""
+    seen: dict[str, int] = {}
+    styles = {}
+    for label, models in series.items():
+        arm = models[0].arm
+        style = ("-", "--", "-.", ":")[seen.get(arm, 0) % 4]
+        seen[arm] = seen.get(arm, 0) + 1
+        styles[label] = (*look.of[arm], style)
+    return styles
+
+
+def axis_of(axes, axis: str, values: list[float]) -> None:
+    """Ticks at the settings that exist; learning rates on a logarithm."""
+    ticks = sorted(set(values))
+    if axis == "learning_rate":
+        axes.set_xscale("log")
+        axes.minorticks_off()
+    place = math.log if axis == "learning_rate" else float
+    kept = ticks[:1]
+    for tick in ticks[1:]:  # labels a fifth of the axis apart
+        if place(tick) - place(kept[-1]) >= (place(ticks[-1]) - place(ticks[0])) / 5:
+            kept.append(tick)
+    axes.set_xticks(kept, [f"{tick:g}" for tick in kept])

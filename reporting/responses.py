@@ -1,0 +1,35 @@
+"""Answers of the attack, for --include_responses: their shape, or with --unredacted their text."""
+
+import re
+from html import escape
+
+from reporting.read import HEADLINE_TEMPERATURE, Study, parse
+
+MOST_ROWS = 200  # of a file
+
+
+def shape(text: str) -> str:
+    """Letters → x or X, digits → 0, all else kept: 'Ann.Lee7@a.example' → 'Xxx.Xxx0@x.xxxxxxx'."""
+    text = re.sub(r"[^\W\d_]", lambda found: "X" if found[0].isupper() else "x", text)
+    return re.sub(r"\d", "0", text)
+
+
+def html(study: Study, unredacted: bool) -> str:
+    """A table a file: row, template and answer at the headline temperature, the first MOST_ROWS."""
+    made = []
+    for path in study.files["responses"]:
+        lines = [line for _, line in parse(path, study) if line.get("temperature") == HEADLINE_TEMPERATURE]
+        shown = "".join(
+            f"<tr><th scope=row>{line['row']}</th><td class=l>{escape(str(line['template']))}</td><td class=l>"
+            f"{escape(line['response'] if unredacted else shape(line['response']))}</td></tr>"
+            for line in lines[:MOST_ROWS]
+        )
+        caption = f"{study.shown(path)}: the first {min(MOST_ROWS, len(lines)):,} of {len(lines):,} answers"
+        heads = "".join(f'<th scope="col" class="l"><button type="button">{head}</button></th>' for head in
+                        ("Row", "Template", "Answer" if unredacted else "Answer, its shape"))  # fmt: skip
+        made.append(
+            f"<details><summary>{escape(caption)}</summary><div class=table><table><thead><tr>{heads}</tr></thead>"
+            f"<tbody>{shown}</tbody></table></div></details>"
+        )
+    warning = "<p><strong>Contains personal data: do not pass on.</strong></p>" if unredacted else ""
+    return warning + "".join(made) if made else ""

@@ -1,0 +1,238 @@
+"""A line of each kind of result file → rows of the table. A missing field is a KeyError, which the reader reports."""
+
+import re
+from pathlib import Path
+
+from reporting.read import HEADLINE_ATTACK, HEADLINE_TEMPERATURE, MEASURES, Damage, Models, Row, Study, as_float
+
+
+def group_of(study: Study, area: str, label: str, settings: dict) -> str:
+    """A label for these settings: `label`, with a number behind it when other settings have it already."""
+    groups = study.groups.setdefault(area, {})
+    names = [name for name in groups if name == label or name.startswith(f"{label} #")]
+    for name in names:
+        if groups[name] == settings:
+            return name
+    name = f"{label} #{len(names) + 1}" if names else label
+    groups[name] = settings
+    return name
+
+
+def span(rows) -> str:
+    return f", rows {rows[0]}–{rows[1] - 1}" if isinstance(rows, list) and len(rows) >= 2 else ""
+
+
+def extraction_rows(line: dict, study: Study, models: Models, path: Path, number: int) -> list[Row]:
+    """Rates by template and measure at one temperature, with what stands beside them."""
+    from extraction.metrics import clopper_pearson
+
+    matches = line["matches"]
+    labels = [label for label in matches if label != "total"]
+    total, temperature = matches["total"], line["temperature"]
+    keys = ("dataset", "dataset_sha256", "rows", "attack", "templates", "trailing_space", "demonstrations_sha256",
+            "top_k", "max_tokens", "seed")  # fmt: skip
+    settings = {key: line[key] for key in keys if key in line}
+    same = {key: value for key, value in settings.items() if key != "dataset"} | {"asked": total}
+    dataset = Path(line["dataset"]).name if line.get("dataset") else f"unknown data, {total} rows"
+    label = dataset + span(line.get("rows")) + (", by prefix" if line.get("attack") == "prefix" else "")
+    group = group_of(study, "extraction", label, same)
+    scored = line.get("n_scored_by_template") or dict.fromkeys(labels, total)
+    shared = {
+        "model": models.of(line.get("model"), path, line.get("base_model")),
+        "group": group,
+        "n_requested": line.get("n_requested", total * len(labels)),
+        "n_dropped": line.get("n_dropped", 0),
+        "headline": temperature == HEADLINE_TEMPERATURE,
+        "temperature": temperature,
+        "settings": settings | {"dtype": line.get("dtype"), "model_sha256": line.get("model_sha256")},
+    }
+    made = []
+
+    def add(metric, value, **more):
+        made.append(Row("extraction", metric, value, **{**shared, **more}))
+
+    for measure in MEASURES:
+        counts = line.get(measure)
+        if counts is None:
+            continue
+        for name in labels:
+            count, n = counts[name], scored[name]
+            stored = line.get("ci95", {}).get(measure, {}).get(name)
+            why = "Clopper–Pearson 95 %" + ("" if stored else ", computed here")
+            ends = stored or (clopper_pearson(count, n) if n and count is not None else None) or (None, None)
+            rate = count / n if n and count is not None else None
+            undefined = None if rate is not None else "no row could be asked"
+            add(measure, rate, count=count, n=n, low=ends[0], high=ends[1], interval=why, template=name,
+                undefined=undefined)  # fmt: skip
+        known = [counts[name] for name in labels if counts[name] is not None]
+        n = sum(scored[name] for name in labels)
+        ends = line.get("ci95", {}).get(measure, {}).get("total")
+        add(measure, sum(known) / n if n else None, count=sum(known), n=n, template="all",
+            low=ends[0] if ends else None, high=ends[1] if ends else None,
+            interval="bootstrap over rows 95 %" if ends else None,
+            undefined=None if n else "no row could be asked")  # fmt: skip
+        floor = line.get("floor") or {}
+        if floor.get("rule") and floor.get(measure) is not None:
+            rule = f"{floor['rule']}@{floor['domain_guess']}"
+            low, high = clopper_pearson(floor[measure], total)
+            add(measure, floor[measure] / total, count=floor[measure], n=total, role="floor", attack=rule, low=low,
+                high=high, interval="Clopper–Pearson 95 %, computed here")  # fmt: skip
+        for name, pair in (line.get("baseline", {}).get(measure) or {}).items():
+            more = {"gained": pair["gained"], "lost": pair["lost"], "baseline": line["baseline"]["path"]}
+            add(f"{measure} against baseline, McNemar p", pair["p"], template=name, role="baseline",
+                settings=more, n=scored[name], count=pair["gained"] - pair["lost"])  # fmt: skip
+    for name, value in (line.get("truth_logprob") or {}).items():
+        add("truth log-probability (nats)", value, template=name, n=scored[name])
+    for name, by_size in (line.get("probabilistic") or {}).items():
+        for size, found in by_size.items():
+            rate = found["expected"] / scored[name] if scored[name] and found["expected"] is not None else None
+            add(f"expected exact in {size} draws", rate, template=name, n=scored[name], count=found["rows"])
+    return made
+
+
+def perplexity_rows(line: dict, study: Study, models: Models, path: Path, number: int) -> list[Row]:
+    settings = {key: line[key] for key in ("dataset", "dataset_sha256", "rows", "context", "stride") if key in line}
+    label = (Path(line["dataset"]).name if line.get("dataset") else "unknown data") + span(line.get("rows"))
+    same = {key: value for key, value in settings.items() if key != "dataset"}
+    shared = {
+        "model": models.of(line.get("model"), path, line.get("base_model")),
+        "group": group_of(study, "perplexity", label, same),
+        "n": line.get("n_scored"),
+        "n_requested": line.get("n_requested"),
+        "n_dropped": line.get("n_dropped", 0),
+        "seed": line.get("seed"),
+        "settings": settings | {"dtype": line.get("dtype"), "model_sha256": line.get("model_sha256")},
+    }
+    made = []
+    for metric in ("mean", "token_weighted", "median", "bits_per_byte"):
+        if metric in line:
+            ends = line.get(f"{metric}_ci") or (None, None)
+            why = "bootstrap over documents 95 %" if ends[0] is not None else None
+            undefined = (line.get("undefined") or {}).get(metric) if line[metric] is None else None
+            made.append(Row("perplexity", metric, line[metric], *ends, why, undefined=undefined, **shared))
+    return made
+
+
+def mia_rows(line: dict, study: Study, models: Models, path: Path, number: int) -> list[Row]:
+    """AUC and TPR of one attack, the same of the base and, once a file, of the blind baselines."""
+    names = {key: line.get(key) for key in ("members", "nonmembers", "max_length", "bootstrap", "seed")}
+    settings = names | {key: line[key] for key in ("parameters", "reference", "dtype", "model_sha256") if key in line}
+    same = {key: names[key] for key in ("members", "nonmembers", "max_length", "seed")}
+    same["texts"] = line["n_requested"]
+    sets = [Path(names[key]).name for key in ("members", "nonmembers") if names[key]]
+    shared = {
+        "model": models.of(line.get("model"), path, line.get("base_model")),
+        "group": group_of(study, "mia", " against ".join(sets) or "unknown sets", same),
+        "n": line["n_scored"],
+        "n_requested": line["n_requested"],
+        "n_dropped": line["n_dropped"],
+        "settings": settings,
+        "seed": line.get("seed"),
+    }
+    made = []
+
+    def add(found: dict, role: str, attack: str, confidence: str, headline=False):
+        ends = found.get("auc_ci") or found.get("auc_ci99") or (None, None)
+        why = f"bootstrap {confidence}" if ends[0] is not None else None
+        more = {**shared, "role": role, "attack": attack}
+        made.append(Row("mia", "auc", found["auc"], *ends, why, undefined=found.get("undefined"), **more))
+        points, rates = found.get("points") or {}, found.get("tpr_at_fpr") or {}
+        for level, rate in rates.items():
+            point = points.get(level) or {}
+            low, high = (found.get("tpr_at_fpr_ci") or {}).get(level) or (None, None)
+            made.append(
+                Row("mia", "tpr", rate, low, high, "95 %" if low is not None else None, level=level,
+                    count=point.get("false_positives"), undefined=point.get("undefined") or found.get("undefined"),
+                    headline=headline and level == "0.01", **more)
+            )  # fmt: skip
+
+    add(line, "target", line["attack"], "95 %", line["attack"] == HEADLINE_ATTACK)
+    add(line["base"], "base", line["attack"], "95 %")
+    if number == 1:
+        for name, found in line["blind"].items():
+            add(found, "blind", name, "99 %")
+    return made
+
+
+def fidelity_rows(content: dict, study: Study, models: Models, path: Path, number: int) -> list[Row]:
+    """Each measure of each arm, and its excess over the second real sample (role baseline)."""
+    settings = content.get("settings", {})
+    made = []
+    for arm, found in content["comparisons"].items():
+        shared = {"arm": arm, "n": found["rows"], "n_requested": found.get("n_requested"), "settings": settings}
+        shared |= {"n_dropped": found.get("n_dropped"), "seed": settings.get("seed"), "group": study.shown(path)}
+        for role, measures in (("target", found["measures"]), ("baseline", found.get("excess", {}))):
+            for name, entry in measures.items():
+                metric = name if role == "target" else f"excess over real: {name}"
+                metric = re.sub(r"MAUVE \(.*\)", "MAUVE", metric)
+                why = "range over k-means seeds" if "MAUVE" in name else "jackknife over 20 groups 95 %"
+                low, high = entry.get("low"), entry.get("high")
+                undefined = "not defined on these samples" if entry["value"] is None else None
+                made.append(
+                    Row("fidelity", metric, entry["value"], low, high, why if low is not None else None, role=role,
+                        undefined=undefined, **shared)
+                )  # fmt: skip
+    return made
+
+
+def utility_rows(line: dict, study: Study, models: Models, path: Path, number: int) -> list[Row]:
+    """Scores of one arm and seed, or their mean over seeds."""
+    made = []
+    shared = {"arm": line["arm"], "seed": line["seed"], "group": study.shown(path)}
+    for metric in ("accuracy", "macro_f1", "mae"):
+        found = line[metric]
+        if isinstance(found, dict):
+            why = f"range over {len(line['seeds'])} seeds"
+            settings = {"seeds": line["seeds"], "sd": found["sd"]}
+            made.append(Row("utility", metric, found["mean"], found["low"], found["high"], why, n=len(line["seeds"]),
+                            role="mean", settings=settings, **shared))  # fmt: skip
+        else:
+            low, high = line["accuracy_ci95"] if metric == "accuracy" else (None, None)
+            role = "target" if line["seed"] is not None else "baseline"
+            keys = ("train_rows", "steps", "n_cut", "mcnemar_against_real")
+            made.append(Row("utility", metric, found, low, high, "Clopper–Pearson 95 %" if low is not None else None,
+                            n=line["n_scored"], n_requested=line["n_requested"], n_dropped=line["n_dropped"], role=role,
+                            settings={key: line[key] for key in keys if key in line}, **shared))  # fmt: skip
+    return made
+
+
+def importance_rows(content: dict, study: Study, models: Models, path: Path, number: int) -> list[Row]:
+    made = []
+    for arm, found in content["arms"].items():
+        for metric, value in found["mean"].items():
+            values = [one[metric] for one in found["seeds"] if one.get(metric) is not None]
+            made.append(
+                Row("importance", metric, value, min(values, default=None), max(values, default=None),
+                    f"range over {len(values)} draws", n=content["rows"], n_requested=found.get("n_requested"),
+                    n_dropped=found.get("n_dropped"), arm=arm, group=study.shown(path),
+                    undefined=None if value is not None else "no draw defines it",
+                    settings={"heldout_rows": content.get("heldout_rows"), "words": content.get("words")})
+            )  # fmt: skip
+    return made
+
+
+def privacy_rows(content: dict, study: Study, models: Models, path: Path, number: int) -> list[Row]:
+    """ε of one checkpoint by both accountants. No noise: undefined."""
+    made = []
+    reason = content.get("void") or ("no noise: ε is infinite" if content.get("epsilon") is None else None)
+    for metric, key in (("ε upper (PRV)", "epsilon"), ("ε upper (RDP)", "epsilon_rdp")):
+        if key in content:
+            made.append(
+                Row("privacy", metric, content[key], n=content.get("num_units"), undefined=reason,
+                    model=models.of(None, path), level=f"{content['delta']:g}", settings=content)
+            )  # fmt: skip
+    return made
+
+
+def text_perplexity(path: Path, study: Study, models: Models) -> None:
+    """perplexity.txt of the released tool, where no perplexity.jsonl stands beside it."""
+    for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        found = re.fullmatch(r"model path: (.+); mean perplexity: (\S+)", text.strip())
+        if found:
+            value = None if found[2] in ("null", "nan") else as_float(found[2])
+            line = {"model": found[1], "mean": value}
+            for row in perplexity_rows(line, study, models, path, number):
+                row.file, row.line = study.shown(path), number
+                study.rows.append(row)
+        elif text.strip():
+            study.damage.append(Damage(study.shown(path), number, "not 'model path: …; mean perplexity: …'"))

@@ -1,0 +1,256 @@
+"""Figures of System S: bounds of ε, canaries, fidelity, utility, feature importance. As those in attacks.py."""
+
+from reporting.draw import AXIS, BASE, COLOURS, GRID, INK, MARKERS, MUTED, SERIES, Figure, Panel, errors, percent
+from reporting.looks import MOST_GROUPS, Look, interval_text, name_of, short
+from reporting.read import Model, Row, Study
+
+# ---------------------------------------------------------------- privacy
+
+
+def epsilon_bounds(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
+    """Upper bounds by accountant and empirical lower bounds, a row a run's last checkpoint."""
+    rows = [row for row in study.select("privacy", value=lambda v: v is not None) if row.model and row.model.last]
+    shown = ("ε lower", "ε lower, text only", "ε upper (PRV)")
+    bounds = [row for row in study.select("canary") if row.metric in shown and row.value is not None]
+
+    def label(row):
+        return row.model.label if row.model else row.arm
+
+    places = list(dict.fromkeys(map(label, [*rows, *bounds])))
+    if not rows and not bounds:
+        return []
+    marks = {"ε upper (PRV)": ("blue", "o"), "ε upper (RDP)": ("sky", "s")}
+    marks |= {"ε lower": ("vermillion", "^"), "ε lower, text only": ("amber", "v")}
+
+    def draw(axes):
+        for place, name in enumerate(reversed(places)):
+            found = [row for row in [*rows, *bounds] if label(row) == name]
+            ends = [row.value for row in found]
+            axes.plot([min(ends), max(ends)], [place, place], color=GRID, linewidth=5, zorder=1, solid_capstyle="round")
+            for row in found:
+                colour, marker = marks[row.metric]
+                hollow = {"markerfacecolor": "none"} if row.undefined else {}
+                axes.plot(row.value, place, marker, color=COLOURS[colour][0], markersize=7, zorder=3, **hollow)
+        axes.set_yticks(range(len(places)), [short(name, 34) for name in reversed(places)])
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
+        axes.set(xlabel="ε", ylim=(-0.6, len(places) - 0.4))
+        axes.set_xlim(left=0)
+        axes.grid(axis="x")
+        axes.spines["left"].set_visible(False)
+
+    told = "; ".join(f"{label(row)}: {row.metric} {row.value:.3g}" for row in [*rows, *bounds])
+    keys = [(metric, COLOURS[colour][0], marker, None) for metric, (colour, marker) in marks.items()
+            if any(row.metric == metric for row in [*rows, *bounds])]  # fmt: skip
+    caption = (
+        "Upper: what the accountant proves of the training. Lower: what an audit with canaries has shown, at 95 %. A "
+        "lower bound right of the upper one contradicts the proof. Hollow: void."
+    )
+    panel = Panel("ε at the δ of each run", draw, (4.2, 1.1 + 0.36 * len(places)))
+    return [Figure("epsilon", "Privacy budget: proven and observed", caption, told, [panel], keys, 1, "privacy")]
+
+
+def exposure(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
+    """Exposure by number of repetitions: median, quartiles and the held-out canaries beside them."""
+    rows = [row for row in study.select("canary", "exposure") if row.value is not None]
+    series: dict[str, list[Row]] = {}
+    for row in rows:
+        series.setdefault(row.model.label if row.model else row.arm or row.group, []).append(row)
+    if not series:
+        return []
+    counts = sorted({row.repetitions or 0 for row in rows})
+    ceiling = max((row.settings.get("ceiling") or 0) for row in rows)
+
+    def draw(axes):
+        shift = 0.12
+        for number, found in enumerate(series.values()):
+            colour, marker = COLOURS[SERIES[number % len(SERIES)]][0], MARKERS[number % len(MARKERS)]
+            found = sorted(found, key=lambda row: row.repetitions or 0)
+            x = [counts.index(row.repetitions or 0) + shift * (number - (len(series) - 1) / 2) for row in found]
+            axes.plot(x, [row.value for row in found], color=colour, linewidth=1, alpha=0.5)
+            for place, row in zip(x, found):
+                axes.errorbar(place, row.value, yerr=errors(row), fmt=marker, color=colour, elinewidth=1.4)
+        axes.axhline(1.0, color=MUTED, linestyle=":", linewidth=1.2)
+        if ceiling:
+            axes.axhline(ceiling, color=AXIS, linestyle="--", linewidth=1.2)
+        axes.set_xticks(range(len(counts)), ["held out" if count == 0 else f"{count}×" for count in counts])
+        axes.set(xlabel="times placed in the training data", ylabel="exposure (bits)", xlim=(-0.5, len(counts) - 0.5))
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y")
+
+    keys = [(label, COLOURS[SERIES[i % len(SERIES)]][0], MARKERS[i % len(MARKERS)], None)
+            for i, label in enumerate(series)]  # fmt: skip
+    keys += [("chance, median 1 bit", MUTED, None, ":")] + ([("ceiling", AXIS, None, "--")] if ceiling else [])
+    told = "; ".join(f"{label}: " + ", ".join(f"{row.repetitions or 0}× {row.value:.2f}" for row in found)
+                     for label, found in series.items())  # fmt: skip
+    caption = "Median over canaries, whiskers: quartiles. A secret never seen has median 1 and mean 1.44 bits, not 0."
+    panel = Panel("Exposure", draw, (4.2, 3.0))
+    return [Figure("exposure", "Canaries: exposure by repetition", caption, told, [panel], keys, 1, "privacy")]
+
+
+def canary_counts(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
+    """Generated rows that hold a part of a canary, by arm."""
+    rows = [row for row in study.select("canary", "generated rows with it") if row.value is not None]
+    if not rows:
+        return []
+    parts = list(dict.fromkeys(row.template for row in rows))
+    several = len({row.repetitions for row in rows}) > 1
+
+    def name(row):
+        return f"{row.arm}, {f'{row.repetitions}×' if row.repetitions else 'held out'}" if several else row.arm
+
+    arms = list(dict.fromkeys(name(row) for row in sorted(rows, key=lambda r: (r.arm, r.repetitions or 0))))
+    high = max((row.high or row.value) for row in rows) * 1.08 or 0.01
+
+    def panel(part):
+        def draw(axes):
+            for place, arm in enumerate(reversed(arms)):
+                for row in rows:
+                    if row.template == part and name(row) == arm:
+                        colour, marker = look.of.get(row.arm, (BASE, "o"))
+                        axes.errorbar(row.value, place, xerr=errors(row), fmt=marker, color=colour, elinewidth=1.4)
+            axes.set_yticks(range(len(arms)), [short(arm) for arm in reversed(arms)])
+            axes.set(xlim=(-0.01 * high, high), ylim=(-0.6, len(arms) - 0.4))
+            axes.tick_params(axis="y", length=0, labelcolor=INK)
+            axes.spines["left"].set_visible(False)
+            axes.grid(axis="x")
+            percent(axes.xaxis)
+
+        return Panel(part, draw, (4.0, 0.9 + 0.3 * len(arms)))
+
+    told = "; ".join(f"{name(row)} {row.template}: {row.count} of {row.n}" for row in rows)
+    caption = "Share of generated rows that hold a part of a canary, spelling ignored; 95 % Clopper–Pearson."
+    return [Figure("canary_counts", "Canaries found in generated text", caption, told, [panel(p) for p in parts], [],
+                   2, "privacy")]  # fmt: skip
+
+
+# ---------------------------------------------------------------- synthetic text
+
+
+SHOWN_FIDELITY = {  # measure: title of its panel
+    "words a review": "Words a review",
+    "Jensen-Shannon word frequencies (bits)": "JSD of word frequencies",
+    "Frechet distance": "Fréchet distance",
+    "MAUVE": "MAUVE",
+    "distinct-2": "Distinct-2",
+    "self-BLEU": "Self-BLEU",
+    "copying gap (training - held-out)": "Copying gap (cosine)",
+    "copies >= 50 characters": "Copies ≥ 50 characters",
+    "cut at the token limit": "Cut at the token limit",
+}
+
+
+def dots(title, rows, look, reference=None, form="{:.3g}", shown=None):
+    """A panel of one measure: a dot an arm with its interval and its value written beside it."""
+    arms = list(dict.fromkeys(row.arm for row in rows))
+
+    def draw(axes):
+        for place, arm in enumerate(reversed(arms)):
+            colour, marker = look.of.get(arm, (BASE, "o"))
+            for row in rows:
+                if row.arm == arm and row.value is not None:
+                    axes.errorbar(row.value, place, xerr=errors(row), fmt=marker, color=colour, elinewidth=1.4)
+                    axes.annotate(form.format(row.value), (row.value, place), (0, 6), textcoords="offset points",
+                                  ha="center", fontsize=8, color=INK)  # fmt: skip
+        for value, style in reference or ():
+            axes.axvline(value, color=MUTED, linestyle=style, linewidth=1.1, zorder=0)
+        axes.set_yticks(range(len(arms)), [(shown or {}).get(arm, arm) for arm in reversed(arms)])
+        axes.set_ylim(-0.6, len(arms) - 0.25)
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
+        axes.spines["left"].set_visible(False)
+        axes.margins(x=0.14)
+        axes.locator_params(axis="x", nbins=4)
+        axes.grid(axis="x")
+
+    return Panel(title, draw, (3.3, 0.9 + 0.36 * len(arms)))
+
+
+def fidelity(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
+    made = []
+    every = study.select("fidelity", role="target")
+    for place, group in enumerate(dict.fromkeys(row.group for row in every)):
+        if place == MOST_GROUPS:
+            break
+        panels, told = [], []
+        for measure in SHOWN_FIDELITY:
+            rows = [row for row in every if (row.group, row.metric) == (group, measure) and row.value is not None]
+            if not rows:
+                continue
+            against = [(row.value, ":") for row in rows if row.arm == "real"]
+            panels.append(dots(SHOWN_FIDELITY[measure], rows, look, against, shown={"real": "real (again)"}))
+            told.append(f"{measure}: " + ", ".join(f"{row.arm} {interval_text(row, False)}" for row in rows))
+        n = next((row.n for row in every if row.group == group), None)
+        caption = (
+            f"{group}, {n:,} rows a sample. Dotted: a second real sample of the same size, what two samples of real "
+            "text differ by. 95 % jackknife; MAUVE: range over seeds."
+        )
+        if panels:
+            made.append(Figure(name_of("fidelity", place), "Fidelity of synthetic text", caption, "; ".join(told),
+                               panels, [], 3, "fidelity"))  # fmt: skip
+    return made
+
+
+def utility(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
+    """Train on synthetic, test on real: each seed a pale dot, the mean over seeds in full."""
+    made = []
+    every = study.select("utility")
+    for place, group in enumerate(list(dict.fromkeys(row.group for row in every))[:MOST_GROUPS]):
+        rows = [row for row in every if row.group == group]
+        panels = [
+            _utility(metric, words, [row for row in rows if row.metric == metric], look)
+            for metric, words in (("accuracy", "Accuracy"), ("macro_f1", "Macro-F1"), ("mae", "Mean error (stars)"))
+        ]
+        told = "; ".join(f"{row.arm} {row.metric} {interval_text(row, False)}" for row in rows
+                         if row.role != "target")  # fmt: skip
+        keys = [("one seed", AXIS, "o", None), ("mean over seeds", INK, "o", None),
+                ("majority class", MUTED, None, ":"), ("untuned base", BASE, None, "--")]  # fmt: skip
+        caption = f"{group}. Rating held-out real reviews after training on each arm with equal rows and steps."
+        made.append(Figure(name_of("utility", place), "Train on synthetic, test on real", caption, told, panels, keys,
+                           3, "utility"))  # fmt: skip
+    return made
+
+
+def _utility(metric, words, rows, look):
+    arms = list(dict.fromkeys(row.arm for row in rows if row.role == "mean"))
+    lines = {row.arm: row.value for row in rows if row.role == "baseline"}
+
+    def draw(axes):
+        for place, arm in enumerate(reversed(arms)):
+            colour, marker = look.of.get(arm, (BASE, "o"))
+            for row in rows:
+                if row.arm == arm and row.role == "target":
+                    axes.plot(row.value, place, "o", color=colour, alpha=0.35, markersize=5)
+                elif row.arm == arm and row.role == "mean":
+                    axes.plot(row.value, place, marker, color=colour, markersize=8)
+                    axes.annotate(f"{row.value:.3f}", (row.value, place), (0, 7), textcoords="offset points",
+                                  ha="center", fontsize=8)  # fmt: skip
+        for arm, style in (("majority", ":"), ("base", "--")):
+            if lines.get(arm) is not None:
+                axes.axvline(lines[arm], color=MUTED if arm == "majority" else BASE, linestyle=style, linewidth=1.3)
+        axes.set_yticks(range(len(arms)), list(reversed(arms)))
+        axes.set_ylim(-0.6, len(arms) - 0.2)
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
+        axes.spines["left"].set_visible(False)
+        axes.margins(x=0.14)
+        axes.locator_params(axis="x", nbins=4)
+        axes.grid(axis="x")
+
+    return Panel(words, draw, (3.0, 0.9 + 0.38 * len(arms)))
+
+
+def importance(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
+    made = []
+    every = study.select("importance")
+    for place, group in enumerate(list(dict.fromkeys(row.group for row in every))[:MOST_GROUPS]):
+        panels, told = [], []
+        for metric in ("spearman", "pearson", "jaccard@20"):
+            rows = [row for row in every if (row.group, row.metric) == (group, metric) and row.value is not None]
+            marks = [(row.value, ":") for row in rows if row.arm in ("real", "null")]
+            shown = {"real": "real (ceiling)", "null": "shuffled labels"}
+            if rows:
+                panels.append(dots(metric.capitalize(), rows, look, marks, "{:.2f}", shown))
+                told.append(f"{metric}: " + ", ".join(f"{row.arm} {row.value:.2f}" for row in rows))
+        caption = f"{group}. Agreement with the real model's word importances on held-out rows; range over draws."
+        if panels:
+            made.append(Figure(name_of("importance", place), "Feature importance consistency", caption,
+                               "; ".join(told), panels, [], 3, "utility"))  # fmt: skip
+    return made

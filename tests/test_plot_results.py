@@ -1,0 +1,630 @@
+"""plot_results.py on hand-made trees whose numbers are known, on the toolkit's own files, and in a real browser."""
+
+import csv
+import json
+import math
+import random
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import browser
+import pytest
+from conftest import ROOT
+
+import plot_results
+from common.cli import UserError
+from reporting import attacks, cautions, draw, figures, read, responses
+
+HAS_BROWSER = pytest.mark.skipif(not browser.find(), reason="no Chromium here: apt-get install chromium")
+RUN = {"schema": 1, "argv": ["run_peft.py"], "args": {}, "commit": "c" * 40, "dirty": False, "packages": {}, "seed": 1}
+RUN |= {"start": "2026-01-02T03:04:05+00:00", "status": "ok", "seconds": 60.0, "peak_memory": {"cpu_bytes": 2**30}}
+
+
+# ---------------------------------------------------------------- trees
+
+
+def put(path: Path, *lines, indent=None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line, ensure_ascii=False, indent=indent) + "\n" for line in lines), "utf-8")
+    return path
+
+
+def extraction_line(model, temperature=0.2, exact=(20, 10), loose=(40, 30), total=100, **more) -> dict:
+    """A line as measure_purified.py writes it, templates A and B; interval ends that stand nowhere else."""
+    counts = {"matches": loose, "exact": exact, "local_part": exact, "domain": loose, "no_pattern": (1, 0)}
+    line = {name: {"A": pair[0], "B": pair[1], "total": total} for name, pair in counts.items()}
+    line["ci95"] = {name: {"A": [0.11, 0.33], "B": [0.05, 0.18], "total": [0.1, 0.21]} for name in counts}
+    line["floor"] = {"rule": "first.last", "domain_guess": "norbeck.example", "matches": 15, "exact": 12}
+    line["floor"] |= {"local_part": 30, "domain": 15}
+    line["truth_logprob"] = {"A": -1.5, "B": -2.5}
+    line["probabilistic"] = {name: {"1": {"rows": 20, "expected": 19.5}} for name in "AB"}
+    line |= {"model": str(model), "base_model": "base/tiny", "model_sha256": "ab", "revision": None, "dtype": "float32"}
+    line |= {"relative_change": 0.02, "privacy": None, "temperature": temperature, "headline": temperature == 0.2}
+    line |= {"dataset": "data/enron.jsonl", "dataset_sha256": "d", "rows": [0, total, total], "attack": "templates"}
+    line |= {"templates": "released", "trailing_space": False, "demonstrations_sha256": "e", "top_k": 100}
+    line |= {"max_tokens": 15, "seed": 3407, "n_requested": 2 * total, "n_scored": 2 * total, "n_dropped": 0}
+    return line | {"n_scored_by_template": {"A": total, "B": total}, "dropped": {}} | more
+
+
+def perplexity_line(model, mean=7.25, **more) -> dict:
+    line = {"model": str(model), "base_model": "base/tiny", "model_sha256": "ab", "dataset": "data/enron.jsonl"}
+    line |= {"dataset_sha256": "d", "rows": [0, 100, 100], "dtype": "float32", "seed": 1, "mean": mean}
+    line |= {"token_weighted": mean - 0.5, "median": mean - 1, "bits_per_byte": 1.0, "mean_ci": [mean - 1, mean + 1]}
+    line |= {"token_weighted_ci": [mean - 1, mean + 1], "undefined": {}, "n_requested": 100, "n_scored": 100}
+    return line | {"n_dropped": 0, "context": 512, "stride": 256, "relative_change": 0.02} | more
+
+
+def mia_line(model, attack="ref", auc=0.625, flags=(), **more) -> dict:
+    points = {"0.01": {"tpr": 0.04, "tpr_ci": [0.02, 0.07], "false_positives": 3, "undefined": None}}
+    blind = {"blind_bow": {"auc": 0.61, "auc_ci99": [0.55, 0.66], "tpr_at_fpr": {"0.01": 0.03}, "undefined": None}}
+    line = {"attack": attack, "headline": attack == "ref", "parameters": {}, "auc": auc}
+    line |= {"auc_ci": [auc - 0.03, auc + 0.03]}
+    line |= {"tpr_at_fpr": {"0.01": 0.04}, "tpr_at_fpr_ci": {"0.01": [0.02, 0.07]}, "points": points, "undefined": None}
+    line |= {"n_requested": 400, "n_scored": 400, "n_dropped": 0, "dropped": {}, "n_members": 200, "n_nonmembers": 200}
+    line |= {"blind": blind, "base": {"auc": None, "auc_ci": None, "undefined": "compares with the base"}}
+    line |= {"near_duplicates": {"pairs": 0, "members": 0, "nonmembers": 0}, "flags": list(flags), "model": str(model)}
+    line |= {"base_model": "base/tiny", "reference": "base/tiny", "model_sha256": "ab", "members": "data/enron.jsonl"}
+    return line | {"nonmembers": None, "max_length": 512, "dtype": "float32", "bootstrap": 1000, "seed": 1} | more
+
+
+def scores(path: Path, n: int = 200) -> Path:
+    rng = random.Random(1)
+    lines = [{"id": i, "label": i % 2, "ref": rng.gauss(i % 2, 1), "loss": rng.gauss(0.1 * (i % 2), 1),
+              "blind_bow": rng.gauss(0.2 * (i % 2), 1)} for i in range(n)]  # fmt: skip
+    return put(path, *lines)
+
+
+def run_folder(root: Path, arm="original", rate="2e-06", epochs=2, per=10, model="tiny", peft="lora", **more) -> Path:
+    """A run directory with run.json, metrics.jsonl and empty checkpoint directories."""
+    folder = root / model / f"{arm}-{peft}" / f"0e+00_{rate}"
+    args = {"model": f"base/{model}", "learning_rate": float(rate), "weight_decay": 0, "epochs": epochs}
+    run = RUN | {"args": args | {"peft_type": peft}, "data_tag": arm, "steps": epochs * per, "relative_change": 0.02}
+    put(folder / "run.json", run | {"tokens_per_second": 1234.5} | more, indent=1)
+    put(folder / "metrics.jsonl", *({"step": s, "epoch": s / per, "loss": 3 - s / (epochs * per), "lr": 1e-6,
+                                     "grad_norm": 0.1} for s in range(1, epochs * per + 1)))  # fmt: skip
+    for epoch in range(1, epochs + 1):
+        (folder / f"checkpoint-{epoch * per}").mkdir()
+    return folder
+
+
+def small_tree(root: Path) -> Path:
+    """Base and one run of two epochs, measured by every script of System P."""
+    run = run_folder(root)
+    put(root / "base" / "results_purified.jsonl",
+        *(extraction_line("base/tiny", t, (10, 5), (30, 25)) for t in (0.0, 0.2)))  # fmt: skip
+    put(root / "base" / "perplexity.jsonl", perplexity_line("base/tiny", 9.5))
+    for epoch, hits in ((1, (15, 7)), (2, (20, 10))):
+        checkpoint = run / f"checkpoint-{10 * epoch}"
+        put(checkpoint / "results_purified.jsonl", *(extraction_line(checkpoint, t, hits) for t in (0.0, 0.2, 1.0)))
+        put(checkpoint / "results_mia.jsonl", mia_line(checkpoint), mia_line(checkpoint, "loss", 0.51))
+        scores(checkpoint / "scores_mia.jsonl")
+    put(run / "perplexity.jsonl", *(perplexity_line(run / f"checkpoint-{10 * e}", 8.5 - e) for e in (1, 2)))
+    return root
+
+
+def synthetic_tree(root: Path) -> Path:
+    """Fidelity, utility, importance, canaries and DP, as the scripts of System S write them."""
+    for arm, epsilon in (("synthetic-dp", 8.0), ("synthetic-no_dp", None)):
+        run = run_folder(root, arm)
+        for epoch in (1, 2):
+            put(run / f"checkpoint-{10 * epoch}" / "privacy.json", privacy_block(epsilon and epsilon * epoch / 2))
+    measures = {"words a review": 50.0, "Frechet distance": 0.2, "Jensen-Shannon word frequencies (bits)": 0.13,
+                "MAUVE (low, high: of 5 seeds)": 0.9, "self-BLEU": 0.5, "cut at the token limit": 0.2}  # fmt: skip
+    arms = {}
+    for arm, factor in (("real", 1.0), ("no_dp", 0.9), ("dp", 0.8)):
+        found = {name: {"value": v * factor, "low": v * factor * 0.9, "high": v * factor * 1.1} for name, v in
+                 measures.items()}  # fmt: skip
+        arms[arm] = {"rows": 500, "n_requested": 600, "n_dropped": 0, "n_scored": 500, "measures": found}
+    content = {"schema": 1, "rows": 500, "paired_with_real": True, "settings": {"seed": 1}, "comparisons": arms}
+    put(root / "fidelity" / "results_fidelity.json", content, indent=1)
+    lines = []
+    for arm, base in (("real", 0.76), ("no_dp", 0.74), ("dp", 0.6)):
+        for seed in (1, 2):
+            score = {"accuracy": base + seed / 100, "macro_f1": base - 0.2, "mae": 1 - base, "train_rows": 300}
+            score |= {"accuracy_ci95": [base - 0.05, base + 0.05], "n_requested": 400, "n_scored": 400, "n_dropped": 0}
+            score["mcnemar_against_real"] = {"gained": 3, "lost": 9, "p": 0.15}
+            lines.append({"arm": arm, "seed": seed, **score})
+        mean = {name: {"mean": lines[-1][name], "sd": 0.01, "low": lines[-2][name], "high": lines[-1][name]}
+                for name in ("accuracy", "macro_f1", "mae")}  # fmt: skip
+        lines.append({"arm": arm, "seed": None, "seeds": [1, 2], **mean})
+    for arm, value in (("base", 0.55), ("majority", 0.63)):
+        score = {"accuracy": value, "macro_f1": 0.2, "mae": 0.5, "accuracy_ci95": [value - 0.05, value + 0.05]}
+        lines.append({"arm": arm, "seed": None, **score, "n_requested": 400, "n_scored": 400, "n_dropped": 0})
+    put(root / "utility" / "results_utility.jsonl", *lines)
+    found = {
+        arm: {"mean": {"spearman": v, "jaccard@20": v / 2}, "sd": {}, "n_requested": 2, "n_dropped": 0,
+              "seeds": [{"spearman": v - 0.05, "jaccard@20": v / 2}, {"spearman": v + 0.05, "jaccard@20": v / 2}]}
+        for arm, v in (("real", 0.95), ("no_dp", 0.4), ("dp", 0.6), ("null", 0.01))
+    }  # fmt: skip
+    put(root / "utility" / "feature_importance.json", {"rows": 300, "heldout_rows": 200, "words": 50, "arms": found})
+    canaries = []
+    for arm, factor in (("no_dp", 1), ("with_dp", 0.3)):
+        for repetitions in (16, 4, 1, 0):
+            middle = 1 + factor * repetitions / 2
+            bits = {"mean": middle + 0.4, "q05": 0.1, "q25": middle * 0.7, "median": middle, "q75": middle * 1.2}
+            line = {"measure": "exposure", "arm": arm, "kind": "ladder" if repetitions else "held_out"}
+            line |= {"repetitions": repetitions, "n_requested": 10, "n_scored": 10, "n_dropped": 0, "references": 1000}
+            canaries.append(line | {"bits": bits | {"q95": 9.9}, "ceiling": 9.97, "space_bits": 29.9,
+                                    "p_above_held_out": 0.01, "extrapolated": None})  # fmt: skip
+            for part in ("name", "whole"):
+                rows = int(repetitions * factor)
+                cell = {"rows": rows, "canaries": 1, "rate": rows / 500, "ci": [rows / 900, (rows + 4) / 500]}
+                line = {"measure": "count", "arm": arm, "kind": "ladder", "repetitions": repetitions, "part": part}
+                line |= {"n_canaries": 10, "n_requested": 500, "n_scored": 500, "n_dropped": 0}
+                canaries.append(line | {how: cell | {"fisher_p": {}} for how in ("exact", "normalised")})
+        lower = {"95": 3.25 if arm == "no_dp" else 2.5, "99.9": 0.5}
+        line = {"measure": "audit", "arm": arm, "signal": "log-probability", "n_requested": 200, "n_scored": 200}
+        line |= {"n_dropped": 0, "included": 99, "auc": 0.7, "lower": lower, "guesses": [], "delta": 1e-5}
+        upper = None if arm == "no_dp" else 2.0
+        line |= {"upper": upper, "unit": "record", "void": None, "heuristic": {"note": "", "bound": {"epsilon": 1.0}}}
+        canaries.append(line | {"above_upper": {"95": upper is not None, "99.9": False}})
+    put(root / "canary" / "results_canary.jsonl", *canaries)
+    return root
+
+
+def privacy_block(epsilon, void=None) -> dict:
+    block = {"private": epsilon is not None, "epsilon": epsilon, "epsilon_rdp": epsilon and epsilon * 1.25}
+    block |= {
+        "void": void,
+        "delta": 1e-5,
+        "noise_multiplier": 0.8 if epsilon else 0.0,
+        "max_grad_norm": 1.0,
+        "sample_rate": 0.01,
+    }
+    return block | {"steps": 20, "num_units": 10000, "unit": "record", "accountant": "prv", "adjacency": "add/remove"}
+
+
+def released_tree(root: Path) -> Path:
+    """What the released System P tool leaves: loose matches alone, no model name, an odd file name, an empty file."""
+    for epoch in (69, 138):
+        folder = root / "pythia-1.4b" / "self-generated-pythia-12b-lora" / "0e+00_2e-06" / f"checkpoint-{epoch}"
+        put(folder / "results_purified.jsonl", *(
+            {"matches": {"A": 56 + epoch, "B": 58, "C": 33, "D": 31, "total": 1000}, "model": None,
+             "temperature": temperature, "top_k": 100} for temperature in (0.01, 0.2, 0.5)
+        ))  # fmt: skip
+    (folder / "results_purified1jsonl").write_text("")
+    model = "./pythia-1.4b/self-generated-pythia-12b-lora/0e+00_2e-06/checkpoint-138"
+    text = f"model path: {model}; mean perplexity: 12.5\n"
+    (root / "pythia-1.4b" / "perplexity.txt").write_text(text)
+    return root
+
+
+def large_tree(root: Path, checkpoints: int = 200) -> Path:
+    """5 arms × 10 learning rates × 4 epochs, 8 temperatures, perplexity and membership inference of each."""
+    rng = random.Random(0)
+    put(root / "base" / "results_purified.jsonl", *(extraction_line("base/tiny", t) for t in TEMPERATURES))
+    put(root / "base" / "perplexity.jsonl", perplexity_line("base/tiny", 9.5))
+    arms = ("original", "replaced", "self-generated-big", "self-instruct-big", "synthetic-dp")
+    for index in range(checkpoints // 4):
+        run = run_folder(root, arms[index % 5], f"{index // 5 + 1}e-06", epochs=4, per=69)
+        lines = []
+        for epoch in range(1, 5):
+            checkpoint = run / f"checkpoint-{69 * epoch}"
+            exact = [rng.randint(10, 40) for _ in "AB"]
+            put(checkpoint / "results_purified.jsonl", *(extraction_line(checkpoint, t, exact) for t in TEMPERATURES))
+            put(checkpoint / "results_mia.jsonl", *(mia_line(checkpoint, a, rng.uniform(0.4, 0.7)) for a in
+                                                    ("ref", "loss", "zlib", "min_k_20", "min_k_pp_20")))  # fmt: skip
+            lines.append(perplexity_line(checkpoint, rng.uniform(6, 12)))
+        put(run / "perplexity.jsonl", *lines)
+    return root
+
+
+TEMPERATURES = (0.01, 0.1, 0.2, 0.5, 0.75, 1.0, 1.25, 1.5)
+
+
+def report(*words) -> tuple[int, list[dict], str]:
+    """(exit status, rows of results.csv, the page) of a run without image files."""
+    output = Path(words[words.index("--output") + 1])
+    status = plot_results.main([str(word) for word in words] + ["--no_figures"])
+    with open(output / "results.csv", encoding="utf-8", newline="") as file:
+        return status, list(csv.DictReader(file)), (output / "report.html").read_text(encoding="utf-8")
+
+
+def rows_with(rows: list[dict], **wanted) -> list[dict]:
+    return [row for row in rows if all(row[name] == str(value) for name, value in wanted.items())]
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def test_every_number_of_a_small_tree_is_in_the_table_with_its_line(tmp_path):
+    tree = small_tree(tmp_path / "tree")
+    status, rows, page = report(tree, "--output", tmp_path / "out")
+    assert status == 0
+    last = "tiny/original-lora/0e+00_2e-06/checkpoint-20/results_purified.jsonl"
+    (row,) = rows_with(rows, area="extraction", metric="exact", file=last, template="A", temperature="0.2",
+                       role="target")  # fmt: skip
+    # 20 of 100 as in extraction_line; interval as stored; the second line of the file has temperature 0.2
+    assert (row["value"], row["low"], row["high"], row["count"], row["n"]) == ("0.2", "0.11", "0.33", "20", "100")
+    assert (row["line"], row["headline"], row["model"], row["epoch"]) == ("2", "True", "original · epoch 2", "2.0")
+    assert (row["learning_rate"], row["peft_type"], row["step"], row["arm"]) == ("2e-06", "lora", "20", "original")
+    assert row["interval"] == "Clopper–Pearson 95 %" and json.loads(row["settings"])["top_k"] == 100
+    (row,) = rows_with(rows, metric="exact", file=last, template="all", temperature="0.2", role="target")
+    assert (float(row["value"]), row["count"], row["n"], row["low"]) == (0.15, "30", "200", "0.1")
+    (row,) = rows_with(rows, metric="mean", model="original · epoch 1")
+    assert (row["value"], row["low"], row["high"], row["line"]) == ("7.5", "6.5", "8.5", "1")
+    (row,) = rows_with(rows, metric="tpr", attack="ref", file=last.replace("purified", "mia"), role="target")
+    assert (row["value"], row["level"], row["count"], row["headline"]) == ("0.04", "0.01", "3", "True")
+    assert {row["value"] for row in rows_with(rows, metric="auc", role="blind")} == {"0.61"}
+    floor = rows_with(rows, metric="exact", role="floor", temperature="0.2")
+    assert {(row["value"], row["attack"]) for row in floor} == {("0.12", "first.last@norbeck.example")}
+    shown = (f"{last}:2", "original · epoch 2", "15.0%", "10.0%–21.0%", "30 of 200", "0.625", "0.595–0.655", "6.50")
+    assert [text for text in shown if text not in page] == []
+    assert "checkpoint-20" in page and "ccccccccc" in page  # the provenance of the run
+
+
+def test_intervals_that_the_line_lacks_are_clopper_pearson(tmp_path):
+    tree = released_tree(tmp_path / "tree")
+    status, rows, page = report(tree, "--output", tmp_path / "out")
+    assert status == 1  # the empty file
+    (row,) = rows_with(rows, metric="matches", template="B", temperature="0.2", step="138")
+    assert row["count"] == "58" and row["interval"].endswith("computed here")
+
+    def at_most(k: int, p: float) -> float:  # the binomial's distribution, summed term by term
+        return math.fsum(math.comb(1000, i) * p**i * (1 - p) ** (1000 - i) for i in range(k + 1))
+
+    # the ends are where 58 or more, and 58 or fewer, of 1000 have probability 2.5 %
+    assert 1 - at_most(57, float(row["low"])) == pytest.approx(0.025, abs=1e-9)
+    assert at_most(58, float(row["high"])) == pytest.approx(0.025, abs=1e-9)
+    assert (row["arm"], row["learning_rate"], row["epoch"]) == ("generated", "2e-06", "2.0")
+    assert not rows_with(rows, metric="exact")
+    assert rows_with(rows, metric="mean")[0]["value"] == "12.5" and rows_with(rows, metric="mean")[0]["step"] == "138"
+    assert "loose matches only" in page and "results_purified1jsonl:1: empty" in page
+
+
+def test_synthetic_study_in_the_table(tmp_path):
+    tree = synthetic_tree(tmp_path / "tree")
+    status, rows, page = report(tree, "--output", tmp_path / "out")
+    assert status == 0
+    (row,) = rows_with(rows, metric="Frechet distance", arm="no_dp", role="target")
+    assert float(row["value"]) == pytest.approx(0.18) and row["n"] == "500"
+    (row,) = rows_with(rows, area="utility", metric="accuracy", arm="dp", role="mean")
+    assert (row["value"], row["low"], row["high"], row["n"]) == ("0.62", "0.61", "0.62", "2")
+    (row,) = rows_with(rows, area="importance", metric="spearman", arm="dp")
+    assert row["value"] == "0.6" and row["interval"] == "range over 2 draws"
+    (row,) = rows_with(rows, metric="exposure", arm="no_dp", repetitions="16")
+    assert (row["value"], row["interval"]) == ("9.0", "quartiles over canaries")  # 1 + 16 / 2
+    place = "tiny/synthetic-{}-lora/0e+00_2e-06/checkpoint-20/privacy.json"
+    (row,) = rows_with(rows, metric="ε upper (PRV)", file=place.format("dp"))
+    assert (row["value"], row["level"], row["n"]) == ("8.0", "1e-05", "10000")
+    (row,) = rows_with(rows, metric="ε upper (PRV)", file=place.format("no_dp"))
+    assert row["value"] == "" and row["undefined"] == "no noise: ε is infinite"
+    titles = re.findall(r"<figure id=\"fig-(\w+)", page)
+    assert titles == ["epsilon", "exposure", "canary_counts", "fidelity", "utility", "importance", "training"]
+
+
+def test_a_moved_tree_keeps_its_models(tmp_path):
+    tree = small_tree(tmp_path / "old")
+    shutil.move(tree, tmp_path / "new")
+    study = read.read([tmp_path / "new"])
+    (row,) = study.select("perplexity", "mean", model=lambda model: model.step == 20)
+    assert row.model.key == str(tmp_path / "new/tiny/original-lora/0e+00_2e-06/checkpoint-20")
+    assert len({row.model.key for row in study.rows}) == 3 and not study.damage
+
+
+def test_newer_lines_of_the_same_measurement_replace_older_ones(tmp_path):
+    tree = small_tree(tmp_path / "tree")
+    checkpoint = tree / "tiny/original-lora/0e+00_2e-06/checkpoint-20"
+    put(checkpoint / "results_purified1.jsonl", extraction_line(checkpoint, 0.2, (33, 11)))
+    study = read.read([tree])
+    rows = study.select("extraction", "exact", template="A", headline=True, role="target",
+                        model=lambda model: model.step == 20)  # fmt: skip
+    assert [(row.count, row.file.rpartition("/")[2]) for row in rows] == [(33, "results_purified1.jsonl")]
+    assert any("older line" in caution.title for caution in cautions.find(study))
+
+
+def test_other_settings_stand_apart(tmp_path):
+    tree = small_tree(tmp_path / "tree")
+    put(tree / "other" / "results_purified.jsonl", extraction_line("base/tiny", 0.2, (50, 50), top_k=1))
+    study = read.read([tree])
+    groups = {row.group: row.settings["top_k"] for row in study.select("extraction", role="target")}
+    assert groups == {"enron.jsonl, rows 0–99": 100, "enron.jsonl, rows 0–99 #2": 1}
+    names = [figure.name for figure in figures.build(study)]
+    assert "extraction_bars" in names and "extraction_bars_2" in names
+
+
+def test_the_fixed_choice_ignores_results():
+    def model(arm, rate, last=True, step=20):
+        return read.Model(f"{arm}/{rate}/{step}", arm, learning_rate=rate, step=step, last=last, label=arm)
+
+    models = [model("a", 1e-5), model("a", 2e-6), model("a", 2e-6, False, 10), model("b", 2e-6), model("c", 1e-5)]
+    chosen, rule, bent = read.fixed_models(models)
+    assert [one.key for one in chosen] == ["a/1e-05/20", "b/2e-06/20", "c/1e-05/20"] or rule
+    # 1e-5 and 2e-6 have two runs each: the smaller; arm c has no run there
+    assert [one.key for one in chosen] == ["a/2e-06/20", "b/2e-06/20", "c/1e-05/20"]
+    assert "2e-06" in rule and bent == ["c"]
+
+
+def test_pareto_front_of_a_hand_made_set():
+    #            0       1       2       3       4 (beaten by 1)  5 (equal to 1 in x, worse)
+    points = [(5, 0.0), (2, 0.2), (1, 0.5), (4, 0.1), (3, 0.3), (2, 0.4)]
+    assert attacks.front(points) == [2, 1, 3, 0]
+    assert attacks.front([(1, 1), (1, 1)]) == [0]
+
+
+# ---------------------------------------------------------------- cautions
+
+
+def titles(tree, level=None) -> str:
+    found = cautions.find(read.read([tree]))
+    return "\n".join(f"{one.title}: {one.places}" for one in found if level in (None, one.level))
+
+
+def test_a_clean_tree_has_no_grave_caution(tmp_path):
+    tree = small_tree(tmp_path / "tree")
+    assert titles(tree, "wrong") == "" and titles(tree, "careful") == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "level", "words"),
+    [
+        (lambda c: put(c / "results_mia.jsonl", mia_line(c, flags=["blind_bow"])), "careful", "without any model"),
+        (lambda c: put(c / "results_mia.jsonl", mia_line(c, flags=["near_duplicates"])), "careful", "Near-duplicates"),
+        (lambda c: put(c / "results_mia.jsonl", mia_line(c, flags=["base"])), "careful", "base model already"),
+        (lambda c: put(c / "results_purified.jsonl", extraction_line(c, n_dropped=7)), "careful", "7 of 200"),
+        (lambda c: put(c / "results_purified.jsonl", extraction_line(c, 1.0)), "careful", "No headline for 1 model"),
+        (lambda c: put(c / "results_purified.jsonl", extraction_line(c, model_sha256="cd")), "wrong", "two states"),
+        (lambda c: put(c / "results_purified.jsonl", extraction_line(c, relative_change=0.0)), "careful",
+         "changed nothing"),
+        (lambda c: put(c / "results_purified.jsonl", extraction_line(c, exact=(1, 1))), "note", "name-rule floor"),
+        (lambda c: put(c / "adapter_config.json", {"init_lora_weights": "pissa_niter_4"}), "wrong", "PiSSA"),
+        (lambda c: put(c / "privacy.json", privacy_block(3.0, "--seed was given")), "wrong", "ε is void"),
+        (lambda c: put(c / "privacy.json", privacy_block(None)), "careful", "without noise"),
+        (lambda c: put(c.parent / "run.json", RUN | {"status": "failed", "error": "Boom: x"}), "wrong", "Boom: x"),
+        (lambda c: put(c.parent / "run.json", RUN | {"status": "running"}), "wrong", "did not finish"),
+        (lambda c: put(c.parent / "run.json", RUN | {"args": {"allow_overlap": True}}), "wrong", "may overlap"),
+        (lambda c: put(c.parent / "run.json", RUN | {"dirty": True}), "note", "changed working tree"),
+        (lambda c: (c / "results_purified.jsonl").write_text('{"matches": '), "wrong", "could not be read"),
+        (lambda c: put(c / "results_mia.jsonl", mia_line(c) | {"auc": None, "auc_ci": None, "undefined": "none"}),
+         "note", "undefined"),
+    ],
+)  # fmt: skip
+def test_what_misleads_is_said_first(tmp_path, change, level, words):
+    tree = small_tree(tmp_path / "tree")
+    change(tree / "tiny/original-lora/0e+00_2e-06/checkpoint-20")
+    assert words in titles(tree, level)
+    page = report(tree, "--output", tmp_path / "out")[2]
+    place = page.index(f'caution {level}"')
+    assert place < page.index('id="glance"') and page.index('id="cautions"') < page.index('id="glance"')
+
+
+def test_lower_bound_above_upper_is_wrong_and_maxima_are_named(tmp_path):
+    found = titles(synthetic_tree(tmp_path / "tree"), "wrong")
+    assert "lower 2.50, upper 2.00" in found and found.count("lower 2.50") == 1
+    root = tmp_path / "many"
+    for rate in ("1e-06", "2e-06", "3e-06"):
+        folder = run_folder(root, rate=rate)
+        for epoch in (10, 20):
+            checkpoint = folder / f"checkpoint-{epoch}"
+            put(checkpoint / "results_purified.jsonl", *(extraction_line(checkpoint, t) for t in (0.2, 0.5)))
+    text = next(c.text for c in cautions.find(read.read([root])) if c.title == "Maxima are not results")
+    assert text.startswith("12 combinations") and "15.0%" in text
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("words", "problems"),
+    [
+        (["nowhere", "neither"], ["nowhere: no such directory", "neither: no such directory"]),
+        (["empty", "--unredacted"], ["--unredacted: only with --include_responses"]),
+        (["empty"], ["no result file below"]),
+        (["tree", "--include_responses"], ["no results_purified*_rows.jsonl below"]),
+        (["tree", "--output", "taken"], ["has a folder figures/ that is not of an earlier report"]),
+        (["tree", "--output", "file/below"], ["is a file, not a directory"]),
+        (["tree", "--seed", "x", "--outputs=y"], ["--seed: invalid int", "--outputs=y: unknown argument"]),
+    ],
+)
+def test_user_errors_name_everything_at_once(tmp_path, monkeypatch, words, problems):
+    monkeypatch.chdir(tmp_path)
+    small_tree(tmp_path / "tree")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "taken" / "figures").mkdir(parents=True)
+    (tmp_path / "file").write_text("x")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError) as caught:
+        plot_results.main(words)
+    assert len(caught.value.problems) == len(problems)
+    for problem, line in zip(problems, caught.value.problems):
+        assert problem in line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_damaged_line_is_named_and_the_rest_is_shown(tmp_path, capsys):
+    tree = small_tree(tmp_path / "tree")
+    file = tree / "base" / "results_purified.jsonl"
+    file.write_text(file.read_text() + '{"matches": {"A": 1}, "temp\n[1]\n{"matches": {"A": "x", "total": 3}}\n')
+    with open(tree / "tiny/original-lora/0e+00_2e-06/metrics.jsonl", "a") as log:
+        log.write('{"step": 21, "lo')  # a run that was killed: no damage
+    status, rows, page = report(tree, "--output", tmp_path / "out")
+    assert status == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[1] for line in lines] == [f"base/results_purified.jsonl:{n}" for n in (3, 4, 5)]
+    assert rows_with(rows, file="base/results_purified.jsonl", metric="exact", template="A", temperature="0.2")
+    assert "3 lines could not be read" in page and "torn last line" in page
+    record = json.loads((tmp_path / "out/run_plot_results.json").read_text())
+    assert record["status"] == "failed" and len(record["damaged"]) == 3
+
+
+# ---------------------------------------------------------------- the page
+
+
+class Structure(HTMLParser):
+    """Counts tags, checks nesting, collects references and ids."""
+
+    VOID = ("meta", "link", "br", "img", "hr")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.ids, self.references = [], [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.tags.append((tag, attributes))
+        self.ids += [attributes["id"]] if "id" in attributes else []
+        self.references += [attributes[name] for name in ("src", "href", "xlink:href") if name in attributes]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_stands_alone(tmp_path):
+    tree = small_tree(tmp_path / "tree")
+    assert plot_results.main([str(tree), "--output", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    found = Structure(page)
+    assert len(found.ids) == len(set(found.ids))
+    files = [one for one in found.references if not one.startswith(("#", "data:"))]
+    names = [figure.name for figure in figures.build(read.read([tree]))]
+    assert files == [f"figures/{name}.{kind}" for name in names for kind in ("png", "pdf")]
+    assert {"extraction_bars", "extraction_temperature", "extraction_epoch", "privacy_utility", "perplexity", "mia_roc",
+            "mia_heatmap", "training"} == set(names)  # fmt: skip
+    for name in names:
+        assert (tmp_path / "out" / f"figures/{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / "out" / f"figures/{name}.pdf").read_bytes().startswith(b"%PDF")
+    assert all(one[1:] in found.ids for one in found.references if one.startswith("#"))
+    drawings = [attributes for tag, attributes in found.tags if tag == "svg" and "aria-hidden" not in attributes]
+    assert drawings and all(len(one["aria-label"]) > 20 and one["role"] == "img" for one in drawings)
+    assert not re.search(r"url\(\s*['\"]?http|@import|<script src|https?://(?!www\.w3\.org/1999/xlink)", page)
+    assert "prefers-color-scheme:dark" in page and "@media print" in page
+    assert sorted(one.name for one in (tmp_path / "out").iterdir()) == [
+        "figures", "report.html", "results.csv", "run_plot_results.json"
+    ]  # fmt: skip
+    again = plot_results.main([str(tree), str(tmp_path), "--output", str(tmp_path / "out")])  # reads none of its own
+    assert again == 0 and "run_plot_results" not in (tmp_path / "out/report.html").read_text()
+
+
+def test_text_of_result_files_is_escaped(tmp_path):
+    tree = small_tree(tmp_path / "tree")
+    nasty = "<script>alert(1)</script>&\"'"
+    put(tree / "x" / "results_mia.jsonl", mia_line(f"models/{nasty}", flags=["blind_bow"], members=f"{nasty}.jsonl"))
+    put(tree / "x" / "run_mia.json", RUN | {"args": {"model": nasty}, "status": "failed", "error": nasty})
+    page = report(tree, "--output", tmp_path / "out")[2]
+    assert "<script>alert" not in page and "&lt;script&gt;alert" in page
+    Structure(page)
+
+
+def test_numbers_in_a_drawing_are_not_rounded():
+    def one(axes):
+        axes.text(0.5, 0.5, "0.6364")
+
+    drawn = draw.svg(draw.Panel("AUC 0.12345", one), "name", "0.98765")
+    assert ">0.6364<" in drawn and ">AUC 0.12345<" in drawn and 'aria-label="0.98765"' in drawn
+    assert "var(--ink)" in drawn and not re.search(r"#1b1f24|DejaVu", drawn)
+
+
+def test_answers_enter_only_when_asked_and_then_as_their_shape(tmp_path):
+    tree = small_tree(tmp_path / "tree")
+    line = {"row": 3, "template": "A", "temperature": 0.2, "response": "Ana.Lee7@norbeck.example, call"}
+    put(tree / "base" / "results_purified_rows.jsonl", line)
+    out = tmp_path / "out"
+    page = report(tree, "--output", out)[2]
+    assert "Ana.Lee7" not in page and "Xxx.Xxx0" not in page
+    page = report(tree, "--output", out, "--include_responses")[2]
+    assert "Ana.Lee7" not in page and "Xxx.Xxx0@xxxxxxx.xxxxxxx, xxxx" in page
+    page = report(tree, "--output", out, "--include_responses", "--unredacted")[2]
+    assert "Ana.Lee7@norbeck.example, call" in page and "personal data" in page
+    assert (out / "report.html").stat().st_mode & 0o777 == 0o600
+    assert "Ana.Lee7" not in (out / "results.csv").read_text(encoding="utf-8")
+    assert responses.shape("Åsa Öz-9") == "Xxx Xx-0"
+
+
+def test_as_a_script_from_elsewhere(tmp_path):
+    tree = small_tree(tmp_path / "tree")
+    words = [sys.executable, str(ROOT / "plot_results.py"), str(tree), str(tmp_path / "none"), "--output", "out"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"{tmp_path / 'none'}: no such directory\n"
+
+
+# ---------------------------------------------------------------- in a browser
+
+
+@HAS_BROWSER
+def test_in_a_browser(tmp_path):
+    """No message, no request but the page; tables sort by value, undefined last; nothing wider than a phone."""
+    tree = small_tree(tmp_path / "tree")
+    report(tree, "--output", tmp_path / "out")
+    page = tmp_path / "out" / "report.html"
+    with browser.Browser(360, 740, dark=True) as phone:
+        phone.open(page)
+        assert phone.run("document.documentElement.scrollWidth") == 360
+        assert phone.run("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 27)"  # #14171b
+        text = phone.run("parseFloat(getComputedStyle(document.querySelector('.panel svg text')).fontSize) * "
+                         "document.querySelector('.panel svg').getBoundingClientRect().width / "
+                         "document.querySelector('.panel svg').viewBox.baseVal.width")  # fmt: skip
+        assert text >= 9  # pixels, on the phone
+        assert phone.errors == [] and phone.requests == [f"file://{page}"]
+    with browser.Browser() as desk:
+        desk.open(page)
+        assert desk.run("getComputedStyle(document.body).backgroundColor") == "rgb(250, 250, 248)"
+        column = "Array.from(document.querySelectorAll('table')[0].tBodies[0].rows, r => r.cells[{}].textContent)"
+        place = desk.run("Array.from(document.querySelectorAll('table')[0].tHead.rows[0].cells)"
+                         ".findIndex(c => c.textContent.startsWith('Membership'))")  # fmt: skip
+        press = "document.querySelectorAll('table')[0].tHead.rows[0].cells[{}].querySelector('button').click()"
+        desk.run(press.format(1))
+        up = desk.run(column.format(1))
+        desk.run(press.format(1))
+        down = desk.run(column.format(1))
+        assert [text.split("%")[0] for text in up] == ["7.5", "11.0", "15.0"] and down == up[::-1]
+        assert desk.run("document.querySelectorAll('table')[0].tHead.rows[0].cells[1].ariaSort") == "descending"
+        for _ in range(2):  # the base has no membership AUC: last in both orders
+            desk.run(press.format(place))
+            assert desk.run(column.format(place))[-1] == ""
+        desk.print(tmp_path / "page.pdf")
+        assert (tmp_path / "page.pdf").stat().st_size > 10_000
+        assert desk.errors == [] and desk.requests == [f"file://{page}"]
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """(page, its text, rows of results.csv) of a tree of 200 checkpoints."""
+    root = tmp_path_factory.mktemp("large")
+    status, rows, page = report(large_tree(root / "tree"), "--output", root / "out")
+    assert status == 0
+    return root / "out" / "report.html", page, rows
+
+
+@pytest.mark.slow
+def test_two_hundred_checkpoints(large):
+    path, page, rows = large
+    assert len({row["model"] for row in rows if row["model"]}) == 201
+    assert len(rows_with(rows, metric="exact", template="A", role="target")) == 201 * 8
+    assert path.stat().st_size < 4_000_000
+    found = Structure(page)
+    assert len(found.tags) < 8000
+    assert "201 models" in re.sub("<[^>]+>", "", page) and "All 201 models" in page
+    (data,) = [one for one in re.findall(r'<script type="application/json">(.*?)</script>', page, re.S)
+               if json.loads(one)[0][0][0] == "base" and len(json.loads(one)) == 201]  # fmt: skip
+    assert all(len(line) == len(json.loads(data)[0]) for line in json.loads(data))
+
+
+@pytest.mark.slow
+@HAS_BROWSER
+def test_two_hundred_checkpoints_open_under_a_second(large):
+    """Processor time of the page's main thread, so that a busy machine does not decide."""
+    with browser.Browser() as desk:
+        desk.open(large[0])
+        assert desk.cpu() < 1
+        long = (
+            "Array.from(document.querySelectorAll('details.long')).find(d => /201 rows/.test(d.firstChild.textContent))"
+        )
+        assert desk.run(f"{long}.querySelectorAll('tbody tr').length") == 0
+        opened = f"new Promise(done => {{ const d = {long}; d.addEventListener('toggle', () => setTimeout(done)); "
+        desk.run(opened + "for (let p = d; p; p = p.parentElement) if (p.tagName === 'DETAILS') p.open = true; })")
+        assert desk.run(f"{long}.querySelectorAll('tbody tr').length") == 201
+        assert desk.errors == [] and len(desk.requests) == 1
