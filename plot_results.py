@@ -79,6 +79,7 @@ def run(args) -> int:
         with results.atomic(output / "results.csv") as file:
             csv.writer(file, lineterminator="\n").writerows(read.csv_rows(study))
         made = {"time": results.now().replace("T", " ").replace("+00:00", " UTC"), **results.commit()}
+        made["images"] = not args.no_figures
         text = page.render(study, drawn, cautions.find(study), made, answers)
         with results.atomic(output / "report.html", permissions=0o600 if args.unredacted else 0o644) as file:
             file.write(text)

@@ -17,7 +17,9 @@ class Look:
         arms = {row.arm for row in study.rows if row.arm} | {model.arm for model in study.models.values()}
         arms = sorted(arms - {"base", "majority", "null"}, key=lambda arm: (_order(arm, first), arm))
         colours = [COLOURS[name][0] for name in SERIES]
-        self.of = {arm: (colours[i % len(colours)], MARKERS[i % len(MARKERS)]) for i, arm in enumerate(arms)}
+        self.of = {}
+        for i, arm in enumerate(arms):  # a seventh arm has the first colour with another marker
+            self.of[arm] = (colours[i % len(colours)], MARKERS[(i + i // len(colours)) % len(MARKERS)])
         self.arms = ["base", *arms]
         for arm in ("base", "majority", "null"):
             self.of[arm] = (BASE, "o")

@@ -108,7 +108,7 @@ def folded(caption: str, inner: str, kind: str = "print") -> str:
     return f'<details class="{kind}"><summary>{escape(caption)}</summary>{inner}</details>' if inner else ""
 
 
-def figure_html(figure: draw.Figure) -> str:
+def figure_html(figure: draw.Figure, linked: bool) -> str:
     """Title, legend, panels as SVG, and the links to its files. The text alternative names the numbers drawn."""
     keys = "".join(f"<li>{draw.key_svg(colour, marker, style)}{escape(label)}</li>"
                    for label, colour, marker, style in figure.keys)  # fmt: skip
@@ -118,11 +118,12 @@ def figure_html(figure: draw.Figure) -> str:
                          if place == 0 else f"{figure.title}, {panel.title}")  # fmt: skip
         width = 96 * panel.size[0]
         wide = " wide" if panel.size[0] > 6 else ""
-        pieces.append(
-            f'<div class="panel{wide}" style="max-width:{round(width * 1.15)}px;--least:{round(width * 0.8)}px">{drawn}</div>'
-        )
+        style = f"max-width:{round(width * 1.15)}px;--least:{round(width * 0.8)}px"
+        pieces.append(f'<div class="panel{wide}" style="{style}">{drawn}</div>')
     said = folded("What it shows, in words", f'<p class="caption">{escape(figure.summary)}</p>', "more")
-    files = f'<a href="figures/{figure.name}.png">PNG</a>, <a href="figures/{figure.name}.pdf">PDF</a>'
+    files = (
+        f'<a href="figures/{figure.name}.png">PNG</a>, <a href="figures/{figure.name}.pdf">PDF</a>' if linked else ""
+    )
     return (
         f'<figure id="fig-{figure.name}"><h3>{escape(figure.title)}</h3>'
         f'<p class="caption">{escape(figure.caption)}</p>{f"<ul class=keys>{keys}</ul>" if keys else ""}'
@@ -382,7 +383,7 @@ def run_html(study: Study, path: str, run: dict) -> str:
 
 
 def render(study: Study, figures: list[draw.Figure], cautions: list[Caution], made: dict, responses: str = "") -> str:
-    """The whole page. `made`: time, commit, dirty, command of this report."""
+    """The whole page. `made`: time, commit and dirty of this report, and whether it has images to link to."""
     look = Look(study)
     parts = {"glance": "At a glance"} if study.rows else {}
     body = []
@@ -392,7 +393,7 @@ def render(study: Study, figures: list[draw.Figure], cautions: list[Caution], ma
     else:
         parts = {}
     for section, title in SECTIONS.items():
-        drawn = "".join(figure_html(figure) for figure in figures if figure.section == section)
+        drawn = "".join(figure_html(figure, made["images"]) for figure in figures if figure.section == section)
         below = training_table(study) if section == "training" else section_tables(study, section)
         if drawn or below:
             parts[section] = title
@@ -432,6 +433,7 @@ def render(study: Study, figures: list[draw.Figure], cautions: list[Caution], ma
     )
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
     commit = (made.get("commit") or "an unknown commit")[:12] + (" with changes" if made.get("dirty") else "")
+    images = "; the figures, as PNG and PDF, in figures/" if made["images"] else ""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
@@ -442,6 +444,6 @@ def render(study: Study, figures: list[draw.Figure], cautions: list[Caution], ma
         f'<ul class="facts">{shown}</ul></header><nav aria-label="Sections"><div>{links}</div></nav><main>'
         f'<h2 id="cautions" style="border:0;margin-top:1rem">Read first</h2>{cautions_html(cautions)}'
         f"{''.join(body)}</main><footer>Made {escape(made['time'])} by plot_results.py at {escape(commit)}. All "
-        "numbers, with settings and lines, are in results.csv; the figures, as PNG and PDF, in figures/.</footer>"
+        f"numbers, with settings and lines, are in results.csv{images}.</footer>"
         f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script></body></html>\n"
     )

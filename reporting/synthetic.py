@@ -1,8 +1,24 @@
 """Figures of System S: bounds of ε, canaries, fidelity, utility, feature importance. As those in attacks.py."""
 
+from pathlib import Path
+
 from reporting.draw import AXIS, BASE, COLOURS, GRID, INK, MARKERS, MUTED, SERIES, Figure, Panel, errors, percent
-from reporting.looks import MOST_GROUPS, Look, interval_text, name_of, short
+from reporting.looks import MOST_GROUPS, Look, interval_text, name_of, names, short
 from reporting.read import Model, Row, Study
+
+
+def who(rows: list[Row]):
+    """A function of a row: its model's shortest name, or its arm (and its file's folder, where there are several)."""
+    several = len({row.file for row in rows if not row.model}) > 1
+    named = names(list({row.model.key: row.model for row in rows if row.model}.values()))
+
+    def label(row: Row) -> str:
+        if row.model:
+            return named[row.model.key]
+        return f"{row.arm} ({Path(row.file).parent})" if several else row.arm
+
+    return label
+
 
 # ---------------------------------------------------------------- privacy
 
@@ -12,9 +28,7 @@ def epsilon_bounds(study: Study, look: Look, chosen: list[Model]) -> list[Figure
     rows = [row for row in study.select("privacy", value=lambda v: v is not None) if row.model and row.model.last]
     shown = ("ε lower", "ε lower, text only", "ε upper (PRV)")
     bounds = [row for row in study.select("canary") if row.metric in shown and row.value is not None]
-
-    def label(row):
-        return row.model.label if row.model else row.arm
+    label = who([*rows, *bounds])
 
     places = list(dict.fromkeys(map(label, [*rows, *bounds])))
     if not rows and not bounds:
@@ -54,7 +68,7 @@ def exposure(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
     rows = [row for row in study.select("canary", "exposure") if row.value is not None]
     series: dict[str, list[Row]] = {}
     for row in rows:
-        series.setdefault(row.model.label if row.model else row.arm or row.group, []).append(row)
+        series.setdefault(who(rows)(row), []).append(row)
     if not series:
         return []
     counts = sorted({row.repetitions or 0 for row in rows})
@@ -93,19 +107,19 @@ def canary_counts(study: Study, look: Look, chosen: list[Model]) -> list[Figure]
     if not rows:
         return []
     parts = list(dict.fromkeys(row.template for row in rows))
-    several = len({row.repetitions for row in rows}) > 1
+    several, arm = len({row.repetitions for row in rows}) > 1, who(rows)
 
     def name(row):
-        return f"{row.arm}, {f'{row.repetitions}×' if row.repetitions else 'held out'}" if several else row.arm
+        return f"{arm(row)}, {f'{row.repetitions}×' if row.repetitions else 'held out'}" if several else arm(row)
 
-    arms = list(dict.fromkeys(name(row) for row in sorted(rows, key=lambda r: (r.arm, r.repetitions or 0))))
+    arms = list(dict.fromkeys(name(row) for row in sorted(rows, key=lambda r: (arm(r), r.repetitions or 0))))
     high = max((row.high or row.value) for row in rows) * 1.08 or 0.01
 
     def panel(part):
         def draw(axes):
-            for place, arm in enumerate(reversed(arms)):
+            for place, one in enumerate(reversed(arms)):
                 for row in rows:
-                    if row.template == part and name(row) == arm:
+                    if row.template == part and name(row) == one:
                         colour, marker = look.of.get(row.arm, (BASE, "o"))
                         axes.errorbar(row.value, place, xerr=errors(row), fmt=marker, color=colour, elinewidth=1.4)
             axes.set_yticks(range(len(arms)), [short(arm) for arm in reversed(arms)])

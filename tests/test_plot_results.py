@@ -255,6 +255,7 @@ def test_every_number_of_a_small_tree_is_in_the_table_with_its_line(tmp_path):
     shown = (f"{last}:2", "original · epoch 2", "15.0%", "10.0%–21.0%", "30 of 200", "0.625", "0.595–0.655", "6.50")
     assert [text for text in shown if text not in page] == []
     assert "checkpoint-20" in page and "ccccccccc" in page  # the provenance of the run
+    assert 'href="figures/' not in page  # --no_figures: no link leads nowhere
 
 
 def test_intervals_that_the_line_lacks_are_clopper_pearson(tmp_path):
@@ -295,6 +296,16 @@ def test_synthetic_study_in_the_table(tmp_path):
     assert row["value"] == "" and row["undefined"] == "no noise: ε is infinite"
     titles = re.findall(r"<figure id=\"fig-(\w+)", page)
     assert titles == ["epsilon", "exposure", "canary_counts", "fidelity", "utility", "importance", "training"]
+
+
+def test_canaries_of_two_files_are_not_joined(tmp_path):
+    for name in ("one", "two"):
+        synthetic_tree(tmp_path / name)
+    study = read.read([tmp_path])
+    drawn = {figure.name: figure for figure in figures.build(study)}
+    series = [key[0] for key in drawn["exposure"].keys if "(" in key[0]]
+    assert series == [f"{arm} ({name}/canary)" for name in ("one", "two") for arm in ("no_dp", "with_dp")]
+    assert "no_dp (one/canary)" in drawn["epsilon"].summary and "no_dp (two/canary)" in drawn["canary_counts"].summary
 
 
 def test_a_moved_tree_keeps_its_models(tmp_path):
