@@ -33,6 +33,7 @@ from the data and are not covered by ε; do not publish them with the model.
 import contextlib
 import copy
 import ctypes
+import dataclasses
 import hashlib
 import json
 import math
@@ -60,7 +61,8 @@ PUBLIC_ROWS = 256  # of --suggest_max_grad_norm
 LOG_SECONDS = 30
 TRIM_STEPS = 16  # steps between calls of trim_memory
 # These change where or how a run is watched, not what it computes: a finished run may be asked for with others.
-FREE_ARGUMENTS = ("input", "output_root", "resume", "dry_run", "logging_steps", "report_to", "allow_overlap")
+FREE_ARGUMENTS = ("input", "output_root", "resume", "dry_run", "logging_steps", "report_to", "allow_overlap",
+                  "suggest_max_grad_norm")  # fmt: skip
 SEED = 3407  # without --dp
 METRIC_SCHEDULERS = ("reduce_lr_on_plateau", "greedy")
 
@@ -366,8 +368,13 @@ def make_plan(args) -> Plan:
     steps = math.ceil(len(chosen[0]) / global_batch) * args.epochs if chosen else 1
     problems.absorb(check_scheduler, args, steps)
     tokenizer = problems.absorb(models.load_tokenizer, ref) if ref else None
-    start = problems.absorb(run_state, args, folder, path, global_batch) if folder else None
+    state = (args, folder, path, global_batch, world_size, spending)
+    start = problems.absorb(run_state, *state) if folder and (spending or not args.dp) else None
     public = problems.absorb(records.read_rows, args.suggest_max_grad_norm) if args.suggest_max_grad_norm else None
+    if public and rows and results.sha256(args.suggest_max_grad_norm) == results.sha256(path):
+        problems.add(
+            f"--suggest_max_grad_norm {args.suggest_max_grad_norm}: is the private --input; name a public file"
+        )
     config = AutoConfig.from_pretrained(ref.base, revision=ref.revision) if ref else None
     if config and args.target_modules != ["all-linear"] and args.peft_type != "full":
         problems.absorb(check_targets, args.target_modules, config)
@@ -402,8 +409,11 @@ def count_trainable(args, config) -> int:
     return n + (sum(n_out for n_out, _ in chosen.values()) if args.peft_type == "dora" else 0)
 
 
-def run_state(args, folder: Path, path: Path, global_batch: int) -> str:
-    """'new', 'resume' or 'finished', from run.json in the run directory. UserError when its arguments differ."""
+def run_state(args, folder: Path, path: Path, global_batch: int, world_size: int, spending=None) -> str:
+    """'new', 'resume' or 'finished', from run.json in the run directory. UserError when its arguments differ.
+
+    `spending`, the plan of a DP run, must be the one that its steps were drawn and accounted with.
+    """
     file = folder / "run.json"
     if not file.is_file():
         return "new"
@@ -418,6 +428,15 @@ def run_state(args, folder: Path, path: Path, global_batch: int) -> str:
     then = record["args"] | {"global_batch": record["global_batch"], "input's content": record["inputs"][0]["sha256"]}
     keys = sorted((set(now) | set(then)) - set(FREE_ARGUMENTS))
     different = [f"--{key} {then.get(key)} there, {now.get(key)} here" for key in keys if now.get(key) != then.get(key)]
+    if spending and not finished:
+        different += spending.differences(record["privacy"])
+        if record["world_size"] != world_size:
+            different.append(f"processes {record['world_size']} there, {world_size} here")
+        if checkpoints(folder) and not (folder / "private" / "training_state.pt").is_file():
+            raise UserError(
+                f"{folder}: has checkpoints but no longer the state to resume from; start over without --resume, and "
+                "add the ε of these checkpoints to the new run's if anyone has seen them"
+            )
     if different:
         kind = "a finished run" if finished else "an unfinished run (--resume)"
         raise UserError(f"{folder}: holds {kind} with other arguments ({'; '.join(different)}); set --run_name")
@@ -633,11 +652,7 @@ class Training:
         import torch
 
         self.args, self.plan, self.world, self.dtype, self.secret = args, plan, world, dtype, secret
-        self.seed = args.seed
-        if secret:
-            from common import dp
-
-            self.seed = int.from_bytes(dp.stream(secret, "dropout", 0, 4))  # step() multiplies it; torch takes 63 bits
+        self.seed = args.seed if secret is None else self.private_seed("initial weights", 0)
         self.full = args.peft_type == "full"
         self.sharded = self.full and args.distribution_type == "fsdp"
         self.model, self.initial = build(args, plan, world, dtype, self.seed)
@@ -715,7 +730,8 @@ class Training:
         args, count = self.args, self.count
         number = count["step"] + 1
         # Dropout depends on nothing but seed, step and rank, so a resumed run draws what an unbroken one does.
-        torch.manual_seed((self.seed * 1_000_003 + number) * 1_009 + self.world.rank)
+        seed = (self.seed * 1_000_003 + number) * 1_009 + self.world.rank if self.secret is None else None
+        torch.manual_seed(self.private_seed(f"dropout {self.world.rank}", number) if seed is None else seed)
         found = self.private_gradient(number) if self.plan.privacy else self.gradient(number)
         self.scaler.unscale_(self.optimizer)
         bound = math.inf if self.plan.privacy else args.max_grad_norm
@@ -733,6 +749,13 @@ class Training:
         count["step"] = number
         count["updates"] += not skipped and rate > 0
         return {"lr": rate, "grad_norm": norm if math.isfinite(norm) else None} | found
+
+    def private_seed(self, purpose: str, number: int) -> int:
+        """A seed of its own for every purpose and step: the published weights show the initial ones, and clipping
+        bounds what a record does only as long as nobody knows the dropout masks."""
+        from common import dp
+
+        return int.from_bytes(dp.stream(self.secret, purpose, number, 8)) >> 1
 
     def members(self, number: int) -> list[int]:
         """The sequences of step `number` (from 1)."""
@@ -779,6 +802,7 @@ class Training:
         spending = plan.privacy
         drawn = dp.poisson_draw(self.secret, number, len(spending.units), spending.sample_rate)
         units = [[row for row in spending.units[unit] if rows[row].labels] for unit in drawn]
+        units = [unit for unit in units if unit]  # nothing to predict: a zero gradient
         hands, passes = unit_batches(units, self.lengths, self.args.per_device_batch_size, world.size)
         total = {name: torch.zeros_like(item, dtype=torch.float32) for name, item in self.examples.named.items()}
         losses, norms = [], []
@@ -906,13 +930,12 @@ class Training:
                 "scaler": self.scaler.state_dict(),
             }
             if self.plan.privacy:
-                # Killed in between, the run repeats these steps with the same secret: the same bits are published.
-                if folder.name != "interrupted":
-                    with results.atomic_folder(folder) as new:
-                        self.publish(new, weights)
-                        results.write_json(new / models.PRIVACY_FILE, self.plan.privacy.block(self.count["step"]))
+                # The state first: nothing is ever published that a resumed run could make again a little differently,
+                # with the same noise.
                 with results.atomic(self.plan.private / "training_state.pt", "wb", 0o600) as file:
                     torch.save(state, file)
+                if folder.name != "interrupted":
+                    self.publish_private(folder, weights)
             else:
                 with results.atomic_folder(folder) as new:
                     self.publish(new, weights)
@@ -934,6 +957,11 @@ class Training:
             config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
             config.rank_pattern = {name: 2 * rank for name, rank in config.rank_pattern.items()}
         save_adapter(folder, state, config)
+
+    def publish_private(self, folder: Path, weights: dict) -> None:
+        with results.atomic_folder(folder) as new:
+            self.publish(new, weights)
+            results.write_json(new / models.PRIVACY_FILE, self.plan.privacy.block(self.count["step"]))
 
     def restore(self, folder: Path) -> None:
         """Continue from the training state in `folder`."""
@@ -959,6 +987,13 @@ class Training:
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         self.count = state["count"]
+        if self.plan.privacy:
+            step = self.count["step"]
+            if step > self.total:
+                raise RuntimeError(f"{folder}: its state is of step {step}, this run has {self.total}")
+            missing = self.plan.folder / f"checkpoint-{step}"
+            if self.world.main and step % self.plan.steps_per_epoch == 0 and not missing.is_dir():
+                self.publish_private(missing, state["weights"])
 
     # -- checks
 
@@ -1190,6 +1225,12 @@ def train(training: Training, run: results.Run, trackers: list) -> None:
         if args.scheduler in METRIC_SCHEDULERS and count["step"]:
             training.scheduler.step(loss)
 
+    def record_spent() -> None:
+        """run.json never says less than what the checkpoints beside it have spent."""
+        if plan.privacy:
+            run["privacy"] = plan.privacy.block(count["step"])
+            run.write()
+
     with contextlib.ExitStack() as stack:
         if world.main:
             file = stack.enter_context(open(plan.folder / "metrics.jsonl", "a", encoding="utf-8"))
@@ -1217,12 +1258,14 @@ def train(training: Training, run: results.Run, trackers: list) -> None:
             if step % TRIM_STEPS == 0 and training.device_type == "cpu":
                 trim_memory()
             if stop and step % plan.steps_per_epoch:
+                record_spent()
                 training.save(plan.folder / "interrupted")
                 raise Interrupted(f"SIGTERM after step {step}; --resume continues from there")
             if step % plan.steps_per_epoch:
                 continue
             if plan.held:
                 held_out_loss()
+            record_spent()
             training.save(plan.folder / f"checkpoint-{count['step']}")
             run["tokens_per_second"] = (count["tokens"] - tokens_before) / seconds
             world.say(
@@ -1245,6 +1288,7 @@ def run(args) -> Path:
         print("\n".join(describe(args, plan)), flush=True)
     if plan.start == "finished":
         print(f"{plan.folder}: this run is finished; nothing to do (remove it to run again)", flush=True)
+        shutil.rmtree(plan.private, ignore_errors=True)
         return plan.folder
     if args.dry_run:
         return plan.folder
@@ -1260,20 +1304,37 @@ def run(args) -> Path:
             old = checkpoints(plan.folder)
             if plan.start == "new" and old:
                 print(f"starting over: {len(old)} checkpoint(s) of an unfinished run go (--resume would keep them)")
+                if plan.privacy:
+                    print("their ε adds up with the new run's if anyone has seen them")
             clean(plan.folder, everything=plan.start == "new")
-        secret = world.broadcast(find_secret(args, plan) if world.main else None) if plan.privacy else None
+        before = spent_before(plan) if plan.privacy else None
+        secret = None
+        if plan.privacy:
+            # σ too: another host's libraries might search it a little differently
+            sigma, secret = plan.privacy.noise_multiplier, find_secret(args, plan) if world.main else None
+            sigma, secret = world.broadcast((sigma, secret) if world.main else None)
+            plan.privacy = dataclasses.replace(plan.privacy, noise_multiplier=sigma)
         world.barrier()
         more = {"global_batch": plan.global_batch, "data_tag": plan.tag}
         if plan.privacy:
-            more |= {"seed": "os" if args.seed is None else args.seed, "privacy": plan.privacy.block(0)}
+            more |= {"seed": "os" if args.seed is None else args.seed, "privacy": before or plan.privacy.block(0)}
         with results.Run(plan.folder / "run.json", args, inputs=[plan.input], world=world, **more) as record:
             dtype = models.resolve_dtype(args.dtype, world.device)
             if plan.privacy and dtype == torch.float16:
                 raise UserError("--dtype auto: this GPU has no bfloat16; --dp needs --dtype float32 there")
             _run(args, plan, world, dtype, record, secret)
+        if world.main and plan.private.is_dir():
+            shutil.rmtree(plan.private)  # only now that run.json says ok: a run killed before is resumed, not repeated
     finally:
         world.close()
     return plan.folder
+
+
+def spent_before(plan: Plan) -> dict | None:
+    """The privacy block of the unfinished run that is resumed."""
+    if plan.start != "resume":
+        return None
+    return json.loads((plan.folder / "run.json").read_text(encoding="utf-8"))["privacy"]
 
 
 def find_secret(args, plan: Plan) -> bytes:
@@ -1346,8 +1407,7 @@ def _run(args, plan: Plan, world, dtype, record: results.Run, secret: bytes | No
     for tracker in trackers:
         tracker.finish()
     if world.main:
-        for rest in ("interrupted", "private"):
-            shutil.rmtree(plan.folder / rest, ignore_errors=True)
+        shutil.rmtree(plan.folder / "interrupted", ignore_errors=True)
 
 
 def start_trackers(args, plan: Plan) -> list:

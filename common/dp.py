@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 PRV_ERROR = 0.01  # the PRV accountant's ε is an upper bound that lies at most about this above the true value
+LARGEST_PRV = 500  # RDP's ε above which exp() of a privacy loss overflows in the PRV accountant
 SLOW_STEPS = 5000  # from here on the exact PRV takes seconds
 SLACK = 1e-6  # a clipped norm stays below C in spite of float32's rounding
 
@@ -48,8 +49,9 @@ def epsilon(
 ) -> float:
     """ε at `delta` of `steps` Poisson-subsampled Gaussian mechanisms; an upper bound; inf without noise.
 
-    accountant 'prv': Gopi, Lee and Wutschitz 2021, to `error` (or 1/2000 of ε, where that is more); 'rdp': Mironov,
-    Talwar and Zhang 2019, looser and immediate. Both from Opacus. noise_multiplier σ: noise deviation / clipping norm.
+    accountant 'prv': Gopi, Lee and Wutschitz 2021, to `error` (a fiftieth of a small ε, 1/2000 of a large one); 'rdp':
+    Mironov, Talwar and Zhang 2019, immediate. Both from Opacus. noise_multiplier σ: noise deviation / clipping norm.
+    Where PRV's floating point gives out (ε in the hundreds, where it would be too low, or a tiny δ) it is RDP's ε.
     """
     if steps == 0:
         return 0.0
@@ -58,15 +60,19 @@ def epsilon(
     from opacus.accountants.analysis.rdp import get_privacy_spent
 
     orders, divergences = _rdp(noise_multiplier, sample_rate)
-    rdp = float(get_privacy_spent(orders=orders, rdp=steps * np.array(divergences), delta=delta)[0])
-    if accountant == "rdp":
+    rdp = max(0.0, float(get_privacy_spent(orders=orders, rdp=steps * np.array(divergences), delta=delta)[0]))
+    if accountant == "rdp" or rdp > LARGEST_PRV:
         return rdp
     from opacus.accountants import PRVAccountant
 
     prv = PRVAccountant()
     prv.history = [(noise_multiplier, sample_rate, steps)]
     with np.errstate(divide="ignore", invalid="ignore"):  # log of a region that its own np.where leaves out (q = 1)
-        return float(prv.get_epsilon(delta=delta, eps_error=max(error, rdp / 2000)))
+        try:
+            found = float(prv.get_epsilon(delta=delta, eps_error=max(min(error, max(rdp, 0.01) / 50), rdp / 2000)))
+        except (ValueError, RuntimeError):
+            return rdp
+    return max(0.0, found) if math.isfinite(found) else rdp
 
 
 def noise_multiplier(target: float, sample_rate: float, steps: int, delta: float, accountant: str = "prv") -> float:
@@ -135,7 +141,7 @@ def gaussian(secret: bytes, step: int, shapes: list[tuple], secure: bool) -> lis
     if secure:
         from scipy.special import ndtri
 
-        drawn = ndtri(uniforms(secret, "noise", step, 4 * sum(sizes)) + 2.0**-54)
+        drawn = ndtri((uniforms(secret, "noise", step, 4 * sum(sizes)) + 2.0**-54).clip(max=1 - 2.0**-53))
         flat = (drawn.reshape(4, -1).sum(0) / 2).astype(np.float32)
     else:
         key = int.from_bytes(stream(secret, "noise", step, 16), "little")
@@ -300,7 +306,7 @@ class PerExample:
         """
         if not self.gradients:
             return torch.zeros(self.units, dtype=torch.float64)
-        norms = [torch.linalg.vector_norm(g.flatten(1), dim=1).double().cpu() for g in self.gradients.values()]
+        norms = [row_norms(gradient).cpu() for gradient in self.gradients.values()]
         norm = torch.linalg.vector_norm(torch.stack(norms), dim=0)
         factor = (max_norm / (norm * (1 + SLACK))).clamp(max=1.0)
         finite = norm.isfinite()
@@ -311,6 +317,13 @@ class PerExample:
             total[name].add_((factor.to(gradient.device, torch.float32) @ gradient.flatten(1)).view_as(total[name]))
         self.gradients = {}
         return norm
+
+
+def row_norms(gradient: torch.Tensor) -> torch.Tensor:
+    """(rows,) float64 norms of (rows, …) float32; one float32 sum over a million squares would fall short of it."""
+    if gradient.dim() > 2:
+        gradient = torch.linalg.vector_norm(gradient, dim=-1)
+    return torch.linalg.vector_norm(gradient.double().flatten(1), dim=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import pytest
 from conftest import ARCHITECTURES, ROOT, make_rows, read_lines, write_rows
 
 import run_peft
+from common import records
 from common.cli import UserError
 from training import batches
 
@@ -139,7 +140,7 @@ def test_bf16_base(models, dataset, tmp_path, kind):
     for name, gradient in found.items():
         assert gradient.dtype.is_floating_point and gradient.element_size() == 4
         for place, one in enumerate(expected):
-            assert (gradient[place] - one[name]).abs().max() <= 0.05 * one[name].abs().max() + 1e-6, name
+            assert (gradient[place] - one[name]).abs().max() <= 0.1 * one[name].abs().max() + 1e-6, name
 
 
 def test_opacus_agrees(models, dataset, tmp_path):
@@ -180,8 +181,8 @@ def test_units_over_several_passes(models, dataset, tmp_path):
         with training.examples.of(owners):
             training.record_losses([rows[row] for row in group]).sum().backward()
     for name, gradient in training.examples.gradients.items():
-        assert torch.allclose(gradient[0], expected[0][name] + expected[1][name], atol=1e-6)
-        assert torch.allclose(gradient[1], expected[2][name] + expected[3][name], atol=1e-6)
+        assert torch.allclose(gradient[0], expected[0][name] + expected[1][name], atol=5e-6)
+        assert torch.allclose(gradient[1], expected[2][name] + expected[3][name], atol=5e-6)
 
 
 def test_a_parameter_without_a_rule_is_named(models, dataset, tmp_path):
@@ -229,6 +230,40 @@ def test_removing_one_record_moves_the_sum_by_at_most_c(models, dataset, tmp_pat
         assert (whole - rest).norm() <= bound * (1 + 1e-5)
         assert (whole - rest).norm() >= bound * 0.99
     # The batch's mean over tokens, which libraries take, breaks the bound: the other records' weights move too.
+
+
+@pytest.mark.parametrize("passes", [2, 64])
+def test_a_user_moves_the_sum_by_at_most_c(models, tmp_path, passes):
+    """The run's own step, q = 1, σ = 0: without one user of five rows, in passes of 2 or of 64 rows."""
+    import torch
+
+    rows = [row | {"user_id": f"u{number % 4}"} for number, row in enumerate(make_rows(30))]
+    gradients = []
+    for name, kept in (("all", rows), ("less", [row for row in rows if row["user_id"] != "u1" or row["row_id"] < 10])):
+        file = write_rows(tmp_path / f"{name}.jsonl", kept)
+        records.write_manifest(file, tag=name, script="test", argv=[], rows=len(kept), split_start=10)
+        flags = ("--noise_multiplier", 0, "--max_grad_norm", 0.01, "--privacy_unit", "user", "-pdbs", passes,
+                 "--logical_batch_size", 4 if name == "all" else 3, "-opt", "sgd", "-lr", 1.0)  # fmt: skip
+        training = make_training(models, "neox", file, tmp_path, *flags)
+        before = [item.detach().clone() for item in training.examples.named.values()]
+        training.step()
+        after = training.examples.named.values()
+        size = training.plan.privacy.logical_batch  # undo the division
+        gradients.append(torch.cat([size * (one - two).flatten() for one, two in zip(before, after)]).double())
+    moved = (gradients[0] - gradients[1]).norm().item()
+    assert 0.0099 < moved <= 0.01 * (1 + 1e-4)
+
+
+def test_long_norms_do_not_fall_short():
+    """A million and more elements: float64 norms; a float32 sum misses by 1e-5 and more."""
+    import torch
+
+    from common import dp
+
+    drawn = torch.rand(2, 1024, 2048, generator=torch.Generator().manual_seed(0))
+    exact = drawn.double().flatten(1).norm(dim=1)
+    assert torch.allclose(dp.row_norms(drawn), exact, rtol=3e-7, atol=0)
+    assert torch.allclose(dp.row_norms(drawn[:, 0]), drawn[:, 0].double().norm(dim=1), rtol=1e-12)
 
 
 def test_joint_norm_and_bad_gradients(models, dataset, tmp_path):
@@ -321,6 +356,17 @@ def test_epsilon_of_the_published_setting_by_prv():
     assert dp.epsilon(0.3, 2e-5, 50_000, 1e-5, "prv") == pytest.approx(8.97, abs=0.01)
 
 
+def test_epsilon_where_prv_gives_out():
+    """σ 0.01, q 1: exact 5,425 (Balle and Wang), where Opacus' PRV says 712; a tiny δ; never below 0."""
+    from common import dp
+
+    for sigma, exact in ((0.03, 696.8), (0.01, 5425), (0.001, 504264)):
+        assert dp.epsilon(sigma, 1.0, 1, 1e-5, "prv") >= exact
+    assert dp.epsilon(1.0, 1.0, 100, 1e-15, "prv") == dp.epsilon(1.0, 1.0, 100, 1e-15, "rdp") > 0
+    assert dp.epsilon(50.0, 0.1, 1, 0.09, "prv") >= 0 and dp.epsilon(50.0, 0.1, 1, 0.09, "rdp") == 0
+    assert dp.epsilon(dp.noise_multiplier(1e4, 0.1, 10, 1e-3), 0.1, 10, 1e-3) <= 1e4
+
+
 def test_epsilon_of_one_gaussian_mechanism():
     """q = 1, one step: δ(ε) = Φ(1/2σ − εσ) − e^ε Φ(−1/2σ − εσ) (Balle and Wang 2018), solved here."""
     from scipy import optimize, stats
@@ -396,6 +442,33 @@ def test_noise_is_added_once_a_step_with_deviation_sigma_c(models, dataset, tmp_
     assert len(moved) > 3000
     # the signal adds at most 20 · C / 8 in norm: 0.0025 against a noise norm of 2.5e-4 · √P = 0.015
     assert moved.std() == pytest.approx(2 * 1e-3 / 8, rel=0.05)
+
+
+def test_every_step_has_its_own_noise(models, dataset, tmp_path):
+    flags = ("--noise_multiplier", 1, "--max_grad_norm", 1e-6, "-opt", "sgd", "-lr", 1e4, "-s", "constant")
+    training = make_training(models, "neox", dataset, tmp_path, *flags)
+    moves = []
+    for _ in range(3):
+        before = [item.detach().clone() for item in training.examples.named.values()]
+        training.step()
+        after = training.examples.named.values()
+        moves.append(np.concatenate([(two.detach() - one).numpy().ravel() for one, two in zip(before, after)]))
+    assert (np.abs(np.corrcoef(moves)[np.triu_indices(3, 1)]) < 0.2).all()
+
+
+def test_seeds_have_purposes(models, dataset, tmp_path):
+    """The initial weights are published; what drew them must not tell the dropout masks."""
+    training = make_training(models, "neox", dataset, tmp_path, "--noise_multiplier", 1)
+    seeds = [training.private_seed("initial weights", 0), *(training.private_seed("dropout 0", n) for n in (1, 2))]
+    assert len({seed & 0xFFFFFFFF for seed in (*seeds, training.private_seed("dropout 1", 1))}) == 4
+    assert training.seed == seeds[0]
+
+
+def test_unseeded_runs_differ(models, dataset, tmp_path):
+    words = words_of(models, "neox", dataset, "OUT", "--noise_multiplier", 1, "-e", 1)
+    words = [*words[: words.index("--seed")], *words[words.index("--seed") + 2 :]]
+    folders = [run_peft.run(parse(*(tmp_path / out if w == "OUT" else w for w in words))) for out in ("one", "two")]
+    assert furthest(adapter(folders[0]), adapter(folders[1])) > 0.01  # A starts elsewhere: another secret
 
 
 def test_a_run_and_what_it_leaves(models, dataset, tmp_path, capsys):
@@ -541,7 +614,7 @@ run_peft.main(sys.argv[1:])
         changed[changed.index("--noise_multiplier") + 1] = "2"
         changed += ["--resume"]
         args = parse(*changed)
-        run_peft.run_state(args, folder, dataset, 8)
+        run_peft.run_state(args, folder, dataset, 8, 1)
     run_peft.run(parse(*at("broken"), "--resume"))
     whole = run_peft.run(parse(*at("whole")))
     for which in range(3):

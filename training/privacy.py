@@ -79,6 +79,13 @@ class Privacy:
 
         return dp.epsilon(self.noise_multiplier, self.sample_rate, steps, self.delta, accountant)
 
+    def differences(self, block: dict) -> list[str]:
+        """What of an unfinished run's `privacy` block this plan would change: its steps were accounted with that."""
+        now = self.block(0)
+        kept = [key for key in now if key not in ("private", "epsilon", "epsilon_rdp", "steps", "outside_epsilon")]
+        now = cli.plain(now)
+        return [f"{key} {block.get(key)} there, {now[key]} here" for key in kept if block.get(key) != now[key]]
+
     def block(self, steps: int) -> dict:
         """The `privacy` block after `steps` steps. epsilon is None where there is none (no noise)."""
         spent = {name: self.epsilon(steps, name) for name in ("prv", "rdp")}
@@ -102,7 +109,7 @@ class Privacy:
             "sampler": "poisson",
             "accountant": self.accountant,
             "secure_rng": self.secure_rng,
-            "outside_epsilon": "the number of units, token counts, and metrics.jsonl's loss, batch, clipped and "
+            "outside_epsilon": "the number of units, token counts, metrics.jsonl's loss, batch, clipped, dropped and "
             "signal_to_noise, held-out losses",
         }
 
@@ -111,12 +118,14 @@ def make_privacy(args, path, rows: list[dict], train: list[int]) -> Privacy:
     """The plan of a DP run over rows[train]; chooses σ for --target_epsilon. UserError names what cannot be."""
     units, left_out = [[place] for place in range(len(train))], 0
     if args.privacy_unit == "user":
-        bare = [index for index in train if rows[index].get("user_id") in (None, "")]
+        names = [rows[index].get("user_id") for index in train]
+        names = [str(name).strip() if isinstance(name, (str, int)) else "" for name in names]
+        bare = [index for index, name in zip(train, names) if not name]
         if bare:
             raise UserError(f"--privacy_unit user: {path}: row {bare[0]} (and {len(bare) - 1} more) has no user_id")
         users: dict = {}
-        for place, index in enumerate(train):
-            users.setdefault(rows[index]["user_id"], []).append(place)
+        for place, name in enumerate(names):
+            users.setdefault(name, []).append(place)
         units = [places[: args.max_rows_per_user] for places in users.values()]
         left_out = len(train) - sum(map(len, units))
     n = len(units)
@@ -133,7 +142,12 @@ def make_privacy(args, path, rows: list[dict], train: list[int]) -> Privacy:
         from common import dp
 
         steps = math.ceil(n / logical) * args.epochs
-        sigma = dp.noise_multiplier(args.target_epsilon, logical / n, steps, delta, args.accountant)
+        try:
+            sigma = dp.noise_multiplier(args.target_epsilon, logical / n, steps, delta, args.accountant)
+        except ValueError as error:
+            raise UserError(
+                f"--target_epsilon {args.target_epsilon:g}: {error} in {steps} steps at δ {delta:g}"
+            ) from None
     return Privacy(
         units, args.privacy_unit, left_out, sigma, args.max_grad_norm, delta, logical, args.accountant,
         args.secure_rng, args.seed is not None,
