@@ -21,7 +21,7 @@ FIELDS = {
     "model", "checkpoint", "base_model", "model_sha256", "revision", "dataset", "dataset_sha256", "rows", "dtype",
     "seed", "mean", "token_weighted", "median", "bits_per_byte", "mean_ci", "token_weighted_ci", "undefined",
     "n_requested", "n_scored", "n_dropped", "dropped", "n_tokens", "n_bytes", "n_windowed", "context", "stride",
-    "relative_change",
+    "privacy", "relative_change",
 }  # fmt: skip
 
 
