@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import cli
 
 MOST_OVERHEAD, LEAST_GAIN, MOST_SECONDS = 1.15, 6.0, 5.0
+SIZES = 10  # of min_k and of min_k_pp
 PEER_PASSES = ("loss", "zlib", "lowercase", "lowercase", "ref", "ref", "min_k", "min_k_pp", "surp", "ez", "ez", "wbc",
                "wbc")  # fmt: skip
 
@@ -190,6 +191,8 @@ def main(argv=None) -> int:
         of = {kind: statistics.median(one[clock] for one in runs) for kind, runs in found.items()}
         of["peer"] *= n_tokens / peer_tokens
         print(f"{clock}: " + ", ".join(f"{kind} {seconds:.2f} s" for kind, seconds in of.items()))
+        every = of["peer"] * (len(PEER_PASSES) + 2 * (SIZES - 1)) / len(PEER_PASSES)
+        print(f"{clock}: peer / ours {every / of['ours']:.2f} if each size of min_k were a pass of its own (scaled)")
         print(f"{clock}: ours / bare {of['ours'] / of['bare']:.3f} (at most {MOST_OVERHEAD}); peer / ours "
               f"{of['peer'] / of['ours']:.2f} (at least {LEAST_GAIN}); with the control pass ours / bare "
               f"{(of['ours'] + of['control']) / of['bare']:.3f}; bootstrap {of['bootstrap']:.2f} s "
