@@ -43,11 +43,11 @@ def make_parser() -> cli.Parser:
     add("--generated_tokens", type=cli.positive_int, default=120, help="tokens of a generated continuation")
     add("--arms", nargs="+", choices=mail.ARMS, help="training sets (default: all; generated only with a generator)")
     add("--output", default="./quickstart-out", help="directory for everything the study writes")
-    add("-lr", "--learning_rate", type=cli.positive_float, default=1e-3, help="of every fine-tuning")
-    add("-e", "--epochs", type=cli.positive_int, help="epochs (default: 2; studies privacy 10, reviews 5)")
+    add("-lr", "--learning_rate", type=cli.positive_float, help="of fine-tuning (default: 1e-3; study reviews 3e-3)")
+    add("-e", "--epochs", type=cli.positive_int, help="epochs (default: 2; studies privacy 10, reviews 8)")
     add("-pdbs", "--per_device_batch_size", type=cli.positive_int, default=8, help="rows a forward pass")
     add("-gas", "--gradient_accumulation_steps", type=cli.positive_int, default=4, help="as run_peft.py's")
-    add("--lora_r", type=cli.positive_int, help="rank (default: 64; embedded model 16; studies privacy and reviews 8)")
+    add("--lora_r", type=cli.positive_int, help="rank (default: 64; embedded model 16; study privacy 8, reviews 16)")
     add("-mt", "--max_tokens", type=cli.positive_int, default=24, help="tokens of an answer")
     add("--full", action="store_true", help="attack every epoch of every arm, at all eight temperatures")
     cli.add_model_flags(parser)
@@ -61,6 +61,7 @@ def run(args) -> int:
         args.outsiders = args.outsiders or str(EMBEDDED / "outsiders.jsonl")
         args.generator = args.generator or str(EMBEDDED / "mini-pythia-xl")
     args.epochs = args.epochs or study.EPOCHS
+    args.learning_rate = args.learning_rate or study.RATE
     args.lora_r = args.lora_r or (study.RANK if own or args.study != "mail" else 64)
     args.arms = args.arms or [arm for arm in mail.ARMS if arm != "generated" or args.generator]
     problems = cli.Problems()

@@ -24,6 +24,7 @@ from studies.steps import (
 )
 
 EPOCHS = 2
+RATE = 1e-3
 RANK = 16  # of the embedded model, which is 128 wide
 ARMS = ("original", "generated", "replaced")
 

@@ -11,6 +11,7 @@ from perplexity import perplexity
 from studies.steps import TEMPERATURE, attack, call, measured, row_of, share, table, train
 
 EPOCHS = 10
+RATE = 1e-3
 EPSILONS = (8, 1)
 LOGICAL_BATCH = 256
 RANK = 8  # a small adapter: the noise grows with the root of its parameters

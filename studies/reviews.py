@@ -19,13 +19,14 @@ from fidelity import fidelity
 from studies.steps import EMBEDDED, build, call, table, train
 from utility import downstream, feature_importance
 
-EPOCHS = 5
-RANK = 8
+EPOCHS = 8
+RATE = 3e-3
+RANK = 16
 ARMS = {"no_dp": ["--noise_multiplier", 0, "--max_grad_norm", "inf"]}
 ARMS |= {"dp_8": ["--target_epsilon", 8], "dp_1": ["--target_epsilon", 1]}
-PUBLIC, PUBLIC_EPOCHS, PUBLIC_RATE = 1200, 1, 2e-3  # rows of the public reviews
+PUBLIC, PUBLIC_EPOCHS, PUBLIC_RATE = 1500, 2, 2e-3  # rows of the public reviews
 TRAIN, TEST, REVIEWS, PRODUCTS = 800, 300, 3000, 200
-LADDER, CANARIES, AUDIT = (1, 8, 64), 3, 200
+LADDER, CANARIES, AUDIT = (1, 8, 64), 2, 200
 LOGICAL_BATCH = 64
 
 
