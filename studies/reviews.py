@@ -73,7 +73,7 @@ def run(args, out, record) -> str:
         "fidelity": (fidelity, ["--real", held_out, "--train", placed, "--synthetic", *texts, "--num_rows", TEST]),
         "importance": (
             feature_importance,
-            ["--real", placed, "--heldout", held_out, "--synthetic", *texts, "--num_rows", TEST],
+            ["--real", placed, "--heldout", held_out, "--synthetic", *texts, "--num_rows", TEST, "--num_heldout", 500],
         ),
         "downstream": (
             downstream,
