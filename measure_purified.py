@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from common import cli, distributed, models, records, results
+from common import cli, distributed, intervals, models, records, results
 from extraction import prompts
 
 TEMPERATURES = [0.01, 0.1, 0.2, 0.5, 0.75, 1.0, 1.25, 1.5]
@@ -365,7 +365,7 @@ def summarise(study: Study, found: list[dict], temperatures: list[float], model_
             line[measure]["total"] = n_rows
         line["ci95"] = {
             measure: {
-                **{label: metrics.clopper_pearson(line[measure][label], scored[label]) for label in study.labels},
+                **{label: intervals.clopper_pearson(line[measure][label], scored[label]) for label in study.labels},
                 "total": metrics.bootstrap_rate(hits[measure], seed),
             }
             for measure in metrics.MEASURES
@@ -412,7 +412,7 @@ def _compare(study: Study, outcome_lines: list[dict]) -> dict:
                     continue
                 gained += now[key] and not before[key]
                 lost += before[key] and not now[key]
-            compared[measure][label] = {"gained": gained, "lost": lost, "p": metrics.mcnemar(gained, lost)}
+            compared[measure][label] = {"gained": gained, "lost": lost, "p": intervals.mcnemar(gained, lost)}
     return compared
 
 

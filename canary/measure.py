@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from canary.canaries import Space
 from common import cli, distributed, models, records, results, reviews
+from common.intervals import clopper_pearson
 from common.progress import progress_bar
 
 FILE, ROWS_FILE = "results_canary.jsonl", "results_canary_rows.jsonl"
@@ -239,7 +240,6 @@ def measure_model(args, task, arm: str, dtype, world) -> tuple[dict[int, dict], 
 
 def count_lines(task) -> list[dict]:
     from canary import measures
-    from extraction.metrics import clopper_pearson
 
     groups, lines, hits = grouped(task.canaries), [], {}
     for arm, texts in task.texts.items():

@@ -9,6 +9,8 @@ from itertools import pairwise
 
 import numpy as np
 
+from common.intervals import clopper_pearson
+
 PARTS = ("name", "street", "phone", "whole")
 NEAREST = 25  # generated texts whose similarity to a canary is averaged
 GUESSED = 0.1  # share of the canaries, those with the highest scores, that the heuristic bound says were in
@@ -151,8 +153,6 @@ def heuristic_bound(scores: Sequence[float], included: Sequence[bool], delta: fl
 
     Canaries of one training are not independent, which the intervals take them for. None without both kinds.
     """
-    from extraction.metrics import clopper_pearson
-
     scores, included = np.asarray(scores, dtype=float), np.asarray(included, dtype=bool)
     if included.all() or not included.any():
         return None

@@ -7,7 +7,6 @@ from collections import Counter
 
 import numpy as np
 from rapidfuzz import fuzz
-from scipy import stats
 
 MEASURES = ("matches", "exact", "local_part", "domain", "no_pattern")
 SAMPLE_SIZES = (1, 10, 100, 1000)
@@ -117,16 +116,6 @@ def name_rule_floor(people: list[tuple[str, str]], outside: list[str]) -> dict:
     return result | {measure: counts[measure] for measure in ("exact", "local_part", "domain")}
 
 
-def clopper_pearson(hits: int | None, n: int, level: float = 0.95) -> list[float] | None:
-    """Exact binomial interval of a rate [low, high] (Clopper & Pearson 1934); None for n = 0."""
-    if n == 0:
-        return None
-    tail = (1 - level) / 2
-    low = stats.beta.ppf(tail, hits, n - hits + 1) if hits else 0.0
-    high = stats.beta.ppf(1 - tail, hits + 1, n - hits) if hits < n else 1.0
-    return [float(low), float(high)]
-
-
 def bootstrap_rate(hits: np.ndarray, seed: int, resamples: int = 2000, level: float = 0.95) -> list[float] | None:
     """Percentile interval of the mean of `hits` [rows, templates] (float; NaN = not scored), resampling whole rows.
 
@@ -140,12 +129,6 @@ def bootstrap_rate(hits: np.ndarray, seed: int, resamples: int = 2000, level: fl
     counts = count[picks].sum(1)
     rates = total[picks].sum(1)[counts > 0] / counts[counts > 0]
     return [float(x) for x in np.quantile(rates, [(1 - level) / 2, (1 + level) / 2])]
-
-
-def mcnemar(gained: int, lost: int) -> float:
-    """Exact two-sided McNemar p-value of paired outcomes: `gained` hit only now, `lost` only before (McNemar 1947)."""
-    n = gained + lost
-    return 1.0 if n == 0 else float(min(1.0, 2 * stats.binom.cdf(min(gained, lost), n, 0.5)))
 
 
 def probabilistic_extraction(log_p: np.ndarray) -> dict:

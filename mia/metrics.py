@@ -6,6 +6,8 @@ share of non-members called members. Levels of FPR are named as in the result fi
 
 import numpy as np
 
+from common.intervals import clopper_pearson
+
 LEVELS = {"0.1": 10, "0.01": 100, "0.001": 1000}  # name → 1/level, so that ⌊level·(N+1)⌋ is exact
 SMALLEST = {"0.001": 1000}  # non-members below which a level is refused though the rule would give a threshold
 COARSE = {"0.001": 10000}  # non-members below which a level hangs on a handful of them
@@ -28,16 +30,6 @@ def allowed(level: str, n: int) -> int:
 def threshold(nonmembers, most: int) -> float:
     """The score that must be exceeded: the (most + 1)-th largest non-member, so at most `most` of them exceed it."""
     return float(np.sort(nonmembers)[::-1][most])
-
-
-def clopper_pearson(k: int, n: int, confidence: float = 0.95) -> list[float]:
-    """Exact two-sided interval of a binomial rate, k of n."""
-    from scipy.stats import beta
-
-    tail = (1 - confidence) / 2
-    low = float(beta.ppf(tail, k, n - k + 1)) if k else 0.0
-    high = float(beta.ppf(1 - tail, k + 1, n - k)) if k < n else 1.0
-    return [low, high]
 
 
 def tpr_at(members, nonmembers, level: str) -> dict:

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from common.intervals import clopper_pearson
 from reporting.read import HEADLINE_ATTACK, HEADLINE_TEMPERATURE, MEASURES, Damage, Models, Row, Study, as_float
 
 
@@ -24,8 +25,6 @@ def span(rows) -> str:
 
 def extraction_rows(line: dict, study: Study, models: Models, path: Path, number: int) -> list[Row]:
     """Rates by template and measure at one temperature, with what stands beside them."""
-    from extraction.metrics import clopper_pearson
-
     matches = line["matches"]
     labels = [label for label in matches if label != "total"]
     total, temperature = matches["total"], line["temperature"]

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from common import intervals
 from extraction import metrics, prompts
 
 SHOTS = [(f"Ann {c}", f"ann.{c.lower()}@x.example") for c in "ABCDE"]
@@ -101,20 +102,20 @@ def test_floor_by_hand():
 
 def test_clopper_pearson_against_published_and_closed_forms():
     # 0 of n: upper limit 1 − 0.025^(1/n); n of n mirrors it
-    assert metrics.clopper_pearson(0, 20) == pytest.approx([0, 1 - 0.025 ** (1 / 20)])
-    assert metrics.clopper_pearson(20, 20) == pytest.approx([0.025 ** (1 / 20), 1])
+    assert intervals.clopper_pearson(0, 20) == pytest.approx([0, 1 - 0.025 ** (1 / 20)])
+    assert intervals.clopper_pearson(20, 20) == pytest.approx([0.025 ** (1 / 20), 1])
     # an independent route: SciPy's exact binomial test interval
     interval = stats.binomtest(56, 1000).proportion_ci(0.95, "exact")
-    assert metrics.clopper_pearson(56, 1000) == pytest.approx([interval.low, interval.high], rel=1e-9)
-    assert metrics.clopper_pearson(0, 0) is None
+    assert intervals.clopper_pearson(56, 1000) == pytest.approx([interval.low, interval.high], rel=1e-9)
+    assert intervals.clopper_pearson(0, 0) is None
 
 
 def test_mcnemar_by_hand():
-    assert metrics.mcnemar(0, 0) == 1.0
-    assert metrics.mcnemar(5, 0) == pytest.approx(2 / 2**5)  # both tails of five equal coins
-    assert metrics.mcnemar(3, 1) == pytest.approx(2 * (1 + 4) / 16)
-    assert metrics.mcnemar(1, 3) == metrics.mcnemar(3, 1)
-    assert metrics.mcnemar(2, 2) == 1.0
+    assert intervals.mcnemar(0, 0) == 1.0
+    assert intervals.mcnemar(5, 0) == pytest.approx(2 / 2**5)  # both tails of five equal coins
+    assert intervals.mcnemar(3, 1) == pytest.approx(2 * (1 + 4) / 16)
+    assert intervals.mcnemar(1, 3) == intervals.mcnemar(3, 1)
+    assert intervals.mcnemar(2, 2) == 1.0
 
 
 def test_probabilistic_extraction_by_hand():

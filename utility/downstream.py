@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import run_peft
 from common import cli, distributed, models, records, results, reviews
+from common.intervals import clopper_pearson, mcnemar
 from common.progress import progress_bar
 
 INSTRUCTION = "Rate the customer's review below with 1 to 5 stars. Answer with the number alone."
@@ -177,7 +178,6 @@ def prepare(args, problems: cli.Problems):
 
 
 def line_of(arm: str, seed: int | None, truth: list[int], predicted: list[int], **more) -> dict:
-    from extraction.metrics import clopper_pearson
     from utility.measures import rating_scores
 
     hits = sum(map(int.__eq__, truth, predicted))
@@ -188,8 +188,6 @@ def line_of(arm: str, seed: int | None, truth: list[int], predicted: list[int], 
 
 def paired(truth: list[int], real: list[int], other: list[int]) -> dict:
     """Rows that only `other` rates rightly (gained), that only `real` does (lost), exact McNemar p."""
-    from extraction.metrics import mcnemar
-
     right = [(a == t, b == t) for t, a, b in zip(truth, real, other)]
     gained, lost = sum(b and not a for a, b in right), sum(a and not b for a, b in right)
     return {"gained": gained, "lost": lost, "p": mcnemar(gained, lost)}

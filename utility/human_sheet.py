@@ -22,6 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import cli, records, results, reviews
+from common.intervals import clopper_pearson
 
 LABELS = {
     "good": "reads like a customer's review of the product, from start to end",
@@ -168,7 +169,6 @@ def score(args) -> dict:
 
 def evaluate(names: list[str], sheets: list[dict[int, str]], key: list[dict]) -> dict:
     """The content of human_evaluation.json from the labels {number: label} of each sheet."""
-    from extraction.metrics import clopper_pearson
     from utility.measures import cohen_kappa, fleiss_kappa
 
     numbers = [line["number"] for line in key]
