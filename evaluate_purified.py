@@ -87,7 +87,7 @@ def run(args) -> int:
         print(f"{len(checkpoints)} checkpoints: {skipped} complete, {len(todo)} to measure, {len(failures)} unusable")
         for _, checkpoint, ref, path, missing in todo:
             print(f"  {checkpoint} on {ref.base}: temperatures {missing}{f', continuing {path.name}' if path else ''}")
-        return _report_failures(failures)
+        return cli.report_failures(failures, True)
 
     world = distributed.start()
     dtype = models.resolve_dtype(args.dtype, world.device)
@@ -127,19 +127,13 @@ def run(args) -> int:
         if failures:
             record["error"] = f"{len(failures)} of {len(checkpoints)} checkpoints failed"
     world.close()
-    return _report_failures(failures) if world.main else int(bool(failures))
+    return cli.report_failures(failures, world.main)
 
 
 def _save(model, tokenizer, folder: Path) -> None:
     with results.atomic_folder(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-
-
-def _report_failures(failures: dict[str, str]) -> int:
-    for checkpoint, reason in failures.items():
-        print(f"failed: {checkpoint}: {reason}", file=sys.stderr)
-    return 1 if failures else 0
 
 
 def main(argv=None) -> int:

@@ -198,6 +198,13 @@ def report_broken(what: str, lines: list[str], n: int, strict: bool) -> None:
             print(line, file=sys.stderr)
 
 
+def report_failures(failures: dict[str, str], main: bool) -> int:
+    """Name on stderr what failed among many, {what: why}, where `main` (rank 0); the exit status."""
+    for what, why in failures.items() if main else ():
+        print(f"failed: {what}: {why}", file=sys.stderr)
+    return 1 if failures else 0
+
+
 def _can_write(folder: Path) -> bool:
     # access() says yes to root on a read-only mode; the mode bits are what the owner asked for.
     writable_by_mode = bool(folder.stat().st_mode & 0o222)

@@ -329,7 +329,7 @@ def run(args) -> int:
         print(summary)
         for _, ref, folder in targets:
             print(f"would attack {ref.name}" + (f" on {ref.base}" if ref.adapter else "") + f", results in {folder}")
-        return report_failures(failures, True)
+        return cli.report_failures(failures, True)
 
     world = distributed.start()
     world.say(summary)
@@ -338,7 +338,7 @@ def run(args) -> int:
         folders, study, args, world, cache_folder(root), {ref.name: name for name, ref, _ in targets}
     )
     world.close()
-    return report_failures(failures, world.main)
+    return cli.report_failures(failures, world.main)
 
 
 def measure_all(refs: dict, study: Study, args, world, cache, names: dict | None = None) -> dict[str, str]:
@@ -363,12 +363,6 @@ def measure_all(refs: dict, study: Study, args, world, cache, names: dict | None
             gc.collect()
         passes.close()
     return failures
-
-
-def report_failures(failures: dict[str, str], main: bool) -> int:
-    for path, reason in failures.items() if main else ():
-        print(f"failed: {path}: {reason}", file=sys.stderr)
-    return 1 if failures else 0
 
 
 def main(argv=None) -> int:

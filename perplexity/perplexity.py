@@ -284,7 +284,7 @@ def run(args) -> int:
             world.say(f"would measure {ref.name}" + (f" on {ref.base}" if ref.adapter else ""))
         world.say(f"would write perplexity.txt and perplexity.jsonl in {folder}")
         world.close()
-        return _report(failures, world)
+        return cli.report_failures(failures, world.main)
 
     lines, shelf, total = list(earlier), {}, len(found) + len(failures)
     with results.Run(folder / "run_perplexity.json", args, [args.dataset], world) as record:
@@ -317,14 +317,7 @@ def run(args) -> int:
         if failures:
             record["error"] = f"{len(failures)} of {total} models failed"
     world.close()
-    return _report(failures, world)
-
-
-def _report(failures: dict[str, str], world) -> int:
-    if world.main:
-        for path, reason in failures.items():
-            print(f"failed: {path}: {reason}", file=sys.stderr)
-    return 1 if failures else 0
+    return cli.report_failures(failures, world.main)
 
 
 def main(argv=None) -> int:
