@@ -6,10 +6,31 @@ A killed run leaves hidden files beside the output, one a process: a line of set
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import results
+from common import models, results
 from common.distributed import World
 
 MAX_BATCH = 64  # rows decoded together when memory does not bind
+MIN_ROOM = 16  # a prompt that leaves the context fewer tokens than this (and than what is asked for) is dropped
+
+
+def settings_of(args, ref, dtype, flags: tuple[str, ...], **inputs) -> dict:
+    """What a run must have in common with the killed one it continues: inputs' hashes, model, weights, sampling."""
+    return {
+        **inputs,
+        "model": args.model,
+        "revision": args.revision,
+        "weights": models.weights_sha256(ref),
+        **{flag: getattr(args, flag) for flag in flags},
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def encode_prompt(tokenizer, text: str) -> list[int]:
+    """Token ids of a prompt, without the EOS that some tokenizers add: it would end the text before it is continued."""
+    prompt = tokenizer(text, verbose=False).input_ids
+    while len(prompt) > 1 and prompt[-1] == tokenizer.eos_token_id:
+        prompt.pop()
+    return prompt
 
 
 def plan_batches(

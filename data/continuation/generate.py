@@ -26,7 +26,6 @@ from data.continuation import measures
 
 FIELDS = ("gt-name", "gt-email", "prompt")  # of a row that is not broken
 MAX_PROMPT_TOKENS = 2048  # prompts are shorter than this
-MIN_ROOM = 16  # a prompt that leaves the context fewer tokens than this (and than --max_tokens) is dropped
 
 
 def make_parser() -> cli.Parser:
@@ -105,13 +104,11 @@ def check(args) -> Task:
         raise cli.UserError(f"{args.data_set}: every row belongs to the evaluation head; none is left to continue")
     task = Task(ref, tokenizer, config, rows, [], [], [], split.head, start, output)
     context = models.context_length(SimpleNamespace(config=config))
-    least = min(MIN_ROOM, args.max_tokens)
+    least = min(generation.MIN_ROOM, args.max_tokens)
     counts = Counter({"broken": len(broken)} if broken else {})
     for index in split.train:
         # a trailing space would be cut off the word that follows it; the generation brings its own
-        prompt = tokenizer(rows[index]["prompt"].rstrip(" "), verbose=False).input_ids
-        while prompt and prompt[-1] == tokenizer.eos_token_id and len(prompt) > 1:
-            prompt.pop()
+        prompt = generation.encode_prompt(tokenizer, rows[index]["prompt"].rstrip(" "))
         room = min(args.max_tokens, context - len(prompt))
         if not prompt:
             counts["empty prompt"] += 1
@@ -150,14 +147,9 @@ def run(args) -> dict:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = models.resolve_dtype(args.dtype, device)
-    settings = {
-        "data_set": results.sha256(args.data_set),
-        "model": args.model,
-        "revision": args.revision,
-        "weights": models.weights_sha256(task.ref),
-        **{key: getattr(args, key) for key in ("temperature", "top_k", "max_tokens", "seed", "batch_size")},
-        "dtype": str(dtype).removeprefix("torch."),
-    }
+    sampled = ("temperature", "top_k", "max_tokens", "seed")
+    data_set = results.sha256(args.data_set)
+    settings = generation.settings_of(args, task.ref, dtype, (*sampled, "batch_size"), data_set=data_set)
     generation.read_partials(task.output, settings, args.overwrite)  # refuses another run's before the model is loaded
     if args.dry_run:
         print(
@@ -194,7 +186,7 @@ def run(args) -> dict:
                 source=[(args.data_set, len(task.rows))],
                 split_start=task.split_start,
                 generator={key: settings[key] for key in ("model", "revision", "weights")},
-                sampling={key: settings[key] for key in ("temperature", "top_k", "max_tokens", "seed", "dtype")},
+                sampling={key: settings[key] for key in (*sampled, "dtype")},
             )
             for file in generation.partial_files(task.output):
                 file.unlink()

@@ -23,7 +23,7 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common import cli, distributed, records, results
+from common import cli, distributed, generation, records, results
 
 SEEDS_SHOWN, MACHINE_SHOWN = 6, 2  # instructions in a prompt for new ones
 INSTANCE_SEEDS = 3  # seed tasks in a prompt for instances
@@ -319,14 +319,7 @@ def run(args) -> dict:
 
     dtype = models.resolve_dtype(args.dtype, "cuda" if torch.cuda.is_available() else "cpu")
     sampled = ("temperature", "instance_temperature", "top_k", "max_tokens", "seed", "round_size")
-    settings = {
-        "seed_tasks": results.sha256(args.seed_tasks),
-        "model": args.model,
-        "revision": args.revision,
-        "weights": models.weights_sha256(task.ref),
-        **{key: getattr(args, key) for key in sampled},
-        "dtype": str(dtype).removeprefix("torch."),
-    }
+    settings = generation.settings_of(args, task.ref, dtype, sampled, seed_tasks=results.sha256(args.seed_tasks))
     partial = task.output.with_name(f".{task.output.name}.partial.jsonl")
     results.read_partial(partial, settings, args.overwrite)  # refuses another run's before the model is loaded
     if args.dry_run:

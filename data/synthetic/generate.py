@@ -35,7 +35,7 @@ CONDITIONS = ("metadata", "title", "sampled")
 FIELDS = ("Rating", "Product Categories", "Product Title")  # of the histogram
 FILTERS = ("empty", "length")
 COPY = 50  # characters: a common run of this length is a near-copy
-MIN_ROOM = 16  # a prompt that leaves the context fewer tokens than this (and than --max_new_tokens) is dropped
+SAMPLED = ("condition", "temperature", "top_k", "max_new_tokens", "seed")
 
 
 def make_parser() -> cli.Parser:
@@ -241,17 +241,8 @@ def run(args) -> dict:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = models.resolve_dtype(args.dtype, device)
-    settings = {
-        "input": results.sha256(args.input),
-        "model": args.model,
-        "revision": args.revision,
-        "weights": models.weights_sha256(task.ref),
-        **{
-            key: getattr(args, key)
-            for key in ("arm", "num", "condition", "temperature", "top_k", "max_new_tokens", "seed", "batch_size")
-        },
-        "dtype": str(dtype).removeprefix("torch."),
-    }
+    flags = ("arm", "num", *SAMPLED, "batch_size")
+    settings = generation.settings_of(args, task.ref, dtype, flags, input=results.sha256(args.input))
     if args.condition == "sampled":
         settings["metadata_epsilon"], settings["metadata_fields"] = args.metadata_epsilon, args.metadata_fields
     generation.read_partials(task.output, settings, args.overwrite)  # refuses another run's before the model is loaded
@@ -271,11 +262,9 @@ def run(args) -> dict:
         dropped, filtered = Counter(), Counter()
         base = models.load_base(task.ref, dtype, world.device, args.device_map)
         prompts, rooms, kept = [], [], []
-        context, least = models.context_length(base), min(MIN_ROOM, args.max_new_tokens)
+        context, least = models.context_length(base), min(generation.MIN_ROOM, args.max_new_tokens)
         for row in rows:
-            prompt = task.tokenizer(records.review_prompt(row), verbose=False).input_ids
-            while len(prompt) > 1 and prompt[-1] == task.tokenizer.eos_token_id:
-                prompt.pop()
+            prompt = generation.encode_prompt(task.tokenizer, records.review_prompt(row))
             room = min(args.max_new_tokens, context - len(prompt))
             if room < least:
                 dropped[f"prompt leaves fewer than {least} of the context's {context:,} tokens"] += 1
@@ -341,9 +330,7 @@ def finish(args, task, record, kept, made, released, settings, dropped, filtered
         rows=len(rows),
         source=[(args.input, len(task.rows)), *([(args.training, len(task.training))] if args.training else [])],
         generator={key: settings[key] for key in ("model", "revision", "weights")},
-        sampling={
-            key: settings[key] for key in ("condition", "temperature", "top_k", "max_new_tokens", "seed", "dtype")
-        },
+        sampling={key: settings[key] for key in (*SAMPLED, "dtype")},
         more={"privacy": privacy, **answer},
     )
     for file in generation.partial_files(task.output):
