@@ -730,8 +730,10 @@ class Training:
         args, count = self.args, self.count
         number = count["step"] + 1
         # Dropout depends on nothing but seed, step and rank, so a resumed run draws what an unbroken one does.
-        seed = (self.seed * 1_000_003 + number) * 1_009 + self.world.rank if self.secret is None else None
-        torch.manual_seed(self.private_seed(f"dropout {self.world.rank}", number) if seed is None else seed)
+        if self.secret is None:
+            torch.manual_seed((self.seed * 1_000_003 + number) * 1_009 + self.world.rank)
+        else:
+            torch.manual_seed(self.private_seed(f"dropout {self.world.rank}", number))
         found = self.private_gradient(number) if self.plan.privacy else self.gradient(number)
         self.scaler.unscale_(self.optimizer)
         bound = math.inf if self.plan.privacy else args.max_grad_norm

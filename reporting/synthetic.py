@@ -153,6 +153,17 @@ SHOWN_FIDELITY = {  # measure: title of its panel
 }
 
 
+def name_lines(axes, names: list[str], above: float) -> None:
+    """The axes of dots on named lines, the first name lowest, `above` less than a line's height over the last."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(-0.6, len(names) - above)
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.spines["left"].set_visible(False)
+    axes.margins(x=0.14)
+    axes.locator_params(axis="x", nbins=4)
+    axes.grid(axis="x")
+
+
 def dots(title, rows, look, reference=None, form="{:.3g}", shown=None):
     """A panel of one measure: a dot an arm with its interval and its value written beside it."""
     arms = list(dict.fromkeys(row.arm for row in rows))
@@ -167,13 +178,7 @@ def dots(title, rows, look, reference=None, form="{:.3g}", shown=None):
                                   ha="center", fontsize=8, color=INK)  # fmt: skip
         for value, style in reference or ():
             axes.axvline(value, color=MUTED, linestyle=style, linewidth=1.1, zorder=0)
-        axes.set_yticks(range(len(arms)), [(shown or {}).get(arm, arm) for arm in reversed(arms)])
-        axes.set_ylim(-0.6, len(arms) - 0.25)
-        axes.tick_params(axis="y", length=0, labelcolor=INK)
-        axes.spines["left"].set_visible(False)
-        axes.margins(x=0.14)
-        axes.locator_params(axis="x", nbins=4)
-        axes.grid(axis="x")
+        name_lines(axes, [(shown or {}).get(arm, arm) for arm in reversed(arms)], 0.25)
 
     return Panel(title, draw, (3.3, 0.9 + 0.36 * len(arms)))
 
@@ -240,13 +245,7 @@ def _utility(metric, words, rows, look):
         for arm, style in (("majority", ":"), ("base", "--")):
             if lines.get(arm) is not None:
                 axes.axvline(lines[arm], color=MUTED if arm == "majority" else BASE, linestyle=style, linewidth=1.3)
-        axes.set_yticks(range(len(arms)), list(reversed(arms)))
-        axes.set_ylim(-0.6, len(arms) - 0.2)
-        axes.tick_params(axis="y", length=0, labelcolor=INK)
-        axes.spines["left"].set_visible(False)
-        axes.margins(x=0.14)
-        axes.locator_params(axis="x", nbins=4)
-        axes.grid(axis="x")
+        name_lines(axes, list(reversed(arms)), 0.2)
 
     return Panel(words, draw, (3.0, 0.9 + 0.38 * len(arms)))
 

@@ -14,6 +14,8 @@ from studies.steps import (
     attack,
     build,
     call,
+    check_rows,
+    device_flags,
     joined,
     measured,
     paired,
@@ -32,12 +34,9 @@ ARMS = ("original", "generated", "replaced")
 def check(args) -> None:
     """UserError with every problem of the study's inputs."""
     problems = cli.Problems()
-    rows = problems.absorb(records.read_rows, args.dataset)
-    if rows:
-        problems.absorb(records.validate, args.dataset, rows, ("gt-name", "gt-email", "prompt", "continuation"))
+    check_rows(args, problems)
     if args.outsiders:
         problems.absorb(records.read_rows, args.outsiders)
-    problems.absorb(models.find_model, args.model, args.revision)
     if "generated" in args.arms:
         problems.absorb(models.find_model, args.generator, None, flag="--generator")
     problems.check()
@@ -49,8 +48,7 @@ def inputs(args) -> list:
 
 def run(args, out, record) -> str:
     """All arms; returns the text of summary.md."""
-    flags = ["--seed", args.seed, "--dtype", args.dtype]
-    flags += ["--device_map", args.device_map] if args.device_map else []
+    flags = ["--seed", args.seed, *device_flags(args)]
     asked = ["-mt", args.max_tokens, *([] if args.full else ["--temperatures", "0", str(TEMPERATURE)]), *flags]
     attack(args.model, out / "base", args.dataset, *asked)
     base_results = sorted((out / "base").glob("results_purified*.jsonl"))[0]

@@ -8,7 +8,7 @@ only the base saw. The private arms draw their randomness from the operating sys
 from common import cli, models, records, results
 from mia import mia
 from perplexity import perplexity
-from studies.steps import TEMPERATURE, attack, call, measured, row_of, share, table, train
+from studies.steps import TEMPERATURE, attack, call, check_rows, device_flags, measured, row_of, share, table, train
 
 EPOCHS = 10
 RATE = 1e-3
@@ -20,10 +20,7 @@ RANK = 8  # a small adapter: the noise grows with the root of its parameters
 def check(args) -> None:
     """UserError with every problem of the study's inputs."""
     problems = cli.Problems()
-    rows = problems.absorb(records.read_rows, args.dataset)
-    if rows:
-        problems.absorb(records.validate, args.dataset, rows, ("gt-name", "gt-email", "prompt", "continuation"))
-    problems.absorb(models.find_model, args.model, args.revision)
+    check_rows(args, problems)
     problems.check()
 
 
@@ -33,7 +30,7 @@ def inputs(args) -> list:
 
 def run(args, out, record) -> str:
     """All arms; returns the text of summary.md."""
-    device = ["--dtype", args.dtype, *(["--device_map", args.device_map] if args.device_map else [])]
+    device = device_flags(args)
     flags = ["--seed", args.seed, *device]
     asked = ["-mt", args.max_tokens, "--temperatures", "0", str(TEMPERATURE), *flags]
     trained_people = put_trained_first(args.dataset, out / "trained_people.jsonl")

@@ -16,7 +16,7 @@ from common import cli, models, results
 from data.amazon import make_reviews, prepare
 from data.synthetic import generate
 from fidelity import fidelity
-from studies.steps import EMBEDDED, build, call, table, train
+from studies.steps import EMBEDDED, build, call, device_flags, table, train
 from utility import downstream, feature_importance
 
 EPOCHS = 8
@@ -43,7 +43,7 @@ def inputs(args) -> list:
 
 def run(args, out, record) -> str:
     """All arms; returns the text of summary.md."""
-    device = ["--dtype", args.dtype, *(["--device_map", args.device_map] if args.device_map else [])]
+    device = device_flags(args)
     seed = ["--seed", args.seed]
     model = args.model
     if model == str(EMBEDDED / "mini-pythia"):

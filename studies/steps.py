@@ -5,10 +5,22 @@ from pathlib import Path
 
 import measure_purified
 import run_peft
-from common import results
+from common import cli, models, records, results
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "data" / "embedded"
 TEMPERATURE = measure_purified.HEADLINE_TEMPERATURE
+
+
+def check_rows(args, problems: cli.Problems) -> None:
+    """Problems of --dataset and --model, which the studies of mail share."""
+    rows = problems.absorb(records.read_rows, args.dataset)
+    if rows:
+        problems.absorb(records.validate, args.dataset, rows, ("gt-name", "gt-email", "prompt", "continuation"))
+    problems.absorb(models.find_model, args.model, args.revision)
+
+
+def device_flags(args) -> list:
+    return ["--dtype", args.dtype, *(["--device_map", args.device_map] if args.device_map else [])]
 
 
 def show(script, words: list[str]) -> None:
