@@ -3,8 +3,10 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -145,6 +147,18 @@ def run_script(*words, ranks: int = 1, timeout: int = 300, env: dict | None = No
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     return subprocess.run([*launch, *words], capture_output=True, text=True, timeout=timeout, env=environment, cwd="/")
+
+
+def kill_when_written(command, file: Path, lines: int) -> None:
+    """Start `command` and kill -9 it as soon as `file` has more than `lines` lines (or it ends, or after 120 s)."""
+    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if file.exists() and file.read_bytes().count(b"\n") > lines:
+            break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
 
 
 def read_lines(path) -> list[dict]:

@@ -1,13 +1,10 @@
 """data/continuation/generate.py: the rows it writes, their independence of batches and ranks, killing and resuming."""
 
 import json
-import signal
-import subprocess
 import sys
-import time
 
 import pytest
-from conftest import ROOT, make_rows, read_lines, run_script, write_rows
+from conftest import ROOT, kill_when_written, make_rows, read_lines, run_script, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -190,14 +187,7 @@ def test_kill_and_run_again(models, dataset, tmp_path):
     script = [sys.executable, str(ROOT / "data/continuation/generate.py")]
     command = script + words(models["llama"], dataset, output, "--batch_size", "2")
     partial = output.with_name(".data.arrow.partial-0.jsonl")
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if partial.exists() and partial.read_bytes().count(b"\n") > 3:
-            break
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_when_written(command, partial, 3)
     assert partial.exists() and not output.exists()
     with open(partial, "ab") as file:
         file.write(b'{"batch": 19, "rows": [{"ind')  # a line that the power cut tore

@@ -2,14 +2,12 @@
 
 import json
 import random
-import signal
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, make_model, read_lines, run_script
+from conftest import ROOT, kill_when_written, make_model, read_lines, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rapidfuzz.distance import LCSseq
@@ -336,11 +334,7 @@ def test_kill_and_run_again(tiny, driver, tmp_path):
     output = tmp_path / "broken" / "data.jsonl"
     partial = output.with_name(".data.jsonl.partial.jsonl")
     command = [sys.executable, str(driver), *quick(tiny, output)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (partial.exists() and partial.read_bytes().count(b"\n") > 2):
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_when_written(command, partial, 2)
     assert partial.exists() and not output.exists()
     kept = partial.read_bytes().rpartition(b"\n")[0]
     with open(partial, "ab") as file:

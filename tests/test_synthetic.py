@@ -4,14 +4,11 @@ the metadata histogram's privacy, near-copies; and that run_peft.py trains on th
 import json
 import math
 import random
-import signal
-import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, read_lines, run_script, write_rows
+from conftest import ROOT, kill_when_written, read_lines, run_script, write_rows
 
 import run_peft
 from common import models as common_models
@@ -208,14 +205,7 @@ def test_kill_and_run_again(models, held_out, tmp_path):
     script = [sys.executable, str(ROOT / "data/synthetic/generate.py")]
     command = script + words(models["llama"], held_out, output, "--batch_size", "2")
     partial = output.with_name(".out.jsonl.partial-0.jsonl")
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if partial.exists() and partial.read_bytes().count(b"\n") > 3:
-            break
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_when_written(command, partial, 3)
     assert partial.exists() and not output.exists()
     with open(partial, "ab") as file:
         file.write(b'{"batch": 14, "rows": [{"ind')  # a line that the power cut tore
