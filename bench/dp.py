@@ -23,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from bench.inputs import make_model
 from common import cli
 
 WAYS = ("plain", "dp", "opacus")
@@ -48,37 +49,14 @@ def make_parser() -> cli.Parser:
 
 
 def make_inputs(folder: Path, args) -> int:
-    """A random GPT-NeoX with one token a word, and rows of exactly --length tokens (EOS included). Its parameters."""
+    """A random GPT-NeoX and rows of exactly --length tokens (EOS included) in `folder`; the model's parameters."""
     import numpy as np
-    import torch
-    import transformers
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-    from transformers import AutoModelForCausalLM, GPTNeoXConfig, PreTrainedTokenizerFast
 
-    transformers.logging.disable_progress_bar()
-    words = {"<|endoftext|>": 0} | {f"w{index}": index for index in range(1, args.vocabulary)}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="<|endoftext|>"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
-    torch.manual_seed(args.seed)
-    config = GPTNeoXConfig(
-        vocab_size=args.vocabulary,
-        hidden_size=args.hidden_size,
-        intermediate_size=4 * args.hidden_size,
-        num_hidden_layers=args.layers,
-        num_attention_heads=max(1, args.hidden_size // 64),
-        max_position_embeddings=args.length,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    model = AutoModelForCausalLM.from_config(config).float()
-    model.save_pretrained(folder)
-    drawn = np.random.default_rng(args.seed).integers(1, args.vocabulary, size=(args.batch, args.length - 1))
+    size = make_model(folder, args.vocabulary, args.hidden_size, args.layers, positions=args.length, seed=args.seed)
+    drawn = np.random.default_rng(args.seed).integers(2, args.vocabulary, size=(args.batch, args.length - 1))
     rows = [{"text": " ".join(f"w{word}" for word in row)} for row in drawn]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return sum(item.numel() for item in model.parameters())
+    return size
 
 
 def make_training(args, folder: Path, out: Path):

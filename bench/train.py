@@ -26,6 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from bench.inputs import make_model
 from common import cli
 
 TARGETS = {"dynamic": 1.0, "padded": 3.0}
@@ -65,37 +66,6 @@ def mail_lengths(n: int, median: int, sigma: float, longest: int, seed: int) -> 
     rng = np.random.default_rng(seed)
     lengths = rng.integers(20, 201, size=n) + rng.lognormal(np.log(median), sigma, size=n)
     return [int(length) for length in lengths.clip(2, longest)]
-
-
-def make_model(folder: Path, args) -> None:
-    """A random GPT-NeoX whose tokenizer gives one token a word."""
-    import torch
-    import transformers
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-    from transformers import AutoModelForCausalLM, GPTNeoXConfig, PreTrainedTokenizerFast
-
-    transformers.logging.disable_progress_bar()
-    words = {"<|endoftext|>": 0, "<|padding|>": 1} | {f"w{index}": index for index in range(2, args.vocabulary)}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="<|padding|>"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|padding|>", model_max_length=args.max_length
-    )
-    fast.save_pretrained(folder)
-    torch.manual_seed(args.seed)
-    config = GPTNeoXConfig(
-        vocab_size=args.vocabulary,
-        hidden_size=args.hidden_size,
-        intermediate_size=4 * args.hidden_size,
-        num_hidden_layers=args.layers,
-        num_attention_heads=max(1, args.hidden_size // 64),
-        max_position_embeddings=args.max_length,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
 
 
 def make_rows(tokenizer, lengths: list[int], seed: int) -> list[dict]:
@@ -257,7 +227,7 @@ def main(argv=None) -> int:
         if args.model:
             shutil.copytree(args.model, whole, dirs_exist_ok=True)
         else:
-            make_model(whole, args)
+            make_model(whole, args.vocabulary, args.hidden_size, args.layers, positions=args.max_length, seed=args.seed)
         lengths = mail_lengths(args.rows, args.median, args.sigma, args.max_length, args.seed)
         rows = make_rows(AutoTokenizer.from_pretrained(whole), lengths, args.seed)
         if short != whole:
