@@ -78,7 +78,7 @@ def epsilon(
 def noise_multiplier(target: float, sample_rate: float, steps: int, delta: float, accountant: str = "prv") -> float:
     """The smallest σ (four digits, rounded up) whose ε is at most `target`, checked with the accountant itself.
 
-    The RDP accountant, which is never below, gives the upper end; where the exact PRV is slow a coarse one comes first.
+    The RDP accountant's σ is where the search starts; where the exact PRV is slow a coarse one comes first.
     """
     from scipy.optimize import brentq
 
