@@ -1,9 +1,10 @@
 """System S in miniature: reviews → fine-tuning with and without DP → synthetic reviews → privacy, fidelity, utility.
 
-The embedded model has never seen a review, so it is first trained, whole, on public ones (other users and products of
-the same invented shop), as a large model has read many before. Then the private reviews get canaries (a ladder of
-repetitions, and once-only ones for the audit); three arms are trained with the same hyper-parameters and steps (no
-noise, ε = 8, ε = 1), and each writes a review for the metadata of held-out rows. See quickstart.py.
+The embedded model has never seen a review, so it is first trained, whole, on public ones, as a large model has read
+many before: other users and products, and few of the departments that the private reviews are about. Then the private
+reviews get canaries (a ladder of repetitions, and once-only ones for the audit); three arms are trained with the same
+hyper-parameters and steps (no noise, ε = 8, ε = 1), and each, like the base without them, writes a review for the
+metadata of held-out rows. See quickstart.py.
 """
 
 import json
@@ -19,14 +20,16 @@ from fidelity import fidelity
 from studies.steps import EMBEDDED, build, call, device_flags, table, train
 from utility import downstream, feature_importance
 
-EPOCHS = 8
+EPOCHS = 5
 RATE = 3e-3
-RANK = 16
+RANK = 8
 ARMS = {"no_dp": ["--noise_multiplier", 0, "--max_grad_norm", "inf"]}
 ARMS |= {"dp_8": ["--target_epsilon", 8], "dp_1": ["--target_epsilon", 1]}
-PUBLIC, PUBLIC_EPOCHS, PUBLIC_RATE = 1500, 2, 2e-3  # rows of the public reviews
-TRAIN, TEST, REVIEWS, PRODUCTS = 800, 300, 3000, 200
-LADDER, CANARIES, AUDIT = (1, 8, 64), 2, 200
+PRIVATE = ("Electronics", "Garden", "Kitchen")  # departments
+COMMON = 6  # public products of each other department to one of these
+PUBLIC, PUBLIC_EPOCHS, PUBLIC_RATE = 3000, 2, 3e-3  # rows of the public reviews
+TRAIN, TEST, REVIEWS, PRODUCTS = 1600, 300, 6000, 200
+LADDER, CANARIES, AUDIT = (1, 8, 32), 5, 200
 LOGICAL_BATCH = 64
 
 
@@ -48,29 +51,37 @@ def run(args, out, record) -> str:
     model = args.model
     if model == str(EMBEDDED / "mini-pythia"):
         model = public_base(args, out, device)
-    real = make_split(out / "reviews", REVIEWS, TRAIN, TEST, args.seed)
+    real = make_split(out / "reviews", REVIEWS, TRAIN, TEST, PRIVATE, args.seed)
     placed = out / "train_canaries.jsonl"
     ladder = ["--repetitions", *LADDER, "--canaries", CANARIES, "--audit", AUDIT]
     build(inject, placed, "--input", real / "train.jsonl", *ladder, *seed)
     key = placed.with_name("train_canaries_key.jsonl")
 
+    def write(arm: str, checkpoint) -> Path:
+        words = ["--model", checkpoint, "--input", real / "test.jsonl", "--arm", arm, "--max_new_tokens", 128]
+        output = out / f"generated_sequences_{arm}.jsonl"
+        return build(generate, output, *words, "--training", placed, *seed, *device)
+
     checkpoints, written = {}, {}
     for arm, words in ARMS.items():
         tree = train(
             "-m", model, "-i", placed, "--output_root", out, "-lr", args.learning_rate, "-e", args.epochs,
-            "-pdbs", 2 * args.per_device_batch_size, "--lora_r", args.lora_r, "-l", 10, "--loss_on", "completion",
-            "--dp", "--logical_batch_size", LOGICAL_BATCH, *words, *device,
+            "-pdbs", 2 * args.per_device_batch_size, "--lora_r", args.lora_r, "--lora_dropout", 0, "-l", 20,
+            "--loss_on", "completion", "--dp", "--logical_batch_size", LOGICAL_BATCH, *words, *device,
         )  # fmt: skip
         checkpoints[arm] = models.find_checkpoints(tree)[-1]
-        words = ["--model", checkpoints[arm], "--input", real / "test.jsonl", "--arm", arm, "--max_new_tokens", 128]
-        output = out / f"generated_sequences_{arm}.jsonl"
-        written[arm] = build(generate, output, *words, "--training", placed, *seed, *device)
-    arms, texts = ([f"{arm}={one}" for arm, one in made.items()] for made in (checkpoints, written))
+        written[arm] = write(arm, checkpoints[arm])
+    untrained = {"base": model}  # its exposure of canaries it never saw, its text: what the arms started from
+    arms, texts = ([f"{arm}={one}" for arm, one in made.items()] for made in (checkpoints | untrained, written))
 
     held_out = real / "validation.jsonl"
     steps = {
         "canary": (canary_measure, ["--canaries", key, "--models", *arms, "--synthetic", *texts, "--references", 200]),
-        "fidelity": (fidelity, ["--real", held_out, "--train", placed, "--synthetic", *texts, "--num_rows", TEST]),
+        "fidelity": (
+            fidelity,
+            ["--real", held_out, "--train", placed, "--num_rows", TEST, "--synthetic", *texts,
+             f"base={write('base', model)}"],
+        ),
         "importance": (
             feature_importance,
             ["--real", placed, "--heldout", held_out, "--synthetic", *texts, "--num_rows", TEST, "--num_heldout", 500],
@@ -78,7 +89,7 @@ def run(args, out, record) -> str:
         "downstream": (
             downstream,
             ["-m", model, "--real", placed, "--heldout", held_out, "--synthetic", *texts, "--num_rows", TEST,
-             "--num_heldout", 500, "--num_seeds", 1, "-e", 3, "-lr", args.learning_rate, "-pdbs", 8, "-gas", 2,
+             "--num_heldout", 500, "--num_seeds", 1, "-e", 6, "-lr", args.learning_rate, "-pdbs", 4, "-gas", 1,
              "--lora_r", 16],
         ),
     }  # fmt: skip
@@ -94,11 +105,12 @@ def run(args, out, record) -> str:
     return report(rows)
 
 
-def make_split(folder: Path, n: int, train_rows: int, test_rows: int, seed: int) -> Path:
+def make_split(folder: Path, n: int, train_rows: int, test_rows: int, departments, seed: int) -> Path:
     """Fictional reviews as train, test and validation.jsonl in `folder`."""
     raw = folder.with_name(folder.name + "_raw")
     if not raw.is_dir():
-        call(make_reviews, "--output_dir", raw, "--reviews", n, "--products", PRODUCTS, "--seed", seed)
+        words = ["--reviews", n, "--products", PRODUCTS, "--departments", *departments, "--seed", seed]
+        call(make_reviews, "--output_dir", raw, *words)
     if not folder.is_dir():
         meta = next(raw.glob("meta_*.jsonl"))
         words = ["--reviews", meta.with_name(meta.name.removeprefix("meta_")), "--meta", meta, "--output_dir", folder]
@@ -108,10 +120,11 @@ def make_split(folder: Path, n: int, train_rows: int, test_rows: int, seed: int)
 
 def public_base(args, out: Path, device: list) -> Path:
     """The embedded model after PUBLIC_EPOCHS over public reviews."""
-    public = make_split(out / "public", 2 * PUBLIC, PUBLIC, 10, args.seed + 1)
+    departments = [name for name in make_reviews.DEPARTMENTS for _ in range(1 if name in PRIVATE else COMMON)]
+    public = make_split(out / "public", 2 * PUBLIC, PUBLIC, 10, departments, args.seed + 1)
     tree = train(
         "-m", args.model, "-i", public / "train.jsonl", "--output_root", out, "-pt", "full", "-e", PUBLIC_EPOCHS,
-        "-lr", PUBLIC_RATE, "-pdbs", 16, "-gas", 1, "-l", 50, "--seed", args.seed, *device,
+        "-lr", PUBLIC_RATE, "-pdbs", 8, "-gas", 1, "-l", 50, "--loss_on", "completion", "--seed", args.seed, *device,
     )  # fmt: skip
     base = out / "public-base"
     if not base.is_dir():
@@ -150,7 +163,7 @@ def report(rows: dict) -> str:
     """The study's tables in Markdown: privacy, fidelity, utility."""
     arms = list(rows["arms"])
     privacy = []
-    for arm in arms:
+    for arm in (*arms, "base"):
         mine = [line for line in rows["canary"] if line["arm"] == arm]
         exposure = {(line["kind"], line["repetitions"]): line["bits"] for line in mine if line["measure"] == "exposure"}
         bits = [f"{exposure['ladder', times]['median']:.1f}" for times in LADDER]
@@ -159,13 +172,16 @@ def report(rows: dict) -> str:
         text = [line for line in mine if line["measure"] == "audit_text"]
         whole = sum(line["exact"]["rows"] for line in mine if line["measure"] == "count" and line["part"] == "whole"
                     and line["kind"] in ("ladder", "share"))  # fmt: skip
+        if arm == "base":  # it read none of these reviews
+            privacy.append([arm, 0, *bits, f"{bound['lower']['95']:.2f}", "", f"{bound['auc']:.2f}", ""])
+            continue
         epsilon = rows["arms"][arm]["epsilon"]
         privacy.append([arm, "∞" if epsilon is None else f"{epsilon:.2f}", *bits, f"{bound['lower']['95']:.2f}",
                         f"{max(line['lower']['95'] for line in text):.2f}", f"{bound['auc']:.2f}", whole])  # fmt: skip
     compared = rows["fidelity"]["comparisons"]
     likeness = []
     for measure in MEASURES:
-        cells = [compared[arm]["measures"].get(measure) for arm in ("real", *arms)]
+        cells = [compared[arm]["measures"].get(measure) for arm in ("real", *arms, "base")]
         if all(cells):
             likeness.append(
                 [measure, *(f"{cell['value']:.3f} ({cell['low']:.3f}–{cell['high']:.3f})" for cell in cells)]
@@ -187,9 +203,9 @@ def report(rows: dict) -> str:
             table(heads, privacy),
             "",
             f"Fidelity: {rows['fidelity']['rows']} generated reviews against as many real ones; `real`: a second real "
-            "sample (95 % jackknife intervals).",
+            "sample, `base`: the model before it read any private review (95 % jackknife intervals).",
             "",
-            table(["", "real", *arms], likeness),
+            table(["", "real", *arms, "base"], likeness),
             "",
             "Utility: the base trained on each arm's rows rates held-out real reviews; word importance (Spearman) "
             "against real.",

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, make_rows, read_lines, run_script, write_rows
+from conftest import ROOT, kill_when_written, make_rows, read_lines, run_script, write_rows
 
 from common import records
 
@@ -200,3 +200,34 @@ def test_quickstart_study_privacy_in_small(tmp_path):
     assert [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")][2:] == [
         "base", "no noise, no clipping", "ε = 8", "ε = 1",
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_quickstart_study_reviews_in_small(tmp_path):
+    """Every step of System S on 100 training rows; killed and run again it keeps what stands; the table is complete."""
+    driver = tmp_path / "small.py"
+    driver.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import quickstart\nfrom studies import reviews\n"
+        "reviews.PUBLIC, reviews.PUBLIC_EPOCHS, reviews.REVIEWS, reviews.PRODUCTS = 60, 1, 500, 30\n"
+        "reviews.TRAIN, reviews.TEST, reviews.LADDER, reviews.CANARIES, reviews.AUDIT = 100, 45, (1, 4), 1, 20\n"
+        "sys.exit(quickstart.main())\n"
+    )
+    out = tmp_path / "out"
+    command = [sys.executable, str(driver), "--study", "reviews", "--output", str(out), "-e", "1"]
+    kill_when_written(command, out / "generated_sequences_no_dp.jsonl", 10)
+    assert (out / "generated_sequences_no_dp.jsonl").exists() and not (out / "summary.md").exists()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "nothing to do" in done.stdout and "built before, kept" in done.stdout
+    table = (out / "summary.md").read_text(encoding="utf-8")
+    assert table in done.stdout
+    firsts = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")]
+    assert firsts[2:6] == ["no_dp", "dp_8", "dp_1", "base"]
+    assert firsts[-6:] == ["real", "no_dp", "dp_8", "dp_1", "base", "majority"]
+    assert "Frechet distance" in firsts and "MAUVE (low, high: of 5 seeds)" in firsts
+    rows = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    epsilons = [rows["arms"][arm]["epsilon"] for arm in ("no_dp", "dp_8", "dp_1")]
+    assert epsilons[0] is None and 7.9 < epsilons[1] <= 8 and 0.97 < epsilons[2] <= 1
+    made = sorted(path.parent.parent.name for path in out.glob("public-base/*-dp-*/*/checkpoint-*"))
+    assert len(made) == 3 and len({path.name for path in out.glob("public-base/*-dp-*/*/checkpoint-*")}) == 1, made

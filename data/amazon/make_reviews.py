@@ -9,9 +9,10 @@ verified_purchase) and `meta_<Category>.jsonl` (main_category, title, average_ra
 description, price, images, store, categories, details, parent_asin), .gz with --gzip.
 
 Every product, brand and person is invented. A review speaks of its product (the noun and two of its parts) and in the
-tone of its rating, so a model can learn both. As in the published data: 63 % of the ratings are five stars, few users
-write many of the reviews, and there are empty texts, exact duplicates, HTML (`<br />`, `&#34;`, `&amp;`), products
-without categories and reviews whose product is missing. How many of each lies in the manifest, under `sampling`.
+tone of its rating, so a model can learn both; --departments chooses what the shop sells. As in the published data: 63 %
+of the ratings are five stars, few users write many of the reviews, and there are empty texts, exact duplicates, HTML
+(`<br />`, `&#34;`, `&amp;`), products without categories and reviews whose product is missing. How many of each lies in
+the manifest, under `sampling`.
 """
 
 import contextlib
@@ -74,6 +75,7 @@ KINDS = (
         ("bristles", "clean well", "fall out by the handful"), ("back", "grips the floor", "slides on tiles"),
         ("edge", "stays flat", "curls up"), ("print", "still looks new", "faded in a month"))),
 )  # fmt: skip
+DEPARTMENTS = sorted({path.split("|")[0] for _, path, _, _ in KINDS})
 TITLES = {
     5: ("Love this {noun}", "Excellent {noun}", "Perfect for {use}", "Best {noun} we ever had"),
     4: ("Very good {noun}", "Good {noun}, one small flaw", "Nearly perfect", "Happy with it"),
@@ -110,6 +112,13 @@ def make_parser() -> cli.Parser:
     parser.add_argument("--category", default="Fictional_Goods", help="the main category and name of the files")
     parser.add_argument("--reviews", type=cli.positive_int, default=10000, help="review lines")
     parser.add_argument("--products", type=cli.positive_int, default=600, help="product lines")
+    parser.add_argument(
+        "--departments",
+        nargs="+",
+        choices=DEPARTMENTS,
+        default=DEPARTMENTS,
+        help="departments that have products; one named twice has twice as many",
+    )
     parser.add_argument("--users", type=cli.non_negative_int, default=0, help="people; 0: one for two reviews")
     parser.add_argument("--gzip", action="store_true", help="write .jsonl.gz")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
@@ -121,8 +130,8 @@ def code(rng: random.Random, length: int) -> str:
     return "".join(rng.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ234567", k=length))
 
 
-def make_product(rng: random.Random, number: int, main: str) -> dict:
-    noun, path, _, parts = KINDS[number % len(KINDS)]
+def make_product(rng: random.Random, number: int, main: str, kind: tuple) -> dict:
+    noun, path, _, parts = kind
     brand = "".join(rng.choices(SYLLABLES, k=2)).title()
     quote = "&#34;" if rng.random() < HTML else " inch" if rng.random() < 0.3 else ""
     size = f", {rng.randint(5, 40)}{quote}" if quote else ""
@@ -143,9 +152,9 @@ def make_product(rng: random.Random, number: int, main: str) -> dict:
     }
 
 
-def make_text(rng: random.Random, rating: int, kind: int, brand: str) -> tuple[str, str]:
-    """(title, text) of a review in the tone of `rating` about a product of KINDS[kind]."""
-    noun, _, use, parts = KINDS[kind]
+def make_text(rng: random.Random, rating: int, kind: tuple, brand: str) -> tuple[str, str]:
+    """(title, text) of a review in the tone of `rating` about a product of a kind of KINDS."""
+    noun, _, use, parts = kind
     words = {"noun": noun, "use": use, "brand": brand}
     words |= {"person": rng.choice(PERSONS), "time": rng.choice(TIMES), "colour": rng.choice(COLOURS)}
     sentences = [rng.choice(OPENINGS)] if rng.random() < 0.8 else []
@@ -161,10 +170,10 @@ def make_text(rng: random.Random, rating: int, kind: int, brand: str) -> tuple[s
     return rng.choice(TITLES[rating]).format(**words), separator.join(sentences).format(**words)
 
 
-def make_review(rng: random.Random, products: list[dict], users: list[str], counts: Counter) -> dict:
+def make_review(rng: random.Random, products: list[dict], kinds: list[tuple], users: list[str], counts) -> dict:
     rating = rng.choices(list(RATINGS), weights=list(RATINGS.values()))[0]
     number = int(len(products) * rng.random() ** 2)  # few products have many of the reviews, so have few users
-    title, text = make_text(rng, rating, number % len(KINDS), products[number]["store"])
+    title, text = make_text(rng, rating, kinds[number % len(kinds)], products[number]["store"])
     asin = products[number]["parent_asin"]
     if rng.random() < EMPTY:
         text, counts["empty"] = rng.choice(("", "  ", "<br />")), counts["empty"] + 1
@@ -203,7 +212,8 @@ def run(args) -> dict:
     problems.check()
 
     rng = random.Random(args.seed)
-    products = [make_product(rng, number, args.category) for number in range(args.products)]
+    kinds = [kind for kind in KINDS for _ in range(args.departments.count(kind[1].split("|")[0]))]
+    products = [make_product(rng, number, args.category, kinds[number % len(kinds)]) for number in range(args.products)]
     users = [f"A{code(rng, 27)}" for _ in range(args.users or max(1, args.reviews // 2))]
     counts, last = Counter(), None
     for path, rows in ((meta, args.products), (reviews, args.reviews)):
@@ -216,7 +226,7 @@ def run(args) -> dict:
                         line, counts["duplicates"] = last, counts["duplicates"] + 1
                     else:
                         spoiled = counts["empty"] + counts["missing product"]
-                        line = dumps(make_review(rng, products, users, counts))
+                        line = dumps(make_review(rng, products, kinds, users, counts))
                         last = line if counts["empty"] + counts["missing product"] == spoiled else None
                     out.write(line.encode() + b"\n")
             manifest_path(path).unlink(missing_ok=True)  # it describes the file that is now replaced
