@@ -95,7 +95,7 @@ def _blind(line: dict, flag: str) -> str:
 
 def dropped(study: Study):
     places: dict[str, str] = {}
-    for area in ("extraction", "perplexity", "mia", "fidelity", "utility", "importance", "canary"):
+    for area in ("extraction", "perplexity", "mia", "fidelity", "utility", "importance", "human", "canary"):
         for row in study.select(area, n_dropped=lambda n: bool(n)):
             places.setdefault(row.source, f"{row.source}: {row.n_dropped:,} of {row.n_requested or 0:,}")
     if places:

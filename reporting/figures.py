@@ -78,6 +78,7 @@ BUILDERS = (
     synthetic.fidelity,
     synthetic.utility,
     synthetic.importance,
+    synthetic.human,
     training,
 )
 

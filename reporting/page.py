@@ -309,7 +309,9 @@ def section_tables(study: Study, section: str) -> str:
         first = plain_table(pick("utility"), "Train on synthetic, test on real", heads)
         heads = {"<Measure": lambda row: row.metric, "<Arm": _who}
         second = plain_table(pick("importance"), "Feature importance consistency", heads)
-        return folded("Every score", first) + folded("Feature importance", second)
+        heads = {"<Label": lambda row: row.metric, "<Arm": _who, "<Rater": lambda row: row.template or "all"}
+        third = plain_table(pick("human"), "Human evaluation of blinded rows", heads)
+        return folded("Every score", first) + folded("Feature importance", second) + folded("Human evaluation", third)
     return ""
 
 

@@ -26,6 +26,7 @@ KINDS = {
     "fidelity": re.compile(r"results_fidelity\.json$"),
     "utility": re.compile(r"results_utility\.jsonl$"),
     "importance": re.compile(r"feature_importance\.json$"),
+    "human": re.compile(r"human_evaluation\.json$"),
     "run": re.compile(r"run(_(?!plot_results)\w+)?\.json$"),
     "metrics": re.compile(r"metrics\.jsonl$"),
     "privacy": re.compile(r"privacy\.json$"),
@@ -361,6 +362,7 @@ def read(directories: list[Path], output: Path | None = None) -> Study:
         "fidelity": rows.fidelity_rows,
         "utility": rows.utility_rows,
         "importance": rows.importance_rows,
+        "human": rows.human_rows,
         "privacy": rows.privacy_rows,
     }
     for kind, convert in converters.items():

@@ -210,6 +210,25 @@ def importance_rows(content: dict, study: Study, models: Models, path: Path, num
     return made
 
 
+def human_rows(content: dict, study: Study, models: Models, path: Path, number: int) -> list[Row]:
+    """Share of each label an arm and rater; agreement of several raters."""
+    made = []
+    for arm, found in content["arms"].items():
+        for place, sheet in enumerate(found["sheets"], 1):
+            for label in content["labels"]:
+                count, n = sheet[label]["count"], found["n_scored"]
+                low, high = sheet[label]["ci95"] or (None, None)
+                made.append(Row("human", label, count / n if n else None, low, high, "Clopper–Pearson 95 %", count, n,
+                                found["n_requested"], found["n_dropped"], None if n else "no row", arm=arm,
+                                template=f"sheet {place}", group=study.shown(path)))  # fmt: skip
+    if content["agreement"]:
+        value = content["agreement"]["fleiss_kappa"]
+        undefined = "every label is the same" if value is None else None
+        n = sum(found["n_scored"] for found in content["arms"].values())
+        made.append(Row("human", "Fleiss κ", value, n=n, undefined=undefined, role="baseline", group=study.shown(path)))
+    return made
+
+
 def privacy_rows(content: dict, study: Study, models: Models, path: Path, number: int) -> list[Row]:
     """ε of one checkpoint by both accountants. No noise: undefined."""
     made = []

@@ -250,6 +250,24 @@ def _utility(metric, words, rows, look):
     return Panel(words, draw, (3.0, 0.9 + 0.38 * len(arms)))
 
 
+def human(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
+    """Share of each label of the blinded sheets; a dot a rater."""
+    made = []
+    every = study.select("human", role="target")
+    for place, group in enumerate(list(dict.fromkeys(row.group for row in every))[:MOST_GROUPS]):
+        rows = [row for row in every if row.group == group and row.value is not None]
+        labels = list(dict.fromkeys(row.metric for row in rows))
+        panels = [dots(label.capitalize(), [row for row in rows if row.metric == label], look, form="{:.0%}")
+                  for label in labels]  # fmt: skip
+        kappa = [row.value for row in study.select("human", "Fleiss κ", group=group) if row.value is not None]
+        agree = f" Agreement of the raters: Fleiss κ {kappa[0]:.2f}." if kappa else ""
+        caption = f"{group}. Share of blinded rows with each label, a dot a rater; 95 % Clopper–Pearson.{agree}"
+        told = "; ".join(f"{row.metric}: {row.arm}, {row.template} {interval_text(row)}" for row in rows)
+        if panels:
+            made.append(Figure(name_of("human", place), "Human evaluation", caption, told, panels, [], 3, "utility"))
+    return made
+
+
 def importance(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
     made = []
     every = study.select("importance")

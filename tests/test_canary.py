@@ -285,8 +285,12 @@ def test_secret_nll_is_that_of_a_plain_pass(arch, models):
 @pytest.fixture(scope="module")
 def learned(models, tmp_path_factory):
     """(key file, checkpoint): a tiny model trained until it knows canaries placed 12 times; 24 audit canaries."""
-    folder = tmp_path_factory.mktemp("learned")
-    make(folder, make_reviews(64), "--repetitions", 1, 12, "--canaries", 2, "--audit", 24, "--within", 60)
+    return learn(tmp_path_factory.mktemp("learned"), models)
+
+
+def learn(folder, models, *flags):
+    placed = ["--repetitions", 1, 12, "--canaries", 2, "--audit", 24, "--within", 60]
+    make(folder, make_reviews(64), *placed, *flags)
     flags = ["-m", models["llama"], "-i", folder / "train_canaries.jsonl", "-e", 14, "-pdbs", 8, "-gas", 1]
     flags += ["-lr", 1e-2, "--lora_r", 16, "--loss_on", "completion", "--output_root", folder / "runs"]
     assert run_peft.main([str(flag) for flag in flags]) == 0
@@ -320,6 +324,22 @@ def test_a_model_that_learned_is_seen_to_have(learned, models, tmp_path):
     assert len(rows) == 2 * (24 + 4 + 4) and not any("sentence" in row or "secret" in row for row in rows)
     with pytest.raises(UserError, match="--overwrite"):
         measure.main([str(word) for word in [*words, "--output_dir", tmp_path]])
+
+
+def test_a_model_that_learned_text_canaries_is_seen_to_have(models, tmp_path):
+    """Words drawn one by one after a review's own opening, from injection to exposure: no person in any canary."""
+    key, checkpoint = learn(tmp_path, models, "--secret", "text")
+    header, *canaries = read_lines(key)
+    assert header["secret"] == "text" and all(set(one["secret"].split()) <= set(header["words"]) for one in canaries)
+    assert not any(one["parts"] for one in canaries)
+    words = ["--canaries", key, "--models", f"lora={checkpoint}", f"base={models['llama']}", "--references", 255]
+    assert measure.main([str(word) for word in [*words, "--output_dir", tmp_path / "out"]]) == 0
+    lines = read_lines(tmp_path / "out/results_canary.jsonl")
+    often = by(lines, "exposure", arm="lora", repetitions=12)[0]
+    assert often["ceiling"] == 8 and often["space_bits"] == pytest.approx(8 * math.log2(len(header["words"])))
+    assert often["bits"]["mean"] > 6 > 5 > by(lines, "exposure", arm="lora", kind="held_out")[0]["bits"]["mean"]
+    assert by(lines, "exposure", arm="base", repetitions=12)[0]["bits"]["mean"] < 5
+    assert by(lines, "audit", arm="lora")[0]["n_scored"] == 24
 
 
 def test_a_key_of_another_file_is_refused(learned, tmp_path):

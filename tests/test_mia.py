@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 import time
 import zlib
 
@@ -298,6 +300,37 @@ def test_a_killed_run_keeps_its_finished_rounds(adapters, sets, tmp_path, monkey
     assert 0 < record["passes"]["texts_scored"] < 48
     _, whole = run_on(tmp_path / "whole", adapters["neox", "lora"], sets, "--attacks", "loss")
     same_scores(rows, whole)
+
+
+def test_kill_and_run_again(adapters, sets, tmp_path):
+    """kill -9 once a round stands on disk; the next run takes that round from the cache and scores the rest."""
+    members, nonmembers = sets
+    driver = tmp_path / "rounds.py"
+    driver.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from mia import mia, passes\npasses.ROUND_TOKENS = 200\nsys.exit(mia.main())\n"
+    )
+    words = ["--model", adapters["neox", "lora"], "--members", members, "--nonmembers", nonmembers]
+    words += ["--attacks", "loss", "ref", "--bootstrap", "50", "--output_dir"]
+    command = [sys.executable, driver, *words, tmp_path / "broken"]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if any((tmp_path / "broken").rglob("*.npz")):
+            break
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    kept = len(list((tmp_path / "broken").rglob("*.npz")))
+    assert kept and not (tmp_path / "broken/results_mia.jsonl").exists()
+    for name in ("broken", "whole"):
+        done = subprocess.run([str(word) for word in [*command[:-1], tmp_path / name]], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    scored = [json.loads((tmp_path / name / "run_mia.json").read_text())["passes"]["texts_scored"]
+              for name in ("broken", "whole")]  # fmt: skip
+    assert 0 < scored[0] < scored[1]
+    for name in ("scores_mia.jsonl", "results_mia.jsonl"):
+        assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 # ---- what is scored

@@ -141,6 +141,10 @@ def synthetic_tree(root: Path) -> Path:
         for arm, v in (("real", 0.95), ("no_dp", 0.4), ("dp", 0.6), ("null", 0.01))
     }  # fmt: skip
     put(root / "utility" / "feature_importance.json", {"rows": 300, "heldout_rows": 200, "words": 50, "arms": found})
+    cells = {name: {"count": n, "ci95": [n / 60, n / 40]} for name, n in (("good", 30), ("gibberish", 20))}
+    sheets = {"n_requested": 50, "n_scored": 50, "n_dropped": 0, "sheets": [cells, cells]}
+    human = {"schema": 1, "labels": ["good", "gibberish"], "arms": {"no_dp": sheets, "dp": sheets}}
+    put(root / "human" / "human_evaluation.json", human | {"agreement": {"fleiss_kappa": 0.75, "cohen_kappa": []}})
     canaries = []
     for arm, factor in (("no_dp", 1), ("with_dp", 0.3)):
         for repetitions in (16, 4, 1, 0):
@@ -287,6 +291,9 @@ def test_synthetic_study_in_the_table(tmp_path):
     assert (row["value"], row["low"], row["high"], row["n"]) == ("0.62", "0.61", "0.62", "2")
     (row,) = rows_with(rows, area="importance", metric="spearman", arm="dp")
     assert row["value"] == "0.6" and row["interval"] == "range over 2 draws"
+    (row,) = rows_with(rows, area="human", metric="good", arm="dp", template="sheet 2")
+    assert (row["value"], row["count"], row["n"], row["low"]) == ("0.6", "30", "50", "0.5")
+    assert "Fleiss κ 0.75" in page
     (row,) = rows_with(rows, metric="exposure", arm="no_dp", repetitions="16")
     assert (row["value"], row["interval"]) == ("9.0", "quartiles over canaries")  # 1 + 16 / 2
     place = "tiny/synthetic-{}-lora/0e+00_2e-06/checkpoint-20/privacy.json"
@@ -295,7 +302,8 @@ def test_synthetic_study_in_the_table(tmp_path):
     (row,) = rows_with(rows, metric="ε upper (PRV)", file=place.format("no_dp"))
     assert row["value"] == "" and row["undefined"] == "no noise: ε is infinite"
     titles = re.findall(r"<figure id=\"fig-(\w+)", page)
-    assert titles == ["epsilon", "exposure", "canary_counts", "fidelity", "utility", "importance", "training"]
+    assert titles == ["epsilon", "exposure", "canary_counts", "fidelity", "utility", "importance", "human",
+                      "training"]  # fmt: skip
 
 
 def test_canaries_of_two_files_are_not_joined(tmp_path):
