@@ -14,7 +14,7 @@ class Encoded:
     texts: list[str]  # cut to the tokens
     tokens: list[list[int]]
     lower: list[list[int]]
-    specials: int  # leading special tokens, which the tokenizer puts before every text
+    specials: list[int]  # the special tokens that the tokenizer puts before every text
     cut: int  # texts that were cut
 
 
@@ -28,13 +28,22 @@ def encode(tokenizer, texts: list[str], limit: int) -> Encoded:
         tokens.append(ids[:limit])
         shown.append(text)
     lower = [ids[:limit] for ids in tokenizer([text.lower() for text in shown], verbose=False).input_ids]
-    return Encoded(shown, tokens, lower, len(tokenizer("").input_ids), cut)
+    return Encoded(shown, tokens, lower, leading_specials(tokenizer), cut)
 
 
-def make_prefix(tokenizer, shots: list[str], specials: int, limit: int, room: int) -> tuple[list[int], int]:
-    """(tokens of as many shots as fit into `room`, each at most `limit` tokens and ended by a newline; how many)."""
+def leading_specials(tokenizer) -> list[int]:
+    """The special tokens before a text; those after it (an EOS) are not among them."""
+    coded = tokenizer("a", return_special_tokens_mask=True)
+    return coded.input_ids[: coded.special_tokens_mask.index(0)]
+
+
+def make_prefix(tokenizer, shots: list[str], specials: list[int], limit: int, room: int) -> tuple[list[int], int]:
+    """(tokens of as many shots as fit into `room`, each at most `limit` tokens and ended by a newline; how many).
+
+    It begins with `specials`, as a text does; special tokens that the tokenizer puts after a text are left out.
+    """
     newline = tokenizer("\n", add_special_tokens=False).input_ids
-    prefix, used = tokenizer("").input_ids[:specials], 0
+    prefix, used = list(specials), 0
     for shot in shots:
         ids = tokenizer(shot, add_special_tokens=False, verbose=False).input_ids[:limit]
         if len(prefix) + len(ids) + len(newline) > room:
@@ -85,7 +94,8 @@ def gather(passes, ref, tokenizer, study: Study, args, gradients: bool) -> Evide
             prefix, used = make_prefix(tokenizer, shots, encoded.specials, args.max_length, room)
             evidence.shots[name] = used
             if used:
-                evidence.after[name] = over(scored, passes.after_prefix(ref, sequences, prefix, encoded.specials))
+                skip = min(1, len(encoded.specials))  # a second one is scored, so it stays before the text
+                evidence.after[name] = over(scored, passes.after_prefix(ref, sequences, prefix, skip))
     if "neighborhood" in wanted:
         chosen = [encoded.texts[index] for index in scored]
         found = passes.neighbours(ref, sequences, chosen, tokenizer, min(args.max_length, context), args.seed,

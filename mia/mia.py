@@ -10,6 +10,9 @@ Leaves results_mia.jsonl (a line an attack), scores_mia.jsonl (a line a text, me
 roc_mia.png and run_mia.json, which has the set-level test. Every score: higher = more likely a member.
 Controls always run: baselines that never see the model, the same attacks on the base model, texts that stand nearly
 alike in both sets. A set that fails one is flagged in every line, in the table and in the figure.
+Where run_peft.py's run.json stands beside a checkpoint, only rows that it was trained on are members (with --dir: that
+all were) and rows that it was trained on are no non-members; `members_trained` is false for a run on another file than
+--members, null where no run.json tells.
 """
 
 import argparse
@@ -17,6 +20,7 @@ import gc
 import json
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -143,7 +147,7 @@ def prepare(args, problems: cli.Problems) -> Study | None:
     before = len(problems.lines)
     args.members = str(records.default_dataset(args.members))
     attacks = choose_attacks(args, problems)
-    members, nonmembers = read_sets(args, problems)
+    members, nonmembers, trained, not_trained = read_sets(args, problems)
     shots, member_shots = choose_shots(args, attacks, members, nonmembers, problems)
     corpus = None
     if args.freq_corpus:
@@ -160,6 +164,7 @@ def prepare(args, problems: cli.Problems) -> Study | None:
     both = [*shots, *member_shots]
     members, nonmembers = without(members, both), without(nonmembers, both)
     counts["prefix_rows_excluded"] = sum(counts.values()) - len(members) - len(nonmembers)
+    counts["members_not_trained"] = not_trained
     members, nonmembers = (sample(items, args.max_samples, args.seed) for items in (members, nonmembers))
     if min(len(members), len(nonmembers)) < 2:
         problems.add(f"{len(members)} members and {len(nonmembers)} non-members are left beside the shots: too few")
@@ -186,6 +191,7 @@ def prepare(args, problems: cli.Problems) -> Study | None:
         corpus=corpus,
         inputs=[str(path) for path in dict.fromkeys(inputs) if path],
         counts=counts,
+        trained=trained,
         duplicates=[(member, len(members) + other) for member, other in pairs],
     )
 
@@ -221,26 +227,33 @@ def measure(ref, study: Study, args, world, folder, passes, name: str) -> list[d
         tokenizer = models.load_tokenizer(ref)
         before = passes.scored
         evidence = gather(passes, ref, tokenizer, study, args, gradients=True)
-        reference = other = None
-        if args.ref_model:
-            other = models.find_model(args.ref_model, None, None, "--ref_model")
-            reference = gather(passes, other, models.load_tokenizer(other, "--ref_model"), study, args, gradients=False)
-        elif ref.adapter:
+        alone = replace(study, attacks=[attack for attack in study.attacks if attack not in AGAINST_BASE])
+        base = reference = other = None
+        if ref.adapter:
             other = models.ModelRef(ref.base, ref.base, None, ref.revision)
-            reference = gather(passes, other, tokenizer, study, args, gradients=False)
+            base = reference = gather(passes, other, tokenizer, alone, args, gradients=False)
+        if args.ref_model:
+            other, against = models.find_model(args.ref_model, None, None, "--ref_model"), list(AGAINST_BASE)
+            its_own = models.load_tokenizer(other, "--ref_model")
+            reference = gather(passes, other, its_own, replace(study, attacks=against), args, gradients=False)
         passes.close()
+        trained = study.trained.get(Path(ref.adapter or ref.base).expanduser().resolve())
+        if trained is False and world.main:
+            print(f"{ref.name}: was trained on another file than --members {args.members}", file=sys.stderr)
         info = {
             "model": ref.name,
             "base_model": ref.base if ref.adapter else None,
             "reference": other.name if other else None,
             "model_sha256": models.weights_sha256(ref) if world.main else None,
             "members": args.members,
+            "members_trained": trained,
             "nonmembers": args.nonmembers,
             "max_length": args.max_length,
             "dtype": str(passes.dtype).removeprefix("torch."),
             "bootstrap": args.bootstrap,
             "seed": args.seed,
         }
+        record["members_trained"] = trained
         record["passes"] = {"texts_scored": passes.scored - before}
 
         def finish():
@@ -249,12 +262,8 @@ def measure(ref, study: Study, args, world, folder, passes, name: str) -> list[d
             frequencies = count_tokens(tokenizer, study.corpus) if study.corpus else None
             found, reasons = score_texts(study, args, evidence, reference, frequencies)
             base_scores, base_reasons = {}, {}
-            if reference:
-                alone = [attack for attack in study.attacks if attack not in AGAINST_BASE]
-                if args.ref_model and "dc_pdd" in alone:
-                    frequencies = count_tokens(models.load_tokenizer(other), study.corpus)
-                part = Study(study.texts, study.ids, study.labels, alone)
-                base_scores, base_reasons = score_texts(part, args, reference, None, frequencies)
+            if base:
+                base_scores, base_reasons = score_texts(alone, args, base, None, frequencies)
             lines, rows, kept = report(study, args, info, found, reasons, evidence, base_scores, base_reasons)
             for key, value in kept.items():
                 record[key] = value

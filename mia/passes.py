@@ -8,6 +8,9 @@ import contextlib
 import copy
 import gc
 import hashlib
+import io
+import sys
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -61,13 +64,19 @@ class Cache:
         self.folder = Path(folder)
 
     def load(self, group: str) -> dict:
+        """{key: array} of every whole file; a damaged one is removed, so that its arrays are computed again."""
         import numpy as np
 
         known = {}
         for file in sorted((self.folder / group).glob("*.npz")):
-            with np.load(file) as part:
-                arrays = np.split(part["values"], np.cumsum(part["counts"])[:-1])
-                known.update(zip(part["keys"].tolist(), arrays))
+            content = io.BytesIO(file.read_bytes())  # an error of the disk is no damage
+            try:
+                with np.load(content) as part:
+                    arrays = np.split(part["values"], np.cumsum(part["counts"])[:-1])
+                    known.update(zip(part["keys"].tolist(), arrays))
+            except (zipfile.BadZipFile, KeyError, ValueError, EOFError, RuntimeError, OSError) as error:
+                print(f"{file}: damaged ({error}); removed, its passes run again", file=sys.stderr)
+                file.unlink()
         return known
 
     def save(self, group: str, items: dict) -> None:
@@ -181,7 +190,7 @@ class Passes:
     def after_prefix(self, ref, sequences, prefix: list[int], skip: int) -> list:
         """[T − 1] log p of tokens 2 … T of each sequence after `prefix`, which is encoded once.
 
-        skip: leading special tokens of each sequence, left out between prefix and text.
+        skip: 1 where each sequence begins with a special token, which is left out between prefix and text, else 0.
         """
 
         def compute(model, indices):

@@ -6,6 +6,7 @@ from mia.evidence import Evidence
 from mia.texts import Study
 
 AGAINST_BASE = ("ref", "ez", "wbc")  # these compare with the base, so the base has none itself
+NO_BASE = "no base known: the model has no adapter"
 HEADLINE = "ref"  # at 1 % FPR, fixed in advance
 DRAWN = ("loss", "zlib", "lowercase", "ref", "min_k_20", "min_k_pp_20", "surp", "recall", "con_recall", "dc_pdd",
          "neighborhood", "neighborhood_self", "grad_norm", "ez", "wbc", "combine")  # fmt: skip
@@ -108,7 +109,7 @@ def report(study: Study, args, info: dict, found, reasons, evidence, base_scores
         other = base_scores.get(attack)
         if other is None or not any(value is not None for value in other):
             kept = sorted(set(base_reasons.get(attack, {}).values()))
-            missing = "compares with the base" if attack in AGAINST_BASE and base_scores else "no reference model"
+            missing = "compares with the base" if attack in AGAINST_BASE and info["base_model"] else NO_BASE
             base = {"auc": None, "auc_ci": None, "auc_ci99": None, "undefined": kept[0] if kept else missing}
         else:
             summary = metrics.summarize(*by_class(other, study.labels), draws)

@@ -1,9 +1,10 @@
 """The two sets of texts and what goes with them: reading, sampling, shots, what must not be scored."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import cli, records
+from common import cli, models, records, results
 
 SHOTS = 12
 
@@ -22,6 +23,7 @@ class Study:
     inputs: list[str] = field(default_factory=list)
     counts: dict = field(default_factory=dict)  # what was left out, and why
     duplicates: list[tuple[int, int]] = field(default_factory=list)  # (member, non-member), indices into texts
+    trained: dict = field(default_factory=dict)  # folder of a model → was it trained on --members? None: unknown
     blind: dict = field(default_factory=dict)  # baseline → [n] or None, made by the first measurement
 
 
@@ -42,21 +44,80 @@ def read_texts(path, text_field, problems: cli.Problems, flag: str) -> tuple[lis
     return rows, texts, manifest
 
 
-def read_sets(args, problems: cli.Problems) -> tuple[list[tuple], list[tuple]]:
-    """([(id, text)] of the members, of the non-members)."""
+def read_training(folder: Path) -> dict | None:
+    """The run.json that run_peft.py left beside a checkpoint-*; None without one."""
+    file = folder.parent / "run.json"
+    if not folder.name.startswith("checkpoint-") or not file.is_file():
+        return None
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise cli.UserError(f"{file}: not JSON ({error}); remove it if it is lost") from None
+    return record if "train_rows" in record.get("args", {}) and record.get("inputs") else None
+
+
+def trained_rows(rows: list[dict], manifest: dict | None, train_rows: int | None, eval_rows: int) -> set[int]:
+    """Indices of the rows that run_peft.py trains on with --train_rows and --eval_rows."""
+    if train_rows is not None:
+        return set(range(len(rows) - train_rows, len(rows)))
+    held = 0 if records.shape_of(rows[0]) == "enron" else eval_rows  # of other files the first rows are held out
+    return {index for index in records.split(rows, manifest).train if index >= held}
+
+
+def trainings(args, path, rows, manifest, problems: cli.Problems) -> tuple[dict, list[set[int]]]:
+    """({folder: was its model trained on this file? None: unknown}, the rows of each model that was).
+
+    Folders: --model, or every checkpoint-* below --dir. A file is told by its SHA-256. Unknown too: a model whose run
+    counted other rows than --train_rows and --eval_rows now choose, because the manifest's split has changed since.
+    """
+    known, chosen = {}, []
+    targets = [args.model] if args.model else models.find_checkpoints(args.dir) if args.dir else []
+    for target in targets:
+        folder = Path(target).expanduser().resolve()
+        record = problems.absorb(read_training, folder)
+        known[folder] = None
+        if record and record["inputs"][0]["sha256"] != results.sha256(path):
+            known[folder] = False
+        elif record:
+            found = trained_rows(rows, manifest, record["args"]["train_rows"], record["args"].get("eval_rows") or 0)
+            if record.get("rows", {}).get("train", len(found)) == len(found):
+                known[folder] = True
+                chosen.append(found)
+    return known, chosen
+
+
+def read_sets(args, problems: cli.Problems) -> tuple[list[tuple], list[tuple], dict, int]:
+    """([(id, text)] of the members, of the non-members, `trainings` of --members, rows left out as not trained on).
+
+    Where run.json tells what was trained on, members are rows that every such model was trained on, and non-members
+    rows that none was.
+    """
     rows, texts, manifest = read_texts(args.members, args.text_field, problems, "--members")
     known = [(row.get("row_id", index), text) for index, (row, text) in enumerate(zip(rows, texts))]
+    trained, chosen = trainings(args, args.members, rows, manifest, problems) if rows else ({}, [])
+
+    def members(indices) -> tuple[list[tuple], int]:
+        kept = [index for index in indices if all(index in one for one in chosen)]
+        return [known[index] for index in kept], len(indices) - len(kept)
+
     if args.nonmembers and Path(args.nonmembers).absolute() != Path(args.members).absolute():
-        others, texts, _ = read_texts(args.nonmembers, args.text_field, problems, "--nonmembers")
-        return known, [(row.get("row_id", index), text) for index, (row, text) in enumerate(zip(others, texts))]
+        others, texts, manifest = read_texts(args.nonmembers, args.text_field, problems, "--nonmembers")
+        # a broken run.json is told of once
+        _, seen = trainings(args, args.nonmembers, others, manifest, cli.Problems()) if others else ({}, [])
+        rest = [(row.get("row_id", index), text) for index, (row, text) in enumerate(zip(others, texts))
+                if not any(index in one for one in seen)]  # fmt: skip
+        kept, left_out = members(range(len(known)))
+        return kept, rest, trained, left_out
     if not rows:
-        return [], []
+        return [], [], {}, 0
     if records.shape_of(rows[0]) != "enron":
         problems.add(f"{args.members}: only files with gt-name are split into trained and held-out rows; "
                      "pass another file as --nonmembers")  # fmt: skip
-        return [], []
+        return [], [], {}, 0
     split = records.split(rows, manifest)
-    return [known[index] for index in split.train], [known[index] for index in split.head]
+    head = [known[index] for index in split.head if not any(index in one for one in chosen)]
+    kept, left_out = members(sorted({*split.train, *(set.intersection(*chosen) if chosen else ())}))
+    return kept, head, trained, left_out
 
 
 def sample(items: list, n: int | None, seed: int) -> list:

@@ -1,5 +1,6 @@
 """mia/mia.py: scores against stock transformers and peft in float64, controls, files, cache, ranks, bad input."""
 
+import hashlib
 import json
 import math
 import shutil
@@ -13,7 +14,7 @@ import pytest
 from conftest import ARCHITECTURES, ROOT, make_rows, read_lines, run_script, write_rows
 
 from common import cli
-from mia import evidence, neighbours, passes, scores
+from mia import evidence, neighbours, passes, scores, texts
 from mia import mia as script
 from mia import report as reporting
 
@@ -23,8 +24,8 @@ BLIND = ["blind_length", "blind_zlib", "blind_bow", "blind_tfidf"]
 FIELDS = {
     "attack", "headline", "parameters", "auc", "auc_ci", "tpr_at_fpr", "tpr_at_fpr_ci", "points", "undefined",
     "n_requested", "n_scored", "n_dropped", "dropped", "n_members", "n_nonmembers", "blind", "base", "near_duplicates",
-    "flags", "model", "base_model", "reference", "model_sha256", "members", "nonmembers", "max_length", "dtype",
-    "bootstrap", "seed",
+    "flags", "model", "base_model", "reference", "model_sha256", "members", "members_trained", "nonmembers",
+    "max_length", "dtype", "bootstrap", "seed",
 }  # fmt: skip
 
 
@@ -177,6 +178,7 @@ def test_files_lines_and_fields(adapters, sets, tmp_path):
         pairs = [(m > n) + 0.5 * (m == n) for m, one in kept if one for n, other in kept if not other]
         assert line["auc"] == pytest.approx(np.mean(pairs))
     record = json.loads((tmp_path / "run_mia.json").read_text())
+    assert record["members_trained"] is None  # no run.json beside the adapter
     assert record["status"] == "ok" and set(record["dataset_inference"]) == {"target", "base", "blind"}
     written = "".join(path.read_text() for path in tmp_path.glob("*.json*"))
     assert not any(row["gt-email"] in written or row["gt-name"] in written for row in read_lines(sets[0]))
@@ -193,6 +195,58 @@ def test_base_auc_is_that_of_the_base_itself(models, adapters, sets, tmp_path):
             assert alone[line["attack"]]["dropped"] == {"no reference model": 24}
         else:
             assert line["base"]["auc"] == alone[line["attack"]]["auc"]
+
+
+def test_a_reference_model_is_not_the_base(models, adapters, sets, tmp_path):
+    """`base` is the model before fine-tuning, whatever --ref_model is; of a full model nobody knows it."""
+    words = ("--attacks", "core", "--ref_model", models["llama"])
+    own, _ = run_on(tmp_path / "own", adapters["neox", "lora"], sets)
+    other, _ = run_on(tmp_path / "other", adapters["neox", "lora"], sets, *words)
+    assert [line["base"] for line in other] == [line["base"] for line in own]
+    assert other[0]["reference"] == str(models["llama"]) != own[0]["reference"]
+    found = [{line["attack"]: line["auc"] for line in lines} for lines in (own, other)]
+    assert found[0]["loss"] == found[1]["loss"] and found[0]["ref"] != found[1]["ref"]
+    whole, _ = run_on(tmp_path / "whole", models["neox"], sets, *words)
+    for line in whole:
+        assert line["auc"] is not None and line["base"]["auc"] is None
+        assert line["base"]["undefined"] == "no base known: the model has no adapter"
+    assert json.loads((tmp_path / "whole" / "run_mia.json").read_text())["dataset_inference"]["base"] is None
+
+
+@pytest.mark.parametrize("before, after", ((1, 0), (1, 1), (0, 1), (2, 0)))
+def test_recall_where_special_tokens_stand_around_a_text(models, sets, tmp_path, before, after):
+    """ℓ(x|P) by whole float64 logits: the tokens of ℓ(x), after shots without the EOS that ends a text."""
+    import torch
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = shutil.copytree(models["llama"], tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    eos, mark = tokenizer.eos_token, [tokenizer.eos_token_id]
+    template = " ".join([eos] * before + ["$A"] + [eos] * after)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=[(eos, *mark)])
+    tokenizer.save_pretrained(folder)
+    short = [{"text": text[:40]} for text in map(_text, make_rows(3, seed=60))]
+    shots = write_rows(tmp_path / "shots.jsonl", short)
+    _, rows = run_on(tmp_path / "out", folder, sets, "--attacks", "recall", "loss", "--prefix_file", shots)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+
+    def bare(text):
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    def mean(ids, n):
+        with torch.no_grad():
+            logs = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        return logs.gather(1, torch.tensor(ids[1:])[:, None])[-n:].mean().item()
+
+    prefix = mark * before + [token for row in short for token in bare(row["text"]) + bare("\n")]
+    for row, text in list(zip(rows, texts_of(sets[0]) + texts_of(sets[1])))[::7]:
+        ids = mark * before + bare(text) + mark * after
+        assert tokenizer(text).input_ids == ids
+        loss = mean(ids, len(ids) - 1)
+        assert row["loss"] == pytest.approx(loss, rel=1e-5)
+        given = mean(prefix + ids[min(1, before) :], len(ids) - 1)
+        assert row["recall"] == pytest.approx(given / loss, rel=1e-5)
 
 
 def test_a_reference_model_of_other_tokens(models, sets, tmp_path):
@@ -302,6 +356,22 @@ def test_a_killed_run_keeps_its_finished_rounds(adapters, sets, tmp_path, monkey
     same_scores(rows, whole)
 
 
+@pytest.mark.parametrize("damage", (lambda data: data[:-40], lambda data: b"", lambda data: b"x" + data[1:]))
+def test_a_damaged_cache_file_is_made_again(adapters, sets, tmp_path, capsys, damage):
+    words = (adapters["neox", "lora"], sets, "--attacks", "loss", "ref")
+    run_on(tmp_path, *words)
+    whole = (tmp_path / "scores_mia.jsonl").read_bytes()
+    file = sorted((tmp_path / "mia_cache").rglob("*.npz"))[0]
+    content = file.read_bytes()
+    file.write_bytes(damage(content))
+    capsys.readouterr()
+    run_on(tmp_path, *words)
+    assert f"{file}: damaged" in capsys.readouterr().err
+    assert (tmp_path / "scores_mia.jsonl").read_bytes() == whole
+    assert json.loads((tmp_path / "run_mia.json").read_text())["passes"] == {"texts_scored": 24}
+    assert passes.Cache(file.parent.parent).load(file.parent.name).keys()
+
+
 def test_kill_and_run_again(adapters, sets, tmp_path):
     """kill -9 once a round stands on disk; the next run takes that round from the cache and scores the rest."""
     members, nonmembers = sets
@@ -342,6 +412,87 @@ def test_default_sets_are_trained_and_held_out_rows(models, dataset, tmp_path):
     rows = read_lines(tmp_path / "scores_mia.jsonl")
     assert [row["id"] for row in rows if row["label"]] == list(range(20, 60))
     assert [row["id"] for row in rows if not row["label"]] == list(range(20))
+
+
+def trained(folder, adapter, data, train_rows=None, eval_rows=0, n=None):
+    """A checkpoint with the run.json of run_peft.py, as far as it is read."""
+    shutil.copytree(adapter, folder / "checkpoint-1")
+    record = {"args": {"train_rows": train_rows, "eval_rows": eval_rows}}
+    record |= {"inputs": [{"path": str(data), "sha256": hashlib.sha256(data.read_bytes()).hexdigest()}]}
+    record |= {"rows": {"train": n}} if n else {}
+    (folder / "run.json").write_text(json.dumps(record))
+    return folder / "checkpoint-1"
+
+
+def scored(folder) -> tuple[list, list, dict]:
+    """(ids of the members, of the non-members, run_mia.json)"""
+    rows = read_lines(folder / "scores_mia.jsonl")
+    ids = ([row["id"] for row in rows if row["label"] == label] for label in (1, 0))
+    return *ids, json.loads((folder / "run_mia.json").read_text())
+
+
+def test_members_are_the_rows_that_were_trained_on(adapters, dataset, tmp_path, capsys):
+    """run.json beside the checkpoint says which: 20 head rows, 40 others."""
+    few = ["--attacks", "loss", "--bootstrap", 5]
+
+    def sets_of(name, *words):
+        assert attack("--output_dir", tmp_path / "out" / name, *few, *words) == 0
+        return scored(tmp_path / "out" / name)
+
+    runs, adapter, held = tmp_path / "runs", adapters["neox", "lora"], list(range(20))
+    last = trained(runs / "a", adapter, dataset, 30, n=30)
+    members, others, record = sets_of("last", "--model", last, "--members", dataset)
+    assert (members, others) == (list(range(30, 60)), held)
+    assert record["members_trained"] is True and record["members_not_trained"] == 10
+    assert read_lines(tmp_path / "out" / "last" / "results_mia.jsonl")[0]["members_trained"] is True
+    overlap = trained(tmp_path / "overlap", adapter, dataset, 50)  # --allow_overlap
+    members, others, _ = sets_of("overlap", "--model", overlap, "--members", dataset)
+    assert (members, others) == (list(range(10, 60)), list(range(10)))
+    assert capsys.readouterr().err.count("was trained on another file") == 0
+    # another file, and a split that has changed since
+    foreign = write_rows(tmp_path / "foreign.jsonl", make_rows(9, seed=5))
+    elsewhere = trained(tmp_path / "elsewhere", adapter, foreign)
+    members, others, record = sets_of("elsewhere", "--model", elsewhere, "--members", dataset)
+    assert (members, others, record["members_trained"]) == (list(range(20, 60)), held, False)
+    assert capsys.readouterr().err.count(f"was trained on another file than --members {dataset}") == 1
+    changed = trained(tmp_path / "changed", adapter, dataset, n=39)
+    assert sets_of("changed", "--model", changed, "--members", dataset)[2]["members_trained"] is None
+    # rows that --eval_rows held out of a file without a head, on either side
+    data = write_rows(tmp_path / "text.jsonl", [{"text": _text(row)} for row in make_rows(12, seed=8)])
+    part = trained(tmp_path / "part", adapter, data, eval_rows=4)
+    members, others, _ = sets_of("part", "--model", part, "--members", data, "--nonmembers", foreign)
+    assert (members, others) == (list(range(4, 12)), list(range(9)))
+    members, others, record = sets_of("other", "--model", part, "--members", foreign, "--nonmembers", data)
+    assert (members, others, record["members_trained"]) == (list(range(9)), list(range(4)), False)
+    # several models: the rows of all of them
+    trained(runs / "b", adapter, dataset, 25)
+    trained(runs / "c", adapter, foreign)
+    assert attack("--dir", runs, "--members", dataset, "--output_dir", tmp_path / "all", *few) == 0
+    for name, known in (("a", True), ("b", True), ("c", False)):
+        members, others, record = scored(tmp_path / "all" / name / "checkpoint-1")
+        assert (members, others, record["members_trained"]) == (list(range(35, 60)), held, known)
+
+
+def test_a_damaged_run_json_is_said(adapters, sets, tmp_path):
+    checkpoint = trained(tmp_path / "run", adapters["neox", "lora"], sets[0])
+    (tmp_path / "run" / "run.json").write_text("{")
+    with pytest.raises(cli.UserError) as error:
+        run_on(tmp_path / "out", checkpoint, sets)
+    (line,) = error.value.problems
+    assert "run.json: not JSON" in line
+
+
+@pytest.mark.parametrize("n, eval_rows", ((None, 0), (None, 5), (30, 0), (30, 5), (45, 5)))
+def test_trained_rows_are_those_that_run_peft_chooses(n, eval_rows):
+    import run_peft
+
+    mail = make_rows(60, seed=3)
+    words = ["--eval_rows", eval_rows, "--allow_overlap", *(["--train_rows", n] if n else [])]
+    args = run_peft.make_parser().parse_args([str(word) for word in words])
+    for rows, manifest in ((mail, None), (mail, {"split_start": 33}), ([{"text": _text(row)} for row in mail], None)):
+        assert texts.trained_rows(rows, manifest, n, eval_rows) == set(
+            run_peft.choose_rows(args, "file", rows, manifest)[0]
+        )
 
 
 def test_unscorable_texts_stay_as_null(models, tmp_path):

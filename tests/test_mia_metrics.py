@@ -1,5 +1,7 @@
 """mia/metrics.py and mia/blind.py: against brute force, exact counts and slow routes."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -96,6 +98,31 @@ def test_bootstrap_equals_the_slow_one(ties):
         assert areas[b] == pytest.approx(slow_auc(ms, ns))
         for level in ("0.1", "0.01"):
             assert rates[level][b] == brute_tpr(ms, ns, metrics.allowed(level, 121))
+
+
+def test_bootstrap_in_blocks_is_the_same(monkeypatch):
+    """Against resamples drawn at once from the same generator, whatever the block."""
+    rng = np.random.default_rng(5)
+    members, nonmembers = rng.normal(0.7, 1, 43), rng.normal(0, 1, 1021)
+    picked = np.random.default_rng(8).integers(1021, size=(30, 1021))
+    at_once = np.array([np.bincount(row, minlength=1021) for row in picked])
+    found = []
+    for block in (1, 5000, 1 << 30):
+        monkeypatch.setattr(metrics, "BLOCK", block)
+        assert (metrics.draw(1021, 30, np.random.default_rng(8)) == at_once).all()
+        found.append(metrics.summarize(members, nonmembers, metrics.Draws(30, 3)))
+    assert found[0] == found[1] == found[2]
+
+
+def test_memory_of_the_bootstrap():
+    """500 resamples of 20,000 scores a class: 10 million cells a class, a byte each, and some MB."""
+    rng = np.random.default_rng(0)
+    members, nonmembers = rng.normal(size=20_000), rng.normal(size=20_000)
+    tracemalloc.start()
+    metrics.summarize(members, nonmembers, metrics.Draws(500, 0))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 60e6  # at once: 250 MB
 
 
 def test_bootstrap_interval_has_the_width_of_theory():
