@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+TIES = 3407  # seed of the order of equal scores
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.4)  # of the canaries guessed about; fixed beforehand, never chosen by the result
 
 
@@ -34,18 +35,25 @@ def lower_bound(correct: int, guesses: int, canaries: int, delta: float, level: 
     return low
 
 
-def one_run(scores, included, delta: float, level: float = 0.05) -> dict:
+def ranking(scores, seed: int = TIES) -> np.ndarray:
+    """(m,) indices, highest score first; equal scores in random order, so that places in the file tell nothing."""
+    scores = np.asarray(scores, dtype=float)
+    return np.lexsort((np.random.default_rng(seed).permutation(len(scores)), -scores))
+
+
+def one_run(scores, included, delta: float, level: float = 0.05, seed: int = TIES) -> dict:
     """Lower bound of ε, valid with probability 1 − level, from one training run.
 
     scores (m,): higher = more likely included; included (m,) bool: the coins. For each share of SHARES the highest
     half of the guesses says "in", the lowest half "out", the rest abstains; every share is tested at level / 5.
+    Equal scores are ranked at random by `seed`: they carry no information, wherever their canaries stand.
     Returns {epsilon, canaries, included, level, delta, guesses: [{share, guesses, correct, epsilon}]}; epsilon is null
-    with fewer than two canaries.
+    with fewer than five canaries, of which no share is a pair of guesses.
     """
     scores, included = np.asarray(scores, dtype=float), np.asarray(included, dtype=bool)
     if np.isnan(scores).any():
         raise ValueError("a canary has no score")
-    order, m = np.argsort(-scores, kind="stable"), len(scores)
+    order, m = ranking(scores, seed), len(scores)
     found = []
     for share in SHARES:
         half = math.floor(share * m / 2)

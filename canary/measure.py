@@ -15,7 +15,9 @@ exposure     bits, from the total NLL of the secret's tokens in the canary's own
 audit        lower bound of ε from one run (Steinke et al. 2023), over the audit canaries, signal: by how much training
              raised the log-probability of the canary's sentence in its row. Beside the accountant's ε (privacy.json).
 audit_text   the same bound without the model: the signal is a 2-gram model of the generated rows, or their similarity.
+             `headline`: the signal to report, fixed beforehand, so that nobody need take the larger of the two.
 text_auc     how well that signal tells placed from held-out canaries, by how often they were placed.
+A signal that is the same for all audit canaries gives no bound: null, and `undefined` says so.
 A lower bound above the accountant's ε is flagged at 95 %; at 99.9 % the exit status is 1: the ε is not true.
 
 results_canary_rows.jsonl has a line a canary and arm (no text), run_canary.json the run.
@@ -39,6 +41,7 @@ FILE, ROWS_FILE = "results_canary.jsonl", "results_canary_rows.jsonl"
 FIELDS = ("kind", "repetitions", "included", "context", "sentence", "before", "secret", "parts", "rows")
 LEVELS = {"95": 0.05, "99.9": 0.001}
 SIGNALS = ("2-gram", "similarity")
+HEADLINE = "2-gram"  # the text signal whose bound is reported: the larger of two 95 % bounds would be no 95 % bound
 
 
 def make_parser() -> cli.Parser:
@@ -100,10 +103,14 @@ def check(args) -> SimpleNamespace:
     for arm, file in files.items():
         rows = problems.absorb(reviews.read_reviews, file, reviews.GENERATED)
         texts[arm] = [row[reviews.GENERATED] for row in rows or []]
-        manifest = problems.absorb(records.read_manifest, file) or {}
+        manifest = (records.read_manifest(file) or {}) if rows else {}
         spent[arm, "text"] = manifest.get("privacy") or spent.get(arm)
+        if header and text_trained_on(manifest) not in (None, header.get("training")):
+            problems.add(
+                f"--synthetic {arm}={file}: its generator was trained on another file than {args.canaries} belongs to"
+            )
     for arm, ref in refs.items():
-        if ref and header and trained_on(ref) not in (None, header.get("training")):
+        if ref and header and trained_on(ref.adapter or ref.base) not in (None, header.get("training")):
             problems.add(f"--models {arm}={ref.name}: was trained on another file than {args.canaries} belongs to")
     audited = any(canary["kind"] == "audit" for canary in canaries)
     for name, block in spent.items():
@@ -120,12 +127,22 @@ def check(args) -> SimpleNamespace:
     )  # fmt: skip
 
 
-def trained_on(ref: models.ModelRef) -> str | None:
+def trained_on(checkpoint: str) -> str | None:
     """SHA-256 of the file that run_peft.py trained a checkpoint on; None where its run.json is not beside it."""
-    file = Path(ref.adapter or ref.base).absolute().parent / "run.json"
+    file = Path(checkpoint).absolute().parent / "run.json"
     if not file.is_file():
         return None
     return next((one["sha256"] for one in json.loads(file.read_text(encoding="utf-8"))["inputs"]), None)
+
+
+def text_trained_on(manifest: dict) -> str | None:
+    """SHA-256 of the file that the generator of a text was trained on; None where nothing tells.
+
+    Its checkpoint's run.json knows; where that is gone, data/synthetic/generate.py's --training, the second source.
+    """
+    model = (manifest.get("generator") or {}).get("model")
+    known = trained_on(model) if model else None
+    return known or next((one.get("sha256") for one in (manifest.get("source") or [])[1:]), None)
 
 
 def group_of(canary: dict) -> tuple[str, int]:
@@ -146,11 +163,13 @@ def grouped(canaries: list[dict]) -> dict[tuple[str, int], list[int]]:
 def tokens_from(tokenizer, context: str, text: str, most: int) -> tuple[list[int], list[int]]:
     """(tokens before, tokens of `text`): `text` begins with the first token that has a character of it.
 
-    At most `most` tokens in all; earlier context is left out.
+    At most `most` tokens in all; earlier context is left out, and so is the EOS that some tokenizers add.
     """
     encoded = tokenizer(context + text, return_offsets_mapping=True, verbose=False)
     first = next(place for place, (_, end) in enumerate(encoded["offset_mapping"]) if end > len(context))
-    ids = encoded["input_ids"]
+    ids = list(encoded["input_ids"])
+    while len(ids) > first + 1 and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
     return ids[max(0, len(ids) - most) : first], ids[first:]
 
 
@@ -295,22 +314,31 @@ def exposure_lines(task, arm: str, bits: dict[int, dict], references: int) -> li
 
 
 def audit_line(task, arm: str, measure: str, signal: str, scores, block: dict | None) -> dict:
-    """The lower bounds of one arm beside its accountant's ε. δ without an accountant: 0 (only pure ε is refuted)."""
+    """The lower bounds of one arm beside its accountant's ε. δ without an accountant: 0 (only pure ε is refuted).
+
+    Bounds and AUC are null where they are undefined: fewer than five canaries, or one signal for all of them.
+    """
     from canary import audit, measures
 
     included = [canary["included"] for canary in task.canaries if canary["kind"] == "audit"]
     upper, delta = (block or {}).get("epsilon"), (block or {}).get("delta") or 0.0
     bounds = {level: audit.one_run(scores, included, delta, alpha) for level, alpha in LEVELS.items()}
+    undefined = "fewer than five canaries" if bounds["95"]["epsilon"] is None else None
+    constant = len(scores) > 1 and min(scores) == max(scores)
+    if constant:
+        undefined = "the signal is the same for all canaries"
+        bounds = {level: found | {"epsilon": None, "guesses": []} for level, found in bounds.items()}
     above = {level: upper is not None and (found["epsilon"] or 0) > upper for level, found in bounds.items()}
     return {
         "measure": measure, "arm": arm, "signal": signal, "n_requested": len(included), "n_scored": len(scores),
-        "n_dropped": 0, "included": sum(included), "auc": _auc(scores, included),
+        "n_dropped": 0, "included": sum(included), "auc": None if constant else _auc(scores, included),
+        "undefined": undefined,
         "lower": {level: found["epsilon"] for level, found in bounds.items()}, "guesses": bounds["95"]["guesses"],
         "upper": upper, "delta": delta, "unit": task.header["privacy_unit"], "void": (block or {}).get("void"),
         "above_upper": above,
         "heuristic": {
             "note": "TPR/FPR bound, heuristic: canaries of one run are not independent",
-            "bound": measures.heuristic_bound(scores, included, delta),
+            "bound": None if constant else measures.heuristic_bound(scores, included, delta),
         },
     }  # fmt: skip
 
@@ -339,7 +367,8 @@ def text_lines(task, arm: str, signals: dict[str, list[float]]) -> list[dict]:
     for signal, values in signals.items():
         if audited:
             scores = [values[index] for index in audited]
-            lines.append(audit_line(task, arm, "audit_text", signal, scores, task.spent[arm, "text"]))
+            line = audit_line(task, arm, "audit_text", signal, scores, task.spent[arm, "text"])
+            lines.append(line | {"headline": signal == HEADLINE})
         held = [values[index] for index in groups.get(("held_out", 0), [])]
         for (kind, repetitions), members in groups.items():
             if kind in ("ladder", "share") and held:
@@ -413,7 +442,8 @@ def report(lines: list[dict]) -> None:
         elif line["measure"].startswith("audit"):
             upper = "none" if line["upper"] is None else f"{line['upper']:.3f}"
             low, auc = ("none" if value is None else f"{value:.3f}" for value in (line["lower"]["95"], line["auc"]))
-            where = f"{line['measure']:<10} {line['arm']} ({line['signal']})"
+            signal = line["signal"] + (", headline" if line.get("headline") else "")
+            where = f"{line['measure']:<10} {line['arm']} ({signal})"
             print(f"{where}: ε ≥ {low} at 95 %, accountant {upper}, AUC {auc}")
             for level, above in line["above_upper"].items():
                 if above:

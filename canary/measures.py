@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from canary.audit import ranking
 from common.intervals import clopper_pearson
 
 PARTS = ("name", "street", "phone", "whole")
@@ -151,12 +152,13 @@ def p_above(values: Sequence[float], others: Sequence[float]) -> float | None:
 def heuristic_bound(scores: Sequence[float], included: Sequence[bool], delta: float) -> dict | None:
     """ln((TPR − δ) / FPR) with Clopper–Pearson ends, the top GUESSED of the scores guessed 'in'. Heuristic.
 
-    Canaries of one training are not independent, which the intervals take them for. None without both kinds.
+    Canaries of one training are not independent, which the intervals take them for. Equal scores are ranked at random.
+    None without both kinds.
     """
     scores, included = np.asarray(scores, dtype=float), np.asarray(included, dtype=bool)
     if included.all() or not included.any():
         return None
-    top = np.argsort(-scores, kind="stable")[: max(1, math.floor(GUESSED * len(scores)))]
+    top = ranking(scores)[: max(1, math.floor(GUESSED * len(scores)))]
     true, false = int(included[top].sum()), int((~included[top]).sum())
     low = clopper_pearson(true, int(included.sum()))[0]
     high = clopper_pearson(false, int((~included).sum()))[1]

@@ -44,10 +44,12 @@ def rows(line: dict, study, models, path, number: int) -> list:
     more = {key: line[key] for key in ("upper", "delta", "unit", "void", "guesses", "included", "above_upper")}
     above = [level for level, yes in line["above_upper"].items() if yes]
     more["lower_above_upper"] = above
+    more["headline"] = line.get("headline")  # of several signals, the one to report
+    why = line.get("undefined") or "fewer than five canaries"
     kind = "" if measure == "audit" else ", text only"
     made = [
         Row("canary", f"ε lower{kind}" + ("" if level == "95" else f" at {level} %"), value, n=n, level=level,
-            undefined=None if value is not None else "fewer than two canaries", settings=more, **shared)
+            undefined=None if value is not None else why, settings=more, **shared)
         for level, value in line["lower"].items()
     ]  # fmt: skip
     bound = line["heuristic"]["bound"]
@@ -56,5 +58,6 @@ def rows(line: dict, study, models, path, number: int) -> list:
     if line["upper"] is not None:
         made.append(Row("canary", "ε upper (PRV)", line["upper"], n=n, level=f"{line['delta']:g}",
                         undefined=line["void"], settings=more, **shared))  # fmt: skip
-    made.append(Row("canary", f"AUC of the audit{kind}", line["auc"], n=n, settings=more, **shared))
+    made.append(Row("canary", f"AUC of the audit{kind}", line["auc"], n=n, settings=more,
+                    undefined=None if line["auc"] is not None else line.get("undefined"), **shared))  # fmt: skip
     return made

@@ -50,3 +50,19 @@ def test_perfect_scores_are_caught():
     assert audit.one_run(np.zeros(1), [True], 1e-3)["epsilon"] is None
     with pytest.raises(ValueError, match="no score"):
         audit.one_run([float("nan"), 1], [True, False], 0.1)
+
+
+@pytest.mark.parametrize("first", (True, False))
+def test_equal_scores_carry_no_information(first):
+    """100 in, then 100 out, one score for all: by their places in the file every guess would be right (ε ≥ 2.83)."""
+    included = [first] * 100 + [not first] * 100
+    assert audit.one_run(np.zeros(200), included, 1e-5)["epsilon"] == 0
+    above = sum(audit.one_run(np.zeros(200), included, 1e-5, seed=seed)["epsilon"] > 0 for seed in range(100))
+    assert above <= 5 + 3 * math.sqrt(100 * 0.05 * 0.95)
+    half = np.r_[np.ones(50), np.zeros(150)]  # the first 50 are told apart, the rest not
+    assert audit.ranking(half)[:50].max() < 50 and audit.ranking(half).tolist() != list(range(200))
+
+
+def test_scores_without_ties_are_ranked_by_themselves():
+    scores = np.random.default_rng(2).normal(size=50)
+    assert audit.ranking(scores).tolist() == np.argsort(-scores).tolist()

@@ -6,6 +6,7 @@ import math
 import random
 import shutil
 import stat
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,8 +18,9 @@ from test_synthetic import make_reviews
 import run_peft
 from canary import canaries, inject, measure, measures
 from common import models as common_models
-from common import records
+from common import records, reviews
 from common.cli import UserError
+from reporting.canary import rows as canary_rows
 
 
 def make(path, rows, *more) -> tuple[list[dict], dict, list[dict]]:
@@ -167,6 +169,20 @@ def test_inject_bad_input(tmp_path):
     assert done.returncode == 2 and "no such file" in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_rows_with_a_canary_are_still_the_same_rows(tmp_path):
+    """A canary in every row: all are shared with the file it was put into, and none with another file's row_ids."""
+    rows = make_reviews(200)
+    made, *_ = make(tmp_path, rows, "--share", 1)
+    assert not any(one["Review"] == row["Review"] for one, row in zip(made, rows))
+    assert reviews.shared_rows(rows, made) == reviews.shared_rows(made, rows) == 200
+    assert reviews.shared_rows(rows[:20], made[10:]) == 10
+    others = [row | {"user_id": f"x{row['user_id']}"} for row in made]
+    assert reviews.shared_rows(rows, others) == 0  # the row_ids alone agree
+    nameless = [{key: value for key, value in row.items() if key != "user_id"} for row in rows]
+    assert reviews.shared_rows(rows, nameless) == 200  # by their texts
+    assert reviews.shared_rows(nameless, [row | {"Review": "Other."} for row in nameless]) == 0
+
+
 # ---------------------------------------------------------------- counts in text
 
 
@@ -241,6 +257,7 @@ def test_extrapolation_on_a_normal_law():
 def test_heuristic_bound_by_hand():
     """20 canaries, 10 in; the top 2 are both in: TPR ≥ 0.02521 (Clopper–Pearson of 2/10), FPR ≤ 0.30850 (0/10)."""
     included = [True] * 10 + [False] * 10
+    assert measures.heuristic_bound(np.zeros(20), included, 0.0)["true_positives"] < 2  # one score: no order of places
     found = measures.heuristic_bound(np.arange(20, 0, -1), included, 0.0)
     assert (found["true_positives"], found["false_positives"], found["epsilon"]) == (2, 0, 0.0)
     included = [True] * 200 + [False] * 200
@@ -277,6 +294,27 @@ def test_secret_nll_is_that_of_a_plain_pass(arch, models):
         values = scoring.join([ids], [scoring.score(model, [ids])])[0]
         assert -values[-len(after) :].sum() == pytest.approx(plain, rel=1e-4)
     assert len(measure.tokens_from(tokenizer, context, secrets[0], 20)[0]) == 20 - len(after)
+
+
+@pytest.mark.parametrize("before", ("", "<|endoftext|> "))
+def test_an_eos_that_the_tokenizer_adds_is_no_part_of_the_secret(before, models):
+    """The templates `$A <eos>` and `<eos> $A <eos>` against `$A` and `<eos> $A`."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(models["llama"]).eval()
+    context, secrets = "I liked it. My phone number is ", ["012-345-6789", "555-000-1234"]
+    nlls, tokens = [], []
+    for after in ("", " <|endoftext|>"):
+        tokenizer = AutoTokenizer.from_pretrained(models["llama"])
+        template = f"{before}$A{after}"
+        special = [("<|endoftext|>", tokenizer.eos_token_id)]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(template, special_tokens=special)
+        assert (tokenizer(context).input_ids[-1] == tokenizer.eos_token_id) == bool(after)
+        nlls.append(measure.secret_nlls(model, tokenizer, context, secrets))
+        tokens.append(measure.tokens_from(tokenizer, context, secrets[0], 512))
+    assert tokens[0] == tokens[1] and nlls[0] == nlls[1]
+    assert (tokens[0][0][0] == tokenizer.eos_token_id) == bool(before)
 
 
 # ---------------------------------------------------------------- the whole of it
@@ -350,6 +388,36 @@ def test_a_key_of_another_file_is_refused(learned, tmp_path):
         measure.main([str(word) for word in [*words, "--output_dir", tmp_path]])
 
 
+def test_text_of_a_generator_trained_on_other_canaries_is_refused(learned, tmp_path):
+    """Known from its checkpoint's run.json, else from the manifest's second source, generate.py's --training."""
+    _, checkpoint = learned
+    rows = make_reviews(30)
+    make(tmp_path, rows, "--audit", 4)
+    own = tmp_path / "train_canaries.jsonl"
+    (tmp_path / "other").mkdir()
+    make(tmp_path / "other", rows, "--audit", 4, "--seed", 1)
+    text = tmp_path / "a.jsonl"
+    words = ["--canaries", tmp_path / "train_canaries_key.jsonl", "--synthetic", f"a={text}", "--dry_run"]
+    other, known = tmp_path / "other/train_canaries.jsonl", {"model": str(checkpoint)}
+    asked = (tmp_path / "train.jsonl", 30)
+    for source, generator, refused in (
+        ([asked, (other, 30)], None, True),
+        ([asked, (other, 30)], {"model": str(tmp_path / "gone/checkpoint-1")}, True),
+        ([asked], known, True),
+        ([asked, (own, 30)], known, True),  # counted near-copies of this file, was trained on another
+        ([asked, (own, 30)], None, False),
+        ([asked], {"model": "some/model"}, False),
+    ):
+        generated(text, ["Good."])
+        records.write_manifest(text, tag="x", script="x", argv=[], rows=1, source=source, generator=generator)
+        if refused:
+            with pytest.raises(UserError, match=r"--synthetic a=.*trained on another file") as caught:
+                measure.main([str(word) for word in words])
+            assert len(caught.value.problems) == 1
+        else:
+            assert measure.main([str(word) for word in words]) == 0
+
+
 def test_two_ranks_give_the_same_results(learned, tmp_path):
     key, checkpoint = learned
     words = ["--canaries", key, "--models", f"lora={checkpoint}", "--references", 40]
@@ -396,8 +464,9 @@ def test_text_that_holds_the_canaries_refutes_a_small_epsilon(epsilon, status, e
     assert audit["auc"] == 1 and audit["lower"]["99.9"] > 1 and audit["upper"] == epsilon
     assert audit["above_upper"] == {"95": status == 1, "99.9": status == 1}
     assert audit["lower"]["95"] > audit["lower"]["99.9"] and audit["heuristic"]["bound"]["epsilon"] > 0
-    other = by(lines, "audit_text", arm="silent", signal="2-gram")[0]
-    assert other["lower"]["95"] < 1 and other["above_upper"]["99.9"] is False
+    grams, alike = by(lines, "audit_text", arm="silent")
+    assert alike["lower"]["95"] < 1 and alike["undefined"] is None and alike["above_upper"]["99.9"] is False
+    assert grams["lower"]["95"] is None and grams["undefined"]  # none of its rows has two words of a canary in a row
     assert ("EXCEEDS" in capsys.readouterr().out) == (status == 1)
     assert json.loads((tmp_path / "run_canary.json").read_text())["status"] == ("failed" if status else "ok")
     whole = by(lines, "count", arm="telling", kind="ladder", part="whole")[0]
@@ -407,6 +476,30 @@ def test_text_that_holds_the_canaries_refutes_a_small_epsilon(epsilon, status, e
     held = by(lines, "count", arm="telling", kind="held_out", part="phone")[0]
     assert (held["exact"]["rows"], held["normalised"]["rows"]) == (0, 0)
     assert by(lines, "text_auc", arm="telling", signal="similarity", kind="ladder")[0]["auc"] > 0.9
+
+
+def test_a_signal_that_is_the_same_for_all_gives_no_bound(echoes, tmp_path, capsys):
+    """Rows without a word of any canary: their similarity is 0 for every canary. One signal is the headline."""
+    key, *_ = echoes
+    privacy = {"private": True, "epsilon": 0.5, "delta": 1e-5, "unit": "record"}
+    text = generated(tmp_path / "a.jsonl", ["Zzz qqq."] * 30, privacy)
+    out = tmp_path / "out"
+    assert measure.main([str(w) for w in ("--canaries", key, "--synthetic", f"a={text}", "--output_dir", out)]) == 0
+    first, second = by(read_lines(out / "results_canary.jsonl"), "audit_text")
+    assert (first["signal"], first["headline"], second["headline"]) == ("2-gram", True, False)
+    assert second["undefined"] == "the signal is the same for all canaries"
+    assert second["lower"] == {"95": None, "99.9": None} and second["auc"] is None and second["guesses"] == []
+    assert second["heuristic"]["bound"] is None and not any(second["above_upper"].values())
+    assert (second["n_requested"], second["n_scored"], second["upper"]) == (200, 200, 0.5)
+    assert "similarity): ε ≥ none at 95 %" in capsys.readouterr().out
+    made = [row for row in canary_rows(second, SimpleNamespace(shown=str), {}, "x", 1) if row.value is None]
+    assert [row.metric for row in made] == [
+        "ε lower, text only", "ε lower, text only at 99.9 %", "AUC of the audit, text only",
+    ]  # fmt: skip
+    assert {row.undefined for row in made} == {second["undefined"]}
+    task = SimpleNamespace(canaries=[{"kind": "audit", "included": one} for one in (1, 0)], header={"privacy_unit": ""})
+    few = measure.audit_line(task, "a", "audit_text", "2-gram", [2.0, 1.0], None)
+    assert (few["lower"]["95"], few["undefined"], few["auc"]) == (None, "fewer than five canaries", 1)
 
 
 def test_measure_bad_input(echoes, models, adapters, tmp_path, monkeypatch):
@@ -428,6 +521,10 @@ def test_measure_bad_input(echoes, models, adapters, tmp_path, monkeypatch):
         with pytest.raises(UserError) as caught:
             measure.main([str(word) for word in [*words, "--output_dir", tmp_path]])
         assert all(word in str(caught.value) for word in wanted), caught.value
+    text.write_text("".join(text.read_text().splitlines(keepends=True)[:100]))
+    with pytest.raises(UserError, match="has 100 rows, its manifest says 300"):
+        measure.main([str(w) for w in ("--canaries", key, "--synthetic", f"a={text}", "--output_dir", tmp_path)])
+    generated(text, told)
     dry = ["--canaries", key, "--synthetic", f"a={text}", "--output_dir", tmp_path / "new", "--dry_run"]
     assert measure.main([str(word) for word in dry]) == 0 and not (tmp_path / "new").exists()
     done = run_script("canary/measure.py", "--canaries", key, "--output_dir", tmp_path)
