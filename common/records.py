@@ -307,6 +307,17 @@ def read_manifest(path) -> dict | None:
     return manifest
 
 
+def check_manifest(path, n: int) -> None:
+    """UserError when the file (of n rows) is not the one that the manifest beside it describes."""
+    manifest, name = read_manifest(path) or {}, manifest_path(path).name
+    advice = f"generate it again, or remove {name} if the file was edited on purpose"
+    if manifest.get("rows", n) != n:
+        raise UserError(f"{path}: has {n} rows, its manifest says {manifest['rows']}; {advice}")
+    told, found = manifest.get("sha256"), sha256(path)
+    if told not in (None, found):
+        raise UserError(f"{path}: its SHA-256 is {found[:12]}…, its manifest says {told[:12]}…; {advice}")
+
+
 def write_manifest(
     path,
     *,

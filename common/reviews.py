@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 
 from common.cli import Problems, UserError
-from common.records import read_rows, validate
+from common.records import check_manifest, read_rows, validate
 
 ARM = re.compile(r"[A-Za-z][\w-]*")
 REAL, GENERATED = "Review", "generated_text"  # the field of the text
@@ -30,8 +30,12 @@ def with_text(rows: list[dict]) -> list[dict]:
 
 
 def read_reviews(path, field: str = REAL) -> list[dict]:
-    """All rows of a file. UserError when a row has no text field `field` or no rating of 1 to 5 (blank is a text)."""
+    """All rows of a file. UserError when a row has no text field `field` or no rating of 1 to 5 (blank is a text).
+
+    Also when the file is not the one its manifest describes: cut or edited.
+    """
     rows = read_rows(path)
+    check_manifest(path, len(rows))
     validate(path, rows, (field, "Rating"))
     wrong = [index for index, row in enumerate(rows) if rating(row) is None]
     if wrong:
@@ -59,9 +63,18 @@ def source_key(row: dict) -> tuple:
 
 
 def shared_rows(rows: list[dict], others: list[dict]) -> int:
-    """How many of `rows` are among the `others`: same row_id and same text."""
-    known = {(row.get("row_id"), text_of(row)) for row in others}
-    return sum((row.get("row_id"), text_of(row)) in known for row in rows)
+    """How many of `rows` are among the `others`: same row_id and same text, or, whatever was put into the text, same
+    row_id, user, product and rating (row_ids alone are those of one source file)."""
+    texts = {(row.get("row_id"), text_of(row)) for row in others}
+    origins = {_origin(row) for row in others} - {None}
+    return sum((row.get("row_id"), text_of(row)) in texts or _origin(row) in origins for row in rows)
+
+
+def _origin(row: dict) -> tuple | None:
+    """What stays of a row when a canary enters its text; None without row_id or user_id."""
+    if row.get("row_id") is None or row.get("user_id") in (None, ""):
+        return None
+    return row["user_id"], *source_key(row)
 
 
 def halve(rows: list[dict], seed: int) -> tuple[list[dict], list[dict]]:

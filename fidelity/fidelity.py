@@ -109,6 +109,8 @@ def prepare(args, problems: cli.Problems):
     done = Path(args.output_dir) / "results_fidelity.json"
     if done.exists() and not args.overwrite:
         problems.add(f"--output_dir {args.output_dir}: holds results already; give --overwrite or another place")
+    if args.pool_rows < FEWEST:
+        problems.add(f"--pool_rows {args.pool_rows}: at least {FEWEST} are needed")
     if args.embedder and "embedding" not in args.without:
         problems.absorb(find_embedder, args.embedder, args.revision)
     real = problems.absorb(reviews.read_reviews, args.real)

@@ -396,12 +396,18 @@ def manifold_measures(real: np.ndarray, other: np.ndarray, groups: np.ndarray, k
 
 
 def nearest_cosine(x: np.ndarray, pool: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """[n, GROUPS] highest cosine of each row of x [n, d] (unit rows) to the rows of each group of the pool [m, d]."""
+    """[n, GROUPS] highest cosine of each row of x [n, d] (unit rows) to the rows of each group of the pool [m, d].
+
+    −∞ for a group that has no row in the pool: to leave it out leaves nothing out.
+    """
     order = np.argsort(groups, kind="stable")
-    starts = np.searchsorted(groups[order], np.arange(GROUPS))
+    present, starts = np.unique(groups[order], return_index=True)
     sorted_pool = pool[order]
-    parts = [x[start : start + CHUNK] @ sorted_pool.T for start in range(0, len(x), CHUNK)]
-    return np.concatenate([np.maximum.reduceat(part, starts, axis=1) for part in parts])
+    best = np.full((len(x), GROUPS), -np.inf, np.result_type(x, pool))
+    for start in range(0, len(x), CHUNK):
+        cosines = x[start : start + CHUNK] @ sorted_pool.T
+        best[start : start + CHUNK, present] = np.maximum.reduceat(cosines, starts, axis=1)
+    return best
 
 
 def mean_nearest(best: np.ndarray, groups: np.ndarray) -> np.ndarray:

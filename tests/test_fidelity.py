@@ -10,7 +10,7 @@ import pytest
 from conftest import run_script, write_rows
 from scipy import linalg, stats
 
-from common import reviews
+from common import records, reviews
 from common.cli import UserError
 from fidelity import fidelity
 from fidelity import measures as m
@@ -259,6 +259,20 @@ def test_nearest_cosine_against_loops(monkeypatch):
     assert found[4] == pytest.approx(np.mean(kept))
 
 
+def test_nearest_cosine_with_groups_that_the_pool_lacks():
+    """A pool of groups 1, 4 and 4 alone: to leave out any other group of the pool leaves nothing out of it."""
+    rng = np.random.default_rng(8)
+    x, pool, pool_groups, groups = rng.normal(size=(40, 4)), rng.normal(size=(3, 4)), np.array([4, 1, 4]), m.deal(40, 1)
+    best = m.nearest_cosine(x, pool, pool_groups)
+    assert best.shape == (40, m.GROUPS) and np.isneginf(np.delete(best, [1, 4], axis=1)).all()
+    assert np.allclose(best[:, 1], x @ pool[1]) and np.allclose(best[:, 4], (x @ pool[[0, 2]].T).max(1))
+    found = m.mean_nearest(best, groups)
+    assert found[0] == pytest.approx(np.mean((x @ pool.T).max(1)))
+    for group in range(m.GROUPS):
+        left = (x @ pool[pool_groups != group].T).max(1)
+        assert found[1 + group] == pytest.approx(left[groups != group].mean())
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -348,6 +362,7 @@ def test_bad_input_is_told_at_once_and_writes_nothing(files, tmp_path):
         ({}, ("--synthetic", "real=x.jsonl"), "the name real is taken"),
         ({}, ("--synthetic", "x.jsonl"), "give ARM=FILE"),
         ({}, ("--num_rows", "0"), "must be 1 or more"),
+        ({}, ("--pool_rows", "39"), "--pool_rows 39: at least 40 are needed"),
         ({"real": "garbled"}, (), "no row has the field 'Review'"),
     )
     for change, more, words in table:
@@ -358,6 +373,26 @@ def test_bad_input_is_told_at_once_and_writes_nothing(files, tmp_path):
                 assert any(words in line for line in problem.problems), (words, problem.problems)
                 raise
     assert not out.exists()
+
+
+def test_a_file_that_is_not_what_its_manifest_says_is_refused(files, tmp_path):
+    """Cut at the end of a line, or edited: the manifest beside it tells. Without a manifest nothing is known."""
+    text = files["garbled"].read_text().splitlines(keepends=True)
+    cut = tmp_path / "cut.jsonl"
+    cut.write_text("".join(text))
+    records.write_manifest(cut, tag="x", script="x", argv=[], rows=240)
+    arms, out = {**files, "cut": cut}, tmp_path / "out"
+    call(arms, out, "--dry_run", arms=("cut",))
+    for content, wanted in (
+        (text[:200], "has 200 rows, its manifest says 240; generate it again, or remove cut.jsonl.meta.json"),
+        ([text[1], text[0], *text[2:]], "its SHA-256 is .*, its manifest says "),
+    ):
+        cut.write_text("".join(content))
+        with pytest.raises(UserError, match=wanted) as caught:
+            call(arms, out, "--dry_run", arms=("cut",))
+        assert len(caught.value.problems) == 1
+    records.manifest_path(cut).unlink()
+    call(arms, out, "--dry_run", arms=("cut",))
 
 
 def test_results_are_not_replaced_unasked(files, tmp_path):
