@@ -27,7 +27,8 @@ def epsilon_bounds(study: Study, look: Look, chosen: list[Model]) -> list[Figure
     """Upper bounds by accountant and empirical lower bounds, a row a run's last checkpoint."""
     rows = [row for row in study.select("privacy", value=lambda v: v is not None) if row.model and row.model.last]
     shown = ("ε lower", "ε lower, text only", "ε upper (PRV)")
-    bounds = [row for row in study.select("canary") if row.metric in shown and row.value is not None]
+    bounds = [row for row in study.select("canary") if row.metric in shown and row.value is not None
+              and row.settings.get("headline") is not False]  # fmt: skip
     label = who([*rows, *bounds])
 
     places = list(dict.fromkeys(map(label, [*rows, *bounds])))
@@ -165,17 +166,21 @@ def name_lines(axes, names: list[str], above: float) -> None:
 
 
 def dots(title, rows, look, reference=None, form="{:.3g}", shown=None):
-    """A panel of one measure: a dot an arm with its interval and its value written beside it."""
+    """A panel of one measure: a dot an arm with its interval and its value beside it; several of an arm in layers."""
     arms = list(dict.fromkeys(row.arm for row in rows))
 
     def draw(axes):
         for place, arm in enumerate(reversed(arms)):
             colour, marker = look.of.get(arm, (BASE, "o"))
-            for row in rows:
-                if row.arm == arm and row.value is not None:
-                    axes.errorbar(row.value, place, xerr=errors(row), fmt=marker, color=colour, elinewidth=1.4)
+            own = [row for row in rows if row.arm == arm and row.value is not None]
+            for layer, row in enumerate(own):
+                height = place + 0.16 * (layer - (len(own) - 1) / 2)
+                axes.errorbar(row.value, height, xerr=errors(row), fmt=marker, color=colour, elinewidth=1.4)
+                if len(own) == 1:
                     axes.annotate(form.format(row.value), (row.value, place), (0, 6), textcoords="offset points",
                                   ha="center", fontsize=8, color=INK)  # fmt: skip
+        if "%" in form:
+            percent(axes.xaxis)
         for value, style in reference or ():
             axes.axvline(value, color=MUTED, linestyle=style, linewidth=1.1, zorder=0)
         name_lines(axes, [(shown or {}).get(arm, arm) for arm in reversed(arms)], 0.25)
