@@ -11,10 +11,11 @@ On the embedded model and corpus (fictional people) it needs no network, no GPU 
 is attacked; it is fine-tuned with LoRA on rows of other people (original), on what a larger sibling wrote in their
 place (generated), and on the same rows with everybody replaced by invented people (replaced); every arm is attacked,
 its perplexity and membership inference measured, and a table printed. Every step is the script of that name, called
-with the arguments that are printed; run it again and finished steps are kept. In --output: summary.md, summary.json,
-report/report.html.
+with the arguments that are printed; run it again with the same settings and finished steps are kept. In --output:
+summary.md, summary.json, report/report.html.
 """
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -27,6 +28,7 @@ from studies import mail, privacy, reviews
 from studies.steps import EMBEDDED, call
 
 STUDIES = {"mail": mail, "privacy": privacy, "reviews": reviews}
+MAY_DIFFER = {"output", "arms", "full", "dry_run"}  # when a study is continued
 
 
 def make_parser() -> cli.Parser:
@@ -54,6 +56,21 @@ def make_parser() -> cli.Parser:
     return parser
 
 
+def check_same(out: Path, args) -> None:
+    """UserError when `out` holds a study of other settings, whose files this one would keep."""
+    file = out / "run_quickstart.json"
+    if not file.exists():
+        return
+    try:
+        earlier = json.loads(file.read_text(encoding="utf-8"))["args"]
+    except (ValueError, KeyError):
+        raise cli.UserError(f"--output {out}: its run_quickstart.json cannot be read; name another place") from None
+    now = {key: value for key, value in vars(args).items() if key not in MAY_DIFFER}
+    other = [f"--{key} {earlier.get(key)} then, {value} now" for key, value in now.items() if earlier.get(key) != value]
+    if other:
+        raise cli.UserError(f"--output {out}: holds a study of other settings ({'; '.join(other)}); name another place")
+
+
 def run(args) -> int:
     own = args.model == str(EMBEDDED / "mini-pythia")
     study = STUDIES[args.study]
@@ -69,8 +86,9 @@ def run(args) -> int:
         problems.add("--arms generated: give --generator, the model that writes it")
     cli.check_writable(args.output, problems, "--output")
     problems.absorb(study.check, args)
-    problems.check()
     out = Path(args.output).absolute()
+    problems.absorb(check_same, out, args)
+    problems.check()
     if args.dry_run:
         print(f"study {args.study}: would fine-tune {args.model} on {args.dataset}, {args.epochs} epochs, write {out}")
         return 0

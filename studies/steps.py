@@ -29,13 +29,14 @@ def show(script, words: list[str]) -> None:
     print(f"\n$ python {name} {shlex.join(words)}", flush=True)
 
 
-def call(script, *words) -> None:
+def call(script, *words, allowed: tuple[int, ...] = (0,)) -> int:
     """Run a script's own entry point with the arguments printed; a user error or a failed step ends the study."""
     words = [str(word) for word in words]
     show(script, words)
-    status = script.main(words)
-    if status:
+    status = script.main(words) or 0
+    if status not in allowed:
         raise RuntimeError(f"{Path(script.__file__).name} ended with status {status}")
+    return status
 
 
 def train(*words) -> Path:
@@ -46,11 +47,11 @@ def train(*words) -> Path:
 
 
 def build(script, output: Path, *words) -> Path:
-    """A data builder, unless its --output stands already."""
-    if output.exists():
+    """A data builder, unless its --output stands already, with the manifest that it writes last."""
+    if output.exists() and records.manifest_path(output).exists():
         print(f"\n{output}: built before, kept")
     else:
-        call(script, *words, "--output", output)
+        call(script, *words, "--output", output, *(["--overwrite"] if output.exists() else []))
     return output
 
 

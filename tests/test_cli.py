@@ -208,13 +208,15 @@ def test_quickstart_study_reviews_in_small(tmp_path):
     driver = tmp_path / "small.py"
     driver.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import quickstart\nfrom studies import reviews\n"
+        "import quickstart\nfrom common import cli\nfrom studies import reviews\n"
         "reviews.PUBLIC, reviews.PUBLIC_EPOCHS, reviews.REVIEWS, reviews.PRODUCTS = 60, 1, 500, 30\n"
         "reviews.TRAIN, reviews.TEST, reviews.LADDER, reviews.CANARIES, reviews.AUDIT = 100, 45, (1, 4), 1, 20\n"
-        "sys.exit(quickstart.main())\n"
+        "sys.exit(cli.entry(quickstart.main))\n"
     )
     out = tmp_path / "out"
     command = [sys.executable, str(driver), "--study", "reviews", "--output", str(out), "-e", "1"]
+    (out / "reviews_raw").mkdir(parents=True)  # as a run leaves them that was killed in a builder's first moment
+    (out / "reviews").mkdir()
     kill_when_written(command, out / "generated_sequences_no_dp.jsonl", 10)
     assert (out / "generated_sequences_no_dp.jsonl").exists() and not (out / "summary.md").exists()
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
@@ -223,11 +225,16 @@ def test_quickstart_study_reviews_in_small(tmp_path):
     table = (out / "summary.md").read_text(encoding="utf-8")
     assert table in done.stdout
     firsts = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")]
-    assert firsts[2:6] == ["no_dp", "dp_8", "dp_1", "base"]
+    assert firsts[2:6] == ["no_dp", "dp_8", "dp_1", "base"] and "trained_on" in table
     assert firsts[-6:] == ["real", "no_dp", "dp_8", "dp_1", "base", "majority"]
     assert "Frechet distance" in firsts and "MAUVE (low, high: of 5 seeds)" in firsts
     rows = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     epsilons = [rows["arms"][arm]["epsilon"] for arm in ("no_dp", "dp_8", "dp_1")]
     assert epsilons[0] is None and 7.9 < epsilons[1] <= 8 and 0.97 < epsilons[2] <= 1
     made = sorted(path.parent.parent.name for path in out.glob("public-base/*-dp-*/*/checkpoint-*"))
+    other = subprocess.run([*command, "-lr", "1e-5"], capture_output=True, text=True, timeout=100)
+    assert other.returncode == 2 and "--learning_rate 0.003 then, 1e-05 now" in other.stderr
+    (out / "canary/done").unlink()  # killed between the results and the mark: measured again, with the same table
+    again = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert again.returncode == 0 and (out / "summary.md").read_text(encoding="utf-8") == table, again.stderr[-2000:]
     assert len(made) == 3 and len({path.name for path in out.glob("public-base/*-dp-*/*/checkpoint-*")}) == 1, made
