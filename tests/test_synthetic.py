@@ -313,10 +313,18 @@ def test_privacy_of_model_and_metadata_are_added(models, adapters, held_out, tra
 
 
 def test_no_cell_survives(models, held_out, training, tmp_path):
-    more = ["--condition", "sampled", "--metadata_epsilon", 0.1, "--training", training]
-    with pytest.raises(UserError, match="no cell of Rating × Product Categories × Product Title"):
+    """The noise is the system's: a cell of one unit passes with probability δ, so one of 20 in 5·10⁷ runs."""
+    more = ["--condition", "sampled", "--metadata_epsilon", 0.1, "--metadata_delta", 1e-9, "--training", training]
+    refused = "no cell of Rating × Product Categories × Product Title"
+    with pytest.raises(UserError, match=refused):
         make(models["llama"], held_out, tmp_path / "out.jsonl", *more)
     assert not (tmp_path / "out.jsonl").exists()
+    released = tmp_path / "metadata_histogram.json"
+    before = released.read_bytes()
+    assert json.loads(before)["cells"] == []
+    with pytest.raises(UserError, match=refused):  # asking again must not draw, and spend, again
+        make(models["llama"], held_out, tmp_path / "out.jsonl", *more)
+    assert released.read_bytes() == before
 
 
 # ---------------------------------------------------------------- bad input

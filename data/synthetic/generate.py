@@ -125,33 +125,34 @@ def release_histogram(args, task) -> dict:
         "training": results.sha256(args.training), "fields": args.metadata_fields, "epsilon": args.metadata_epsilon,
         "delta": delta, "unit": task.unit,
     }  # fmt: skip
-    if task.histogram.is_file():
-        made = json.loads(task.histogram.read_text(encoding="utf-8"))
-        differ = [key for key, value in wanted.items() if made.get(key) != value]
-        if differ:
-            raise cli.UserError(
-                f"--histogram {task.histogram}: was released with another {', '.join(differ)}; name another file"
-            )
-        return made
-    import numpy as np
+    made = json.loads(task.histogram.read_text(encoding="utf-8")) if task.histogram.is_file() else None
+    differ = [key for key, value in wanted.items() if made and made.get(key) != value]
+    if differ:
+        raise cli.UserError(
+            f"--histogram {task.histogram}: was released with another {', '.join(differ)}; name another file"
+        )
+    if not made:
+        import numpy as np
 
-    rng = np.random.default_rng(secrets.randbits(256))
-    rows = histogram.one_row_a_user(task.training, rng) if task.unit == "user" else task.training
-    cells = [tuple(row.get(field) or "" for field in args.metadata_fields) for row in rows]
-    released = histogram.release(cells, args.metadata_epsilon, delta, rng)
-    if not released:
+        rng = np.random.default_rng(secrets.randbits(256))
+        rows = histogram.one_row_a_user(task.training, rng) if task.unit == "user" else task.training
+        cells = [tuple(row.get(field) or "" for field in args.metadata_fields) for row in rows]
+        made = {
+            **wanted,
+            "mechanism": "two-sided geometric noise, L1 sensitivity 1 (one cell a unit), add/remove adjacency; noisy "
+            "counts below the threshold are not released",
+            "threshold": histogram.threshold(args.metadata_epsilon, delta),
+            "cells": [
+                [*cell, count] for cell, count in histogram.release(cells, args.metadata_epsilon, delta, rng).items()
+            ],
+        }
+        results.write_json(task.histogram, made)  # an empty release too has spent its ε: it is not drawn again
+    if not made["cells"]:
         raise cli.UserError(
             f"--metadata_epsilon {args.metadata_epsilon:g}: no cell of {' × '.join(args.metadata_fields)} reaches the "
-            f"threshold of {histogram.threshold(args.metadata_epsilon, delta)}; raise ε or name fewer --metadata_fields"
+            f"threshold of {made['threshold']}; raise ε or name fewer --metadata_fields, with another --histogram "
+            f"(the ε of {task.histogram} is spent: the two add up)"
         )
-    made = {
-        **wanted,
-        "mechanism": "two-sided geometric noise, L1 sensitivity 1 (one cell a unit), add/remove adjacency; noisy "
-        "counts below the threshold are not released",
-        "threshold": histogram.threshold(args.metadata_epsilon, delta),
-        "cells": [[*cell, count] for cell, count in released.items()],
-    }
-    results.write_json(task.histogram, made)
     return made
 
 
