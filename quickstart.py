@@ -65,7 +65,7 @@ def check_same(out: Path, args) -> None:
         earlier = json.loads(file.read_text(encoding="utf-8"))["args"]
     except (ValueError, KeyError):
         raise cli.UserError(f"--output {out}: its run_quickstart.json cannot be read; name another place") from None
-    now = {key: value for key, value in vars(args).items() if key not in MAY_DIFFER}
+    now = {key: value for key, value in cli.plain(vars(args)).items() if key not in MAY_DIFFER}
     other = [f"--{key} {earlier.get(key)} then, {value} now" for key, value in now.items() if earlier.get(key) != value]
     if other:
         raise cli.UserError(f"--output {out}: holds a study of other settings ({'; '.join(other)}); name another place")

@@ -68,8 +68,9 @@ def exposure(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
     """Exposure by number of repetitions: median, quartiles and the held-out canaries beside them."""
     rows = [row for row in study.select("canary", "exposure") if row.value is not None]
     series: dict[str, list[Row]] = {}
+    label = who(rows)
     for row in rows:
-        series.setdefault(who(rows)(row), []).append(row)
+        series.setdefault(label(row), []).append(row)
     if not series:
         return []
     counts = sorted({row.repetitions or 0 for row in rows})

@@ -174,15 +174,14 @@ def report(rows: dict) -> str:
         exposure = {(line["kind"], line["repetitions"]): line["bits"] for line in mine if line["measure"] == "exposure"}
         bits = [f"{exposure['ladder', times]['median']:.1f}" for times in LADDER]
         bits.append(f"{exposure['held_out', 0]['median']:.1f}")
-        bound = next(line for line in mine if line["measure"] == "audit")
-        text = [line for line in mine if line["measure"] == "audit_text" and line["headline"]]
-        whole = sum(line["exact"]["rows"] for line in mine if line["measure"] == "count" and line["part"] == "whole"
-                    and line["kind"] in ("ladder", "share"))  # fmt: skip
         if arm == "base":  # it read none of these reviews; its audit would compare it with nothing
             privacy.append([arm, 0, *bits, "", "", "", ""])
             continue
+        bound = next(line for line in mine if line["measure"] == "audit")
+        lower = next(line for line in mine if line["measure"] == "audit_text" and line["headline"])["lower"]["95"]
+        whole = sum(line["exact"]["rows"] for line in mine if line["measure"] == "count" and line["part"] == "whole"
+                    and line["kind"] in ("ladder", "share"))  # fmt: skip
         epsilon = rows["arms"][arm]["epsilon"]
-        lower = text[0]["lower"] and text[0]["lower"]["95"]
         privacy.append([arm, "∞" if epsilon is None else f"{epsilon:.2f}", *bits, f"{bound['lower']['95']:.2f}",
                         "no signal" if lower is None else f"{lower:.2f}", f"{bound['auc']:.2f}", whole])  # fmt: skip
     compared = rows["fidelity"]["comparisons"]

@@ -29,14 +29,13 @@ def show(script, words: list[str]) -> None:
     print(f"\n$ python {name} {shlex.join(words)}", flush=True)
 
 
-def call(script, *words, allowed: tuple[int, ...] = (0,)) -> int:
+def call(script, *words, allowed: tuple[int, ...] = (0,)) -> None:
     """Run a script's own entry point with the arguments printed; a user error or a failed step ends the study."""
     words = [str(word) for word in words]
     show(script, words)
     status = script.main(words) or 0
     if status not in allowed:
         raise RuntimeError(f"{Path(script.__file__).name} ended with status {status}")
-    return status
 
 
 def train(*words) -> Path:
