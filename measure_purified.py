@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from common import cli, distributed, intervals, models, records, results
+from common.generation import encode_prompt
 from extraction import prompts
 
 TEMPERATURES = [0.01, 0.1, 0.2, 0.5, 0.75, 1.0, 1.25, 1.5]
@@ -258,7 +259,7 @@ def attack(model, tokenizer, study: Study, args, temperatures: list[float], worl
                 asked, tokens, keys, targets = [], [], [], []
                 for row in mine:
                     prompt, truth = study.asked[row][number]
-                    ids = _encode(tokenizer, prompt)
+                    ids = encode_prompt(tokenizer, prompt)
                     if not ids or len(ids) + args.max_tokens > longest:
                         reason = "longer than the context" if ids else "empty prompt"
                         found.append({"row": row, "template": label, "responses": None, "dropped": reason})
@@ -301,17 +302,9 @@ def attack(model, tokenizer, study: Study, args, temperatures: list[float], worl
     return sorted(everything, key=lambda item: (item["row"], order[item["template"]]))
 
 
-def _encode(tokenizer, text: str) -> list[int]:
-    """Token ids with the tokenizer's own start token, without an end token."""
-    ids = tokenizer(text).input_ids
-    while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
-        ids = ids[:-1]
-    return ids
-
-
 def _target(tokenizer, prompt: str, ids: list[int], truth: str, room: int) -> list[int]:
     """The canonical tokens of the true answer after the prompt; [] when they do not fit the context."""
-    joined = _encode(tokenizer, prompt + truth)
+    joined = encode_prompt(tokenizer, prompt + truth)
     merged = joined[: len(ids)] != ids  # the prompt's last token runs into the answer: take the answer alone
     target = tokenizer(truth, add_special_tokens=False).input_ids if merged else joined[len(ids) :]
     return target if 0 < len(target) <= room else []

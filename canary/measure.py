@@ -23,7 +23,6 @@ A lower bound above the accountant's ε is flagged at 95 %; at 99.9 % the exit s
 results_canary_rows.jsonl has a line a canary and arm (no text), run_canary.json the run.
 """
 
-import json
 import math
 import random
 import sys
@@ -105,12 +104,14 @@ def check(args) -> SimpleNamespace:
         texts[arm] = [row[reviews.GENERATED] for row in rows or []]
         manifest = (records.read_manifest(file) or {}) if rows else {}
         spent[arm, "text"] = manifest.get("privacy") or spent.get(arm)
-        if header and text_trained_on(manifest) not in (None, header.get("training")):
+        if header and problems.absorb(text_trained_on, manifest) not in (None, header.get("training")):
             problems.add(
                 f"--synthetic {arm}={file}: its generator was trained on another file than {args.canaries} belongs to"
             )
     for arm, ref in refs.items():
-        if ref and header and trained_on(ref.adapter or ref.base) not in (None, header.get("training")):
+        if not ref or not header:
+            continue
+        if problems.absorb(trained_on, ref.adapter or ref.base) not in (None, header.get("training")):
             problems.add(f"--models {arm}={ref.name}: was trained on another file than {args.canaries} belongs to")
     audited = any(canary["kind"] == "audit" for canary in canaries)
     for name, block in spent.items():
@@ -129,10 +130,8 @@ def check(args) -> SimpleNamespace:
 
 def trained_on(checkpoint: str) -> str | None:
     """SHA-256 of the file that run_peft.py trained a checkpoint on; None where its run.json is not beside it."""
-    file = Path(checkpoint).absolute().parent / "run.json"
-    if not file.is_file():
-        return None
-    return next((one["sha256"] for one in json.loads(file.read_text(encoding="utf-8"))["inputs"]), None)
+    record = models.training_record(checkpoint)
+    return next((one["sha256"] for one in record["inputs"]), None) if record else None
 
 
 def text_trained_on(manifest: dict) -> str | None:
@@ -167,9 +166,7 @@ def tokens_from(tokenizer, context: str, text: str, most: int) -> tuple[list[int
     """
     encoded = tokenizer(context + text, return_offsets_mapping=True, verbose=False)
     first = next(place for place, (_, end) in enumerate(encoded["offset_mapping"]) if end > len(context))
-    ids = list(encoded["input_ids"])
-    while len(ids) > first + 1 and ids[-1] == tokenizer.eos_token_id:
-        ids.pop()
+    ids = models.without_end(tokenizer, encoded["input_ids"], first + 1)
     return ids[max(0, len(ids) - most) : first], ids[first:]
 
 

@@ -27,10 +27,7 @@ def settings_of(args, ref, dtype, flags: tuple[str, ...], **inputs) -> dict:
 
 def encode_prompt(tokenizer, text: str) -> list[int]:
     """Token ids of a prompt, without the EOS that some tokenizers add: it would end the text before it is continued."""
-    prompt = tokenizer(text, verbose=False).input_ids
-    while len(prompt) > 1 and prompt[-1] == tokenizer.eos_token_id:
-        prompt.pop()
-    return prompt
+    return models.without_end(tokenizer, tokenizer(text, verbose=False).input_ids)
 
 
 def plan_batches(

@@ -158,6 +158,25 @@ def privacy(ref) -> dict | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
+def training_record(checkpoint) -> dict | None:
+    """The run.json that run_peft.py leaves beside a checkpoint; None without one, UserError when it is broken."""
+    file = Path(checkpoint).absolute().parent / "run.json"
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not JSON ({error}); remove it if it is lost") from None
+
+
+def without_end(tokenizer, ids: list[int], least: int = 1) -> list[int]:
+    """`ids` without the EOS that some tokenizers add behind a text; at least the first `least` of them."""
+    end = len(ids)
+    while end > least and ids[end - 1] == tokenizer.eos_token_id:
+        end -= 1
+    return ids[:end]
+
+
 def load_tokenizer(ref: ModelRef, flag: str = "--model"):
     """The tokenizer of a model, pad falling back to EOS (every mask here is an attention mask). Needs an EOS."""
     from transformers import AutoTokenizer

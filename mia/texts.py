@@ -1,6 +1,5 @@
 """The two sets of texts and what goes with them: reading, sampling, shots, what must not be scored."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,16 +43,15 @@ def read_texts(path, text_field, problems: cli.Problems, flag: str) -> tuple[lis
     return rows, texts, manifest
 
 
-def read_training(folder: Path) -> dict | None:
-    """The run.json that run_peft.py left beside a checkpoint-*; None without one."""
-    file = folder.parent / "run.json"
-    if not folder.name.startswith("checkpoint-") or not file.is_file():
-        return None
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise cli.UserError(f"{file}: not JSON ({error}); remove it if it is lost") from None
-    return record if "train_rows" in record.get("args", {}) and record.get("inputs") else None
+def read_trainings(args, problems: cli.Problems) -> dict[Path, dict | None]:
+    """{folder: the run.json that run_peft.py left beside it, or None} of --model, or of every checkpoint-* in --dir."""
+    found = {}
+    for target in [args.model] if args.model else models.find_checkpoints(args.dir) if args.dir else []:
+        folder = Path(target).expanduser().resolve()
+        is_checkpoint = folder.name.startswith("checkpoint-")
+        record = (problems.absorb(models.training_record, folder) if is_checkpoint else None) or {}
+        found[folder] = record if "train_rows" in record.get("args", {}) and record.get("inputs") else None
+    return found
 
 
 def trained_rows(rows: list[dict], manifest: dict | None, train_rows: int | None, eval_rows: int) -> set[int]:
@@ -64,18 +62,14 @@ def trained_rows(rows: list[dict], manifest: dict | None, train_rows: int | None
     return {index for index in records.split(rows, manifest).train if index >= held}
 
 
-def trainings(args, path, rows, manifest, problems: cli.Problems) -> tuple[dict, list[set[int]]]:
+def trained_on(trainings: dict[Path, dict | None], path, rows, manifest) -> tuple[dict, list[set[int]]]:
     """({folder: was its model trained on this file? None: unknown}, the rows of each model that was).
 
-    Folders: --model, or every checkpoint-* below --dir. A file is told by its SHA-256. Unknown too: a model whose run
-    counted other rows than --train_rows and --eval_rows now choose, because the manifest's split has changed since.
+    trainings: of `read_trainings`. A file is told by its SHA-256. Unknown too: a model whose run counted other rows
+    than --train_rows and --eval_rows now choose, because the manifest's split has changed since.
     """
-    known, chosen = {}, []
-    targets = [args.model] if args.model else models.find_checkpoints(args.dir) if args.dir else []
-    for target in targets:
-        folder = Path(target).expanduser().resolve()
-        record = problems.absorb(read_training, folder)
-        known[folder] = None
+    known, chosen = dict.fromkeys(trainings), []
+    for folder, record in trainings.items():
         if record and record["inputs"][0]["sha256"] != results.sha256(path):
             known[folder] = False
         elif record:
@@ -87,14 +81,15 @@ def trainings(args, path, rows, manifest, problems: cli.Problems) -> tuple[dict,
 
 
 def read_sets(args, problems: cli.Problems) -> tuple[list[tuple], list[tuple], dict, int]:
-    """([(id, text)] of the members, of the non-members, `trainings` of --members, rows left out as not trained on).
+    """([(id, text)] of the members, of the non-members, `trained_on` of --members, rows left out as not trained on).
 
     Where run.json tells what was trained on, members are rows that every such model was trained on, and non-members
     rows that none was.
     """
     rows, texts, manifest = read_texts(args.members, args.text_field, problems, "--members")
     known = [(row.get("row_id", index), text) for index, (row, text) in enumerate(zip(rows, texts))]
-    trained, chosen = trainings(args, args.members, rows, manifest, problems) if rows else ({}, [])
+    trainings = read_trainings(args, problems) if rows else {}
+    trained, chosen = trained_on(trainings, args.members, rows, manifest) if rows else ({}, [])
 
     def members(indices) -> tuple[list[tuple], int]:
         kept = [index for index in indices if all(index in one for one in chosen)]
@@ -102,8 +97,7 @@ def read_sets(args, problems: cli.Problems) -> tuple[list[tuple], list[tuple], d
 
     if args.nonmembers and Path(args.nonmembers).absolute() != Path(args.members).absolute():
         others, texts, manifest = read_texts(args.nonmembers, args.text_field, problems, "--nonmembers")
-        # a broken run.json is told of once
-        _, seen = trainings(args, args.nonmembers, others, manifest, cli.Problems()) if others else ({}, [])
+        _, seen = trained_on(trainings, args.nonmembers, others, manifest) if others else ({}, [])
         rest = [(row.get("row_id", index), text) for index, (row, text) in enumerate(zip(others, texts))
                 if not any(index in one for one in seen)]  # fmt: skip
         kept, left_out = members(range(len(known)))

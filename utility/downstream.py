@@ -106,8 +106,7 @@ def label_log_probabilities(model, tokenizer, prompts: list[str], bar) -> list[l
     from common.scoring import join, score
 
     encoded = tokenizer([prompt + label for prompt in prompts for label in LABELS], verbose=False).input_ids
-    eos = tokenizer.eos_token_id
-    encoded = [ids[:-1] if len(ids) > 1 and ids[-1] == eos else ids for ids in encoded]
+    encoded = [models.without_end(tokenizer, ids) for ids in encoded]
     groups = [encoded[start : start + len(LABELS)] for start in range(0, len(encoded), len(LABELS))]
     last = [[ids[-1] for ids in group] for group in groups]
     if all(last[0] == each for each in last) and all(len({tuple(ids[:-1]) for ids in group}) == 1 for group in groups):
