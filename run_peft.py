@@ -417,10 +417,7 @@ def run_state(args, folder: Path, path: Path, global_batch: int, world_size: int
     file = folder / "run.json"
     if not file.is_file():
         return "new"
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}: not JSON ({error}); remove {folder}") from None
+    record = results.read_json(file, f"remove {folder}")
     finished = record["status"] == "ok"
     if not finished and not args.resume:
         return "new"

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 import sys
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.cli import Problems, UserError
-from common.results import sha256
+from common.results import read_json, sha256
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -46,9 +45,12 @@ def find_model(name: str, revision=None, base_model=None, flag: str = "--model",
     """Look at a model's files without loading weights; UserError says what is missing and what to do."""
     path = Path(name).expanduser()
     if path.is_dir() and (path / "adapter_config.json").is_file():
-        return _find_adapter(path, revision, base_model, flag, is_opt)
-    _check_full(name, revision, flag)
-    return ModelRef(str(name), str(path) if path.is_dir() else name, None, revision)
+        ref = _find_adapter(path, revision, base_model, flag, is_opt)
+    else:
+        _check_full(name, revision, flag)
+        ref = ModelRef(str(name), str(path) if path.is_dir() else name, None, revision)
+    privacy(ref)  # a damaged privacy.json is told of now, not when the results are written
+    return ref
 
 
 def find_checkpoints(folder) -> list[Path]:
@@ -92,10 +94,7 @@ def _check_full(name: str, revision, flag: str) -> None:
 
 
 def _find_adapter(path: Path, revision, base_model, flag: str, is_opt: bool) -> ModelRef:
-    try:
-        config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}/adapter_config.json: not JSON ({error}); the checkpoint is damaged") from None
+    config = read_json(path / "adapter_config.json", "the checkpoint is damaged")
     problems = Problems()
     weights = path / "adapter_model.safetensors"
     if weights.is_file():
@@ -155,18 +154,13 @@ def weights_sha256(ref) -> str | None:
 def privacy(ref) -> dict | None:
     """What a model's training spent: the privacy.json that run_peft.py --dp leaves beside it; None without one."""
     file = Path(ref.adapter or ref.base) / PRIVACY_FILE
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return read_json(file, "what the training spent is in its run.json") if file.is_file() else None
 
 
 def training_record(checkpoint) -> dict | None:
     """The run.json that run_peft.py leaves beside a checkpoint; None without one, UserError when it is broken."""
     file = Path(checkpoint).absolute().parent / "run.json"
-    if not file.is_file():
-        return None
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not JSON ({error}); remove it if it is lost") from None
+    return read_json(file, "remove it if it is lost") if file.is_file() else None
 
 
 def without_end(tokenizer, ids: list[int], least: int = 1) -> list[int]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.cli import UserError
-from common.results import ROOT, commit, now, sha256, write_json
+from common.results import ROOT, commit, now, read_json, sha256, write_json
 
 HEAD_ROWS = 1110  # evaluation head of the published split (perplexity)
 PII_ROWS = 1000  # its first rows are attacked
@@ -298,13 +298,7 @@ def read_manifest(path) -> dict | None:
     beside = manifest_path(path)
     if not beside.is_file():
         return None
-    try:
-        manifest = json.loads(beside.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{beside}: not JSON ({error}); remove it or build {path} again") from None
-    if not isinstance(manifest, dict):
-        raise UserError(f"{beside}: a JSON object was expected; remove it or build {path} again")
-    return manifest
+    return read_json(beside, f"remove it or build {path} again")
 
 
 def check_manifest(path, n: int) -> None:

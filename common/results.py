@@ -90,6 +90,18 @@ def write_json(path, item) -> None:
         file.write(json.dumps(plain(item), ensure_ascii=False, allow_nan=False, indent=1) + "\n")
 
 
+def read_json(path, remedy: str, kind: type = dict):
+    """The JSON of a file, which must be of `kind`; UserError with `remedy` when it is damaged or of another."""
+    try:
+        item = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not JSON ({error}); {remedy}") from None
+    if not isinstance(item, kind):
+        wanted = "object" if kind is dict else "array"
+        raise UserError(f"{path}: a JSON {wanted} was expected; {remedy}")
+    return item
+
+
 def write_jsonl(path, items, permissions: int = 0o644) -> None:
     with atomic(path, permissions=permissions) as file:
         for item in items:

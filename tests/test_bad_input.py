@@ -56,6 +56,10 @@ def files(tmp_path, models, adapters):
     paths["half_adapter"] = tmp_path / "half"
     shutil.copytree(adapters["llama", "lora"], paths["half_adapter"])
     (paths["half_adapter"] / "adapter_model.safetensors").unlink()
+    for name, file, text in (("cut_config", "adapter_config.json", '{"peft'), ("cut_privacy", "privacy.json", "[]")):
+        paths[name] = tmp_path / name
+        shutil.copytree(adapters["llama", "lora"], paths[name])
+        (paths[name] / file).write_text(text)
 
     plain = tmp_path / "no-eos"
     shutil.copytree(models["llama"], plain)
@@ -109,6 +113,8 @@ TABLE = [
     (measure_purified, ["--model", "some-model-nobody-has", "--output_dir", "{out}", "-d", "{good}"], "not a model"),
     (measure_purified, ["--model", "{orphan}", "--output_dir", "{out}", "-d", "{good}"], "/no/such/base"),
     (measure_purified, ["--model", "{half_adapter}", "--output_dir", "{out}", "-d", "{good}"], "incomplete"),
+    (measure_purified, ["--model", "{cut_config}", "--output_dir", "{out}", "-d", "{good}"], "json: not JSON"),
+    (measure_purified, ["--model", "{cut_privacy}", "--output_dir", "{out}", "-d", "{good}"], "object was expected"),
     (measure_purified, ["--model", "{no_eos}", "--output_dir", "{out}", "-d", "{good}"], "no EOS token"),
     (evaluate_purified, ["--model", "{nothing}", "-d", "{good}"], "no such directory"),
     (evaluate_purified, ["--model", "{model}", "-d", "{good}"], "no checkpoint-* directory"),

@@ -115,8 +115,6 @@ def check(args) -> SimpleNamespace:
 
 def release_histogram(args, task) -> dict:
     """The released histogram: read when it is there with the same settings, else made (noise from the system)."""
-    import json
-
     from data.synthetic import histogram
 
     units = len({row.get("user_id") for row in task.training}) if task.unit == "user" else len(task.training)
@@ -125,7 +123,7 @@ def release_histogram(args, task) -> dict:
         "training": results.sha256(args.training), "fields": args.metadata_fields, "epsilon": args.metadata_epsilon,
         "delta": delta, "unit": task.unit,
     }  # fmt: skip
-    made = json.loads(task.histogram.read_text(encoding="utf-8")) if task.histogram.is_file() else None
+    made = results.read_json(task.histogram, "name another file") if task.histogram.is_file() else None
     differ = [key for key, value in wanted.items() if made and made.get(key) != value]
     if differ:
         raise cli.UserError(
