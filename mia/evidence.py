@@ -31,6 +31,18 @@ def encode(tokenizer, texts: list[str], limit: int) -> Encoded:
     return Encoded(shown, tokens, lower, leading_specials(tokenizer), cut)
 
 
+def encode_same(tokenizer, texts: list[str], target: Encoded) -> Encoded:
+    """A reference's tokens of the stretch of each text that the target saw: the target's where its tokenizer makes the
+    same of the whole text, else those of the cut text, however many."""
+    whole = tokenizer(texts, verbose=False).input_ids
+    tokens = [mine if ids[: len(mine)] == mine else None for ids, mine in zip(whole, target.tokens)]
+    others = [index for index, ids in enumerate(tokens) if ids is None]
+    coded = tokenizer([target.texts[index] for index in others], verbose=False).input_ids if others else []
+    for index, ids in zip(others, coded):
+        tokens[index] = ids
+    return Encoded(target.texts, tokens, [], leading_specials(tokenizer), target.cut)
+
+
 def leading_specials(tokenizer) -> list[int]:
     """The special tokens before a text; those after it (an EOS) are not among them."""
     coded = tokenizer("a", return_special_tokens_mask=True)
@@ -72,12 +84,18 @@ class Evidence:
     shots: dict = field(default_factory=dict)  # how many fit
 
 
-def gather(passes, ref, tokenizer, study: Study, args, gradients: bool) -> Evidence:
-    """Run every pass over one model that the study's attacks need (gradients: those of grad_norm too)."""
+def gather(passes, ref, tokenizer, study: Study, args, gradients: bool, target: Encoded | None = None) -> Evidence:
+    """Run every pass over one model that the study's attacks need (gradients: those of grad_norm too).
+
+    target: of a reference model, whose texts are then cut where the target's were.
+    """
     context = models.context_length(config_of(ref))
-    encoded = encode(tokenizer, study.texts, min(args.max_length, context))
+    if target:
+        encoded = encode_same(tokenizer, study.texts, target)
+    else:
+        encoded = encode(tokenizer, study.texts, min(args.max_length, context))
     wanted = set(study.attacks)
-    scored = [index for index, ids in enumerate(encoded.tokens) if len(ids) > 1]
+    scored = [index for index, ids in enumerate(encoded.tokens) if 1 < len(ids) <= context]
     sequences = [encoded.tokens[index] for index in scored]
 
     def over(indices, arrays) -> dict:
@@ -145,7 +163,9 @@ def score_texts(study: Study, args, evidence: Evidence, reference: Evidence | No
             raise scores.Undefined("no reference model")
         if tokenwise and reference.encoded.tokens[index] != evidence.encoded.tokens[index]:
             raise scores.Undefined("the reference model has other tokens")
-        return need(reference.tokens, index, "under 2 tokens for the reference model")[:, LOGP]
+        short = len(reference.encoded.tokens[index]) < 2
+        missing = "under 2 tokens for the reference model" if short else "longer than the reference model's context"
+        return need(reference.tokens, index, missing)[:, LOGP]
 
     def after(name, index):
         return need(evidence.after.get(name, {}), index, "no shot fits into the context beside the longest text")

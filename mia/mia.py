@@ -235,7 +235,8 @@ def measure(ref, study: Study, args, world, folder, passes, name: str) -> list[d
         if args.ref_model:
             other, against = models.find_model(args.ref_model, None, None, "--ref_model"), list(AGAINST_BASE)
             its_own = models.load_tokenizer(other, "--ref_model")
-            reference = gather(passes, other, its_own, replace(study, attacks=against), args, gradients=False)
+            about = replace(study, attacks=against)
+            reference = gather(passes, other, its_own, about, args, gradients=False, target=evidence.encoded)
         passes.close()
         trained = study.trained.get(Path(ref.adapter or ref.base).expanduser().resolve())
         if trained is False and world.main:

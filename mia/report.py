@@ -14,7 +14,7 @@ DRAWN = ("loss", "zlib", "lowercase", "ref", "min_k_20", "min_k_pp_20", "surp", 
 
 def parameters_of(attack: str, args, evidence: Evidence) -> dict:
     """The settings behind one key of the score file."""
-    from mia import scores
+    from mia import metrics, scores
 
     known = {
         "surp": {"k": scores.SURP_PERCENT, "entropy": scores.SURP_ENTROPY},
@@ -28,6 +28,7 @@ def parameters_of(attack: str, args, evidence: Evidence) -> dict:
         "neighborhood": {"neighbours": scores.N_NEIGHBOURS, "neighbor_model": args.neighbor_model},
         "neighborhood_self": {"neighbours": scores.N_NEIGHBOURS},
         "wbc": {"windows": list(scores.WINDOWS)},
+        "combine": {"folds": metrics.FOLDS, "interval_widened": metrics.CROSS_FITTED},
     }
     if attack.startswith("min_k"):
         return {"k": int(attack.rpartition("_")[2])}
@@ -74,7 +75,7 @@ def report(study: Study, args, info: dict, found, reasons, evidence, base_scores
         if values is None:
             blinds[name] = {"auc": None, "auc_ci99": None, "undefined": "fewer than 5 texts in a class"}
         else:
-            made = metrics.summarize(*by_class(values.tolist(), study.labels), draws)
+            made = metrics.summarize(*by_class(values.tolist(), study.labels), draws, cross_fitted=True)
             blinds[name] = {key: made[key] for key in ("auc", "auc_ci99", "tpr_at_fpr", "undefined")}
     set_flags = [name for name, made in blinds.items() if made["auc"] is not None and made["auc_ci99"][0] > 0.5]
     if study.duplicates:
@@ -103,7 +104,7 @@ def report(study: Study, args, info: dict, found, reasons, evidence, base_scores
     }
     lines, n = [], len(study.texts)
     for attack, values in found.items():
-        made = metrics.summarize(*by_class(values, study.labels), draws)
+        made = metrics.summarize(*by_class(values, study.labels), draws, cross_fitted=attack == "combine")
         members, nonmembers = map(len, by_class(values, study.labels))
         why = list(reasons.get(attack, {}).values())
         other = base_scores.get(attack)
@@ -112,7 +113,7 @@ def report(study: Study, args, info: dict, found, reasons, evidence, base_scores
             missing = "compares with the base" if attack in AGAINST_BASE and info["base_model"] else NO_BASE
             base = {"auc": None, "auc_ci": None, "auc_ci99": None, "undefined": kept[0] if kept else missing}
         else:
-            summary = metrics.summarize(*by_class(other, study.labels), draws)
+            summary = metrics.summarize(*by_class(other, study.labels), draws, cross_fitted=attack == "combine")
             base = {key: summary[key] for key in ("auc", "auc_ci", "auc_ci99", "tpr_at_fpr", "undefined")}
         flags = [*set_flags, *(["base"] if base["auc"] is not None and base["auc_ci99"][0] > 0.5 else [])]
         points = made["points"]

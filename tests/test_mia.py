@@ -264,11 +264,51 @@ def test_a_reference_model_of_other_tokens(models, sets, tmp_path):
         bos_token="<|endoftext|>",
     )
     bytewise.save_pretrained(other)
-    lines, _ = run_on(tmp_path / "out", models["llama"], sets, "--ref_model", other)
+    lines, _ = run_on(tmp_path / "out", models["llama"], sets, "--ref_model", other, "--max_length", 60)
     found = {line["attack"]: line for line in lines}
     assert found["ref"]["n_scored"] == 24
     for name in ("ez", "wbc"):
         assert found[name]["dropped"] == {"the reference model has other tokens": 24}
+
+
+def test_a_reference_model_sees_the_text_that_the_target_saw(models, sets, tmp_path):
+    """Texts cut at 12 tokens of the target: ref against the bytes of the same characters, by hand in float64. A text
+    that is longer than the reference's context is null, never compared by its beginning."""
+    import torch
+    from tokenizers import Tokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    other = shutil.copytree(models["neox"], tmp_path / "other")
+    known = AutoTokenizer.from_pretrained(other)
+    bytewise = type(known)(tokenizer_object=Tokenizer.from_str(_without_merges(known)), eos_token="<|endoftext|>")
+    bytewise.save_pretrained(other)
+    words = ("--attacks", "loss", "ref", "--max_length", 12, "--ref_model", other)
+    _, rows = run_on(tmp_path / "out", models["llama"], sets, *words)
+    tokenizer = AutoTokenizer.from_pretrained(models["llama"])
+    target, reference = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval() for folder in (models["llama"], other)
+    )
+
+    def mean(model, ids):
+        with torch.no_grad():
+            logs = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        return logs.gather(1, torch.tensor(ids[1:])[:, None]).mean().item()
+
+    for row, text in list(zip(rows, texts_of(sets[0]) + texts_of(sets[1])))[::7]:
+        coded = tokenizer(text, return_offsets_mapping=True)
+        cut = text[: coded.offset_mapping[11][1]]
+        assert len(coded.input_ids) > 12 and cut != text
+        wanted = mean(target, coded.input_ids[:12]) - mean(reference, bytewise(cut).input_ids)
+        assert row["ref"] == pytest.approx(wanted, rel=1e-4)
+
+    config = json.loads((models["llama"] / "config.json").read_text())
+    short = shutil.copytree(models["llama"], tmp_path / "short")
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 30}))
+    lines, rows = run_on(tmp_path / "shorter", models["llama"], sets, "--attacks", "ref", "ez", "--ref_model", short)
+    reason = "longer than the reference model's context"
+    long = [len(tokenizer(text).input_ids) > 30 for text in texts_of(sets[0]) + texts_of(sets[1])]
+    assert all(line["dropped"] == {reason: sum(long)} for line in lines) and sum(long)
+    assert [row["ref"] is None for row in rows] == long
 
 
 def _without_merges(tokenizer) -> str:
