@@ -456,6 +456,10 @@ def describe(args, plan: Plan) -> list[str]:
             f"steps        {plan.steps_per_epoch} an epoch × {args.epochs} epochs, {plan.global_batch} units expected",
             *privacy.describe(plan.privacy, args.epochs, plan.n_trainable),
         ]
+        if tracker_classes(args.report_to):
+            lines.append(
+                f"trackers     {args.report_to}: the losses and counts of single steps sent there are outside ε"
+            )
     if args.packing:
         lines.insert(3, f"packing      {len(plan.train)} rows in {len(plan.sequences)} sequences")
     empty = sum(row.labels == 0 for row in plan.train)
@@ -513,7 +517,8 @@ def add_adapter(args, plan: Plan, world, model, seed: int):
         revision=args.revision,
     )
     torch.manual_seed(seed)
-    model = get_peft_model(model, config)
+    with models.without_peft_warning():
+        model = get_peft_model(model, config)
     base = Path(plan.ref.base).expanduser()
     config = model.peft_config["default"]
     config.base_model_name_or_path = str(base.resolve()) if base.is_dir() else plan.ref.base
@@ -1277,7 +1282,6 @@ def train(training: Training, run: results.Run, trackers: list) -> None:
 
 def run(args) -> Path:
     """Fine-tune as `args` (make_parser) says; returns the run directory. Raises UserError, Interrupted, or a bug."""
-    import torch
     from transformers.utils import logging as transformers_logging
 
     if args.seed is None and not args.dp:
@@ -1298,6 +1302,8 @@ def run(args) -> Path:
     try:
         if not world.main or not sys.stderr.isatty():
             transformers_logging.disable_progress_bar()
+        earlier = unfinished(plan)
+        dtype = chosen_dtype(args, plan, world, earlier)
         if world.main:
             plan.folder.mkdir(parents=True, exist_ok=True)
             old = checkpoints(plan.folder)
@@ -1306,7 +1312,6 @@ def run(args) -> Path:
                 if plan.privacy:
                     print("their ε adds up with the new run's if anyone has seen them")
             clean(plan.folder, everything=plan.start == "new")
-        before = spent_before(plan) if plan.privacy else None
         secret = None
         if plan.privacy:
             # σ too: another host's libraries might search it a little differently
@@ -1314,13 +1319,11 @@ def run(args) -> Path:
             sigma, secret = world.broadcast((sigma, secret) if world.main else None)
             plan.privacy = dataclasses.replace(plan.privacy, noise_multiplier=sigma)
         world.barrier()
-        more = {"global_batch": plan.global_batch, "data_tag": plan.tag}
+        more = {"global_batch": plan.global_batch, "data_tag": plan.tag, "dtype": str(dtype).removeprefix("torch.")}
         if plan.privacy:
-            more |= {"seed": "os" if args.seed is None else args.seed, "privacy": before or plan.privacy.block(0)}
+            spent = earlier.get("privacy") or plan.privacy.block(0)
+            more |= {"seed": "os" if args.seed is None else args.seed, "privacy": spent}
         with results.Run(plan.folder / "run.json", args, inputs=[plan.input], world=world, **more) as record:
-            dtype = models.resolve_dtype(args.dtype, world.device)
-            if plan.privacy and dtype == torch.float16:
-                raise UserError("--dtype auto: this GPU has no bfloat16; --dp needs --dtype float32 there")
             _run(args, plan, world, dtype, record, secret)
         if world.main and plan.private.is_dir():
             shutil.rmtree(plan.private)  # only now that run.json says ok: a run killed before is resumed, not repeated
@@ -1329,11 +1332,20 @@ def run(args) -> Path:
     return plan.folder
 
 
-def spent_before(plan: Plan) -> dict | None:
-    """The privacy block of the unfinished run that is resumed."""
-    if plan.start != "resume":
-        return None
-    return json.loads((plan.folder / "run.json").read_text(encoding="utf-8"))["privacy"]
+def unfinished(plan: Plan) -> dict:
+    """The run.json of the unfinished run that is resumed; {} of a new run."""
+    return results.read_json(plan.folder / "run.json", f"remove {plan.folder}") if plan.start == "resume" else {}
+
+
+def chosen_dtype(args, plan: Plan, world, earlier: dict):
+    """The torch dtype of --dtype on this machine; UserError when the run cannot go on, or be private, in it."""
+    dtype = models.resolve_dtype(args.dtype, world.device)
+    name = str(dtype).removeprefix("torch.")
+    if plan.privacy and name == "float16":
+        raise UserError("--dtype auto: this GPU has no bfloat16; --dp needs --dtype float32 there")
+    if earlier.get("dtype", name) != name:
+        raise UserError(f"--dtype {args.dtype}: is {name} on this machine; the unfinished run is in {earlier['dtype']}")
+    return dtype
 
 
 def find_secret(args, plan: Plan) -> bytes:
@@ -1367,7 +1379,6 @@ def suggest(args, plan: Plan) -> None:
 
 def _run(args, plan: Plan, world, dtype, record: results.Run, secret: bytes | None) -> None:
     training = Training(args, plan, world, dtype, secret)
-    record["dtype"] = str(dtype).removeprefix("torch.")
     record["base_commit"] = getattr(training.model.config, "_commit_hash", None)
     record["max_length"] = plan.max_length
     record["rows"] = {"train": len(plan.train), "held_out": len(plan.held), "sequences": len(plan.sequences)}

@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -251,7 +252,16 @@ def attach(model, adapter):
     from peft import PeftModel
 
     check_fit(model, adapter)
-    return PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=True).eval()
+    with without_peft_warning():
+        return PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=True).eval()
+
+
+@contextlib.contextmanager
+def without_peft_warning():
+    """peft 0.21 reads an attribute that transformers 5 calls deprecated, each time an adapter is put on a model."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 @contextlib.contextmanager

@@ -679,7 +679,10 @@ def test_dry_run_prints_the_plan_without_a_model(models, dataset, tmp_path, caps
     from common import models as common_models
 
     monkeypatch.setattr(common_models, "load_base", lambda *a, **k: pytest.fail("loaded the model"))
-    run_peft.run(parse(*words_of(models, "neox", dataset, tmp_path, "--target_epsilon", 8, "--dry_run"), "-pt", "dora"))
+    words = words_of(
+        models, "neox", dataset, tmp_path, "--target_epsilon", 8, "--dry_run", "--report_to", "tensorboard"
+    )
+    run_peft.run(parse(*words, "-pt", "dora"))
     shown = capsys.readouterr().out
     for words in (
         "σ ",
@@ -687,6 +690,7 @@ def test_dry_run_prints_the_plan_without_a_model(models, dataset, tmp_path, caps
         "after epoch 1",
         "after epoch 2: 7.9",
         "signal/noise at most",
+        "tensorboard: the losses and counts of single steps sent there are outside ε",
     ):
         assert words in shown, words
     # NeoX of width 32, 2 layers, r 4: A and B of 32→96, 32→32, 32→64, 64→32 and DoRA's 96 + 32 + 64 + 32, by hand

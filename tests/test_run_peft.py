@@ -424,6 +424,13 @@ def test_killed_run_resumes_bit_exactly(models, dataset, tmp_path, unbroken):
         UserError, match=r"an unfinished run \(--resume\) with other arguments \(--epochs 3 there, 4 here\)"
     ):
         train(tmp_path, models["neox"], dataset, *FLAGS, "-e", 4, "--resume")
+    begun = (folder / "run.json").read_text()
+    elsewhere = json.dumps(json.loads(begun) | {"dtype": "bfloat16"})
+    (folder / "run.json").write_text(elsewhere)
+    with pytest.raises(UserError, match="--dtype auto: is float32 on this machine; the unfinished run is in bfloat16"):
+        train(tmp_path, models["neox"], dataset, *FLAGS, "--resume")
+    assert (folder / "run.json").read_text() == elsewhere
+    (folder / "run.json").write_text(begun)
     assert train(tmp_path, models["neox"], dataset, *FLAGS, "--resume") == folder
     assert json.loads((folder / "run.json").read_text())["resumed_from"] == 5
     check_same_run(unbroken["lora"], folder)
