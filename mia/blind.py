@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
-from mia.metrics import cross_fit
+from mia.metrics import FOLDS, NO_TEST, cross_fit, halves, logistic, set_test
 
 BASELINES = ("blind_length", "blind_zlib", "blind_bow", "blind_tfidf")
 MOST_WORDS = 20000
@@ -19,7 +19,28 @@ SIMILAR = 0.8
 
 
 def scores(texts: list[str], labels, seed: int) -> dict[str, np.ndarray | None]:
-    """Log-odds [n] of membership for each of BASELINES, cross-fitted over five folds; None below 5 texts a class.
+    """Log-odds [n] of membership for each of BASELINES, cross-fitted over five folds; None below 5 texts a class."""
+    return {name: cross_fit(features, labels, make, seed) for name, (features, make) in classifiers(texts).items()}
+
+
+def dataset_inference(texts: list[str], labels, seed: int) -> dict:
+    """`metrics.dataset_inference` of the text alone: half of each class fits the four baselines and a logistic
+    regression over their (cross-fitted) log-odds; the other half, which nothing was fitted on, is tested."""
+    labels = np.asarray(labels)
+    if np.bincount(labels, minlength=2).min() < 2 * FOLDS:
+        return {**NO_TEST, "undefined": f"under {2 * FOLDS} texts in a class"}
+    fit, held_out = halves(labels, seed)
+    fitted, tested = [], []
+    for features, make in classifiers(texts).values():
+        mine, others = ([features[i] for i in part] for part in (fit, held_out))
+        fitted.append(cross_fit(mine, labels[fit], make, seed))
+        tested.append(make().fit(mine, labels[fit]).decision_function(others))
+    odds = logistic().fit(np.array(fitted).T, labels[fit]).decision_function(np.array(tested).T)
+    return set_test(odds, labels[held_out])
+
+
+def classifiers(texts: list[str]) -> dict[str, tuple]:
+    """{baseline: (features of each text, make() → classifier of them)}.
 
     length  log(1 + characters) and its square   zlib   compressed share of the bytes and its square
     bow     counts of words                      tfidf  TF-IDF of words and pairs of words
@@ -42,14 +63,11 @@ def scores(texts: list[str], labels, seed: int) -> dict[str, np.ndarray | None]:
         pairs = TfidfVectorizer(max_features=MOST_WORDS, token_pattern=WORD, ngram_range=(1, 2), sublinear_tf=True)
         return make_pipeline(pairs, LogisticRegression(max_iter=200))
 
-    sizes = np.array([[np.log1p(len(text))] for text in texts])
-    ratios = np.array([[len(zlib.compress(text.encode())) / max(1, len(text.encode()))] for text in texts])
-    return {
-        "blind_length": cross_fit(sizes, labels, curve, seed),
-        "blind_zlib": cross_fit(ratios, labels, curve, seed),
-        "blind_bow": cross_fit([text.strip() or "." for text in texts], labels, words, seed),
-        "blind_tfidf": cross_fit([text.strip() or "." for text in texts], labels, tfidf, seed),
-    }
+    sizes = [[np.log1p(len(text))] for text in texts]
+    ratios = [[len(zlib.compress(text.encode())) / max(1, len(text.encode()))] for text in texts]
+    shown = [text.strip() or "." for text in texts]
+    made = ((sizes, curve), (ratios, curve), (shown, words), (shown, tfidf))
+    return dict(zip(BASELINES, made))
 
 
 WORD = r"(?u)\w+|[^\w\s]"

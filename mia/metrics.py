@@ -35,26 +35,51 @@ def threshold(nonmembers, most: int) -> float:
 
 
 def tpr_at(members, nonmembers, level: str) -> dict:
-    """One operating point: {tpr, tpr_ci, false_positives, fpr, fpr_ci, coarse, undefined}; null where N is too small.
+    """One operating point, null where N is too small: {tpr, tpr_ci, tpr_ci_at_threshold, false_positives, fpr, fpr_ci,
+    coarse, undefined}.
 
-    tpr_ci is Clopper–Pearson at this threshold; `summarize` replaces it where a bootstrap can say more.
+    tpr_ci is of `tpr_interval`; `summarize` replaces it where a bootstrap can say more. tpr_ci_at_threshold is
+    Clopper–Pearson with this threshold taken as given: the members' sampling alone.
     """
     n, most = len(nonmembers), allowed(level, len(nonmembers))
     needed = max(LEVELS[level] - 1, SMALLEST.get(level, 0))
     if n < needed:
-        blank = dict.fromkeys(("tpr", "tpr_ci", "false_positives", "fpr", "fpr_ci"))
+        blank = dict.fromkeys(("tpr", "tpr_ci", "tpr_ci_at_threshold", "false_positives", "fpr", "fpr_ci"))
         return {**blank, "coarse": None, "undefined": f"{n} non-members; at least {needed} are needed"}
     above = threshold(nonmembers, most)
     true, false = int(np.sum(members > above)), int(np.sum(nonmembers > above))
     return {
         "tpr": true / len(members),
-        "tpr_ci": clopper_pearson(true, len(members)),
+        "tpr_ci": tpr_interval(members, nonmembers, 1 / LEVELS[level]),
+        "tpr_ci_at_threshold": clopper_pearson(true, len(members)),
         "false_positives": false,
         "fpr": false / n,
         "fpr_ci": clopper_pearson(false, n),
         "coarse": n < COARSE.get(level, 0),
         "undefined": None,
     }
+
+
+def tpr_interval(members, nonmembers, level: float, confidence: float = 0.95) -> list[float]:
+    """Interval of the TPR at a true FPR of `level`, whatever the distributions and however few non-members.
+
+    With few non-members the threshold is an extreme one, whose own noise outweighs that of the members. Above the j-th
+    largest of N non-members lies a share ~ Beta(j, N − j + 1) of all. One rank surely (1 − α/4) leaves at most `level`
+    above it and another at least `level`; with the one-sided binomial limits (1 − α/4 each) of the members above them
+    the four errors add up to α. Without such a rank, even at the largest non-member, the lower end is 0.
+    """
+    from scipy import stats
+
+    error, n = (1 - confidence) / 4, len(nonmembers)
+    ordered, ranks = np.sort(nonmembers)[::-1], np.arange(1, n + 1)
+    few = ranks[stats.beta.sf(level, ranks, n - ranks + 1) <= error]
+    many = ranks[stats.beta.cdf(level, ranks, n - ranks + 1) <= error]
+    above = int(np.sum(members > ordered[few[-1] - 1])) if len(few) else 0
+    below = int(np.sum(members >= ordered[many[0] - 1])) if len(many) else len(members)
+    return [
+        clopper_pearson(above, len(members), 1 - 2 * error)[0],
+        clopper_pearson(below, len(members), 1 - 2 * error)[1],
+    ]
 
 
 def draw(n: int, resamples: int, rng) -> np.ndarray:
@@ -122,7 +147,7 @@ def widened(bounds: list[float] | None, point: float | None) -> list[float] | No
     Resampling takes the fitted classifiers as given. But the scores of texts i and j hang on each other: i helped to
     fit the classifier of j, and j that of i. For a linear score f(j) = Σᵢ yᵢ·K(i, j) of labels y = ±1 without any
     signal the statistic Σⱼ yⱼ·f(j) counts every pair twice, so its variance is 4·Σ_{i<j} K², where resampling sees
-    Σⱼ f(j)² = 2·Σ_{i<j} K²: half. Where there is signal the pairs weigh less and the interval is on the safe side.
+    Σⱼ f(j)² = 2·Σ_{i<j} K²: half. Where there is signal the pairs weigh less, and the interval is rather too wide.
     """
     if bounds is None or point is None:
         return bounds
@@ -231,25 +256,39 @@ def usable(scores) -> np.ndarray:
     return scores[:, (known.mean(0) >= 0.5) & np.array(spread, bool)]
 
 
+def halves(labels, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of two halves of the texts, each with half of either class."""
+    from sklearn.model_selection import train_test_split
+
+    return train_test_split(np.arange(len(labels)), test_size=0.5, stratify=labels, random_state=seed)
+
+
 def dataset_inference(scores, labels, seed: int) -> dict:
     """{p, t, n_members, n_nonmembers, undefined}: is the *set* of members in the training data? (Maini et al. 2024)
 
     Half of each class fits a logistic regression over all scores [n, A] (missing: NaN); on the other half its log-odds
-    are compared by Welch's t-test, one-sided: members higher.
+    are compared (`set_test`). The scores must not hang on the labels: for the text alone see `blind.dataset_inference`.
     """
-    from scipy.stats import ttest_ind
-    from sklearn.model_selection import train_test_split
-
     labels, scores = np.asarray(labels), usable(scores)
     fewest = np.bincount(labels, minlength=2).min()
     if fewest < 4 or not scores.shape[1]:
         reason = "under 4 texts in a class" if fewest < 4 else "no score that half of the texts have"
-        return {**dict.fromkeys(("p", "t", "n_members", "n_nonmembers")), "undefined": reason}
-    fit, held_out = train_test_split(np.arange(len(labels)), test_size=0.5, stratify=labels, random_state=seed)
+        return {**NO_TEST, "undefined": reason}
+    fit, held_out = halves(labels, seed)
     odds = logistic().fit(scores[fit], labels[fit]).decision_function(scores[held_out])
-    members, nonmembers = odds[labels[held_out] == 1], odds[labels[held_out] == 0]
+    return set_test(odds, labels[held_out])
+
+
+NO_TEST = dict.fromkeys(("p", "t", "n_members", "n_nonmembers"))
+
+
+def set_test(odds, labels) -> dict:
+    """Welch's t-test of log-odds [n] of texts that took no part in fitting, one-sided: members (label 1) higher."""
+    from scipy.stats import ttest_ind
+
+    members, nonmembers = odds[labels == 1], odds[labels == 0]
     if np.ptp(odds) == 0:
-        return {**dict.fromkeys(("p", "t", "n_members", "n_nonmembers")), "undefined": "every text has the same score"}
+        return {**NO_TEST, "undefined": "every text has the same score"}
     test = ttest_ind(members, nonmembers, equal_var=False, alternative="greater")
     sizes = {"n_members": len(members), "n_nonmembers": len(nonmembers)}
     return {"p": float(test.pvalue), "t": float(test.statistic), **sizes, "undefined": None}

@@ -70,6 +70,7 @@ def report(study: Study, args, info: dict, found, reasons, evidence, base_scores
     draws = metrics.Draws(args.bootstrap, args.seed)
     if not study.blind:
         study.blind = blind.scores(study.texts, study.labels, args.seed)
+        study.blind_test = blind.dataset_inference(study.texts, study.labels, args.seed)
     blinds = {}
     for name, values in study.blind.items():
         if values is None:
@@ -85,9 +86,7 @@ def report(study: Study, args, info: dict, found, reasons, evidence, base_scores
     whole = {
         "target": test(matrix(found), study.labels, args.seed),
         "base": test(matrix(base_scores), study.labels, args.seed) if base_scores else None,
-        "blind": test(matrix(study.blind), study.labels, args.seed)
-        if all(one is not None for one in study.blind.values())
-        else None,
+        "blind": study.blind_test,
     }
     if args.combine:
         for some, why in ((found, reasons), (base_scores, base_reasons)):

@@ -24,6 +24,7 @@ class Study:
     duplicates: list[tuple[int, int]] = field(default_factory=list)  # (member, non-member), indices into texts
     trained: dict = field(default_factory=dict)  # folder of a model → was it trained on --members? None: unknown
     blind: dict = field(default_factory=dict)  # baseline → [n] or None, made by the first measurement
+    blind_test: dict | None = None  # of the baselines together, likewise
 
 
 def read_texts(path, text_field, problems: cli.Problems, flag: str) -> tuple[list[dict], list[str], dict | None]:
