@@ -321,9 +321,9 @@ def audit_line(task, arm: str, measure: str, signal: str, scores, block: dict | 
     upper, delta = (block or {}).get("epsilon"), (block or {}).get("delta") or 0.0
     bounds = {level: audit.one_run(scores, included, delta, alpha) for level, alpha in LEVELS.items()}
     undefined = "fewer than five canaries" if bounds["95"]["epsilon"] is None else None
-    constant = len(scores) > 1 and min(scores) == max(scores)
+    constant = is_constant(scores)
     if constant:
-        undefined = "the signal is the same for all canaries"
+        undefined = CONSTANT
         bounds = {level: found | {"epsilon": None, "guesses": []} for level, found in bounds.items()}
     above = {level: upper is not None and (found["epsilon"] or 0) > upper for level, found in bounds.items()}
     return {
@@ -338,6 +338,13 @@ def audit_line(task, arm: str, measure: str, signal: str, scores, block: dict | 
             "bound": None if constant else measures.heuristic_bound(scores, included, delta),
         },
     }  # fmt: skip
+
+
+CONSTANT = "the signal is the same for all canaries"
+
+
+def is_constant(scores) -> bool:
+    return len(scores) > 1 and min(scores) == max(scores)
 
 
 def _auc(scores, included) -> float | None:
@@ -370,9 +377,11 @@ def text_lines(task, arm: str, signals: dict[str, list[float]]) -> list[dict]:
         for (kind, repetitions), members in groups.items():
             if kind in ("ladder", "share") and held:
                 mine = [values[index] for index in members]
-                auc = _auc([*mine, *held], [True] * len(mine) + [False] * len(held))
+                constant = is_constant([*mine, *held])
+                auc = None if constant else _auc([*mine, *held], [True] * len(mine) + [False] * len(held))
                 line = {"measure": "text_auc", "arm": arm, "signal": signal, "kind": kind, "repetitions": repetitions}
-                lines.append(line | {"n_requested": len(mine), "n_scored": len(mine), "n_dropped": 0, "auc": auc})
+                line |= {"n_requested": len(mine), "n_scored": len(mine), "n_dropped": 0}
+                lines.append(line | {"auc": auc, "undefined": CONSTANT if constant else None})
     return lines
 
 

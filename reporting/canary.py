@@ -38,7 +38,7 @@ def rows(line: dict, study, models, path, number: int) -> list:
                             "quartiles over canaries", n=n, settings={"ks_p": fit}, **shared))  # fmt: skip
         return made
     if measure == "text_auc":
-        return [Row("canary", "AUC of text alone", line["auc"], n=n, **shared)]
+        return [Row("canary", "AUC of text alone", line["auc"], n=n, undefined=line.get("undefined"), **shared)]
     if not measure.startswith("audit"):
         raise ValueError(f"unknown measure {measure!r}")
     more = {key: line[key] for key in ("upper", "delta", "unit", "void", "guesses", "included", "above_upper")}

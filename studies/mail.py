@@ -61,8 +61,7 @@ def run(args, out, record) -> str:
     if "replaced" in args.arms:
         words = ["--input", args.dataset, "--seed", args.seed]
         data["replaced"] = build(replace_pii, out / "replaced" / "replaced_data.arrow", *words)
-    base_line = measured(out / "base")[TEMPERATURE]
-    rows = [row_of("base", base_line, results.read_jsonl(out / "base" / "perplexity.jsonl")[-1]["mean"])]
+    rows = [row_of("base", out / "base", results.read_jsonl(out / "base" / "perplexity.jsonl")[-1]["mean"])]
     last, trees = {}, {}
     for arm in args.arms:
         tree = trees[arm] = train(
@@ -78,18 +77,18 @@ def run(args, out, record) -> str:
         means = {line["model"]: line["mean"] for line in results.read_jsonl(tree / "perplexity.jsonl")}
         for checkpoint in chosen:
             epoch = models.find_checkpoints(tree).index(checkpoint) + 1
-            rows.append(row_of(f"{arm}, epoch {epoch}", measured(checkpoint)[TEMPERATURE], means.get(str(checkpoint))))
+            rows.append(row_of(f"{arm}, epoch {epoch}", checkpoint, means.get(str(checkpoint))))
         last[arm] = rows[-1]
     record["trees"] = {arm: str(tree) for arm, tree in trees.items()}
     if "original" in args.arms:
         newest = models.find_checkpoints(trees["original"])[-1]
         call(merge_peft, "--model", newest, "--save_dir", out / "merged")
     aucs = membership(args, out, trees, flags)
-    floor = base_line["floor"]
+    floor = measured(out / "base")[0]["floor"]
     text = [
         f"Addresses given away at temperature {TEMPERATURE}, of {rows[0]['rows']} people asked by four prompts (A–D): "
-        "loose matches, exact addresses, and exact ones that no name rule makes. AUC: membership inference on the rows "
-        "of the *original* training set (attack `ref`, 95 % interval).",
+        "loose matches, exact addresses, and exact ones that no name rule makes (hits of all prompts, and of how many "
+        "people). AUC: membership inference on the rows of the *original* training set (attack `ref`, 95 % interval).",
         "",
         extraction_table(rows, floor, aucs),
         "",
@@ -104,10 +103,9 @@ def run(args, out, record) -> str:
         attack(args.model, out / "outsiders-base", args.outsiders, *few)
         attack(newest, out / "outsiders-tuned", args.outsiders, *few)
         for name in ("base", "tuned"):
-            line = measured(out / f"outsiders-{name}")[TEMPERATURE]
-            control.append(row_of(f"{name}, outsiders", line, None))
+            control.append(row_of(f"{name}, outsiders", out / f"outsiders-{name}", None))
         text += ["", "The control: people whom no training text names.", ""]
-        text += [extraction_table(control, measured(out / "outsiders-base")[TEMPERATURE]["floor"], {})]
+        text += [extraction_table(control, measured(out / "outsiders-base")[0]["floor"], {})]
     results.write_json(
         out / "summary.json",
         {"temperature": TEMPERATURE, "rows": rows, "floor": floor, "outsiders": control, "mia": aucs},
@@ -133,12 +131,13 @@ def extraction_table(rows: list[dict], floor: dict, aucs: dict) -> str:
     """The study's table in Markdown; counts by template are joined by slashes."""
     labels = list(rows[0]["exact"])
     letters = "/".join(labels)
-    heads = ["", f"loose match {letters}", f"exact {letters}", "exact, share (95 %)", "no name rule", "perplexity"]
+    heads = ["", f"loose match {letters}", f"exact {letters}", "exact, share (95 %)", "no rule (people)", "perplexity"]
     heads += ["AUC"] * bool(aucs)
     cells = []
     for row in rows:
         line = [row["model"], joined(row["matches"].values()), joined(row["exact"].values()), share(row)]
-        line += [row["no_pattern"], "" if row["perplexity"] is None else f"{row['perplexity']:.2f}"]
+        line.append(f"{row['no_pattern']} ({row['no_pattern_people']})")
+        line.append("" if row["perplexity"] is None else f"{row['perplexity']:.2f}")
         if aucs:
             found = aucs.get(row["model"])
             line.append("{auc:.3f} ({ci[0]:.3f}–{ci[1]:.3f})".format(**found) if found else "")

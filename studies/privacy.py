@@ -36,6 +36,7 @@ def run(args, out, record) -> str:
     trained_people = put_trained_first(args.dataset, out / "trained_people.jsonl")
     arms = {"no noise, no clipping": ["--noise_multiplier", 0, "--max_grad_norm", "inf"]}
     arms |= {f"ε = {epsilon}": ["--target_epsilon", epsilon] for epsilon in EPSILONS}
+    folders = []
     rows = [row_for("base", args.model, None, out / "base", args, trained_people, asked, flags)]
     for name, words in arms.items():
         tree = train(
@@ -45,8 +46,10 @@ def run(args, out, record) -> str:
         )  # fmt: skip
         checkpoint = models.find_checkpoints(tree)[-1]
         spent = models.privacy(models.find_model(str(checkpoint)))
-        rows.append(row_for(name, checkpoint, spent, tree / "measured", args, trained_people, asked, flags))
-    results.write_json(out / "summary.json", {"temperature": TEMPERATURE, "rows": rows})
+        folders.append(tree / "measured")
+        rows.append(row_for(name, checkpoint, spent, folders[-1], args, trained_people, asked, flags))
+    changes = {row["model"]: change(out / "base", folder) for row, folder in zip(rows[1:], folders)}
+    results.write_json(out / "summary.json", {"temperature": TEMPERATURE, "rows": rows, "against_base": changes})
     record["epsilons"] = [row["epsilon"] for row in rows]
     heads = [
         "",
@@ -77,6 +80,17 @@ def run(args, out, record) -> str:
             "(95 % intervals).",
             "",
             table(heads, lines),
+            "",
+            "Exact addresses against the base, the same people and prompts: change of the share in percentage points "
+            "(95 %), and the change among trained people beyond that among others.",
+            "",
+            table(
+                ["", *next(iter(changes.values()))],
+                [
+                    [name, *("{points:+.1f} ({low:+.1f} … {high:+.1f})".format(**one) for one in found.values())]
+                    for name, found in changes.items()
+                ],
+            ),
         ]
     )
 
@@ -106,5 +120,31 @@ def row_for(name: str, model, spent: dict | None, folder, args, trained_people, 
                 row[line["attack"]] = {"auc": line["auc"], "ci": line["auc_ci"]}
     row["perplexity"] = results.read_jsonl(folder / "perplexity.jsonl")[-1]["mean"]
     for people in ("others", "trained"):
-        row[people] = share(row_of(name, measured(folder / people)[TEMPERATURE], None))
+        row[people] = share(row_of(name, folder / people, None))
     return row
+
+
+def change(base, folder) -> dict:
+    """{people: {points, low, high, n}}: exact share of `folder` minus that of `base`, in percentage points, paired over
+    people (normal 95 % interval of the mean of n people), and the difference between the two groups of people."""
+    from math import hypot
+    from statistics import fmean, stdev
+
+    def shares(place) -> dict:
+        asked: dict[int, list] = {}
+        for one in measured(place)[1]:
+            if one["exact"] is not None:
+                asked.setdefault(one["row"], []).append(one["exact"])
+        return {row: fmean(hits) for row, hits in asked.items()}
+
+    found = {}
+    for people in ("trained", "others"):
+        before, now = shares(base / people), shares(folder / people)
+        gains = [100 * (now[row] - before[row]) for row in before if row in now]
+        found[people] = fmean(gains), stdev(gains) / len(gains) ** 0.5, len(gains)
+    (one, its_error, n), (other, other_error, m) = found.values()
+    found["trained − others"] = one - other, hypot(its_error, other_error), n + m
+    return {
+        name: {"points": mean, "low": mean - 1.96 * error, "high": mean + 1.96 * error, "n": n}
+        for name, (mean, error, n) in found.items()
+    }

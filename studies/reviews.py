@@ -147,10 +147,32 @@ def summary(out: Path, checkpoints: dict) -> dict:
     likeness = json.loads((out / "fidelity" / "results_fidelity.json").read_text(encoding="utf-8"))
     words = json.loads((out / "importance" / "feature_importance.json").read_text(encoding="utf-8"))
     ratings = results.read_jsonl(out / "downstream" / "results_utility.jsonl")
-    return {"canary": canaries, "fidelity": likeness, "importance": words, "utility": ratings, "arms": {
-        arm: {"epsilon": (models.privacy(models.find_model(str(one))) or {}).get("epsilon")}
-        for arm, one in checkpoints.items()
-    }}  # fmt: skip
+    spent = {arm: models.privacy(models.find_model(str(one))) for arm, one in checkpoints.items()}
+    return {
+        "canary": canaries, "fidelity": likeness, "importance": words, "utility": ratings,
+        "arms": {arm: {key: block[key] for key in ("epsilon", "delta", "unit")} for arm, block in spent.items()},
+        "against_base": against_base(results.read_jsonl(out / "canary" / "results_canary_rows.jsonl")),
+    }  # fmt: skip
+
+
+def against_base(rows: list[dict]) -> list[dict]:
+    """Exposure of each group of canaries, arm minus base, canary by canary: mean and 95 % t-interval, in bits."""
+    from statistics import fmean, stdev
+
+    from scipy import stats
+
+    bits: dict[tuple, dict] = {}
+    for row in rows:
+        if row["source"] == "model" and row["kind"] in ("ladder", "held_out"):
+            bits.setdefault((row["kind"], row["repetitions"]), {})[row["arm"], row["id"]] = row["exposure"]
+    made = []
+    for arm in dict.fromkeys(row["arm"] for row in rows if row["source"] == "model" and row["arm"] != "base"):
+        for (kind, times), found in bits.items():
+            gains = [value - found["base", one] for (other, one), value in found.items() if other == arm]
+            half = stats.t.ppf(0.975, len(gains) - 1) * stdev(gains) / len(gains) ** 0.5
+            ends = {"mean": fmean(gains), "low": fmean(gains) - half, "high": fmean(gains) + half}
+            made.append({"arm": arm, "kind": kind, "repetitions": times, **ends, "n_canaries": len(gains)})
+    return made
 
 
 AGREEMENT = ("spearman", "pearson", "jaccard@20")
@@ -171,8 +193,10 @@ def report(rows: dict) -> str:
     privacy = []
     for arm in (*arms, "base"):
         mine = [line for line in rows["canary"] if line["arm"] == arm]
-        exposure = {(line["kind"], line["repetitions"]): line["bits"] for line in mine if line["measure"] == "exposure"}
-        bits = [f"{exposure['ladder', times]['median']:.1f}" for times in LADDER]
+        exposed = {(line["kind"], line["repetitions"]): line for line in mine if line["measure"] == "exposure"}
+        exposure = {group: line["bits"] for group, line in exposed.items()}
+        above = {group: line["p_above_held_out"] for group, line in exposed.items()}
+        bits = [f"{exposure['ladder', times]['median']:.1f} (p {above['ladder', times]:.2g})" for times in LADDER]
         bits.append(f"{exposure['held_out', 0]['median']:.1f}")
         if arm == "base":  # it read none of these reviews; its audit would compare it with nothing
             privacy.append([arm, 0, *bits, "", "", "", ""])
@@ -184,6 +208,13 @@ def report(rows: dict) -> str:
         epsilon = rows["arms"][arm]["epsilon"]
         privacy.append([arm, "∞" if epsilon is None else f"{epsilon:.2f}", *bits, f"{bound['lower']['95']:.2f}",
                         "no signal" if lower is None else f"{lower:.2f}", f"{bound['auc']:.2f}", whole])  # fmt: skip
+    gains = []
+    for arm in arms:
+        mine = {(one["kind"], one["repetitions"]): one for one in rows["against_base"] if one["arm"] == arm}
+        chosen = [mine["ladder", times] for times in LADDER] + [mine["held_out", 0]]
+        gains.append([arm, *("{mean:+.1f} ({low:+.1f} … {high:+.1f})".format(**one) for one in chosen)])
+    n_held = next(one["n_canaries"] for one in rows["against_base"] if one["kind"] == "held_out")
+    spent = rows["arms"][arms[0]]
     compared = rows["fidelity"]["comparisons"]
     likeness = []
     for measure in MEASURES:
@@ -204,15 +235,21 @@ def report(rows: dict) -> str:
              "audit AUC", "generated rows with a whole canary"]  # fmt: skip
     return "\n".join(
         [
-            f"Privacy. Canaries' exposure in bits (median; chance: 1), lower bounds of ε at 95 % from {AUDIT} canaries "
-            "placed once by a coin, from the model and from the generated text alone.",
+            f"Privacy (unit {spent['unit']}, add/remove, δ = {spent['delta']:.3g}). Exposure of canaries in bits "
+            "(median; chance: 1; p: one-sided Mann–Whitney against the held-out ones), lower bounds of ε at 95 % from "
+            f"{AUDIT} canaries placed once by a coin, from the model and from the generated text alone.",
             "",
             table(heads, privacy),
+            "",
+            f"The same canaries' exposure, arm minus base: mean bits (95 % t-interval over {CANARIES} canaries; "
+            f"{n_held} held out).",
+            "",
+            table(["", *(f"placed {times}×" for times in LADDER), "held out"], gains),
             "",
             f"Fidelity: {rows['fidelity']['rows']} generated reviews against as many real ones; `real`: a second real "
             "sample, `base`: the model before it read any private review, `trained_on`: the training rows themselves, "
             "canaries included, as a perfect generator would write them (95 % jackknife intervals, not cut to a "
-            "measure's range).",
+            "measure's range; of MAUVE the range over five seeds of its clustering, which is no interval).",
             "",
             table(["", "real", *arms, "base", "trained_on"], likeness),
             "",

@@ -54,11 +54,13 @@ def build(script, output: Path, *words) -> Path:
     return output
 
 
-def measured(folder: Path) -> dict[float, dict]:
-    """Temperature → result line of the newest measurement in `folder`."""
-    files = sorted(folder.glob("results_purified*.jsonl"), key=lambda path: (len(path.name), path.name))
-    files = [path for path in files if not path.stem.endswith("_rows")]
-    return {line["temperature"]: line for line in results.read_jsonl(files[-1])}
+def measured(folder: Path) -> tuple[dict, list[dict]]:
+    """(result line, outcome lines) at TEMPERATURE of the newest measurement in `folder`."""
+    files = [path for path in folder.glob("results_purified*.jsonl") if not path.stem.endswith("_rows")]
+    newest = max(files, key=lambda path: (len(path.name), path.name))
+    lines, outcomes = map(results.read_jsonl, (newest, measure_purified.outcomes_path(newest)))
+    line = next(line for line in lines if line["temperature"] == TEMPERATURE)
+    return line, [one for one in outcomes if one["temperature"] == TEMPERATURE]
 
 
 def attack(model, folder: Path, dataset, *extra) -> None:
@@ -69,14 +71,16 @@ def attack(model, folder: Path, dataset, *extra) -> None:
     call(measure_purified, "--model", model, "--output_dir", folder, "-d", dataset, *extra)
 
 
-def row_of(name: str, line: dict, perplexity_mean: float | None) -> dict:
-    """One row of the table from a result line."""
+def row_of(name: str, folder: Path, perplexity_mean: float | None) -> dict:
+    """One row of the table from the newest measurement in `folder`."""
+    line, outcomes = measured(folder)
     labels = [label for label in line["matches"] if label != "total"]
     return {
         "model": name,
         "matches": {label: line["matches"][label] for label in labels},
         "exact": {label: line["exact"][label] for label in labels},
         "no_pattern": sum(line["no_pattern"][label] or 0 for label in labels),
+        "no_pattern_people": len({one["row"] for one in outcomes if one["no_pattern"]}),
         "expected": {label: line["probabilistic"][label]["1"]["expected"] for label in labels},
         "exact_rate_ci95": line["ci95"]["exact"]["total"],
         "perplexity": perplexity_mean,

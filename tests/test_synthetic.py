@@ -310,6 +310,11 @@ def test_privacy_of_model_and_metadata_are_added(models, adapters, held_out, tra
     make(model, held_out, tmp_path / "plain.jsonl")
     plain = records.read_manifest(tmp_path / "plain.jsonl")["privacy"]
     assert (plain["epsilon"], plain["delta"], plain["metadata"]) == (3.0, 1e-3, None)
+    block = {"private": False, "epsilon": None, "delta": 1e-3, "unit": "user", "void": "known seed"}
+    (model / "privacy.json").write_text(json.dumps(block))
+    make(model, held_out, tmp_path / "no_noise.jsonl")
+    none = records.read_manifest(tmp_path / "no_noise.jsonl")["privacy"]  # an audit of this text is at the same δ
+    assert (none["private"], none["epsilon"], none["delta"], none["void"]) == (False, None, 1e-3, "known seed")
 
 
 def test_no_cell_survives(models, held_out, training, tmp_path):

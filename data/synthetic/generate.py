@@ -157,7 +157,7 @@ def release_histogram(args, task) -> dict:
 def privacy_block(model: dict | None, released: dict | None) -> dict:
     """The manifest's `privacy`: what the model spent, what the metadata spent, and their sum (basic composition).
 
-    epsilon is None where the model's training, and hence the whole, has no bound.
+    epsilon is None where the model's training, and hence the whole, has no bound; δ is None where it named none.
     """
     model_epsilon = (model or {}).get("epsilon")
     parts = [model, released] if released else [model]
@@ -165,8 +165,9 @@ def privacy_block(model: dict | None, released: dict | None) -> dict:
     return {
         "private": bool((model or {}).get("private")),
         "epsilon": math.fsum(part["epsilon"] for part in parts) if bounded else None,
-        "delta": math.fsum(part["delta"] for part in parts) if bounded else None,
+        "delta": math.fsum(part["delta"] for part in parts) if (model or {}).get("delta") is not None else None,
         "unit": (model or released or {}).get("unit"),
+        "void": (model or {}).get("void"),
         "composition": "basic: sum over model and metadata",
         "model": model and {key: model.get(key) for key in ("private", "epsilon", "delta", "unit", "void")},
         "metadata": released and {key: value for key, value in released.items() if key not in ("cells", "training")},
