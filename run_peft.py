@@ -144,7 +144,7 @@ def make_parser() -> cli.Parser:
         help="with --dp: print the norms of per-record gradients on this public file (never the private one) and stop",
     )
     seed = f"seed of everything random (default: {SEED}; with --dp the operating system's entropy)"
-    cli.add_model_flags(parser, seed=None, seed_help=seed)
+    cli.add_model_flags(parser, default_seed=None, seed_help=seed)
     return parser
 
 
@@ -368,8 +368,8 @@ def make_plan(args) -> Plan:
     steps = math.ceil(len(chosen[0]) / global_batch) * args.epochs if chosen else 1
     problems.absorb(check_scheduler, args, steps)
     tokenizer = problems.absorb(models.load_tokenizer, ref) if ref else None
-    state = (args, folder, path, global_batch, world_size, spending)
-    start = problems.absorb(run_state, *state) if folder and (spending or not args.dp) else None
+    state = (args, ref, folder, path, global_batch, world_size, spending)
+    start = problems.absorb(run_state, *state) if ref and folder and (spending or not args.dp) else None
     public = problems.absorb(records.read_rows, args.suggest_max_grad_norm) if args.suggest_max_grad_norm else None
     if public and rows and results.sha256(args.suggest_max_grad_norm) == results.sha256(path):
         problems.add(
@@ -409,8 +409,9 @@ def count_trainable(args, config) -> int:
     return n + (sum(n_out for n_out, _ in chosen.values()) if args.peft_type == "dora" else 0)
 
 
-def run_state(args, folder: Path, path: Path, global_batch: int, world_size: int, spending=None) -> str:
-    """'new', 'resume' or 'finished', from run.json in the run directory. UserError when its arguments differ.
+def run_state(args, ref, folder: Path, path: Path, global_batch: int, world_size: int, spending=None) -> str:
+    """'new', 'resume' or 'finished', from run.json in the run directory. UserError when its arguments, its input or the
+    base's weights differ.
 
     `spending`, the plan of a DP run, must be the one that its steps were drawn and accounted with.
     """
@@ -423,6 +424,8 @@ def run_state(args, folder: Path, path: Path, global_batch: int, world_size: int
         return "new"
     now = cli.plain(vars(args)) | {"global_batch": global_batch, "input's content": results.sha256(path)}
     then = record["args"] | {"global_batch": record["global_batch"], "input's content": record["inputs"][0]["sha256"]}
+    if record.get("base_sha256"):
+        now["base's weights"], then["base's weights"] = models.weights_sha256(ref), record["base_sha256"]
     keys = sorted((set(now) | set(then)) - set(FREE_ARGUMENTS))
     different = [f"--{key} {then.get(key)} there, {now.get(key)} here" for key in keys if now.get(key) != then.get(key)]
     if spending and not finished:
@@ -1320,6 +1323,7 @@ def run(args) -> Path:
             plan.privacy = dataclasses.replace(plan.privacy, noise_multiplier=sigma)
         world.barrier()
         more = {"global_batch": plan.global_batch, "data_tag": plan.tag, "dtype": str(dtype).removeprefix("torch.")}
+        more["base_sha256"] = models.weights_sha256(plan.ref) if world.main else None
         if plan.privacy:
             spent = earlier.get("privacy") or plan.privacy.block(0)
             more |= {"seed": "os" if args.seed is None else args.seed, "privacy": spent}

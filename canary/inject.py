@@ -46,7 +46,7 @@ def make_parser() -> cli.Parser:
     add("--within", type=cli.non_negative_int, default=400, help="first characters of the review; 0: anywhere")
     add("--condition", choices=("metadata", "title"), default="metadata", help="title: prompts have the review's title")
     add("--overwrite", action="store_true", help="replace existing files")
-    add("--seed", type=int, default=3407, help="seed of everything random, the coins too")
+    add("--seed", type=cli.seed, default=3407, help="seed of everything random, the coins too")
     return parser
 
 
@@ -120,10 +120,12 @@ def check(args) -> tuple[Path, Path, list[dict]]:
     for flag, path in (("--output", output), ("--key_file", key)):
         if path.suffix != ".jsonl":
             problems.add(f"{flag} {path}: the name must end in .jsonl")
-        if path.exists() and not args.overwrite:
+        if path.is_dir():
+            problems.add(f"{flag} {path}: is a directory; name a file")
+        elif path.exists() and not args.overwrite:
             problems.add(f"{flag} {path}: exists; give --overwrite to replace it, or another name")
         cli.check_writable(path.parent, problems, flag)
-    if len({path.absolute() for path in (source, output, key)}) < 3:
+    if len({path.resolve() for path in (source, output, key)}) < 3:
         problems.add("--input, --output and --key_file must be three files")
     if not (args.share or args.repetitions or args.audit):
         problems.add("nothing to place: give --share, --repetitions or --audit")
@@ -179,7 +181,7 @@ def run(args) -> dict:
     results.write_jsonl(output, made)
     header = {
         "schema": KEY_SCHEMA, "secret": args.secret, "words": space.words, "privacy_unit": args.privacy_unit,
-        "training": results.sha256(output), "seed": args.seed,
+        "training": results.sha256(output), "seed": args.seed, "canaries": len(key),
     }  # fmt: skip
     results.write_jsonl(key_file, [header, *key], permissions=0o600)
     records.write_manifest(

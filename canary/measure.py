@@ -37,7 +37,7 @@ from common.intervals import clopper_pearson
 from common.progress import progress_bar
 
 FILE, ROWS_FILE = "results_canary.jsonl", "results_canary_rows.jsonl"
-FIELDS = ("kind", "repetitions", "included", "context", "sentence", "before", "secret", "parts", "rows")
+FIELDS = ("id", "kind", "repetitions", "included", "context", "sentence", "before", "secret", "parts", "rows")
 LEVELS = {"95": 0.05, "99.9": 0.001}
 SIGNALS = ("2-gram", "similarity")
 HEADLINE = "2-gram"  # the text signal whose bound is reported: the larger of two 95 % bounds would be no 95 % bound
@@ -70,10 +70,10 @@ def read_key(path) -> tuple[dict, list[dict]]:
     if not {"schema", "secret", "words", "privacy_unit"} <= set(header):
         raise cli.UserError(f"{path}: its first line is no header; name the key file that canary/inject.py wrote")
     for number, canary in enumerate(canaries):
-        if missing := [field for field in FIELDS if field not in canary]:
+        if missing := [field for field in FIELDS if canary.get(field) is None]:
             raise cli.UserError(f"{path}: canary {number}: no {', '.join(missing)}; make the key again")
-    if not canaries:
-        raise cli.UserError(f"{path}: no canaries in it")
+    if len(canaries) != header.get("canaries", len(canaries)) or not canaries:
+        raise cli.UserError(f"{path}: {len(canaries)} of {header.get('canaries', 'its')} canaries; the file was cut")
     return header, canaries
 
 

@@ -30,14 +30,16 @@ class Problems:
         self.lines: list[str] = []
 
     def add(self, line: str) -> None:
-        self.lines.append(line)
+        if line not in self.lines:  # two checks may meet the same broken file
+            self.lines.append(line)
 
     def absorb(self, function, *args, **kwargs):
         """Call `function`; add the problems of a UserError it raises and return None in that case."""
         try:
             return function(*args, **kwargs)
         except UserError as error:
-            self.lines.extend(error.problems)
+            for line in error.problems:
+                self.add(line)
             return None
 
     def check(self) -> None:
@@ -113,6 +115,14 @@ def non_negative_int(text: str) -> int:
     return value
 
 
+def seed(text: str) -> int:
+    """argparse type: a seed that every library takes, 0 … 2³² − 1."""
+    value = _number(int, text, "a whole number")
+    if not 0 <= value < 1 << 32:
+        raise argparse.ArgumentTypeError(f"must be 0 to 4294967295, got {text}")
+    return value
+
+
 def non_negative_float(text: str) -> float:
     """argparse type: a float ≥ 0 (inf allowed, nan not)."""
     value = _number(float, text, "a number")
@@ -144,7 +154,7 @@ def _number(kind, text, words):
         raise argparse.ArgumentTypeError(f"must be {words}, got {text!r}") from None
 
 
-def add_model_flags(parser: argparse.ArgumentParser, seed=3407, seed_help="seed of everything random") -> None:
+def add_model_flags(parser: argparse.ArgumentParser, default_seed=3407, seed_help="seed of everything random") -> None:
     """The flags of every script that loads a model: --dtype --device_map --revision --dry_run --seed."""
     parser.add_argument(
         "--dtype",
@@ -161,7 +171,7 @@ def add_model_flags(parser: argparse.ArgumentParser, seed=3407, seed_help="seed 
     parser.add_argument(
         "--dry_run", action="store_true", help="check every argument and file, print the plan, load no model"
     )
-    parser.add_argument("--seed", type=int, default=seed, help=seed_help)
+    parser.add_argument("--seed", type=seed, default=default_seed, help=seed_help)
 
 
 def check_writable(folder, problems: Problems, flag: str = "--output_dir") -> None:
@@ -176,11 +186,14 @@ def check_writable(folder, problems: Problems, flag: str = "--output_dir") -> No
         problems.add(f"{flag} {folder}: no permission to write in {existing}; name another place or mend its mode")
 
 
-def check_output_file(output: Path, suffix: str, overwrite: bool, problems: Problems) -> None:
-    """Add a problem unless --output ends in `suffix`, is no directory, and is new or may be replaced."""
+def check_output_file(output: Path, suffix: str, overwrite: bool, problems: Problems, inputs=()) -> None:
+    """Add a problem unless --output ends in `suffix`, is no directory, is none of the `inputs`, and is new or may be
+    replaced."""
     if output.suffix != suffix:
         problems.add(f"--output {output}: the name must end in {suffix}")
-    if output.is_dir():
+    if output.resolve() in {Path(file).resolve() for file in inputs if file}:
+        problems.add(f"--output {output}: is an input too; name another file")
+    elif output.is_dir():
         problems.add(f"--output {output}: is a directory; name a file")
     elif output.exists() and not overwrite:
         problems.add(f"--output {output}: exists; give --overwrite to replace it, or another name")
@@ -225,7 +238,10 @@ def plain(value):
 
 
 def entry(main) -> int:
-    """Run `main()`; a UserError becomes one stderr line a problem and status 2. Other exceptions stay tracebacks."""
+    """Run `main()`; a UserError becomes one stderr line a problem and status 2, Ctrl-C one line and 130.
+
+    Other exceptions stay tracebacks.
+    """
     try:
         return main() or 0
     except UserError as error:
@@ -233,3 +249,6 @@ def entry(main) -> int:
             for line in error.problems:
                 print(line, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

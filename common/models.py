@@ -77,6 +77,8 @@ def _check_full(name: str, revision, flag: str) -> None:
             raise UserError(f"{flag} {name}: neither config.json nor adapter_config.json in it; not a model directory")
         if not any((path / file).is_file() for file in WEIGHT_FILES):
             raise UserError(f"{flag} {name}: config.json but no weights ({WEIGHT_FILES[0]}, …); copy them there")
+        for file in sorted(path.glob("*.safetensors")):
+            tensor_shapes(file, "copy it there again")
     elif looks_local(name):
         raise UserError(f"{flag} {name}: no such directory; give a model directory or a hub name")
     from transformers import AutoConfig
@@ -114,6 +116,10 @@ def _find_adapter(path: Path, revision, base_model, flag: str, is_opt: bool) -> 
             base = str(path / base)
         wanted = (base_model and "--base_model") or f"{flag} {path}: base model"
         problems.absorb(_check_full, base, revision, wanted)
+        if base_model and not problems.lines and (record := training_record(path)):
+            told, found = record.get("base_sha256"), weights_sha256(ModelRef(base, base, None, revision))
+            if told and found and told != found:
+                problems.add(f"--base_model {base}: not the weights that {path} was trained on")
     problems.check()
     return ModelRef(str(path), base, str(path), revision)
 
@@ -127,16 +133,20 @@ def _guess_base(path: Path, is_opt: bool) -> str | None:
     return None
 
 
-def adapter_shapes(path) -> dict[str, tuple[int, ...]]:
-    """Tensor name → shape from the header of an adapter's weights; UserError when the file is damaged."""
+def tensor_shapes(file, remedy: str) -> dict[str, tuple[int, ...]]:
+    """Tensor name → shape from the header of a safetensors file; UserError when the file is cut or damaged."""
     from safetensors import SafetensorError, safe_open
 
-    file = Path(path) / "adapter_model.safetensors"
     try:
         with safe_open(file, "pt") as weights:
             return {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); the checkpoint is damaged") from None
+        raise UserError(f"{file}: cannot be read ({error}); {remedy}") from None
+
+
+def adapter_shapes(path) -> dict[str, tuple[int, ...]]:
+    """Tensor name → shape of an adapter's weights."""
+    return tensor_shapes(Path(path) / "adapter_model.safetensors", "the checkpoint is damaged")
 
 
 def weights_sha256(ref) -> str | None:
@@ -155,7 +165,15 @@ def weights_sha256(ref) -> str | None:
 def privacy(ref) -> dict | None:
     """What a model's training spent: the privacy.json that run_peft.py --dp leaves beside it; None without one."""
     file = Path(ref.adapter or ref.base) / PRIVACY_FILE
-    return read_json(file, "what the training spent is in its run.json") if file.is_file() else None
+    if not file.is_file():
+        return None
+    remedy = "what the training spent is in its run.json"
+    block = read_json(file, remedy)
+    if not {"epsilon", "delta", "unit"} <= set(block) or not all(
+        isinstance(block[key], (int, float, type(None))) for key in ("epsilon", "delta")
+    ):
+        raise UserError(f"{file}: no epsilon, delta and unit in it; {remedy}")
+    return block
 
 
 def training_record(checkpoint) -> dict | None:
@@ -185,6 +203,8 @@ def load_tokenizer(ref: ModelRef, flag: str = "--model"):
         raise UserError(f"{flag} {ref.name}: its tokenizer has no EOS token; set eos_token in tokenizer_config.json")
     if not tokenizer.is_fast:
         raise UserError(f"{flag} {ref.name}: its tokenizer has no fast version; add a tokenizer.json")
+    if not tokenizer("a").input_ids:  # transformers makes an empty one where the files are missing
+        raise UserError(f"{flag} {ref.name}: its tokenizer makes no tokens; copy tokenizer.json to it")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -253,7 +273,12 @@ def attach(model, adapter):
 
     check_fit(model, adapter)
     with without_peft_warning():
-        return PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=True).eval()
+        attached = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=True).eval()
+    named = {module_of(name) for name in adapter_shapes(adapter) if ".lora_A" in name}
+    made = {module_of(name) for name, _ in attached.named_parameters() if ".lora_A" in name}
+    if made - named:  # of a shallower model, say: its matrices there would stay as they were drawn
+        raise UserError(f"{adapter}: does not fit this base model: it has nothing for {min(made - named)}")
+    return attached
 
 
 @contextlib.contextmanager
@@ -309,6 +334,14 @@ def relative_change(model, before: dict) -> float:
         change += (model.get_submodule(name).weight.detach().to("cpu").double() - weight).square().sum().item()
         total += weight.square().sum().item()
     return (change / total) ** 0.5
+
+
+def check_tokens(model, sequences) -> None:
+    """UserError when a token of the (non-empty) sequences is none of the model's."""
+    n, largest = model.get_input_embeddings().weight.shape[0], max(map(max, sequences), default=0)
+    if largest >= n:
+        name = model.config.name_or_path or "the model"
+        raise UserError(f"{name}: its tokenizer makes token {largest}, the model has only {n} embeddings")
 
 
 def context_length(model) -> int:

@@ -81,18 +81,25 @@ def _read_jsonl(path: Path, broken: dict[int, str] | None = None) -> list[dict]:
     return rows
 
 
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # Arrow IPC streaming format: continuation mark, length 0
+
+
 def _read_arrow(path: Path) -> list[dict]:
     import pyarrow as pa
 
     with pa.memory_map(str(path)) as source:
         try:
             table = pa.ipc.open_stream(source).read_all()
-        except pa.ArrowInvalid:
+        except (pa.ArrowInvalid, OSError):
             try:
                 source.seek(0)
                 table = pa.ipc.open_file(source).read_all()
-            except pa.ArrowInvalid as error:
-                raise UserError(f"{path}: not an Arrow file ({error})") from None
+            except (pa.ArrowInvalid, OSError) as error:
+                raise UserError(f"{path}: not an Arrow file, or cut ({error})") from None
+        else:
+            source.seek(max(0, source.size() - len(END_OF_STREAM)))
+            if source.read() != END_OF_STREAM:  # cut between two batches it would pass for a shorter file
+                raise UserError(f"{path}: the Arrow stream has no end; the file was cut")
         return table.to_pylist()
 
 
@@ -151,8 +158,10 @@ REQUIRED = {
 def validate(path, rows: list[dict], fields: tuple[str, ...] | None = None) -> str:
     """Check that every row has the (string) fields of its shape, or `fields`; return the file's shape.
 
-    Raises UserError, one line a row (the first few), counting rows from 0.
+    Raises UserError, one line a row (the first few), counting rows from 0. Also when the file is not the one that its
+    manifest describes.
     """
+    check_manifest(path, len(rows))
     shape = shape_of(rows[0])
     if fields is None:
         if shape is None:
@@ -304,12 +313,12 @@ def read_manifest(path) -> dict | None:
 def check_manifest(path, n: int) -> None:
     """UserError when the file (of n rows) is not the one that the manifest beside it describes."""
     manifest, name = read_manifest(path) or {}, manifest_path(path).name
-    advice = f"generate it again, or remove {name} if the file was edited on purpose"
+    advice = f"build it again, or remove {name} if the file was changed on purpose"
     if manifest.get("rows", n) != n:
         raise UserError(f"{path}: has {n} rows, its manifest says {manifest['rows']}; {advice}")
-    told, found = manifest.get("sha256"), sha256(path)
-    if told not in (None, found):
-        raise UserError(f"{path}: its SHA-256 is {found[:12]}…, its manifest says {told[:12]}…; {advice}")
+    told = manifest.get("sha256")
+    if told is not None and told != (found := sha256(path)):
+        raise UserError(f"{path}: its SHA-256 is {found[:12]}…, its manifest says {str(told)[:12]}…; {advice}")
 
 
 def write_manifest(

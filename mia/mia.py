@@ -18,6 +18,7 @@ all were) and rows that it was trained on are no non-members; `members_trained` 
 import argparse
 import gc
 import json
+import os
 import sys
 import traceback
 from dataclasses import replace
@@ -91,7 +92,7 @@ def parse(argv=None) -> argparse.Namespace:
     """Arguments of the command line, those of --config before them, so that both are checked by one parser."""
     argv = list(sys.argv[1:] if argv is None else argv)
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config")
+    finder.add_argument("--config", nargs="?")  # without a value: the parser below says so
     config = finder.parse_known_args(argv)[0].config
     return make_parser().parse_args([*(_read_config(config) if config else []), *argv])
 
@@ -268,6 +269,7 @@ def measure(ref, study: Study, args, world, folder, passes, name: str) -> list[d
             lines, rows, kept = report(study, args, info, found, reasons, evidence, base_scores, base_reasons)
             for key, value in kept.items():
                 record[key] = value
+            (folder / "results_mia.jsonl").unlink(missing_ok=True)  # a kill must not leave it beside other scores
             results.write_jsonl(folder / "scores_mia.jsonl", rows)
             flags = sorted({flag for line in lines for flag in line["flags"] if not flag.startswith("coarse")})
             with results.atomic(folder / "roc_mia.png", "wb") as file:
@@ -296,6 +298,11 @@ def find_targets(args, problems: cli.Problems) -> tuple[list[tuple], dict[str, s
             earlier = problems.absorb(records.read_rows, file) or []
             if any(line.get("model") != ref.name for line in earlier):
                 problems.add(f"{file}: holds the results of another model; name another --output_dir")
+            elif earlier:
+                now = {key: getattr(args, key) for key in ("members", "nonmembers", "max_length", "seed")}
+                other = [f"--{key} {earlier[0].get(key)}" for key, value in now.items() if earlier[0].get(key) != value]
+                if other and int(os.environ.get("RANK", 0)) == 0:
+                    print(f"{file}: was made with {', '.join(other)}; it will be replaced", file=sys.stderr)
         return [(args.model, ref, folder)] if ref else [], {}
     if not Path(args.dir).is_dir():
         problems.add(f"--dir {args.dir}: no such directory; name one with checkpoint-* below it")

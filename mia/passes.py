@@ -14,7 +14,7 @@ import zipfile
 from functools import partial
 from pathlib import Path
 
-from common import cli, models, results
+from common import models, results
 from common.progress import progress_bar
 from common.scoring import (
     LOGIT_VALUES,
@@ -160,12 +160,7 @@ class Passes:
 
     def _work(self, ref, merge, compute, sequences, indices):
         model = self.model(ref, merge)
-        largest = max(max(sequences[index]) for index in indices)
-        embeddings = model.get_input_embeddings().weight.shape[0]
-        if largest >= embeddings:
-            raise cli.UserError(
-                f"{ref.name}: its tokenizer makes token {largest}, the model has only {embeddings} embeddings"
-            )
+        models.check_tokens(model, [sequences[index] for index in indices])
         return compute(model, indices)
 
     def _save(self, group, fresh) -> None:

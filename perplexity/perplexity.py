@@ -177,9 +177,6 @@ def measure(shelf: dict, ref, ids: list[list[int]], dtype, args, world) -> tuple
         gc.collect()
         shelf[ref.base] = models.load_base(ref, dtype, world.device, args.device_map)
     with models.adapted(shelf[ref.base], ref.adapter) as (model, change):
-        largest, embeddings = max(map(max, ids)), model.get_input_embeddings().weight.shape[0]
-        if largest >= embeddings:
-            raise cli.UserError(f"its tokenizer makes token {largest}, the model has only {embeddings} embeddings")
         with progress_bar(sum(len(tokens) - 1 for tokens in ids) // world.size, "tokens", world) as bar:
             part = score(model, ids, token_budget=args.token_budget, world=world, progress=bar.update)
         return part, models.context_length(model), change

@@ -10,6 +10,7 @@ import evaluate_purified
 import measure_purified
 import merge_peft
 import run_peft
+from common import records
 from common.cli import UserError
 from perplexity import perplexity
 
@@ -56,6 +57,16 @@ def files(tmp_path, models, adapters):
     paths["half_adapter"] = tmp_path / "half"
     shutil.copytree(adapters["llama", "lora"], paths["half_adapter"])
     (paths["half_adapter"] / "adapter_model.safetensors").unlink()
+    paths["cut_weights"] = shutil.copytree(models["llama"], tmp_path / "cut-weights")
+    whole = (models["llama"] / "model.safetensors").read_bytes()
+    (paths["cut_weights"] / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    paths["no_tokenizer"] = shutil.copytree(models["llama"], tmp_path / "no-tokenizer")
+    (paths["no_tokenizer"] / "tokenizer.json").unlink()
+    paths["cut_arrow"] = tmp_path / "cut.arrow"
+    records.write_arrow(paths["cut_arrow"], rows)
+    paths["cut_arrow"].write_bytes(paths["cut_arrow"].read_bytes()[:-8])
+    paths["short"] = write_rows(tmp_path / "short.jsonl", rows[:11])
+    (tmp_path / "short.jsonl.meta.json").write_text(json.dumps({"rows": 12}))
     for name, file, text in (("cut_config", "adapter_config.json", '{"peft'), ("cut_privacy", "privacy.json", "[]")):
         paths[name] = tmp_path / name
         shutil.copytree(adapters["llama", "lora"], paths[name])
@@ -115,6 +126,12 @@ TABLE = [
     (measure_purified, ["--model", "{half_adapter}", "--output_dir", "{out}", "-d", "{good}"], "incomplete"),
     (measure_purified, ["--model", "{cut_config}", "--output_dir", "{out}", "-d", "{good}"], "json: not JSON"),
     (measure_purified, ["--model", "{cut_privacy}", "--output_dir", "{out}", "-d", "{good}"], "object was expected"),
+    (measure_purified, ["--model", "{cut_weights}", "--output_dir", "{out}", "-d", "{good}"], "cannot be read"),
+    (measure_purified, ["--model", "{no_tokenizer}", "--output_dir", "{out}", "-d", "{good}"], "tokenizer"),
+    (measure_purified, [*MEASURE, "-d", "{cut_arrow}"], "the file was cut"),
+    (measure_purified, [*MEASURE, "-d", "{short}"], "has 11 rows, its manifest says 12"),
+    (run_peft, [*TRAIN, "-i", "{short}"], "has 11 rows, its manifest says 12"),
+    (measure_purified, [*MEASURE, "-d", "{good}", "--seed", "-1"], "--seed: must be 0 to 4294967295"),
     (measure_purified, ["--model", "{no_eos}", "--output_dir", "{out}", "-d", "{good}"], "no EOS token"),
     (evaluate_purified, ["--model", "{nothing}", "-d", "{good}"], "no such directory"),
     (evaluate_purified, ["--model", "{model}", "-d", "{good}"], "no checkpoint-* directory"),
@@ -196,3 +213,51 @@ def test_reading_names_every_broken_line_once(tmp_path):
         records.read_rows(path)
     assert len(caught.value.problems) == records.SHOWN + 1
     assert "35 more" in caught.value.problems[-1]
+
+
+def test_an_adapter_of_fewer_layers_does_not_fit(models, adapters, tmp_path):
+    """Same widths, one layer more, modules named by their ends: the matrices there would stay as they were drawn."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from common.models import attach
+
+    config = AutoConfig.from_pretrained(models["llama"])
+    config.num_hidden_layers += 1
+    copy = shutil.copytree(adapters["llama", "lora"], tmp_path / "copy")
+    settings = json.loads((copy / "adapter_config.json").read_text())
+    settings["target_modules"] = sorted({name.rpartition(".")[2] for name in settings["target_modules"]})
+    (copy / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"does not fit this base model: it has nothing for model\.layers\.2"):
+        attach(AutoModelForCausalLM.from_config(config), copy)
+    assert attach(AutoModelForCausalLM.from_pretrained(models["llama"]), copy)
+
+
+@pytest.mark.parametrize("text", ["{}", '{"epsilon": "8", "delta": 1e-5, "unit": "record"}'])
+def test_a_privacy_file_without_its_numbers(text, adapters, tmp_path):
+    from common.models import find_model
+
+    copy = shutil.copytree(adapters["llama", "lora"], tmp_path / "copy")
+    (copy / "privacy.json").write_text(text)
+    with pytest.raises(UserError, match="no epsilon, delta and unit in it"):
+        find_model(str(copy))
+
+
+def test_control_c_is_one_line(capsys):
+    from common import cli
+
+    def stopped():
+        raise KeyboardInterrupt
+
+    assert cli.entry(stopped) == 130 and capsys.readouterr().err == "interrupted\n"
+
+
+def test_an_output_is_no_input(tmp_path):
+    from common import cli
+
+    (tmp_path / "sub").mkdir()
+    data = write_rows(tmp_path / "rows.jsonl", make_rows(3))
+    (tmp_path / "link.jsonl").symlink_to(data)
+    for output in (data, tmp_path / "sub/../rows.jsonl", tmp_path / "link.jsonl"):
+        problems = cli.Problems()
+        cli.check_output_file(output, ".jsonl", True, problems, (None, data))
+        assert problems.lines == [f"--output {output}: is an input too; name another file"]

@@ -614,7 +614,7 @@ run_peft.main(sys.argv[1:])
         changed[changed.index("--noise_multiplier") + 1] = "2"
         changed += ["--resume"]
         args = parse(*changed)
-        run_peft.run_state(args, folder, dataset, 8, 1)
+        run_peft.run_state(args, run_peft.models.find_model(args.model), folder, dataset, 8, 1)
     run_peft.run(parse(*at("broken"), "--resume"))
     whole = run_peft.run(parse(*at("whole")))
     for which in range(3):

@@ -362,6 +362,7 @@ def test_a_second_run_or_attack_costs_nothing(adapters, sets, tmp_path, monkeypa
     # another length, dtype or adapter is another pass
     for words in (("--max_length", 20), ("--dtype", "bfloat16")):
         run_on(tmp_path, adapters["neox", "lora"], sets, "--attacks", "loss", *words)
+        assert ("was made with --max_length 512; it will be replaced" in capsys.readouterr().err) == (words[1] == 20)
         assert json.loads((tmp_path / "run_mia.json").read_text())["passes"]["texts_scored"] == 48
     shutil.copytree(adapters["neox", "lora"], tmp_path / "copy")
     config = tmp_path / "copy" / "adapter_config.json"

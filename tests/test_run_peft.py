@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -685,3 +686,21 @@ def test_as_a_user_runs_it(models, dataset, tmp_path):
     done = run_script("run_peft.py", *words)
     assert done.returncode == 2
     assert done.stderr == f"{tmp_path}/none.jsonl: no such file; name a .jsonl, .arrow or .parquet file\n"
+
+
+def test_a_finished_run_of_a_base_that_has_changed_is_refused(models, dataset, tmp_path):
+    """The name of the base is the same, its weights are not: the adapter belongs to the old ones."""
+    from safetensors.torch import load_file, save_file
+
+    base = shutil.copytree(models["llama"], tmp_path / "base")
+    folder = train(tmp_path, base, dataset, "-e", 1)
+    assert train(tmp_path, base, dataset, "-e", 1) == folder
+    weights = load_file(base / "model.safetensors")
+    name = next(name for name in weights if "embed" in name)
+    save_file(weights | {name: weights[name] + 1}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"a finished run with other arguments.*base's weights"):
+        train(tmp_path, base, dataset, "-e", 1)
+    checkpoint = str(run_peft.checkpoints(folder)[-1])
+    assert run_peft.models.find_model(checkpoint, base_model=str(models["llama"]))  # the old weights, elsewhere
+    with pytest.raises(UserError, match=r"not the weights that .* was trained on"):
+        run_peft.models.find_model(checkpoint, base_model=str(base))

@@ -122,7 +122,7 @@ def make_parser() -> cli.Parser:
     parser.add_argument("--users", type=cli.non_negative_int, default=0, help="people; 0: one for two reviews")
     parser.add_argument("--gzip", action="store_true", help="write .jsonl.gz")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
-    parser.add_argument("--seed", type=int, default=3407, help="seed of everything random")
+    parser.add_argument("--seed", type=cli.seed, default=3407, help="seed of everything random")
     return parser
 
 

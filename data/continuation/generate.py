@@ -81,7 +81,7 @@ def check(args) -> Task:
     args.data_set = str(records.default_dataset(args.data_set))
     generator = Path(args.model).name
     output = Path(args.output or f"data/{generator}-continuations/data.arrow")
-    cli.check_output_file(output, ".arrow", args.overwrite, problems)
+    cli.check_output_file(output, ".arrow", args.overwrite, problems, (args.data_set,))
     cli.check_writable(output.parent, problems, "--output")
     rows, broken = problems.absorb(records.read_with_broken, args.data_set, FIELDS) or ([], {})
     manifest = problems.absorb(records.read_manifest, args.data_set) if rows else None

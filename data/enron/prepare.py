@@ -75,7 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=cli.non_negative_int, default=0, help="processes; 0: one a core")
     parser.add_argument("--strict", action="store_true", help="fail when a message is broken")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --output")
-    parser.add_argument("--seed", type=int, default=3407, help="seed of the choice of occurrences and the order")
+    parser.add_argument("--seed", type=cli.seed, default=3407, help="seed of the choice of occurrences and the order")
     return parser
 
 
@@ -344,7 +344,7 @@ def check(args) -> tuple[list[tuple[Path, str]], object]:
     problems = cli.Problems()
     inputs = [(Path(path), problems.absorb(kind_of, Path(path))) for path in args.input]
     output = Path(args.output)
-    cli.check_output_file(output, ".jsonl", args.overwrite, problems)
+    cli.check_output_file(output, ".jsonl", args.overwrite, problems, args.input)
     if any(path.resolve() == output.resolve() for path, _ in inputs):
         problems.add(f"--output {output}: is also an --input")
     cli.check_writable(output.parent, problems, "--output")

@@ -301,7 +301,7 @@ def check(args) -> SimpleNamespace:
     distributed.check_environment(problems, args.device_map)
     args.seed_tasks = str(records.default_dataset(args.seed_tasks))
     output = Path(args.output or f"data/self-instruct-{Path(args.model).name}.jsonl")
-    cli.check_output_file(output, ".jsonl", args.overwrite, problems)
+    cli.check_output_file(output, ".jsonl", args.overwrite, problems, (args.seed_tasks,))
     cli.check_writable(output.parent, problems, "--output")
     seeds, broken = problems.absorb(read_seed_tasks, args.seed_tasks, args.strict) or ([], 0)
     ref = problems.absorb(models.find_model, args.model, args.revision)

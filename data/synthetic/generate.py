@@ -75,7 +75,7 @@ def check(args) -> SimpleNamespace:
     if not reviews.ARM.fullmatch(args.arm):
         problems.add(f"--arm {args.arm}: letters, digits, _ and - only, a letter first")
     output = Path(args.output or f"generated_sequences_{args.arm}.jsonl")
-    cli.check_output_file(output, ".jsonl", args.overwrite, problems)
+    cli.check_output_file(output, ".jsonl", args.overwrite, problems, (args.input, args.training, args.histogram))
     cli.check_writable(output.parent, problems, "--output")
     if (args.condition == "sampled") != (args.metadata_epsilon is not None):
         problems.add("--metadata_epsilon: goes with --condition sampled, which needs it")
