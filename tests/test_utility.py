@@ -179,6 +179,29 @@ def test_downstream_end_to_end_and_again(files, models, tmp_path, capsys):
     assert (tmp_path / "results_utility.jsonl").read_text() == content
 
 
+def test_downstream_with_other_settings_is_refused_and_touches_nothing(files, models, tmp_path):
+    out, copy = tmp_path / "out", tmp_path / "copy.jsonl"
+    settings = ("--num_seeds", 1, "--num_heldout", 20, "-e", 1)
+    assert call_downstream(files, models, out, *settings, arms=("good",)) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    other = files | {"good": files["wrong"]}
+    for source, arms, more, told in (
+        (files, ("good",), ("--num_heldout", 30, "-lr", 0.02), "_rate 0.01 there, 0.02 here; --num_heldout 20 there"),
+        (files, ("good", "wrong"), (), "--synthetic wrong None there, "),
+        (other, ("good",), (), "--synthetic good "),
+        (files, (), (), ", None here"),
+    ):
+        with pytest.raises(UserError, match=told) as error:
+            call_downstream(source, models, out, *settings, *more, arms=arms)
+        assert len(error.value.problems) == 1 and error.value.problems[0].startswith(f"--output_dir {out}: ")
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    copy.write_bytes(files["good"].read_bytes())  # another name, the same rows
+    assert call_downstream(files | {"good": copy}, models, out, *settings, arms=("good",)) == 0
+    (out / "run_downstream.json").unlink()
+    with pytest.raises(UserError, match=r"without its run_downstream\.json"):
+        call_downstream(files, models, out, *settings, arms=("good",))
+
+
 def test_labels_are_scored_as_the_whole_model_does(models):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -227,6 +250,8 @@ def test_downstream_bad_input(files, models, tmp_path, monkeypatch):
         (("good",), ("--num_rows", 81), "good has only 80 rows with text"),
         (("good",), ("--heldout", tmp_path / "none.jsonl"), "no such file"),
         (("good",), ("--synthetic", "base=x.jsonl"), "the name base is taken"),
+        (("good",), ("--max_length", 20), "--max_length 20: no token is left for the review"),
+        (("good",), ("--seed", (1 << 32) - 1), "--num_seeds 3: the last of --seed 4294967295"),
         ((), ("-m", tmp_path / "none"), "no such directory"),
     )
     for arms, more, words in cases:
@@ -264,12 +289,45 @@ def test_feature_importance_twice_the_same_and_in_the_right_order(files, tmp_pat
         call_importance(files, tmp_path / "three", "--num_rows", 81)
 
 
+def test_jaccard_says_nothing_where_every_word_is_in_the_top():
+    falling, rising = np.arange(20.0)[::-1], np.arange(20.0)
+    found = feature_importance.compare(falling, rising)
+    assert found["jaccard@10"] == 0 and found["jaccard@20"] is None and found["jaccard@50"] is None  # 20 words
+    assert feature_importance.compare(np.arange(21.0), rising_and_one := np.arange(21.0) ** 2)["jaccard@20"] == 1
+    assert set(feature_importance.compare(rising_and_one, np.ones(21)).values()) == {None}  # one is constant
+    assert feature_importance.cell(None) == "–"
+
+
+def test_feature_importance_bad_input(files, tmp_path):
+    out = tmp_path / "out"
+    flat = write_rows(tmp_path / "flat.jsonl", [row | {"Rating": 5} for row in read_lines(files["good"])])
+    with pytest.raises(UserError) as error:
+        call_importance(files, out, "--synthetic", f"flat={flat}", "--min_rows", 61)
+    assert [line.partition(":")[0] for line in error.value.problems] == ["--synthetic flat", "--min_rows 61"]
+    same = write_rows(tmp_path / "same.jsonl", [row | {"Rating": 4} for row in read_lines(files["real"])])
+    cases = (
+        (("--real", same), "--real: all 80 rows drawn with seed 3407 have one and the same rating (reference)"),
+        (("--num_heldout", 19), "19 held-out rows (--num_heldout, and those with text); at least 20 are needed"),
+        (("--seed", -1), "must be 0 to 4294967295"),
+        (("--seed", (1 << 32) - 1), "--num_seeds 2: the last of --seed 4294967295"),
+    )
+    for more, words in cases:
+        with pytest.raises(UserError) as error:
+            call_importance(files, out, *more)
+        assert any(words in line for line in error.value.problems), error.value.problems
+    assert not out.exists()
+
+
 # ---------------------------------------------------------------- human_sheet.py
 
 
 def make_sheet(files, output, *more):
     words = ["make", "--synthetic", f"good={files['good']}", f"wrong={files['wrong']}", "--output_dir", output]
     return human_sheet.main([str(word) for word in [*words, "--num_rows", 25, *more]])
+
+
+def key_of(folder: Path) -> list[dict]:
+    return read_lines(folder / "key.jsonl")
 
 
 def fill(sheet: Path, target: Path, label) -> Path:
@@ -331,17 +389,70 @@ def test_sheets_with_faults_are_refused(files, tmp_path):
     make_sheet(files, tmp_path)
     bad = fill(tmp_path / "sheet.csv", tmp_path / "bad.csv", lambda n: {1: "", 2: "fine"}.get(n, "good"))
     short = tmp_path / "short.csv"
-    short.write_text("number,label\n1,good\n1,good\n99,good\n")
+    own = key_of(tmp_path)[0]["sheet"]
+    short.write_text(f"sheet,number,label\n{own},1,good\n{own},1,good\n{own},99,good\n{own},²,good\n")
     words = ["score", "--sheets", bad, short, "--key", tmp_path / "key.jsonl", "--output_dir", tmp_path / "out"]
     with pytest.raises(UserError) as error:
         human_sheet.main([str(word) for word in words])
     told = "\n".join(error.value.problems)
-    for words in ("row 1: label ''", "row 2: label 'fine'", "row 1 stands there twice", "'99' is not in the key"):
+    for words in (
+        "row 1: label ''",
+        "row 2: label 'fine'",
+        "row 1 stands there twice",
+        "'99' is not in the key",
+        "'²' is not",
+    ):
         assert words in told
     assert "24 of 25 rows of the key are missing" in told
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="80 rows"):
         make_sheet(files, tmp_path / "more", "--num_rows", 200)
+
+
+def score_words(folder: Path, *sheets, key=None) -> list[str]:
+    words = ["score", "--sheets", *sheets, "--key", key or folder / "key.jsonl", "--output_dir", folder / "scored"]
+    return [str(word) for word in words]
+
+
+def test_the_key_of_another_sheet_is_refused(files, tmp_path):
+    """Another seed, and the same texts under arms that changed their names: the numbers fit, the arms do not."""
+    make_sheet(files, tmp_path / "one")
+    make_sheet(files, tmp_path / "other", "--seed", 1)
+    swapped = files | {"good": files["wrong"], "wrong": files["good"]}
+    make_sheet(swapped, tmp_path / "swapped")
+    filled = fill(tmp_path / "one/sheet.csv", tmp_path / "filled.csv", lambda _: "good")
+    for name in ("other", "swapped"):
+        with pytest.raises(UserError, match=r"give the key\.jsonl of the same make"):
+            human_sheet.main(score_words(tmp_path / name, filled))
+    # as a spreadsheet may return it: byte-order mark, CRLF, other case and spaces
+    own = key_of(tmp_path / "one")[0]["sheet"]
+    text = filled.read_text(encoding="utf-8").replace(own, f" {own.upper()} ").replace(",good", ", Good ")
+    filled.write_bytes(b"\xef\xbb\xbf" + text.replace("\r\n", "\n").replace("\n", "\r\n").encode())
+    assert human_sheet.main(score_words(tmp_path / "one", filled)) == 0
+
+
+def test_a_sheet_given_twice_and_a_damaged_key_are_refused(files, tmp_path):
+    make_sheet(files, tmp_path)
+    filled = fill(tmp_path / "sheet.csv", tmp_path / "filled.csv", lambda _: "good")
+    copy = tmp_path / "copy.csv"
+    copy.write_bytes(filled.read_bytes())
+    with pytest.raises(UserError) as error:
+        human_sheet.main(score_words(tmp_path, filled, filled, copy, tmp_path / "none.csv"))
+    assert [" ".join(line.split(":")[1].split()[:5]) for line in error.value.problems] == [
+        "to the byte the same", "to the byte the same", "no such file",
+    ]  # fmt: skip
+    lines, key = key_of(tmp_path), tmp_path / "damaged.jsonl"
+    for change, told in (
+        ({"number": 2}, "number 2 stands there twice"),
+        ({"number": [1]}, "not a key of this script"),
+        ({"number": "1"}, "not a key of this script"),
+        ({"arm": None}, "not a key of this script"),
+        ({"sheet": "s1"}, "lines of more than one sheet"),
+    ):
+        write_rows(key, [lines[0] | change, *lines[1:]])
+        with pytest.raises(UserError, match=told):
+            human_sheet.main(score_words(tmp_path, filled, key=key))
+    assert not (tmp_path / "scored").exists()
 
 
 @pytest.mark.parametrize("script", ["downstream", "feature_importance"])

@@ -12,7 +12,7 @@ no sampling. The prompt holds the review alone (its first tokens where it is lon
 results_utility.jsonl: a line an arm and seed (accuracy, macro-F1, mean absolute error in stars; exact McNemar p against
 the real arm of that seed), the untuned base and the majority class of the real training rows, then a line an arm with
 mean and spread over seeds. results_utility_rows.jsonl: truth and rating of every row, no text. Trained runs stay below
---output_dir/models and are taken up again.
+--output_dir/models and are taken up again by a call with the same settings; one with other settings is refused.
 """
 
 import argparse
@@ -32,6 +32,7 @@ INSTRUCTION = "Rate the customer's review below with 1 to 5 stars. Answer with t
 LABELS = ("1", "2", "3", "4", "5")
 SHOWN = ("accuracy", "macro_f1", "mae")
 MARGIN = 4  # tokens that cutting a review may add, and the EOS
+FREE = ("output_dir", "dry_run", "allow_overlap", "real", "heldout", "synthetic")  # of the files the content counts
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -81,10 +82,15 @@ def check_overlap(arms: dict[str, list[dict]], heldout: list[dict], allowed: boo
             )
 
 
+def review_room(tokenizer, max_length: int) -> int:
+    """Tokens of a review that fit into max_length with the prompt around it, the label and EOS; may be below 1."""
+    frame = records.instruction_prompt({"instruction": INSTRUCTION, "input": "x"}) + LABELS[0]
+    return max_length - len(tokenizer(frame).input_ids) - MARGIN
+
+
 def instruction_rows(rows: list[dict], tokenizer, max_length: int) -> tuple[list[dict], int]:
     """(instruction rows that fit max_length tokens with label and EOS, how many reviews were cut for that)."""
-    frame = records.instruction_prompt({"instruction": INSTRUCTION, "input": "x"}) + LABELS[0]
-    room = max_length - len(tokenizer(frame).input_ids) - MARGIN
+    room = review_room(tokenizer, max_length)
     texts = [reviews.text_of(row) for row in rows]
     offsets = tokenizer(texts, return_offsets_mapping=True, add_special_tokens=False, verbose=False).offset_mapping
     made, n_cut = [], 0
@@ -147,8 +153,46 @@ def training_arguments(args, file: Path, seed: int):
 # ---------------------------------------------------------------- the command
 
 
+def settings(args: dict, contents: list[str]) -> dict[str, object]:
+    """{flag: value} of what the results depend on; of --real, --heldout and each arm the SHA-256 in `contents`."""
+    arms = [f"--synthetic {word.partition('=')[0]}" for word in args.get("synthetic") or []]
+    flags = {f"--{key}": value for key, value in args.items() if key not in FREE}
+    return flags | dict(zip(["--real", "--heldout", *arms], contents))
+
+
+def check_earlier(args, inputs: list, problems: cli.Problems) -> None:
+    """A problem when --output_dir holds a run, finished or not, with other settings: it would be replaced."""
+    folder, advice = Path(args.output_dir), "name another place, or remove this one"
+    file = folder / "run_downstream.json"
+    if not file.is_file():
+        if (folder / "results_utility.jsonl").exists():
+            problems.add(f"--output_dir {folder}: has results_utility.jsonl without its run_downstream.json; {advice}")
+        return
+    record = problems.absorb(results.read_json, file, advice)
+    if record is None:
+        return
+    then = settings(record.get("args", {}), [one["sha256"] for one in record.get("inputs", [])])
+    now = settings(cli.plain(vars(args)), [results.sha256(path) for path in inputs])
+    different = [
+        f"{key} {str(then.get(key))[:40]} there, {str(now.get(key))[:40]} here"
+        for key in sorted(then.keys() | now.keys())
+        if then.get(key) != now.get(key)
+    ]
+    if different:
+        problems.add(f"--output_dir {folder}: holds a run with other settings ({'; '.join(different)}); {advice}")
+
+
+def input_files(args) -> list[str]:
+    return [args.real, args.heldout, *(word.partition("=")[2] for word in args.synthetic or [])]
+
+
 def prepare(args, problems: cli.Problems):
-    """(model reference, tokenizer, {arm: rows}, held-out rows, training rows an arm, blank rows left out of each)."""
+    """(model reference, tokenizer, tokens a row may have, {arm: rows}, held-out rows, training rows an arm, blank rows
+    left out of each)."""
+    from types import SimpleNamespace
+
+    from transformers import AutoConfig
+
     if int(os.environ.get("WORLD_SIZE", "1") or 1) > 1:
         problems.add("WORLD_SIZE: runs as one process; start it without torchrun")
     cli.check_writable(args.output_dir, problems)
@@ -156,11 +200,24 @@ def prepare(args, problems: cli.Problems):
     if ref and ref.adapter:
         problems.add(f"--model {args.model}: is an adapter; merge it into its base first (merge_peft.py)")
     tokenizer = problems.absorb(models.load_tokenizer, ref) if ref else None
+    max_length = args.max_length
+    if tokenizer:
+        config = AutoConfig.from_pretrained(ref.base, revision=ref.revision)
+        max_length = min(max_length, models.context_length(SimpleNamespace(config=config)))
+        lacking = 1 - review_room(tokenizer, max_length)
+        if lacking > 0:
+            problems.add(
+                f"--max_length {args.max_length}: no token is left for the review; at least {max_length + lacking} are "
+                "needed, in the model's context too"
+            )
+    if args.seed + args.num_seeds > 1 << 32:
+        problems.add(f"--num_seeds {args.num_seeds}: the last of --seed {args.seed}, … is above 4294967295")
     files = reviews.split_arms(args.synthetic or [], ("real", "base", "majority"), problems)
     arms = {"real": problems.absorb(reviews.read_reviews, args.real)}
     arms |= {arm: problems.absorb(reviews.read_reviews, file, reviews.GENERATED) for arm, file in files.items()}
     heldout = problems.absorb(reviews.read_reviews, args.heldout)
     problems.check()
+    check_earlier(args, input_files(args), problems)
     check_overlap(arms, heldout, args.allow_overlap, problems)
     dropped = {arm: len(rows) - len(reviews.with_text(rows)) for arm, rows in [*arms.items(), ("heldout", heldout)]}
     arms = {arm: reviews.with_text(rows) for arm, rows in arms.items()}
@@ -173,7 +230,7 @@ def prepare(args, problems: cli.Problems):
         problems.add(f"--heldout {args.heldout}: no row has text")
     problems.check()
     heldout = random.Random(f"{args.seed} heldout").sample(heldout, min(args.num_heldout, len(heldout)))
-    return ref, tokenizer, arms, heldout, n, dropped
+    return ref, tokenizer, max_length, arms, heldout, n, dropped
 
 
 def line_of(arm: str, seed: int | None, truth: list[int], predicted: list[int], **more) -> dict:
@@ -207,17 +264,16 @@ def summary(arm: str, lines: list[dict]) -> dict:
 def run(args) -> list[dict]:
     """Train, rate, write; returns the lines of results_utility.jsonl. UserError before a model is loaded."""
     problems = cli.Problems()
-    ref, tokenizer, arms, heldout, n, dropped = prepare(args, problems)
+    ref, tokenizer, max_length, arms, heldout, n, dropped = prepare(args, problems)
     folder = Path(args.output_dir)
     print(f"{n} rows an arm ({', '.join(arms)}), {len(heldout)} held-out rows, {args.num_seeds} seeds", flush=True)
     if args.dry_run:
         print(f"would write results_utility.jsonl in {folder}")
         return []
-    inputs = [args.real, args.heldout, *(word.partition("=")[2] for word in args.synthetic or [])]
     world = distributed.start()
-    with results.Run(folder / "run_downstream.json", args, inputs, world) as record:
+    with results.Run(folder / "run_downstream.json", args, input_files(args), world) as record:
         record["dropped_blank"] = dropped
-        lines, rows, record["steps"] = measure(args, ref, tokenizer, arms, heldout, n, world, folder)
+        lines, rows, record["steps"] = measure(args, ref, tokenizer, max_length, arms, heldout, n, world)
         results.write_jsonl(folder / "results_utility_rows.jsonl", rows)
         results.write_jsonl(folder / "results_utility.jsonl", lines)
     for line in lines:
@@ -227,23 +283,17 @@ def run(args) -> list[dict]:
     return lines
 
 
-def measure(args, ref, tokenizer, arms, heldout, n, world, folder: Path) -> tuple[list[dict], list[dict], int]:
-    from types import SimpleNamespace
-
-    from transformers import AutoConfig
-
+def measure(args, ref, tokenizer, max_length, arms, heldout, n, world) -> tuple[list[dict], list[dict], int]:
     from utility.measures import majority
 
     dtype = models.resolve_dtype(args.dtype, world.device)
-    config = AutoConfig.from_pretrained(ref.base, revision=ref.revision)
-    max_length = min(args.max_length, models.context_length(SimpleNamespace(config=config)))
     asked, n_cut = instruction_rows(heldout, tokenizer, max_length)
     prompts, truth = [records.instruction_prompt(row) for row in asked], [reviews.rating(row) for row in heldout]
     runs, found, lines = {}, {}, []
     for seed in range(args.seed, args.seed + args.num_seeds):
         for arm, rows in arms.items():
             chosen = random.Random(f"{seed} {arm}").sample(rows, n)
-            file = folder / "data" / f"{arm}-seed{seed}.jsonl"
+            file = Path(args.output_dir) / "data" / f"{arm}-seed{seed}.jsonl"
             made, arm_cut = instruction_rows(chosen, tokenizer, max_length)
             results.write_jsonl(file, made, permissions=0o600)
             last = run_peft.checkpoints(run_peft.run(training_arguments(args, file, seed)))[-1]

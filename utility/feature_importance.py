@@ -9,7 +9,8 @@ A TF-IDF logistic regression learns the rating from each arm's rows (as many of 
 log-loss on the SAME held-out real rows when its column is shuffled: the expectation over all shuffles, without noise.
 Each arm is compared with the model of one half of the real rows: `real` is the other half (the ceiling; no user in
 both halves), `null` the first half with its ratings shuffled. Spearman and Pearson over all words, Jaccard of the top.
-Repeated over --num_seeds draws of rows → feature_importance.json.
+Repeated over --num_seeds draws of rows → feature_importance.json. `sd` is over those draws: an arm that has no more
+rows than enter is the same in each, and its `sd` shows the draw of the real half alone.
 """
 
 import argparse
@@ -40,7 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--num_seeds", type=cli.positive_int, default=5, help="draws of rows: --seed, --seed + 1, …")
     add("--output_dir", default="./utility-out", help="where the results are written")
     add("--overwrite", action="store_true", help="replace an existing feature_importance.json")
-    add("--seed", type=int, default=3407, help="seed of everything random")
+    add("--seed", type=cli.seed, default=3407, help="seed of everything random")
     return parser
 
 
@@ -69,7 +70,10 @@ def importances(rows: list[dict], words: list[str], heldout: list[dict], seed: i
 
 
 def compare(reference, other) -> dict:
-    """Spearman, Pearson and Jaccard@k of two importance vectors [words]; null where one is constant."""
+    """Spearman, Pearson and Jaccard@k of two importance vectors [words].
+
+    None where one is constant, and a Jaccard@k also where there are no more than k words: all would be in both tops.
+    """
     import numpy as np
     from scipy import stats
 
@@ -80,7 +84,8 @@ def compare(reference, other) -> dict:
         "spearman": None if constant else float(stats.spearmanr(reference, other).statistic),
         "pearson": None if constant else float(stats.pearsonr(reference, other).statistic),
     }
-    return found | {f"jaccard@{k}": top_jaccard(reference, other, k) for k in TOPS}
+    trivial = {k: constant or k >= len(reference) for k in TOPS}
+    return found | {f"jaccard@{k}": None if trivial[k] else top_jaccard(reference, other, k) for k in TOPS}
 
 
 def run(args) -> dict:
@@ -90,6 +95,8 @@ def run(args) -> dict:
     cli.check_writable(args.output_dir, problems)
     if target.exists() and not args.overwrite:
         problems.add(f"--output_dir: {target} exists; give --overwrite to replace it, or another place")
+    if args.seed + args.num_seeds > 1 << 32:
+        problems.add(f"--num_seeds {args.num_seeds}: the last of --seed {args.seed}, … is above 4294967295")
     sources = reviews.split_arms(args.synthetic or [], ("real", "null", "reference"), problems)
     arms = {arm: problems.absorb(reviews.read_reviews, file, reviews.GENERATED) for arm, file in sources.items()}
     real = problems.absorb(reviews.read_reviews, args.real)
@@ -107,14 +114,21 @@ def run(args) -> dict:
     n = args.num_rows or smallest
     if n > smallest:
         problems.add(f"--num_rows {n}: only {smallest} rows are there (an arm's rows, or half of --real)")
-    if n < FEWEST or len(heldout) < FEWEST:
-        problems.add(f"{min(n, len(heldout))} rows with text; at least {FEWEST} of each arm and held out are needed")
+    measured = min(args.num_heldout, len(heldout))
+    if n < FEWEST:
+        problems.add(f"{n} rows with text of an arm (or half of --real); at least {FEWEST} are needed")
+    if measured < FEWEST:
+        problems.add(f"{measured} held-out rows (--num_heldout, and those with text); at least {FEWEST} are needed")
     problems.check()
-    heldout = random.Random(f"{args.seed} heldout").sample(heldout, min(args.num_heldout, len(heldout)))
+    heldout = random.Random(f"{args.seed} heldout").sample(heldout, measured)
+    samples = {seed: draw(halves, arms, n, seed) for seed, halves in enumerate(draws, args.seed)}
+    check_ratings(samples, problems)
+    words = problems.absorb(vocabulary, heldout, args.min_rows)
+    problems.check()
 
     inputs = [args.real, args.heldout, *sources.values()]
     with results.Run(Path(args.output_dir) / "run_feature_importance.json", args, inputs):
-        content = measure(args, draws, arms, heldout, n)
+        content = measure(samples, words, heldout, n)
         results.write_json(target, content)
     for arm, one in content["arms"].items():
         print(f"{arm:>12}  " + "  ".join(f"{name} {cell(value)}" for name, value in one["mean"].items()))
@@ -125,26 +139,48 @@ def cell(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def measure(args, draws: list[tuple], arms: dict, heldout: list[dict], n: int) -> dict:
-    import numpy as np
+def draw(halves: tuple[list, list], arms: dict[str, list[dict]], n: int, seed: int) -> dict[str, list[dict]]:
+    """{'reference', 'real', arm, …, 'null': n rows} of one seed."""
+    rng = random.Random(seed)
+    first, second = (half[:n] for half in halves)
+    samples = {"reference": first, "real": second} | {arm: rng.sample(rows, n) for arm, rows in arms.items()}
+    shuffled = [row["Rating"] for row in first]
+    rng.shuffle(shuffled)
+    samples["null"] = [row | {"Rating": rating} for row, rating in zip(first, shuffled)]
+    return samples
+
+
+def check_ratings(samples: dict[int, dict[str, list[dict]]], problems: cli.Problems) -> None:
+    """A problem for each arm that has rows of one rating alone in a draw: nothing can be learned from them."""
+    for arm in next(iter(samples.values())):
+        alike = [seed for seed, each in samples.items() if len({reviews.rating(row) for row in each[arm]}) == 1]
+        if alike and arm != "null":  # it has the ratings of the reference
+            flag = "--real" if arm in ("reference", "real") else f"--synthetic {arm}"
+            problems.add(
+                f"{flag}: all {len(samples[alike[0]][arm])} rows drawn with seed {alike[0]} have one and the same "
+                f"rating ({arm}); rows of two ratings at least are needed"
+            )
+
+
+def vocabulary(heldout: list[dict], min_rows: int) -> list[str]:
+    """The words that stand in at least `min_rows` held-out rows, sorted. UserError when there are none."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    counter = TfidfVectorizer(min_df=args.min_rows)
+    counter = TfidfVectorizer(min_df=min_rows)
     try:
         counter.fit([reviews.text_of(row) for row in heldout])
     except ValueError as error:  # "no terms remain": the words say what to change
-        raise cli.UserError(f"--min_rows {args.min_rows}: no word stands in so many held-out rows ({error})") from None
-    words = sorted(counter.vocabulary_)
+        raise cli.UserError(f"--min_rows {min_rows}: no word stands in so many held-out rows ({error})") from None
+    return sorted(counter.vocabulary_)
+
+
+def measure(samples: dict[int, dict[str, list[dict]]], words: list[str], heldout: list[dict], n: int) -> dict:
+    import numpy as np
+
     found: dict[str, list[dict]] = {}
     top: list[str] = []
-    for seed, halves in enumerate(draws, args.seed):
-        rng = random.Random(seed)
-        first, second = (half[:n] for half in halves)
-        samples = {"reference": first, "real": second} | {arm: rng.sample(rows, n) for arm, rows in arms.items()}
-        shuffled = [row["Rating"] for row in first]
-        rng.shuffle(shuffled)
-        samples["null"] = [row | {"Rating": rating} for row, rating in zip(first, shuffled)]
-        vectors = {arm: importances(rows, words, heldout, seed) for arm, rows in samples.items()}
+    for seed, each in samples.items():
+        vectors = {arm: importances(rows, words, heldout, seed) for arm, rows in each.items()}
         top = top or [words[index] for index in np.argsort(-vectors["reference"], kind="stable")[: TOPS[0]]]
         for arm, vector in vectors.items():
             if arm != "reference":

@@ -5,14 +5,16 @@ python utility/human_sheet.py make --synthetic no_dp=no_dp.jsonl dp=dp.jsonl --r
 python utility/human_sheet.py score --sheets human/sheet-anna.csv human/sheet-ben.csv --key human/key.jsonl \\
     --output_dir human
 
-make: --num_rows rows, as many of each arm (to within one), in random order → sheet.csv (number, product, rating, text,
-and an empty column `label`), rubric.md, and key.jsonl (mode 0600), which alone says what is of which arm: keep it from
-the raters. score: every row of every sheet needs exactly one label of the rubric; counts an arm and label,
-Clopper–Pearson intervals, agreement (Cohen's κ of each two sheets, Fleiss' κ of all) → human_evaluation.json.
+make: --num_rows rows, as many of each arm (to within one), in random order → sheet.csv (the sheet's id, number,
+product, rating, text, an empty column `label`), rubric.md, and key.jsonl (mode 0600), which alone says what is of which
+arm: keep it from the raters. score: every row of every sheet needs exactly one label of the rubric, and the id of the
+key's sheet (another choice, order or arm of the rows gives another id); counts an arm and label, Clopper–Pearson
+intervals, agreement (Cohen's κ of each two sheets, Fleiss' κ of all) → human_evaluation.json.
 """
 
 import argparse
 import csv
+import hashlib
 import itertools
 import random
 import sys
@@ -31,7 +33,7 @@ LABELS = {
     "abrupt": "breaks off in the middle of a sentence",
     "gibberish": "words that make no sense together",
 }
-COLUMNS = ("number", "product", "rating", "text", "label")
+COLUMNS = ("sheet", "number", "product", "rating", "text", "label")
 RUBRIC = (
     "# How to label\n\nGive each row exactly one label, the first of this list that applies from the bottom up "
     "(gibberish before\nabrupt, abrupt before repetition, and so on); `good` only where none of the others does.\n\n"
@@ -53,7 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--key", metavar="FILE", default=None, help="score: the key.jsonl of make")
     parser.add_argument("--output_dir", default="./human", help="where the files are written")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
-    parser.add_argument("--seed", type=int, default=3407, help="seed of the choice and the order of the rows")
+    parser.add_argument("--seed", type=cli.seed, default=3407, help="seed of the choice and the order of the rows")
     return parser
 
 
@@ -93,35 +95,76 @@ def make(args) -> Path:
     return folder / "sheet.csv"
 
 
+def sheet_id(key: list[dict], shown: list[list]) -> str:
+    """What tells one sheet from another: a hash of the rows that are shown, of their order and of their arms.
+
+    It begins with a letter that is no hexadecimal digit: a spreadsheet would read 123e4567 as a number.
+    """
+    content = results.dumps([[line["number"], line["arm"], *row] for line, row in zip(key, shown, strict=True)])
+    return "s" + hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
 def write_sheet(folder: Path, arms: dict[str, list[dict]], chosen: list[tuple[str, int]]) -> None:
-    key = []
+    key, shown = [], []
+    for number, (arm, index) in enumerate(chosen, 1):
+        row = arms[arm][index]
+        # the rating as a whole number: "5.0" in one arm and "5" in another would tell them apart
+        shown.append([row.get("Product Title") or "", reviews.rating(row), reviews.text_of(row)])
+        key.append({"number": number, "arm": arm, "row_id": row.get("row_id")})
+    sheet = sheet_id(key, shown)
+    key = [{"sheet": sheet, **line} for line in key]
     with results.atomic(folder / "sheet.csv") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
-        for number, (arm, index) in enumerate(chosen, 1):
-            row = arms[arm][index]
-            # the rating as a whole number: "5.0" in one arm and "5" in another would tell them apart
-            writer.writerow([number, row.get("Product Title") or "", reviews.rating(row), reviews.text_of(row), ""])
-            key.append({"number": number, "arm": arm, "row_id": row.get("row_id")})
+        writer.writerows([sheet, line["number"], *row, ""] for line, row in zip(key, shown))
     results.write_jsonl(folder / "key.jsonl", key, permissions=0o600)
     with results.atomic(folder / "rubric.md") as file:
         file.write(RUBRIC + "".join(f"* `{label}`: {meaning}\n" for label, meaning in LABELS.items()))
     print(f"{len(chosen)} rows in {folder / 'sheet.csv'}; the key is {folder / 'key.jsonl'}")
 
 
-def read_sheet(path, numbers: list[int]) -> dict[int, str]:
-    """{number: label} of a filled sheet. UserError when a number is missing, double or unknown, or a label is."""
+def read_key(path) -> list[dict]:
+    """The lines of key.jsonl: {'sheet', 'number', 'arm', …}. UserError when they are not what make writes."""
+    key = records.read_rows(path)
+    for line in key:
+        number = line.get("number")
+        right = isinstance(line.get("sheet"), str) and isinstance(line.get("arm"), str)
+        if not right or not isinstance(number, int) or isinstance(number, bool):
+            raise cli.UserError(
+                f"{path}: not a key of this script (sheet and arm, texts, and number, a whole number, in every line); "
+                "give the key.jsonl of make"
+            )
+    if len({line["sheet"] for line in key}) > 1:
+        raise cli.UserError(f"{path}: lines of more than one sheet; give the key.jsonl of one make")
+    doubled = [number for number, n in Counter(line["number"] for line in key).items() if n > 1]
+    if doubled:
+        raise cli.UserError(
+            f"{path}: number {doubled[0]} stands there twice ({len(doubled)} such numbers); give the key.jsonl of make"
+        )
+    return key
+
+
+def read_sheet(path, key: list[dict]) -> dict[int, str]:
+    """{number: label} of a filled sheet. UserError when it is another sheet than the key's, a number is missing,
+    double or unknown, or a label is."""
     problems, found, seen = cli.Problems(), {}, set()
+    numbers, sheet = {line["number"] for line in key}, key[0]["sheet"]
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             lines = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise cli.UserError(f"{path}: cannot be read ({error})") from None
-    if not lines or "label" not in lines[0] or "number" not in lines[0]:
-        raise cli.UserError(f"{path}: the columns number and label are needed; return the sheet as a .csv file")
+    if not lines or not {"sheet", "number", "label"} <= lines[0].keys():
+        raise cli.UserError(f"{path}: the columns sheet, number and label are needed; return the sheet as a .csv file")
+    others = [line["sheet"] or "" for line in lines if (line["sheet"] or "").strip().casefold() != sheet.casefold()]
+    if others:
+        raise cli.UserError(
+            f"{path}: sheet {others[0]!r} in {len(others)} of {len(lines)} rows, the key is that of {sheet!r}; give "
+            "the key.jsonl of the same make"
+        )
     for line in lines:
         number, label = line["number"] or "", (line["label"] or "").strip().casefold()
-        if not number.isdigit() or int(number) not in set(numbers):
+        if not number.isdecimal() or int(number) not in numbers:
             problems.add(f"{path}: row number {number!r} is not in the key")
             continue
         if int(number) in seen:
@@ -131,7 +174,7 @@ def read_sheet(path, numbers: list[int]) -> dict[int, str]:
         else:
             found[int(number)] = label
         seen.add(int(number))
-    missing = len(set(numbers) - seen)
+    missing = len(numbers - seen)
     if missing:
         problems.add(f"{path}: {missing} of {len(numbers)} rows of the key are missing")
     problems.check()
@@ -143,17 +186,21 @@ def score(args) -> dict:
     problems = cli.Problems()
     if not args.sheets or not args.key:
         problems.add("score: --sheets and --key are needed")
-    problems.check()
     target = Path(args.output_dir) / "human_evaluation.json"
     cli.check_writable(args.output_dir, problems)
     if target.exists() and not args.overwrite:
         problems.add(f"--output_dir: {target} exists; give --overwrite to replace it, or another place")
-    key = problems.absorb(records.read_rows, args.key)
-    if key and not all({"number", "arm"} <= set(line) for line in key):
-        problems.add(f"{args.key}: not a key of this script (number and arm in every line)")
+    key = problems.absorb(read_key, args.key) if args.key else None
+    first: dict[str, str] = {}
+    for path in args.sheets or []:
+        if not Path(path).is_file():
+            problems.add(f"--sheets {path}: no such file")
+        elif (content := results.sha256(path)) in first:
+            problems.add(f"--sheets {path}: to the byte the same as {first[content]}; give each rater's sheet once")
+        else:
+            first[content] = path
     problems.check()
-    numbers = [line["number"] for line in key]
-    sheets = [problems.absorb(read_sheet, path, numbers) for path in args.sheets]
+    sheets = [problems.absorb(read_sheet, path, key) for path in args.sheets]
     problems.check()
 
     with results.Run(Path(args.output_dir) / "run_human_sheet_score.json", args, [args.key, *args.sheets]):

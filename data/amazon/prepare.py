@@ -73,7 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=cli.non_negative_int, default=0, help="threads; 0: one a core")
     parser.add_argument("--strict", action="store_true", help="fail when a line of an input is broken")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
-    parser.add_argument("--seed", type=int, default=3407, help="seed of the split, the order and the user hashes")
+    parser.add_argument("--seed", type=cli.seed, default=3407, help="seed of the split, the order and the user hashes")
     return parser
 
 
@@ -128,6 +128,20 @@ def is_gzip(path: Path) -> bool:
         return file.read(2) == b"\x1f\x8b"
 
 
+def damage(path: Path) -> str | None:
+    """What is wrong with a .gz file, read to its end; None where nothing is. DuckDB checks no CRC."""
+    import gzip
+    import zlib
+
+    try:
+        with gzip.open(path, "rb") as file:
+            while file.read(1 << 20):
+                pass
+    except (OSError, EOFError, zlib.error) as error:
+        return str(error)
+    return None
+
+
 def broken_line(path: Path, wanted: list[int]) -> list[str]:
     """'broken line PATH:NUMBER: reason' for positions among the non-blank lines of a file."""
     import gzip
@@ -147,7 +161,9 @@ def broken_line(path: Path, wanted: list[int]) -> list[str]:
 
 
 def check(args) -> dict[str, Path]:
-    """{split: output path}; UserError with every problem of the arguments and files."""
+    """{split: output path}; UserError with every problem of the arguments and files, then with every damaged .gz."""
+    from concurrent.futures import ThreadPoolExecutor
+
     problems = cli.Problems()
     inputs = {"--reviews": Path(args.reviews), "--meta": Path(args.meta)}
     for flag, path in inputs.items():
@@ -168,9 +184,17 @@ def check(args) -> dict[str, Path]:
     for path in outputs.values():
         if any(path.resolve() == source.resolve() for source in inputs.values()):
             problems.add(f"--output_dir {args.output_dir}: {path} is also an input; name another place")
+        elif path.is_dir():
+            problems.add(f"--output_dir {args.output_dir}: {path} is a directory; remove it, or name another place")
         elif path.exists() and not args.overwrite:
             problems.add(f"--output_dir: {path} exists; give --overwrite to replace it, or another place")
     cli.check_writable(args.output_dir, problems)
+    problems.check()  # a mistyped flag is told before gigabytes are read
+    packed = {flag: path for flag, path in inputs.items() if is_gzip(path)}
+    with ThreadPoolExecutor() as pool:  # zlib frees the lock of the interpreter
+        for (flag, path), reason in zip(packed.items(), pool.map(damage, packed.values())):
+            if reason:
+                problems.add(f"{flag} {path}: damaged ({reason}); download it again")
     problems.check()
     return outputs
 
@@ -373,6 +397,7 @@ def write_split(connection, split: str, file) -> int:
 
 def run(args) -> dict:
     """Build the three files. Returns the counts that are also printed and kept in run_prepare.json."""
+    started = time.monotonic()
     outputs = check(args)
     import duckdb
 
@@ -381,7 +406,6 @@ def run(args) -> dict:
     inputs = [Path(args.reviews), Path(args.meta)]
     with Run(folder / "run_prepare.json", args, inputs=inputs) as record, contextlib.ExitStack() as stack:
         record["packages"]["duckdb"] = duckdb.__version__
-        started = time.monotonic()
         work = stack.enter_context(tempfile.TemporaryDirectory(prefix=".prepare-", dir=folder))
         try:
             connection = stack.enter_context(connect(Path(work), args))
@@ -394,6 +418,11 @@ def run(args) -> dict:
                 )
             lacking = assign(connection, [args.train, args.test])
             splits = stratification(connection)
+            if not splits["train"]["rows"]:
+                raise cli.UserError(
+                    f"--train {args.train}: each of the {splits['all']['users']} users left has more reviews than "
+                    "that, and none is divided; ask for more, or name a file with more users"
+                )
             with contextlib.ExitStack() as files:  # all three get their names together, at the end
                 opened = {split: files.enter_context(atomic(path, "wb")) for split, path in outputs.items()}
                 for split, file in opened.items():
