@@ -35,7 +35,7 @@ def make_parser() -> cli.Parser:
     add("--include_responses", action="store_true", help="show answers of --save_responses, by their shape alone")
     add("--unredacted", action="store_true", help="with --include_responses: as they are; the page gets mode 0600")
     add("--no_figures", action="store_true", help="no PNG and PDF; the page has its figures all the same")
-    add("--seed", type=int, default=3407, help="recorded; nothing here is random")
+    add("--seed", type=cli.seed, default=3407, help="recorded; nothing here is random")
     return parser
 
 

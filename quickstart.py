@@ -15,7 +15,6 @@ with the arguments that are printed; run it again with the same settings and fin
 summary.md, summary.json, report/report.html.
 """
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -57,18 +56,21 @@ def make_parser() -> cli.Parser:
 
 
 def check_same(out: Path, args) -> None:
-    """UserError when `out` holds a study of other settings, whose files this one would keep."""
-    file = out / "run_quickstart.json"
+    """UserError when `out` holds a study of other settings or input files, whose results this one would keep."""
+    file, remedy = out / "run_quickstart.json", "name another place"
     if not file.exists():
         return
     try:
-        earlier = json.loads(file.read_text(encoding="utf-8"))["args"]
-    except (ValueError, KeyError):
-        raise cli.UserError(f"--output {out}: its run_quickstart.json cannot be read; name another place") from None
+        record = results.read_json(file, remedy)
+        earlier, inputs = dict(record["args"]), {one["path"]: one["sha256"] for one in record["inputs"]}
+    except (cli.UserError, OSError, KeyError, TypeError, ValueError):
+        raise cli.UserError(f"--output {out}: its run_quickstart.json cannot be read; {remedy}") from None
     now = {key: value for key, value in cli.plain(vars(args)).items() if key not in MAY_DIFFER}
     other = [f"--{key} {earlier.get(key)} then, {value} now" for key, value in now.items() if earlier.get(key) != value]
+    files = [str(path) for path in STUDIES[args.study].inputs(args) if Path(path).is_file()]
+    other += [f"{path} has changed since" for path in files if path in inputs and inputs[path] != results.sha256(path)]
     if other:
-        raise cli.UserError(f"--output {out}: holds a study of other settings ({'; '.join(other)}); name another place")
+        raise cli.UserError(f"--output {out}: holds a study of other settings ({'; '.join(other)}); {remedy}")
 
 
 def run(args) -> int:

@@ -22,7 +22,7 @@ from reporting.looks import (
     styles_of,
     sweeps,
 )
-from reporting.read import HEADLINE_ATTACK, HEADLINE_TEMPERATURE, Model, Row, Study
+from reporting.read import HEADLINE_ATTACK, HEADLINE_TEMPERATURE, Model, Row, Study, check
 
 MOST_ROCS = 6
 MOST_COLUMNS = 24  # checkpoints of a heat map
@@ -319,8 +319,6 @@ def _plane(pairs, kept, look):
 
 def roc_curves(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
     """ROC on logarithmic axes: the headline attack, others in grey, blind baselines dashed, chance dotted."""
-    from mia.metrics import roc
-
     files, panels, told = {}, [], []
     for row in study.select("mia", "auc", role="target", attack=HEADLINE_ATTACK):
         if row.file in study.scores and row.model in chosen:
@@ -329,22 +327,16 @@ def roc_curves(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
         for row in study.select("mia", "auc", role="target", attack="loss"):
             if row.file in study.scores and row.model in chosen:
                 files[row.model.key] = row
-    flags = {file: set(line["flags"]) for file, _, line in study.lines.get("mia", [])}
+    flags = {file: set(line.get("flags", [])) for file, _, line in study.lines.get("mia", [])}
     drawn = look.sort(row.model for row in files.values())[:MOST_ROCS]
     named = names(drawn)
     for model in drawn:
         row = files[model.key]
-        with open(study.scores[row.file], encoding="utf-8") as file:
-            lines = [json.loads(text) for text in file if text.strip()]
-        curves = {}
-        scored = [name for name in (*ATTACKS, "blind_length", "blind_zlib", "blind_bow", "blind_tfidf")
-                  if name in lines[0]]  # fmt: skip
-        for name in scored:
-            members, others = ([line[name] for line in lines if line["label"] == label and line[name] is not None]
-                               for label in (1, 0))  # fmt: skip
-            if members and others:
-                curves[name] = thin(*roc(members, others))
-        n = sum(line["label"] == 0 for line in lines)
+        curves, n = None, 0
+        with study.guard(study.shown(study.scores[row.file])):
+            curves, n = curves_of(study.scores[row.file])
+        if curves is None:
+            continue
         bad = sorted(flag for flag in flags[row.file] if flag.startswith(("blind", "near")))
         panels.append(Panel(short(named[model.key], 40), _roc(curves, n, look.of[model.arm][0], bad), (3.45, 3.3)))
         told.append(f"{model.label}: AUC of {row.attack} {interval_text(row, False)}")
@@ -359,6 +351,28 @@ def roc_curves(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
         "diagonal, so may an attack for the same reason."
     )
     return [Figure("mia_roc", "Membership inference: ROC", caption, "; ".join(told), panels, keys, 3, "mia")]
+
+
+def curves_of(path) -> tuple[dict, int]:
+    """({score: (false, true positive rates)}, number of non-members) of a scores_mia.jsonl."""
+    from mia.metrics import roc
+
+    with open(path, encoding="utf-8") as file:
+        lines = [json.loads(text) for text in file if text.strip()]
+    curves = {}
+    scored = [name for name in (*ATTACKS, "blind_length", "blind_zlib", "blind_bow", "blind_tfidf") if name in lines[0]]
+    labels = [line["label"] for line in lines]
+    if set(labels) - {0, 1}:
+        raise ValueError("label: neither 0 nor 1")
+    for name in scored:
+        values = [line[name] for line in lines]
+        for value in values:
+            check({name: value}, (name,))
+        members, others = ([value for value, its in zip(values, labels) if its == label and value is not None]
+                           for label in (1, 0))  # fmt: skip
+        if members and others:
+            curves[name] = thin(*roc(members, others))
+    return curves, labels.count(0)
 
 
 def thin(x, y, most: int = 300):

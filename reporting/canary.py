@@ -43,6 +43,8 @@ def rows(line: dict, study, models, path, number: int) -> list:
         raise ValueError(f"unknown measure {measure!r}")
     more = {key: line[key] for key in ("upper", "delta", "unit", "void", "guesses", "included", "above_upper")}
     above = [level for level, yes in line["above_upper"].items() if yes]
+    if any(None in (line["lower"][level], line["upper"]) for level in above):
+        raise ValueError("above_upper: without the bounds that it compares")
     more["lower_above_upper"] = above
     more["headline"] = line.get("headline")  # of several signals, the one to report
     why = line.get("undefined") or "fewer than five canaries"

@@ -23,6 +23,7 @@ class Caution:
 def find(study: Study) -> list[Caution]:
     """Every caution, the gravest first; those of one kind are one Caution with all their places."""
     found = [caution for check in CHECKS for caution in check(study)]
+    found[:0] = damaged(study)  # known only now: a check may find more of it
     return sorted(found, key=lambda caution: LEVELS.index(caution.level))
 
 
@@ -77,11 +78,12 @@ def membership(study: Study):
     }  # fmt: skip
     for prefix, (level, title, text) in kinds.items():
         places: dict[str, set] = {}
-        for file, _, line in lines:
+        for file, number, line in lines:
             for flag in line.get("flags", []):
                 if flag == prefix or flag.startswith((f"{prefix}_", f"{prefix}-")):
-                    what = line["attack"] if prefix in ("base", "coarse") else _blind(line, flag)
-                    places.setdefault(f"{file}", set()).add(what)
+                    with study.guard(file, number):
+                        what = line["attack"] if prefix in ("base", "coarse") else _blind(line, flag)
+                        places.setdefault(f"{file}", set()).add(what)
         if places:
             yield Caution(level, title, text, [f"{file}: {', '.join(sorted(what))}" for file, what in places.items()])
 
@@ -226,7 +228,7 @@ def undefined(study: Study):
         yield Caution("note", f"{_n(places, 'number')} undefined", "With the reason that the script gave.", places)
 
 
-CHECKS = (damaged, runs, privacy, models, settings, membership, dropped, released, synthetic, undefined)
+CHECKS = (runs, privacy, models, settings, membership, dropped, released, synthetic, undefined)
 
 
 def _n(things, word: str) -> str:

@@ -51,7 +51,8 @@ def training(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
     panels = [one for one in panels if one]
     told = "; ".join(
         f"{labels[run]}: loss {lines[0]['loss']:.3g} at step {lines[0]['step']}, {lines[-1]['loss']:.3g} at step "
-        f"{lines[-1]['step']}" for run, lines in list(runs.items())[:12] if "loss" in lines[0] and "loss" in lines[-1]
+        f"{lines[-1]['step']}" for run, lines in list(runs.items())[:12]
+        if None not in (lines[0].get("loss"), lines[-1].get("loss"))
     )  # fmt: skip
     arms = dict.fromkeys(arm_of[run].arm for run in runs if run in arm_of)
     keys = [] if few else [(arm, look.of[arm][0], None, "-") for arm in arms]

@@ -326,7 +326,7 @@ def inference_table(study: Study) -> str:
     for path, run in study.runs.items():
         for who, found in (run.get("dataset_inference") or {}).items():
             if found:
-                rows.append([str(run["args"].get("model") or Path(path).parent.name), who,
+                rows.append([str(run.get("args", {}).get("model") or Path(path).parent.name), who,
                              (number(found["p"], "{:.2g}"), found["p"]), (number(found["t"], "{:.2f}"), found["t"]),
                              (f"{found['n_members']:,}", found["n_members"]), study.shown(path)])  # fmt: skip
     heads = ["<Model", "<Scores of", "p", "t", "Members", "@File"]
@@ -338,7 +338,7 @@ def training_table(study: Study) -> str:
     for path, run in study.runs.items():
         if Path(path).name == "run.json":
             speed, change = run.get("tokens_per_second"), run.get("relative_change")
-            peak = run.get("peak_memory", {})
+            peak = run.get("peak_memory") or {}
             memory = peak.get("gpu_bytes") or peak.get("cpu_bytes")
             steps = run.get("steps")
             rows.append([

@@ -5,8 +5,10 @@ What cannot be read is kept as Damage, never skipped in silence. No text of a da
 """
 
 import json
+import math
 import os
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -34,6 +36,8 @@ KINDS = {
     "responses": re.compile(r"results_purified\d*_rows\.jsonl$"),
 }
 LEFT_OUT = {"mia_cache", "private", "__pycache__"}  # folders that hold no results
+UNEXPECTED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)  # of content of another form
+CURVES = ("loss", "eval_loss", "grad_norm")
 
 
 @dataclass
@@ -94,6 +98,8 @@ class Row:
 
 
 COLUMNS = [one.name for one in fields(Row)]
+ROW_NUMBERS = ("value", "low", "high", "count", "n", "n_requested", "n_dropped", "temperature", "repetitions")
+ROW_TEXTS = ("arm", "interval", "undefined", "template", "attack", "level")
 MODEL_COLUMNS = [one.name for one in fields(Model) if one.name not in ("label", "arm", "key", "last")]
 
 
@@ -125,6 +131,14 @@ class Study:
 
     def shown(self, path) -> str:
         return os.path.relpath(path, self.root)
+
+    @contextmanager
+    def guard(self, file: str, line: int = 1):
+        """What the content of this file raises inside becomes Damage with the exception's type and message."""
+        try:
+            yield
+        except UNEXPECTED as error:
+            self.damage.append(Damage(file, line, f"not of the expected form ({error!r})"))
 
     def select(self, area: str, metric: str | None = None, **wanted) -> list[Row]:
         """Rows of an area (and metric) whose attributes equal `wanted`; a callable value is a test."""
@@ -193,6 +207,89 @@ def parse(path: Path, study: Study) -> list[tuple[int, dict]]:
         else:
             study.damage.append(Damage(shown, number, f"a JSON {type(item).__name__}, not an object"))
     return found
+
+
+def check(content, names, kind=float) -> None:
+    """TypeError where `content`, an object or a Row, has something but null or a `kind` at one of `names`.
+
+    float: any number; ValueError for an infinite one, which no figure has a place for.
+    """
+    for name in names:
+        value = content.get(name) if isinstance(content, dict) else getattr(content, name)
+        number = kind is float and isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not number and (kind is float or not isinstance(value, kind)):
+            raise TypeError(f"{name}: a {type(value).__name__} where a {kind.__name__} belongs")
+        if number and not math.isfinite(value):
+            raise ValueError(f"{name}: {value}")
+
+
+def need(content: dict, *names: str, kind=float) -> None:
+    """As `check`; null is a TypeError too, and absence a KeyError."""
+    check(content, names, kind)
+    for name in names:
+        if content[name] is None:
+            raise TypeError(f"{name}: null where a {kind.__name__} belongs")
+
+
+def check_run(run: dict) -> None:
+    """UNEXPECTED where a run file holds another form of what a report uses of it."""
+    args = run.get("args", {})
+    check(run, ("status", "commit", "data_tag"), str)
+    check(run, ("steps", "seconds", "tokens_per_second", "relative_change"))
+    check(run, ("peak_memory", "packages", "dataset_inference"), dict)
+    check(run, ("argv",), list)
+    check(run.get("peak_memory") or {}, ("cpu_bytes", "gpu_bytes"))
+    check(args, args.keys() & {"peft_type", "run_name"}, str)
+    if run.get("steps") is not None:  # a training run
+        check(args, ("epochs",))
+    for found in (run.get("dataset_inference") or {}).values():
+        if found:
+            need(found, "n_members")
+            check({name: found[name] for name in ("p", "t")}, ("p", "t"))
+
+
+def check_line(line: dict) -> None:
+    """UNEXPECTED where a result line holds another form of what stands beside its numbers."""
+    check(line, ("relative_change", "ceiling", "sample_rate", "delta", "upper"))
+    check(line, ("model", "base_model", "model_sha256", "void"), str)
+    for flag in line.get("flags", []):
+        need({"flag": flag}, "flag", kind=str)
+    need(line, *(line.keys() & {"arm", "attack"}), kind=str)
+    if line.get("mcnemar_against_real"):
+        need(line["mcnemar_against_real"], "gained", "lost", "p")
+
+
+def check_row(row: Row) -> None:
+    check(row, ROW_NUMBERS)
+    check(row, ROW_TEXTS, str)
+    if (row.low is None) != (row.high is None):
+        raise ValueError(f"{row.metric}: an interval with one end")
+
+
+def curve(path: Path, study: Study) -> list[dict]:
+    """The lines of a metrics.jsonl; one with another thing where a number belongs is damage, an infinity is a gap."""
+    lines = []
+    for number, line in parse(path, study) if path.stat().st_size else ():
+        with study.guard(study.shown(path), number):
+            line = {name: None if value in ("inf", "-inf") else value for name, value in line.items()}
+            need(line, "step")
+            check(line, CURVES)
+            lines.append(line)
+    return lines
+
+
+def scores_of(path: Path, study: Study) -> Path | None:
+    """The scores beside a results_mia.jsonl; None, and damage, when they are not all of the texts of its lines."""
+    file, shown = path.parent / "scores_mia.jsonl", study.shown(path)
+    wanted = {line["n_requested"] for name, _, line in study.lines.get("mia", []) if name == shown}
+    if not file.is_file() or not wanted:
+        return None
+    before = len(study.damage)
+    found = parse(file, study)
+    if len(study.damage) == before and wanted != {len(found)}:
+        reason = f"scores of {len(found):,} texts beside results over {', '.join(sorted(map(str, wanted)))}"
+        study.damage.append(Damage(study.shown(file), len(found), reason))
+    return file if len(study.damage) == before else None
 
 
 # ---------------------------------------------------------------- models
@@ -350,8 +447,10 @@ def read(directories: list[Path], output: Path | None = None) -> Study:
     study = Study(Path(os.path.commonpath(directories)))
     study.files = find(directories, output.resolve() if output else None)
     for path in study.files["run"]:
-        for _, content in parse(path, study):
-            study.runs[str(path)] = content
+        for number, content in parse(path, study):
+            with study.guard(study.shown(path), number):
+                check_run(content)
+                study.runs[str(path)] = content
     inside = [path.parent for paths in study.files.values() for path in paths]
     models = Models(study, {folder for folder in inside if CHECKPOINT.fullmatch(folder.name)})
     converters = {
@@ -369,23 +468,23 @@ def read(directories: list[Path], output: Path | None = None) -> Study:
         for path in study.files[kind]:
             for number, line in parse(path, study):
                 shown = study.shown(path)
-                try:
+                with study.guard(shown, number):
+                    check_line(line)
                     made = convert(line, study, models, path, number)
-                except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-                    study.damage.append(Damage(shown, number, f"not of the expected form ({error!r})"))
-                    continue
-                for row in made:
-                    row.file, row.line = shown, number
-                    row.arm = row.arm or (row.model.arm if row.model else None)
-                study.rows += made
-                study.lines.setdefault(kind, []).append((shown, number, line))
-            if kind == "mia" and (path.parent / "scores_mia.jsonl").is_file():
-                study.scores[study.shown(path)] = path.parent / "scores_mia.jsonl"
+                    for row in made:
+                        check_row(row)
+                        row.file, row.line = shown, number
+                        row.arm = row.arm or (row.model.arm if row.model else None)
+                    study.rows += made
+                    study.lines.setdefault(kind, []).append((shown, number, line))
+            scores = scores_of(path, study) if kind == "mia" else None
+            if scores:
+                study.scores[study.shown(path)] = scores
     for path in study.files["perplexity_text"]:
         if not (path.parent / "perplexity.jsonl").exists():
             rows.text_perplexity(path, study, models)
     for path in study.files["metrics"]:
-        study.curves[str(path.parent)] = [line for _, line in parse(path, study)] if path.stat().st_size else []
+        study.curves[str(path.parent)] = curve(path, study)
     for path in study.files["adapter"]:
         if CHECKPOINT.fullmatch(path.parent.name):
             models.of(None, path)

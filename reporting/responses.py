@@ -18,18 +18,23 @@ def html(study: Study, unredacted: bool) -> str:
     """A table a file: row, template and answer at the headline temperature, the first MOST_ROWS."""
     made = []
     for path in study.files["responses"]:
-        lines = [line for _, line in parse(path, study) if line.get("temperature") == HEADLINE_TEMPERATURE]
-        shown = "".join(
-            f"<tr><th scope=row>{line['row']}</th><td class=l>{escape(str(line['template']))}</td><td class=l>"
-            f"{escape(line['response'] if unredacted else shape(line['response']))}</td></tr>"
-            for line in lines[:MOST_ROWS]
-        )
-        caption = f"{study.shown(path)}: the first {min(MOST_ROWS, len(lines)):,} of {len(lines):,} answers"
-        heads = "".join(f'<th scope="col" class="l"><button type="button">{head}</button></th>' for head in
-                        ("Row", "Template", "Answer" if unredacted else "Answer, its shape"))  # fmt: skip
-        made.append(
-            f"<details><summary>{escape(caption)}</summary><div class=table><table><thead><tr>{heads}</tr></thead>"
-            f"<tbody>{shown}</tbody></table></div></details>"
-        )
+        with study.guard(study.shown(path)):
+            made.append(_table(path, study, unredacted))
     warning = "<p><strong>Contains personal data: do not pass on.</strong></p>" if unredacted else ""
     return warning + "".join(made) if made else ""
+
+
+def _table(path, study: Study, unredacted: bool) -> str:
+    lines = [line for _, line in parse(path, study) if line.get("temperature") == HEADLINE_TEMPERATURE]
+    shown = "".join(
+        f"<tr><th scope=row>{escape(str(line['row']))}</th><td class=l>{escape(str(line['template']))}</td><td class=l>"
+        f"{escape(line['response'] if unredacted else shape(line['response']))}</td></tr>"
+        for line in lines[:MOST_ROWS]
+    )
+    caption = f"{study.shown(path)}: the first {min(MOST_ROWS, len(lines)):,} of {len(lines):,} answers"
+    heads = "".join(f'<th scope="col" class="l"><button type="button">{head}</button></th>' for head in
+                    ("Row", "Template", "Answer" if unredacted else "Answer, its shape"))  # fmt: skip
+    return (
+        f"<details><summary>{escape(caption)}</summary><div class=table><table><thead><tr>{heads}</tr></thead>"
+        f"<tbody>{shown}</tbody></table></div></details>"
+    )

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from common.intervals import clopper_pearson
-from reporting.read import HEADLINE_ATTACK, HEADLINE_TEMPERATURE, MEASURES, Damage, Models, Row, Study, as_float
+from reporting.read import HEADLINE_ATTACK, HEADLINE_TEMPERATURE, MEASURES, Damage, Models, Row, Study, as_float, need
 
 
 def group_of(study: Study, area: str, label: str, settings: dict) -> str:
@@ -25,6 +25,7 @@ def span(rows) -> str:
 
 def extraction_rows(line: dict, study: Study, models: Models, path: Path, number: int) -> list[Row]:
     """Rates by template and measure at one temperature, with what stands beside them."""
+    need(line, "temperature")
     matches = line["matches"]
     labels = [label for label in matches if label != "total"]
     total, temperature = matches["total"], line["temperature"]
@@ -158,6 +159,7 @@ def fidelity_rows(content: dict, study: Study, models: Models, path: Path, numbe
     settings = content.get("settings", {})
     made = []
     for arm, found in content["comparisons"].items():
+        need(found, "rows")
         shared = {"arm": arm, "n": found["rows"], "n_requested": found.get("n_requested"), "settings": settings}
         shared |= {"n_dropped": found.get("n_dropped"), "seed": settings.get("seed"), "group": study.shown(path)}
         for role, measures in (("target", found["measures"]), ("baseline", found.get("excess", {}))):
@@ -180,6 +182,7 @@ def utility_rows(line: dict, study: Study, models: Models, path: Path, number: i
     shared = {"arm": line["arm"], "seed": line["seed"], "group": study.shown(path)}
     for metric in ("accuracy", "macro_f1", "mae"):
         found = line[metric]
+        need(found if isinstance(found, dict) else {"mean": found}, "mean")
         if isinstance(found, dict):
             why = f"range over {len(line['seeds'])} seeds"
             settings = {"seeds": line["seeds"], "sd": found["sd"]}

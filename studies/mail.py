@@ -1,7 +1,5 @@
 """System P in miniature: base / original / generated / replaced. See quickstart.py."""
 
-import json
-
 import evaluate_purified
 import merge_peft
 from common import cli, models, records, results
@@ -18,9 +16,11 @@ from studies.steps import (
     device_flags,
     joined,
     measured,
+    newest_results,
     paired,
     row_of,
     share,
+    stands,
     table,
     train,
 )
@@ -37,7 +37,7 @@ def check(args) -> None:
     check_rows(args, problems)
     if args.outsiders:
         problems.absorb(records.read_rows, args.outsiders)
-    if "generated" in args.arms:
+    if "generated" in args.arms and args.generator:  # without one quickstart.py has a problem of its own
         problems.absorb(models.find_model, args.generator, None, flag="--generator")
     problems.check()
 
@@ -51,7 +51,7 @@ def run(args, out, record) -> str:
     flags = ["--seed", args.seed, *device_flags(args)]
     asked = ["-mt", args.max_tokens, *([] if args.full else ["--temperatures", "0", str(TEMPERATURE)]), *flags]
     attack(args.model, out / "base", args.dataset, *asked)
-    base_results = sorted((out / "base").glob("results_purified*.jsonl"))[0]
+    base_results = newest_results(out / "base")
     call(perplexity, "--model", args.model, "-d", args.dataset, "--output_dir", out / "base", *flags)
 
     data = {"original": args.dataset}
@@ -119,7 +119,7 @@ def membership(args, out, trees: dict, flags: list) -> dict:
     for arm, tree in trees.items():
         checkpoint = models.find_checkpoints(tree)[-1]
         folder = out / f"mia-{arm}"
-        if not (folder / "results_mia.jsonl").is_file():
+        if not stands(folder / "results_mia.jsonl", checkpoint):
             call(mia, "--model", checkpoint, "--members", args.dataset, "--output_dir", folder, *few, *flags)
         line = next(line for line in results.read_jsonl(folder / "results_mia.jsonl") if line["attack"] == "ref")
         name = f"{arm}, epoch {len(models.find_checkpoints(tree))}"
@@ -151,7 +151,7 @@ def extraction_table(rows: list[dict], floor: dict, aucs: dict) -> str:
 
 def said_in_generated(file) -> str:
     """How many evaluated addresses the generator itself wrote: it decides what the generated arm means."""
-    record = json.loads((file.parent / "run_generate.json").read_text(encoding="utf-8"))
+    record = results.read_json(file.parent / "run_generate.json", f"remove {file.parent} and run again")
     seen, of = (
         record["statistics"]["evaluated_in_generations"]["addresses"],
         record["statistics"]["evaluated_addresses"],

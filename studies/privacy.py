@@ -8,7 +8,19 @@ only the base saw. The private arms draw their randomness from the operating sys
 from common import cli, models, records, results
 from mia import mia
 from perplexity import perplexity
-from studies.steps import TEMPERATURE, attack, call, check_rows, device_flags, measured, row_of, share, table, train
+from studies.steps import (
+    TEMPERATURE,
+    attack,
+    call,
+    check_rows,
+    device_flags,
+    measured,
+    row_of,
+    share,
+    stands,
+    table,
+    train,
+)
 
 EPOCHS = 10
 RATE = 1e-3
@@ -112,7 +124,7 @@ def row_for(name: str, model, spent: dict | None, folder, args, trained_people, 
     row = {"model": name, "epsilon": spent and spent["epsilon"], "delta": spent and spent["delta"]}
     row |= {"steps": spent and spent["steps"], "ref": None, "loss": None}
     if spent:
-        if not (folder / "results_mia.jsonl").is_file():
+        if not stands(folder / "results_mia.jsonl", model):
             words = ["--members", args.dataset, "--attacks", "loss", "ref", "--output_dir", folder, *flags]
             call(mia, "--model", model, *words)
         for line in results.read_jsonl(folder / "results_mia.jsonl"):

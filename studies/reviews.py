@@ -17,7 +17,7 @@ from common import cli, models, records, results, reviews
 from data.amazon import make_reviews, prepare
 from data.synthetic import generate
 from fidelity import fidelity
-from studies.steps import EMBEDDED, build, call, device_flags, table, train
+from studies.steps import EMBEDDED, build, call, device_flags, made_from, table, train
 from utility import downstream, feature_importance
 
 EPOCHS = 5
@@ -97,17 +97,27 @@ def run(args, out, record) -> str:
         ),
     }  # fmt: skip
     for name, (script, words) in steps.items():
-        if (out / name / "done").exists():
-            print(f"\n{out / name}: measured before, kept")
-            continue
+        folder, made = out / name, made_from(words)
+        mark = folder / "done"  # what the step was made from, and what it left
+        if mark.exists():
+            if mark.read_bytes() == _mark(made, folder):
+                print(f"\n{folder}: measured before, kept")
+                continue
+            print(f"\n{folder}: damaged, or of other weights or files; measured again")
+            shutil.rmtree(folder)
         again = [] if name == "downstream" else ["--overwrite"]  # a step that was killed; downstream resumes
         # canary/measure.py ends with 1 where a lower bound contradicts the accountant: a result, which the table shows
-        call(script, *words, "--output_dir", out / name, *again, *seed, allowed=(0, 1) if name == "canary" else (0,))
-        (out / name / "done").touch()
+        call(script, *words, "--output_dir", folder, *again, *seed, allowed=(0, 1) if name == "canary" else (0,))
+        with results.atomic(mark, "wb") as file:
+            file.write(_mark(made, folder))
     rows = summary(out, checkpoints)
     results.write_json(out / "summary.json", rows)
     record["epsilons"] = {arm: row["epsilon"] for arm, row in rows["arms"].items()}
     return report(rows)
+
+
+def _mark(made: dict[str, str], folder: Path) -> bytes:
+    return json.dumps({"from": made, "left": made_from(sorted(folder.glob("*.json*")))}, indent=1).encode()
 
 
 def make_split(folder: Path, n: int, train_rows: int, test_rows: int, departments, seed: int) -> Path:
@@ -131,10 +141,12 @@ def public_base(args, out: Path, device: list) -> Path:
         "-m", args.model, "-i", public / "train.jsonl", "--output_root", out, "-pt", "full", "-e", PUBLIC_EPOCHS,
         "-lr", PUBLIC_RATE, "-pdbs", 8, "-gas", 1, "-l", 50, "--loss_on", "completion", "--seed", args.seed, *device,
     )  # fmt: skip
-    base = out / "public-base"
-    if not base.is_dir():
+    base, newest = out / "public-base", models.find_checkpoints(tree)[-1]
+    new, old = (models.weights_sha256(models.find_model(str(one))) if one.is_dir() else None for one in (newest, base))
+    if old and old != new:
+        print(f"\n{base}: not the weights of {newest}; it goes with all that was trained on it, and is made again")
+    if old != new:
         with results.atomic_folder(base) as folder:
-            newest = models.find_checkpoints(tree)[-1]
             for file in newest.iterdir():
                 if file.name != "training_state.pt":
                     shutil.copy(file, folder)
@@ -229,7 +241,8 @@ def report(rows: dict) -> str:
         line = ratings[arm]
         cells = [line[name]["mean"] if isinstance(line[name], dict) else line[name] for name in downstream.SHOWN]
         words = rows["importance"]["arms"].get(arm)
-        agree = [f"{words['mean'][name]:.3f}" if words else "" for name in AGREEMENT]
+        means = [words["mean"][name] for name in AGREEMENT] if words else []
+        agree = ["–" if mean is None else f"{mean:.3f}" for mean in means] or [""] * len(AGREEMENT)
         utility.append([arm, *(f"{cell:.3f}" for cell in cells), *agree])
     heads = ["", "ε (PRV)", *(f"placed {times}×" for times in LADDER), "held out", "ε ≥ (model)", "ε ≥ (text)",
              "audit AUC", "generated rows with a whole canary"]  # fmt: skip

@@ -45,27 +45,69 @@ def train(*words) -> Path:
     return run_peft.run(run_peft.make_parser().parse_args(words))
 
 
+def made_from(words) -> dict[str, str]:
+    """{argument: SHA-256} of the files and of the weights of local models among a script's arguments (or name=path)."""
+    found = {}
+    for word in map(str, words):
+        for path in (Path(word), Path(word.partition("=")[2] or word)):
+            if path.is_file():
+                found[word] = results.sha256(path)
+            elif (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
+                found[word] = models.weights_sha256(models.find_model(str(path)))
+    return found
+
+
 def build(script, output: Path, *words) -> Path:
-    """A data builder, unless its --output stands already, with the manifest that it writes last."""
+    """A data builder, unless its --output stands already, made from the same files and weights as its manifest says."""
     if output.exists() and records.manifest_path(output).exists():
-        print(f"\n{output}: built before, kept")
-    else:
-        call(script, *words, "--output", output, *(["--overwrite"] if output.exists() else []))
+        made = records.read_manifest(output)
+        known = {one["sha256"] for one in made.get("source", [])} | {(made.get("generator") or {}).get("weights")}
+        if made.get("sha256") == results.sha256(output) and known.issuperset(made_from(words).values()):
+            print(f"\n{output}: built before, kept")
+            return output
+        print(f"\n{output}: changed since, or built from other files or weights; built again")
+    call(script, *words, "--output", output, *(["--overwrite"] if output.exists() else []))
     return output
+
+
+def newest_results(folder: Path) -> Path | None:
+    """The result file of the newest measurement in `folder`."""
+    files = [path for path in folder.glob("results_purified*.jsonl") if not path.stem.endswith("_rows")]
+    return max(files, key=lambda path: (len(path.name), path.name), default=None)
+
+
+def stands(file: Path | None, model, dataset=None) -> bool:
+    """Whether a result file is there and all its lines are of the model's weights (and of the dataset) as they are.
+
+    A file that is not, is removed: nothing of it may be read beside what is measured now.
+    """
+    if file is None or not file.is_file():
+        return False
+    wanted = {"model_sha256": models.weights_sha256(models.find_model(str(model)))}
+    if dataset is not None:
+        wanted["dataset_sha256"] = results.sha256(dataset)
+    try:
+        lines = records.read_rows(file)
+    except cli.UserError:
+        lines = []
+    if lines and all(line.get(key) == value for line in lines for key, value in wanted.items()):
+        return True
+    print(f"\n{file}: damaged, or of other weights or rows; measured again")
+    file.unlink()
+    return False
 
 
 def measured(folder: Path) -> tuple[dict, list[dict]]:
     """(result line, outcome lines) at TEMPERATURE of the newest measurement in `folder`."""
-    files = [path for path in folder.glob("results_purified*.jsonl") if not path.stem.endswith("_rows")]
-    newest = max(files, key=lambda path: (len(path.name), path.name))
+    newest = newest_results(folder)
     lines, outcomes = map(results.read_jsonl, (newest, measure_purified.outcomes_path(newest)))
     line = next(line for line in lines if line["temperature"] == TEMPERATURE)
     return line, [one for one in outcomes if one["temperature"] == TEMPERATURE]
 
 
 def attack(model, folder: Path, dataset, *extra) -> None:
-    """measure_purified.py, unless `folder` has its finished result already."""
-    if any(folder.glob("results_purified*.jsonl")):
+    """measure_purified.py, unless `folder` has its finished result of these weights and rows already."""
+    if stands(newest_results(folder), model, dataset):
         print(f"\n{folder}: measured before, kept")
         return
     call(measure_purified, "--model", model, "--output_dir", folder, "-d", dataset, *extra)

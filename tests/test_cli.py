@@ -186,6 +186,7 @@ def test_quickstart_in_small(tmp_path):
     again = run_script(*words, timeout=600)
     assert again.returncode == 0, again.stderr[-2000:]
     assert "measured before, kept" in again.stdout and "nothing to do" in again.stdout
+    assert not re.search(r"(measured|built) again|python (mia|data)/", again.stdout)
     assert (tmp_path / "out/summary.md").read_text(encoding="utf-8") == table
 
 
@@ -235,6 +236,13 @@ def test_quickstart_study_reviews_in_small(tmp_path):
     other = subprocess.run([*command, "-lr", "1e-5"], capture_output=True, text=True, timeout=100)
     assert other.returncode == 2 and "--learning_rate 0.003 then, 1e-05 now" in other.stderr
     (out / "canary/done").unlink()  # killed between the results and the mark: measured again, with the same table
+    likeness = out / "fidelity/results_fidelity.json"
+    likeness.write_text(likeness.read_text(encoding="utf-8")[:999], encoding="utf-8")  # so is a damaged result
     again = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    kept = [line.split("/")[-1] for line in again.stdout.splitlines() if "measured" in line and "out/" in line]
+    assert kept == ["fidelity: damaged, or of other weights or files; measured again"] + [
+        f"{name}: measured before, kept" for name in ("importance", "downstream")
+    ]
+    assert "built again" not in again.stdout
     assert again.returncode == 0 and (out / "summary.md").read_text(encoding="utf-8") == table, again.stderr[-2000:]
     assert len(made) == 3 and len({path.name for path in out.glob("public-base/*-dp-*/*/checkpoint-*")}) == 1, made

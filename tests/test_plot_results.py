@@ -71,7 +71,7 @@ def mia_line(model, attack="ref", auc=0.625, flags=(), **more) -> dict:
     return line | {"nonmembers": None, "max_length": 512, "dtype": "float32", "bootstrap": 1000, "seed": 1} | more
 
 
-def scores(path: Path, n: int = 200) -> Path:
+def scores(path: Path, n: int = 400) -> Path:
     rng = random.Random(1)
     lines = [{"id": i, "label": i % 2, "ref": rng.gauss(i % 2, 1), "loss": rng.gauss(0.1 * (i % 2), 1),
               "blind_bow": rng.gauss(0.2 * (i % 2), 1)} for i in range(n)]  # fmt: skip
@@ -436,7 +436,7 @@ def test_lower_bound_above_upper_is_wrong_and_maxima_are_named(tmp_path):
         (["tree", "--include_responses"], ["no results_purified*_rows.jsonl below"]),
         (["tree", "--output", "taken"], ["has a folder figures/ that is not of an earlier report"]),
         (["tree", "--output", "file/below"], ["is a file, not a directory"]),
-        (["tree", "--seed", "x", "--outputs=y"], ["--seed: invalid int", "--outputs=y: unknown argument"]),
+        (["tree", "--seed", "x", "--outputs=y"], ["--seed: must be a whole number", "--outputs=y: unknown argument"]),
     ],
 )
 def test_user_errors_name_everything_at_once(tmp_path, monkeypatch, words, problems):
@@ -468,6 +468,57 @@ def test_a_damaged_line_is_named_and_the_rest_is_shown(tmp_path, capsys):
     assert "3 lines could not be read" in page and "torn last line" in page
     record = json.loads((tmp_path / "out/run_plot_results.json").read_text())
     assert record["status"] == "failed" and len(record["damaged"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "place", "words"),
+    [
+        ("checkpoint-20/scores_mia.jsonl", lambda text: text[:-30], ":400", "not JSON"),
+        ("checkpoint-20/scores_mia.jsonl", lambda text: "", ":1", "empty"),
+        ("checkpoint-20/scores_mia.jsonl", lambda text: "[]\n", ":1", "a JSON list, not an object"),
+        ("checkpoint-20/scores_mia.jsonl", lambda text: "".join(text.splitlines(True)[:10]), ":10",
+         "scores of 10 texts beside results over 400"),
+        ("checkpoint-20/scores_mia.jsonl", lambda text: text.replace('"ref": ', '"ref": "x", "y": ', 1), ":1",
+         "TypeError('ref: a str where a float belongs')"),
+        ("run.json", lambda text: json.dumps(json.loads(text) | {"args": None}), ":1", "AttributeError("),
+        ("run.json", lambda text: text.replace('"epochs": 2', '"epochs": "5"'), ":1",
+         "TypeError('epochs: a str where a float belongs')"),
+        ("metrics.jsonl", lambda text: text.replace('"loss": 2.9,', '"loss": "2.9",', 1), ":2",
+         "TypeError('loss: a str where a float belongs')"),
+        ("metrics.jsonl", lambda text: text.replace('"step"', '"stop"', 1), ":1", "KeyError('step')"),
+        ("checkpoint-20/results_mia.jsonl", lambda text: text.replace("400", '"400"', 1), ":1", "TypeError("),
+        ("checkpoint-20/results_purified.jsonl", lambda text: text.replace("0.02", '"0.02"', 1), ":1",
+         "TypeError('relative_change: a str where a float belongs')"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_named_beside_the_report(tmp_path, capsys, name, change, place, words):
+    tree = small_tree(tmp_path / "tree")
+    file = tree / "tiny/original-lora/0e+00_2e-06" / name
+    before = file.read_text()
+    file.write_text(change(before))
+    assert file.read_text() != before
+    status, rows, page = report(tree, "--output", tmp_path / "out")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert status == 1 and f"{name}{place}: " in line and words in line
+    assert "1 line could not be read" in page and rows_with(rows, area="perplexity", metric="mean")
+    if name.endswith("scores_mia.jsonl"):
+        assert "mia_roc" not in page and rows_with(rows, area="mia", metric="auc", attack="ref")
+
+
+def test_text_in_place_of_a_number_of_canaries_and_answers_without_response(tmp_path, capsys):
+    tree = synthetic_tree(tmp_path / "tree")
+    file = tree / "canary" / "results_canary.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines[0]["bits"]["median"], lines[1]["n_scored"] = "9.0", "10"
+    put(file, *lines)
+    answer = {"row": 3, "template": "A", "temperature": 0.2, "response": "Ana.Lee7@norbeck.example"}
+    put(tree / "base" / "results_purified_rows.jsonl", answer)
+    put(tree / "more" / "results_purified_rows.jsonl", {**answer, "response": None}, {"row": 4, "temperature": 0.2})
+    status, rows, page = report(tree, "--output", tmp_path / "out", "--include_responses")
+    assert status == 1 and "Xxx.Xxx0@xxxxxxx.xxxxxxx" in page and rows_with(rows, metric="exposure", repetitions=1)
+    places = [line.split(": ")[1] for line in capsys.readouterr().err.splitlines()]
+    assert places == ["canary/results_canary.jsonl:1", "canary/results_canary.jsonl:2",
+                      "more/results_purified_rows.jsonl:1"]  # fmt: skip
 
 
 # ---------------------------------------------------------------- the page

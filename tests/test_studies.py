@@ -1,9 +1,17 @@
 """What the studies compute themselves: changes against the base."""
 
-import pytest
-from conftest import write_rows
+import argparse
+import json
+import shutil
 
-from studies import privacy, reviews
+import pytest
+from conftest import ROOT, write_rows
+
+import quickstart
+from common import models as common_models
+from common import records, results
+from common.cli import UserError
+from studies import mail, privacy, reviews, steps
 from studies.steps import measured
 
 
@@ -61,3 +69,122 @@ def test_against_base_by_hand():
     (found,) = reviews.against_base(rows)
     assert (found["arm"], found["kind"], found["repetitions"], found["n_canaries"]) == ("dp", "ladder", 8, 3)
     assert found["mean"] == 2 and found["high"] - 2 == pytest.approx(2.4841, abs=1e-4) == 2 - found["low"]
+
+
+# ---------------------------------------------------------------- what is kept
+
+
+@pytest.mark.parametrize("content", ["[]", '{"args": []}', '{"args": {}, "inputs": [3]}', '{"args": {', None])
+def test_a_damaged_record_of_an_earlier_study_is_a_user_error(tmp_path, content):
+    file = tmp_path / "run_quickstart.json"
+    file.mkdir() if content is None else file.write_text(content)
+    with pytest.raises(UserError, match="cannot be read; name another place"):
+        quickstart.check_same(tmp_path, argparse.Namespace(study="mail"))
+
+
+def test_a_study_of_a_dataset_edited_in_place_is_refused(tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a"}])
+    args = argparse.Namespace(study="mail", dataset=str(data), outsiders=None)
+    with results.Run(tmp_path / "run_quickstart.json", args, mail.inputs(args)):
+        pass
+    quickstart.check_same(tmp_path, args)
+    write_rows(data, [{"prompt": "another"}])
+    with pytest.raises(UserError, match="has changed since"):
+        quickstart.check_same(tmp_path, args)
+
+
+def test_generated_without_a_generator_is_one_user_error(tmp_path):
+    model = tmp_path / "other"
+    model.symlink_to(ROOT / "data/embedded/mini-pythia")
+    words = ["--model", str(model), "--arms", "generated", "--output", str(tmp_path / "out")]
+    with pytest.raises(UserError) as caught:
+        quickstart.main(words)
+    assert caught.value.problems == ["--arms generated: give --generator, the model that writes it"]
+
+
+def test_built_data_is_kept_for_the_files_and_weights_it_was_made_from(tmp_path, models, monkeypatch):
+    model, source, output = tmp_path / "model", tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    shutil.copytree(models["neox"], model)
+    write_rows(source, [{"a": 1}])
+    calls = []
+
+    def script(script, *words):
+        calls.append(words[-1])
+        write_rows(output, [{"b": len(calls)}])
+        weights = common_models.weights_sha256(common_models.find_model(str(model)))
+        made = {"generator": {"weights": weights}, "source": [(source, 1)]}
+        records.write_manifest(output, tag="t", script="s", argv=[], rows=1, **made)
+
+    monkeypatch.setattr(steps, "call", script)
+
+    def build() -> int:
+        steps.build(None, output, "--model", model, "--input", source, "--arm", "x")
+        return len(calls)
+
+    assert (build(), build()) == (1, 1)
+    write_rows(source, [{"a": 2}])
+    assert (build(), build(), calls[-1]) == (2, 2, "--overwrite")
+    retrain(model)
+    assert (build(), build()) == (3, 3)
+    write_rows(output, [{"b": "edited"}])
+    assert (build(), build()) == (4, 4)
+    records.manifest_path(output).write_text("{}")
+    assert (build(), build()) == (5, 5)
+
+
+def retrain(model) -> None:
+    """Another byte in the last weight."""
+    file = model / "model.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+
+
+def test_measurements_are_kept_for_the_weights_and_rows_they_are_of(tmp_path, models, monkeypatch):
+    model, data, folder = tmp_path / "model", write_rows(tmp_path / "d.jsonl", [{"a": 1}]), tmp_path / "base"
+    shutil.copytree(models["neox"], model)
+    calls = []
+
+    def script(script, *words):
+        assert not list(folder.glob("*"))
+        calls.append(words)
+        weights = common_models.weights_sha256(common_models.find_model(str(model)))
+        line = {"model_sha256": weights, "dataset_sha256": results.sha256(data)}
+        write_rows(folder / "results_purified.jsonl", [line, line])
+
+    monkeypatch.setattr(steps, "call", script)
+
+    def attack() -> int:
+        folder.mkdir(exist_ok=True)
+        steps.attack(model, folder, data)
+        return len(calls)
+
+    assert (attack(), attack()) == (1, 1)
+    retrain(model)
+    assert (attack(), attack()) == (2, 2)
+    write_rows(data, [{"a": 2}])
+    assert (attack(), attack()) == (3, 3)
+    file = folder / "results_purified.jsonl"
+    file.write_text(file.read_text()[:-9])
+    assert (attack(), attack()) == (4, 4)
+    assert steps.stands(file, model) and not steps.stands(tmp_path / "results_mia.jsonl", model)
+
+
+def test_the_mark_of_a_step_is_of_its_inputs_and_of_its_results(tmp_path, models):
+    model, text, folder = tmp_path / "a=b" / "model", write_rows(tmp_path / "t.jsonl", [{"a": 1}]), tmp_path / "canary"
+    shutil.copytree(models["neox"], model)
+    folder.mkdir()
+    write_rows(folder / "results_canary.jsonl", [{"b": 1}, {"b": 2}])
+    words = ["--models", f"arm={model}", "--synthetic", f"arm={text}", "--references", 200]
+
+    def mark():
+        return reviews._mark(steps.made_from(words), folder)
+
+    seen = [mark()]
+    assert list(json.loads(seen[0])["from"]) == [f"arm={model}", f"arm={text}"] and mark() == seen[0]
+    retrain(model)
+    seen.append(mark())
+    write_rows(text, [{"a": 22}])
+    seen.append(mark())
+    write_rows(folder / "results_canary.jsonl", [{"b": 1}])  # cut at a line's end
+    assert len({*seen, mark()}) == 4
