@@ -131,7 +131,7 @@ def check(args) -> SimpleNamespace:
 def trained_on(checkpoint: str) -> str | None:
     """SHA-256 of the file that run_peft.py trained a checkpoint on; None where its run.json is not beside it."""
     record = models.training_record(checkpoint)
-    return next((one["sha256"] for one in record["inputs"]), None) if record else None
+    return next((one["sha256"] for one in record.get("inputs", [])), None) if record else None
 
 
 def text_trained_on(manifest: dict) -> str | None:

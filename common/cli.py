@@ -7,6 +7,7 @@ and `check()` ends the run with exit status 2 and all lines at once, before a mo
 import argparse
 import math
 import os
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -123,6 +124,13 @@ def seed(text: str) -> int:
     return value
 
 
+def device_map(text: str) -> str:
+    """argparse type: what transformers takes as device_map, as one word."""
+    if not re.fullmatch(r"auto|balanced|balanced_low_0|sequential|cpu|mps|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"auto, balanced, balanced_low_0, sequential, cpu, cuda or cuda:N, got {text}")
+    return text
+
+
 def non_negative_float(text: str) -> float:
     """argparse type: a float ≥ 0 (inf allowed, nan not)."""
     value = _number(float, text, "a number")
@@ -164,6 +172,7 @@ def add_model_flags(parser: argparse.ArgumentParser, default_seed=3407, seed_hel
     )
     parser.add_argument(
         "--device_map",
+        type=device_map,
         default=None,
         help="passed to transformers ('auto' spreads one model over all GPUs); None: one device a process",
     )

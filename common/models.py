@@ -179,7 +179,14 @@ def privacy(ref) -> dict | None:
 def training_record(checkpoint) -> dict | None:
     """The run.json that run_peft.py leaves beside a checkpoint; None without one, UserError when it is broken."""
     file = Path(checkpoint).absolute().parent / "run.json"
-    return read_json(file, "remove it if it is lost") if file.is_file() else None
+    if not file.is_file():
+        return None
+    record = read_json(file, "remove it if it is lost")
+    inputs = record.get("inputs", [])
+    whole = isinstance(inputs, list) and all(isinstance(one, dict) and "sha256" in one for one in inputs)
+    if not whole or not isinstance(record.get("args", {}), dict):
+        raise UserError(f"{file}: its args or inputs are not what run_peft.py writes; remove it if it is lost")
+    return record
 
 
 def without_end(tokenizer, ids: list[int], least: int = 1) -> list[int]:

@@ -302,12 +302,22 @@ def manifest_path(path) -> Path:
     return path.with_name(path.name + ".meta.json")
 
 
+MANIFEST_TYPES = {"rows": int, "split_start": int, "sha256": str, "source": list, "privacy": dict, "generator": dict}
+
+
 def read_manifest(path) -> dict | None:
     """The manifest beside a data file, or None. UserError when there is one and it is broken."""
     beside = manifest_path(path)
     if not beside.is_file():
         return None
-    return read_json(beside, f"remove it or build {path} again")
+    remedy = f"remove it or build {path} again"
+    manifest = read_json(beside, remedy)
+    for key, kind in MANIFEST_TYPES.items():
+        if not isinstance(manifest.get(key), (kind, type(None))):
+            raise UserError(f"{beside}: {key} is a {type(manifest[key]).__name__}, not a {kind.__name__}; {remedy}")
+    if not all(isinstance(one, dict) for one in manifest.get("source") or []):
+        raise UserError(f"{beside}: source is not a list of objects; {remedy}")
+    return manifest
 
 
 def check_manifest(path, n: int) -> None:

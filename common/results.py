@@ -124,12 +124,19 @@ def append_line(file, item) -> None:
 def read_partial(file, settings: dict, overwrite: bool) -> list[dict]:
     """Lines of an unfinished run's hidden file: first {'settings': …}, then one for each finished piece.
 
-    A torn last line does not count. [] when there is no file, or when its settings differ and `overwrite` is set;
-    UserError when they differ without it.
+    A torn last line does not count. [] when there is no file, or when it is damaged or its settings differ and
+    `overwrite` is set; UserError without it.
     """
     file = Path(file)
-    lines = [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]] if file.is_file() else []
-    differ = [key for key, value in settings.items() if lines and lines[0]["settings"].get(key) != value]
+    try:
+        lines = [dict(json.loads(line)) for line in file.read_bytes().split(b"\n")[:-1]] if file.is_file() else []
+        differ = [key for key, value in settings.items() if lines and lines[0]["settings"].get(key) != value]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        if overwrite:
+            return []
+        raise UserError(
+            f"--output: the unfinished run in {file} is damaged ({error!r}); give --overwrite to discard it"
+        ) from None
     if differ and not overwrite:
         raise UserError(
             f"--output: an unfinished run with another {', '.join(differ)} is in {file}; repeat its arguments to "

@@ -15,7 +15,7 @@ def rating(row: dict) -> int | None:
     """The rating of a row as a whole number of 1 … 5, or None."""
     try:
         value = float(row["Rating"])
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return int(value) if value in (1, 2, 3, 4, 5) else None
 
@@ -40,6 +40,12 @@ def read_reviews(path, field: str = REAL) -> list[dict]:
     wrong = [index for index, row in enumerate(rows) if rating(row) is None]
     if wrong:
         raise UserError(f"{path}: row {wrong[0]}: Rating must be 1 to 5 ({len(wrong)} such rows)")
+    for index, row in enumerate(rows):
+        odd = [key for key in ("row_id", "user_id", "Product Title") if isinstance(row.get(key), (list, dict))]
+        if odd:
+            raise UserError(f"{path}: row {index}: {odd[0]} must be text or a number")
+        if not row[field].isascii() and any("\ud800" <= character <= "\udfff" for character in row[field]):
+            raise UserError(f"{path}: row {index}: half of a surrogate pair in its {field}")
     return rows
 
 

@@ -132,6 +132,7 @@ TABLE = [
     (measure_purified, [*MEASURE, "-d", "{short}"], "has 11 rows, its manifest says 12"),
     (run_peft, [*TRAIN, "-i", "{short}"], "has 11 rows, its manifest says 12"),
     (measure_purified, [*MEASURE, "-d", "{good}", "--seed", "-1"], "--seed: must be 0 to 4294967295"),
+    (measure_purified, [*MEASURE, "-d", "{good}", "--device_map", "none"], "--device_map: auto, balanced"),
     (measure_purified, ["--model", "{no_eos}", "--output_dir", "{out}", "-d", "{good}"], "no EOS token"),
     (evaluate_purified, ["--model", "{nothing}", "-d", "{good}"], "no such directory"),
     (evaluate_purified, ["--model", "{model}", "-d", "{good}"], "no checkpoint-* directory"),
@@ -261,3 +262,49 @@ def test_an_output_is_no_input(tmp_path):
         problems = cli.Problems()
         cli.check_output_file(output, ".jsonl", True, problems, (None, data))
         assert problems.lines == [f"--output {output}: is an input too; name another file"]
+
+
+@pytest.mark.parametrize(("manifest", "said"), [
+    ({"privacy": "none"}, "privacy is a str, not a dict"), ({"split_start": "20"}, "split_start is a str, not a int"),
+    ({"sha256": 5}, "sha256 is a int"), ({"source": ["x"]}, "source is not a list of objects"),
+])  # fmt: skip
+def test_a_manifest_of_other_types(manifest, said, tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", make_rows(3))
+    (tmp_path / "rows.jsonl.meta.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=said):
+        records.read_manifest(data)
+
+
+@pytest.mark.parametrize("record", [{"args": None}, {"inputs": ["x"]}, {"inputs": None}])
+def test_a_run_record_of_other_types(record, tmp_path):
+    from common.models import training_record
+
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"not what run_peft\.py writes"):
+        training_record(tmp_path / "checkpoint-1")
+
+
+@pytest.mark.parametrize("text", ['{"settings": {"a": 1}}\n{"batch"\n{}\n', "[]\n", '{"batch": 1}\n'])
+def test_a_damaged_unfinished_run(text, tmp_path):
+    from common.results import read_partial
+
+    (tmp_path / "partial").write_text(text)
+    with pytest.raises(UserError, match=r"is damaged .* give --overwrite"):
+        read_partial(tmp_path / "partial", {"a": 1}, overwrite=False)
+    assert read_partial(tmp_path / "partial", {"a": 1}, overwrite=True) == []
+
+
+@pytest.mark.parametrize(("field", "value", "said"), [
+    ("user_id", ["u"], "user_id must be text or a number"), ("Rating", 10**400, "Rating must be 1 to 5"),
+    ("Review", "half \ud800", "half of a surrogate pair"),
+])  # fmt: skip
+def test_reviews_of_other_types(field, value, said, tmp_path):
+    from common.reviews import read_reviews
+
+    row = {"Review": "Good.", "Rating": 5, "Product Title": "Lamp", "user_id": "u", "generated_text": "Not real."}
+    write_rows(tmp_path / "good.jsonl", [row])
+    assert "generated_text" not in read_reviews(tmp_path / "good.jsonl")[0]
+    assert read_reviews(tmp_path / "good.jsonl", "generated_text")[0]["generated_text"] == "Not real."
+    (tmp_path / "odd.jsonl").write_text(json.dumps(row | {field: value}) + "\n")
+    with pytest.raises(UserError, match=said):
+        read_reviews(tmp_path / "odd.jsonl")
