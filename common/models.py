@@ -119,7 +119,10 @@ def _find_adapter(path: Path, revision, base_model, flag: str, is_opt: bool) -> 
         if base_model and not problems.lines and (record := training_record(path)):
             told, found = record.get("base_sha256"), weights_sha256(ModelRef(base, base, None, revision))
             if told and found and told != found:
-                problems.add(f"--base_model {base}: not the weights that {path} was trained on")
+                problems.add(
+                    f"--base_model {base}: not the weights that {path} was trained on (if they were only saved anew, "
+                    f"take base_sha256 out of {path.parent / 'run.json'})"
+                )
     problems.check()
     return ModelRef(str(path), base, str(path), revision)
 

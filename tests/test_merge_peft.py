@@ -1,6 +1,7 @@
 """merge_peft.py: merged = attached for every peft type and architecture; what it refuses and what it leaves."""
 
 import json
+import shutil
 
 import pytest
 from conftest import ARCHITECTURES, read_lines, run_script, write_rows
@@ -110,15 +111,18 @@ def test_rounding_by_hand():
 
 
 def test_base_that_does_not_fit(trained, models, tmp_path):
-    """Exit 2 naming the first tensor; nothing is left in --save_dir."""
-    with pytest.raises(UserError, match=r"does not fit this base model: it has no module for base_model\.model\."):
-        merge(trained("neox", "lora"), tmp_path / "merged", "--base_model", models["llama"])
+    """Exit 2: by the weights that run.json names, else naming the first tensor; nothing is left in --save_dir."""
     from conftest import make_model
 
+    with pytest.raises(UserError, match=r"--base_model .*: not the weights that .* was trained on"):
+        merge(trained("neox", "lora"), tmp_path / "merged", "--base_model", models["llama"])
+    alone = shutil.copytree(trained("neox", "lora"), tmp_path / "alone")  # without its run.json
+    with pytest.raises(UserError, match=r"does not fit this base model: it has no module for base_model\.model\."):
+        merge(alone, tmp_path / "merged", "--base_model", models["llama"])
     wide = make_model(tmp_path / "wide", "neox", hidden=64)
     with pytest.raises(UserError, match=r"lora_A\.weight is \[4, 32\], the base needs \[4, 64\]"):
-        merge(trained("neox", "lora"), tmp_path / "merged", "--base_model", wide)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["wide"]
+        merge(alone, tmp_path / "merged", "--base_model", wide)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "wide"]
 
 
 def test_save_dir(trained, models, tmp_path, capsys):
