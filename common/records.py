@@ -302,7 +302,7 @@ def manifest_path(path) -> Path:
     return path.with_name(path.name + ".meta.json")
 
 
-MANIFEST_TYPES = {"rows": int, "split_start": int, "sha256": str, "source": list, "privacy": dict, "generator": dict}
+MANIFEST_TYPES = {"rows": int, "split_start": int, "sha256": str, "source": list, "privacy": dict}
 
 
 def read_manifest(path) -> dict | None:

@@ -61,7 +61,9 @@ def build(script, output: Path, *words) -> Path:
     """A data builder, unless its --output stands already, made from the same files and weights as its manifest says."""
     if output.exists() and records.manifest_path(output).exists():
         made = records.read_manifest(output)
-        known = {one["sha256"] for one in made.get("source", [])} | {(made.get("generator") or {}).get("weights")}
+        known = {one["sha256"] for one in made.get("source", [])}
+        if isinstance(made.get("generator"), dict):
+            known.add(made["generator"].get("weights"))
         if made.get("sha256") == results.sha256(output) and known.issuperset(made_from(words).values()):
             print(f"\n{output}: built before, kept")
             return output
