@@ -328,7 +328,7 @@ def check_manifest(path, n: int) -> None:
         raise UserError(f"{path}: has {n} rows, its manifest says {manifest['rows']}; {advice}")
     told = manifest.get("sha256")
     if told is not None and told != (found := sha256(path)):
-        raise UserError(f"{path}: its SHA-256 is {found[:12]}…, its manifest says {str(told)[:12]}…; {advice}")
+        raise UserError(f"{path}: its SHA-256 is {found[:12]}…, its manifest says {told[:12]}…; {advice}")
 
 
 def write_manifest(

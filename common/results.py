@@ -90,15 +90,14 @@ def write_json(path, item) -> None:
         file.write(json.dumps(plain(item), ensure_ascii=False, allow_nan=False, indent=1) + "\n")
 
 
-def read_json(path, remedy: str, kind: type = dict):
-    """The JSON of a file, which must be of `kind`; UserError with `remedy` when it is damaged or of another."""
+def read_json(path, remedy: str) -> dict:
+    """The JSON object in a file; UserError with `remedy` when it is damaged or another thing."""
     try:
         item = json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not JSON ({error}); {remedy}") from None
-    if not isinstance(item, kind):
-        wanted = "object" if kind is dict else "array"
-        raise UserError(f"{path}: a JSON {wanted} was expected; {remedy}")
+    if not isinstance(item, dict):
+        raise UserError(f"{path}: a JSON object was expected; {remedy}")
     return item
 
 

@@ -120,7 +120,7 @@ def score(
     items = [(i, *window) for i, ids in enumerate(sequences) for window in windows(len(ids), context, stride)]
     if not items:
         return []
-    check_tokens(model, [sequences[index] for index, *_ in items])
+    check_tokens(model, [ids for ids in sequences if len(ids) > 1])
     part = []
     with torch.no_grad():
         trunk, head, vocabulary = split_head(model, sequences[items[0][0]][:PROBE_TOKENS])
