@@ -8,6 +8,7 @@ import argparse
 import math
 import os
 import re
+import signal
 import sys
 import textwrap
 from pathlib import Path
@@ -246,11 +247,23 @@ def plain(value):
     return value
 
 
-def entry(main) -> int:
-    """Run `main()`; a UserError becomes one stderr line a problem and status 2, Ctrl-C one line and 130.
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: like Ctrl-C it ends workers and removes temporaries on its way out."""
 
-    Other exceptions stay tracebacks.
+
+def _terminate(number, frame):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends at once
+    raise Terminated("SIGTERM")
+
+
+def entry(main) -> int:
+    """Run `main()`; a UserError becomes one stderr line a problem and status 2, Ctrl-C one line and 130, SIGTERM 143.
+
+    Other exceptions stay tracebacks. Of several processes SIGTERM ends each at once: one that waits for a dead rank
+    would not come to handle it.
     """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         return main() or 0
     except UserError as error:
@@ -258,6 +271,6 @@ def entry(main) -> int:
             for line in error.problems:
                 print(line, file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as reason:
+        print("terminated" if isinstance(reason, Terminated) else "interrupted", file=sys.stderr)
+        return 143 if isinstance(reason, Terminated) else 130

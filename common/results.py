@@ -1,46 +1,147 @@
-"""Result files: complete or absent, with the run that made them beside them."""
+"""Result files: complete or absent, with the run that made them beside them.
+
+How a script writes its output:
+
+    with results.output_folder(folder, dry_run=args.dry_run) as output:       # or output_file(path, key_file, …)
+        …checks that look at what is there…                                   # after the lock: nobody else changes it
+        with results.Run(folder / "run_x.json", args, inputs, world, output=output) as run:
+            run.files.write_jsonl(folder / "results.jsonl", lines)            # hidden until the block has ended well
+
+`output_folder` / `output_file` lock the place for the life of the run (rank 0), finish a publication that a kill cut
+short, and remove what dead runs left. `run.files` is a `Publication`: its files and the run's record get their names
+together. `atomic`, `atomic_folder`, `write_json` and `write_jsonl` publish one file or folder at once;
+`temporary_folder` is for scratch files. All modes are `permissions & ~umask`.
+"""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import platform
+import re
 import resource
+import secrets
+import shlex
+import shutil
+import socket
 import subprocess
 import sys
-import tempfile
 import time
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-from common.cli import UserError, plain
+from common.cli import Problems, UserError, check_writable, plain
 
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "scikit-learn", "rapidfuzz")
 
 
+LEFTOVER = re.compile(r"\.(?P<name>.+)\.[0-9a-z_]{8}\.(tmp|old)", re.DOTALL)  # hidden name of a file or folder of ours
+JOURNAL_WAIT = 60  # seconds that other ranks wait for rank 0 to finish the publication of a killed run
+
+_locked: dict[Path, int] = {}  # lock file → descriptor, of this process
+_held: set[int] = set()  # descriptors whose lock says that a temporary is in use
+
+
+def _forget_locks() -> None:
+    """In a forked child: a lock must end with the run that took it, whatever becomes of its workers."""
+    for descriptor in (*_locked.values(), *_held):
+        os.close(descriptor)
+    _locked.clear()
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_forget_locks)
+
+
+# ---------------------------------------------------------------- temporaries
+
+
+def _hold(descriptor: int) -> int | None:
+    """Mark an open temporary as in use; a descriptor for `_let_go`, None when `remove_leftovers` was faster."""
+    descriptor = os.dup(descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError:  # a file system without locks: its temporaries are never taken for leftovers
+        pass
+    _held.add(descriptor)
+    return descriptor
+
+
+def _let_go(descriptor: int) -> None:
+    if descriptor in _held:
+        _held.remove(descriptor)
+        os.close(descriptor)
+
+
+def _make_hidden(path: Path, make) -> tuple[Path, int, int]:
+    """(hidden name beside `path`, descriptor that `make(name)` opened, descriptor that holds it)."""
+    while True:
+        hidden = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        descriptor = make(hidden)
+        held = _hold(descriptor)
+        if held is not None and hidden.exists():
+            return hidden, descriptor, held
+        os.close(descriptor)  # removed as a leftover in the instant before it was held
+        if held is not None:
+            _let_go(held)
+
+
+def _make_hidden_folder(path: Path, permissions: int) -> tuple[Path, int]:
+    """(hidden new folder beside `path`, descriptor that holds it)."""
+
+    def make(hidden: Path) -> int:
+        os.mkdir(hidden, permissions)
+        return os.open(hidden, os.O_RDONLY)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    hidden, descriptor, held = _make_hidden(path, make)
+    os.close(descriptor)
+    return hidden, held
+
+
+def _in_use(path: Path) -> bool:
+    """Whether a process holds a temporary; True as well where the file system cannot tell."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def remove_leftovers(folder) -> None:
+    """Remove the temporaries of dead runs in a folder (not below it); bring back a folder that was being replaced."""
+    folder = Path(folder)
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        match = LEFTOVER.fullmatch(path.name)
+        if not match or path.is_symlink() or _in_use(path):
+            continue
+        if path.suffix == ".old" and not (folder / match["name"]).exists():
+            os.rename(path, folder / match["name"])
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            os.unlink(path)
+
+
 @contextlib.contextmanager
 def atomic(path, mode: str = "w", permissions: int = 0o644):
     """Open a temporary file in `path`'s directory; on success fsync it and rename it to `path`, else remove it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        encoding = None if "b" in mode else "utf-8"
-        with os.fdopen(handle, mode, encoding=encoding) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, permissions)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+    with Publication() as files, files.open(path, mode, permissions) as file:
+        yield file
 
 
 def sync_folder(folder) -> None:
@@ -53,20 +154,26 @@ def sync_folder(folder) -> None:
 
 
 @contextlib.contextmanager
+def temporary_folder(parent, name: str):
+    """Yield a new hidden directory in `parent` (mode 0700), removed at the end, or by the next run after a kill."""
+    path, held = _make_hidden_folder(Path(parent) / name, 0o700)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        _let_go(held)
+
+
+@contextlib.contextmanager
 def atomic_folder(folder):
     """Yield a temporary sibling directory; on success fsync its files and rename it to `folder` (replacing one)."""
-    import shutil
-
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+    temporary, held = _make_hidden_folder(folder, 0o777)
     try:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
-                os.chmod(file, 0o644)
                 sync_folder(file)
-        os.chmod(temporary, 0o755)
         if folder.exists():
             old = temporary.with_suffix(".old")
             os.rename(folder, old)
@@ -78,6 +185,258 @@ def atomic_folder(folder):
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        _let_go(held)
+
+
+# ---------------------------------------------------------------- several files as one
+
+
+class Publication:
+    """Files that get their names together, or none of them does.
+
+    with Publication(journal) as files:
+        with files.open(path) as file: …
+        files.remove(partial)               # what the run needs no more once the files stand
+
+    Each file is written under a hidden name beside its own. When the block ends well, the renames are written to
+    `journal` and carried out: manifests first (their hash exposes a data file that is not theirs), then in the order of
+    writing. After a kill, `output_folder` / `output_file` carry out a journal at the next start; without one the hidden
+    files are leftovers. No journal is needed for a single file.
+    """
+
+    def __init__(self, journal: Path | None = None):
+        self.journal = journal
+        self.temporaries: dict[Path, tuple[Path, int]] = {}  # path → hidden name, descriptor that holds it
+        self.needless: list[Path] = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if kind is None:
+            self.commit()
+        else:
+            self.discard()
+
+    @contextlib.contextmanager
+    def open(self, path, mode: str = "w", permissions: int = 0o644):
+        """Open the hidden file that becomes `path`; a second one for the same path replaces the first."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        hidden, handle, held = _make_hidden(path, lambda hidden: os.open(hidden, flags, permissions))
+        try:
+            with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            _let_go(held)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(hidden)
+            raise
+        self._drop(path)
+        self.temporaries[path] = hidden, held
+
+    def write_json(self, path, item, permissions: int = 0o644) -> None:
+        with self.open(path, permissions=permissions) as file:
+            file.write(_pretty(item))
+
+    def write_jsonl(self, path, items, permissions: int = 0o644) -> None:
+        with self.open(path, permissions=permissions) as file:
+            for item in items:
+                file.write(dumps(item) + "\n")
+
+    def hidden(self, path) -> Path:
+        """The file as it stands until it gets its name `path`."""
+        return self.temporaries[Path(path)][0]
+
+    def remove(self, path) -> None:
+        self.needless.append(Path(path))
+
+    def _drop(self, path: Path) -> None:
+        if path in self.temporaries:
+            hidden, held = self.temporaries.pop(path)
+            _let_go(held)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(hidden)
+
+    def discard(self) -> None:
+        for path in list(self.temporaries):
+            self._drop(path)
+        self.needless = []
+
+    def commit(self) -> None:
+        paths = sorted(self.temporaries, key=lambda path: not path.name.endswith(".meta.json"))
+        renames = [(self.temporaries[path][0], path) for path in paths]
+        try:
+            if len(renames) + len(self.needless) > 1:
+                if self.journal is None:
+                    raise ValueError("several files are published as one only under a lock")
+                base = self.journal.parent
+                relative = [[os.path.relpath(one, base) for one in pair] for pair in renames]
+                needless = [os.path.relpath(path, base) for path in self.needless]
+                write_json(self.journal, {"rename": relative, "remove": needless})
+                _finish(self.journal)
+            else:
+                for hidden, path in renames:
+                    os.replace(hidden, path)
+                    sync_folder(path.parent)
+                for path in self.needless:
+                    path.unlink(missing_ok=True)
+        except BaseException:
+            if self.journal is None or not self.journal.exists():
+                self.discard()
+            raise
+        finally:
+            for _, held in self.temporaries.values():
+                _let_go(held)
+        self.temporaries, self.needless = {}, []
+
+
+def _finish(journal: Path) -> None:
+    """Carry out what a journal says, from wherever it was interrupted, and remove it."""
+    content, base = read_json(journal, "remove it"), journal.parent
+    try:
+        renames = [(base / hidden, base / path) for hidden, path in content["rename"]]
+        needless = [base / name for name in content["remove"]]
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{journal}: not a list of renames; remove it") from None
+    matches = [LEFTOVER.fullmatch(hidden.name) for hidden, _ in renames]
+    ours = [match and match["name"] == path.name for match, (_, path) in zip(matches, renames)]
+    beside = [hidden.parent == path.parent for hidden, path in renames]
+    if not all(ours + beside + [path.parent == base and path.name.startswith(".") for path in needless]):
+        raise UserError(f"{journal}: not written by this toolkit; remove it")  # it could rename or remove anything
+    for hidden, path in renames:
+        if hidden.exists():  # else the killed run had renamed it
+            os.replace(hidden, path)
+            sync_folder(path.parent)
+    for path in needless:
+        path.unlink(missing_ok=True)
+    os.unlink(journal)
+    sync_folder(base)
+
+
+# ---------------------------------------------------------------- one run at a time
+
+
+class Output:
+    """The place that a run writes to, while it is locked; `publication()` for files that get their names together."""
+
+    def __init__(self, journal: Path):
+        self.journal = journal
+
+    def publication(self) -> Publication:
+        return Publication(self.journal)
+
+
+@contextlib.contextmanager
+def output_folder(folder, dry_run: bool = False):
+    """Lock a folder that a run writes files to (made when absent); yields an `Output`.
+
+    UserError naming the holder when another run has it. Under torchrun rank 0 locks. Nothing is written or locked in a
+    dry run, nor where the folder cannot be made or written (the script's own checks say so). A folder made here is
+    removed when nothing was put into it.
+    """
+    folder = Path(folder)
+    with _locked_places([(folder / ".lock", folder / ".publish")], [folder], dry_run):
+        yield Output(folder / ".publish")
+
+
+@contextlib.contextmanager
+def output_file(*paths, dry_run: bool = False):
+    """Lock output files in folders that other runs may write to as well; else as `output_folder`."""
+    paths = [Path(path) for path in dict.fromkeys(map(Path, paths))]
+    places = [(path.with_name(f".{path.name}.lock"), path.with_name(f".{path.name}.publish")) for path in paths]
+    with _locked_places(places, list(dict.fromkeys(path.parent for path in paths)), dry_run):
+        yield Output(places[0][1])
+
+
+@contextlib.contextmanager
+def _locked_places(places: list[tuple[Path, Path]], folders: list[Path], dry_run: bool):
+    problems = Problems()
+    for folder in folders:
+        check_writable(folder, problems)
+    if dry_run or problems.lines:
+        yield
+        return
+    if int(os.environ.get("RANK", 0)):
+        deadline = time.monotonic() + JOURNAL_WAIT
+        while any(journal.exists() for _, journal in places) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        new = [stack.enter_context(_lock(lock)) for lock, _ in sorted(places)]
+        if all(new):  # else this process writes there already
+            for _, journal in places:
+                if journal.is_file():
+                    _finish(journal)
+            for folder in folders:
+                remove_leftovers(folder)
+        yield
+
+
+@contextlib.contextmanager
+def _lock(path: Path):
+    """Hold a lock file; yields False when this process has it already. The kernel frees it when the process ends."""
+    path = Path(os.path.abspath(path))
+    if path in _locked:
+        yield False
+        return
+    made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
+    descriptor = _take(path)
+    _locked[path] = descriptor
+    try:
+        yield True
+    finally:
+        if _locked.pop(path, None) is not None:  # None: a forked child
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            os.close(descriptor)
+            with contextlib.suppress(OSError):  # not empty
+                for folder in made:
+                    folder.rmdir()
+
+
+def _take(path: Path) -> int:
+    """Descriptor of the lock file, locked; UserError naming the holder."""
+    for _ in range(100):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        except FileNotFoundError:  # its last holder has just removed the folder that it had made
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 10000, 0).decode("utf-8", "replace")
+            os.close(descriptor)
+            place = path.parent if path.name == ".lock" else path.with_name(path.name[1 : -len(".lock")])
+            raise UserError(
+                f"{place}: in use by another run{holder and f' ({holder})'}; wait for its end, or name another place"
+            ) from None
+        except OSError as error:
+            print(f"{path}: no locks here ({error.strerror}); never start two runs in one place", file=sys.stderr)
+            return descriptor
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(descriptor)):  # else its last holder has just removed it
+                words = shlex.join(sys.argv)[:2000]
+                os.ftruncate(descriptor, 0)
+                os.pwrite(
+                    descriptor,
+                    f"process {os.getpid()} on {socket.gethostname()} since {now()}: {words}".encode(
+                        "utf-8", "replace"
+                    ),
+                    0,
+                )
+                return descriptor
+        os.close(descriptor)
+    raise OSError(f"{path}: cannot be locked; another process removes it all the time")
+
+
+# ---------------------------------------------------------------- JSON
 
 
 def dumps(item) -> str:
@@ -85,9 +444,13 @@ def dumps(item) -> str:
     return json.dumps(plain(item), ensure_ascii=False, allow_nan=False)
 
 
-def write_json(path, item) -> None:
-    with atomic(path) as file:
-        file.write(json.dumps(plain(item), ensure_ascii=False, allow_nan=False, indent=1) + "\n")
+def _pretty(item) -> str:
+    return json.dumps(plain(item), ensure_ascii=False, allow_nan=False, indent=1) + "\n"
+
+
+def write_json(path, item, permissions: int = 0o644) -> None:
+    with atomic(path, permissions=permissions) as file:
+        file.write(_pretty(item))
 
 
 def read_json(path, remedy: str) -> dict:
@@ -186,14 +549,16 @@ def peak_memory() -> dict:
 class Run:
     """`run.json` / `run_<script>.json`: written as 'running', rewritten as 'ok' or 'failed' when the block ends.
 
-    with Run(path, args, inputs=[file, …], world=world) as run:
+    with Run(path, args, inputs=[file, …], world=world, output=output) as run:
         run["tokens"] = 123          # anything worth keeping
+        run.files.write_json(…)      # with an `Output`: published together with the record, when the block ends well
     A block that ends well but set run["error"] is 'failed' too. Only rank 0 writes. `args` is the parsed namespace; no
     environment variables are ever recorded.
     """
 
-    def __init__(self, path, args, inputs=(), world=None, **more):
+    def __init__(self, path, args, inputs=(), world=None, output: Output | None = None, **more):
         self.path, self.world = Path(path), world
+        self.files = output.publication() if output else None
         self.started = time.monotonic()
         versions = {}
         for package in PACKAGES:
@@ -238,4 +603,11 @@ class Run:
         if kind is not None:
             self.record["error"] = f"{kind.__name__}: {error}"
         self.record["status"] = "failed" if "error" in self.record else "ok"
+        main = self.world is None or self.world.main
+        if kind is None and self.files and main:
+            self.files.write_json(self.path, self.record)
+            self.files.commit()
+            return
+        if self.files:
+            self.files.discard()
         self.write()
