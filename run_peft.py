@@ -13,7 +13,9 @@ Writes <output_root>/<model>/<data tag>-<peft type>/<weight decay>_<learning rat
     metrics.jsonl        {step, epoch, loss, lr, grad_norm, tokens, time} every --logging_steps: loss is the mean over
                          the label tokens since the last line, tokens counts all trained tokens so far (no padding);
                          with --eval_rows also {step, epoch, eval_loss, eval_tokens, time}, before training and an epoch
-    run.json             arguments, versions, input, status
+    run.json             arguments, versions, input, status; `trained`: rows, tokens kept, loss_tokens, rows_cut and
+                         tokens_cut (by --max_length), rows_without_loss, tokens_masked (by --loss_on)
+    trained_rows.jsonl   one line per training row: its hash, its tokens, which characters the loss saw (common/trained)
 
 One loop serves every mode. A step is one global batch of per_device_batch_size × gradient_accumulation_steps ×
 processes rows, drawn by (seed, epoch) alone; its loss is the sum over all its label tokens divided by their number, so
@@ -51,7 +53,7 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from common import cli, distributed, models, records, results
+from common import cli, distributed, models, records, results, trained
 from common.cli import Problems, UserError
 from training import privacy
 from training.batches import Row, collate, converted, encode, epoch_batches, micro_batches, pack, unit_batches
@@ -301,6 +303,8 @@ class Plan:
     tag: str
     folder: Path
     tokenizer: object
+    indices: list[int]  # of the training rows in the input file
+    texts: list[str]  # theirs
     train: list[Row]
     held: list[Row]
     sequences: list[list[int]]
@@ -396,8 +400,8 @@ def make_plan(args) -> Plan:
     sequences = pack(train, max_length) if args.packing else [[index] for index in range(len(train))]
     n_trainable = count_trainable(args, config) if args.dp else 0
     return Plan(
-        ref, path, tag, folder, tokenizer, train, held, sequences, global_batch, max_length, start, world_size,
-        spending, n_trainable,
+        ref, path, tag, folder, tokenizer, chosen[0], [records.row_text(rows[index])[0] for index in chosen[0]], train,
+        held, sequences, global_batch, max_length, start, world_size, spending, n_trainable,
     )  # fmt: skip
 
 
@@ -424,6 +428,14 @@ def run_state(args, ref, folder: Path, path: Path, global_batch: int, world_size
         return "new"
     now = cli.plain(vars(args)) | {"global_batch": global_batch, "input's content": results.sha256(path)}
     then = record["args"] | {"global_batch": record["global_batch"], "input's content": record["inputs"][0]["sha256"]}
+    same_input = trained.input_is(folder, record, results.sha256(path))
+    if same_input is None:
+        raise UserError(
+            f"{folder}: has lost its {trained.FILE}, without which --input cannot be compared with what the run read; "
+            "put it back, or set --run_name"
+        )
+    if same_input:
+        now["input's content"] = then["input's content"]
     if record.get("base_sha256"):
         now["base's weights"], then["base's weights"] = models.weights_sha256(ref), record["base_sha256"]
     keys = sorted((set(now) | set(then)) - set(FREE_ARGUMENTS))
@@ -1322,12 +1334,19 @@ def run(args) -> Path:
             sigma, secret = world.broadcast((sigma, secret) if world.main else None)
             plan.privacy = dataclasses.replace(plan.privacy, noise_multiplier=sigma)
         world.barrier()
+        salt = hash_salt(secret) if secret else ""
+        block = write_trained(plan, args.loss_on, salt) if world.main else None
         more = {"global_batch": plan.global_batch, "data_tag": plan.tag, "dtype": str(dtype).removeprefix("torch.")}
         more["base_sha256"] = models.weights_sha256(plan.ref) if world.main else None
         if plan.privacy:
             spent = earlier.get("privacy") or plan.privacy.block(0)
             more |= {"seed": "os" if args.seed is None else args.seed, "privacy": spent}
-        with results.Run(plan.folder / "run.json", args, inputs=[plan.input], world=world, **more) as record:
+        record = results.Run(plan.folder / "run.json", args, inputs=[plan.input], world=world, **more)
+        record["trained"] = block
+        if salt:
+            digest = trained.salted(results.sha256(plan.input), salt)
+            record["inputs"] = [{"path": str(plan.input), "sha256": digest, "salted": True}]
+        with record:
             _run(args, plan, world, dtype, record, secret)
         if world.main and plan.private.is_dir():
             shutil.rmtree(plan.private)  # only now that run.json says ok: a run killed before is resumed, not repeated
@@ -1363,6 +1382,26 @@ def find_secret(args, plan: Plan) -> bytes:
         with results.atomic(file, permissions=0o600) as out:
             out.write(secret.hex())
     return bytes.fromhex(file.read_text())
+
+
+def hash_salt(secret: bytes) -> str:
+    """The salt of the hashes that a DP run writes down, hexadecimal. It outlives the secret and does not tell it."""
+    from common import dp
+
+    return dp.stream(secret, "salt of hashes", 0, 16).hex()
+
+
+def write_trained(plan: Plan, loss_on: str, salt: str) -> dict:
+    """Write trained_rows.jsonl; returns run.json's `trained` block. Rows in no privacy unit are not trained on."""
+    places = sorted(place for unit in plan.privacy.units for place in unit) if plan.privacy else range(len(plan.train))
+    rows = []
+    for place in places:
+        row, digest = plan.train[place], trained.text_sha256(plan.texts[place], salt)
+        rows.append(trained.TrainedRow(plan.indices[place], digest, len(row.ids), row.labels, row.n_cut > 0, row.kept))
+    chosen = [plan.train[place] for place in places]
+    n_cut = sum(row.n_cut for row in chosen)
+    masked = sum(len(row.ids) - row.labels - 1 for row in chosen)
+    return trained.write(plan.folder, trained.TrainedRows(salt, loss_on, plan.max_length, tuple(rows)), n_cut, masked)
 
 
 def suggest(args, plan: Plan) -> None:

@@ -32,7 +32,7 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from canary.canaries import Space
-from common import cli, distributed, models, records, results, reviews
+from common import cli, distributed, models, records, results, reviews, trained
 from common.intervals import clopper_pearson
 from common.progress import progress_bar
 
@@ -104,14 +104,14 @@ def check(args) -> SimpleNamespace:
         texts[arm] = [row[reviews.GENERATED] for row in rows or []]
         manifest = (records.read_manifest(file) or {}) if rows else {}
         spent[arm, "text"] = manifest.get("privacy") or spent.get(arm)
-        if header and problems.absorb(text_trained_on, manifest) not in (None, header.get("training")):
+        if header and problems.absorb(text_trained_on, manifest, header.get("training") or "") is False:
             problems.add(
                 f"--synthetic {arm}={file}: its generator was trained on another file than {args.canaries} belongs to"
             )
     for arm, ref in refs.items():
         if not ref or not header:
             continue
-        if problems.absorb(trained_on, ref.adapter or ref.base) not in (None, header.get("training")):
+        if problems.absorb(trained.trained_on, ref.adapter or ref.base, header.get("training") or "") is False:
             problems.add(f"--models {arm}={ref.name}: was trained on another file than {args.canaries} belongs to")
     audited = any(canary["kind"] == "audit" for canary in canaries)
     for name, block in spent.items():
@@ -128,20 +128,16 @@ def check(args) -> SimpleNamespace:
     )  # fmt: skip
 
 
-def trained_on(checkpoint: str) -> str | None:
-    """SHA-256 of the file that run_peft.py trained a checkpoint on; None where its run.json is not beside it."""
-    record = models.training_record(checkpoint)
-    return next((one["sha256"] for one in record.get("inputs", [])), None) if record else None
-
-
-def text_trained_on(manifest: dict) -> str | None:
-    """SHA-256 of the file that the generator of a text was trained on; None where nothing tells.
+def text_trained_on(manifest: dict, sha256: str) -> bool | None:
+    """Was the generator of a text trained on the file with this SHA-256? None where nothing tells.
 
     Its checkpoint's run.json knows; where that is gone, data/synthetic/generate.py's --training, the second source.
     """
     model = (manifest.get("generator") or {}).get("model")
-    known = trained_on(model) if model else None
-    return known or next((one.get("sha256") for one in (manifest.get("source") or [])[1:]), None)
+    known = trained.trained_on(model, sha256) if model else None
+    if known is None and (told := next((one.get("sha256") for one in (manifest.get("source") or [])[1:]), None)):
+        return told == sha256
+    return known
 
 
 def group_of(canary: dict) -> tuple[str, int]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import cli, models, records, results
+from common.trained import input_is
 
 SHOTS = 12
 
@@ -71,9 +72,10 @@ def trained_on(trainings: dict[Path, dict | None], path, rows, manifest) -> tupl
     """
     known, chosen = dict.fromkeys(trainings), []
     for folder, record in trainings.items():
-        if record and record["inputs"][0]["sha256"] != results.sha256(path):
+        same = input_is(folder.parent, record, results.sha256(path)) if record else None
+        if same is False:
             known[folder] = False
-        elif record:
+        elif same:
             found = trained_rows(rows, manifest, record["args"]["train_rows"], record["args"].get("eval_rows") or 0)
             if record.get("rows", {}).get("train", len(found)) == len(found):
                 known[folder] = True

@@ -11,10 +11,15 @@ CALL_COST = 256  # what a forward and backward call costs beside its tokens, in 
 
 @dataclass(frozen=True)
 class Row:
-    """Token ids of one row and the position of its first label; positions `first` … end are predicted (never 0)."""
+    """Token ids of one row and the position of its first label; positions `first` … end are predicted (never 0).
+
+    kept: [from, to) of the row text's characters that the labels spell; n_cut: text tokens beyond the maximum.
+    """
 
     ids: list[int]
     first: int
+    kept: tuple[int, int] = (0, 0)
+    n_cut: int = 0
 
     @property
     def labels(self) -> int:
@@ -26,17 +31,30 @@ def encode(rows: list[dict], tokenizer, max_length: int, loss_on: str = "all") -
     if not rows:
         return []
     pairs = [records.row_text(row) for row in rows]
-    encoded = tokenizer([text for text, _ in pairs], return_offsets_mapping=loss_on == "completion", verbose=False)
+    encoded = tokenizer([text for text, _ in pairs], return_offsets_mapping=True, verbose=False)
     eos, encoded_rows = tokenizer.eos_token_id, []
-    for index, (ids, (_, boundary)) in enumerate(zip(encoded["input_ids"], pairs)):
+    for ids, spans, (_, boundary) in zip(encoded["input_ids"], encoded["offset_mapping"], pairs):
         first = 1
         if loss_on == "completion":
-            ends = [end for _, end in encoded["offset_mapping"][index]]
-            first = max(1, next((place for place, end in enumerate(ends) if end > boundary), len(ids)))
+            first = max(1, next((place for place, (_, end) in enumerate(spans) if end > boundary), len(ids)))
         if not ids or ids[-1] != eos:
             ids = [*ids, eos]
-        encoded_rows.append(Row(ids[:max_length], first))
+        n_cut = max(0, len(ids) - 1 - max_length)
+        encoded_rows.append(Row(ids[:max_length], first, label_span(spans, first, max_length), n_cut))
     return encoded_rows
+
+
+def label_span(spans: list[tuple[int, int]], first: int, end: int) -> tuple[int, int]:
+    """[from, to) of the characters spelled by the tokens first … end - 1 alone, given every token's characters.
+
+    A character whose bytes are spread over tokens inside and outside counts as outside. (0, 0) where there is none.
+    """
+    inside = [span for span in spans[first:end] if span[0] < span[1]]  # special tokens have no characters
+    if not inside:
+        return 0, 0
+    start = max(inside[0][0], max((stop for _, stop in spans[:first]), default=0))
+    stop = min([inside[-1][1], *(begin for begin, stop in spans[end:] if begin < stop)])
+    return (start, stop) if start < stop else (0, 0)
 
 
 def pack(rows: list[Row], max_length: int) -> list[list[int]]:

@@ -9,6 +9,13 @@ from common.cli import UserError
 DP_FLAGS = ("target_epsilon", "noise_multiplier", "target_delta", "logical_batch_size")  # None unless given
 ENOUGH_UNITS = 256  # below this expected batch the noise drowns the signal at any useful ε
 MOST_LINES = 10  # of ε after an epoch, in the plan
+# Everything that a run directory tells of the data beside the noisy weights. The input's hash in run.json is salted.
+OUTSIDE = (
+    "run.json: num_units, num_records, rows_left_out, sample_rate and delta where they follow from num_units, steps and "
+    "the numbers of checkpoints, rows, tokens, trained, eval_losses, seconds, start, end, tokens_per_second, peak_memory; "
+    "metrics.jsonl: epoch, loss, batch, clipped, dropped, signal_to_noise, tokens, eval_loss, eval_tokens, time; "
+    "trained_rows.jsonl: all of it, to be kept with the data"
+)
 
 
 def add_flags(parser: cli.Parser) -> None:
@@ -109,8 +116,7 @@ class Privacy:
             "sampler": "poisson",
             "accountant": self.accountant,
             "secure_rng": self.secure_rng,
-            "outside_epsilon": "the number of units, token counts, metrics.jsonl's loss, batch, clipped, dropped and "
-            "signal_to_noise, held-out losses",
+            "outside_epsilon": OUTSIDE,
         }
 
 

@@ -1,0 +1,157 @@
+"""Which rows a run of run_peft.py was trained on, and which of their characters the loss saw.
+
+run_peft.py writes trained_rows.jsonl (mode 0600) beside run.json before its first step: a header {"schema", "salt",
+"loss_on", "max_length"}, then one line per training row. Rows that training left out (held out, before --train_rows,
+above --max_rows_per_user) have no line. run.json's `trained` block sums it up and holds the file's SHA-256.
+
+Texts are told by SHA-256(salt + text). The salt is empty but under --dp: there run.json may be published with the
+model, and a plain hash of the private file would confirm a guessed copy of it. The salt stays in the side file, with
+the owner of the data.
+"""
+
+import hashlib
+import hmac
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property
+from pathlib import Path
+
+from common import models, results
+from common.cli import UserError
+
+FILE = "trained_rows.jsonl"
+SCHEMA = 1
+REMEDY = "remove it if it is lost (what was trained on is then unknown)"
+
+
+@dataclass(frozen=True)
+class TrainedRow:
+    """One training row. row: index in the input file; tokens: kept, EOS included; loss_tokens: those that the loss was
+    taken on; cut: text was cut off at --max_length; kept: [from, to) of the row text's characters that loss_tokens
+    spell. A character that is only partly spelled does not count; the first token of a row is never predicted."""
+
+    row: int
+    sha256: str
+    tokens: int
+    loss_tokens: int
+    cut: bool
+    kept: tuple[int, int]
+
+    def covers(self, start: int, end: int) -> bool:
+        """Was the loss taken on every character of text[start:end]?"""
+        return self.loss_tokens > 0 and self.kept[0] <= start and end <= self.kept[1]
+
+
+@dataclass(frozen=True)
+class TrainedRows:
+    """What trained_rows.jsonl says. salt: hexadecimal, "" without --dp."""
+
+    salt: str
+    loss_on: str
+    max_length: int
+    rows: tuple[TrainedRow, ...]
+
+    @cached_property
+    def _by_hash(self) -> dict[str, list[TrainedRow]]:
+        found = {}
+        for row in self.rows:
+            found.setdefault(row.sha256, []).append(row)
+        return found
+
+    def find(self, text: str) -> list[TrainedRow]:
+        """The rows with exactly this text (records.row_text); several where it was repeated, [] where none was."""
+        return self._by_hash.get(text_sha256(text, self.salt), [])
+
+
+def text_sha256(text: str, salt: str = "") -> str:
+    """SHA-256 of salt (hexadecimal) + text."""
+    return hashlib.sha256(bytes.fromhex(salt) + text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def salted(sha256: str, salt: str) -> str:
+    """A file's hash as run.json has it: itself without a salt, else its HMAC-SHA256 under the salt."""
+    return hmac.digest(bytes.fromhex(salt), sha256.encode(), "sha256").hex() if salt else sha256
+
+
+def write(run_folder, header: TrainedRows, tokens_cut: int, tokens_masked: int) -> dict:
+    """Write trained_rows.jsonl; returns run.json's `trained` block.
+
+    tokens_cut: text tokens beyond --max_length; tokens_masked: kept ones that were context only, beside each row's
+    first one.
+    """
+    file, rows = Path(run_folder) / FILE, header.rows
+    first = {"schema": SCHEMA, "salt": header.salt, "loss_on": header.loss_on, "max_length": header.max_length}
+    results.write_jsonl(file, [first, *map(asdict, rows)], permissions=0o600)
+    return {
+        "rows": len(rows),
+        "tokens": sum(row.tokens for row in rows),
+        "loss_tokens": sum(row.loss_tokens for row in rows),
+        "rows_cut": sum(row.cut for row in rows),
+        "tokens_cut": tokens_cut,
+        "rows_without_loss": sum(row.loss_tokens == 0 for row in rows),
+        "tokens_masked": tokens_masked,
+        "file": FILE,
+        "sha256": results.sha256(file),
+    }
+
+
+def read(checkpoint) -> TrainedRows | None:
+    """The trained_rows.jsonl of the run that a checkpoint belongs to; None without one (an older run, a merged model).
+
+    UserError when it is damaged, or not the one that run.json describes.
+    """
+    return read_folder(Path(checkpoint).expanduser().absolute().parent)
+
+
+def read_folder(run_folder) -> TrainedRows | None:
+    """`read`, given the run's own directory."""
+    file = Path(run_folder) / FILE
+    if not file.is_file():
+        return None
+    digest = results.sha256(file)
+    record_file = file.parent / "run.json"
+    if record_file.is_file():
+        block = results.read_json(record_file, "remove it if it is lost").get("trained")
+        if isinstance(block, dict) and block.get("sha256") not in (None, digest):
+            raise UserError(f"{file}: is not the list that run.json describes; {REMEDY}")
+    return _parse(str(file.resolve()), digest)
+
+
+@cache
+def _parse(path: str, digest: str) -> TrainedRows:
+    try:
+        header, *lines = results.read_jsonl(path)
+        if header["schema"] != SCHEMA:
+            raise ValueError(f"its schema is {header['schema']!r}, not {SCHEMA}")
+        bytes.fromhex(header["salt"])
+        rows = tuple(TrainedRow(**line | {"kept": tuple(line["kept"])}) for line in lines)
+        kinds = {"row": int, "sha256": str, "tokens": int, "loss_tokens": int, "cut": bool}
+        for number, row in enumerate(rows):
+            kept = [type(place) for place in row.kept]
+            if any(type(getattr(row, name)) is not kind for name, kind in kinds.items()) or kept != [int, int]:
+                raise ValueError(f"row {number} has fields of other types")
+        if type(header["max_length"]) is not int or not isinstance(header["loss_on"], str):
+            raise ValueError("its header has fields of other types")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        reason = f"no field {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{path}: damaged ({reason}); {REMEDY}") from None
+    return TrainedRows(header["salt"], header["loss_on"], header["max_length"], rows)
+
+
+def trained_on(checkpoint, sha256: str) -> bool | None:
+    """Was a checkpoint trained on the file with this SHA-256? None where nothing tells: no run.json beside it, or one
+    of a --dp run that lost its trained_rows.jsonl (the salt is in it)."""
+    record = models.training_record(checkpoint)
+    return input_is(Path(checkpoint).expanduser().absolute().parent, record, sha256) if record else None
+
+
+def input_is(run_folder, record: dict, sha256: str) -> bool | None:
+    """`trained_on`, given the run's directory and its run.json."""
+    if not record.get("inputs"):
+        return None
+    first, salt = record["inputs"][0], ""
+    if first.get("salted"):
+        rows = read_folder(run_folder)
+        if rows is None or not rows.salt:
+            return None
+        salt = rows.salt
+    return salted(sha256, salt) == first["sha256"]

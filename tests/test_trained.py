@@ -1,0 +1,201 @@
+"""trained_rows.jsonl and run.json's `trained`: what they say of the rows is what the loss saw."""
+
+import hashlib
+import json
+import random
+
+import pytest
+from conftest import make_rows, read_lines, write_rows
+
+import run_peft
+from common import records, results, trained
+from common.cli import UserError
+from training import batches
+
+
+def parse(*words):
+    return run_peft.make_parser().parse_args([str(word) for word in words])
+
+
+def train(out, model, data, *flags):
+    return run_peft.run(parse("-m", model, "-i", data, "--output_root", out, "--lora_r", 2, "-e", 1, "-pdbs", 4,
+                              "-lr", "1e-3", *flags))  # fmt: skip
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """[(a row's token ids up to its end in the batch, its labels)] of every loss that training takes."""
+    losses, original = [], run_peft.Training.nll
+
+    def nll(self, batch):
+        if self.model.training:
+            targets = iter(batch["targets"].tolist())
+            starts = batch.get("position_ids")
+            for line, (ids, keep) in enumerate(zip(batch["input_ids"].tolist(), batch["logits_to_keep"].tolist())):
+                row = []
+                for place, counts in enumerate(keep):
+                    if starts is not None and starts[line, place] == 0 and row:
+                        losses.append(tuple(row))
+                        row = []
+                    if counts:
+                        row.append(next(targets))
+                        assert ids[place + 1] == row[-1]
+                if row:
+                    losses.append(tuple(row))
+        return original(self, batch)
+
+    monkeypatch.setattr(run_peft.Training, "nll", nll)
+    return losses
+
+
+def random_rows(rng: random.Random, n: int) -> list[dict]:
+    """Rows with a prompt part, some too long, with characters of several bytes and repeated rows."""
+    words = ["mail", "naïve", "Ω", "🙂🙃", "x", "Zoë,", "\n\n", "  two", "日本語", "end."]
+
+    def text(least: int) -> str:
+        return " ".join(rng.choice(words) for _ in range(rng.randint(least, 25)))
+
+    rows = [{"prompt": text(0), "continuation": text(1), "user_id": f"u{rng.randint(0, 5)}"} for _ in range(n)]
+    return [*rows, dict(rows[0])]
+
+
+CASES = [
+    ("--max_length", 24),
+    ("--max_length", 40, "--loss_on", "completion"),
+    ("--max_length", 64, "--packing"),
+    ("--max_length", 48, "--loss_on", "completion", "--packing", "--train_rows", 9),
+    ("--max_length", 500, "--eval_rows", 4),
+    ("--max_length", 30, "--dp", "--noise_multiplier", 0, "--logical_batch_size", 21, "--loss_on", "completion"),
+    ("--max_length", 60, "--dp", "--noise_multiplier", 1, "--logical_batch_size", 6, "--privacy_unit", "user",
+     "--max_rows_per_user", 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_the_list_is_what_the_loss_saw(case, models, tmp_path, seen):
+    """Labels taken off the batches themselves against the file: row, numbers, characters; no row more or less."""
+    rng = random.Random(case)
+    rows = random_rows(rng, 20)
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    flags = CASES[case]
+    if "user" in flags:  # every user is drawn
+        users = len({row["user_id"] for row in rows})
+        flags = [users if flag == 6 else flag for flag in flags]
+    folder = train(tmp_path, models[rng.choice(["neox", "opt", "llama"])], data, *flags)
+    found = trained.read(run_peft.checkpoints(folder)[-1])
+    tokenizer = run_peft.models.load_tokenizer(run_peft.models.find_model(str(run_peft.checkpoints(folder)[-1])))
+    assert found.loss_on == ("completion" if "completion" in flags else "all")
+    expected, totals = [], dict.fromkeys(("tokens", "loss_tokens", "rows_cut", "tokens_cut", "rows_without_loss"), 0)
+    for row in found.rows:
+        text = records.row_text(rows[row.row])[0]
+        ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        kept = ids[: found.max_length]
+        labels = kept[len(kept) - row.loss_tokens :]
+        assert row in found.find(text) and row.tokens == len(kept)
+        assert row.cut == (len(ids) - 1 > found.max_length)
+        spelled = tokenizer.decode([one for one in labels if one != tokenizer.eos_token_id])
+        assert text[slice(*row.kept)] == spelled.strip("�"), row  # half a character is not counted
+        if labels:
+            expected.append(tuple(labels))
+            assert row.covers(*row.kept) and not row.covers(row.kept[0], row.kept[1] + 1)
+        totals["tokens"] += len(kept)
+        totals["loss_tokens"] += len(labels)
+        totals["rows_cut"] += row.cut
+        totals["tokens_cut"] += max(0, len(ids) - 1 - found.max_length)
+        totals["rows_without_loss"] += not labels
+    assert sorted(seen) == sorted(expected)
+    block = json.loads((folder / "run.json").read_text())["trained"]
+    assert {key: block[key] for key in totals} == totals and block["rows"] == len(found.rows)
+    assert block["tokens"] == block["loss_tokens"] + block["tokens_masked"] + block["rows"]  # the first of each row
+    assert (folder / trained.FILE).stat().st_mode & 0o777 == 0o600
+    left_out = {0, 1, 2, 3} if "--eval_rows" in flags else set(range(12)) if "--train_rows" in flags else set()
+    if "user" in flags:
+        left_out = set(range(21)) - {row.row for row in found.rows}
+        assert len(left_out) == json.loads((folder / "run.json").read_text())["privacy"]["rows_left_out"] > 0
+    assert [row.row for row in found.rows] == [index for index in range(21) if index not in left_out]
+    copies = len(found.find(records.row_text(rows[0])[0]))
+    assert copies == 2 - (0 in left_out) - (20 in left_out)  # row 20 repeats row 0
+
+
+def test_label_span_by_hand():
+    """'é🙂b' in tokens é | 🙂₁ | 🙂₂ | b | EOS: a character of two tokens counts where both are inside."""
+    spans = [(0, 1), (1, 2), (1, 2), (2, 3), (0, 0)]
+    assert batches.label_span(spans, 1, 5) == (1, 3)
+    assert batches.label_span(spans, 2, 5) == (2, 3)
+    assert batches.label_span(spans, 1, 2) == (0, 0)  # half of 🙂 alone
+    assert batches.label_span(spans, 0, 2) == (0, 1)
+    assert batches.label_span(spans, 4, 5) == batches.label_span(spans, 5, 5) == (0, 0)
+    trimmed = [(0, 3), (4, 7), (8, 9)]  # tokenizers that leave the blank out of a token's characters
+    assert batches.label_span(trimmed, 1, 2) == (4, 7)
+
+
+def test_hashes_are_plain_without_dp_and_salted_with_it(models, dataset, tmp_path):
+    rows, digest = records.read_rows(dataset), results.sha256(dataset)
+    other = write_rows(tmp_path / "other.jsonl", make_rows(60, seed=4))
+    folder = train(tmp_path, models["neox"], dataset)
+    record, found = json.loads((folder / "run.json").read_text()), trained.read(folder / "checkpoint-5")
+    text = records.row_text(rows[30])[0]
+    assert record["inputs"][0]["sha256"] == digest and found.salt == ""
+    assert found.find(text)[0].sha256 == hashlib.sha256(text.encode()).hexdigest()
+    assert found.find(text)[0].row == 30 and found.find(records.row_text(rows[0])[0]) == []  # the head is held out
+    dp = ("--dp", "--noise_multiplier", 1, "--logical_batch_size", 8, "-e", 1)
+    folders = [train(tmp_path / out, models["neox"], dataset, *dp) for out in ("one", "two")]
+    texts = [path.read_text() for folder in folders for path in folder.rglob("*.json*") if path.name != trained.FILE]
+    assert not any(digest in content or found.find(text)[0].sha256 in content for content in texts)
+    told = [json.loads((folder / "run.json").read_text())["inputs"][0]["sha256"] for folder in folders]
+    assert told[0] != told[1]  # salts are random
+    for folder in folders:
+        checkpoint = folder / "checkpoint-5"
+        assert trained.read(checkpoint).find(text)[0].row == 30
+        assert trained.trained_on(checkpoint, digest) is True
+        assert trained.trained_on(checkpoint, results.sha256(other)) is False
+        assert run_peft.run_state(*state_of(folder, models, dataset, tmp_path, *dp)) == "finished"
+    (folders[1] / trained.FILE).unlink()  # as it is where the folder was published
+    assert trained.read(folders[1] / "checkpoint-5") is None
+    assert trained.trained_on(folders[1] / "checkpoint-5", digest) is None
+    with pytest.raises(UserError, match=r"has lost its trained_rows\.jsonl"):
+        train(tmp_path / "two", models["neox"], dataset, *dp)
+
+
+def state_of(folder, models, dataset, tmp_path, *flags):
+    args = parse("-m", models["neox"], "-i", dataset, "--output_root", folder.parents[2], "--lora_r", 2, "-pdbs", 4,
+                 "-lr", "1e-3", *flags)  # fmt: skip
+    return args, run_peft.models.find_model(args.model), folder, dataset, 8, 1
+
+
+@pytest.mark.parametrize(("damage", "said"), [
+    (lambda text: text[:-20], "is not the list that run.json describes"),
+    (lambda text: "", "damaged"), (lambda text: "[]\n", "damaged"), (lambda text: "{}\n", "no field 'schema'"),
+    (lambda text: text.replace('"cut": false', '"cut": 0', 1), "row 0 has fields of other types"),
+    (lambda text: text.replace('"kept": [', '"kept": [0, ', 1), "row 0 has fields of other types"),
+    (lambda text: text.replace('"salt": ""', '"salt": "x"', 1), "damaged"),
+    (lambda text: text.replace('"tokens"', '"token"', 1), "damaged"),
+    (lambda text: text + '{"row', "damaged"), (lambda text: text + "[" * 100_000, "damaged"),
+])  # fmt: skip
+def test_a_damaged_list_is_one_line(damage, said, tmp_path):
+    row = trained.TrainedRow(3, "ab", 5, 4, False, (0, 9))
+    block = trained.write(tmp_path, trained.TrainedRows("", "all", 64, (row,)), 0, 0)
+    checkpoint = tmp_path / "checkpoint-1"
+    assert trained.read(checkpoint).rows == (row,)
+    if "describes" in said:
+        results.write_json(tmp_path / "run.json", {"trained": block, "inputs": [], "args": {}})
+        assert trained.read(checkpoint).rows == (row,)
+    file = tmp_path / trained.FILE
+    file.write_text(damage(file.read_text()))
+    with pytest.raises(UserError, match=said) as error:
+        trained.read(checkpoint)
+    assert len(error.value.problems) == 1 and str(file) in str(error.value)
+
+
+def test_row_numbers_survive_an_interruption(models, dataset, tmp_path, monkeypatch):
+    """A resumed DP run keeps its salt: the file is what the unbroken run of the same seed writes."""
+    flags = ("--dp", "--noise_multiplier", 1, "--logical_batch_size", 8, "-e", 2, "--seed", 3)
+    whole = train(tmp_path / "whole", models["neox"], dataset, *flags)
+    original = run_peft.Training.step
+    with monkeypatch.context() as patch:
+        patch.setattr(run_peft.Training, "step", lambda self: 1 / 0 if self.count["step"] == 7 else original(self))
+        with pytest.raises(ZeroDivisionError):
+            train(tmp_path / "broken", models["neox"], dataset, *flags)
+    broken = train(tmp_path / "broken", models["neox"], dataset, *flags, "--resume")
+    assert (broken / trained.FILE).read_bytes() == (whole / trained.FILE).read_bytes()
+    assert read_lines(broken / trained.FILE)[0]["salt"]
