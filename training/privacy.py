@@ -11,8 +11,8 @@ ENOUGH_UNITS = 256  # below this expected batch the noise drowns the signal at a
 MOST_LINES = 10  # of ε after an epoch, in the plan
 # Everything that a run directory tells of the data beside the noisy weights. The input's hash in run.json is salted.
 OUTSIDE = (
-    "run.json: num_units, num_records, rows_left_out, sample_rate and delta where they follow from num_units, steps and "
-    "the numbers of checkpoints, rows, tokens, trained, eval_losses, seconds, start, end, tokens_per_second, peak_memory; "
+    "run.json: num_units, num_records, rows_left_out, sample_rate and delta where they follow from num_units, steps, "
+    "checkpoint numbers, rows, tokens, trained, eval_losses, seconds, start, end, tokens_per_second, peak_memory; "
     "metrics.jsonl: epoch, loss, batch, clipped, dropped, signal_to_noise, tokens, eval_loss, eval_tokens, time; "
     "trained_rows.jsonl: all of it, to be kept with the data"
 )
