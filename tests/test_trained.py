@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+import os
 import random
+import subprocess
+import sys
 
 import pytest
-from conftest import make_rows, read_lines, write_rows
+from conftest import ROOT, make_rows, read_lines, write_rows
 
 import run_peft
 from common import records, results, trained
@@ -199,3 +202,142 @@ def test_row_numbers_survive_an_interruption(models, dataset, tmp_path, monkeypa
     broken = train(tmp_path / "broken", models["neox"], dataset, *flags, "--resume")
     assert (broken / trained.FILE).read_bytes() == (whole / trained.FILE).read_bytes()
     assert read_lines(broken / trained.FILE)[0]["salt"]
+
+
+# ---------------------------------------------------------------- the run's directory
+
+
+def test_two_runs_at_once_are_one(models, dataset, tmp_path):
+    """The same --dp command started twice in a second: one trains, the other is refused and changes nothing."""
+    words = ["-m", models["neox"], "-i", dataset, "--output_root", tmp_path, "--lora_r", 2, "-pdbs", 4, "-e", 4,
+             "--dp", "--noise_multiplier", 1, "--logical_batch_size", 2]  # fmt: skip
+    command = [sys.executable, str(ROOT / "run_peft.py"), *map(str, words)]
+    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [run.communicate(timeout=300)[1] for run in runs]
+    codes = [run.returncode for run in runs]
+    if codes == [0, 0]:  # the second came after the first's end and found it finished
+        assert sum("resuming" in text for text in said) == 0
+    else:
+        assert sorted(codes) == [0, 2], said
+        assert said[codes.index(2)].count("\n") == 1 and "in use by another run" in said[codes.index(2)]
+    folder = next(tmp_path.rglob("run.json")).parent
+    assert json.loads((folder / "run.json").read_text())["status"] == "ok"
+    assert len(run_peft.checkpoints(folder)) == 4 and not list(folder.glob(".*"))
+
+
+def test_a_new_run_reads_no_saved_state(models, dataset, tmp_path, monkeypatch):
+    """A state that turns up after "starting over" (another run's) is not resumed from."""
+    whole = train(tmp_path / "whole", models["neox"], dataset)
+    original = run_peft.Training.__init__
+
+    def init(self, args, plan, *rest):
+        original(self, args, plan, *rest)
+        (plan.folder / "interrupted").mkdir()
+        (plan.folder / "interrupted" / "training_state.pt").write_bytes(b"another run's")
+
+    monkeypatch.setattr(run_peft.Training, "__init__", init)
+    folder = train(tmp_path / "again", models["neox"], dataset)
+    files = [run / "checkpoint-5" / "adapter_model.safetensors" for run in (folder, whole)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert "resumed_from" not in json.loads((folder / "run.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def stopped(models, dataset, tmp_path_factory):
+    """The directory of a run that stopped in its second epoch."""
+    original, out = run_peft.Training.step, tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_peft.Training, "step", lambda self: 1 / 0 if self.count["step"] == 7 else original(self))
+        with pytest.raises(ZeroDivisionError):
+            train(out, models["neox"], dataset, "-gas", 2, "-e", 2)
+    return out
+
+
+def changed(key, value):
+    def damage(content: bytes) -> bytes:
+        record = json.loads(content)
+        record.pop(key) if value is None else record.update({key: value})
+        return json.dumps(record).encode()
+
+    return damage
+
+
+def saved(item):
+    def damage(_: bytes) -> bytes:
+        import io
+
+        import torch
+
+        file = io.BytesIO()
+        torch.save(item, file)
+        return file.getvalue()
+
+    return damage
+
+
+@pytest.mark.parametrize(("name", "damage"), [
+    *[("run.json", damage) for damage in (
+        lambda content: content[:50], lambda content: b"", lambda content: b"[]", lambda content: b"\xff",
+        *[changed(key, value) for key in ("status", "args", "global_batch", "inputs", "world_size")
+          for value in (None, 1.5, [3])],
+    )],
+    *[("metrics.jsonl", damage) for damage in (
+        lambda content: b"{}\n", lambda content: b"[1]\n", lambda content: b'{"step": "1"}\n',
+        lambda content: b"{\n" + content, lambda content: b"\xff\n", lambda content: b"[" * 100_000 + b"\n",
+    )],
+    *[("checkpoint-5/training_state.pt", damage) for damage in (
+        lambda content: b"", lambda content: content[:-100], lambda content: content[:200], lambda content: b"x" * 99,
+        saved([1]), saved({}), saved({"count": {"step": 5}, "weights": {}, "optimizer": {}, "scheduler": {}}),
+        saved({"count": 1, "weights": {}, "optimizer": {}, "scheduler": {}, "scaler": {}}),
+    )],
+])  # fmt: skip
+def test_damaged_files_of_an_unfinished_run(name, damage, stopped, models, dataset):
+    folder = next(stopped.rglob("run.json")).parent
+    before, file = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}, folder / name
+    content = damage(before[file])
+    file.write_bytes(content)
+    try:
+        with pytest.raises(UserError) as error:
+            train(stopped, models["neox"], dataset, "-gas", 2, "-e", 2, "--resume")
+        assert len(error.value.problems) == 1 and "\n" not in str(error.value) and str(folder) in str(error.value)
+    finally:
+        for path, was in before.items():
+            path.write_bytes(was)
+
+
+def test_equal_runs_have_equal_bytes(models, dataset, tmp_path):
+    """target_modules is a set in peft: its order hung on the hashing of the process."""
+    files = []
+    for seed in ("1", "2"):
+        words = ["-m", models["llama"], "-i", dataset, "--output_root", tmp_path / seed, "--lora_r", 2, "-e", 1]
+        command = [sys.executable, str(ROOT / "run_peft.py"), *map(str, words)]
+        subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONHASHSEED": seed})
+        files.append(next((tmp_path / seed).rglob("adapter_config.json")).read_text())
+    modules = json.loads(files[0])["target_modules"]
+    assert files[0] == files[1] and modules == sorted(modules) and len(modules) == 7
+
+
+def test_a_model_that_has_hardly_moved_is_told(models, dataset, tmp_path, capsys):
+    still, moved = (train(tmp_path / rate, models["neox"], dataset, "-lr", rate) for rate in ("2e-6", "1e-2"))
+    record = json.loads((still / "run.json").read_text())
+    assert record["relative_change"] < 1e-4 and record["notes"][0].startswith("the model has hardly moved")
+    assert json.loads((moved / "run.json").read_text())["notes"] == []
+    assert capsys.readouterr().out.count("the model has hardly moved") == 1
+
+
+@pytest.mark.parametrize("rank", [4, 16])
+def test_dp_on_a_bf16_base_passes_its_check(rank, models, dataset, tmp_path):
+    """Twelve initialisations, as on a GPU by default; what is wrong is still noticed (test_dp.py)."""
+    import torch
+
+    from common.distributed import World
+
+    for seed in range(6):
+        args = parse("-m", models["llama" if seed % 2 else "neox"], "-i", dataset, "--output_root", tmp_path, "--dp",
+                     "--lora_r", rank, "--noise_multiplier", 1, "--dtype", "bfloat16")  # fmt: skip
+        plan = run_peft.make_plan(args)
+        training = run_peft.Training(args, plan, World(), torch.bfloat16, bytes([seed]) * 32)
+        assert training.clip_slack == pytest.approx((1 + 1e-4 * 40) ** 0.5)
+        training.examples.add = lambda name, rows, add=training.examples.add: add(name, rows.flip(0))
+        with pytest.raises(RuntimeError, match="per-example gradient is wrong"):
+            training.check_examples()

@@ -1,6 +1,8 @@
 """What a DP run is to spend, known before a model is loaded."""
 
 import math
+import os
+import sys
 from dataclasses import dataclass
 
 from common import cli
@@ -148,6 +150,10 @@ def make_privacy(args, path, rows: list[dict], train: list[int]) -> Privacy:
         from common import dp
 
         steps = math.ceil(n / logical) * args.epochs
+        if steps > dp.SLOW_STEPS and args.accountant == "prv" and int(os.environ.get("RANK", 0)) == 0:
+            print(
+                f"searching the noise for ε {args.target_epsilon:g} in {steps} steps (up to a minute)", file=sys.stderr
+            )
         try:
             sigma = dp.noise_multiplier(args.target_epsilon, logical / n, steps, delta, args.accountant)
         except ValueError as error:

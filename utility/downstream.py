@@ -11,7 +11,8 @@ no sampling. The prompt holds the review alone (its first tokens where it is lon
 
 results_utility.jsonl: a line an arm and seed (accuracy, macro-F1, mean absolute error in stars; exact McNemar p against
 the real arm of that seed), the untuned base and the majority class of the real training rows, then a line an arm with
-mean and spread over seeds. results_utility_rows.jsonl: truth and rating of every row, no text. Trained runs stay below
+mean and spread over seeds. A trained arm's line has its run's relative_change and notes ("the model has hardly moved").
+results_utility_rows.jsonl: truth and rating of every row, no text. Trained runs stay below
 --output_dir/models and are taken up again by a call with the same settings; one with other settings is refused.
 """
 
@@ -150,6 +151,12 @@ def training_arguments(args, file: Path, seed: int):
     return training
 
 
+def what_moved(checkpoint: Path) -> dict:
+    """{relative_change, notes} of the run that a checkpoint belongs to."""
+    record = models.training_record(checkpoint) or {}
+    return {"relative_change": record.get("relative_change"), "notes": record.get("notes") or []}
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -280,6 +287,9 @@ def run(args) -> list[dict]:
         if line["seed"] is None:
             mean = {name: line[name]["mean"] if isinstance(line[name], dict) else line[name] for name in SHOWN}
             print(f"{line['arm']:>12}  " + "  ".join(f"{name} {value:.4f}" for name, value in mean.items()))
+    for line in lines:
+        for note in line.get("notes", ()):
+            print(f"{line['arm']}, seed {line['seed']}: {note}; what it shows is the base")
     return lines
 
 
@@ -301,6 +311,7 @@ def measure(args, ref, tokenizer, max_length, arms, heldout, n, world) -> tuple[
                 "checkpoint": str(last),
                 "steps": int(last.name.rpartition("-")[2]),
                 "train_cut": arm_cut,
+                **what_moved(last),
             }
     steps = {one["steps"] for one in runs.values()}
     if len(steps) != 1:
