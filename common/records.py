@@ -4,11 +4,13 @@ A row is a dict. Five shapes are known (`shape_of`): 'text', 'enron', 'instructi
 """
 
 import gzip
-import json
+import os
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from common import strict_json
 from common.cli import UserError
 from common.results import ROOT, commit, now, read_json, sha256, write_json
 
@@ -26,14 +28,17 @@ REVIEW_TEMPLATE = (
 
 
 def read_rows(path, broken: dict[int, str] | None = None) -> list[dict]:
-    """All rows of a .jsonl (.gz), .arrow (stream or file format) or .parquet file.
+    """All rows of a .jsonl (gzipped or not, whatever its name), .arrow (stream or file format) or .parquet file.
 
     Raises UserError naming the file (and the line of broken JSON) when it is missing, empty or unreadable. With a dict
-    `broken` a line that is no JSON object is no error: {} stands in its place, and `broken[index]` says why.
+    `broken` a line that is no JSON object is no error: {} stands in its place, and `broken[index]` says why. What JSON
+    lacks becomes what it has: NaN in a column of Arrow is None, dates and decimals are text.
     """
     path = Path(path)
-    if not path.is_file():
-        what = "is a directory, not a file" if path.is_dir() else "no such file"
+    if not os.path.isfile(path):
+        what = (
+            "is a directory, not a file" if path.is_dir() else "not a file" if os.path.exists(path) else "no such file"
+        )
         raise UserError(f"{path}: {what}; name a .jsonl, .arrow or .parquet file")
     name = path.name.removesuffix(".gz")
     if name.endswith((".jsonl", ".json")):
@@ -59,26 +64,32 @@ def _read_jsonl(path: Path, broken: dict[int, str] | None = None) -> list[dict]:
             broken[len(rows)] = reason
             rows.append({})
 
-    opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rb") as file:
+        with gzip.open(path, "rb") if is_gzip(path) else open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line)
-                except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                    refuse(number, f"not JSON ({error})", "; mend or remove the line")
+                    row = strict_json.parse(line)
+                except ValueError as error:
+                    refuse(number, str(error), "; mend or remove the line")
                     continue
                 if isinstance(row, dict):
                     rows.append(row)
                 else:
-                    refuse(number, f"a JSON object was expected, not {type(row).__name__}", "")
-    except (OSError, EOFError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+                    what = "an array; write one object per line" if isinstance(row, list) else type(row).__name__
+                    refuse(number, f"a JSON object was expected, not {what}", "")
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read ({error}); copy or download it again") from None
     if problems:
         raise UserError(*_shorten(problems))
     return rows
+
+
+def is_gzip(path) -> bool:
+    """Whether a file begins as gzip does, whatever its name."""
+    with open(path, "rb") as file:
+        return file.read(2) == b"\x1f\x8b"
 
 
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # Arrow IPC streaming format: continuation mark, length 0
@@ -87,20 +98,20 @@ END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # Arrow IPC streaming format: conti
 def _read_arrow(path: Path) -> list[dict]:
     import pyarrow as pa
 
-    with pa.memory_map(str(path)) as source:
-        try:
-            table = pa.ipc.open_stream(source).read_all()
-        except (pa.ArrowInvalid, OSError):
+    try:
+        with pa.memory_map(str(path)) as source:
             try:
+                table = pa.ipc.open_stream(source).read_all()
+            except (pa.ArrowInvalid, OSError):
                 source.seek(0)
                 table = pa.ipc.open_file(source).read_all()
-            except (pa.ArrowInvalid, OSError) as error:
-                raise UserError(f"{path}: not an Arrow file, or cut ({error})") from None
-        else:
-            source.seek(max(0, source.size() - len(END_OF_STREAM)))
-            if source.read() != END_OF_STREAM:  # cut between two batches it would pass for a shorter file
-                raise UserError(f"{path}: the Arrow stream has no end; the file was cut")
-        return table.to_pylist()
+            else:
+                source.seek(max(0, source.size() - len(END_OF_STREAM)))
+                if source.read() != END_OF_STREAM:  # cut between two batches it would pass for a shorter file
+                    raise UserError(f"{path}: the Arrow stream has no end; the file was cut")
+            return _table_rows(path, table)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not an Arrow file, or cut ({_first_line(error)})") from None
 
 
 def _read_parquet(path: Path) -> list[dict]:
@@ -108,9 +119,66 @@ def _read_parquet(path: Path) -> list[dict]:
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(path).to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path}: not a Parquet file ({error})") from None
+        return _table_rows(path, pyarrow.parquet.read_table(path))
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a Parquet file, or damaged ({_first_line(error)})") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _table_rows(path: Path, table) -> list[dict]:
+    """The rows of an Arrow table as JSON has them. UserError for a column of bytes or of text that is not UTF-8."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kinds = pa.types
+    if len(set(table.column_names)) < table.num_columns:
+        raise UserError(f"{path}: two columns have the same name; rename one")
+    for place, name in enumerate(table.column_names):
+        column, kind = table.column(place), table.schema.field(place).type
+        if kinds.is_floating(kind):
+            column = pc.if_else(pc.is_nan(column), pa.scalar(None, kind), column)
+        elif kinds.is_temporal(kind) or kinds.is_decimal(kind):
+            column = column.cast(pa.string())
+        elif kinds.is_binary(kind) or kinds.is_large_binary(kind) or kinds.is_fixed_size_binary(kind):
+            raise UserError(f"{path}: column {name!r} holds bytes; remove it, or write it as text")
+        table = table.set_column(place, name, column)
+    try:
+        return table.to_pylist()
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: a text in it is not UTF-8; write the file again") from None
+
+
+def check_columns(path, rows: list[dict]) -> None:
+    """UserError naming each field of `rows` whose values no Arrow column takes together; shows no value.
+
+    For builders of Arrow files: called before their work.
+    """
+    import pyarrow as pa
+
+    problems = []
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [row.get(name) for row in rows]
+        try:
+            column = pa.array(values)
+        except (pa.ArrowException, OverflowError, TypeError, ValueError):  # their messages would show the values
+            kinds = sorted({type(value).__name__ for value in values if value is not None})
+            reason = (
+                f"values of different types ({', '.join(kinds)})" if len(kinds) > 1 else "values of different types"
+            )
+            if kinds == ["int"]:
+                reason = "whole numbers beyond 64 bits"
+            problems.append(f"{path}: column {name!r} has {reason}; Arrow columns have one: mend or remove it")
+            continue
+        if column.to_pylist() != values:  # a dict's missing keys become None, 1 becomes 1.0 or True
+            problems.append(
+                f"{path}: column {name!r} would not be read back as it is (objects of different fields, or numbers of "
+                "different types); mend or remove it"
+            )
+    if problems:
+        raise UserError(*problems)
 
 
 def write_arrow(path, rows: list[dict]) -> None:
@@ -158,11 +226,11 @@ REQUIRED = {
 def validate(path, rows: list[dict], fields: tuple[str, ...] | None = None) -> str:
     """Check that every row has the (string) fields of its shape, or `fields`; return the file's shape.
 
-    Raises UserError, one line a row (the first few), counting rows from 0. Also when the file is not the one that its
-    manifest describes.
+    Raises UserError, one line a row (the first few), counting rows from 0. Also for rows of several shapes (without
+    `fields`), and when the file is not the one that its manifest describes.
     """
     check_manifest(path, len(rows))
-    shape = shape_of(rows[0])
+    shape, any_shape = shape_of(rows[0]), fields is not None
     if fields is None:
         if shape is None:
             known = "; ".join(", ".join(names) for names in REQUIRED.values())
@@ -173,24 +241,47 @@ def validate(path, rows: list[dict], fields: tuple[str, ...] | None = None) -> s
     problems = [f"{path}: no row has the field {words}; name a file that has it"] if absent else []
     fields = [field for field in fields if field not in absent]
     for index, row in enumerate(rows):
+        if not any_shape and (own := shape_of(row)) != shape:
+            problems.append(f"{path}: row {index}: has the fields of another kind of rows ({own}, row 0: {shape})")
+            continue
         problems += [f"{path}: row {index}: {problem}" for problem in row_problems(row, fields)]
     if problems:
         raise UserError(*_shorten(problems))
     return shape
 
 
+# texts that a row may lack, by its shape: the prompt templates use them
+OPTIONAL = {"review": tuple(field for field in REVIEW_FIELDS if field != "Rating"), "instruction": ("input",)}
+
+
 def row_problems(row: dict, fields: Iterable[str]) -> Iterator[str]:
-    """Why a row cannot be used, a line a field, without its text."""
+    """Why a row cannot be used, one line per field, without its text."""
     for field in fields:
         value = row.get(field)
         if value is None:
             yield f"field '{field}' is missing; add it or remove the row"
-        elif not isinstance(value, str) and field != "Rating":
+        elif field == "Rating":
+            if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+                yield f"field 'Rating' must be a number, not {type(value).__name__}"
+        elif not isinstance(value, str):
             yield f"field '{field}' must be text, not {type(value).__name__}"
         elif field == "gt-email" and not 0 < value.find("@") < len(value) - 1:
             yield "gt-email must look like local@domain"
         elif field == "gt-name" and not value.strip():
             yield "gt-name is empty"
+    shape = shape_of(row)
+    for field in OPTIONAL.get(shape, ()):
+        value = row.get(field)
+        if field not in fields and value is not None and not isinstance(value, str):
+            yield f"field '{field}' must be text, not {type(value).__name__}"
+    number = row.get("row_id")
+    if number is not None and not is_count(number) and (shape == "enron" or not isinstance(number, str)):
+        yield "row_id must be a whole number from 0, below 2^63"
+
+
+def is_count(value) -> bool:
+    """Whether a value is a whole number of 0 … 2⁶³ − 1 (no bool)."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
 def read_with_broken(path, fields: tuple[str, ...]) -> tuple[list[dict], dict[int, str]]:
@@ -199,10 +290,6 @@ def read_with_broken(path, fields: tuple[str, ...]) -> tuple[list[dict], dict[in
     rows = read_rows(path, broken)
     for index, row in enumerate(rows):
         problem = broken.get(index) or next(row_problems(row, fields), None)
-        try:
-            json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            problem = problem or "half of a surrogate pair in its text"
         if problem:
             broken[index] = problem
     return rows, broken
@@ -261,7 +348,7 @@ def split(rows: list[dict], manifest: dict | None = None) -> Split:
         everything = list(range(n))
         return Split(everything, everything, everything)
     start = (manifest or {}).get("split_start")
-    if start is not None and all(isinstance(row.get("row_id"), int) for row in rows):
+    if start is not None and all(is_count(row.get("row_id")) for row in rows):
         head = [index for index, row in enumerate(rows) if row["row_id"] < start]
         train = [index for index, row in enumerate(rows) if row["row_id"] >= start]
     else:
@@ -275,9 +362,9 @@ def split_source(rows: list[dict], broken, manifest: dict | None) -> tuple[list[
     Returns (the rows, with their index as `row_id` unless all whole ones have one; the split without broken rows; the
     `split_start` of a file made from these rows, None when the row_ids of head and training rows lie mixed).
     """
-    if not all(isinstance(row.get("row_id"), int) for index, row in enumerate(rows) if index not in broken):
+    if not all(is_count(row.get("row_id")) for index, row in enumerate(rows) if index not in broken):
         rows = [{**row, "row_id": index} for index, row in enumerate(rows)]
-    ids = [row["row_id"] if isinstance(row.get("row_id"), int) else -1 for row in rows]  # -1: broken ones
+    ids = [row["row_id"] if is_count(row.get("row_id")) else -1 for row in rows]  # -1: broken ones
     parts = split([{"gt-name": "", "row_id": one} for one in ids], manifest)
     head, pii, train = ([i for i in part if i not in broken] for part in (parts.head, parts.pii, parts.train))
     start = (manifest or {}).get("split_start")
@@ -294,7 +381,7 @@ def evaluated_rows(rows: list[dict], manifest: dict | None) -> list[int]:
         return split(rows, manifest).head
     if start is None:
         return []
-    return [index for index, row in enumerate(rows) if isinstance(row.get("row_id"), int) and row["row_id"] < start]
+    return [index for index, row in enumerate(rows) if is_count(row.get("row_id")) and row["row_id"] < start]
 
 
 def manifest_path(path) -> Path:
@@ -302,21 +389,35 @@ def manifest_path(path) -> Path:
     return path.with_name(path.name + ".meta.json")
 
 
-MANIFEST_TYPES = {"rows": int, "split_start": int, "sha256": str, "source": list, "privacy": dict}
+MANIFEST_TYPES = {"tag": str, "rows": int, "split_start": int, "sha256": str, "source": list, "privacy": dict}
+TAG_BYTES = 100  # it enters the names of output folders
 
 
 def read_manifest(path) -> dict | None:
     """The manifest beside a data file, or None. UserError when there is one and it is broken."""
     beside = manifest_path(path)
-    if not beside.is_file():
+    if not os.path.isfile(beside):
         return None
     remedy = f"remove it or build {path} again"
     manifest = read_json(beside, remedy)
     for key, kind in MANIFEST_TYPES.items():
-        if not isinstance(manifest.get(key), (kind, type(None))):
-            raise UserError(f"{beside}: {key} is a {type(manifest[key]).__name__}, not a {kind.__name__}; {remedy}")
-    if not all(isinstance(one, dict) for one in manifest.get("source") or []):
-        raise UserError(f"{beside}: source is not a list of objects; {remedy}")
+        value = manifest.get(key)
+        if not isinstance(value, (kind, type(None))) or isinstance(value, bool):
+            raise UserError(f"{beside}: {key} is a {type(value).__name__}, not a {kind.__name__}; {remedy}")
+        if isinstance(value, int) and not is_count(value):
+            raise UserError(f"{beside}: {key} is not a number of rows; {remedy}")
+    tag = manifest.get("tag") or ""
+    if "/" in tag or not tag.isprintable() or tag in (".", "..") or len(tag.encode()) > TAG_BYTES:
+        raise UserError(f"{beside}: tag is no name for a folder (at most {TAG_BYTES} bytes, no slash); {remedy}")
+    for one in manifest.get("source") or []:
+        if not isinstance(one, dict):
+            raise UserError(f"{beside}: source is not a list of objects; {remedy}")
+        if any(not isinstance(one.get(key), (str, type(None))) for key in ("path", "sha256")):
+            raise UserError(f"{beside}: source has a path or sha256 that is not text; {remedy}")
+    for key in ("epsilon", "delta"):
+        value = (manifest.get("privacy") or {}).get(key)
+        if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
+            raise UserError(f"{beside}: privacy's {key} is a {type(value).__name__}, not a number; {remedy}")
     return manifest
 
 

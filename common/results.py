@@ -33,6 +33,7 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
+from common import strict_json
 from common.cli import Problems, UserError, check_writable, plain
 
 SCHEMA = 1
@@ -456,9 +457,11 @@ def write_json(path, item, permissions: int = 0o644) -> None:
 def read_json(path, remedy: str) -> dict:
     """The JSON object in a file; UserError with `remedy` when it is damaged or another thing."""
     try:
-        item = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not JSON ({error}); {remedy}") from None
+        item = strict_json.parse(Path(path).read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; {remedy}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); mend its mode") from None
     if not isinstance(item, dict):
         raise UserError(f"{path}: a JSON object was expected; {remedy}")
     return item
@@ -472,8 +475,8 @@ def write_jsonl(path, items, permissions: int = 0o644) -> None:
 
 def read_jsonl(path) -> list[dict]:
     """Every line of a result file of ours (strict: a broken line raises)."""
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.strip()]
+    with open(path, "rb") as file:
+        return [strict_json.parse(line) for line in file if line.strip()]
 
 
 def append_line(file, item) -> None:
@@ -491,7 +494,9 @@ def read_partial(file, settings: dict, overwrite: bool) -> list[dict]:
     """
     file = Path(file)
     try:
-        lines = [dict(json.loads(line)) for line in file.read_bytes().split(b"\n")[:-1]] if file.is_file() else []
+        lines = (
+            [dict(strict_json.parse(line)) for line in file.read_bytes().split(b"\n")[:-1]] if file.is_file() else []
+        )
         differ = [key for key, value in settings.items() if lines and lines[0]["settings"].get(key) != value]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         if overwrite:

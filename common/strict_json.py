@@ -1,0 +1,84 @@
+"""JSON that others wrote: parsed strictly, with one line of reason that shows no text of it."""
+
+import json
+import math
+import re
+
+MAX_DEPTH = 100  # of nested lists and objects; no file of ours comes near it
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def _object(pairs: list[tuple]) -> dict:
+    item = dict(pairs)
+    if len(item) < len(pairs):
+        seen = set()
+        double = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the field {double[:40]!r} is given twice")
+    return item
+
+
+def _constant(name: str):
+    raise ValueError(f"{name} is not JSON; write a number or null")
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError("a number too large for a float")
+    return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_float=_float)
+
+
+def parse(text: str | bytes):
+    """The value of one JSON document in UTF-8 (a byte order mark is skipped).
+
+    Raises ValueError, one line without any value, also for what json.loads accepts or answers with another exception:
+    fields given twice, NaN and infinities, integers of more than 4,300 digits, nesting deeper than MAX_DEPTH, halves
+    of surrogate pairs.
+    """
+    if isinstance(text, bytes):
+        if text.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise ValueError("UTF-16 text; save the file as UTF-8")
+        try:
+            text = text.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"not UTF-8 (byte {error.start}); save the file as UTF-8") from None
+    try:
+        item = _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        advice = "; its lines end in CR alone" if re.search(r"\}\s*\r\s*\{", text) else ""
+        raise ValueError(f"not JSON ({error}){advice}") from None
+    except RecursionError:
+        raise ValueError(f"nested more than {MAX_DEPTH} deep") from None
+    except ValueError as error:
+        reason = "an integer of more than 4,300 digits" if "integer string conversion" in str(error) else str(error)
+        raise ValueError(f"not JSON ({reason})") from None
+    if text.count("[") + text.count("{") > MAX_DEPTH and _depth(item) > MAX_DEPTH:
+        raise ValueError(f"nested more than {MAX_DEPTH} deep")
+    if SURROGATE.search(text) and not is_unicode(item):
+        raise ValueError("half of a surrogate pair in its text")
+    return item
+
+
+def is_unicode(item) -> bool:
+    """Whether every text in a JSON value can be written as UTF-8: no half of a surrogate pair in it."""
+    try:
+        json.dumps(item, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _depth(item) -> int:
+    depth, level = 0, [item]
+    while level:
+        level = [
+            inner
+            for one in level
+            if isinstance(one, (list, dict))
+            for inner in (one.values() if isinstance(one, dict) else one)
+        ]
+        depth += 1
+    return depth
