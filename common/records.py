@@ -31,7 +31,7 @@ def read_rows(path, broken: dict[int, str] | None = None) -> list[dict]:
     """All rows of a .jsonl (gzipped or not, whatever its name), .arrow (stream or file format) or .parquet file.
 
     Raises UserError naming the file (and the line of broken JSON) when it is missing, empty or unreadable. With a dict
-    `broken` a line that is no JSON object is no error: {} stands in its place, and `broken[index]` says why. What JSON
+    `broken` a line that cannot be used is no error: {} stands in its place, and `broken[index]` says why. What JSON
     lacks becomes what it has: NaN in a column of Arrow is None, dates and decimals are text.
     """
     path = Path(path)
@@ -57,12 +57,12 @@ def read_rows(path, broken: dict[int, str] | None = None) -> list[dict]:
 def _read_jsonl(path: Path, broken: dict[int, str] | None = None) -> list[dict]:
     rows, problems = [], []
 
-    def refuse(number: int, reason: str, advice: str) -> None:
+    def refuse(number: int, reason: str, advice: str, row: dict | None = None) -> None:
         if broken is None:
             problems.append(f"{path}:{number}: {reason}{advice}")
         else:
             broken[len(rows)] = reason
-            rows.append({})
+            rows.append(row or {})
 
     try:
         with gzip.open(path, "rb") if is_gzip(path) else open(path, "rb") as file:
@@ -72,7 +72,9 @@ def _read_jsonl(path: Path, broken: dict[int, str] | None = None) -> list[dict]:
                 try:
                     row = strict_json.parse(line)
                 except ValueError as error:
-                    refuse(number, str(error), "; mend or remove the line")
+                    item = getattr(error, "item", None)  # of a text with half a pair: the row keeps its row_id
+                    kept = item if isinstance(item, dict) else None
+                    refuse(number, str(error), "; mend or remove the line", kept)
                     continue
                 if isinstance(row, dict):
                     rows.append(row)

@@ -8,6 +8,14 @@ MAX_DEPTH = 100  # of nested lists and objects; no file of ours comes near it
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
+class HalfPair(ValueError):
+    """A text with half of a surrogate pair, which UTF-8 cannot write; `item` is the value that was parsed."""
+
+    def __init__(self, item):
+        super().__init__("half of a surrogate pair in its text")
+        self.item = item
+
+
 def _object(pairs: list[tuple]) -> dict:
     item = dict(pairs)
     if len(item) < len(pairs):
@@ -58,7 +66,7 @@ def parse(text: str | bytes):
     if text.count("[") + text.count("{") > MAX_DEPTH and _depth(item) > MAX_DEPTH:
         raise ValueError(f"nested more than {MAX_DEPTH} deep")
     if SURROGATE.search(text) and not is_unicode(item):
-        raise ValueError("half of a surrogate pair in its text")
+        raise HalfPair(item)
     return item
 
 
