@@ -44,8 +44,6 @@ def read_reviews(path, field: str = REAL) -> list[dict]:
         odd = [key for key in ("row_id", "user_id", "Product Title") if isinstance(row.get(key), (list, dict))]
         if odd:
             raise UserError(f"{path}: row {index}: {odd[0]} must be text or a number")
-        if not row[field].isascii() and any("\ud800" <= character <= "\udfff" for character in row[field]):
-            raise UserError(f"{path}: row {index}: half of a surrogate pair in its {field}")
     return rows
 
 

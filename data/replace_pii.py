@@ -57,8 +57,6 @@ def make_parser() -> argparse.ArgumentParser:
 
 def check(args) -> tuple[Path, Path, list[dict], int | None, int]:
     """(source, output, whole rows with row_id, split_start, number of broken rows); UserError: all problems."""
-    import pyarrow as pa
-
     problems = cli.Problems()
     source = records.default_dataset(args.input)
     output = Path(args.output) if args.output else source.with_name(DEFAULT_NAME)
@@ -92,10 +90,7 @@ def check(args) -> tuple[Path, Path, list[dict], int | None, int]:
     kept = [{column: row.get(column) for column in columns} for index, row in enumerate(rows) if index not in broken]
     if rows and len(kept) < 3 and not (broken and args.strict):
         problems.add(f"{source}: {len(kept)} whole rows with gt-name, gt-email, prompt, continuation; 3 are needed")
-    try:
-        pa.Table.from_pylist(kept)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):  # its message would show the values
-        problems.add(f"{source}: a column has values of different types; Arrow columns have one")
+    problems.absorb(records.check_columns, source, kept)
     problems.check()
     return source, output, kept, start, len(broken)
 

@@ -39,9 +39,6 @@ def read_texts(path, text_field, problems: cli.Problems, flag: str) -> tuple[lis
     if len(problems.lines) > before:
         return [], [], None
     texts = [row[text_field] if text_field else records.row_text(row)[0] for row in rows]
-    for index, text in enumerate(texts):
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            problems.add(f"{flag} {path}: row {index}: half a surrogate pair in its text; mend or remove the row")
     return rows, texts, manifest
 
 

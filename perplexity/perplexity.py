@@ -127,9 +127,6 @@ def choose_rows(args, problems: cli.Problems) -> tuple[list[int], list[str]]:
     if not chosen:
         problems.add(f"{args.dataset}: no row belongs to the evaluation head; pass --num_rows")
     texts = [records.row_text(rows[index])[0] for index in chosen if index < len(rows)]
-    for index, text in zip(chosen, texts):
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            problems.add(f"{args.dataset}: row {index}: half a surrogate pair in its text; mend or remove the row")
     return chosen, texts
 
 

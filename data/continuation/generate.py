@@ -94,6 +94,7 @@ def check(args) -> Task:
             problems.add(
                 f"{args.data_set}: {len(rows) - len(broken)} whole rows with {', '.join(FIELDS)}; at least 3 are needed"
             )
+        problems.absorb(records.check_columns, args.data_set, [r for i, r in enumerate(rows) if i not in broken])
     ref = problems.absorb(models.find_model, args.model, args.revision)
     tokenizer = problems.absorb(models.load_tokenizer, ref) if ref else None
     problems.check()
