@@ -22,9 +22,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench.inputs import TEMPERATURES, build_prompts
 from common import cli
 
-TEMPERATURES = [0.01, 0.1, 0.2, 0.5, 0.75, 1.0, 1.25, 1.5]
 TOP_K, MAX_TOKENS = 100, 15
 
 
@@ -52,29 +52,6 @@ def make_parser() -> cli.Parser:
     )
     parser.add_argument("--worker", help="(internal) run one measurement, described in JSON, and print it as JSON")
     return parser
-
-
-def fictional_people(n: int) -> list[tuple[str, str]]:
-    from faker import Faker
-
-    fake = Faker("en_US")
-    fake.seed_instance(0)
-    people = []
-    for _ in range(n):
-        first, last = fake.first_name(), fake.last_name()
-        people.append((f"{first} {last}", f"{first}.{last}@{fake.domain_word()}.example".lower()))
-    return people
-
-
-def build(n: int) -> list[list[tuple[str, str]]]:
-    """[template][name] (prompt, address)."""
-    from extraction import prompts
-
-    people = fictional_people(n + prompts.N_DEMONSTRATIONS)
-    shots, asked = people[: prompts.N_DEMONSTRATIONS], people[prompts.N_DEMONSTRATIONS :]
-    return [
-        [(prompts.build_prompt(label, shots, name), address) for name, address in asked] for label in prompts.TEMPLATES
-    ]
 
 
 def work_ours(job: dict) -> dict:
@@ -176,7 +153,7 @@ def main(argv=None) -> int:
         return 0
 
     job = {"model": args.model, "threads": args.threads}
-    everyone, few = build(args.names), build(args.peer_names)
+    everyone, few = build_prompts(args.names), build_prompts(args.peer_names)
     ours, peers = [], {batch: [] for batch in (args.peer_batches if args.engine == "transformers" else [0])}
     for _ in range(args.runs):
         ours.append(measure(sys.executable, {**job, "kind": "ours", "prompts": everyone}))
@@ -197,7 +174,7 @@ def main(argv=None) -> int:
     print(f"{args.engine} at its best, scaled x{scale:g} to the same sweep: {part * scale:.1f} s")
     print(f"ratio: {part * scale / mine:.1f}x")
     for names in args.memory_names:
-        found = measure(sys.executable, {**job, "kind": "ours", "prompts": build(names)})
+        found = measure(sys.executable, {**job, "kind": "ours", "prompts": build_prompts(names)})
         print(f"ours with {names} names: {found['seconds']:.1f} s, peak {found['peak_mb']} MB")
     return 0
 

@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench.inputs import make_model
+from bench.inputs import mail_lengths, mail_rows, make_model
 from common import cli
 
 TARGETS = {"dynamic": 1.0, "padded": 3.0}
@@ -57,29 +57,6 @@ def make_parser() -> cli.Parser:
     add("--worker", choices=("ours", "dynamic", "padded"), default=None, help="one measurement (used by this script)")
     add("--folder", default=None, help="where the worker finds its model and rows")
     return parser
-
-
-def mail_lengths(n: int, median: int, sigma: float, longest: int, seed: int) -> list[int]:
-    """Tokens of n mails: a quoted part of 20 … 200 plus log-normal text, cut at `longest`."""
-    import numpy as np
-
-    rng = np.random.default_rng(seed)
-    lengths = rng.integers(20, 201, size=n) + rng.lognormal(np.log(median), sigma, size=n)
-    return [int(length) for length in lengths.clip(2, longest)]
-
-
-def make_rows(tokenizer, lengths: list[int], seed: int) -> list[dict]:
-    """A text of about each length in tokens, of words drawn from the vocabulary."""
-    import numpy as np
-
-    rng = np.random.default_rng(seed)
-    alphabetic = sorted(word for word in tokenizer.get_vocab() if word.isascii() and word.isalnum())
-    rows = []
-    for length in lengths:
-        text = " ".join(rng.choice(alphabetic, size=length - 1))
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        rows.append({"text": text if len(ids) < length else tokenizer.decode(ids[: length - 1])})
-    return rows
 
 
 class Clock:
@@ -229,7 +206,7 @@ def main(argv=None) -> int:
         else:
             make_model(whole, args.vocabulary, args.hidden_size, args.layers, positions=args.max_length, seed=args.seed)
         lengths = mail_lengths(args.rows, args.median, args.sigma, args.max_length, args.seed)
-        rows = make_rows(AutoTokenizer.from_pretrained(whole), lengths, args.seed)
+        rows = mail_rows(AutoTokenizer.from_pretrained(whole), lengths, args.seed)
         if short != whole:
             shutil.copytree(whole, short, dirs_exist_ok=True)
         for folder, part in ((whole, rows), (short, rows[: args.padded_rows])):
