@@ -376,7 +376,7 @@ def test_bad_input_lines(models, dataset, tmp_path, monkeypatch):
     for words, wanted in (
         ([*model, "-d", tmp_path / "none.jsonl"], "none.jsonl: no such file"),
         ([*model, "-d", two], "two.jsonl: 2 rows; at least 3 are needed"),
-        ([*model, "-d", half], "half.jsonl: row 2: half a surrogate pair"),
+        ([*model, "-d", half], "half.jsonl:3: half of a surrogate pair"),
         ([*model, "-d", missing], "row 3: field 'gt-email' is missing"),
         ([*model, "-d", dataset, "--num_rows", 61], "--num_rows 61: "),
         ([*model, "-d", dataset, "--num_rows", 0], "--num_rows: must be 1 or more"),
