@@ -62,8 +62,8 @@ def rounding(model, modules: list[str], dtype, change: float) -> float | None:
     if not change:
         return None
     error = total = 0.0
-    for name in modules:
-        weight = model.get_submodule(name).weight.detach().double()
+    weights = [item for name in modules for item in model.get_submodule(name).parameters(recurse=False)]
+    for weight in (item.detach().double() for item in weights if item.dim() > 1):
         error += (weight.to(dtype).double() - weight).square().sum().item()
         total += weight.square().sum().item()
     return (error / total) ** 0.5 / change

@@ -386,7 +386,7 @@ def make_plan(args) -> Plan:
             f"--suggest_max_grad_norm {args.suggest_max_grad_norm}: is the private --input; name a public file"
         )
     config = AutoConfig.from_pretrained(ref.base, revision=ref.revision) if ref else None
-    if config and args.target_modules != ["all-linear"] and args.peft_type != "full":
+    if config and args.peft_type != "full":
         problems.absorb(check_targets, args.target_modules, config)
     problems.check()
     if public:
@@ -580,6 +580,10 @@ def chosen_layers(args, model) -> dict[str, tuple[int, int]]:
     }
 
 
+STATE_SPACE = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")  # as peft's own check lists them
+NEVER = {"out_proj", "conv1d"}
+
+
 def meta_model(config):
     """The model without its weights."""
     import torch
@@ -590,12 +594,32 @@ def meta_model(config):
 
 
 def check_targets(targets: list[str], config) -> None:
-    """UserError when a name of --target_modules is no linear layer of the model."""
-    linear = linear_layers(meta_model(config))
+    """UserError when a name of --target_modules is no linear layer of the model, or one that peft refuses."""
+    model = meta_model(config)
+    linear = linear_layers(model)
+    never = {*models.READ_DIRECTLY, *(NEVER if config.model_type in STATE_SPACE else ())}
+    kinds = " ".join(sorted({name.split(".")[-1] for name in linear} - never))
+    if targets == ["all-linear"]:
+        stacked = {
+            name.split(".")[-1]
+            for name, module in model.named_modules()
+            if "expert" in name.split(".")[-1] and any(item.dim() == 3 for item in module.parameters(recurse=False))
+        }
+        if stacked:
+            raise UserError(
+                f"--target_modules all-linear: the {' and '.join(sorted(stacked))} of {config.model_type} are one "
+                f"parameter for all experts, which is not trained here; name layers: --target_modules {kinds}"
+            )
+        targets = []
+    refused = {name.split(".")[-1] for name in linear if not targets or any(_is_named(name, one) for one in targets)}
+    if refused & never:
+        raise UserError(
+            f"--target_modules: LoRA does not work on {' and '.join(sorted(refused & never))} of {config.model_type}; "
+            f"name others: --target_modules {kinds}"
+        )
     unknown = [target for target in targets if not any(_is_named(name, target) for name in linear)]
     if unknown:
-        kinds = sorted({name.split(".")[-1] for name in linear})
-        raise UserError(f"--target_modules {' '.join(unknown)}: no such linear layer; there are {', '.join(kinds)}")
+        raise UserError(f"--target_modules {' '.join(unknown)}: no such linear layer; there are {kinds}")
 
 
 def linear_layers(model) -> dict[str, tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib.util
 import os
 import re
 import sys
@@ -70,7 +71,8 @@ def natural_key(path) -> list:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]
 
 
-def _check_full(name: str, revision, flag: str) -> None:
+def _check_full(name: str, revision, flag: str, remedy: str = "give a model directory or a hub name") -> bool:
+    """True, or UserError: what keeps a full model from being loaded. remedy: what to do when it is not there."""
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -80,7 +82,7 @@ def _check_full(name: str, revision, flag: str) -> None:
         for file in sorted(path.glob("*.safetensors")):
             tensor_shapes(file, "copy it there again")
     elif looks_local(name):
-        raise UserError(f"{flag} {name}: no such directory; give a model directory or a hub name")
+        raise UserError(f"{flag} {name}: no such directory; {remedy}")
     from transformers import AutoConfig
 
     try:
@@ -94,6 +96,66 @@ def _check_full(name: str, revision, flag: str) -> None:
 
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise UserError(f"{flag} {name}: {config.model_type} is not a causal language model")
+    quantization = getattr(config, "quantization_config", None) or {}
+    method = str(quantization.get("quant_method", "") if isinstance(quantization, dict) else "")
+    package = "bitsandbytes" if "bitsandbytes" in method or "bnb" in method else None
+    if package and importlib.util.find_spec(package) is None:
+        raise UserError(f"{flag} {name}: is quantised by {package}, which is not installed; pip install {package}")
+    return True
+
+
+# What peft trains besides low-rank matrices of whole layers, and is not put on a base here.
+OTHER_THAN_LAYERS = {
+    "trainable_token_indices": "trains the embeddings of single tokens",
+    "lora_bias": "has a bias in its low-rank matrices",
+    "alora_invocation_tokens": "works only behind its invocation tokens (aLoRA)",
+    "layer_replication": "repeats layers of its base",
+}
+ENDLESS = re.compile(r"\([^()]*[+*}][^()]*\)[+*{]")  # a repeated group with a repetition in it
+
+
+def _check_kind(path: Path, config: dict) -> None:
+    """UserError for an adapter that this toolkit does not put on a base, by its own name and before anything loads."""
+    from peft import PeftType
+
+    kind = config.get("peft_type")
+    if not isinstance(kind, str) or kind not in PeftType.__members__:
+        raise UserError(f"{path}: peft_type {kind!r} is none that the installed peft knows")
+    prompts = ("PROMPT", "P_TUNING", "PREFIX", "CPT", "CARTRIDGE")
+    if any(word in kind for word in prompts):
+        raise UserError(f"{path}: {kind} puts tokens before the text and changes no weight; not supported")
+    for key, words in OTHER_THAN_LAYERS.items():
+        if config.get(key):
+            raise UserError(f"{path}: {words} ({key}); not supported: merge it with peft and give the merged model")
+    for key in ("r", "lora_alpha"):
+        if kind == "LORA" and (isinstance(config.get(key), bool) or not isinstance(config.get(key), int | float)):
+            raise UserError(f"{path}: {key} in its adapter_config.json is {config.get(key)!r}, not a number; mend it")
+    patterns = [config.get(key) for key in ("target_modules", "exclude_modules")]
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns += config.get(key) if isinstance(config.get(key), dict) else []
+    for pattern in patterns:
+        if isinstance(pattern, str) and ENDLESS.search(pattern):
+            raise UserError(f"{path}: {pattern!r} in its adapter_config.json may never end as a regular expression")
+
+
+def _check_embeddings(path: Path, base: str, revision) -> None:
+    """UserError when the adapter brings embeddings or an output head of another size than the base has."""
+    from transformers import AutoConfig
+
+    vocabulary = AutoConfig.from_pretrained(base, revision=revision).get_text_config().vocab_size
+    folder, known = Path(base).expanduser(), {}
+    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+        known |= tensor_shapes(file, "copy it there again")
+    for tensor, shape in adapter_shapes(path).items():
+        name = tensor.removeprefix("base_model.model.").replace(".modules_to_save", "").replace(".base_layer", "")
+        if ".lora_" in name or len(shape) != 2 or not name.endswith(".weight"):
+            continue
+        wanted = known.get(name) or ((vocabulary, shape[1]) if re.search(r"(embed|wte|lm_head|head)", name) else shape)
+        if wanted != shape:
+            raise UserError(
+                f"{path}: it holds {name} of {list(shape)} (resized embeddings), the base has {list(wanted)}; resize "
+                "the base as the training did, merge there with peft, and give the merged model"
+            )
 
 
 def _find_adapter(path: Path, revision, base_model, flag: str, is_opt: bool) -> ModelRef:
@@ -108,14 +170,19 @@ def _find_adapter(path: Path, revision, base_model, flag: str, is_opt: bool) -> 
         problems.add(
             f"{path}: a raw {config['init_lora_weights']} adapter fits only its own residual base; save it converted"
         )
+    problems.absorb(_check_kind, path, config)
     base = base_model or config.get("base_model_name_or_path") or _guess_base(path, is_opt)
+    if not isinstance(base, str | None):
+        problems.add(f"{path}: base_model_name_or_path in its adapter_config.json is not text; mend it")
+        problems.check()
     if not base:
         problems.add(f"{path}: its adapter_config.json names no base model; pass --base_model")
     else:
         if not os.path.isabs(base) and looks_local(base) and not os.path.exists(base) and (path / base).exists():
             base = str(path / base)
         wanted = (base_model and "--base_model") or f"{flag} {path}: base model"
-        problems.absorb(_check_full, base, revision, wanted)
+        if problems.absorb(_check_full, base, revision, wanted, "pass --base_model") and not problems.lines:
+            problems.absorb(_check_embeddings, path, base, revision)
         if base_model and not problems.lines and (record := training_record(path)):
             told, found = record.get("base_sha256"), weights_sha256(ModelRef(base, base, None, revision))
             if told and found and told != found:
@@ -206,8 +273,8 @@ def load_tokenizer(ref: ModelRef, flag: str = "--model"):
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(ref.tokenizer_source, revision=ref.revision)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{flag} {ref.name}: no usable tokenizer in {ref.tokenizer_source} ({reason})") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"{flag} {ref.name}: its tokenizer has no EOS token; set eos_token in tokenizer_config.json")
@@ -248,7 +315,15 @@ def load_base(ref: ModelRef, dtype, device: str, device_map=None, attn_implement
 def module_of(tensor: str) -> str:
     """Base module that an adapter tensor belongs to: 'base_model.model.a.b.lora_A.weight' → 'a.b'."""
     name = tensor.removeprefix("base_model.model.")
-    return name.split(".lora_")[0] if ".lora_" in name else name.rsplit(".", 1)[0]
+    name = name.split(".lora_")[0] if ".lora_" in name else name.rsplit(".", 1)[0]
+    while name.endswith(".base_layer"):  # of several wrappers around one module: peft's for experts
+        name = name.removesuffix(".base_layer")
+    return name
+
+
+READ_DIRECTLY = (
+    "dt_proj",
+)  # state-space models take this layer's weight: an adapter beside it is not seen, merged it is
 
 
 def check_fit(model, adapter) -> None:
@@ -256,6 +331,12 @@ def check_fit(model, adapter) -> None:
     modules = dict(model.named_modules())
     for tensor, shape in adapter_shapes(adapter).items():
         module = modules.get(module_of(tensor))
+        if ".lora_" in tensor and (name := module_of(tensor).rsplit(".", 1)[-1]) in READ_DIRECTLY:
+            raise UserError(
+                f"{adapter}: the model reads the weight of {name} itself, without the adapter; not supported"
+            )
+        if module is not None and any(item.dim() == 3 for item in module.parameters(recurse=False)):
+            continue  # experts in one parameter: peft compares the shapes when it loads them
         weight = getattr(module, "weight", None)
         if weight is None:
             raise UserError(f"{adapter}: does not fit this base model: it has no module for {tensor}")
@@ -282,8 +363,16 @@ def attach(model, adapter):
     from peft import PeftModel
 
     check_fit(model, adapter)
-    with without_peft_warning():
-        attached = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=True).eval()
+    try:
+        with without_peft_warning():
+            attached = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=True).eval()
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        import torch
+
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{adapter}: peft cannot put it on this base model ({reason})") from None
     named = {module_of(name) for name in adapter_shapes(adapter) if ".lora_A" in name}
     made = {module_of(name) for name, _ in attached.named_parameters() if ".lora_A" in name}
     if made - named:  # of a shallower model, say: its matrices there would stay as they were drawn
@@ -317,7 +406,10 @@ def adapted(model, adapter, merge: bool | None = None):
     with torch.no_grad():
         check_fit(model, adapter)
         originals = {name: model.get_submodule(name) for name in names}
-        saved = {name: module.weight.detach().to("cpu", copy=True) for name, module in originals.items()}
+        saved = {
+            name: {key: item.detach().to("cpu", copy=True) for key, item in module.named_parameters(recurse=False)}
+            for name, module in originals.items()
+        }
         try:
             peft_model = attach(model, adapter)
             if merge:
@@ -330,20 +422,78 @@ def adapted(model, adapter, merge: bool | None = None):
             for name, module in originals.items():
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, module)
-                module.weight.copy_(saved[name])
+                for key, item in module.named_parameters(recurse=False):
+                    item.copy_(saved[name][key])
             if hasattr(model, "peft_config"):
                 del model.peft_config
             model._hf_peft_config_loaded = False
 
 
 def relative_change(model, before: dict) -> float:
-    """‖W' − W‖ / ‖W‖ over the matrices in `before` (module name → weight before the merge)."""
+    """‖W' − W‖ / ‖W‖ over the matrices in `before` (module name → its parameters before the merge)."""
     change = total = 0.0
-    for name, weight in before.items():
-        weight = weight.double()
-        change += (model.get_submodule(name).weight.detach().to("cpu").double() - weight).square().sum().item()
-        total += weight.square().sum().item()
+    for name, parameters in before.items():
+        for key, weight in parameters.items():
+            if weight.dim() < 2:
+                continue
+            weight, now = weight.double(), getattr(model.get_submodule(name), key).detach().to("cpu").double()
+            change += (now - weight).square().sum().item()
+            total += weight.square().sum().item()
     return (change / total) ** 0.5
+
+
+def _rope(config) -> list[dict]:
+    """The rotary parameters of a configuration: one dict, or one for each type of layer."""
+    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return [one for one in ([found] if "rope_type" in found else found.values()) if isinstance(one, dict)]
+
+
+def rope_limit(config) -> int | None:
+    """Tokens beyond which a longrope model changes the rotary embedding of the whole sequence (Ding et al. 2024,
+    arXiv:2402.13753); None for other models. Two sequences on either side of it cannot share a padded batch."""
+    config = config.get_text_config()
+    for one in _rope(config):
+        if one["rope_type"] == "longrope":
+            limit = one.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
+            )
+            return limit or config.max_position_embeddings
+    return None
+
+
+def check_rope(config, longest: int) -> None:
+    """UserError when a sequence is so long that the model's rotary frequencies depend on what it read before
+    (rope_type "dynamic": they grow with the longest sequence yet, and stay)."""
+    config = config.get_text_config()
+    for one in _rope(config):
+        limit = one.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", longest)
+        if one["rope_type"] == "dynamic" and longest > limit:
+            raise UserError(
+                f"{config.name_or_path or config.model_type}: its dynamic rotary embedding makes what it says of "
+                f"a text of {longest} tokens depend on the texts before; give it at most {limit} tokens"
+            )
+
+
+def attention_window(config) -> int | None:
+    """Tokens that the narrowest layer attends to (sliding window, local attention, chunk); None where all are seen."""
+    config = config.get_text_config()
+    if getattr(config, "use_sliding_window", True) is False:
+        return None
+    names = ("sliding_window", "attention_window_size", "attention_chunk_size")
+    names += ("window_size",) if config.model_type == "gpt_neo" else ()
+    found = [getattr(config, name, None) for name in names]
+    return min((one for one in found if isinstance(one, int)), default=None)
+
+
+def beyond_plain_attention(config, longest: int) -> str | None:
+    """Why a sequence of `longest` tokens needs more than causal attention over all of it; None where it does not."""
+    check_rope(config, longest)
+    window, limit = attention_window(config), rope_limit(config)
+    if window is not None and longest > window:
+        return f"a window of {window} tokens"
+    if limit is not None and longest > limit:
+        return f"another rotary embedding beyond {limit} tokens"
+    return None
 
 
 def check_tokens(model, sequences) -> None:

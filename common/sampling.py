@@ -1,10 +1,13 @@
-"""The shared-prefix sweep sampler: many prompts × many temperatures, answers independent of how they are batched.
+"""The sweep sampler: many prompts × many temperatures, answers independent of how they are batched.
 
-Tokens that all prompts of a group begin with are encoded once and attended to as one shared block; each prompt's own
-tokens are encoded once; all temperatures decode together from there, and branches (prompt × temperature) whose tokens
-still coincide are one row of the batch. Sampling is top-k, then Gumbel-max with noise that is a hash of
-(seed, row, template, step, token id): the same whatever the batch, the rank or the other prompts are, and common to all
-temperatures, so curves over temperature are paired (Gumbel 1954; Maddison, Tarlow & Minka 2014, arXiv:1411.0030).
+`SharedPrefix`: tokens that all prompts begin with are encoded once and attended to as one shared block. `OwnCache`:
+where that attention is not the model's (sliding windows, sinks, latent attention, state spaces, …), prompts of equal
+length over transformers' own cache. Before the first answer an engine has to give the logits of `generate` on the
+longest and the shortest prompt. Each prompt is encoded once; all temperatures decode together from there, and branches
+(prompt × temperature) whose tokens still coincide are one row of the batch. Sampling is top-k, then Gumbel-max with
+noise that is a hash of (seed, row, template, step, token id): the same whatever the batch, the rank or the other
+prompts are, and common to all temperatures, so curves over temperature are paired (Gumbel 1954; Maddison, Tarlow and
+Minka 2014, arXiv:1411.0030).
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from common import models
 from common.cli import UserError
 from common.models import check_tokens
 
@@ -196,29 +200,199 @@ def _encode_prefix(model, tokens: list[int], device) -> list | None:
     return cache.as_prefix()
 
 
-def _check_probe(model, tokens: list[int], device, vocabulary: int) -> None:
-    """The shared-prefix path must give the model's own logits; refuses an architecture on which it does not."""
+class SharedPrefix:
+    """Prompts of any length in one batch: [shared prefix | padding | own tokens], with the attention of this module."""
+
+    def __init__(self, model, prompts: list[list[int]]):
+        self.model, self.device = model, model.get_input_embeddings().weight.device
+        self.shared = common_prefix(prompts)
+        self.prefix = _encode_prefix(model, prompts[0][: self.shared], self.device)
+
+    def bytes_per_position(self) -> int:
+        """Of one row's keys and values."""
+        import torch
+
+        if self.prefix is not None:
+            return sum(buffer[:, 0].numel() * buffer.element_size() for pair in self.prefix for buffer in pair)
+        probe, ids = SharedPrefixCache(1, 1), torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        ones = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
+        _forward(self.model, probe, ids, torch.zeros_like(ids), ones, 1)
+        return probe.bytes_per_position()
+
+    def chunk(self, lengths: list[int], rows: int) -> int:
+        """How many of the prompts with these lengths (ascending), at most `rows`, make the next batch."""
+        return min(rows, len(lengths))
+
+    def begin(self, prompts: list[list[int]], targets: list[list[int]] | None, branches: int, max_tokens: int):
+        """Logits [rows, 1 + longest target, V]: after each prompt, and after each token of its target."""
+        import torch
+
+        own = [prompt[self.shared :] for prompt in prompts]
+        rows, width = len(own), max(map(len, own))
+        truth = max(map(len, targets)) if targets else 0
+        self.cache = SharedPrefixCache(rows * branches, width + max(truth, max_tokens), self.prefix)
+        # one pass over [padding | own tokens | target], own tokens aligned on the right, the target after them
+        ids = torch.zeros(rows, width + truth, dtype=torch.long)
+        padding = torch.zeros(rows, dtype=torch.long)
+        for i, tokens in enumerate(own):
+            padding[i] = width - len(tokens)
+            ids[i, padding[i] : width] = torch.tensor(tokens)
+            if truth and targets[i]:
+                ids[i, width : width + len(targets[i])] = torch.tensor(targets[i])
+        ids, padding = ids.to(self.device), padding.to(self.device)
+        column = torch.arange(width + truth, device=self.device)
+        positions = (self.shared + column[None] - padding[:, None]).clamp(min=0)
+        causal = column[None, :] <= column[:, None]
+        visible = (column[None, None, :] >= padding[:, None, None]) | torch.eye(
+            len(column), dtype=torch.bool, device=self.device
+        )
+        logits = _forward(self.model, self.cache, ids, positions, (causal[None] & visible)[:, None], truth + 1)
+        self.cache.length = width  # the target was only scored: nothing of it is kept
+        self.padding = padding  # of each node of the batch
+        return logits
+
+    def step(self, parent: torch.Tensor, token: torch.Tensor):
+        """Append token[i] to a copy of node parent[i] (ascending): (logits [n, V], place of child i among them [n])."""
+        import torch
+
+        # the first child of a node stays in its place where it can, the others fill the free places: few copies
+        n = len(parent)
+        first = torch.ones(n, dtype=torch.bool, device=self.device)
+        first[1:] = parent[1:] != parent[:-1]
+        stays = first & (parent < n)
+        free = torch.ones(n, dtype=torch.bool, device=self.device)
+        free[parent[stays]] = False
+        place = torch.empty(n, dtype=torch.long, device=self.device)
+        place[stays] = parent[stays]
+        place[~stays] = free.nonzero().flatten()
+        self.cache.move(parent[~stays], place[~stays])
+        ids, padding = torch.empty_like(place), torch.empty_like(place)
+        ids[place], padding[place] = token, self.padding[parent]
+        self.padding = padding
+        seen = torch.arange(self.cache.length + 1, device=self.device)[None] >= padding[:, None]
+        positions = (self.shared + self.cache.length - padding)[:, None]
+        return _forward(self.model, self.cache, ids[:, None], positions, seen[:, None, None], 1)[:, 0], place
+
+
+class OwnCache:
+    """Prompts of equal length in one batch, without padding, over the cache that the model makes for itself."""
+
+    def __init__(self, model, prompts: list[list[int]]):
+        self.model, self.device = model, model.get_input_embeddings().weight.device
+
+    def bytes_per_position(self) -> int:
+        """Of one row's keys and values, at most (grouped heads have fewer)."""
+        config = self.model.config.get_text_config()
+        return 2 * config.num_hidden_layers * config.hidden_size * self.model.dtype.itemsize
+
+    def chunk(self, lengths: list[int], rows: int) -> int:
+        return min(rows, lengths.count(lengths[0]))
+
+    def begin(self, prompts: list[list[int]], targets: list[list[int]] | None, branches: int, max_tokens: int):
+        import torch
+
+        self.cache = {}
+        last = self._next(torch.tensor(prompts, device=self.device))
+        truth = max(map(len, targets)) if targets else 0
+        logits = last[:, None].repeat(1, truth + 1, 1)
+        for row, target in enumerate(targets or []):
+            if target:
+                ids = torch.tensor([[*prompts[row], *target]], device=self.device)
+                found = self.model(input_ids=ids, use_cache=False).logits[0, len(prompts[row]) - 1 :].float()
+                logits[row, 1 : len(target) + 1] = found[1:]
+        return logits
+
+    def _next(self, ids):
+        """Logits [rows, V] behind `ids`, which are appended to what the cache holds. Nothing is padded: no mask."""
+        out = self.model(input_ids=ids, use_cache=True, **self.cache)
+        names = [name for name in ("past_key_values", "cache_params") if getattr(out, name, None) is not None]
+        self.cache = {name: out[name] for name in names}
+        return out.logits[:, -1].float()
+
+    def step(self, parent: torch.Tensor, token: torch.Tensor):
+        import torch
+
+        for cache in self.cache.values():
+            cache.reorder_cache(parent)
+        return self._next(token[:, None]), torch.arange(len(parent), device=self.device)
+
+
+PROBE_STEPS = 3
+KEEPS_STATE = ("recurrent_gemma",)  # in its modules instead of a cache: one batch would read another's
+
+
+def _generated(model, prompt: list[int]) -> tuple[list[int], torch.Tensor]:
+    """(greedy tokens of `generate` on one prompt, the raw logits [steps, V] it took them from)."""
+    import torch
+    from transformers import GenerationConfig
+
+    ids = torch.tensor([prompt], device=model.get_input_embeddings().weight.device)
+    config = GenerationConfig(max_new_tokens=PROBE_STEPS, do_sample=False, pad_token_id=0, use_cache=True)
+    found = model.generate(
+        ids, attention_mask=torch.ones_like(ids), generation_config=config, output_logits=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    return found.sequences[0, len(prompt) :].tolist(), torch.stack([one[0].float() for one in found.logits])
+
+
+def _error(engine, prompts: list[list[int]], wanted: list[tuple[list[int], torch.Tensor]]) -> float:
+    """Largest distance of an engine's logits from `generate`'s, in standard deviations of the latter."""
     import torch
 
-    tokens = tokens[:48]
-    if len(tokens) < 4:
-        return
-    ids = torch.tensor([tokens], device=device)
-    plain = model(input_ids=ids, use_cache=False).logits[0, -1].float()
-    with _shared_attention(model):
-        half = len(tokens) // 2
-        cache = SharedPrefixCache(1, len(tokens), _encode_prefix(model, tokens[:half], device))
-        own = len(tokens) - half
-        mask = torch.ones(own, own, dtype=torch.bool, device=device).tril()[None, None]
-        positions = torch.arange(half, len(tokens), device=device)[None]
-        ours = _forward(model, cache, ids[:, half:], positions, mask, 1)[0, -1]
+    logits = engine.begin(prompts, None, 1, PROBE_STEPS)[:, 0]
+    node, worst = list(range(len(prompts))), 0.0
+    for step in range(PROBE_STEPS):
+        on = [row for row, (tokens, _) in enumerate(wanted) if step < len(tokens)]
+        for row in on:
+            theirs = wanted[row][1][step].to(logits.device)
+            gap = (logits[node[row]] - theirs).abs().max().item() / max(theirs.std().item(), 1e-6)
+            worst = max(worst, gap) if gap == gap else float("inf")
+        on = [row for row in on if step + 1 < len(wanted[row][0])]
+        if not on:
+            break
+        order = sorted(on, key=lambda row: node[row])
+        parent = torch.tensor([node[row] for row in order], device=logits.device)
+        token = torch.tensor([wanted[row][0][step] for row in order], device=logits.device)
+        logits, place = engine.step(parent, token)
+        for row, where in zip(order, place.tolist()):
+            node[row] = where
+    return worst
+
+
+def _choose_engine(model, prompts: list[list[int]], longest: int, stack: contextlib.ExitStack):
+    """The engine that gives `generate`'s logits on the longest and the shortest prompt; UserError when none does.
+
+    `longest`: tokens of the longest prompt with its answer. `stack` undoes what the engine changed in the model.
+    """
+    import torch
+
+    if model.config.model_type in KEEPS_STATE:
+        raise UserError(f"{type(model).__name__}: keeps its state to itself; the sampler does not run on it")
     tolerance = 2e-3 if next(model.parameters()).dtype == torch.float32 else 0.1
-    error = (ours - plain).abs().max().item() / max(plain.std().item(), 1e-6)
+    extremes = [min(prompts, key=len), max(prompts, key=len)]
+    extremes = [prompts[0]] if len(prompts) == 1 else extremes
+    wanted = [_generated(model, prompt) for prompt in extremes]
+    why = models.beyond_plain_attention(model.config, longest)
+    if why is None:
+        try:
+            with contextlib.ExitStack() as switched:
+                switched.enter_context(_shared_attention(model))
+                error = _error(SharedPrefix(model, extremes), extremes, wanted)
+                if error < tolerance:
+                    stack.push(switched.pop_all())
+                    return SharedPrefix(model, prompts)
+        except torch.OutOfMemoryError:
+            raise
+        except (UserError, NotImplementedError, AttributeError, RuntimeError, TypeError, ValueError):
+            pass  # an attention of another kind: its shapes, names or cache are not those of the shared one
+    engine = OwnCache(model, prompts)
+    error = max(_error(engine, [prompt], [one]) for prompt, one in zip(extremes, wanted))
     if not error < tolerance:
         raise UserError(
-            f"{type(model).__name__}: the sweep sampler does not reproduce its logits (off by {error:.2g} standard "
-            "deviations); this architecture is not supported"
+            f"{type(model).__name__}: the sampler does not reproduce the logits of `generate` (off by {error:.2g} "
+            "standard deviations); this architecture is not supported"
         )
+    return engine
 
 
 def memory_budget(device: str) -> int:
@@ -256,93 +430,51 @@ def sweep(
     import torch
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    device = base.get_input_embeddings().weight.device
     if not prompts:
         return []
     check_tokens(base, prompts)
     answers: list[Answers | None] = [None] * len(prompts)
-    with torch.inference_mode():
-        _check_probe(base, prompts[0], device, len(stop))
-        with _shared_attention(base):
-            shared = common_prefix(prompts)
-            prefix = _encode_prefix(base, prompts[0][:shared], device)
-            own = [prompt[shared:] for prompt in prompts]
-            order = sorted(range(len(prompts)), key=lambda i: (len(own[i]), i))
-            size = batch_size
-            start = 0
-            while start < len(order):
-                if not size:
-                    size = _rows_by_memory(base, prefix, own, targets, len(temperatures), max_tokens, device)
-                chunk = order[start : start + size]
-                found = _decode_chunk(
-                    base,
-                    prefix,
-                    shared,
-                    [own[i] for i in chunk],
-                    [keys[i] for i in chunk],
-                    [targets[i] for i in chunk] if targets else None,
-                    temperatures,
-                    top_k,
-                    max_tokens,
-                    seed,
-                    stop.to(device),
-                    device,
-                )
-                for i, answer in zip(chunk, found):
-                    answers[i] = answer
-                start += len(chunk)
-                if progress:
-                    progress(len(chunk))
+    tail = max(max_tokens, max(map(len, targets)) if targets else 0)
+    with torch.inference_mode(), contextlib.ExitStack() as stack:
+        engine = _choose_engine(base, prompts, max(map(len, prompts)) + tail, stack)
+        stop = stop.to(engine.device)
+        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+        size = batch_size or _rows_by_memory(engine, prompts, targets, len(temperatures), max_tokens)
+        while order:
+            chunk = order[: engine.chunk([len(prompts[i]) for i in order], size)]
+            found = _decode_chunk(
+                engine,
+                [prompts[i] for i in chunk],
+                [keys[i] for i in chunk],
+                [targets[i] for i in chunk] if targets else None,
+                temperatures,
+                top_k,
+                max_tokens,
+                seed,
+                stop,
+            )
+            for i, answer in zip(chunk, found):
+                answers[i] = answer
+            order = order[len(chunk) :]
+            if progress:
+                progress(len(chunk))
     return answers
 
 
-def _rows_by_memory(model, prefix, own, targets, n_temperatures, max_tokens, device) -> int:
-    probe = SharedPrefixCache(1, 1)
-    if prefix is None:
-        import torch
-
-        ids = torch.tensor([own[0][:1]], device=device)
-        ones = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
-        _forward(model, probe, ids, torch.zeros_like(ids), ones, 1)
-        position = probe.bytes_per_position()
-    else:
-        position = sum(buffer[:, 0].numel() * buffer.element_size() for pair in prefix for buffer in pair)
-    longest = max(map(len, own))
+def _rows_by_memory(engine, prompts, targets, n_temperatures: int, max_tokens: int) -> int:
+    longest = max(map(len, prompts)) - getattr(engine, "shared", 0)
     target = max(map(len, targets)) if targets else 0
-    cache = n_temperatures * position * (longest + max(target, max_tokens))
-    vocabulary = model.config.get_text_config().vocab_size
+    cache = n_temperatures * engine.bytes_per_position() * (longest + max(target, max_tokens))
+    vocabulary = engine.model.config.get_text_config().vocab_size
     logits = 4 * vocabulary * 2 * max(target + 1, n_temperatures)
-    return max(1, min(MAX_ROWS, memory_budget(str(device)) // (cache + logits)))
+    return max(1, min(MAX_ROWS, memory_budget(str(engine.device)) // (cache + logits)))
 
 
-def _decode_chunk(
-    model, prefix, shared, own, keys, targets, temperatures, top_k, max_tokens, seed, stop, device
-) -> list[Answers]:
+def _decode_chunk(engine, prompts, keys, targets, temperatures, top_k, max_tokens, seed, stop) -> list[Answers]:
     import torch
 
-    rows, n_temperatures = len(own), len(temperatures)
-    width = max(map(len, own))
-    truth = max(map(len, targets)) if targets else 0
-    cache = SharedPrefixCache(rows * n_temperatures, width + max(truth, max_tokens), prefix)
-
-    # one pass over [padding | own tokens | target], own tokens aligned on the right, the target after them
-    ids = torch.zeros(rows, width + truth, dtype=torch.long)
-    padding = torch.zeros(rows, dtype=torch.long)
-    for i, tokens in enumerate(own):
-        padding[i] = width - len(tokens)
-        ids[i, padding[i] : width] = torch.tensor(tokens)
-        if truth and targets[i]:
-            ids[i, width : width + len(targets[i])] = torch.tensor(targets[i])
-    ids, padding = ids.to(device), padding.to(device)
-    column = torch.arange(width + truth, device=device)
-    positions = (shared + column[None] - padding[:, None]).clamp(min=0)
-    causal = column[None, :] <= column[:, None]
-    visible = (column[None, None, :] >= padding[:, None, None]) | torch.eye(
-        len(column), dtype=torch.bool, device=device
-    )
-    logits = _forward(model, cache, ids, positions, (causal[None] & visible)[:, None], truth + 1)
-    cache.length = width  # the target was only scored: nothing of it is kept
-
+    device, rows, n_temperatures = engine.device, len(prompts), len(temperatures)
+    logits = engine.begin(prompts, targets, n_temperatures, max_tokens)
     scored = _score_targets(logits, targets, temperatures, top_k, max_tokens)
     logits = logits[:, 0].clone()
 
@@ -371,25 +503,11 @@ def _decode_chunk(
         children, child_of_branch = torch.unique(branch_node[alive] * vocabulary + token[alive], return_inverse=True)
         parent, token = children // vocabulary, children % vocabulary
 
-        # the first child of a node stays in its place where it can, the others fill the free places: few copies
-        n = len(children)
-        first = torch.ones(n, dtype=torch.bool, device=device)
-        first[1:] = parent[1:] != parent[:-1]
-        stays = first & (parent < n)
-        free = torch.ones(n, dtype=torch.bool, device=device)
-        free[parent[stays]] = False
-        place = torch.empty(n, dtype=torch.long, device=device)
-        place[stays] = parent[stays]
-        place[~stays] = free.nonzero().flatten()
-        cache.move(parent[~stays], place[~stays])
+        logits, place = engine.step(parent, token)
         branch_node = place[child_of_branch]
-        moved_row, ids = torch.empty_like(place), torch.empty_like(place)
-        moved_row[place], ids[place] = node_row[parent], token
-        node_row = moved_row
-
-        seen = torch.arange(cache.length + 1, device=device)[None] >= padding[node_row, None]
-        positions = (shared + cache.length - padding[node_row])[:, None]
-        logits = _forward(model, cache, ids[:, None], positions, seen[:, None, None], 1)[:, 0]
+        moved = torch.empty_like(place)
+        moved[place] = node_row[parent]
+        node_row = moved
 
     answers = []
     for i, row in enumerate(output.tolist()):

@@ -8,7 +8,7 @@ a chunk of positions at a time, so fp32 logits never exist for batch × length �
 from collections.abc import Callable, Sequence
 
 from common.distributed import World
-from common.models import check_tokens, context_length
+from common.models import check_rope, check_tokens, context_length, rope_limit
 
 LOGIT_VALUES = 1 << 23  # fp32 logits that exist at once (32 MiB: the fastest of 8 … 128 MiB on a CPU), …
 SMALLEST_CHUNK = 128  # … unless so many positions have more: fewer would leave the head waiting for its weights
@@ -38,14 +38,17 @@ def windows(n: int, context: int, stride: int) -> list[tuple[int, int, int]]:
     return made
 
 
-def plan_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+def plan_batches(lengths: Sequence[int], token_budget: int, limit: int | None = None) -> list[list[int]]:
     """Indices of items in batches of similar length, longest first: count × longest ≤ token_budget, or a single item.
+
+    limit: items longer than this share no batch with others (`models.rope_limit`).
 
     Depends on nothing but its arguments, so that every rank makes the same plan and takes its share of it.
     """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= token_budget:
+        apart = batches and limit and lengths[batches[-1][0]] > limit >= lengths[index]
+        if batches and not apart and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= token_budget:
             batches[-1].append(index)
         else:
             batches.append([index])
@@ -128,27 +131,31 @@ def score(
         if head is None:
             world.say("scoring: logits are altered after the output head; whole logits in small batches, slower")
             token_budget = min(token_budget, chunk)
-        # the last token of a window is a target only: it needs no position
-        batches = plan_batches([end - begin - 1 for _, begin, end, _ in items], token_budget)
+        # the last token of a window is a target only: it needs no position …
+        limit = rope_limit(model.config)
+        check_rope(model.config, max(end - begin for _, begin, end, _ in items))
+        lengths = [end - begin - (limit is None) for _, begin, end, _ in items]  # … but for a model that counts it
+        batches = plan_batches(lengths, token_budget, limit)
         for batch in world.shard(batches):
             chosen = [items[item] for item in batch]
             cut = [(sequences[index][begin:end], first - begin) for index, begin, end, first in chosen]
-            values = _score_batch(trunk, head, chunk, cut, statistics, model.device)
+            values = _score_batch(trunk, head, chunk, cut, statistics, model.device, drop_last=limit is None)
             part += [(index, first, value) for (index, _, _, first), value in zip(chosen, values)]
             if progress:
                 progress(sum(map(len, values)))
     return part
 
 
-def _score_batch(trunk, head, chunk: int, cut: list[tuple], statistics, device) -> list:
+def _score_batch(trunk, head, chunk: int, cut: list[tuple], statistics, device, drop_last: bool = True) -> list:
     """Statistics [tokens − first, …] of each (tokens, first scored) in `cut`, from one forward pass."""
     import torch
 
-    ids = torch.zeros(len(cut), max(len(tokens) for tokens, _ in cut) - 1, dtype=torch.long)  # 0: any id will do
+    width = max(len(tokens) for tokens, _ in cut) - drop_last
+    ids = torch.zeros(len(cut), width, dtype=torch.long)  # 0: any id will do
     rows, columns, targets = [], [], []
     for row, (tokens, first) in enumerate(cut):
         tokens = torch.as_tensor(tokens)
-        ids[row, : len(tokens) - 1] = tokens[:-1]
+        ids[row, : len(tokens) - drop_last] = tokens[: len(tokens) - drop_last]
         targets.append(tokens[first:])
         rows.append(torch.full((len(tokens) - first,), row))
         columns.append(torch.arange(first - 1, len(tokens) - 1))

@@ -160,7 +160,7 @@ def score_texts(study: Study, args, evidence: Evidence, reference: Evidence | No
 
     def base(index, tokenwise: bool = True):
         if reference is None:
-            raise scores.Undefined("no reference model")
+            raise scores.Undefined("no reference model; give --ref_model")
         if tokenwise and reference.encoded.tokens[index] != evidence.encoded.tokens[index]:
             raise scores.Undefined("the reference model has other tokens")
         short = len(reference.encoded.tokens[index]) < 2

@@ -192,7 +192,7 @@ def test_base_auc_is_that_of_the_base_itself(models, adapters, sets, tmp_path):
         if line["attack"] in ("ref", "ez", "wbc"):
             assert line["base"]["auc"] is None and line["base"]["undefined"] == "compares with the base"
             assert alone[line["attack"]]["auc"] is None
-            assert alone[line["attack"]]["dropped"] == {"no reference model": 24}
+            assert alone[line["attack"]]["dropped"] == {"no reference model; give --ref_model": 24}
         else:
             assert line["base"]["auc"] == alone[line["attack"]]["auc"]
 
@@ -761,7 +761,7 @@ def test_bad_input_is_reported_at_once(models, adapters, sets, tmp_path, monkeyp
          ["no.jsonl: no such file", "neither.jsonl: no such file"]),
         (["--model", model, "--members", whole], ["only files with gt-name are split"]),
         (["--model", model, "--members", whole, "--nonmembers", one], ["1 non-members: at least 2"]),
-        (["--model", model, "--members", surrogate, "--nonmembers", whole], ["surrogate.jsonl:1: half of a surrogate pair"]),
+        (["--model", model, "--members", surrogate, "--nonmembers", whole], ["surrogate.jsonl:1: half of a surrogate"]),
         (["--model", model, *both, "--text_field", "body"], ["no row has the field 'body'"] * 2),
         (["--model", model, *both, "--attacks", "los", "min_k_15"], ["--attacks los", "--attacks min_k_15"]),
         (["--model", model, *both, "--attacks", "dc_pdd"], ["needs --freq_corpus"]),

@@ -1,0 +1,106 @@
+"""Tiny random models of many decoder families, each with what is particular to it (a window, ALiBi, experts, …)."""
+
+from pathlib import Path
+
+from conftest import make_tokenizer
+
+WINDOW = 24
+SMALL = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 512}
+GROUPED = {**SMALL, "num_key_value_heads": 2, "intermediate_size": 64}
+OLD = {
+    "n_embd": 32,
+    "n_layer": 4,
+    "n_head": 4,
+    "n_positions": 512,
+    "resid_pdrop": 0,
+    "embd_pdrop": 0,
+    "attn_pdrop": 0,
+}  # GPT-2's names
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 48, "factor": 8.0,
+        "short_factor": [1.0] * 4, "long_factor": [3.0] * 4}  # fmt: skip
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+SLIDING = ["sliding_attention", "full_attention"] * 2
+
+# name → (model type of transformers, its configuration)
+FAMILIES: dict[str, tuple[str, dict]] = {
+    "gpt2": ("gpt2", OLD),
+    "gpt-neo (local attention)": ("gpt_neo", {"hidden_size": 32, "num_layers": 4, "num_heads": 4, "window_size": WINDOW,
+                                  "attention_types": [[["global", "local"], 2]], "max_position_embeddings": 512}),
+    "gpt-j": ("gptj", {**OLD, "rotary_dim": 4}),
+    "gpt-neox": ("gpt_neox", {**SMALL, "intermediate_size": 64, "rotary_pct": 0.5}),
+    "opt": ("opt", {**SMALL, "ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.0}),
+    "bloom (ALiBi)": ("bloom", {"hidden_size": 32, "n_layer": 4, "n_head": 4}),
+    "falcon": ("falcon", {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}),
+    "falcon (ALiBi)": ("falcon", {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "alibi": True}),
+    "mpt (ALiBi)": ("mpt", {"d_model": 32, "n_layers": 4, "n_heads": 4, "max_seq_len": 512}),
+    "llama": ("llama", GROUPED),
+    "llama (dynamic rope)": ("llama", {**GROUPED, "max_position_embeddings": 64, "rope_parameters": DYNAMIC}),
+    "llama (yarn)": ("llama", {**GROUPED, "rope_parameters": YARN}),
+    "mistral (window)": ("mistral", {**GROUPED, "sliding_window": WINDOW}),
+    "mixtral": ("mixtral", {**GROUPED, **EXPERTS}),
+    "qwen2": ("qwen2", GROUPED),
+    "qwen2 (window)": ("qwen2", {**GROUPED, "use_sliding_window": True, "sliding_window": WINDOW,
+                                 "max_window_layers": 2}),
+    "qwen3": ("qwen3", {**GROUPED, "head_dim": 8}),
+    "qwen3-moe": ("qwen3_moe", {**GROUPED, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
+                                "moe_intermediate_size": 16}),
+    "qwen3-next (hybrid)": ("qwen3_next", {**GROUPED, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"] * 2}),
+    "gemma": ("gemma", {**GROUPED, "head_dim": 8}),
+    "gemma2 (window, softcap)": ("gemma2", {**GROUPED, "head_dim": 8, "sliding_window": WINDOW, "layer_types": SLIDING,
+                                 "query_pre_attn_scalar": 8}),
+    "gemma3 (window)": ("gemma3_text", {**GROUPED, "head_dim": 8, "sliding_window": WINDOW, "layer_types": SLIDING,
+                        "query_pre_attn_scalar": 8}),
+    "gpt-oss (sinks)": ("gpt_oss", {**GROUPED, **EXPERTS, "head_dim": 8, "sliding_window": WINDOW,
+                                    "layer_types": SLIDING}),
+    "phi": ("phi", {**GROUPED, "num_key_value_heads": 4}),
+    "phi3 (longrope)": ("phi3", {**GROUPED, "rope_parameters": LONG, "original_max_position_embeddings": 48,
+                                 "pad_token_id": 0}),
+    "olmo2": ("olmo2", GROUPED),
+    "olmoe": ("olmoe", {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2}),
+    "granite": ("granite", {**GROUPED, "logits_scaling": 2.0, "attention_multiplier": 0.3}),
+    "cohere": ("cohere", GROUPED),
+    "cohere2 (window)": ("cohere2", {**GROUPED, "sliding_window": WINDOW, "layer_types": SLIDING}),
+    "stablelm": ("stablelm", {**GROUPED, "partial_rotary_factor": 0.5}),
+    "starcoder2 (window)": ("starcoder2", {**GROUPED, "sliding_window": WINDOW}),
+    "smollm3": ("smollm3", {**GROUPED, "pad_token_id": 0, "no_rope_layers": [1, 0, 1, 0]}),
+    "llama4 (chunks)": ("llama4_text", {**GROUPED, "head_dim": 8, "num_local_experts": 2,
+                        "attention_chunk_size": WINDOW, "intermediate_size_mlp": 64, "pad_token_id": 0}),
+    "deepseek-v3 (latent attention)": ("deepseek_v3", {**GROUPED, "num_key_value_heads": 4, "q_lora_rank": 16,
+        "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "n_routed_experts": 4,
+        "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16,
+        "first_k_dense_replace": 1}),
+    "mamba": ("mamba", {"hidden_size": 32, "num_hidden_layers": 4, "state_size": 8}),
+    "mamba2": ("mamba2", {"hidden_size": 32, "num_hidden_layers": 4, "state_size": 8, "num_heads": 8, "head_dim": 8,
+               "n_groups": 1, "chunk_size": 16}),
+    "recurrent-gemma": ("recurrent_gemma", {**SMALL, "intermediate_size": 64, "attention_window_size": WINDOW,
+                        "lru_width": 32, "num_key_value_heads": 1, "head_dim": 8}),
+    "falcon-h1 (hybrid)": ("falcon_h1", {**GROUPED, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8,
+                           "mamba_d_state": 8, "mamba_chunk_size": 16}),
+    "jamba (hybrid)": ("jamba", {**GROUPED, "num_experts": 2, "use_mamba_kernels": False, "mamba_d_state": 8,
+                       "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "pad_token_id": 0}),
+}  # fmt: skip
+
+
+def make_family(folder: Path, name: str, seed: int = 0) -> Path:
+    """A random model of a family with its tokenizer in `folder`; weights scaled up so that predictions are peaked."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = make_tokenizer(folder)
+    kind, sizes = FAMILIES[name]
+    given = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 0, **sizes}
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **given)).float()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.dim() >= 2 and "embed" not in key and "wte" not in key and "conv" not in key:
+                parameter.mul_(4)
+        head = model.get_output_embeddings()
+        head.weight.normal_(std=0.3)
+    model.save_pretrained(folder)
+    return folder
