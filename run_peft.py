@@ -393,6 +393,13 @@ def make_plan(args) -> Plan:
         rows, chosen = public, (list(range(len(public)))[:PUBLIC_ROWS], [])
 
     max_length = min(args.max_length, models.context_length(SimpleNamespace(config=config)))
+    limit = models.rope_limit(config)
+    if limit and max_length > limit:
+        raise UserError(
+            f"--max_length {max_length}: {config.model_type} changes its rotary embedding beyond {limit} tokens, for "
+            f"shorter rows of the same batch too; give --max_length {limit}"
+        )
+    models.check_rope(config, max_length)
     train = encode([rows[index] for index in chosen[0]], tokenizer, max_length, args.loss_on)
     held = encode([rows[index] for index in chosen[1]], tokenizer, max_length, args.loss_on)
     if not sum(row.labels for row in train):
@@ -497,6 +504,8 @@ def describe(args, plan: Plan) -> list[str]:
             )
     if args.packing:
         lines.insert(3, f"packing      {len(plan.train)} rows in {len(plan.sequences)} sequences")
+    if special := models.special_tokens_in(plan.tokenizer, plan.texts):
+        lines.insert(3, f"             {models.special_tokens_note(special)}")
     empty = sum(row.labels == 0 for row in plan.train)
     if empty:
         lines.insert(
@@ -741,6 +750,8 @@ class Training:
                     f"--dp: the plan counted {plan.n_trainable} trainable parameters, the model has others"
                 )
             self.check_examples()
+        if args.packing:
+            self.check_packing()
         # step: steps done; updates: steps that could change a weight; window: loss and labels since the last log line
         self.count = {"step": 0, "updates": 0, "tokens": 0, "window_loss": 0.0, "window_weight": 0, "eval_losses": []}
 
@@ -761,11 +772,11 @@ class Training:
 
     # -- one micro-batch
 
-    def batch(self, rows: list[Row], sequences: list[list[int]]) -> dict:
+    def batch(self, rows: list[Row], sequences: list[list[int]], packed: bool | None = None) -> dict:
         made = collate(
             [[rows[index] for index in sequence] for sequence in sequences],
             self.plan.tokenizer.pad_token_id,
-            packed=self.args.packing,
+            packed=self.args.packing if packed is None else packed,
             additive=self.additive,
         )
         return {name: tensor.to(self.world.device, non_blocking=True) for name, tensor in made.items()}
@@ -1114,6 +1125,29 @@ class Training:
                 examples.named[name].copy_(before)
         examples.begin(0)
         self.model.train()
+
+    def check_packing(self) -> None:
+        """UserError unless two rows of random tokens in one sequence lose what each loses alone: a model that has its
+        own idea of what a position sees (windows, ALiBi, a state) does not keep them apart."""
+        import torch
+
+        generator, length = torch.Generator().manual_seed(0), self.plan.max_length
+        sizes = (max(2, 2 * length // 3), max(2, length - 2 * length // 3))
+        ids = [torch.randint(len(self.plan.tokenizer), (n,), generator=generator).tolist() for n in sizes]
+        rows, tolerance = [Row(one, 1) for one in ids], 1e-3 if self.dtype == torch.float32 else 0.1
+        refused = UserError("--packing: this model does not keep the rows of a sequence apart; leave it out")
+        self.model.eval()
+        with torch.no_grad():
+            alone = torch.cat([self.nll(self.batch([row], [[0]], packed=False)) for row in rows])
+            try:
+                together = self.nll(self.batch(rows, [[0, 1]]))
+            except (TypeError, ValueError, RuntimeError) as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                raise refused from None
+        self.model.train()
+        if not (together - alone).abs().mean() <= tolerance * alone.abs().mean():
+            raise refused
 
     def record_norms(self):
         """(rows,) norms of the per-record gradients of the training rows, at the weights as they are."""
@@ -1557,6 +1591,7 @@ def _run(args, plan: Plan, world, dtype, record: results.Run, secret: bytes | No
         "all": sum(parameter.numel() for parameter in training.model.parameters()),
     }
     record["notes"] = []
+    record["special_tokens"] = models.special_tokens_in(plan.tokenizer, plan.texts) if not plan.privacy else None
     if plan.privacy:
         record["clip_slack"] = training.clip_slack
     if args.peft_type == "pissa" and world.main and not (plan.folder / "initial_adapter").is_dir():

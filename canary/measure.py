@@ -162,7 +162,8 @@ def tokens_from(tokenizer, context: str, text: str, most: int) -> tuple[list[int
     """
     encoded = tokenizer(context + text, return_offsets_mapping=True, verbose=False)
     first = next(place for place, (_, end) in enumerate(encoded["offset_mapping"]) if end > len(context))
-    ids = models.without_end(tokenizer, encoded["input_ids"], first + 1)
+    ids, extra = encoded["input_ids"], models.extra_start(tokenizer, encoded["input_ids"])
+    ids, first = models.without_end(tokenizer, ids[extra:], first - extra + 1), first - extra
     return ids[max(0, len(ids) - most) : first], ids[first:]
 
 

@@ -27,7 +27,7 @@ def settings_of(args, ref, dtype, flags: tuple[str, ...], **inputs) -> dict:
 
 def encode_prompt(tokenizer, text: str) -> list[int]:
     """Token ids of a prompt, without the EOS that some tokenizers add: it would end the text before it is continued."""
-    return models.without_end(tokenizer, tokenizer(text, verbose=False).input_ids)
+    return models.without_end(tokenizer, models.encode_texts(tokenizer, [text])[0])
 
 
 def plan_batches(

@@ -267,6 +267,39 @@ def without_end(tokenizer, ids: list[int], least: int = 1) -> list[int]:
     return ids[:end]
 
 
+def extra_start(tokenizer, ids) -> int:
+    """Tokens to leave out: 1 when the tokenizer put its start token before a text that begins with it, else 0."""
+    start = tokenizer.bos_token_id
+    return int(len(ids) > 1 and ids[0] == ids[1] == start is not None and tokenizer("a").input_ids[0] == start)
+
+
+def encode_texts(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text as the tokenizer gives them, with one start token where it would give two."""
+    encoded = tokenizer(texts, verbose=False).input_ids if texts else []
+    return [ids[extra_start(tokenizer, ids) :] for ids in encoded]
+
+
+def special_tokens_in(tokenizer, texts) -> dict[str, int]:
+    """{special token: number of texts that spell it}, but for one start token at a text's beginning.
+
+    The tokenizer reads such characters as the token itself: a typed '<|endoftext|>' ends the text for the model.
+    """
+    special = set(tokenizer.all_special_tokens)
+    special |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    start, found = tokenizer.bos_token, {}
+    pattern = re.compile("|".join(map(re.escape, sorted(filter(None, special), key=len, reverse=True))) or r"(?!)")
+    for text in texts:
+        for token in set(pattern.findall(text.removeprefix(start) if start else text)):
+            found[token] = found.get(token, 0) + 1
+    return dict(sorted(found.items()))
+
+
+def special_tokens_note(found: dict[str, int]) -> str:
+    """One line about `special_tokens_in`."""
+    counts = ", ".join(f"{token} in {n}" for token, n in found.items())
+    return f"special tokens typed in the texts are read as such: {counts}"
+
+
 def load_tokenizer(ref: ModelRef, flag: str = "--model"):
     """The tokenizer of a model, pad falling back to EOS (every mask here is an attention mask). Needs an EOS."""
     from transformers import AutoTokenizer

@@ -23,21 +23,23 @@ def encode(tokenizer, texts: list[str], limit: int) -> Encoded:
     coded = tokenizer(texts, return_offsets_mapping=True, verbose=False)
     tokens, shown, cut = [], [], 0
     for text, ids, offsets in zip(texts, coded.input_ids, coded.offset_mapping):
+        extra = models.extra_start(tokenizer, ids)
+        ids, offsets = ids[extra:], offsets[extra:]
         if len(ids) > limit:
             text, cut = text[: max(end for _, end in offsets[:limit])], cut + 1
         tokens.append(ids[:limit])
         shown.append(text)
-    lower = [ids[:limit] for ids in tokenizer([text.lower() for text in shown], verbose=False).input_ids]
+    lower = [ids[:limit] for ids in models.encode_texts(tokenizer, [text.lower() for text in shown])]
     return Encoded(shown, tokens, lower, leading_specials(tokenizer), cut)
 
 
 def encode_same(tokenizer, texts: list[str], target: Encoded) -> Encoded:
     """A reference's tokens of the stretch of each text that the target saw: the target's where its tokenizer makes the
     same of the whole text, else those of the cut text, however many."""
-    whole = tokenizer(texts, verbose=False).input_ids
+    whole = models.encode_texts(tokenizer, texts)
     tokens = [mine if ids[: len(mine)] == mine else None for ids, mine in zip(whole, target.tokens)]
     others = [index for index, ids in enumerate(tokens) if ids is None]
-    coded = tokenizer([target.texts[index] for index in others], verbose=False).input_ids if others else []
+    coded = models.encode_texts(tokenizer, [target.texts[index] for index in others])
     for index, ids in zip(others, coded):
         tokens[index] = ids
     return Encoded(target.texts, tokens, [], leading_specials(tokenizer), target.cut)

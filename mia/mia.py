@@ -226,6 +226,9 @@ def measure(ref, study: Study, args, world, folder, passes, name: str) -> list[d
 
     with results.Run(folder / "run_mia.json", args, study.inputs, world) as record:
         tokenizer = models.load_tokenizer(ref)
+        record["special_tokens"] = special = models.special_tokens_in(tokenizer, study.texts)
+        if special and world.main:
+            print(models.special_tokens_note(special), file=sys.stderr)
         before = passes.scored
         evidence = gather(passes, ref, tokenizer, study, args, gradients=True)
         alone = replace(study, attacks=[attack for attack in study.attacks if attack not in AGAINST_BASE])

@@ -218,7 +218,7 @@ class Passes:
             if neighbor_model:
                 proposer = proposer or MaskedProposer(neighbor_model, model.device)
                 made = proposer([texts[index] for index in mine], seed)
-                made = [[tokenizer(text, verbose=False).input_ids[:limit] for text in found] for found in made]
+                made = [[ids[:limit] for ids in models.encode_texts(tokenizer, found)] for found in made]
             else:
                 made = own_neighbours(model, [sequences[index] for index in mine], seed, self.token_budget)
             flat = [ids for found in made for ids in found if len(ids) > 1]

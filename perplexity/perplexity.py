@@ -159,9 +159,10 @@ def find_models(args, problems: cli.Problems) -> tuple[list, dict[str, str]]:
 
 
 def tokenize(tokenizer, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text after a start token (BOS, else EOS); no other special tokens."""
+    """Token ids of each text after a start token (BOS, else EOS; once, where the text begins with it)."""
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    return [[start, *ids] for ids in tokenizer(texts, add_special_tokens=False, verbose=False).input_ids]
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+    return [ids if ids[:1] == [start] else [start, *ids] for ids in encoded]
 
 
 def measure(shelf: dict, ref, ids: list[list[int]], dtype, args, world) -> tuple[list[tuple], int, float | None]:
@@ -280,8 +281,12 @@ def run(args) -> int:
         world.close()
         return cli.report_failures(failures, world.main)
 
+    special = models.special_tokens_in(found[0][2], texts)
+    if special and world.main:
+        print(models.special_tokens_note(special), file=sys.stderr)
     lines, shelf, total = list(earlier), {}, len(found) + len(failures)
     with results.Run(folder / "run_perplexity.json", args, [args.dataset], world) as record:
+        record["special_tokens"] = special
         record["n_tokens"], started = 0, time.monotonic()
         for number, (ref, tokenizer, line) in enumerate(todo, 1):
             try:

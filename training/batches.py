@@ -5,6 +5,7 @@ import random
 from dataclasses import dataclass
 
 from common import records
+from common.models import extra_start
 
 CALL_COST = 256  # what a forward and backward call costs beside its tokens, in tokens: cut() weighs padding against it
 
@@ -34,7 +35,8 @@ def encode(rows: list[dict], tokenizer, max_length: int, loss_on: str = "all") -
     encoded = tokenizer([text for text, _ in pairs], return_offsets_mapping=True, verbose=False)
     eos, encoded_rows = tokenizer.eos_token_id, []
     for ids, spans, (_, boundary) in zip(encoded["input_ids"], encoded["offset_mapping"], pairs):
-        first = 1
+        extra, first = extra_start(tokenizer, ids), 1
+        ids, spans = ids[extra:], spans[extra:]
         if loss_on == "completion":
             first = max(1, next((place for place, (_, end) in enumerate(spans) if end > boundary), len(ids)))
         if not ids or ids[-1] != eos:

@@ -112,7 +112,7 @@ def label_log_probabilities(model, tokenizer, prompts: list[str], bar) -> list[l
     """
     from common.scoring import join, score
 
-    encoded = tokenizer([prompt + label for prompt in prompts for label in LABELS], verbose=False).input_ids
+    encoded = models.encode_texts(tokenizer, [prompt + label for prompt in prompts for label in LABELS])
     encoded = [models.without_end(tokenizer, ids) for ids in encoded]
     groups = [encoded[start : start + len(LABELS)] for start in range(0, len(encoded), len(LABELS))]
     last = [[ids[-1] for ids in group] for group in groups]

@@ -115,7 +115,7 @@ def complete(
     max_tokens = KIND_TOKENS if stage == "kind" else args.max_tokens
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     room = models.context_length(base) - max_tokens
-    ids = [tokenizer(prompt, verbose=False).input_ids for prompt in prompts]
+    ids = models.encode_texts(tokenizer, prompts)
     fit = sorted((i for i in range(len(ids)) if len(ids[i]) <= room), key=lambda i: (len(ids[i]), i))
     batches = [fit[start : start + args.batch_size] for start in range(0, len(fit), args.batch_size)]
     stop = torch.zeros(base.config.get_text_config().vocab_size, dtype=torch.bool)
