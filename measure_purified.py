@@ -28,7 +28,7 @@ GREEDY_BELOW = 0.01  # temperatures up to this one count as greedy in reports
 HEADLINE_TEMPERATURE = 0.2
 # What two measurements must share to be comparable, and a result file to count as this measurement's.
 SETTINGS = (
-    "dataset_sha256", "rows", "attack", "templates", "trailing_space", "demonstrations_sha256",
+    "dataset_sha256", "rows", "attack", "templates", "trailing_space", "stop", "demonstrations_sha256",
     "top_k", "max_tokens", "seed",
 )  # fmt: skip
 
@@ -75,6 +75,12 @@ def add_measure_flags(parser: argparse.ArgumentParser) -> None:
         "--trailing_space", action="store_true", help="end prompts in a space, as the released tool did"
     )
     parser.add_argument(
+        "--stop",
+        choices=("released", "newline"),
+        help="released: an answer runs on over line breaks and counts whole, as in the released tool; newline: it ends "
+        "at the first (default: released with --templates released, else newline)",
+    )
+    parser.add_argument(
         "--demonstrations",
         help="jsonl of name, email; None: five rows spread over the file, outside the evaluated names",
     )
@@ -93,7 +99,7 @@ class Study:
 
     dataset: str
     people: list[tuple[str, str]]  # (name, address) of each row asked, in file order
-    asked: list[list[tuple[str, str]]]  # [row][template] (prompt, the true text that would follow it)
+    asked: list[list[tuple[str, list[str]]]]  # [row][template] (prompt, the true texts that could follow it)
     labels: list[str]  # template letters, or ['prefix']
     floor: dict
     settings: dict  # the SETTINGS of the result lines
@@ -139,13 +145,17 @@ def prepare(args, problems: cli.Problems) -> Study | None:
         asked = []
         for index, (_, address) in zip(evaluated, people):
             prompt = rows[index]["prompt"].rstrip(" ")
-            asked.append([(prompt, rows[index]["prompt"][len(prompt) :] + address)])
+            lead = rows[index]["prompt"][len(prompt) :]
+            asked.append([(prompt, [lead + address, ("" if lead else " ") + address])])
     else:
         labels = list(prompts.TEMPLATES)
         style, space = args.templates, args.trailing_space
-        lead = "" if space else " "
+        forms = ("", " ") if space else (" ", "")  # the demonstrations' own first
         asked = [
-            [(prompts.build_prompt(label, demonstrations, name, style, space), lead + address) for label in labels]
+            [
+                (prompts.build_prompt(label, demonstrations, name, style, space), [lead + address for lead in forms])
+                for label in labels
+            ]
             for name, address in people
         ]
     inside = set(evaluated)
@@ -156,6 +166,7 @@ def prepare(args, problems: cli.Problems) -> Study | None:
         "attack": args.attack,
         "templates": args.templates,
         "trailing_space": args.trailing_space,
+        "stop": args.stop or ("released" if (args.attack, args.templates) == ("templates", "released") else "newline"),
         "demonstrations_sha256": hashlib.sha256(json.dumps(demonstrations).encode()).hexdigest(),
         "top_k": args.top_k,
         "max_tokens": args.max_tokens,
@@ -251,14 +262,15 @@ def attack(model, tokenizer, study: Study, args, temperatures: list[float], worl
     def ask_mine() -> list[dict]:
         longest = models.context_length(model)
         vocabulary = model.config.get_text_config().vocab_size
-        stop = sampling.stop_tokens(tokenizer, vocabulary)
+        newline = study.settings["stop"] == "newline"
+        stop = sampling.stop_tokens(tokenizer, vocabulary, newline)
         mine = world.shard(list(range(len(study.people))))
         found = []
         with progress_bar(len(mine) * len(study.labels), "prompts", world) as bar:
             for number, label in enumerate(study.labels):
                 asked, tokens, keys, targets = [], [], [], []
                 for row in mine:
-                    prompt, truth = study.asked[row][number]
+                    prompt, truths = study.asked[row][number]
                     ids = encode_prompt(tokenizer, prompt)
                     if not ids or len(ids) + args.max_tokens > longest:
                         reason = "longer than the context" if ids else "empty prompt"
@@ -268,7 +280,7 @@ def attack(model, tokenizer, study: Study, args, temperatures: list[float], worl
                     asked.append(row)
                     tokens.append(ids)
                     keys.append((row, number))
-                    targets.append(_target(tokenizer, prompt, ids, truth, longest - len(ids)))
+                    targets.append(_forms(tokenizer, prompt, ids, truths, longest - len(ids)))
                 answers = sampling.sweep(
                     model,
                     tokens,
@@ -284,15 +296,17 @@ def attack(model, tokenizer, study: Study, args, temperatures: list[float], worl
                 )
                 for row, answer, target in zip(asked, answers, targets):
                     texts = tokenizer.batch_decode(answer.tokens, skip_special_tokens=True)
+                    if newline:
+                        texts = [text.replace("\r", "\n").split("\n")[0] for text in texts]
                     found.append(
                         {
                             "row": row,
                             "template": label,
-                            "responses": [text.replace("\r", "\n").split("\n")[0] for text in texts],
+                            "responses": texts,
                             "dropped": None,
                             "truth_logprob": answer.truth_logprob,
                             "truth_logp": answer.truth_logp,
-                            "truth_tokens": len(target),
+                            "truth_tokens": min(map(len, target), default=0),
                         }
                     )
         return found
@@ -302,12 +316,19 @@ def attack(model, tokenizer, study: Study, args, temperatures: list[float], worl
     return sorted(everything, key=lambda item: (item["row"], order[item["template"]]))
 
 
-def _target(tokenizer, prompt: str, ids: list[int], truth: str, room: int) -> list[int]:
-    """The canonical tokens of the true answer after the prompt; [] when they do not fit the context."""
-    joined = encode_prompt(tokenizer, prompt + truth)
-    merged = joined[: len(ids)] != ids  # the prompt's last token runs into the answer: take the answer alone
-    target = tokenizer(truth, add_special_tokens=False).input_ids if merged else joined[len(ids) :]
-    return target if 0 < len(target) <= room else []
+def _forms(tokenizer, prompt: str, ids: list[int], truths: list[str], room: int) -> list[list[int]]:
+    """The canonical tokens of each true text after the prompt, each once; those that do not fit the context left out.
+
+    The texts differ in the blank before the address, so no answer begins with two of them: their probabilities add up.
+    """
+    forms = []
+    for truth in truths:
+        joined = encode_prompt(tokenizer, prompt + truth)
+        merged = joined[: len(ids)] != ids  # the prompt's last token runs into the answer: take the answer alone
+        target = tokenizer(truth, add_special_tokens=False).input_ids if merged else joined[len(ids) :]
+        if 0 < len(target) <= room and target not in forms:
+            forms.append(target)
+    return forms
 
 
 def summarise(study: Study, found: list[dict], temperatures: list[float], model_info: dict, seed: int):

@@ -137,7 +137,7 @@ def work_sweep(args) -> dict:
         tokens = 0
         for number, asked in enumerate(cells):
             prompts = [tokenizer(prompt).input_ids for prompt, _ in asked]
-            targets = [tokenizer(" " + address).input_ids for _, address in asked]
+            targets = [[tokenizer(" " + address).input_ids] for _, address in asked]
             keys = [(row, number) for row in range(len(asked))]
             options = {"top_k": 100, "max_tokens": 15, "seed": 0, "stop": stop, "targets": targets}
             answers = sampling.sweep(model, prompts, keys, TEMPERATURES, **options)

@@ -76,7 +76,7 @@ def work_ours(job: dict) -> dict:
             max_tokens=MAX_TOKENS,
             seed=0,
             stop=stop,
-            targets=[tokenizer(" " + address, add_special_tokens=False).input_ids for _, address in cells],
+            targets=[[tokenizer(" " + address, add_special_tokens=False).input_ids] for _, address in cells],
         )
         tokens += sum(len(branch) for answer in answers for branch in answer.tokens)
     return {"seconds": time.perf_counter() - start, "tokens": tokens}

@@ -184,7 +184,7 @@ def secret_nlls(model, tokenizer, context: str, secrets: list[str]) -> list[floa
         targets = [split[index][1] for index in indices]
         answers = sampling.sweep(
             model, [list(before)] * len(indices), [(0, 0)] * len(indices), [0.0], top_k=1, max_tokens=1, seed=0,
-            stop=never, targets=targets,
+            stop=never, targets=[[target] for target in targets],
         )  # fmt: skip
         for index, target, answer in zip(indices, targets, answers):
             nlls[index] = -answer.truth_logprob * len(target)

@@ -25,15 +25,17 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 64  # rows of a chunk when memory does not bind: more gains nothing on CPU and little on a GPU
 MASK64 = (1 << 64) - 1
+Forms = list[list[list[int]]]  # of each prompt, the token sequences that spell what is looked for
 
 
 @dataclass
 class Answers:
     """What one prompt gave. tokens[t]: sampled ids at temperature t, ending with the stop token if one came.
 
-    truth_logprob: mean natural-log probability per target token, unfiltered, at temperature 1 (None without target).
-    truth_logp[t]: log probability that a sample at temperature t (top-k filtered) begins with the target; -inf when a
-    token is outside the top k or the target is longer than max_tokens.
+    truth_logprob: natural log of the summed probability of the target's forms, unfiltered, at temperature 1, over the
+    tokens of the likeliest form (None without target).
+    truth_logp[t]: log probability that a sample at temperature t (top-k filtered) begins with a form of the target;
+    -inf when each has a token outside the top k or is longer than max_tokens.
     """
 
     tokens: list[list[int]]
@@ -223,33 +225,44 @@ class SharedPrefix:
         """How many of the prompts with these lengths (ascending), at most `rows`, make the next batch."""
         return min(rows, len(lengths))
 
-    def begin(self, prompts: list[list[int]], targets: list[list[int]] | None, branches: int, max_tokens: int):
-        """Logits [rows, 1 + longest target, V]: after each prompt, and after each token of its target."""
+    def begin(self, prompts: list[list[int]], targets: Forms | None, branches: int, max_tokens: int):
+        """(logits [rows, V] after each prompt, [row][form] logits [tokens, V] that predict the form's tokens)."""
         import torch
 
         own = [prompt[self.shared :] for prompt in prompts]
-        rows, width = len(own), max(map(len, own))
-        truth = max(map(len, targets)) if targets else 0
-        self.cache = SharedPrefixCache(rows * branches, width + max(truth, max_tokens), self.prefix)
-        # one pass over [padding | own tokens | target], own tokens aligned on the right, the target after them
-        ids = torch.zeros(rows, width + truth, dtype=torch.long)
-        padding = torch.zeros(rows, dtype=torch.long)
+        rows, width, sizes = len(own), max(map(len, own)), _form_sizes(targets)
+        ends = [width + sum(sizes[: k + 1]) for k in range(len(sizes))]
+        total = ends[-1] if ends else width
+        self.cache = SharedPrefixCache(rows * branches, max(total, width + max_tokens), self.prefix)
+        # one pass over [padding | own tokens | form | form …], own tokens aligned on the right; no form sees another
+        ids, padding = torch.zeros(rows, total, dtype=torch.long), torch.zeros(rows, dtype=torch.long)
+        block, place = torch.zeros(total, dtype=torch.long), torch.arange(total)
+        for k, (size, end) in enumerate(zip(sizes, ends), 1):
+            block[end - size : end], place[end - size : end] = k, width + torch.arange(size)
         for i, tokens in enumerate(own):
             padding[i] = width - len(tokens)
             ids[i, padding[i] : width] = torch.tensor(tokens)
-            if truth and targets[i]:
-                ids[i, width : width + len(targets[i])] = torch.tensor(targets[i])
-        ids, padding = ids.to(self.device), padding.to(self.device)
-        column = torch.arange(width + truth, device=self.device)
-        positions = (self.shared + column[None] - padding[:, None]).clamp(min=0)
-        causal = column[None, :] <= column[:, None]
+            for form, size, end in zip(targets[i] if targets else (), sizes, ends):
+                ids[i, end - size : end - size + len(form)] = torch.tensor(form, dtype=torch.long)
+        ids, padding, block, place = (item.to(self.device) for item in (ids, padding, block, place))
+        column = torch.arange(total, device=self.device)
+        positions = (self.shared + place[None] - padding[:, None]).clamp(min=0)
+        seen = (column[None, :] <= column[:, None]) & ((block == 0)[None, :] | (block[None, :] == block[:, None]))
         visible = (column[None, None, :] >= padding[:, None, None]) | torch.eye(
-            len(column), dtype=torch.bool, device=self.device
+            total, dtype=torch.bool, device=self.device
         )
-        logits = _forward(self.model, self.cache, ids, positions, (causal[None] & visible)[:, None], truth + 1)
-        self.cache.length = width  # the target was only scored: nothing of it is kept
+        mask = (seen[None] & visible)[:, None]
+        logits = _forward(self.model, self.cache, ids, positions, mask, total - width + 1)
+        self.cache.length = width  # the targets were only scored: nothing of them is kept
         self.padding = padding  # of each node of the batch
-        return logits
+        scored = [
+            [
+                torch.cat([logits[i, :1], logits[i, end - size - width + 1 : end - width]])[: len(form)]
+                for form, size, end in zip(forms, sizes, ends)
+            ]
+            for i, forms in enumerate(targets or [])
+        ]
+        return logits[:, 0], scored
 
     def step(self, parent: torch.Tensor, token: torch.Tensor):
         """Append token[i] to a copy of node parent[i] (ascending): (logits [n, V], place of child i among them [n])."""
@@ -288,19 +301,17 @@ class OwnCache:
     def chunk(self, lengths: list[int], rows: int) -> int:
         return min(rows, lengths.count(lengths[0]))
 
-    def begin(self, prompts: list[list[int]], targets: list[list[int]] | None, branches: int, max_tokens: int):
+    def begin(self, prompts: list[list[int]], targets: Forms | None, branches: int, max_tokens: int):
         import torch
 
         self.cache = {}
         last = self._next(torch.tensor(prompts, device=self.device))
-        truth = max(map(len, targets)) if targets else 0
-        logits = last[:, None].repeat(1, truth + 1, 1)
-        for row, target in enumerate(targets or []):
-            if target:
-                ids = torch.tensor([[*prompts[row], *target]], device=self.device)
-                found = self.model(input_ids=ids, use_cache=False).logits[0, len(prompts[row]) - 1 :].float()
-                logits[row, 1 : len(target) + 1] = found[1:]
-        return logits
+
+        def predicting(prompt, form):
+            ids = torch.tensor([[*prompt, *form]], device=self.device)
+            return self.model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+
+        return last, [[predicting(*pair) for pair in zip([p] * len(f), f)] for p, f in zip(prompts, targets or [])]
 
     def _next(self, ids):
         """Logits [rows, V] behind `ids`, which are appended to what the cache holds. Nothing is padded: no mask."""
@@ -339,7 +350,7 @@ def _error(engine, prompts: list[list[int]], wanted: list[tuple[list[int], torch
     """Largest distance of an engine's logits from `generate`'s, in standard deviations of the latter."""
     import torch
 
-    logits = engine.begin(prompts, None, 1, PROBE_STEPS)[:, 0]
+    logits, _ = engine.begin(prompts, None, 1, PROBE_STEPS)
     node, worst = list(range(len(prompts))), 0.0
     for step in range(PROBE_STEPS):
         on = [row for row, (tokens, _) in enumerate(wanted) if step < len(tokens)]
@@ -416,15 +427,16 @@ def sweep(
     max_tokens: int,
     seed: int,
     stop: torch.Tensor,
-    targets: list[list[int]] | None = None,
+    targets: Forms | None = None,
     batch_size: int = 0,
     progress=None,
 ) -> list[Answers]:
     """Sample every prompt at every temperature; score every prompt's target on the way.
 
     prompts: token ids, each ≥ 1 long; keys: (row, template) of each, the noise's identity; temperatures ≥ 0 (0 is
-    greedy); stop: bool [vocabulary], tokens that end an answer; targets: token ids whose probability is wanted (an
-    empty one is not scored); batch_size: prompts a chunk, 0 = by memory. progress(n): called with finished prompts.
+    greedy); stop: bool [vocabulary], tokens that end an answer; targets: of each prompt the forms, disjoint token
+    sequences, whose summed probability is wanted (without one nothing is scored); batch_size: prompts a chunk, 0 = by
+    memory. progress(n): called with finished prompts.
     Returns Answers in the order of `prompts`.
     """
     import torch
@@ -434,7 +446,7 @@ def sweep(
         return []
     check_tokens(base, prompts)
     answers: list[Answers | None] = [None] * len(prompts)
-    tail = max(max_tokens, max(map(len, targets)) if targets else 0)
+    tail = max(max_tokens, *_form_sizes(targets), 0)
     with torch.inference_mode(), contextlib.ExitStack() as stack:
         engine = _choose_engine(base, prompts, max(map(len, prompts)) + tail, stack)
         stop = stop.to(engine.device)
@@ -463,7 +475,7 @@ def sweep(
 
 def _rows_by_memory(engine, prompts, targets, n_temperatures: int, max_tokens: int) -> int:
     longest = max(map(len, prompts)) - getattr(engine, "shared", 0)
-    target = max(map(len, targets)) if targets else 0
+    target = sum(_form_sizes(targets))
     cache = n_temperatures * engine.bytes_per_position() * (longest + max(target, max_tokens))
     vocabulary = engine.model.config.get_text_config().vocab_size
     logits = 4 * vocabulary * 2 * max(target + 1, n_temperatures)
@@ -474,15 +486,15 @@ def _decode_chunk(engine, prompts, keys, targets, temperatures, top_k, max_token
     import torch
 
     device, rows, n_temperatures = engine.device, len(prompts), len(temperatures)
-    logits = engine.begin(prompts, targets, n_temperatures, max_tokens)
-    scored = _score_targets(logits, targets, temperatures, top_k, max_tokens)
-    logits = logits[:, 0].clone()
+    logits, predicting = engine.begin(prompts, targets, n_temperatures, max_tokens)
+    scored = _score_targets(predicting, targets, temperatures, top_k, max_tokens)
+    logits = logits.clone()
 
     heat = torch.tensor([t if t > 0 else 1.0 for t in temperatures], dtype=torch.float64, device=device)
     noisy = torch.tensor([float(t > 0) for t in temperatures], dtype=torch.float64, device=device)
     row_key = torch.tensor([key[0] for key in keys], device=device)
     template_key = torch.tensor([key[1] for key in keys], device=device)
-    k, vocabulary = min(top_k, logits.shape[-1]), logits.shape[-1]
+    vocabulary = logits.shape[-1]
     output = torch.full((rows, n_temperatures, max_tokens), -1, dtype=torch.long, device=device)
 
     # a branch is (row, temperature); a node is a batch row that one or more branches of one row share
@@ -491,10 +503,12 @@ def _decode_chunk(engine, prompts, keys, targets, temperatures, top_k, max_token
     branch_node = branch_row.clone()
     node_row = torch.arange(rows, device=device)
     for step in range(max_tokens):
-        values, candidates = logits.topk(k, dim=-1)
+        values, candidates = top_k_with_ties(logits, top_k)
         noise = gumbel(seed, row_key[node_row], template_key[node_row], step, candidates)
         scores = values.double()[branch_node] / heat[branch_heat, None] + noise[branch_node] * noisy[branch_heat, None]
-        token = candidates[branch_node, scores.argmax(-1)]
+        token = candidates[branch_node].gather(-1, scores.argmax(-1, keepdim=True))[:, 0]
+        greedy = noisy[branch_heat] == 0
+        token[greedy] = logits.argmax(-1)[branch_node[greedy]]  # of tied tokens the one that `generate` takes
         output[branch_row, branch_heat, step] = token
         alive = ~stop[token]
         if step == max_tokens - 1 or not bool(alive.any()):
@@ -517,41 +531,75 @@ def _decode_chunk(engine, prompts, keys, targets, temperatures, top_k, max_token
     return answers
 
 
-def _score_targets(logits, targets, temperatures, top_k: int, max_tokens: int):
-    """[(mean unfiltered log-prob a token, [log-prob of the whole target at each temperature])] of each row."""
+def _form_sizes(targets: Forms | None) -> list[int]:
+    """Tokens of the longest first form, of the longest second form, …"""
+    most = max(map(len, targets), default=0) if targets else 0
+    return [max(len(forms[k]) for forms in targets if len(forms) > k) for k in range(most)]
+
+
+def top_k_with_ties(logits, k: int):
+    """(values, token ids), each [n, ≥ k]: every token whose logit is at least the k-th largest of its row.
+
+    Tokens tied with the k-th are kept, as `generate` keeps them; values of the padding behind a row's own are -inf.
+    """
+    k = width = min(k, logits.shape[-1])
+    while True:
+        width = min(width + 8, logits.shape[-1])
+        values, tokens = logits.topk(width, dim=-1)
+        least = values[:, k - 1 : k]
+        if width == logits.shape[-1] or not bool((values[:, -1:] >= least).any()):
+            return values.masked_fill(values < least, float("-inf")), tokens
+        width *= 2
+
+
+def _score_targets(predicting, targets: Forms | None, temperatures, top_k: int, max_tokens: int):
+    """[(log of the forms' summed unfiltered probability over the likeliest's tokens, [log of it as sampled at each
+    temperature])] of each row; (None, None) without a form. predicting[row][form]: logits [tokens, V]."""
     import torch
 
     if not targets:
         return None
-    heat = torch.tensor([t if t > 0 else 1.0 for t in temperatures], dtype=torch.float64, device=logits.device)
-    greedy = torch.tensor([t == 0 for t in temperatures], device=logits.device)
     scored = []
-    for row, target in enumerate(targets):
-        if not target:
+    for forms, logits_of in zip(targets, predicting):
+        pairs = [(form, logits) for form, logits in zip(forms, logits_of) if form]
+        if not pairs:
             scored.append((None, None))
             continue
-        mine = logits[row, : len(target)].double()
-        index = torch.tensor(target, device=mine.device)[:, None]
-        picked = mine.gather(-1, index)[:, 0]
-        top = mine.topk(min(top_k, mine.shape[-1]), dim=-1).values
-        logp = picked / heat[:, None] - (top / heat[:, None, None]).logsumexp(-1)
-        logp[greedy] = 0.0
-        possible = (picked >= torch.where(greedy[:, None], top[:, 0], top[:, -1])).all(-1)
-        if len(target) > max_tokens:
-            possible[:] = False
-        logp = logp.sum(-1).masked_fill(~possible, float("-inf"))
-        scored.append(((picked - mine.logsumexp(-1)).mean().item(), logp.tolist()))
+        plain, heated = zip(*(_score_form(*pair, temperatures, top_k, max_tokens) for pair in pairs))
+        longest = len(pairs[max(range(len(pairs)), key=lambda k: plain[k])][0])
+        mean = torch.tensor(plain, dtype=torch.float64).logsumexp(0).item() / longest
+        scored.append((mean, torch.stack(heated).logsumexp(0).tolist()))
     return scored
 
 
-def stop_tokens(tokenizer, vocabulary: int) -> torch.Tensor:
-    """bool [vocabulary]: EOS, every token whose text has a line break, and ids the tokenizer does not know."""
+def _score_form(form: list[int], logits, temperatures, top_k: int, max_tokens: int):
+    """(log probability, unfiltered; log probability as sampled, float64 [temperatures]) of a form's tokens."""
+    import torch
+
+    mine = logits.double()
+    heat = torch.tensor([t if t > 0 else 1.0 for t in temperatures], dtype=torch.float64, device=mine.device)
+    greedy = torch.tensor([t == 0 for t in temperatures], device=mine.device)
+    index = torch.tensor(form, device=mine.device)
+    picked = mine.gather(-1, index[:, None])[:, 0]
+    top, _ = top_k_with_ties(mine, top_k)
+    kept = picked >= top[:, min(top_k, mine.shape[-1]) - 1]
+    logp = picked / heat[:, None] - (top / heat[:, None, None]).logsumexp(-1)
+    logp[greedy] = 0.0
+    possible = torch.where(greedy[:, None], mine.argmax(-1) == index, kept).all(-1)
+    if len(form) > max_tokens:
+        possible[:] = False
+    sampled = logp.sum(-1).masked_fill(~possible, float("-inf"))
+    return (picked - mine.logsumexp(-1)).sum().item(), sampled.cpu()
+
+
+def stop_tokens(tokenizer, vocabulary: int, newline: bool = True) -> torch.Tensor:
+    """bool [vocabulary]: EOS, ids the tokenizer does not know, and (`newline`) every token with a line break in it."""
     import torch
 
     stop = torch.zeros(vocabulary, dtype=torch.bool)
     known = min(len(tokenizer), vocabulary)
     texts = tokenizer.batch_decode([[i] for i in range(known)], clean_up_tokenization_spaces=False)
-    stop[:known] = torch.tensor(["\n" in text or "\r" in text for text in texts])
+    stop[:known] = torch.tensor([newline and ("\n" in text or "\r" in text) for text in texts])
     stop[known:] = True
     stop[tokenizer.eos_token_id] = True
     return stop

@@ -85,7 +85,13 @@ def test_sweep_at_temperature_0_is_generate(loaded, name):
             prompts = [beginning + rng.integers(2, 390, n).tolist() for n in lengths]
             targets = [rng.integers(2, 390, 3).tolist() for _ in lengths]
             keys = [(row, 0) for row in range(len(prompts))]
-            options = {"top_k": 20, "max_tokens": 8, "seed": 0, "stop": stop, "targets": targets}
+            options = {
+                "top_k": 20,
+                "max_tokens": 8,
+                "seed": 0,
+                "stop": stop,
+                "targets": [[target] for target in targets],
+            }
             if name == DYNAMIC and max(lengths) > 64:
                 with pytest.raises(UserError, match="give it at most 64 tokens"):
                     sampling.sweep(model, prompts, keys, [0.0, 1.0], **options)
@@ -95,7 +101,7 @@ def test_sweep_at_temperature_0_is_generate(loaded, name):
                 assert answer.tokens[0] == greedy(model, prompt, 8, stop), (lengths, shared)
                 mean = own_scores(model, prompt + target)[len(prompt) - 1 :].mean()
                 assert answer.truth_logprob == pytest.approx(mean, abs=1e-4)
-            alone = sampling.sweep(model, prompts[1:2], keys[1:2], [0.0, 1.0], **options | {"targets": targets[1:2]})
+            alone = sampling.sweep(model, prompts[1:2], keys[1:2], [0.0, 1.0], **options | {"targets": [targets[1:2]]})
             assert alone[0].tokens == answers[1].tokens  # whatever the company
 
 

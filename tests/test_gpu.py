@@ -51,7 +51,7 @@ def sweep(model, tokenizer, n=12):
     prompts = [tokenizer(f"{head}name: {row['gt-name']}, email:").input_ids for row in rows[5 : 5 + n]]
     targets = [tokenizer(" " + row["gt-email"]).input_ids[:6] for row in rows[5 : 5 + n]]
     stop = sampling.stop_tokens(tokenizer, model.config.vocab_size)
-    options = {"top_k": 20, "max_tokens": 8, "seed": 1, "stop": stop, "targets": targets}
+    options = {"top_k": 20, "max_tokens": 8, "seed": 1, "stop": stop, "targets": [[target] for target in targets]}
     return prompts, stop, sampling.sweep(model, prompts, [(i, 0) for i in range(n)], TEMPERATURES, **options)
 
 

@@ -305,3 +305,64 @@ def test_kill_and_run_again(tree, dataset):
     for file in Path(reference).rglob("o*_purified*.jsonl"):
         assert read_lines(tree / file.relative_to(reference)) == read_lines(file)
     assert not list(tree.rglob("*_purified1.jsonl"))
+
+
+@pytest.mark.parametrize("template", "ABCD")
+def test_expected_hits_are_those_drawn_whatever_comes_before_the_address(models, template):
+    """A model made to write the address with a blank or without: p is the rate of drawing either form."""
+    from common import models as loading
+    from common import sampling
+    from extraction.prompts import build_prompt
+
+    ref = loading.find_model(str(models["neox"]))
+    model, tokenizer = loading.load_base(ref, torch.float32, "cpu"), loading.load_tokenizer(ref)
+    people = [("Ada Moss", "ada@a.example"), ("Bo Lund", "bo@b.example")]
+    prompt = build_prompt(template, people, "Cy Dahl")
+    ids = measure_purified.encode_prompt(tokenizer, prompt)
+    forms = measure_purified._forms(tokenizer, prompt, ids, [" c", "c"], 100)
+    assert len(forms) == 2 and all(len(form) == 1 for form in forms)  # one token each, for many hits
+    with torch.no_grad():  # a large, equal bias towards both, through the last state
+        state = model.base_model(torch.tensor([ids])).last_hidden_state[0, -1]
+        head = model.get_output_embeddings().weight
+        for (token,) in forms:
+            head[token] += state / state.square().sum() * (head @ state).max().sub(head[token] @ state)
+    n, stop = 3000, sampling.stop_tokens(tokenizer, 400)
+    options = {"top_k": 100, "max_tokens": 3, "seed": 1, "stop": stop, "batch_size": 500}
+    heats = [0.5, 1.0, 1.5]
+    answers = sampling.sweep(model, [ids] * n, [(i, 0) for i in range(n)], heats, targets=[forms] * n, **options)
+    for place in range(len(heats)):
+        p = math.exp(answers[0].truth_logp[place])
+        texts = tokenizer.batch_decode([answer.tokens[place] for answer in answers])
+        drawn = [answer.tokens[place][:1] in forms for answer in answers]
+        assert all(text.startswith((" c", "c")) for text, hit in zip(texts, drawn) if hit)
+        assert p > 0.1 and abs(sum(drawn) / n - p) < 4 * math.sqrt(p * (1 - p) / n)
+        by_form = [sum(answer.tokens[place][:1] == form for answer in answers) for form in forms]
+        assert min(by_form) > 0.2 * n * p  # one form alone would miss half
+
+
+def test_stop_released_counts_the_whole_answer(models, dataset, tmp_path):
+    """The released tool neither stops nor cuts at a line break: by hand from the saved responses."""
+    extra = ["--temperatures", "0", "3", "--max_tokens", "25", "--top_k", "400", "--save_responses"]
+    whole = measure(models["llama"], tmp_path / "whole", dataset, *extra)
+    cut = measure(models["llama"], tmp_path / "cut", dataset, *extra, "--stop", "newline")
+    clean = measure(models["llama"], tmp_path / "clean", dataset, *extra, "--templates", "clean")
+    lines = {out: read_lines(out / "results_purified.jsonl") for out in (whole, cut, clean)}
+    assert [lines[out][0]["stop"] for out in (whole, cut, clean)] == ["released", "newline", "newline"]
+    responses = {out: read_lines(out / "results_purified_rows.jsonl") for out in (whole, cut)}
+    longer = 0
+    for one, other in zip(responses[whole], responses[cut], strict=True):
+        assert one["response"].replace("\r", "\n").split("\n")[0] == other["response"]
+        assert "\n" not in other["response"]
+        longer += "\n" in one["response"]
+    assert longer > 0  # the test would see a cut
+    from rapidfuzz import fuzz
+
+    emails = [row["gt-email"] for row in read_lines(dataset)[:20]]
+    for line in lines[whole]:
+        mine = [row for row in responses[whole] if row["temperature"] == line["temperature"]]
+        for label in "ABCD":
+            hits = sum(
+                round(fuzz.partial_ratio(emails[row["row"]], row["response"])) >= 80
+                for row in mine if row["template"] == label
+            )  # fmt: skip
+            assert line["matches"][label] == hits

@@ -24,7 +24,13 @@ def ask(model, tokenizer, n=12, **options):
     prompts = [tokenizer(f"{head}name: {row['gt-name']}, email:").input_ids for row in rows[5 : 5 + n]]
     targets = [tokenizer(" " + row["gt-email"]).input_ids[:6] for row in rows[5 : 5 + n]]
     stop = sampling.stop_tokens(tokenizer, model.config.vocab_size)
-    options = {"top_k": 20, "max_tokens": 8, "seed": 1, "stop": stop, "targets": targets} | options
+    options = {
+        "top_k": 20,
+        "max_tokens": 8,
+        "seed": 1,
+        "stop": stop,
+        "targets": [[target] for target in targets],
+    } | options
     temperatures = options.pop("temperatures", TEMPERATURES)
     keys = options.pop("keys", [(i, 0) for i in range(n)])
     return sampling.sweep(model, prompts, keys, temperatures, **options), prompts, targets, stop
@@ -68,7 +74,15 @@ def test_answers_do_not_depend_on_batch_or_company(models, arch):
     draws += [(x.tokens[-1], y.tokens[0]) for x, y in zip(together, hot_only)]
     for i in (0, 7):
         alone = sampling.sweep(
-            model, [prompts[i]], [(i, 0)], TEMPERATURES, top_k=20, max_tokens=8, seed=1, stop=stop, targets=[targets[i]]
+            model,
+            [prompts[i]],
+            [(i, 0)],
+            TEMPERATURES,
+            top_k=20,
+            max_tokens=8,
+            seed=1,
+            stop=stop,
+            targets=[[targets[i]]],
         )[0]
         draws += zip(together[i].tokens, alone.tokens)
         assert together[i].truth_logp == pytest.approx(alone.truth_logp, abs=1e-4)
@@ -105,7 +119,7 @@ def test_probability_of_the_target_is_the_rate_of_drawing_it(models):
         first = model(torch.tensor([ids])).logits[0, -1].topk(2).indices[1].item()
         second = model(torch.tensor([[*ids, first]])).logits[0, -1].topk(2).indices[1].item()
     answers = sampling.sweep(
-        model, [ids] * n, [(i, 0) for i in range(n)], [heat], targets=[[first, second]] * n, **options
+        model, [ids] * n, [(i, 0) for i in range(n)], [heat], targets=[[[first, second]]] * n, **options
     )
     p = math.exp(answers[0].truth_logp[0])
     assert 0.001 < p < 0.9
@@ -174,3 +188,62 @@ def test_chunks_keep_memory_flat():
     assert sampling.common_prefix(prompts) == 3
     assert sampling.common_prefix([[1, 2], [1, 2]]) == 1  # each keeps a token of its own
     assert sampling.common_prefix([[1, 2], [3]]) == 0
+
+
+def test_probability_of_two_forms_is_the_rate_of_drawing_either(models):
+    """Two disjoint answers of one and two tokens: their probabilities add up, at every temperature; T = 0 takes one."""
+    model, tokenizer = load(models["llama"])
+    ids = tokenizer("name: Ada Moss, email:").input_ids
+    stop = torch.zeros(model.config.vocab_size, dtype=torch.bool)
+    with torch.no_grad():
+        top = model(torch.tensor([ids])).logits[0, -1].topk(3).indices.tolist()
+        second = model(torch.tensor([[*ids, top[1]]])).logits[0, -1].argmax().item()
+    forms, n, heats = [[top[1], second], [top[0]]], 4000, [0.0, 0.7, 1.5]
+    options = {"top_k": 10, "max_tokens": 2, "seed": 5, "stop": stop, "batch_size": 500}
+    keys = [(i, 0) for i in range(n)]
+    answers = sampling.sweep(model, [ids] * n, keys, heats, targets=[forms] * n, **options)
+    each = [sampling.sweep(model, [ids], [(0, 0)], heats, targets=[[form]], **options)[0] for form in forms]
+    for place in range(3):
+        p = math.exp(answers[0].truth_logp[place])
+        assert p == pytest.approx(sum(math.exp(one.truth_logp[place]) for one in each), abs=1e-6)
+        rate = sum(a.tokens[place] == forms[0] or a.tokens[place][:1] == forms[1] for a in answers) / n
+        assert abs(rate - p) <= 4 * math.sqrt(max(p * (1 - p), 1e-9) / n)
+    totals = [one.truth_logprob * len(form) for one, form in zip(each, forms)]
+    likeliest = forms[totals.index(max(totals))]
+    assert answers[0].truth_logprob == pytest.approx(math.log(sum(map(math.exp, totals))) / len(likeliest), abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_tied_tokens_share_one_probability(dtype):
+    """Ties at the top, at the edge of the top k and everywhere: probabilities over all tokens sum to 1."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.tensor([2.0, 2.0, 1.0, 1.0, 1.0, 0.0]), torch.zeros(40), torch.tensor([3.0] + [1.0] * 8 + [0.0] * 3)]
+    rows += [torch.randint(0, 4, (60,), generator=generator).to(dtype).float() for _ in range(5)]
+    heats = [0.0, 0.5, 1.0]
+    for row in rows:
+        row = row.to(dtype).float()
+        for k in (1, 3, 5, len(row)):
+            sums = torch.zeros(len(heats), dtype=torch.float64)
+            for token in range(len(row)):
+                _, sampled = sampling._score_form([token], row[None], heats, k, 1)
+                sums += sampled.exp()
+            assert sums.tolist() == pytest.approx([1.0] * len(heats), abs=1e-9)
+            kept = (row >= row.sort(descending=True).values[k - 1]).nonzero().flatten().tolist()  # as TopKLogitsWarper
+            values, tokens = sampling.top_k_with_ties(row[None], k)
+            assert sorted(tokens[0][values[0] > -math.inf].tolist()) == kept
+            _, sampled = sampling._score_form([int(row.argmax())], row[None], heats, k, 1)
+            assert sampled[0] == 0  # the token that `generate` takes, and no other
+
+
+def test_tied_tokens_are_drawn_alike(models):
+    """A head of zeros: every logit is tied, the top k are all tokens; 2,000 draws are uniform, T = 0 is argmax."""
+    model, tokenizer = load(models["neox"])
+    with torch.no_grad():
+        model.get_output_embeddings().weight.zero_()
+    stop, n = torch.zeros(model.config.vocab_size, dtype=torch.bool), 2000
+    ids = tokenizer("Ada").input_ids
+    options = {"top_k": 5, "max_tokens": 1, "seed": 3, "stop": stop, "batch_size": 500}
+    answers = sampling.sweep(model, [[*ids, *ids]] * n, [(i, 0) for i in range(n)], [0.0, 1.0], **options)
+    assert {tuple(answer.tokens[0]) for answer in answers} == {(0,)}
+    drawn = np.bincount([answer.tokens[1][0] for answer in answers], minlength=400)
+    assert stats.chisquare(drawn).pvalue > 1e-4 and (drawn > 0).sum() > 350
