@@ -47,8 +47,9 @@ def one_run(scores, included, delta: float, level: float = 0.05, seed: int = TIE
     scores (m,): higher = more likely included; included (m,) bool: the coins. For each share of SHARES the highest
     half of the guesses says "in", the lowest half "out", the rest abstains; every share is tested at level / 5.
     Equal scores are ranked at random by `seed`: they carry no information, wherever their canaries stand.
-    Returns {epsilon, canaries, included, level, delta, guesses: [{share, guesses, correct, epsilon}]}; epsilon is null
-    with fewer than five canaries, of which no share is a pair of guesses.
+    Returns {epsilon, most, canaries, included, level, delta, guesses: [{share, guesses, correct, epsilon}]}; most: the
+    bound that only right guesses would have given, the audit's power. Both are null with fewer than five canaries, of
+    which no share is a pair of guesses.
     """
     scores, included = np.asarray(scores, dtype=float), np.asarray(included, dtype=bool)
     if np.isnan(scores).any():
@@ -61,8 +62,11 @@ def one_run(scores, included, delta: float, level: float = 0.05, seed: int = TIE
             correct = int(included[order[:half]].sum() + (~included[order[-half:]]).sum())
             bound = lower_bound(correct, 2 * half, m, delta, level / len(SHARES))
             found.append({"share": share, "guesses": 2 * half, "correct": correct, "epsilon": bound})
+    alone = level / len(SHARES)
+    most = [lower_bound(one["guesses"], one["guesses"], m, delta, alone) for one in found]
     return {
         "epsilon": max((one["epsilon"] for one in found), default=None),
+        "most": max(most, default=None),
         "canaries": m,
         "included": int(included.sum()),
         "level": level,

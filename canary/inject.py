@@ -76,6 +76,7 @@ def place(rows: list[dict], plan, space: canaries.Space, rng: random.Random) -> 
     changed, key = {}, []
 
     def put(canary: dict, index: int, write: bool) -> str:
+        """The row's text before the canary."""
         review, start = canaries.insert(rows[index]["Review"].strip(), canary["sentence"], plan.within, rng)
         row = rows[index] | {"Review": review}
         text, boundary = records.row_text(row)
@@ -86,24 +87,25 @@ def place(rows: list[dict], plan, space: canaries.Space, rng: random.Random) -> 
             changed[index] = row
         return text[:start]
 
-    def note(canary, kind, repetitions, present, context, hosts, unit) -> None:
-        facts = {"kind": kind, "repetitions": repetitions, "included": present, "context": context}
+    def note(canary, kind, repetitions, present, contexts, hosts, unit) -> None:
+        facts = {"kind": kind, "repetitions": repetitions, "included": present, "context": contexts[0]}
+        facts["starts"] = [len(context) for context in contexts[: len(hosts)]]  # of the canary in each host's text
         key.append({"id": len(key), **facts, **canary, "rows": hosts, "user_id": rows[unit].get("user_id")})
 
     taken = iter(made)
     for unit, kept in zip(audited, included):
         canary = next(taken)
-        note(canary, "audit", int(kept), kept, put(canary, unit[0], True), [unit[0]] if kept else [], unit[0])
+        note(canary, "audit", int(kept), kept, [put(canary, unit[0], True)], [unit[0]] if kept else [], unit[0])
     used = 0
     for kind, repetitions in copies:
         hosts = free[used : used + repetitions]
         used += repetitions
         canary = next(taken)
         contexts = [put(canary, index, True) for index in hosts]
-        note(canary, kind, repetitions, True, contexts[0], hosts, hosts[0])
+        note(canary, kind, repetitions, True, contexts, hosts, hosts[0])
     for _ in copies:
         canary, index = next(taken), rng.choice(free)
-        note(canary, "held_out", 0, False, put(canary, index, False), [], index)
+        note(canary, "held_out", 0, False, [put(canary, index, False)], [], index)
     kept_rows = [index for index in range(len(rows)) if index not in gone]
     new_index = {old: new for new, old in enumerate(kept_rows)}
     for one in key:

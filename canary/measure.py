@@ -13,11 +13,14 @@ count        generated rows that hold a name, street, phone or a whole canary, a
 exposure     bits, from the total NLL of the secret's tokens in the canary's own context against other secrets in the
              same context; by how often it was placed, held-out canaries beside. Chance: mean 1.44, median 1 bit.
 audit        lower bound of ε from one run (Steinke et al. 2023), over the audit canaries, signal: by how much training
-             raised the log-probability of the canary's sentence in its row. Beside the accountant's ε (privacy.json).
+             raised the log-probability of the canary's sentence in its row. Beside the accountant's ε (privacy.json)
+             and the bound that only right guesses would have given (`power`).
 audit_text   the same bound without the model: the signal is a 2-gram model of the generated rows, or their similarity.
              `headline`: the signal to report, fixed beforehand, so that nobody need take the larger of the two.
 text_auc     how well that signal tells placed from held-out canaries, by how often they were placed.
-A signal that is the same for all audit canaries gives no bound: null, and `undefined` says so.
+A signal that is the same for all audit canaries gives no bound: null, and `undefined` says so. So do canaries that
+training never saw: run_peft.py's trained_rows.jsonl tells which rows it took, and what it cut off or masked. Canaries
+that --max_length would cut are left out of the audit whether they were placed or not, which a coin cannot tell.
 A lower bound above the accountant's ε is flagged at 95 %; at 99.9 % the exit status is 1: the ε is not true.
 
 results_canary_rows.jsonl has a line a canary and arm (no text), run_canary.json the run.
@@ -98,19 +101,26 @@ def check(args) -> SimpleNamespace:
     )
     tokenizers = {arm: problems.absorb(models.load_tokenizer, ref, "--models") for arm, ref in refs.items() if ref}
     files = reviews.split_arms(args.synthetic or [], (), problems)
+    taken_by_text = {}
     texts, spent = {}, {arm: models.privacy(ref) for arm, ref in refs.items() if ref}
     for arm, file in files.items():
         rows = problems.absorb(reviews.read_reviews, file, reviews.GENERATED)
         texts[arm] = [row[reviews.GENERATED] for row in rows or []]
         manifest = (records.read_manifest(file) or {}) if rows else {}
         spent[arm, "text"] = manifest.get("privacy") or spent.get(arm)
+        if not manifest and rows and spent[arm, "text"] is None:
+            spent[arm, "text"] = {"unknown": f"{file} has no manifest: what its generator spent is unknown"}
+        if model := (manifest.get("generator") or {}).get("model"):
+            taken_by_text[arm] = problems.absorb(Taken.of, model, None)
         if header and problems.absorb(text_trained_on, manifest, header.get("training") or "") is False:
             problems.add(
                 f"--synthetic {arm}={file}: its generator was trained on another file than {args.canaries} belongs to"
             )
+    taken = {}
     for arm, ref in refs.items():
         if not ref or not header:
             continue
+        taken[arm] = problems.absorb(Taken.of, ref.adapter or ref.base, tokenizers.get(arm))
         if problems.absorb(trained.trained_on, ref.adapter or ref.base, header.get("training") or "") is False:
             problems.add(f"--models {arm}={ref.name}: was trained on another file than {args.canaries} belongs to")
     audited = any(canary["kind"] == "audit" for canary in canaries)
@@ -125,7 +135,40 @@ def check(args) -> SimpleNamespace:
     return SimpleNamespace(
         header=header, canaries=canaries, space=Space(header["secret"], tuple(header["words"])), refs=refs,
         tokenizers=tokenizers, ref_model=ref_model, files=files, texts=texts, spent=spent,
+        taken=taken | {(arm, "text"): taken_by_text.get(arm) or taken.get(arm) for arm in texts},
     )  # fmt: skip
+
+
+class Taken:
+    """What the training of a model took of each canary."""
+
+    def __init__(self, rows: trained.TrainedRows, tokenizer):
+        self.rows, self.tokenizer = rows, tokenizer
+        self.by_row = {row.row: row for row in rows.rows}
+
+    @classmethod
+    def of(cls, checkpoint, tokenizer) -> "Taken | None":
+        """None where nothing tells: a model of another tool, a merged one, an older run."""
+        if not Path(checkpoint).is_dir() or (rows := trained.read(checkpoint)) is None:
+            return None
+        if tokenizer is None and (Path(checkpoint) / "tokenizer_config.json").is_file():
+            tokenizer = models.load_tokenizer(models.ModelRef(str(checkpoint), str(checkpoint), None, None))
+        return cls(rows, tokenizer)
+
+    def copies(self, canary: dict) -> int:
+        """In how many rows the loss was taken on every character of the canary's secret."""
+        offset = canary["sentence"].index(canary["secret"], len(canary["before"]) if canary["before"] else 0)
+        starts = canary.get("starts") or [len(canary["context"])] * len(canary["rows"])
+        spans = [(start + offset, start + offset + len(canary["secret"])) for start in starts]
+        hosts = zip(canary["rows"], spans, strict=True)
+        return sum(row in self.by_row and self.by_row[row].covers(*span) for row, span in hosts)
+
+    def fits(self, canary: dict) -> bool:
+        """Whether --max_length would leave the canary whole in its row: told of left-out canaries as of placed ones."""
+        if self.tokenizer is None:
+            return True
+        ids = models.encode_texts(self.tokenizer, [canary["context"] + canary["sentence"]])[0]
+        return len(models.without_end(self.tokenizer, ids)) < self.rows.max_length
 
 
 def text_trained_on(manifest: dict, sha256: str) -> bool | None:
@@ -284,19 +327,26 @@ def exposure_lines(task, arm: str, bits: dict[int, dict], references: int) -> li
     from canary import measures
 
     groups = {group: members for group, members in grouped(task.canaries).items() if group[0] != "audit"}
+    taken = task.taken.get(arm)
     held = [bits[index]["exposure"] for index in groups.get(("held_out", 0), [])]
     n = min(references, task.space.size - 1)
     lines = []
     for (kind, repetitions), members in groups.items():
+        copies = [taken.copies(task.canaries[index]) for index in members] if taken and kind != "held_out" else None
+        asked = len(members)
+        if copies:  # one that training never saw has no exposure to measure
+            members = [index for index, count in zip(members, copies) if count]
         values = [bits[index]["exposure"] for index in members]
         fits = [bits[index] for index in members if "ks_p" in bits[index]]
         lines.append(
             {
                 "measure": "exposure", "arm": arm, "kind": kind, "repetitions": repetitions,
-                "n_requested": len(members), "n_scored": len(values), "n_dropped": 0,
-                "bits": measures.quantiles(values), "chance": measures.CHANCE, "references": n,
+                "n_requested": asked, "n_scored": len(values), "n_dropped": asked - len(values),
+                "dropped": {NEVER: asked - len(values)} if asked > len(values) else {}, "copies_trained": copies,
+                "undefined": None if values else f"{asked} of {asked} canaries were {NEVER}",
+                "bits": measures.quantiles(values) if values else None, "chance": measures.CHANCE, "references": n,
                 "ceiling": math.log2(n + 1), "space_bits": math.log2(task.space.size),
-                "p_above_held_out": None if kind == "held_out" else measures.p_above(values, held),
+                "p_above_held_out": None if kind == "held_out" or not values else measures.p_above(values, held),
                 "extrapolated": {
                     "note": "skew-normal extrapolation, capped at space_bits; void where ks_p is small",
                     "bits": measures.quantiles([fit["bits"] for fit in fits]),
@@ -307,37 +357,54 @@ def exposure_lines(task, arm: str, bits: dict[int, dict], references: int) -> li
     return lines
 
 
-def audit_line(task, arm: str, measure: str, signal: str, scores, block: dict | None) -> dict:
+def audit_line(
+    task, arm: str, measure: str, signal: str, scores, block: dict | None, taken: Taken | None = None
+) -> dict:
     """The lower bounds of one arm beside its accountant's ε. δ without an accountant: 0 (only pure ε is refuted).
 
-    Bounds and AUC are null where they are undefined: fewer than five canaries, or one signal for all of them.
+    Bounds and AUC are null where they are undefined: fewer than five canaries, one signal for all of them, or none that
+    training saw. A canary that --max_length cuts is left out by its text alone, placed or not, so the coins of the
+    others stay fair; one that was placed and not trained on for another reason stays, which can only lower the bound.
     """
     from canary import audit, measures
 
-    included = [canary["included"] for canary in task.canaries if canary["kind"] == "audit"]
+    audited = [canary for canary in task.canaries if canary["kind"] == "audit"]
+    asked, placed = len(audited), sum(canary["included"] for canary in audited)
+    copies = sum(taken.copies(canary) > 0 for canary in audited if canary["included"]) if taken else None
+    if taken:
+        whole = [taken.fits(canary) for canary in audited]
+        audited = [canary for canary, fits in zip(audited, whole) if fits]
+        scores = [score for score, fits in zip(scores, whole) if fits]
+    included, never = [canary["included"] for canary in audited], copies == 0 and placed > 0
+    block, unknown = (None, block["unknown"]) if block and "unknown" in block else (block, None)
     upper, delta = (block or {}).get("epsilon"), (block or {}).get("delta") or 0.0
     bounds = {level: audit.one_run(scores, included, delta, alpha) for level, alpha in LEVELS.items()}
     undefined = "fewer than five canaries" if bounds["95"]["epsilon"] is None else None
     constant = is_constant(scores)
-    if constant:
-        undefined = CONSTANT
+    if constant or never:
+        undefined = f"{placed} of {placed} canaries were {NEVER}: no audit" if never else CONSTANT
         bounds = {level: found | {"epsilon": None, "guesses": []} for level, found in bounds.items()}
     above = {level: upper is not None and (found["epsilon"] or 0) > upper for level, found in bounds.items()}
     return {
-        "measure": measure, "arm": arm, "signal": signal, "n_requested": len(included), "n_scored": len(scores),
-        "n_dropped": 0, "included": sum(included), "auc": None if constant else _auc(scores, included),
-        "undefined": undefined,
+        "measure": measure, "arm": arm, "signal": signal, "n_requested": asked, "n_scored": len(scores),
+        "n_dropped": asked - len(scores),
+        "dropped": {"cut off at --max_length": asked - len(scores)} if asked > len(scores) else {},
+        "placed": placed, "placed_trained": copies, "included": sum(included),
+        "auc": None if constant or never else _auc(scores, included),
+        "power": {level: found["most"] for level, found in bounds.items()},
         "lower": {level: found["epsilon"] for level, found in bounds.items()}, "guesses": bounds["95"]["guesses"],
-        "upper": upper, "delta": delta, "unit": task.header["privacy_unit"], "void": (block or {}).get("void"),
+        "upper": upper, "upper_unknown": unknown, "delta": delta, "unit": task.header["privacy_unit"],
+        "void": (block or {}).get("void"), "undefined": undefined,
         "above_upper": above,
         "heuristic": {
             "note": "TPR/FPR bound, heuristic: canaries of one run are not independent",
-            "bound": None if constant else measures.heuristic_bound(scores, included, delta),
+            "bound": None if constant or never else measures.heuristic_bound(scores, included, delta),
         },
     }  # fmt: skip
 
 
 CONSTANT = "the signal is the same for all canaries"
+NEVER = "never trained on"
 
 
 def is_constant(scores) -> bool:
@@ -368,7 +435,8 @@ def text_lines(task, arm: str, signals: dict[str, list[float]]) -> list[dict]:
     for signal, values in signals.items():
         if audited:
             scores = [values[index] for index in audited]
-            line = audit_line(task, arm, "audit_text", signal, scores, task.spent[arm, "text"])
+            spent, taken = task.spent[arm, "text"], task.taken.get((arm, "text"))
+            line = audit_line(task, arm, "audit_text", signal, scores, spent, taken)
             lines.append(line | {"headline": signal == HEADLINE})
         held = [values[index] for index in groups.get(("held_out", 0), [])]
         for (kind, repetitions), members in groups.items():
@@ -396,6 +464,11 @@ def run(args) -> dict:
     world = distributed.start()
     dtype = models.resolve_dtype(args.dtype, "cuda" if torch.cuda.is_available() else "cpu")
     folder = Path(args.output_dir)
+    for arm in task.refs:
+        if task.taken.get(arm) is None and world.main:
+            print(
+                f"{arm}: no trained_rows.jsonl beside it: which canaries it was trained on is unknown", file=sys.stderr
+            )
     lines, per_canary = [], []
     audited = [index for index, canary in enumerate(task.canaries) if canary["kind"] == "audit"]
     with results.Run(folder / "run_canary.json", args, [args.canaries, *task.files.values()], world) as record:
@@ -404,9 +477,11 @@ def run(args) -> dict:
             lines += exposure_lines(task, arm, bits, args.references)
             scores = dict(zip(audited, signal))
             if audited:
-                lines.append(audit_line(task, arm, "audit", name, signal, task.spent[arm]))
+                lines.append(audit_line(task, arm, "audit", name, signal, task.spent[arm], task.taken.get(arm)))
             for index, canary in enumerate(task.canaries):
                 facts = {key: canary[key] for key in ("id", "kind", "repetitions", "included")}
+                taken = task.taken.get(arm)
+                facts["copies_trained"] = taken.copies(canary) if taken else None
                 more = bits.get(index) or {"audit_signal": scores.get(index)}
                 per_canary.append({"arm": arm, "source": "model", **facts, **more})
         if world.main:
@@ -440,14 +515,27 @@ def report(lines: list[dict]) -> None:
             p = ", ".join(f"p {p:.3g} against {other}" for other, p in line["exact"]["fisher_p"].items())
             print(f"whole      {place}: {rows} of {line['n_scored']:,}{p and f' ({p})'}")
         elif line["measure"] == "exposure":
+            trained_on = line["copies_trained"]
+            seen = f", trained on {', '.join(map(str, trained_on))} times" if trained_on else ""
+            if line["undefined"]:
+                print(f"exposure   {place}: none ({line['undefined']})")
+                continue
             mean, median = line["bits"]["mean"], line["bits"]["median"]
-            print(f"exposure   {place}: mean {mean:.2f}, median {median:.2f} of {line['ceiling']:.2f} bits")
+            print(f"exposure   {place}: mean {mean:.2f}, median {median:.2f} of {line['ceiling']:.2f} bits{seen}")
         elif line["measure"].startswith("audit"):
             upper = "none" if line["upper"] is None else f"{line['upper']:.3f}"
+            upper = "unknown" if line["upper_unknown"] else upper
             low, auc = ("none" if value is None else f"{value:.3f}" for value in (line["lower"]["95"], line["auc"]))
             signal = line["signal"] + (", headline" if line.get("headline") else "")
             where = f"{line['measure']:<10} {line['arm']} ({signal})"
-            print(f"{where}: ε ≥ {low} at 95 %, accountant {upper}, AUC {auc}")
+            if line["undefined"]:
+                print(f"{where}: no bound ({line['undefined']}), accountant {upper}")
+            else:
+                counts = f"{line['n_scored']} canaries, {line['included']} placed"
+                if line["placed_trained"] is not None:
+                    counts += f", {line['placed_trained']} of {line['placed']} trained on"
+                most = f"at most {line['power']['95']:.3f} could be shown"
+                print(f"{where}: ε ≥ {low} at 95 % ({most}), accountant {upper}, AUC {auc}; {counts}")
             for level, above in line["above_upper"].items():
                 if above:
                     print(f"           {line['arm']}: the lower bound EXCEEDS the accountant's ε at {level} %")

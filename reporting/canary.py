@@ -25,6 +25,8 @@ def rows(line: dict, study, models, path, number: int) -> list:
         return made
     if measure == "exposure":
         bits = line["bits"]
+        if bits is None:
+            return [Row("canary", "exposure", None, n=n, undefined=line.get("undefined"), **shared)]
         more = {key: line.get(key) for key in ("references", "ceiling", "space_bits", "p_above_held_out")}
         made = [
             Row("canary", "exposure", bits["median"], bits["q25"], bits["q75"], "quartiles over canaries", n=n,
@@ -42,6 +44,7 @@ def rows(line: dict, study, models, path, number: int) -> list:
     if not measure.startswith("audit"):
         raise ValueError(f"unknown measure {measure!r}")
     more = {key: line[key] for key in ("upper", "delta", "unit", "void", "guesses", "included", "above_upper")}
+    more |= {key: line.get(key) for key in ("power", "placed", "placed_trained", "upper_unknown")}
     above = [level for level, yes in line["above_upper"].items() if yes]
     if any(None in (line["lower"][level], line["upper"]) for level in above):
         raise ValueError("above_upper: without the bounds that it compares")

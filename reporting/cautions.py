@@ -7,7 +7,8 @@ from reporting.read import HEADLINE_TEMPERATURE, Study, fixed_models
 
 LEVELS = ("wrong", "careful", "note")  # a number is not what it says | read it with this in mind | good to know
 MUCH_CUT = 0.05  # share of generated rows that hit the token limit
-MOVED = 1e-6  # ‖ΔW‖/‖W‖ below which training changed nothing that float32 keeps
+MOVED = 1e-6  # ‖ΔW‖/‖W‖ below which training changed nothing that float32 keeps, …
+HARDLY = 1e-4  # … and below which a model is all but its base
 
 
 @dataclass
@@ -99,6 +100,8 @@ def dropped(study: Study):
     places: dict[str, str] = {}
     for area in ("extraction", "perplexity", "mia", "fidelity", "utility", "importance", "human", "canary"):
         for row in study.select(area, n_dropped=lambda n: bool(n)):
+            if area == "mia" and row.value is None and row.n_dropped == row.n_requested:
+                continue  # an attack that does not apply here drops no text: `undefined` has its reason
             places.setdefault(row.source, f"{row.source}: {row.n_dropped:,} of {row.n_requested or 0:,}")
     if places:
         text = "Rows that could not be asked or scored; no rate counts them."
@@ -187,15 +190,19 @@ def models(study: Study):
     if changed:
         text = "Its weights were not the same at every measurement (another SHA-256): it was trained again between."
         yield Caution("wrong", f"{_n(changed, 'model')} measured in two states", text, changed)
-    still = {}
+    still, slow = {}, {}
     for kind in ("extraction", "perplexity"):
         for file, number, line in study.lines.get(kind, []):
             change = line.get("relative_change")
-            if change is not None and change < MOVED:
-                still[line.get("model")] = f"{file}:{number}: ‖ΔW‖/‖W‖ = {change:.1g}"
+            if isinstance(change, int | float) and change < HARDLY:
+                kept = still if change < MOVED else slow
+                kept[line.get("model")] = f"{file}:{number}: ‖ΔW‖/‖W‖ = {change:.1g}"
     if still:
         text = "Training left the weights as they were; the base was measured."
         yield Caution("careful", f"{_n(still, 'adapter')} that changed nothing", text, list(still.values()))
+    if slow:
+        text = "Arms that look alike may be so because nothing was learnt: raise the learning rate, or train longer."
+        yield Caution("careful", f"{_n(slow, 'adapter')} that hardly moved the model", text, list(slow.values()))
     older = study.lines.get("superseded", [])
     if older:
         text = "The same model was measured again with the same settings; the newest lines are shown."
@@ -228,7 +235,30 @@ def undefined(study: Study):
         yield Caution("note", f"{_n(places, 'number')} undefined", "With the reason that the script gave.", places)
 
 
-CHECKS = (runs, privacy, models, settings, membership, dropped, released, synthetic, undefined)
+def canaries(study: Study):
+    never, some, unknown = [], [], []
+    for file, number, line in study.lines.get("canary", []):
+        with study.guard(file, number):
+            place = f"{file}:{number}: {line['arm']}"
+            placed, seen = line.get("placed"), line.get("placed_trained")
+            if line.get("undefined") and "never trained on" in line["undefined"]:
+                never.append(f"{place}: {line['measure']}: {line['undefined']}")
+            elif seen is not None and seen < placed:
+                some.append(f"{place}: {seen} of {placed} placed canaries were trained on")
+            if line.get("upper_unknown"):
+                unknown.append(f"{place}: {line['upper_unknown']}")
+    if never:
+        text = "Training cut them off, masked them or left their rows out: what was measured says nothing of a leak."
+        yield Caution("wrong", "Canaries that were never trained on", text, never)
+    if some:
+        text = "The others were cut off, masked or in rows left out: the audit sees less than it seems to."
+        yield Caution("careful", "Not every placed canary was trained on", text, some)
+    if unknown:
+        text = "Without it no lower bound can contradict anything."
+        yield Caution("careful", "Text whose privacy is unknown", text, unknown)
+
+
+CHECKS = (runs, privacy, models, settings, membership, dropped, released, synthetic, canaries, undefined)
 
 
 def _n(things, word: str) -> str:

@@ -199,6 +199,18 @@ MEASURES = (
 )
 
 
+def bound_text(value: float | None) -> str:
+    return "no audit" if value is None else f"{value:.2f}"
+
+
+def exposure_text(bits: dict | None) -> str:
+    return "never trained on" if bits is None else f"{bits['median']:.1f}"
+
+
+def p_text(p: float | None) -> str:
+    return "" if p is None else f" (p {p:.2g})"
+
+
 def report(rows: dict) -> str:
     """The study's tables in Markdown: privacy, fidelity, utility."""
     arms = list(rows["arms"])
@@ -208,8 +220,8 @@ def report(rows: dict) -> str:
         exposed = {(line["kind"], line["repetitions"]): line for line in mine if line["measure"] == "exposure"}
         exposure = {group: line["bits"] for group, line in exposed.items()}
         above = {group: line["p_above_held_out"] for group, line in exposed.items()}
-        bits = [f"{exposure['ladder', times]['median']:.1f} (p {above['ladder', times]:.2g})" for times in LADDER]
-        bits.append(f"{exposure['held_out', 0]['median']:.1f}")
+        bits = [exposure_text(exposure["ladder", times]) + p_text(above["ladder", times]) for times in LADDER]
+        bits.append(exposure_text(exposure["held_out", 0]))
         if arm == "base":  # it read none of these reviews; its audit would compare it with nothing
             privacy.append([arm, 0, *bits, "", "", "", ""])
             continue
@@ -218,8 +230,8 @@ def report(rows: dict) -> str:
         whole = sum(line["exact"]["rows"] for line in mine if line["measure"] == "count" and line["part"] == "whole"
                     and line["kind"] in ("ladder", "share"))  # fmt: skip
         epsilon = rows["arms"][arm]["epsilon"]
-        privacy.append([arm, "∞" if epsilon is None else f"{epsilon:.2f}", *bits, f"{bound['lower']['95']:.2f}",
-                        "no signal" if lower is None else f"{lower:.2f}", f"{bound['auc']:.2f}", whole])  # fmt: skip
+        privacy.append([arm, "∞" if epsilon is None else f"{epsilon:.2f}", *bits, bound_text(bound["lower"]["95"]),
+                        "no signal" if lower is None else f"{lower:.2f}", bound_text(bound["auc"]), whole])  # fmt: skip
     gains = []
     for arm in arms:
         mine = {(one["kind"], one["repetitions"]): one for one in rows["against_base"] if one["arm"] == arm}

@@ -364,6 +364,65 @@ def test_a_model_that_learned_is_seen_to_have(learned, models, tmp_path):
         measure.main([str(word) for word in [*words, "--output_dir", tmp_path]])
 
 
+def measured(tmp_path, key, checkpoint):
+    out = tmp_path / "measured"
+    words = ("--canaries", key, "--models", f"lora={checkpoint}", "--references", 20, "--output_dir", out)
+    assert measure.main([str(word) for word in words]) == 0
+    return read_lines(out / "results_canary.jsonl"), read_lines(out / "results_canary_rows.jsonl")
+
+
+def test_canaries_that_training_cut_off_give_no_audit(models, tmp_path, capsys):
+    """The whole way, with --max_length so short that no canary is left: null and why, on the line and on the page."""
+    rows, _, _ = make(tmp_path, make_reviews(64), "--repetitions", 4, "--canaries", 2, "--audit", 24)
+    tokenizer = common_models.load_tokenizer(common_models.find_model(str(models["llama"])))
+    texts = [records.row_text(row) for row in rows]
+    shortest = min(len(tokenizer(text[:boundary]).input_ids) for text, boundary in texts)
+    words = ["-m", models["llama"], "-i", tmp_path / "train_canaries.jsonl", "-e", 1, "-lr", 1e-2, "--lora_r", 2]
+    words += ["--loss_on", "completion", "--max_length", shortest + 4, "--output_root", tmp_path / "runs"]
+    assert run_peft.main([str(word) for word in words]) == 0
+    capsys.readouterr()
+    checkpoint = next((tmp_path / "runs").rglob("checkpoint-*"))
+    key = tmp_path / "train_canaries_key.jsonl"
+    lines, rows = measured(tmp_path, key, checkpoint)
+    said = capsys.readouterr().out
+    audit = by(lines, "audit")[0]
+    n = audit["placed"]
+    assert 4 < n < 20 and audit["placed_trained"] == 0 and audit["n_requested"] == 24
+    assert audit["undefined"] == f"{n} of {n} canaries were never trained on: no audit"
+    assert audit["lower"] == {"95": None, "99.9": None} and audit["auc"] is None and audit["guesses"] == []
+    assert f"no bound ({n} of {n} canaries were never trained on: no audit)" in said
+    ladder = by(lines, "exposure", kind="ladder")[0]
+    assert ladder["bits"] is None and ladder["copies_trained"] == [0, 0] and ladder["n_dropped"] == 2
+    assert ladder["undefined"] == "2 of 2 canaries were never trained on"
+    assert by(lines, "exposure", kind="held_out")[0]["bits"] is not None
+    assert all(row["copies_trained"] == 0 for row in rows)
+    import plot_results
+
+    assert plot_results.main([str(tmp_path), "--output", str(tmp_path / "page"), "--no_figures"]) == 0
+    assert "Canaries that were never trained on" in (tmp_path / "page" / "report.html").read_text()
+
+
+def test_copies_that_were_held_out_or_left_out_are_not_counted(models, tmp_path):
+    """--train_rows and --eval_rows: what was trained is counted from the rows that training lists, by hand."""
+    _, _, key_lines = make(tmp_path, make_reviews(64), "--repetitions", 8, "--canaries", 3, "--audit", 20)
+    words = ["-m", models["llama"], "-i", tmp_path / "train_canaries.jsonl", "-e", 1, "-lr", 1e-2, "--lora_r", 2]
+    words += ["--train_rows", 30, "--eval_rows", 10, "--output_root", tmp_path / "runs"]
+    assert run_peft.main([str(word) for word in words]) == 0
+    checkpoint = next((tmp_path / "runs").rglob("checkpoint-*"))
+    _, *listed = read_lines(checkpoint.parent / "trained_rows.jsonl")
+    took = {row["row"] for row in listed if not row["cut"]}
+    assert len(took) == 30
+    lines, rows = measured(tmp_path, tmp_path / "train_canaries_key.jsonl", checkpoint)
+    wanted = [sum(row in took for row in canary["rows"]) for canary in key_lines]
+    assert [row["copies_trained"] for row in rows] == wanted
+    ladder = [count for canary, count in zip(key_lines, wanted) if canary["kind"] == "ladder"]
+    assert by(lines, "exposure", kind="ladder")[0]["copies_trained"] == ladder and 0 < sum(ladder) < 24
+    audit = by(lines, "audit")[0]
+    included = [count for canary, count in zip(key_lines, wanted) if canary["kind"] == "audit" and canary["included"]]
+    assert (audit["placed"], audit["placed_trained"]) == (len(included), sum(included))
+    assert audit["lower"]["95"] is not None and audit["power"]["95"] > 0.2
+
+
 def test_a_model_that_learned_text_canaries_is_seen_to_have(models, tmp_path):
     """Words drawn one by one after a review's own opening, from injection to exposure: no person in any canary."""
     key, checkpoint = learn(tmp_path, models, "--secret", "text")
@@ -491,7 +550,7 @@ def test_a_signal_that_is_the_same_for_all_gives_no_bound(echoes, tmp_path, caps
     assert second["lower"] == {"95": None, "99.9": None} and second["auc"] is None and second["guesses"] == []
     assert second["heuristic"]["bound"] is None and not any(second["above_upper"].values())
     assert (second["n_requested"], second["n_scored"], second["upper"]) == (200, 200, 0.5)
-    assert "similarity): ε ≥ none at 95 %" in capsys.readouterr().out
+    assert "similarity): no bound (the signal is the same for all canaries)" in capsys.readouterr().out
     made = [row for row in canary_rows(second, SimpleNamespace(shown=str), {}, "x", 1) if row.value is None]
     assert [row.metric for row in made] == [
         "ε lower, text only", "ε lower, text only at 99.9 %", "AUC of the audit, text only",
