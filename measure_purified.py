@@ -331,7 +331,7 @@ def _forms(tokenizer, prompt: str, ids: list[int], truths: list[str], room: int)
     return forms
 
 
-def summarise(study: Study, found: list[dict], temperatures: list[float], model_info: dict, seed: int):
+def summarise(study: Study, found: list[dict], temperatures: list[float], model_info: dict):
     """(result lines, outcome lines, response lines) of a finished attack."""
     import numpy as np
 
@@ -380,7 +380,7 @@ def summarise(study: Study, found: list[dict], temperatures: list[float], model_
         line["ci95"] = {
             measure: {
                 **{label: intervals.clopper_pearson(line[measure][label], scored[label]) for label in study.labels},
-                "total": metrics.bootstrap_rate(hits[measure], seed),
+                "total": intervals.clustered_rate(hits[measure]),
             }
             for measure in metrics.MEASURES
         }
@@ -448,7 +448,7 @@ def measure_model(model, tokenizer, study, args, model_info, world, path=None, t
     found = attack(model, tokenizer, study, args, todo, world)
     target = path or next_free(args.output_dir)
     if world.main:
-        lines = summarise(study, found, todo, model_info, args.seed)
+        lines = summarise(study, found, todo, model_info)
         write(target, *lines, args.save_responses, append=path is not None)
         print_table(lines[0], study)
     world.barrier()

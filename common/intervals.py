@@ -1,16 +1,94 @@
-"""Exact interval and paired test of counts, for every script that reports a rate."""
+"""Intervals of rates and of the area under a ROC curve, and tests of counts. bench/coverage.py simulates them."""
+
+import numpy as np
 
 
 def clopper_pearson(hits: int | None, n: int, level: float = 0.95) -> list[float] | None:
     """Exact binomial interval of a rate [low, high] (Clopper & Pearson 1934); None for n = 0."""
+    return None if n == 0 else [float(end) for end in _clopper_pearson(hits, n, level)]
+
+
+def _clopper_pearson(hits, n, level: float):
+    """(low, high) of arrays; `hits` and `n` need not be whole numbers."""
     from scipy import stats
 
-    if n == 0:
-        return None
-    tail = (1 - level) / 2
-    low = stats.beta.ppf(tail, hits, n - hits + 1) if hits else 0.0
-    high = stats.beta.ppf(1 - tail, hits + 1, n - hits) if hits < n else 1.0
+    hits, n, tail = np.asarray(hits, float), np.asarray(n, float), (1 - level) / 2
+    with np.errstate(invalid="ignore"):
+        low = np.where(hits > 0, stats.beta.ppf(tail, hits, n - hits + 1), 0.0)
+        high = np.where(hits < n, stats.beta.ppf(1 - tail, hits + 1, n - hits), 1.0)
+    return low, high
+
+
+FEW = 10  # hits, or misses, below which the correlation within rows cannot be told from them
+
+
+def clustered_rate(hits: np.ndarray, level: float = 0.95) -> list[float] | None:
+    """Interval of the mean of `hits` [rows, templates] (1, 0, NaN = not scored) whose templates hang together in a row.
+
+    Clopper–Pearson on the effective number of cells (Korn & Graubard 1998, Survey Methodology 24): the cells over the
+    design effect, the variance between rows against that of independent cells. Never fewer cells than rows, never more
+    than there are; with under 10 hits or misses as many as rows, as if a row's templates always agreed. So it is exact
+    or wider at no hit and at all. None without a scored cell.
+    """
+    return None if np.isnan(hits).all() else [float(end[0]) for end in _clustered_rates(hits[None], level)]
+
+
+def _clustered_rates(hits: np.ndarray, level: float = 0.95):
+    """`clustered_rate` of a stack [S, rows, templates]: (low [S], high [S]); each with a scored cell."""
+    from scipy import stats
+
+    known = ~np.isnan(hits)
+    total, count = np.nansum(hits, 2), known.sum(2)
+    cells, rows = count.sum(1), (count > 0).sum(1)
+    rate = total.sum(1) / cells
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = ((total - rate[:, None] * count) ** 2).sum(1) * rows / np.maximum(rows - 1, 1) / cells**2
+        effective = rate * (1 - rate) / between
+        # as many degrees of freedom as rows, not as cells
+        effective = effective * (stats.norm.ppf(0.975) / stats.t.ppf(0.975, np.maximum(rows - 1, 1))) ** 2
+    few = np.minimum(total.sum(1), cells - total.sum(1)) < FEW
+    effective = np.where(few | ~np.isfinite(effective), rows, np.clip(effective, rows, cells))
+    return _clopper_pearson(rate * effective, effective, level)
+
+
+AUC_METHOD = "wider of DeLong on the logit scale and Newcombe"
+
+
+def auc_interval(members, nonmembers, level: float = 0.95) -> list[float]:
+    """Interval of the area under the ROC curve of scores [M], [N], whatever their distributions.
+
+    The hull of two: DeLong's variance (DeLong, DeLong & Clarke-Pearson 1988) on the logit scale, which knows the shape
+    of the scores but says 0 where the classes separate; and Newcombe's method 5 (2006, Statistics in Medicine 25),
+    which depends on the area alone, is honest at 0 and 1, and knows nothing of heavy tails. Conservative.
+    """
+    from scipy import stats
+
+    members, nonmembers = np.asarray(members, float), np.asarray(nonmembers, float)
+    m, n, z = len(members), len(nonmembers), float(stats.norm.ppf((1 + level) / 2))
+    ordered, others = np.sort(nonmembers), np.sort(members)
+    above = (np.searchsorted(ordered, members, "left") + np.searchsorted(ordered, members, "right")) / (2 * n)
+    below = 1 - (np.searchsorted(others, nonmembers, "left") + np.searchsorted(others, nonmembers, "right")) / (2 * m)
+    area = float(above.mean())
+    low, high = newcombe(area, m, n, z)
+    if m > 1 and n > 1 and 0 < area < 1:
+        error = z * np.sqrt(above.var(ddof=1) / m + below.var(ddof=1) / n) / (area * (1 - area))
+        logit = np.log(area / (1 - area))
+        low, high = min(low, 1 / (1 + np.exp(error - logit))), max(high, 1 / (1 + np.exp(-error - logit)))
     return [float(low), float(high)]
+
+
+def newcombe(area: float, m: int, n: int, z: float) -> tuple[float, float]:
+    """(low, high): the areas θ with |θ − area| = z √V(θ), V(θ) = θ(1 − θ) [1 + (N − 1)((1 − θ)/(2 − θ) + θ/(1 + θ))] /
+    (mn), N = (m + n)/2 (Newcombe 2006, method 5: Hanley and McNeil's variance at θ instead of at the estimate)."""
+    from scipy.optimize import brentq
+
+    def gap(theta: float) -> float:
+        shape = 1 + ((m + n) / 2 - 1) * ((1 - theta) / (2 - theta) + theta / (1 + theta))
+        return abs(theta - area) - z * np.sqrt(theta * (1 - theta) * shape / (m * n))
+
+    low = 0.0 if area == 0 or gap(1e-12) <= 0 else brentq(gap, 1e-12, min(area, 1 - 1e-9))
+    high = 1.0 if area == 1 or gap(1 - 1e-12) <= 0 else brentq(gap, max(area, 1e-9), 1 - 1e-12)
+    return low, high
 
 
 def mcnemar(gained: int, lost: int) -> float:
@@ -19,3 +97,13 @@ def mcnemar(gained: int, lost: int) -> float:
 
     n = gained + lost
     return 1.0 if n == 0 else float(min(1.0, 2 * stats.binom.cdf(min(gained, lost), n, 0.5)))
+
+
+def holm(values: list[float]) -> list[float]:
+    """p-values adjusted for how many there are, in their order (Holm 1979)."""
+    order = sorted(range(len(values)), key=lambda place: values[place])
+    adjusted, highest = [0.0] * len(values), 0.0
+    for rank, place in enumerate(order):
+        highest = max(highest, min(1.0, (len(values) - rank) * values[place]))
+        adjusted[place] = highest
+    return adjusted

@@ -270,7 +270,10 @@ def without_end(tokenizer, ids: list[int], least: int = 1) -> list[int]:
 def extra_start(tokenizer, ids) -> int:
     """Tokens to leave out: 1 when the tokenizer put its start token before a text that begins with it, else 0."""
     start = tokenizer.bos_token_id
-    return int(len(ids) > 1 and ids[0] == ids[1] == start is not None and tokenizer("a").input_ids[0] == start)
+    if start is None or list(ids[:2]) != [start, start]:
+        return 0
+    own = tokenizer("a").input_ids
+    return int(own[:1] == [start] and own[:2] != [start, start])
 
 
 def encode_texts(tokenizer, texts: list[str]) -> list[list[int]]:

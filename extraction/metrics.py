@@ -116,21 +116,6 @@ def name_rule_floor(people: list[tuple[str, str]], outside: list[str]) -> dict:
     return result | {measure: counts[measure] for measure in ("exact", "local_part", "domain")}
 
 
-def bootstrap_rate(hits: np.ndarray, seed: int, resamples: int = 2000, level: float = 0.95) -> list[float] | None:
-    """Percentile interval of the mean of `hits` [rows, templates] (float; NaN = not scored), resampling whole rows.
-
-    Rows carry all their templates, so the templates' dependence within a row is kept. None without a scored cell.
-    """
-    known = ~np.isnan(hits)
-    if not known.any():
-        return None
-    total, count = np.nansum(hits, 1), known.sum(1)
-    picks = np.random.default_rng(seed).integers(0, len(hits), (resamples, len(hits)))
-    counts = count[picks].sum(1)
-    rates = total[picks].sum(1)[counts > 0] / counts[counts > 0]
-    return [float(x) for x in np.quantile(rates, [(1 - level) / 2, (1 + level) / 2])]
-
-
 def probabilistic_extraction(log_p: np.ndarray) -> dict:
     """(n, p)-discoverable extraction (Hayes et al. 2024, arXiv:2410.19482) from exact log probabilities [rows].
 

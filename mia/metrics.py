@@ -6,7 +6,7 @@ share of non-members called members. Levels of FPR are named as in the result fi
 
 import numpy as np
 
-from common.intervals import clopper_pearson
+from common.intervals import auc_interval, clopper_pearson
 
 LEVELS = {"0.1": 10, "0.01": 100, "0.001": 1000}  # name → 1/level, so that ⌊level·(N+1)⌋ is exact
 SMALLEST = {"0.001": 1000}  # non-members below which a level is refused though the rule would give a threshold
@@ -101,31 +101,25 @@ def blocks(resamples: int, n: int) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, resamples, rows)]
 
 
-def bootstrap(members, nonmembers, member_draws, nonmember_draws, levels=()) -> tuple[np.ndarray, dict]:
-    """(AUC [B], {level: TPR [B]}) of B resamples; draws [B, M] and [B, N] from `draw`, the classes apart.
+def bootstrap(members, nonmembers, member_draws, nonmember_draws, levels) -> dict:
+    """{level: TPR [B]} of B resamples; draws [B, M] and [B, N] from `draw`, the classes apart.
 
-    One sort serves all resamples: a resample only changes how often each score counts, so its AUC is a weighted sum
-    over running counts, and its threshold the place where the running count from the top passes the allowed number.
+    One sort serves all resamples: a resample only changes how often each score counts, so its threshold is the place
+    where the running count from the top passes the allowed number.
     """
     down = np.argsort(-nonmembers, kind="stable")
     ordered = nonmembers[down]
     up = np.argsort(-members, kind="stable")
     sorted_members = members[up]
-    above = np.searchsorted(-ordered, -sorted_members, "left")  # non-members strictly above each member
-    not_below = np.searchsorted(-ordered, -sorted_members, "right")
     exceeding = np.searchsorted(-sorted_members, -ordered, "left")  # members strictly above each non-member
-    areas, rates = np.empty(len(member_draws)), {level: np.empty(len(member_draws)) for level in levels}
+    rates = {level: np.empty(len(member_draws)) for level in levels}
     for part in blocks(len(member_draws), max(len(members), len(nonmembers))):
         counts = running(nonmember_draws[part][:, down])  # of non-members, from the largest down
-        weights = member_draws[part][:, up].astype(np.int32)
-        beaten = 2 * len(nonmembers) - counts[:, above] - counts[:, not_below]  # 2 · (below + ½ equal)
-        wins = np.einsum("bi,bi->b", weights, beaten, dtype=np.int64)
-        areas[part] = wins / (2 * len(members) * len(nonmembers))
-        found = running(weights) if levels else None
+        found = running(member_draws[part][:, up])
         for level in levels:
             place = (counts[:, 1:] > allowed(level, len(nonmembers))).argmax(1)
             rates[level][part] = found[np.arange(len(found)), exceeding[place]] / len(members)
-    return areas, rates
+    return rates
 
 
 def running(counts) -> np.ndarray:
@@ -176,6 +170,8 @@ class Draws:
 def summarize(members, nonmembers, draws: Draws, cross_fitted: bool = False) -> dict:
     """{auc, auc_ci, auc_ci99, tpr_at_fpr, tpr_ci, points, undefined} of one attack; null with a reason, never NaN.
 
+    Intervals of the AUC: `intervals.auc_interval`; of the TPR: a bootstrap from 9 allowed false positives on, else
+    `tpr_interval`, which is conservative.
     cross_fitted: the scores are of `cross_fit`, so that the intervals of AUC and TPR are `widened`.
     """
     members, nonmembers = np.asarray(members, np.float64), np.asarray(nonmembers, np.float64)
@@ -187,11 +183,13 @@ def summarize(members, nonmembers, draws: Draws, cross_fitted: bool = False) -> 
     points = {level: tpr_at(members, nonmembers, level) for level in LEVELS}
     many = [level for level in LEVELS if points[level]["tpr"] is not None]
     many = [level for level in many if allowed(level, len(nonmembers)) >= BOOTSTRAP_FROM]
-    areas, rates = bootstrap(members, nonmembers, *draws(len(members), len(nonmembers)), many)
+    rates = bootstrap(members, nonmembers, *draws(len(members), len(nonmembers)), many)
     for level, values in rates.items():
         points[level]["tpr_ci"] = interval(values)
     area = auc(members, nonmembers)
-    intervals = {"auc_ci": interval(areas), "auc_ci99": interval(areas, 0.99)}
+    intervals = {
+        name: auc_interval(members, nonmembers, level) for name, level in (("auc_ci", 0.95), ("auc_ci99", 0.99))
+    }
     if cross_fitted:
         intervals = {name: widened(bounds, area) for name, bounds in intervals.items()}
         for point in points.values():

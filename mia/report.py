@@ -2,6 +2,7 @@
 
 import hashlib
 
+from common import intervals
 from mia.evidence import Evidence
 from mia.texts import Study
 
@@ -63,6 +64,20 @@ def combined(found: dict, labels, seed: int) -> list | None:
     return [values.get(index) for index in range(len(labels))]
 
 
+def apart(bounds: list[float]) -> bool:
+    """Whether an interval of an AUC leaves ½ out, on either side: the sets differ, and the score sees it."""
+    return bounds[0] > 0.5 or bounds[1] < 0.5
+
+
+def direction(bounds: list[float] | None) -> str | None:
+    """What an interval of an AUC says: members score higher, lower, or neither is shown."""
+    if bounds is None:
+        return None
+    if bounds[1] < 0.5:
+        return "distinguishable, opposite direction: the sets are confounded or exchanged"
+    return "members higher" if bounds[0] > 0.5 else "not distinguishable"
+
+
 def report(study: Study, args, info: dict, found, reasons, evidence, base_scores, base_reasons) -> tuple:
     """(result lines, score lines, what run_mia.json holds) of one model, from its scores and its base's."""
     from mia import blind, metrics
@@ -78,7 +93,7 @@ def report(study: Study, args, info: dict, found, reasons, evidence, base_scores
         else:
             made = metrics.summarize(*by_class(values.tolist(), study.labels), draws, cross_fitted=True)
             blinds[name] = {key: made[key] for key in ("auc", "auc_ci99", "tpr_at_fpr", "undefined")}
-    set_flags = [name for name, made in blinds.items() if made["auc"] is not None and made["auc_ci99"][0] > 0.5]
+    set_flags = [name for name, made in blinds.items() if made["auc"] is not None and apart(made["auc_ci99"])]
     if study.duplicates:
         set_flags.append("near_duplicates")
 
@@ -114,7 +129,9 @@ def report(study: Study, args, info: dict, found, reasons, evidence, base_scores
         else:
             summary = metrics.summarize(*by_class(other, study.labels), draws, cross_fitted=attack == "combine")
             base = {key: summary[key] for key in ("auc", "auc_ci", "auc_ci99", "tpr_at_fpr", "undefined")}
-        flags = [*set_flags, *(["base"] if base["auc"] is not None and base["auc_ci99"][0] > 0.5 else [])]
+        flags = [*set_flags, *(["base"] if base["auc"] is not None and apart(base["auc_ci99"]) else [])]
+        if made["auc"] is not None and made["auc_ci"][1] < 0.5:
+            flags.append("reversed")
         points = made["points"]
         flags += [f"coarse_{level}" for level, point in points.items() if point and point["coarse"]]
         if made["undefined"] and len(set(why)) == 1:
@@ -126,6 +143,8 @@ def report(study: Study, args, info: dict, found, reasons, evidence, base_scores
                 "parameters": parameters_of(attack, args, evidence),
                 "auc": made["auc"],
                 "auc_ci": made["auc_ci"],
+                "auc_ci_method": intervals.AUC_METHOD,
+                "direction": direction(made["auc_ci"]),
                 "tpr_at_fpr": made["tpr_at_fpr"],
                 "tpr_at_fpr_ci": made["tpr_at_fpr_ci"],
                 "points": points,
@@ -209,6 +228,12 @@ def table(lines: list[dict]) -> str:
             said = f"{made['auc']:.3f} (99 %: {made['auc_ci99'][0]:.3f}–{made['auc_ci99'][1]:.3f})"
         flag = "  FLAG: tells the sets apart without the model" if name in first["flags"] else ""
         shown.append(f"{name:<18} {said}{flag}")
+    turned = [line["attack"] for line in lines if "reversed" in line["flags"]]
+    if turned:
+        shown.append(
+            f"FLAG: {', '.join(turned)}: distinguishable, opposite direction: non-members score higher; the sets are "
+            "confounded or exchanged, or the model knew the non-members"
+        )
     if first["near_duplicates"]["pairs"]:
         shown.append(f"FLAG: {first['near_duplicates']['pairs']} pairs of near-duplicates across the two sets")
     return "\n".join(shown)

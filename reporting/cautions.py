@@ -67,8 +67,11 @@ def membership(study: Study):
     lines = study.lines.get("mia", [])
     kinds = {
         "blind": ("careful", "Members and non-members differ without any model",
-                  "A blind baseline tells the sets apart (its 99 % interval lies above 0.5), so attacks may do so for "
+                  "A blind baseline tells the sets apart (its 99 % interval leaves 0.5 out), so attacks may do so for "
                   "the same reason: their AUC is no evidence of memorisation."),
+        "reversed": ("wrong", "Members and non-members differ the other way round",
+                     "Non-members score higher (the 95 % interval of the AUC lies below 0.5): the sets are exchanged "
+                     "or confounded, or the model knew the non-members. It is no sign that nothing leaks."),
         "near": ("careful", "Near-duplicates across members and non-members",
                  "Texts of both sets are nearly the same, which pulls every attack towards chance."),
         "base": ("careful", "The base model already tells members from non-members",
@@ -83,7 +86,7 @@ def membership(study: Study):
             for flag in line.get("flags", []):
                 if flag == prefix or flag.startswith((f"{prefix}_", f"{prefix}-")):
                     with study.guard(file, number):
-                        what = line["attack"] if prefix in ("base", "coarse") else _blind(line, flag)
+                        what = line["attack"] if prefix in ("base", "coarse", "reversed") else _blind(line, flag)
                         places.setdefault(f"{file}", set()).add(what)
         if places:
             yield Caution(level, title, text, [f"{file}: {', '.join(sorted(what))}" for file, what in places.items()])

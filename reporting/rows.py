@@ -69,7 +69,7 @@ def extraction_rows(line: dict, study: Study, models: Models, path: Path, number
         ends = line.get("ci95", {}).get(measure, {}).get("total")
         add(measure, sum(known) / n if n else None, count=sum(known), n=n, template="all",
             low=ends[0] if ends else None, high=ends[1] if ends else None,
-            interval="bootstrap over rows 95 %" if ends else None,
+            interval="over rows 95 %" if ends else None,
             undefined=None if n else "no row could be asked")  # fmt: skip
         floor = line.get("floor") or {}
         if floor.get("rule") and floor.get(measure) is not None:
@@ -133,7 +133,7 @@ def mia_rows(line: dict, study: Study, models: Models, path: Path, number: int) 
 
     def add(found: dict, role: str, attack: str, confidence: str, headline=False):
         ends = found.get("auc_ci") or found.get("auc_ci99") or (None, None)
-        why = f"bootstrap {confidence}" if ends[0] is not None else None
+        why = confidence if ends[0] is not None else None
         more = {**shared, "role": role, "attack": attack}
         made.append(Row("mia", "auc", found["auc"], *ends, why, undefined=found.get("undefined"), **more))
         points, rates = found.get("points") or {}, found.get("tpr_at_fpr") or {}

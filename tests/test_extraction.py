@@ -129,12 +129,3 @@ def test_probabilistic_extraction_by_hand():
     tiny = metrics.probabilistic_extraction(np.array([math.log(1e-17)]))
     assert tiny["1000"]["expected"] == pytest.approx(1e-14, rel=1e-6)  # lost without log1p
     assert metrics.probabilistic_extraction(np.array([0.0]))["1"] == {"rows": 1, "expected": 1.0}
-
-
-def test_bootstrap_resamples_whole_rows():
-    # every row hits on all four templates or on none: the interval must be that of 50 rows, not of 200 cells
-    hits = np.repeat([[1.0] * 4, [0.0] * 4], 25, axis=0)
-    low, high = metrics.bootstrap_rate(hits, seed=1)
-    wide = 1.96 * math.sqrt(0.25 / 50)
-    assert (high - low) / 2 == pytest.approx(wide, rel=0.15)
-    assert metrics.bootstrap_rate(np.full((5, 2), np.nan), 1) is None

@@ -22,7 +22,8 @@ SIZES = [f"{family}_{k}" for family in ("min_k", "min_k_pp") for k in range(10, 
 CORE = ["loss", "zlib", "lowercase", "ref", *SIZES, "surp", "ez", "wbc"]
 BLIND = ["blind_length", "blind_zlib", "blind_bow", "blind_tfidf"]
 FIELDS = {
-    "attack", "headline", "parameters", "auc", "auc_ci", "tpr_at_fpr", "tpr_at_fpr_ci", "points", "undefined",
+    "attack", "headline", "parameters", "auc", "auc_ci", "auc_ci_method", "direction",
+    "tpr_at_fpr", "tpr_at_fpr_ci", "points", "undefined",
     "n_requested", "n_scored", "n_dropped", "dropped", "n_members", "n_nonmembers", "blind", "base", "near_duplicates",
     "flags", "model", "base_model", "reference", "model_sha256", "members", "members_trained", "nonmembers",
     "max_length", "dtype", "bootstrap", "seed",
@@ -811,3 +812,27 @@ def test_texts_are_cut_to_their_tokens(models):
     assert made.cut == 1 and len(made.tokens[0]) == 20 and made.texts[1] == "short"
     assert text.startswith(made.texts[0]) and tokenizer(made.texts[0]).input_ids[:19] == made.tokens[0][:19]
     assert evidence.encode(tokenizer, [text], 10_000).texts == [text]
+
+
+def test_exchanged_sets_are_said_to_be(models, adapters, tmp_path, capsys):
+    """Members and non-members of a model that tells them apart, exchanged: flagged, no silent AUC below one half."""
+    import run_peft
+
+    rows = make_rows(48, seed=11)
+    members = write_rows(tmp_path / "members.jsonl", rows[:24])
+    others = write_rows(tmp_path / "others.jsonl", rows[24:])
+    words = ["-m", models["llama"], "-i", members, "--output_root", tmp_path, "-lr", 1e-2, "-e", 12, "--lora_r", 8]
+    run_peft.run(
+        run_peft.make_parser().parse_args([str(word) for word in [*words, "--train_rows", 24, "--allow_overlap"]])
+    )
+    checkpoint = max(tmp_path.rglob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    found = {}
+    for name, sets in (("right", (members, others)), ("exchanged", (others, members))):
+        words = ["--model", checkpoint, "--members", sets[0], "--nonmembers", sets[1], "--attacks", "ref", "loss"]
+        assert attack(*words, "--bootstrap", 20, "--output_dir", tmp_path / name) == 0
+        found[name] = read_lines(tmp_path / name / "results_mia.jsonl"), capsys.readouterr().out
+    (lines, said), (turned, warned) = found["right"], found["exchanged"]
+    assert lines[0]["auc"] > 0.8 and turned[0]["auc"] == pytest.approx(1 - lines[0]["auc"])
+    assert "reversed" not in lines[0]["flags"] and lines[0]["direction"] == "members higher"
+    assert "reversed" in turned[0]["flags"] and turned[0]["direction"].startswith("distinguishable, opposite direction")
+    assert "opposite direction" in warned and "opposite direction" not in said

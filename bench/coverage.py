@@ -1,0 +1,184 @@
+"""How often the intervals of the result files hold the true value: simulated, as the table of docs/coverage.md.
+
+python bench/coverage.py                 # 2,000 runs a setting, some minutes on one core
+python bench/coverage.py --runs 500 --only auc
+
+rate     Clopper–Pearson of one template's rate (a row, one draw)
+total    the total of four templates whose answers hang together in a row: a row's own rate is drawn from a beta law
+         with intraclass correlation ρ
+auc      the area under the ROC curve of m members and n non-members: normal scores, and heavy-tailed ones (t with 3
+         degrees of freedom) where a fifth of the members is far up, so that the areas are of another shape
+tpr      the TPR at a true FPR of 1 %, of normal scores
+jackknife   the 20-group jackknife of fidelity.py, of two measures: Wasserstein-1 and the Fréchet distance. Both are
+         biased by sample size, so the true value is the measure's mean at this size, of the runs themselves
+Nominal 95 %. `low` and `high`: the share of runs whose interval lies below and above the true value. Monte-Carlo error:
+about 0.5 % at 2,000 runs.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import cli, intervals
+
+KINDS = ("rate", "total", "auc", "tpr", "jackknife")
+SEED = 20250
+
+
+def make_parser() -> cli.Parser:
+    parser = cli.Parser("Simulate the coverage of the intervals.", "python bench/coverage.py --runs 2000")
+    parser.add_argument("--runs", type=cli.positive_int, default=2000, help="simulated samples a setting")
+    parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), help="which kinds")
+    parser.add_argument("--seed", type=int, default=SEED, help="seed of the simulation")
+    return parser
+
+
+def tally(bounds, truth: float) -> dict:
+    """coverage, mean width, and the shares of intervals [S, 2] below and above the truth."""
+    import numpy as np
+
+    low, high = np.asarray(bounds, float).T
+    return {
+        "coverage": float(((low <= truth) & (truth <= high)).mean()),
+        "width": float((high - low).mean()),
+        "below": float((high < truth).mean()),
+        "above": float((low > truth).mean()),
+    }
+
+
+def rate(runs: int, rng):
+    import numpy as np
+
+    for n in (20, 100, 1000):
+        for p in (0.001, 0.005, 0.05, 0.5):
+            low, high = intervals._clopper_pearson(rng.binomial(n, p, runs), np.full(runs, n), 0.95)
+            yield "rate, Clopper–Pearson", f"{n} rows, p {p:g}", tally(np.stack([low, high], 1), p)
+
+
+def clustered(rows: int, p: float, correlation: float, runs: int, rng):
+    """[runs, rows, 4] outcomes whose row rates are beta with mean p and the intraclass correlation."""
+    if correlation == 0:
+        own = p
+    elif correlation == 1:
+        own = (rng.random((runs, rows, 1)) < p).astype(float)
+    else:
+        scale = 1 / correlation - 1
+        own = rng.beta(p * scale, (1 - p) * scale, (runs, rows, 1))
+    return (rng.random((runs, rows, 4)) < own).astype(float)
+
+
+def total(runs: int, rng):
+    import numpy as np
+
+    for rows in (100, 500, 1000):
+        for p in (0.001, 0.005, 0.05, 0.5):
+            for correlation in (0.0, 0.3, 0.9):
+                bounds = []
+                for start in range(0, runs, 250):
+                    drawn = clustered(rows, p, correlation, min(250, runs - start), rng)
+                    bounds.append(np.stack(intervals._clustered_rates(drawn), 1))
+                where = f"{rows} rows × 4, p {p:g}, ρ {correlation:g}"
+                yield "total, Korn–Graubard", where, tally(np.concatenate(bounds), p)
+
+
+def shifts(kind: str):
+    """(draw(rng, m, n, shift) → members, non-members; true area of a shift)."""
+    import numpy as np
+    from scipy import stats
+
+    if kind == "normal":
+        return (lambda rng, m, n, s: (rng.normal(s, 1, m), rng.normal(0, 1, n))), lambda s: stats.norm.cdf(s / 2**0.5)
+    reference = np.sort(np.random.default_rng(0).standard_t(3, 400_000))
+
+    def draw(rng, m, n, s):
+        far = rng.random(m) < 0.2
+        return rng.standard_t(3, m) + np.where(far, 4 * s, s), rng.standard_t(3, n)
+
+    def area(s):
+        others = np.random.default_rng(1).standard_t(3, 400_000)
+        parts = [np.searchsorted(reference, others + far).mean() / len(reference) for far in (s, 4 * s)]
+        return 0.8 * parts[0] + 0.2 * parts[1]
+
+    return draw, area
+
+
+def auc(runs: int, rng):
+    from scipy.optimize import brentq
+
+    for kind in ("normal", "heavy-tailed"):
+        draw, area = shifts(kind)
+        for target in (0.5, 0.7, 0.9, 0.95, 0.99):
+            shift = (
+                0.0 if target == 0.5 else brentq(lambda s, area=area, target=target: area(s) - target, 0, 40, xtol=1e-4)
+            )
+            truth = area(shift)
+            for m, n in ((20, 20), (50, 50), (20, 200), (200, 200), (1000, 1000)):
+                bounds = [intervals.auc_interval(*draw(rng, m, n, shift)) for _ in range(runs)]
+                yield "AUC, logit DeLong or Newcombe", f"{m} + {n}, {kind}, AUC {target:g}", tally(bounds, truth)
+
+
+def tpr(runs: int, rng):
+    import numpy as np
+    from scipy import stats
+
+    from mia import metrics
+
+    for m, n in ((200, 200), (1000, 1000)):
+        for shift in (0.0, 1.0, 2.0):
+            truth = float(stats.norm.sf(stats.norm.ppf(0.99) - shift))
+            bounds = []
+            for _ in range(runs // 4):
+                points = metrics.tpr_at(rng.normal(shift, 1, m), rng.normal(0, 1, n), "0.01")
+                bounds.append(points["tpr_ci"])
+            yield "TPR at 1 % FPR, order statistics", f"{m} + {n}, TPR {truth:.3f}", tally(np.array(bounds), truth)
+
+
+def jackknife(runs: int, rng):
+    import numpy as np
+    from scipy import stats
+
+    from fidelity import measures
+
+    n = 400
+    found = {"Wasserstein-1": [], "Fréchet": []}
+    for number in range(max(50, runs // 10)):
+        one, other = rng.normal(0.3, 1, n), rng.normal(0, 1, n)
+        wide, others = rng.normal(0.3, 1, (n, 8)), rng.normal(0, 1, (n, 8))
+
+        def measure(keep, one=one, other=other, wide=wide, others=others):
+            left, right = keep[:n], keep[n:]
+            return {
+                "Wasserstein-1": float(stats.wasserstein_distance(one[left], other[right])),
+                "Fréchet": measures.frechet_distance(wide[left], others[right]),
+            }
+
+        groups = np.concatenate([measures.deal(n, 2 * number), measures.deal(n, 2 * number + 1)])
+        for name, values in measures.replicate(measure, groups).items():
+            made = measures.interval(values)
+            found[name].append([made["value"], made["low"], made["high"]])
+    for name, made in found.items():
+        values, bounds = np.array(made)[:, 0], np.array(made)[:, 1:]
+        yield f"{name}, jackknife", f"{n} + {n} rows, its mean at this size", tally(bounds, float(values.mean()))
+
+
+def main(argv=None) -> int:
+    args = make_parser().parse_args(argv)
+    import numpy as np
+
+    print(f"Nominal 95 %, {args.runs} runs, seed {args.seed}.\n")
+    print("| interval | setting | coverage | mean width | below | above |\n|---|---|---|---|---|---|")
+    for kind in args.only:
+        rng = np.random.default_rng([args.seed, KINDS.index(kind)])
+        for name, where, found in globals()[kind](args.runs, rng):
+            mark = "" if found["coverage"] >= 0.92 else " **<**"
+            print(
+                f"| {name} | {where} | {found['coverage']:.3f}{mark} | {found['width']:.4f} | {found['below']:.3f} | "
+                f"{found['above']:.3f} |",
+                flush=True,
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.entry(main))
