@@ -818,13 +818,11 @@ def test_exchanged_sets_are_said_to_be(models, adapters, tmp_path, capsys):
     """Members and non-members of a model that tells them apart, exchanged: flagged, no silent AUC below one half."""
     import run_peft
 
-    rows = make_rows(48, seed=11)
+    rows = [{"text": row["prompt"] + row["continuation"]} for row in make_rows(48, seed=11)]
     members = write_rows(tmp_path / "members.jsonl", rows[:24])
     others = write_rows(tmp_path / "others.jsonl", rows[24:])
     words = ["-m", models["llama"], "-i", members, "--output_root", tmp_path, "-lr", 1e-2, "-e", 12, "--lora_r", 8]
-    run_peft.run(
-        run_peft.make_parser().parse_args([str(word) for word in [*words, "--train_rows", 24, "--allow_overlap"]])
-    )
+    run_peft.run(run_peft.make_parser().parse_args([str(word) for word in words]))
     checkpoint = max(tmp_path.rglob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     found = {}
     for name, sets in (("right", (members, others)), ("exchanged", (others, members))):
