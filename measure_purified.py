@@ -41,6 +41,7 @@ def make_parser() -> cli.Parser:
     parser.add_argument("positional", nargs="*", metavar="MODEL OUTPUT_DIR", help="--model and --output_dir, in short")
     parser.add_argument("--model", help="model directory, adapter checkpoint or hub name (required)")
     parser.add_argument("--output_dir", help="where the result files go (required)")
+    parser.add_argument("--base_model", help="base of an adapter, instead of the one its configuration names")
     add_measure_flags(parser)
     cli.add_model_flags(parser)
     return parser
@@ -499,7 +500,7 @@ def run(args) -> int:
     study = prepare(args, problems)
     ref = tokenizer = None
     if args.model:
-        ref = problems.absorb(models.find_model, args.model, args.revision)
+        ref = problems.absorb(models.find_model, args.model, args.revision, args.base_model)
         tokenizer = problems.absorb(models.load_tokenizer, ref) if ref else None
     problems.check()
     if args.dry_run:

@@ -181,7 +181,7 @@ def _find_adapter(path: Path, revision, base_model, flag: str, is_opt: bool) -> 
         if not os.path.isabs(base) and looks_local(base) and not os.path.exists(base) and (path / base).exists():
             base = str(path / base)
         wanted = (base_model and "--base_model") or f"{flag} {path}: base model"
-        if problems.absorb(_check_full, base, revision, wanted, "pass --base_model") and not problems.lines:
+        if problems.absorb(_check_full, base, revision, wanted, MOVED_BASE) and not problems.lines:
             problems.absorb(_check_embeddings, path, base, revision)
         if base_model and not problems.lines and (record := training_record(path)):
             told, found = record.get("base_sha256"), weights_sha256(ModelRef(base, base, None, revision))
@@ -192,6 +192,9 @@ def _find_adapter(path: Path, revision, base_model, flag: str, is_opt: bool) -> 
                 )
     problems.check()
     return ModelRef(str(path), base, str(path), revision)
+
+
+MOVED_BASE = "pass --base_model, or mend base_model_name_or_path in its adapter_config.json"
 
 
 def _guess_base(path: Path, is_opt: bool) -> str | None:
@@ -429,16 +432,23 @@ def adapted(model, adapter, merge: bool | None = None):
     """Within the block: (model with the adapter applied, ‖ΔW‖/‖W‖ or None). After it `model` is bit for bit as before.
 
     merge: fold the adapter into the weights (None: only where they are float32 — half precision would round away
-    most of a small update). ‖·‖ is the Frobenius norm over all adapted matrices; None when not merged.
+    most of a small update — and no adapted weight is tied to another module's, which a merge would change as well;
+    True: UserError there). ‖·‖ is the Frobenius norm over all adapted matrices; None when not merged.
     """
     import torch
 
     if adapter is None:
         yield model, None
         return
-    if merge is None:
-        merge = next(model.parameters()).dtype == torch.float32
     names = sorted({module_of(tensor) for tensor in adapter_shapes(adapter)})
+    shared = tied(model, {module_of(tensor) for tensor in adapter_shapes(adapter) if ".lora_" in tensor})
+    if merge and shared:
+        raise UserError(
+            f"{adapter}: adapts {', '.join(shared)}, whose weight is tied to another module's: merged, both would "
+            "change; measure it attached, or untie the base before training"
+        )
+    if merge is None:
+        merge = next(model.parameters()).dtype == torch.float32 and not shared
     with torch.no_grad():
         check_fit(model, adapter)
         originals = {name: model.get_submodule(name) for name in names}
@@ -463,6 +473,16 @@ def adapted(model, adapter, merge: bool | None = None):
             if hasattr(model, "peft_config"):
                 del model.peft_config
             model._hf_peft_config_loaded = False
+
+
+def tied(model, names) -> list[str]:
+    """Those of the modules whose weight is another module's too (an output head and its embeddings, say)."""
+    owners: dict[int, set] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners.setdefault(weight.data_ptr(), set()).add(name)
+    return sorted(name for found in owners.values() if len(found) > 1 for name in found & set(names))
 
 
 def relative_change(model, before: dict) -> float:

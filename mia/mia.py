@@ -27,6 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import cli, distributed, models, records, results
+from common import trained as trained_rows
 from mia.texts import SHOTS, Study, choose_shots, read_sets, read_texts, sample, without
 
 CORE = ("loss", "zlib", "lowercase", "ref", "min_k", "min_k_pp", "surp", "ez", "wbc")
@@ -215,6 +216,22 @@ def check_masked(folder) -> None:
         raise cli.UserError(f"--neighbor_model {folder}: needs a fast tokenizer with a mask and a pad token")
 
 
+def members_seen(ref, study: Study) -> dict[str, int] | None:
+    """{'whole', 'partly', 'never'}: how many members the training took the loss on, all their characters but those of
+    the first token, some, or none; None where no trained_rows.jsonl tells."""
+    folder = Path(ref.adapter or ref.base).expanduser()
+    taken = trained_rows.read(folder) if folder.is_dir() else None
+    if taken is None:
+        return None
+    counts = dict.fromkeys(("whole", "partly", "never"), 0)
+    for text, label in zip(study.texts, study.labels):
+        if label:
+            rows = [row for row in taken.find(text) if row.loss_tokens]
+            whole = any(not row.cut and row.loss_tokens >= row.tokens - 1 for row in rows)
+            counts["whole" if whole else "partly" if rows else "never"] += 1
+    return counts
+
+
 def measure(ref, study: Study, args, world, folder, passes, name: str) -> list[dict]:
     """Attack one model and write its four files into `folder`; the result lines on rank 0, [] elsewhere.
 
@@ -245,6 +262,12 @@ def measure(ref, study: Study, args, world, folder, passes, name: str) -> list[d
         trained = study.trained.get(Path(ref.adapter or ref.base).expanduser().resolve())
         if trained is False and world.main:
             print(f"{ref.name}: was trained on another file than --members {args.members}", file=sys.stderr)
+        seen = members_seen(ref, study)
+        if seen and seen["partly"] + seen["never"] and world.main:
+            print(
+                f"{ref.name}: of {sum(seen.values())} members, {seen['partly']} were trained on in part and "
+                f"{seen['never']} never (cut off, masked, or left out)", file=sys.stderr,
+            )  # fmt: skip
         info = {
             "model": ref.name,
             "base_model": ref.base if ref.adapter else None,
@@ -252,6 +275,7 @@ def measure(ref, study: Study, args, world, folder, passes, name: str) -> list[d
             "model_sha256": models.weights_sha256(ref) if world.main else None,
             "members": args.members,
             "members_trained": trained,
+            "members_seen": seen,
             "nonmembers": args.nonmembers,
             "max_length": args.max_length,
             "dtype": str(passes.dtype).removeprefix("torch."),

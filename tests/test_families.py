@@ -189,6 +189,38 @@ def test_trained_rows_are_what_the_loss_saw(loaded, name, tmp_path, capsys):
     assert json.loads((run / "run.json").read_text())["trained"]["loss_tokens"] == count
 
 
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_on_a_tied_weight_stays_attached(tmp_path, target):
+    """peft's merge would change the embeddings and the head at once: logits are those of peft's attached model."""
+    from conftest import make_tokenizer
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    vocabulary = len(make_tokenizer(tmp_path / "base"))
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=vocabulary, bos_token_id=0, eos_token_id=0, tie_word_embeddings=True, **sizes)
+    AutoModelForCausalLM.from_config(config).float().save_pretrained(tmp_path / "base")
+
+    def base():
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
+
+    made = get_peft_model(base(), LoraConfig(r=4, target_modules=[target]))
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.3)
+    made.save_pretrained(tmp_path / "adapter")
+    ids, plain = torch.arange(2, 30)[None], base()
+    with torch.no_grad():
+        wanted = PeftModel.from_pretrained(base(), tmp_path / "adapter").eval()(ids).logits
+        with models.adapted(plain, tmp_path / "adapter") as (adapted, change):
+            assert change is None and torch.equal(adapted(ids).logits, wanted)
+    assert not torch.allclose(plain(ids).logits, wanted)
+    with pytest.raises(UserError, match="tied to another module's"), models.adapted(plain, tmp_path / "adapter", True):
+        pass
+
+
 @pytest.mark.parametrize("name", ["jamba (hybrid)", "mamba"])
 def test_an_adapter_on_a_weight_that_the_model_reads_itself_is_refused(loaded, name, tmp_path):
     """dt_proj: peft's merged and attached models differ there, so neither is taken for the other."""

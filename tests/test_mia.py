@@ -25,7 +25,8 @@ FIELDS = {
     "attack", "headline", "parameters", "auc", "auc_ci", "auc_ci_method", "direction",
     "tpr_at_fpr", "tpr_at_fpr_ci", "points", "undefined",
     "n_requested", "n_scored", "n_dropped", "dropped", "n_members", "n_nonmembers", "blind", "base", "near_duplicates",
-    "flags", "model", "base_model", "reference", "model_sha256", "members", "members_trained", "nonmembers",
+    "flags", "model", "base_model", "reference", "model_sha256", "members", "members_trained", "members_seen",
+    "nonmembers",
     "max_length", "dtype", "bootstrap", "seed",
 }  # fmt: skip
 
@@ -821,16 +822,43 @@ def test_exchanged_sets_are_said_to_be(models, adapters, tmp_path, capsys):
     rows = [{"text": row["prompt"] + row["continuation"]} for row in make_rows(48, seed=11)]
     members = write_rows(tmp_path / "members.jsonl", rows[:24])
     others = write_rows(tmp_path / "others.jsonl", rows[24:])
-    words = ["-m", models["llama"], "-i", members, "--output_root", tmp_path, "-lr", 1e-2, "-e", 12, "--lora_r", 8]
+    words = ["-m", models["llama"], "-i", members, "--output_root", tmp_path, "-lr", 1e-2, "-e", 30, "--lora_r", 8]
     run_peft.run(run_peft.make_parser().parse_args([str(word) for word in words]))
     checkpoint = max(tmp_path.rglob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    checkpoint = shutil.copytree(checkpoint, tmp_path / "foreign")  # without run.json nothing tells what was trained on
     found = {}
     for name, sets in (("right", (members, others)), ("exchanged", (others, members))):
         words = ["--model", checkpoint, "--members", sets[0], "--nonmembers", sets[1], "--attacks", "ref", "loss"]
         assert attack(*words, "--bootstrap", 20, "--output_dir", tmp_path / name) == 0
         found[name] = read_lines(tmp_path / name / "results_mia.jsonl"), capsys.readouterr().out
     (lines, said), (turned, warned) = found["right"], found["exchanged"]
-    assert lines[0]["auc"] > 0.8 and turned[0]["auc"] == pytest.approx(1 - lines[0]["auc"])
+    assert lines[0]["auc_ci"][0] > 0.5 and turned[0]["auc"] == pytest.approx(1 - lines[0]["auc"])
     assert "reversed" not in lines[0]["flags"] and lines[0]["direction"] == "members higher"
     assert "reversed" in turned[0]["flags"] and turned[0]["direction"].startswith("distinguishable, opposite direction")
     assert "opposite direction" in warned and "opposite direction" not in said
+
+
+def test_members_that_training_cut_or_masked_are_counted(models, tmp_path, capsys):
+    """--max_length and a completion: whole, partly and never, by hand from the token counts."""
+    import run_peft
+    from common import models as loading
+
+    rows = make_rows(24, seed=12)
+    rows = [{"prompt": row["prompt"], "continuation": row["continuation"]} for row in rows]
+    members = write_rows(tmp_path / "members.jsonl", rows[:12])
+    others = write_rows(tmp_path / "others.jsonl", rows[12:])
+    tokenizer = loading.load_tokenizer(loading.find_model(str(models["llama"])))
+    lengths = sorted(len(tokenizer(text).input_ids) for text in texts_of(members))
+    flags = ["-m", models["llama"], "-i", members, "--output_root", tmp_path, "-lr", 1e-2, "-e", 1, "--lora_r", 2]
+    for name, more, wanted in (
+        ("cut", ["--max_length", lengths[5]], {"whole": sum(n <= lengths[5] for n in lengths), "never": 0}),
+        ("masked", ["--loss_on", "completion"], {"whole": 0, "partly": 12, "never": 0}),
+    ):
+        words = [str(word) for word in [*flags, *more, "--run_name", name]]
+        folder = run_peft.run(run_peft.make_parser().parse_args(words))
+        checkpoint = next(folder.glob("checkpoint-*"))
+        words = ["--model", checkpoint, "--members", members, "--nonmembers", others, "--attacks", "loss"]
+        assert attack(*words, "--bootstrap", 20, "--output_dir", tmp_path / f"out-{name}") == 0
+        seen = read_lines(tmp_path / f"out-{name}" / "results_mia.jsonl")[0]["members_seen"]
+        assert sum(seen.values()) == 12 and wanted.items() <= seen.items()
+        assert f"of 12 members, {seen['partly']} were trained on in part and 0 never" in capsys.readouterr().err
