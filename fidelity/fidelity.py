@@ -527,7 +527,7 @@ def compare(args, samples: dict, plan: dict, pool: list, train, world, record, f
             lap("mauve")
     comparisons = {}
     for arm in arms:
-        measures = {name: m.interval(values) for name, values in found[arm].items()}
+        measures = {name: m.interval(values, m.WIDER.get(name, 1)) for name, values in found[arm].items()}
         if spread:
             measures[f"MAUVE (low, high: of {MAUVE_SEEDS} seeds)"] = spread[arm]
         comparisons[arm] = {"rows": n, **plan["arms"][arm], "measures": measures}
@@ -537,7 +537,9 @@ def compare(args, samples: dict, plan: dict, pool: list, train, world, record, f
             comparisons[arm]["longest_copy"] = longest[arm]
         if arm != "real":
             both = [name for name in found[arm] if name in found["real"]]
-            comparisons[arm]["excess"] = {name: m.interval(found[arm][name] - found["real"][name]) for name in both}
+            comparisons[arm]["excess"] = {
+                name: m.interval(found[arm][name] - found["real"][name], m.WIDER.get(name, 1)) for name in both
+            }
     content = {
         "schema": SCHEMA,
         **{key: plan[key] for key in ("rows", "paired_with_real")},

@@ -58,10 +58,14 @@ def replicate(measure: Callable[[np.ndarray], dict[str, float]], groups: np.ndar
     return {name: np.array([value[name] for value in values], float) for name in values[0]}
 
 
-def interval(replicates: np.ndarray) -> dict:
+WIDER = {"Wasserstein-1 words a review": 1.15}  # the jackknife alone covers 91–92 % of it: bench/coverage.py
+
+
+def interval(replicates: np.ndarray, wider: float = 1.0) -> dict:
     """{'value', 'low', 'high'}: 95 % interval of a delete-one-group jackknife (Shao & Tu 1995, section 2.3).
 
-    se² = (G − 1)/G · Σ (θ₍g₎ − mean)², and value ± t(0.975, G − 1) · se. Undefined (NaN): null with the reason.
+    wider: factor on its width, for a measure of which it is known to cover too little (`WIDER`).
+    se² = (G − 1)/G · Σ (θ₍g₎ − mean)², and value ± wider · t(0.975, G − 1) · se. Undefined (NaN): null with the reason.
     """
     value, deleted = float(replicates[0]), np.asarray(replicates[1:], float)
     if np.isnan(value):
@@ -69,7 +73,7 @@ def interval(replicates: np.ndarray) -> dict:
     if np.isnan(deleted).any():
         return {"value": value, "low": None, "high": None, "reason": "undefined without one of the groups"}
     g = len(deleted)
-    half = stats.t.ppf(0.975, g - 1) * np.sqrt((g - 1) / g * np.sum((deleted - deleted.mean()) ** 2))
+    half = wider * stats.t.ppf(0.975, g - 1) * np.sqrt((g - 1) / g * np.sum((deleted - deleted.mean()) ** 2))
     return {"value": value, "low": value - float(half), "high": value + float(half)}
 
 

@@ -24,8 +24,7 @@ def device_flags(args) -> list:
 
 
 def show(script, words: list[str]) -> None:
-    file = Path(script.__file__)
-    name = file.name if file.parent == EMBEDDED.parents[1] else f"{file.parent.name}/{file.name}"
+    name = Path(script.__file__).resolve().relative_to(EMBEDDED.parents[1])
     print(f"\n$ python {name} {shlex.join(words)}", flush=True)
 
 

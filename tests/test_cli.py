@@ -15,7 +15,7 @@ from common import records
 MODEL = {"--dtype", "--device_map", "--revision", "--dry_run", "--seed"}
 MEASURE = {
     "-d", "--dataset", "--top_k", "-mt", "--max_tokens", "--num_rows", "--temperatures", "--attack", "--templates",
-    "--trailing_space", "--demonstrations", "--batch_size", "--save_responses", "--baseline",
+    "--trailing_space", "--stop", "--demonstrations", "--batch_size", "--save_responses", "--baseline",
 }  # fmt: skip
 FLAGS = {
     "run_peft.py": MODEL | {
@@ -29,7 +29,7 @@ FLAGS = {
         "--privacy_unit", "--max_rows_per_user", "--secure_rng", "--suggest_max_grad_norm",
     },
     "merge_peft.py": MODEL | {"--model", "--save_dir", "--base_model", "--is_opt"},
-    "measure_purified.py": MODEL | MEASURE | {"--model", "--output_dir"},
+    "measure_purified.py": MODEL | MEASURE | {"--model", "--output_dir", "--base_model"},
     "evaluate_purified.py": MODEL | MEASURE | {
         "-m", "--model", "-t", "--temp", "--is_opt", "--base_model", "--save_merged", "--mia",
     },

@@ -910,3 +910,43 @@ def test_encoded_words_come_back(text, charset):
         return
     encoded = " ".join(Header(words, charset).encode().split()) if charset else words
     assert mail.decode_words(encoded) == words
+
+
+def test_links_pipes_and_a_line_without_an_end(tmp_path):
+    """A FIFO would hang for ever, a link lead out of the folder; a line of 40 MB is cut, and mails go on behind it."""
+    folder = tmp_path / "mails"
+    folder.mkdir()
+    (tmp_path / "outside").write_text("From: Ada Quillan <ada@quillan.example>\n\nhello\n")
+    (folder / "1.").write_text("From: Bo Norbeck <bo@norbeck.example>\n\nhello\n")
+    (folder / "2.").symlink_to(tmp_path / "outside")
+    os.mkfifo(folder / "3.")
+    (folder / "4.").symlink_to("/dev/zero")
+    skipped = prepare.Counter()
+    assert [os.path.basename(path) for path in prepare.walk(folder, skipped)] == ["1."]
+    assert skipped["links, pipes and devices"] == 3
+
+    class Endless(io.RawIOBase):
+        """'From …', a line of 40 MB, and another mail."""
+
+        def __init__(self):
+            head = b"From ada@quillan.example Thu Jan  1 00:00:00 2004\nSubject: one\n\n"
+            self.parts = [head, *[b"A" * (1 << 20)] * 40, b"\n\n", head.replace(b"one", b"two"), b"short\n"]
+
+        def readable(self):
+            return True
+
+        def readinto(self, buffer):
+            if not self.parts:
+                return 0
+            part, self.parts[0] = self.parts[0][: len(buffer)], self.parts[0][len(buffer) :]
+            if not self.parts[0]:
+                self.parts.pop(0)
+            buffer[: len(part)] = part
+            return len(part)
+
+    tracemalloc.start()
+    found = list(mail.read_mails(io.BufferedReader(Endless()), "box"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [raw.split(b"\n")[0] for _, raw in found] == [b"Subject: one", b"Subject: two"]
+    assert len(found[0][1]) <= mail.MAX_BYTES and peak < 4 * mail.MAX_BYTES + (1 << 22)

@@ -167,10 +167,12 @@ MBOX_SEPARATOR = re.compile(rb"From \S.*\d\d:\d\d.*\d{4}")
 def split_mbox(file: Iterable[bytes]) -> Iterator[bytes]:
     """The mails in the lines of an mbox, one at a time, each cut at MAX_BYTES.
 
-    A separator is a line `From SENDER … TIME … YEAR` at the start or behind an empty line (RFC 4155).
+    A separator is a line `From SENDER … TIME … YEAR` at the start or behind an empty line (RFC 4155). A line may come
+    in pieces: what does not end in a line break goes on in the next one.
     """
-    lines, size, after_empty, started = [], 0, True, False
+    lines, size, after_empty, started, begins = [], 0, True, False, True
     for line in file:
+        after_empty, begins = after_empty and begins, line.endswith(b"\n")
         if after_empty and line.startswith(b"From ") and MBOX_SEPARATOR.match(line, 0, 200):
             if started:
                 yield b"".join(lines)[:MAX_BYTES]
@@ -192,7 +194,10 @@ def read_mails(file: BinaryIO, label: str) -> Iterator[tuple[str, bytes]]:
     if not first.startswith(b"From "):
         yield label, first + file.read(MAX_BYTES - len(first))
         return
-    for number, raw in enumerate(split_mbox(itertools.chain([first], file)), 1):
+    lines = itertools.chain(
+        [first], iter(lambda: file.readline(MAX_BYTES), b"")
+    )  # a line without an end fills no memory
+    for number, raw in enumerate(split_mbox(lines), 1):
         yield label if number == 1 else f"{label}#{number}", raw
 
 

@@ -25,6 +25,7 @@ import json
 import os
 import re
 import resource
+import stat
 import sys
 import tarfile
 import tempfile
@@ -124,8 +125,11 @@ def walk(folder: Path, skipped: Counter) -> Iterator[str]:
     for root, folders, files in os.walk(folder, onerror=refuse):
         folders.sort()
         for name in sorted(files):
-            if is_mail_name(name):
-                yield os.path.join(root, name)
+            path = os.path.join(root, name)
+            if not stat.S_ISREG(os.lstat(path).st_mode):  # a pipe would hang, a link lead out of the folder
+                skipped["links, pipes and devices"] += 1
+            elif is_mail_name(name):
+                yield path
             else:
                 skipped["files that are no messages by their name"] += 1
 
