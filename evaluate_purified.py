@@ -92,7 +92,8 @@ def run(args) -> int:
     world = distributed.start()
     dtype = models.resolve_dtype(args.dtype, world.device)
     world.say(f"{len(checkpoints)} checkpoints: {skipped} complete, {len(todo)} to measure, {len(failures)} unusable")
-    with results.Run(Path(args.model) / "run_evaluate_purified.json", args, study.inputs, world) as record:
+    run_file = Path(args.model) / "run_evaluate_purified.json"
+    with results.output_folder(args.model), results.Run(run_file, args, study.inputs, world) as record:
         base = loaded = tokenizer = None
         for number, (name, checkpoint, ref, path, missing) in enumerate(sorted(todo, key=lambda job: job[0]), 1):
             world.say(f"[{number}/{len(todo)}] {checkpoint}")

@@ -436,6 +436,7 @@ def write(path, lines, outcome_lines, response_lines, save_responses: bool, appe
     earlier = [results.read_jsonl(file) if append else [] for file in (outcomes_path(path), path)]
     if save_responses:
         before = results.read_jsonl(responses_path(path)) if append and responses_path(path).is_file() else []
+        before = [line for line in before if line["temperature"] not in {line["temperature"] for line in lines}]
         results.write_jsonl(responses_path(path), before + response_lines, permissions=0o600)
     new = {line["temperature"] for line in lines}
     kept = [line for line in earlier[0] if line["temperature"] not in new]
@@ -510,14 +511,31 @@ def run(args) -> int:
 
     world = distributed.start()
     dtype = models.resolve_dtype(args.dtype, world.device)
-    with results.Run(Path(args.output_dir) / "run_measure_purified.json", args, study.inputs, world) as record:
-        base = models.load_base(ref, dtype, world.device, args.device_map)
-        with models.adapted(base, ref.adapter) as (model, change):
-            path = measure_model(model, tokenizer, study, args, describe(ref, dtype, change), world)
-        record["results"] = str(path)
+    run_file = Path(args.output_dir) / "run_measure_purified.json"
+    with results.output_folder(args.output_dir):
+        path = world.broadcast(written_before_a_kill(run_file, args, study, ref) if world.main else None)
+        with results.Run(run_file, args, study.inputs, world) as record:
+            if path is None:
+                base = models.load_base(ref, dtype, world.device, args.device_map)
+                with models.adapted(base, ref.adapter) as (model, change):
+                    path = measure_model(model, tokenizer, study, args, describe(ref, dtype, change), world)
+            record["results"] = str(path)
     world.say(f"wrote {path}")
     world.close()
     return 0
+
+
+def written_before_a_kill(run_file: Path, args, study: Study, ref) -> Path | None:
+    """The complete result of a run with these very arguments that was killed before its record said so."""
+    if not run_file.is_file():
+        return None
+    record = results.read_json(run_file, "remove it")
+    mine = {key: value for key, value in vars(args).items() if not key.startswith("_")}
+    if record.get("status") != "running" or record.get("args") != json.loads(results.dumps(mine)):
+        return None
+    path, done = find_results(args.output_dir, study, model_key(ref))
+    whole = path and set(args.temperatures) <= set(done)
+    return path if whole and (not args.save_responses or responses_path(path).is_file()) else None
 
 
 def main(argv=None) -> int:

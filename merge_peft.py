@@ -81,7 +81,11 @@ def run(args) -> Path:
     dtype = torch.float32 if args.dtype == "auto" else getattr(torch, args.dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     inputs = [Path(ref.adapter) / "adapter_model.safetensors"]
-    with results.atomic_folder(target) as folder, results.Run(folder / RECORD, args, inputs) as record:
+    with (
+        results.output_file(target),  # whose start removes what a killed merge left
+        results.atomic_folder(target) as folder,
+        results.Run(folder / RECORD, args, inputs) as record,
+    ):
         base = models.load_base(ref, torch.float32, device, args.device_map)
         record["base"], record["base_commit"] = ref.base, getattr(base.config, "_commit_hash", None)
         with models.adapted(base, ref.adapter, merge=True) as (merged, change):

@@ -471,7 +471,8 @@ def run(args) -> dict:
             )
     lines, per_canary = [], []
     audited = [index for index, canary in enumerate(task.canaries) if canary["kind"] == "audit"]
-    with results.Run(folder / "run_canary.json", args, [args.canaries, *task.files.values()], world) as record:
+    inputs = [args.canaries, *task.files.values()]
+    with results.output_folder(folder), results.Run(folder / "run_canary.json", args, inputs, world) as record:
         for arm in task.refs:
             bits, signal, name = measure_model(args, task, arm, dtype, world)
             lines += exposure_lines(task, arm, bits, args.references)

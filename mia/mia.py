@@ -241,7 +241,7 @@ def measure(ref, study: Study, args, world, folder, passes, name: str) -> list[d
     from mia.evidence import count_tokens, gather, score_texts
     from mia.report import AGAINST_BASE, draw_roc, report, table
 
-    with results.Run(folder / "run_mia.json", args, study.inputs, world) as record:
+    with results.output_folder(folder), results.Run(folder / "run_mia.json", args, study.inputs, world) as record:
         tokenizer = models.load_tokenizer(ref)
         record["special_tokens"] = special = models.special_tokens_in(tokenizer, study.texts)
         if special and world.main:

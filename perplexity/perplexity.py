@@ -285,7 +285,8 @@ def run(args) -> int:
     if special and world.main:
         print(models.special_tokens_note(special), file=sys.stderr)
     lines, shelf, total = list(earlier), {}, len(found) + len(failures)
-    with results.Run(folder / "run_perplexity.json", args, [args.dataset], world) as record:
+    run_file = folder / "run_perplexity.json"
+    with results.output_folder(folder), results.Run(run_file, args, [args.dataset], world) as record:
         record["special_tokens"] = special
         record["n_tokens"], started = 0, time.monotonic()
         for number, (ref, tokenizer, line) in enumerate(todo, 1):

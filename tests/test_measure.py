@@ -366,3 +366,31 @@ def test_stop_released_counts_the_whole_answer(models, dataset, tmp_path):
                 for row in mine if row["template"] == label
             )  # fmt: skip
             assert line["matches"][label] == hits
+
+
+def test_killed_after_its_result_was_written_measures_nothing_again(models, dataset, tmp_path, monkeypatch):
+    """A record that still says 'running' beside a complete result of the same words; other words measure."""
+    out = measure(models["llama"], tmp_path / "out", dataset, *QUICK)
+    record = json.loads((out / "run_measure_purified.json").read_text())
+    (out / "run_measure_purified.json").write_text(json.dumps(record | {"status": "running", "end": None}))
+    before = (out / "results_purified.jsonl").read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(measure_purified.models, "load_base", lambda *_: pytest.fail("a model was loaded"))
+        measure(models["llama"], out, dataset, *QUICK)
+    assert (out / "results_purified.jsonl").read_bytes() == before
+    assert not (out / "results_purified1.jsonl").exists()
+    finished = json.loads((out / "run_measure_purified.json").read_text())
+    assert finished["status"] == "ok" and finished["results"].endswith("results_purified.jsonl")
+    (out / "run_measure_purified.json").write_text(json.dumps(record | {"status": "running", "end": None}))
+    measure(models["llama"], out, dataset, *QUICK, "--seed", "4")
+    assert (out / "results_purified1.jsonl").is_file()
+
+
+def test_two_measurements_of_one_folder_at_once(models, dataset, tmp_path):
+    """The second is refused in one line that names the holder."""
+    from common import results
+
+    with results.output_folder(tmp_path / "out"):
+        done = run_script("measure_purified.py", models["llama"], tmp_path / "out", "-d", dataset, *QUICK)
+    assert done.returncode == 2 and "in use by another run (process " in done.stderr
+    assert not list((tmp_path / "out").glob("results*"))
