@@ -92,8 +92,8 @@ def run(args, out, record) -> str:
         "",
         extraction_table(rows, floor, aucs),
         "",
-        "Exact hits gained and lost against the base, row by row, McNemar:",
-        *(f"* {row['model']}: {paired(row)}" for row in last.values()),
+        "Exact hits gained and lost against the base, row by row, McNemar (corrected: Holm, over all of them):",
+        *paired(list(last.values())),
     ]
     if "generated" in last:
         text += ["", said_in_generated(data["generated"])]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import measure_purified
 import run_peft
-from common import cli, models, records, results
+from common import cli, intervals, models, records, results
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "data" / "embedded"
 TEMPERATURE = measure_purified.HEADLINE_TEMPERATURE
@@ -148,7 +148,13 @@ def joined(counts) -> str:
     return " / ".join(map(str, counts))
 
 
-def paired(row: dict) -> str:
-    """Exact hits gained and lost against the baseline of a measurement, by template, with McNemar's exact p."""
-    pairs = (row["mcnemar_exact"] or {}).items()
-    return "; ".join(f"{label}: +{pair['gained']} −{pair['lost']} (p = {pair['p']:.2g})" for label, pair in pairs)
+def paired(rows: list[dict]) -> list[str]:
+    """Of each measurement a line: exact hits gained and lost against its baseline, by template, with McNemar's exact p,
+    and that p corrected for all of these tests together (Holm)."""
+    tests = [(row, label, pair) for row in rows for label, pair in (row["mcnemar_exact"] or {}).items()]
+    corrected = iter(intervals.holm([pair["p"] for _, _, pair in tests]))
+    words: dict[str, list[str]] = {row["model"]: [] for row in rows}
+    for row, label, pair in tests:
+        p = f"p = {pair['p']:.2g}, corrected {next(corrected):.2g}"
+        words[row["model"]].append(f"{label}: +{pair['gained']} −{pair['lost']} ({p})")
+    return [f"* {model}: {'; '.join(said)}" for model, said in words.items()]

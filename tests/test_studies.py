@@ -188,3 +188,19 @@ def test_the_mark_of_a_step_is_of_its_inputs_and_of_its_results(tmp_path, models
     seen.append(mark())
     write_rows(folder / "results_canary.jsonl", [{"b": 1}])  # cut at a line's end
     assert len({*seen, mark()}) == 4
+
+
+def test_paired_tests_are_corrected_together():
+    """Holm over both arms' tests: 0.01·3, max of that and 0.02·2, 0.5."""
+    from studies import steps
+
+    def pair(p):
+        return {"gained": 3, "lost": 1, "p": p}
+
+    rows = [{"model": "a", "mcnemar_exact": {"A": pair(0.01), "B": pair(0.5)}}, {"model": "b", "mcnemar_exact": None}]
+    rows.append({"model": "c", "mcnemar_exact": {"A": pair(0.02)}})
+    assert steps.paired(rows) == [
+        "* a: A: +3 −1 (p = 0.01, corrected 0.03); B: +3 −1 (p = 0.5, corrected 0.5)",
+        "* b: ",
+        "* c: A: +3 −1 (p = 0.02, corrected 0.04)",
+    ]
