@@ -66,6 +66,10 @@ def run(args) -> int:
         sets = mia.prepare(membership, problems)
     problems.check()
 
+    import torch
+
+    dtype = str(models.resolve_dtype(args.dtype, "cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype.removeprefix("torch.")
     failures: dict[str, str] = {}
     refs: dict = {}  # checkpoint → ModelRef
     todo: list[tuple] = []  # (base, checkpoint, ref, partial file, temperatures that are missing)
@@ -73,7 +77,8 @@ def run(args) -> int:
     for checkpoint in checkpoints:
         try:
             ref = models.find_model(str(checkpoint), args.revision, args.base_model, is_opt=args.is_opt)
-            path, done = measure_purified.find_results(checkpoint, study, measure_purified.model_key(ref))
+            key = measure_purified.model_key(ref) | {"dtype": dtype}
+            path, done = measure_purified.find_results(checkpoint, study, key, args.save_responses)
             refs[checkpoint] = ref
         except cli.UserError as error:
             failures[str(checkpoint)] = "; ".join(error.problems)

@@ -220,8 +220,11 @@ def _read_baseline(path, settings: dict, temperatures: list[float]) -> dict:
     return {(line["row"], line["template"], line["temperature"]): line for line in records.read_rows(beside)}
 
 
-def find_results(folder, study: Study, model_key: dict) -> tuple[Path | None, list[float]]:
-    """(result file of this very measurement or None, temperatures it has). Files of the released tool never match."""
+def find_results(folder, study: Study, model_key: dict, responses: bool = False) -> tuple[Path | None, list[float]]:
+    """(result file of this very measurement or None, temperatures it has). Files of the released tool never match.
+
+    responses: only a file that has its responses beside it will do.
+    """
     for path in sorted(Path(folder).glob("results_purified*.jsonl"), key=lambda path: (len(path.name), path.name)):
         if path.stem.endswith("_rows"):
             continue
@@ -233,6 +236,7 @@ def find_results(folder, study: Study, model_key: dict) -> tuple[Path | None, li
         if (
             all(line.get(key) == value for line in lines for key, value in wanted.items())
             and outcomes_path(path).is_file()
+            and (not responses or responses_path(path).is_file())
         ):
             return path, [line["temperature"] for line in lines]
     return None, []
@@ -533,9 +537,8 @@ def written_before_a_kill(run_file: Path, args, study: Study, ref) -> Path | Non
     mine = {key: value for key, value in vars(args).items() if not key.startswith("_")}
     if record.get("status") != "running" or record.get("args") != json.loads(results.dumps(mine)):
         return None
-    path, done = find_results(args.output_dir, study, model_key(ref))
-    whole = path and set(args.temperatures) <= set(done)
-    return path if whole and (not args.save_responses or responses_path(path).is_file()) else None
+    path, done = find_results(args.output_dir, study, model_key(ref), args.save_responses)
+    return path if path and set(args.temperatures) <= set(done) else None
 
 
 def main(argv=None) -> int:

@@ -394,3 +394,21 @@ def test_two_measurements_of_one_folder_at_once(models, dataset, tmp_path):
         done = run_script("measure_purified.py", models["llama"], tmp_path / "out", "-d", dataset, *QUICK)
     assert done.returncode == 2 and "in use by another run (process " in done.stderr
     assert not list((tmp_path / "out").glob("results*"))
+
+
+def test_another_dtype_or_wanted_responses_is_another_measurement(models, adapters, dataset, tmp_path):
+    """evaluate_purified.py takes no float32 result for a bfloat16 one, nor one without the responses asked for."""
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    shutil.copytree(adapters["llama", "lora"], checkpoint)
+    words = ["--model", tmp_path / "run", "-d", dataset, *QUICK]
+
+    def files():
+        assert evaluate_purified.main([str(word) for word in words]) == 0
+        return {path.name: read_lines(path)[0]["dtype"] for path in checkpoint.glob("results_purified*.jsonl")
+                if not path.stem.endswith("_rows")}  # fmt: skip
+
+    assert files() == {"results_purified.jsonl": "float32"} == files()
+    words += ["--dtype", "bfloat16"]
+    assert files() == {"results_purified.jsonl": "float32", "results_purified1.jsonl": "bfloat16"} == files()
+    words += ["--save_responses"]
+    assert len(files()) == 3 and (checkpoint / "results_purified2_rows.jsonl").is_file() and len(files()) == 3
