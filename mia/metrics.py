@@ -170,8 +170,8 @@ class Draws:
 def summarize(members, nonmembers, draws: Draws, cross_fitted: bool = False) -> dict:
     """{auc, auc_ci, auc_ci99, tpr_at_fpr, tpr_ci, points, undefined} of one attack; null with a reason, never NaN.
 
-    Intervals of the AUC: `intervals.auc_interval`; of the TPR: a bootstrap from 9 allowed false positives on, else
-    `tpr_interval`, which is conservative.
+    Intervals of the AUC: `intervals.auc_interval`; of the TPR: the hull of a bootstrap and of Clopper–Pearson at
+    the threshold from 9 allowed false positives on, else `tpr_interval`, which is conservative.
     cross_fitted: the scores are of `cross_fit`, so that the intervals of AUC and TPR are `widened`.
     """
     members, nonmembers = np.asarray(members, np.float64), np.asarray(nonmembers, np.float64)
@@ -185,7 +185,9 @@ def summarize(members, nonmembers, draws: Draws, cross_fitted: bool = False) -> 
     many = [level for level in many if allowed(level, len(nonmembers)) >= BOOTSTRAP_FROM]
     rates = bootstrap(members, nonmembers, *draws(len(members), len(nonmembers)), many)
     for level, values in rates.items():
-        points[level]["tpr_ci"] = interval(values)
+        low, high = interval(values)
+        at = points[level]["tpr_ci_at_threshold"]  # resampling says nothing where no member, or every one, is above
+        points[level]["tpr_ci"] = [min(low, at[0]), max(high, at[1])]
     area = auc(members, nonmembers)
     intervals = {
         name: auc_interval(members, nonmembers, level) for name, level in (("auc_ci", 0.95), ("auc_ci99", 0.99))

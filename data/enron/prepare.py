@@ -116,6 +116,18 @@ def kind_of(path: Path) -> str:
     raise cli.UserError(f"--input {path}: neither a folder, a tar archive, an mbox nor a .eml or .txt message")
 
 
+def is_file_within(path: str, folder: Path) -> bool:
+    """False for pipes and devices, which would hang a reader, and for links out of the folder. What cannot be looked at
+    is told of when it is opened."""
+    real = os.path.realpath(path)
+    if not real.startswith(os.path.join(os.path.realpath(folder), "")):
+        return False
+    try:
+        return stat.S_ISREG(os.stat(real).st_mode)
+    except OSError:
+        return True
+
+
 def walk(folder: Path, skipped: Counter) -> Iterator[str]:
     """The files below `folder` that may be mails, sorted; the others are counted."""
 
@@ -126,8 +138,8 @@ def walk(folder: Path, skipped: Counter) -> Iterator[str]:
         folders.sort()
         for name in sorted(files):
             path = os.path.join(root, name)
-            if not stat.S_ISREG(os.lstat(path).st_mode):  # a pipe would hang, a link lead out of the folder
-                skipped["links, pipes and devices"] += 1
+            if not is_file_within(path, folder):
+                skipped["pipes, devices and links out of the folder"] += 1
             elif is_mail_name(name):
                 yield path
             else:
