@@ -46,6 +46,7 @@ def make_parser() -> cli.Parser:
     add("--within", type=cli.non_negative_int, default=400, help="first characters of the review; 0: anywhere")
     add("--condition", choices=("metadata", "title"), default="metadata", help="title: prompts have the review's title")
     add("--overwrite", action="store_true", help="replace existing files")
+    cli.add_dry_run(parser)
     add("--seed", type=cli.seed, default=3407, help="seed of everything random, the coins too")
     return parser
 
@@ -113,21 +114,20 @@ def place(rows: list[dict], plan, space: canaries.Space, rng: random.Random) -> 
     return [changed.get(index, rows[index]) for index in kept_rows], key
 
 
-def check(args) -> tuple[Path, Path, list[dict]]:
-    """(output, key file, rows); UserError with all problems."""
-    problems = cli.Problems()
+def destinations(args) -> tuple[Path, Path]:
+    """(output, key file)."""
     source = Path(args.input)
     output = Path(args.output or source.with_name(f"{source.name.split('.')[0]}_canaries.jsonl"))
-    key = Path(args.key_file or output.with_name(f"{output.stem}_key.jsonl"))
-    for flag, path in (("--output", output), ("--key_file", key)):
-        if path.suffix != ".jsonl":
-            problems.add(f"{flag} {path}: the name must end in .jsonl")
-        if path.is_dir():
-            problems.add(f"{flag} {path}: is a directory; name a file")
-        elif path.exists() and not args.overwrite:
-            problems.add(f"{flag} {path}: exists; give --overwrite to replace it, or another name")
-        cli.check_writable(path.parent, problems, flag)
-    if len({path.resolve() for path in (source, output, key)}) < 3:
+    return output, Path(args.key_file or output.with_name(f"{output.stem}_key.jsonl"))
+
+
+def check(args) -> tuple[list[dict], dict | None, bool]:
+    """(rows, settings for the manifest, whether the files stand already); UserError with all problems."""
+    problems = cli.Problems()
+    output, key = destinations(args)
+    cli.check_output_file(output, ".jsonl", problems)
+    cli.check_output_file(key, ".jsonl", problems, flag="--key_file")
+    if len({path.resolve() for path in (Path(args.input), output, key)}) < 3:
         problems.add("--input, --output and --key_file must be three files")
     if not (args.share or args.repetitions or args.audit):
         problems.add("nothing to place: give --share, --repetitions or --audit")
@@ -151,13 +151,40 @@ def check(args) -> tuple[Path, Path, list[dict]]:
             problems.add(f"--condition title: {args.input} has rows without a Review Title")
         if any(not row["Review"].strip() for row in rows):
             problems.add(f"{args.input}: has rows whose Review is empty; remove them")
+    settings = None
+    if not problems.lines:
+        settings = records.settings_of(args, ("output", "key_file"), input=results.sha256(args.input))
+    named = [("--output", output)], settings, args.overwrite, [("--key_file", key)]
+    finished = problems.absorb(records.finished, *named)
     problems.check()
-    return output, key, rows
+    return rows, settings, finished
 
 
 def run(args) -> dict:
-    """Write rows, manifest and key; returns the counts."""
-    output, key_file, rows = check(args)
+    """Write rows, manifest and key; returns the counts, {} when there is nothing to do."""
+    output, key_file = destinations(args)
+    with results.output_file(output, key_file, dry_run=args.dry_run) as place:
+        rows, settings, finished = check(args)
+        if finished:
+            records.say_finished(output, key_file)
+            return {}
+        made, key, space = place_all(args, rows)
+        counts = count(args, rows, made, key, space)
+        if not args.dry_run:
+            with place.publication() as files:
+                write(files, args, settings, made, key, counts, space)
+    print(f"{len(made):>9,}  rows in {output}, {counts['rows_with_canary']:,} of them with a canary")
+    print(f"{counts['placed']:>9,}  canaries placed, {counts['held_out']:,} held out")
+    if args.audit:
+        print(f"{args.audit:>9,}  audit canaries, {counts['audit_included']:,} of them in the file")
+    print(f"          key: {key_file}")
+    if args.dry_run:
+        print("          dry run: nothing is written")
+    return counts
+
+
+def place_all(args, rows: list[dict]) -> tuple[list[dict], list[dict], canaries.Space]:
+    """(rows of the output, canaries of the key, the space of their secrets)."""
     rng = random.Random(args.seed)
     if args.condition == "title":
         rows = [row | {"condition": "title"} for row in rows]
@@ -167,8 +194,11 @@ def run(args) -> dict:
         raise cli.UserError(f"{args.input}: too few words for --secret text")
     if (2 * args.canaries * len(args.repetitions) + 2 + args.audit) * 2 > space.size:
         raise cli.UserError(f"--secret {args.secret}: only {space.size} secrets; ask for fewer canaries, or for phone")
-    made, key = place(rows, args, space, rng)
-    counts = {
+    return *place(rows, args, space, rng), space
+
+
+def count(args, rows: list[dict], made: list[dict], key: list[dict], space: canaries.Space) -> dict:
+    return {
         "secret": args.secret,
         "space": space.size,
         "placed": sum(one["kind"] in ("ladder", "share") for one in key),
@@ -179,29 +209,28 @@ def run(args) -> dict:
         "rows_left_out": len(rows) - len(made),
         "rows_with_canary": len({index for one in key for index in one["rows"]}),
     }
-    records.manifest_path(output).unlink(missing_ok=True)
-    results.write_jsonl(output, made)
+
+
+def write(files: results.Publication, args, settings: dict, made: list[dict], key: list[dict], counts, space) -> None:
+    output, key_file = destinations(args)
+    files.write_jsonl(output, made, permissions=0o600)
     header = {
         "schema": KEY_SCHEMA, "secret": args.secret, "words": space.words, "privacy_unit": args.privacy_unit,
-        "training": results.sha256(output), "seed": args.seed, "canaries": len(key),
+        "training": results.sha256(files.hidden(output)), "seed": args.seed, "canaries": len(key),
     }  # fmt: skip
-    results.write_jsonl(key_file, [header, *key], permissions=0o600)
+    files.write_jsonl(key_file, [header, *key], permissions=0o600)
     records.write_manifest(
+        files,
         output,
         tag=f"{records.data_tag(args.input, records.read_manifest(args.input))}-canaries",
         script="canary/inject.py",
         argv=sys.argv,
         rows=len(made),
-        source=[(args.input, len(rows))],
+        source=[(args.input, counts["rows_left_out"] + len(made))],
         sampling={"seed": args.seed, "within": args.within, "condition": args.condition},
+        settings=settings,
         more={"canaries": counts},
     )
-    print(f"{len(made):>9,}  rows in {output}, {counts['rows_with_canary']:,} of them with a canary")
-    print(f"{counts['placed']:>9,}  canaries placed, {counts['held_out']:,} held out")
-    if args.audit:
-        print(f"{args.audit:>9,}  audit canaries, {counts['audit_included']:,} of them in the file")
-    print(f"          key: {key_file}")
-    return counts
 
 
 def main(argv: list[str] | None = None) -> int:

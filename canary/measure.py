@@ -178,8 +178,9 @@ def text_trained_on(manifest: dict, sha256: str) -> bool | None:
     """
     model = (manifest.get("generator") or {}).get("model")
     known = trained.trained_on(model, sha256) if model else None
-    if known is None and (told := next((one.get("sha256") for one in (manifest.get("source") or [])[1:]), None)):
-        return told == sha256
+    told = next(iter((manifest.get("source") or [])[1:]), {})
+    if known is None and told.get("sha256") and not told.get("salted"):  # the salt went with the model's run
+        return told["sha256"] == sha256
     return known
 
 

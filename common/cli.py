@@ -196,17 +196,25 @@ def check_writable(folder, problems: Problems, flag: str = "--output_dir") -> No
         problems.add(f"{flag} {folder}: no permission to write in {existing}; name another place or mend its mode")
 
 
-def check_output_file(output: Path, suffix: str, overwrite: bool, problems: Problems, inputs=()) -> None:
-    """Add a problem unless --output ends in `suffix`, is no directory, is none of the `inputs`, and is new or may be
-    replaced."""
+def add_dry_run(parser: argparse.ArgumentParser) -> None:
+    """--dry_run of a script that loads no model."""
+    parser.add_argument(
+        "--dry_run", action="store_true", help="check every argument and file, print the plan, write nothing"
+    )
+
+
+def check_output_file(output: Path, suffix: str, problems: Problems, inputs=(), flag: str = "--output") -> None:
+    """Add a problem unless `output` ends in `suffix`, is no directory, is none of the `inputs`, and can be written.
+
+    Whether it may be replaced: `records.finished`.
+    """
     if output.suffix != suffix:
-        problems.add(f"--output {output}: the name must end in {suffix}")
+        problems.add(f"{flag} {output}: the name must end in {suffix}")
     if output.resolve() in {Path(file).resolve() for file in inputs if file}:
-        problems.add(f"--output {output}: is an input too; name another file")
+        problems.add(f"{flag} {output}: is an input too; name another file")
     elif output.is_dir():
-        problems.add(f"--output {output}: is a directory; name a file")
-    elif output.exists() and not overwrite:
-        problems.add(f"--output {output}: exists; give --overwrite to replace it, or another name")
+        problems.add(f"{flag} {output}: is a directory; name a file")
+    check_writable(output.parent, problems, flag)
 
 
 def report_broken(what: str, lines: list[str], n: int, strict: bool) -> None:

@@ -13,8 +13,11 @@ MAX_BATCH = 64  # rows decoded together when memory does not bind
 MIN_ROOM = 16  # a prompt that leaves the context fewer tokens than this (and than what is asked for) is dropped
 
 
-def settings_of(args, ref, dtype, flags: tuple[str, ...], **inputs) -> dict:
+def settings_of(args, ref, flags: tuple[str, ...], **inputs) -> dict:
     """What a run must have in common with the killed one it continues: inputs' hashes, model, weights, sampling."""
+    import torch
+
+    dtype = models.resolve_dtype(args.dtype, "cuda" if torch.cuda.is_available() else "cpu")
     return {
         **inputs,
         "model": args.model,

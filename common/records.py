@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import strict_json
-from common.cli import UserError
-from common.results import ROOT, commit, now, read_json, sha256, write_json
+from common.cli import UserError, plain
+from common.results import ROOT, Publication, commit, now, read_json, sha256
 
 HEAD_ROWS = 1110  # evaluation head of the published split (perplexity)
 PII_ROWS = 1000  # its first rows are attacked
@@ -44,7 +44,7 @@ def read_rows(path, broken: dict[int, str] | None = None) -> list[dict]:
     if name.endswith((".jsonl", ".json")):
         rows = _read_jsonl(path, broken)
     elif name.endswith(".arrow"):
-        rows = _read_arrow(path)
+        rows = read_arrow(path)
     elif name.endswith(".parquet"):
         rows = _read_parquet(path)
     else:
@@ -97,7 +97,8 @@ def is_gzip(path) -> bool:
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # Arrow IPC streaming format: continuation mark, length 0
 
 
-def _read_arrow(path: Path) -> list[dict]:
+def read_arrow(path: Path) -> list[dict]:
+    """The rows of an Arrow file, stream or file format, whatever its name. UserError when it is damaged."""
     import pyarrow as pa
 
     try:
@@ -183,15 +184,13 @@ def check_columns(path, rows: list[dict]) -> None:
         raise UserError(*problems)
 
 
-def write_arrow(path, rows: list[dict]) -> None:
-    """Write rows in the datasets stream format (`datasets.Dataset.from_file` reads it), complete or not at all."""
+def write_arrow(file, rows: list[dict]) -> None:
+    """Write rows to an open binary file in the datasets stream format (`datasets.Dataset.from_file` reads it)."""
     import pyarrow as pa
-
-    from common.results import atomic
 
     columns = dict.fromkeys(name for row in rows for name in row)  # from_pylist alone would take the first row's
     table = pa.Table.from_pylist([{name: row.get(name) for name in columns} for row in rows])
-    with atomic(path, "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+    with pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table, max_chunksize=1000)
 
 
@@ -391,7 +390,15 @@ def manifest_path(path) -> Path:
     return path.with_name(path.name + ".meta.json")
 
 
-MANIFEST_TYPES = {"tag": str, "rows": int, "split_start": int, "sha256": str, "source": list, "privacy": dict}
+MANIFEST_TYPES = {
+    "tag": str,
+    "rows": int,
+    "split_start": int,
+    "sha256": str,
+    "source": list,
+    "privacy": dict,
+    "settings": dict,
+}
 TAG_BYTES = 100  # it enters the names of output folders
 
 
@@ -435,6 +442,7 @@ def check_manifest(path, n: int) -> None:
 
 
 def write_manifest(
+    files: Publication,
     path,
     *,
     tag: str,
@@ -445,13 +453,15 @@ def write_manifest(
     split_start=None,
     generator=None,
     sampling=None,
+    settings: dict | None = None,
     more: dict | None = None,
 ) -> None:
-    """Write `<path>.meta.json` for a data file that is complete.
+    """Write `<path>.meta.json` for a data file that stands complete in `files`; the two get their names together.
 
-    `source`: [(path, row count)], or (path, row count, sha256) for what is not one file. `more`: further keys.
+    source: (path, row count) of each, (path, row count, sha256) of what is not one file, or the entry itself.
+    settings: see `settings_of`. more: further keys.
     """
-    write_json(
+    files.write_json(
         manifest_path(path),
         {
             "schema": MANIFEST_SCHEMA,
@@ -459,19 +469,60 @@ def write_manifest(
             "script": script,
             "argv": argv,
             "commit": commit()["commit"],
-            "source": [
-                {"path": str(file), "sha256": known[0] if known else sha256(file), "rows": count}
-                for file, count, *known in source
-            ],
+            "source": [one if isinstance(one, dict) else _source(*one) for one in source],
             "split_start": split_start,
             "generator": generator,
             "sampling": sampling,
             "rows": rows,
-            "sha256": sha256(path),
+            "settings": settings,
+            "sha256": sha256(files.hidden(path)),
             "created": now(),
             **(more or {}),
         },
     )
+
+
+def _source(path, rows: int, known: str | None = None) -> dict:
+    return {"path": str(path), "sha256": known or sha256(path), "rows": rows}
+
+
+def settings_of(args, skip: tuple[str, ...] = ("output",), **inputs) -> dict:
+    """What decides the content of a built file: the flags but for `skip`, and the SHA-256s of its inputs by flag."""
+    outside = {*skip, "overwrite", "dry_run"}
+    return plain({key: value for key, value in vars(args).items() if key not in outside} | inputs)
+
+
+def finished(outputs: list[tuple[str, Path]], settings: dict | None, overwrite: bool, others=()) -> bool:
+    """Whether a run with these settings has built the `outputs` and nothing has changed since.
+
+    outputs: (flag, path) of files with a manifest; others: of files without one that are written with them; settings:
+    as in their manifests, None where the inputs cannot be read. UserError for each file that stands there and was made
+    otherwise, unless `overwrite`.
+    """
+    if overwrite:
+        return False
+    standing = [(flag, path) for flag, path in (*outputs, *others) if path.exists()]
+    whole = len(standing) == len(outputs) + len(others) and settings is not None
+    if standing and whole and all(_made_with(path, settings) for _, path in outputs):
+        return True
+    if standing:
+        raise UserError(
+            *(f"{flag} {path}: exists; give --overwrite to replace it, or another name" for flag, path in standing)
+        )
+    return False
+
+
+def _made_with(path: Path, settings: dict) -> bool:
+    try:
+        manifest = read_manifest(path) or {}
+    except UserError:
+        return False
+    return manifest.get("settings") == settings and manifest.get("sha256") == sha256(path)
+
+
+def say_finished(*paths: Path) -> None:
+    for path in paths:
+        print(f"{path}: finished already, with the same inputs and settings; nothing to do (--overwrite repeats it)")
 
 
 def data_tag(path, manifest: dict | None) -> str:

@@ -20,18 +20,15 @@ names.
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections import Counter
-from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import cli, records
-from common.results import Run, atomic, sync_folder
+from common import cli, records, results
 
 DEFAULT_NAME = "replaced_data.arrow"
 SHOWN_LEAKS = 20  # row numbers
@@ -51,33 +48,41 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--strict", action="store_true", help="fail when a row is broken; else it is left out")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --output and --save_map")
+    cli.add_dry_run(parser)
     parser.add_argument("--seed", type=cli.seed, default=3407, help="seed of the stand-ins")
     return parser
 
 
-def check(args) -> tuple[Path, Path, list[dict], int | None, int]:
-    """(source, output, whole rows with row_id, split_start, number of broken rows); UserError: all problems."""
-    problems = cli.Problems()
+@dataclass
+class Task:
+    """What is known before the replacement begins."""
+
+    source: Path
+    output: Path
+    save_map: Path | None
+    rows: list[dict]  # whole ones, with row_id
+    split_start: int | None
+    n_broken: int
+    settings: dict
+    finished: bool
+
+
+def destinations(args) -> tuple[Path, Path, Path | None]:
+    """(source, output, map)."""
     source = records.default_dataset(args.input)
     output = Path(args.output) if args.output else source.with_name(DEFAULT_NAME)
+    return source, output, Path(args.save_map) if args.save_map else None
+
+
+def check(args) -> Task:
+    """UserError with all problems."""
+    problems = cli.Problems()
+    source, output, save_map = destinations(args)
     rows, broken = problems.absorb(records.read_with_broken, source, records.REQUIRED["enron"]) or ([], {})
     manifest = problems.absorb(records.read_manifest, source)
-    for flag, path in (("--output", output), ("--save_map", args.save_map and Path(args.save_map))):
-        if path is None:
-            continue
-        if path.is_dir():
-            problems.add(f"{flag} {path}: is a directory; name a file")
-        elif path.resolve() == source.resolve():
-            problems.add(f"{flag} {path}: is also the --input")
-        elif path.exists() and not args.overwrite:
-            problems.add(f"{flag} {path}: exists; give --overwrite to replace it, or another name")
-        cli.check_writable(path.parent, problems, flag)
-    if output.resolve() == source.resolve():
-        problems.add(f"--output {output}: is the --input too; name another file")
-    if output.suffix != ".arrow":
-        problems.add(f"--output {output}: the name must end in .arrow")
-    if args.save_map and Path(args.save_map).resolve() == output.resolve():
-        problems.add(f"--save_map {args.save_map}: is also the --output")
+    cli.check_output_file(output, ".arrow", problems, [source])
+    if save_map:
+        cli.check_output_file(save_map, save_map.suffix, problems, [source, output], "--save_map")
     for index, row in enumerate(rows):
         if index not in broken and not any(c.isalpha() for c in row["gt-name"]):
             broken[index] = "gt-name has no letters"
@@ -91,8 +96,13 @@ def check(args) -> tuple[Path, Path, list[dict], int | None, int]:
     if rows and len(kept) < 3 and not (broken and args.strict):
         problems.add(f"{source}: {len(kept)} whole rows with gt-name, gt-email, prompt, continuation; 3 are needed")
     problems.absorb(records.check_columns, source, kept)
+    settings = None
+    if not problems.lines:
+        settings = records.settings_of(args, ("output", "save_map"), input=results.sha256(source))
+    others = [("--save_map", save_map)] if save_map else []
+    finished = problems.absorb(records.finished, [("--output", output)], settings, args.overwrite, others)
     problems.check()
-    return source, output, kept, start, len(broken)
+    return Task(source, output, save_map, kept, start, len(broken), settings, finished)
 
 
 def strings(row: dict) -> list[str]:
@@ -143,19 +153,30 @@ def replace(rows: list[dict], people, scan) -> list[dict]:
 
 def run(args) -> int:
     """Build the file. Returns 0, or 1 when the leak check fails (then nothing is written under the final names)."""
-    source, output, rows, start, broken = check(args)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with Run(output.parent / "run_replace_pii.json", args, inputs=[source]) as record, ExitStack() as stack:
-        from data.leak_check import leaks
+    _, output, save_map = destinations(args)
+    with results.output_file(output, *([save_map] if save_map else []), dry_run=args.dry_run) as place:
+        task = check(args)
+        if task.finished:
+            records.say_finished(output, *([save_map] if save_map else []))
+            return 0
+        if args.dry_run:
+            print(f"would replace names and addresses in {len(task.rows):,} rows of {task.source}, to {output}")
+            return 0
+        return build(args, task, place)
 
+
+def build(args, task: Task, place: results.Output) -> int:
+    from data.leak_check import leaks
+
+    rows, output, broken = task.rows, task.output, task.n_broken
+    with results.Run(output.parent / "run_replace_pii.json", args, inputs=[task.source], output=place) as record:
         started = time.monotonic()
         people, scan = meet(rows, args.seed)
         replaced = replace(rows, people, scan)
         seconds = time.monotonic() - started
-        # the check reads what was written, under a name that nobody uses
-        unchecked = Path(stack.enter_context(TemporaryDirectory(prefix=".replace_pii-", dir=output.parent)), "r.arrow")
-        records.write_arrow(unchecked, replaced)
-        found = leaks(records.read_rows(unchecked), people)
+        with record.files.open(output, "wb") as file:
+            records.write_arrow(file, replaced)
+        found = leaks(records.read_arrow(record.files.hidden(output)), people)  # what was written, before it is named
         total = time.monotonic() - started
         record["counts"] = counts = {
             "rows": len(rows),
@@ -169,23 +190,23 @@ def run(args) -> int:
         record["leaks"] = {kind: len(numbers) for kind, numbers in found.items()}
         if any(found.values()):
             record["error"] = "leak check failed"
+            record.files.discard()
             report_leaks(found, output)
             return 1
-        records.manifest_path(output).unlink(missing_ok=True)  # it describes the file that is now replaced
-        os.replace(unchecked, output)
-        sync_folder(output.parent)
         records.write_manifest(
+            record.files,
             output,
             tag="replaced",
             script="data/replace_pii.py",
             argv=sys.argv,
             rows=len(rows),
-            source=[(source, len(rows) + broken)],
-            split_start=start,
+            source=[(task.source, len(rows) + broken)],
+            split_start=task.split_start,
             sampling={"seed": args.seed},
+            settings=task.settings,
         )
-        if args.save_map:
-            save_map(Path(args.save_map), people)
+        if task.save_map:
+            write_map(record.files, task.save_map, people)
     for key in ("rows", "broken rows left out", "people", "addresses", "rows changed"):
         print(f"{counts[key]:>10,}  {key}")
     print("leak check: no old full name, address or pair")
@@ -203,10 +224,10 @@ def report_leaks(found: dict[str, list[int]], output: Path) -> None:
     print(f"leak check failed: {output} is not written", file=sys.stderr)
 
 
-def save_map(path: Path, people) -> None:
+def write_map(files: results.Publication, path: Path, people) -> None:
     names = {name: person.rename(name) for person in people.of_name.values() for name in person.spellings}
     found = {"people": dict(sorted(names.items())), "addresses": dict(sorted(people.new_address.items()))}
-    with atomic(path, permissions=0o600) as file:
+    with files.open(path, permissions=0o600) as file:
         file.write(json.dumps(found, ensure_ascii=False, indent=1) + "\n")
 
 

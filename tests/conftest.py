@@ -54,6 +54,16 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+def write_manifest(path: Path, **facts) -> None:
+    """A manifest beside a data file that stands."""
+    from common import records, results
+
+    with results.output_file(path) as place, place.publication() as files:
+        with files.open(path, "wb") as file:
+            file.write(path.read_bytes())
+        records.write_manifest(files, path, **facts)
+
+
 def make_tokenizer(folder: Path):
     """Byte-level BPE of 400 tokens, trained on the fictional rows; EOS '<|endoftext|>', no pad token (as Pythia's)."""
     from tokenizers import ByteLevelBPETokenizer

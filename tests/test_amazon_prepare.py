@@ -300,8 +300,9 @@ def test_manifests_and_files_left(goods, tmp_path):
 def test_existing_files_are_refused_or_replaced(files, tmp_path):
     first = build(tmp_path / "out", files, train=2, test=1)
     words = [*files, "--output_dir", tmp_path / "out", "--train", 2, "--test", 1]
-    assert [line.split(" exists")[0] for line in refused(words)] == [
-        f"--output_dir: {tmp_path / 'out' / split}.jsonl" for split in prepare.SPLITS
+    assert prepare.main(list(map(str, words))) == 0  # finished already
+    assert [line.split(": exists")[0] for line in refused([*words, "--seed", 1])] == [
+        f"--output_dir {tmp_path / 'out' / split}.jsonl" for split in prepare.SPLITS
     ]
     assert build(tmp_path / "out", files, "--overwrite", train=2, test=1) == first  # replaced, not appended to
     # a run that fails leaves what is there
@@ -436,7 +437,7 @@ def test_too_little_memory_is_said(goods, tmp_path):
 # ---------------------------------------------------------------- as a process
 
 
-@pytest.mark.parametrize("sign", [".prepare-*/work.duckdb", ".train.jsonl.*.tmp", ".validation.jsonl.*.tmp"])
+@pytest.mark.parametrize("sign", [".prepare.*.tmp/work.duckdb", ".train.jsonl.*.tmp", ".validation.jsonl.*.tmp"])
 def test_a_killed_run_leaves_no_partial_file(sign, goods, tmp_path):
     words = ["--reviews", goods["reviews"], "--meta", goods["meta"], "--output_dir", tmp_path]
     words += ["--train", "3000", "--test", "600"]
@@ -449,6 +450,7 @@ def test_a_killed_run_leaves_no_partial_file(sign, goods, tmp_path):
     assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
     assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["run_prepare.json"]
     assert len(build_goods(tmp_path, goods)["train"]) == 3000  # and the next run needs no --overwrite
+    assert not list(tmp_path.glob(".*"))  # and removes what the killed one left
 
 
 def test_as_a_process(files, tmp_path):
@@ -509,7 +511,8 @@ def test_the_generator_repeats_itself_and_refuses_to_overwrite(tmp_path):
     with pytest.raises(UserError) as error:
         make_reviews.main(["--category", "a/b", *words, "--output_dir", str(tmp_path / "a")])
     assert len(error.value.problems) == 1
+    assert make_reviews.main([*words, "--output_dir", str(tmp_path / "a")]) == 0  # finished already
     with pytest.raises(UserError) as error:
-        make_reviews.main([*words, "--output_dir", str(tmp_path / "a")])
+        make_reviews.main([*words, "--output_dir", str(tmp_path / "a"), "--seed", "1"])
     assert len(error.value.problems) == 2
     assert records.read_manifest(tmp_path / "a" / name)["rows"] == 50

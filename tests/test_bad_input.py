@@ -260,7 +260,7 @@ def test_an_output_is_no_input(tmp_path):
     (tmp_path / "link.jsonl").symlink_to(data)
     for output in (data, tmp_path / "sub/../rows.jsonl", tmp_path / "link.jsonl"):
         problems = cli.Problems()
-        cli.check_output_file(output, ".jsonl", True, problems, (None, data))
+        cli.check_output_file(output, ".jsonl", problems, (None, data))
         assert problems.lines == [f"--output {output}: is an input too; name another file"]
 
 

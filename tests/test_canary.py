@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import read_lines, run_script, write_rows
+from conftest import read_lines, run_script, write_manifest, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
 from test_synthetic import make_reviews
@@ -468,7 +468,7 @@ def test_text_of_a_generator_trained_on_other_canaries_is_refused(learned, tmp_p
         ([asked], {"model": "some/model"}, False),
     ):
         generated(text, ["Good."])
-        records.write_manifest(text, tag="x", script="x", argv=[], rows=1, source=source, generator=generator)
+        write_manifest(text, tag="x", script="x", argv=[], rows=1, source=source, generator=generator)
         if refused:
             with pytest.raises(UserError, match=r"--synthetic a=.*trained on another file") as caught:
                 measure.main([str(word) for word in words])
@@ -496,7 +496,7 @@ def generated(path, texts, privacy=None):
     rows = [{"row_id": i, "Rating": 5, "Product Title": "x", "generated_text": text} for i, text in enumerate(texts)]
     write_rows(path, rows)
     more = {"privacy": privacy} if privacy else None
-    records.write_manifest(path, tag="synthetic-x", script="test", argv=[], rows=len(rows), more=more)
+    write_manifest(path, tag="synthetic-x", script="test", argv=[], rows=len(rows), more=more)
     return path
 
 

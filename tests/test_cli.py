@@ -8,9 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, kill_when_written, make_rows, read_lines, run_script, write_rows
-
-from common import records
+from conftest import ROOT, kill_when_written, make_rows, read_lines, run_script, write_manifest, write_rows
 
 MODEL = {"--dtype", "--device_map", "--revision", "--dry_run", "--seed"}
 MEASURE = {
@@ -46,11 +44,13 @@ FLAGS = {
         "-pdbs", "--per_device_batch_size", "-gas", "--gradient_accumulation_steps", "-mt", "--max_tokens", "--full",
         "--study", "--generator", "--generated_tokens", "--arms", "--lora_r",
     },
-    "data/enron/prepare.py": {"--input", "--output", "--tokenizer", "--workers", "--strict", "--overwrite", "--seed"},
-    "data/replace_pii.py": {"--input", "--output", "--save_map", "--strict", "--overwrite", "--seed"},
+    "data/enron/prepare.py": {
+        "--input", "--output", "--tokenizer", "--workers", "--strict", "--overwrite", "--dry_run", "--seed",
+    },
+    "data/replace_pii.py": {"--input", "--output", "--save_map", "--strict", "--overwrite", "--dry_run", "--seed"},
     "data/amazon/prepare.py": {
         "--reviews", "--meta", "--output_dir", "--train", "--test", "--memory_limit", "--threads", "--strict",
-        "--overwrite", "--seed",
+        "--overwrite", "--dry_run", "--seed",
     },
     "data/continuation/generate.py": MODEL | {
         "-m", "--model", "-d", "--data_set", "--dataset", "--top_k", "-mt", "--max_tokens", "--temperature", "--output",
@@ -63,7 +63,7 @@ FLAGS = {
     },
     "canary/inject.py": {
         "-i", "--input", "--output", "--key_file", "--share", "--repetitions", "--canaries", "--audit",
-        "--privacy_unit", "--secret", "--within", "--condition", "--overwrite", "--seed",
+        "--privacy_unit", "--secret", "--within", "--condition", "--overwrite", "--dry_run", "--seed",
     },
     "canary/measure.py": MODEL | {
         "--canaries", "--models", "--synthetic", "--ref_model", "--references", "--output_dir", "--overwrite",
@@ -149,7 +149,7 @@ def test_readme_study_runs_as_written(models, tmp_path):
     shutil.copytree(models["neox"], tmp_path / "EleutherAI" / "pythia-1.4b")
     (tmp_path / "data").mkdir()
     data = write_rows(tmp_path / "data" / "enron.jsonl", make_rows(60))
-    records.write_manifest(data, tag="original", script="test", argv=[], rows=60, split_start=20)  # as prepare.py's
+    write_manifest(data, tag="original", script="test", argv=[], rows=60, split_start=20)  # as prepare.py's
     blocks = [block for block in readme_blocks() if any("pythia-1.4b" in line for line in block)]
     assert [len(block) for block in blocks] == [5, 3, 3]  # the study, differential privacy, membership inference
     for line in [line for block in blocks for line in block]:

@@ -9,10 +9,9 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ARCHITECTURES, ROOT, make_rows, read_lines, write_rows
+from conftest import ARCHITECTURES, ROOT, make_rows, read_lines, write_manifest, write_rows
 
 import run_peft
-from common import records
 from common.cli import UserError
 from training import batches
 
@@ -241,7 +240,7 @@ def test_a_user_moves_the_sum_by_at_most_c(models, tmp_path, passes):
     gradients = []
     for name, kept in (("all", rows), ("less", [row for row in rows if row["user_id"] != "u1" or row["row_id"] < 10])):
         file = write_rows(tmp_path / f"{name}.jsonl", kept)
-        records.write_manifest(file, tag=name, script="test", argv=[], rows=len(kept), split_start=10)
+        write_manifest(file, tag=name, script="test", argv=[], rows=len(kept), split_start=10)
         flags = ("--noise_multiplier", 0, "--max_grad_norm", 0.01, "--privacy_unit", "user", "-pdbs", passes,
                  "--logical_batch_size", 4 if name == "all" else 3, "-opt", "sgd", "-lr", 1.0)  # fmt: skip
         training = make_training(models, "neox", file, tmp_path, *flags)

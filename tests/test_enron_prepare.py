@@ -766,6 +766,7 @@ def test_all_problems_at_once_before_anything_is_written(tmp_path):
         f"--output {tmp_path / 'taken.txt'}",
         f"--output {tmp_path / 'taken.txt'}",
         "--tokenizer no/such",
+        f"--output {tmp_path / 'taken.txt'}",
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["picture.png", "taken.txt"]
 
@@ -787,7 +788,10 @@ def test_as_a_user_runs_it(mails, tmp_path):
     done = run_script(*words)
     assert done.returncode == 0, done.stderr
     assert "9  rows of 9 people" in done.stdout
+    assert output.stat().st_mode & 0o777 == 0o600  # rows of people
     again = run_script(*words)
+    assert (again.returncode, again.stderr) == (0, "") and "finished already" in again.stdout
+    again = run_script(*words, "--seed", 1)
     assert (again.returncode, again.stdout) == (2, "")
     assert again.stderr == f"--output {output}: exists; give --overwrite to replace it, or another name\n"
 

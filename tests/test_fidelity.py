@@ -8,7 +8,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import run_script, write_rows
+from conftest import run_script, write_manifest, write_rows
 from scipy import linalg, stats
 
 from common import records, reviews
@@ -382,7 +382,7 @@ def test_a_file_that_is_not_what_its_manifest_says_is_refused(files, tmp_path):
     text = files["garbled"].read_text().splitlines(keepends=True)
     cut = tmp_path / "cut.jsonl"
     cut.write_text("".join(text))
-    records.write_manifest(cut, tag="x", script="x", argv=[], rows=240)
+    write_manifest(cut, tag="x", script="x", argv=[], rows=240)
     arms, out = {**files, "cut": cut}, tmp_path / "out"
     call(arms, out, "--dry_run", arms=("cut",))
     for content, wanted in (

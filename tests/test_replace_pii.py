@@ -4,7 +4,7 @@ import json
 import stat
 
 import pytest
-from conftest import make_rows, read_lines, run_script, write_rows
+from conftest import make_rows, read_lines, run_script, write_manifest, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -327,7 +327,7 @@ def test_split_start_of_the_source_is_kept_and_missing_row_ids_are_given(tmp_pat
     rows = [{k: v for k, v in row.items() if k != "row_id"} for row in make_rows(12)]
     source = tmp_path / "rows.jsonl"
     write_rows(source, rows)
-    records.write_manifest(source, tag="original", script="x", argv=[], rows=12, split_start=7)
+    write_manifest(source, tag="original", script="x", argv=[], rows=12, split_start=7)
     replaced = build(tmp_path, rows)
     assert [row["row_id"] for row in replaced] == list(range(12))
     parts = records.split(replaced, records.read_manifest(tmp_path / "replaced_data.arrow"))
@@ -522,8 +522,8 @@ def test_all_problems_at_once(tmp_path):
         replace_pii.main(list(map(str, words)))
     assert [line.split(": ", 1)[1][:12] for line in error.value.problems] == [
         "no such file",
-        "exists; give",
         "the name mus",
+        "exists; give",
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["map.json"]
 
@@ -579,5 +579,7 @@ def test_as_a_user_runs_it(tmp_path):
     assert "leak check: no old full name, address or pair" in done.stdout
     assert len(records.read_rows(tmp_path / "replaced_data.arrow")) == 30
     again = run_script("data/replace_pii.py", "--input", source)
+    assert (again.returncode, again.stderr) == (0, "") and "finished already" in again.stdout
+    again = run_script("data/replace_pii.py", "--input", source, "--seed", 1)
     assert (again.returncode, again.stdout) == (2, "")
     assert again.stderr.startswith(f"--output {tmp_path / 'replaced_data.arrow'}: exists; give --overwrite")

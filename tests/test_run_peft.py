@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ARCHITECTURES, ROOT, make_rows, read_lines, run_script, write_rows
+from conftest import ARCHITECTURES, ROOT, make_rows, read_lines, run_script, write_manifest, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -555,7 +555,7 @@ def test_run_folder(models, tmp_path):
 
 def test_manifest_names_the_data(models, tmp_path):
     data = write_rows(tmp_path / "rows.jsonl", make_rows(12))
-    records.write_manifest(data, tag="replaced", script="x", argv=[], rows=12)
+    write_manifest(data, tag="replaced", script="x", argv=[], rows=12)
     folder = train(tmp_path, models["neox"], data, "-lr", "1e-3")
     assert folder == tmp_path / "tiny-neox" / "replaced-lora" / "0e+00_1e-03"
 

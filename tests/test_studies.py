@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from conftest import ROOT, write_rows
+from conftest import ROOT, write_manifest, write_rows
 
 import quickstart
 from common import models as common_models
@@ -113,7 +113,7 @@ def test_built_data_is_kept_for_the_files_and_weights_it_was_made_from(tmp_path,
         write_rows(output, [{"b": len(calls)}])
         weights = common_models.weights_sha256(common_models.find_model(str(model)))
         made = {"generator": {"weights": weights}, "source": [(source, 1)]}
-        records.write_manifest(output, tag="t", script="s", argv=[], rows=1, **made)
+        write_manifest(output, tag="t", script="s", argv=[], rows=1, **made)
 
     monkeypatch.setattr(steps, "call", script)
 

@@ -12,7 +12,7 @@ from conftest import ROOT, kill_when_written, read_lines, run_script, write_rows
 
 import run_peft
 from common import models as common_models
-from common import records
+from common import records, results, trained
 from common.cli import UserError
 from data.synthetic import generate, histogram
 
@@ -293,8 +293,9 @@ def test_privacy_of_model_and_metadata_are_added(models, adapters, held_out, tra
     """ε 3 + 20 at δ 1e-3 + 1e-4 by hand; unit user: the histogram counts 20 users, not 60 rows."""
     import shutil
 
-    model = tmp_path / "checkpoint-1"
+    model = tmp_path / "run" / "checkpoint-1"
     shutil.copytree(adapters["llama", "lora"], model)
+    trained.write(tmp_path / "run", trained.TrainedRows("5a" * 16, "all", 64, ()), 0, 0)
     block = {"private": True, "epsilon": 3.0, "delta": 1e-3, "unit": "user", "void": None}
     (model / "privacy.json").write_text(json.dumps(block))
     more = ["--condition", "sampled", "--metadata_epsilon", 20, "--metadata_delta", 1e-4, "--training", training]
@@ -307,6 +308,17 @@ def test_privacy_of_model_and_metadata_are_added(models, adapters, held_out, tra
     assert abs(sum(count for *_, count in cells) - 20) <= 3
     with pytest.raises(UserError, match="another epsilon"):
         make(model, held_out, tmp_path / "b.jsonl", *more, "--metadata_epsilon", 2)
+    # what may be published tells no plain hash of the private file, which would confirm a guessed copy of it
+    digest = results.sha256(training)
+    for path in ("out.jsonl.meta.json", "run_generate_with_dp.json", "metadata_histogram.json"):
+        text = (tmp_path / path).read_text()
+        assert digest not in text and trained.salted(digest, "5a" * 16) in text
+    (tmp_path / "run" / "trained_rows.jsonl").unlink()
+    make(model, held_out, tmp_path / "lost.jsonl", "--training", training)
+    source = records.read_manifest(tmp_path / "lost.jsonl")["source"][1]
+    assert (source["sha256"], source["salted"]) == (None, True)
+    with pytest.raises(UserError, match="nothing tells whether it was released from --training"):
+        make(model, held_out, tmp_path / "b.jsonl", *more)
     make(model, held_out, tmp_path / "plain.jsonl")
     plain = records.read_manifest(tmp_path / "plain.jsonl")["privacy"]
     assert (plain["epsilon"], plain["delta"], plain["metadata"]) == (3.0, 1e-3, None)

@@ -15,6 +15,7 @@ of the ratings are five stars, few users write many of the reviews, and there ar
 the manifest, under `sampling`.
 """
 
+import argparse
 import contextlib
 import gzip
 import random
@@ -24,9 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common import cli
-from common.records import manifest_path, write_manifest
-from common.results import atomic, dumps
+from common import cli, records, results
 
 RATINGS = {5: 0.63, 4: 0.14, 3: 0.08, 2: 0.05, 1: 0.10}
 EMPTY = 0.003  # shares of reviews
@@ -109,7 +108,9 @@ def make_parser() -> cli.Parser:
         "python data/amazon/make_reviews.py --output_dir fictional --reviews 10000 --products 600",
     )
     parser.add_argument("--output_dir", default="./data/amazon/fictional", help="where the two files are written")
-    parser.add_argument("--category", default="Fictional_Goods", help="the main category and name of the files")
+    parser.add_argument(
+        "--category", type=category, default="Fictional_Goods", help="the main category and name of the files"
+    )
     parser.add_argument("--reviews", type=cli.positive_int, default=10000, help="review lines")
     parser.add_argument("--products", type=cli.positive_int, default=600, help="product lines")
     parser.add_argument(
@@ -122,8 +123,16 @@ def make_parser() -> cli.Parser:
     parser.add_argument("--users", type=cli.non_negative_int, default=0, help="people; 0: one for two reviews")
     parser.add_argument("--gzip", action="store_true", help="write .jsonl.gz")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
+    cli.add_dry_run(parser)
     parser.add_argument("--seed", type=cli.seed, default=3407, help="seed of everything random")
     return parser
+
+
+def category(text: str) -> str:
+    """argparse type: a name that a file may have."""
+    if not text.replace("_", "").isalnum():
+        raise argparse.ArgumentTypeError(f"letters, digits and underscores only, got {text!r}")
+    return text
 
 
 def code(rng: random.Random, length: int) -> str:
@@ -202,35 +211,47 @@ def run(args) -> dict:
     """Write both files. Returns {'reviews': path, 'meta': path, 'counts': what was put into them}."""
     ending = ".jsonl.gz" if args.gzip else ".jsonl"
     reviews, meta = (Path(args.output_dir) / f"{prefix}{args.category}{ending}" for prefix in ("", "meta_"))
-    problems = cli.Problems()
-    for path in (reviews, meta):
-        if path.exists() and not args.overwrite:
-            problems.add(f"--output_dir: {path} exists; give --overwrite to replace it, or another place")
-    if not args.category.replace("_", "").isalnum():
-        problems.add(f"--category {args.category}: letters, digits and underscores only")
-    cli.check_writable(args.output_dir, problems)
-    problems.check()
+    with results.output_file(reviews, meta, dry_run=args.dry_run) as place:
+        problems = cli.Problems()
+        settings = records.settings_of(args, ("output_dir",))
+        named = [("--output_dir", path) for path in (reviews, meta)]
+        finished = problems.absorb(records.finished, named, settings, args.overwrite)
+        cli.check_writable(args.output_dir, problems)
+        problems.check()
+        counts = None
+        if finished:
+            records.say_finished(reviews, meta)
+        elif args.dry_run:
+            print(f"would write {args.reviews:,} lines to {reviews}, {args.products:,} to {meta}")
+        else:
+            with place.publication() as files:
+                counts = write(files, args, reviews, meta, settings)
+            print(f"{args.products:>12,}  lines in {meta}\n{args.reviews:>12,}  lines in {reviews}")
+    return {"reviews": reviews, "meta": meta, "counts": counts}
 
+
+def write(files: results.Publication, args, reviews: Path, meta: Path, settings: dict) -> dict:
+    """Write both files and their manifests; returns what was put into the reviews."""
     rng = random.Random(args.seed)
     kinds = [kind for kind in KINDS for _ in range(args.departments.count(kind[1].split("|")[0]))]
     products = [make_product(rng, number, args.category, kinds[number % len(kinds)]) for number in range(args.products)]
     users = [f"A{code(rng, 27)}" for _ in range(args.users or max(1, args.reviews // 2))]
     counts, last = Counter(), None
     for path, rows in ((meta, args.products), (reviews, args.reviews)):
-        with atomic(path, "wb") as file:
+        with files.open(path, "wb") as file:
             with pack(file) if args.gzip else contextlib.nullcontext(file) as out:
                 for number in range(rows):
                     if path == meta:
-                        line = dumps(products[number])
+                        line = results.dumps(products[number])
                     elif last and rng.random() < DUPLICATE:
                         line, counts["duplicates"] = last, counts["duplicates"] + 1
                     else:
                         spoiled = counts["empty"] + counts["missing product"]
-                        line = dumps(make_review(rng, products, kinds, users, counts))
+                        line = results.dumps(make_review(rng, products, kinds, users, counts))
                         last = line if counts["empty"] + counts["missing product"] == spoiled else None
                     out.write(line.encode() + b"\n")
-            manifest_path(path).unlink(missing_ok=True)  # it describes the file that is now replaced
-        write_manifest(
+        records.write_manifest(
+            files,
             path,
             tag="fictional-reviews" if path == reviews else "fictional-products",
             script="data/amazon/make_reviews.py",
@@ -238,9 +259,9 @@ def run(args) -> dict:
             rows=rows,
             generator="templates",
             sampling={"seed": args.seed, "put in": dict(counts) if path == reviews else None},
+            settings=settings,
         )
-        print(f"{rows:>12,}  lines in {path}")
-    return {"reviews": reviews, "meta": meta, "counts": dict(counts)}
+    return dict(counts)
 
 
 def main(argv: list[str] | None = None) -> int:

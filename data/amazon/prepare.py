@@ -6,7 +6,7 @@ python data/amazon/prepare.py --reviews Office_Products.jsonl.gz --meta meta_Off
 python data/amazon/prepare.py --reviews r.jsonl --meta m.jsonl --train 1000 --test 100 --memory_limit 600MB --strict
 
 DuckDB does the work out of core: its tables lie in a hidden folder of --output_dir, which needs about the size of the
-unpacked reviews and is removed at the end (a killed run leaves it there, and nothing else).
+unpacked reviews and is removed at the end (a killed run's by the next one).
 
 Rows: `System prompt`, `Rating` (1–5), `Review Title`, `Review`, `Product Title`, `Product Categories` (`categories`
 joined by ' > ', else `main_category`, else ''), `row_id` (position among the non-blank lines of --reviews, from 0) and
@@ -32,7 +32,6 @@ import itertools
 import json
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Iterable
 from functools import lru_cache
@@ -40,9 +39,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common import cli
-from common.records import manifest_path, write_manifest
-from common.results import Run, atomic, peak_memory
+from common import cli, records, results
 
 SPLITS = ("train", "test", "validation")
 REASONS = ("broken", "without a user", "without a rating", "empty text")
@@ -73,6 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=cli.non_negative_int, default=0, help="threads; 0: one a core")
     parser.add_argument("--strict", action="store_true", help="fail when a line of an input is broken")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
+    cli.add_dry_run(parser)
     parser.add_argument("--seed", type=cli.seed, default=3407, help="seed of the split, the order and the user hashes")
     return parser
 
@@ -160,8 +158,14 @@ def broken_line(path: Path, wanted: list[int]) -> list[str]:
     return lines
 
 
-def check(args) -> dict[str, Path]:
-    """{split: output path}; UserError with every problem of the arguments and files, then with every damaged .gz."""
+def destinations(args) -> dict[str, Path]:
+    """{split: output path}."""
+    return {split: Path(args.output_dir) / f"{split}.jsonl" for split in SPLITS}
+
+
+def check(args) -> tuple[dict, bool]:
+    """(settings for the manifests, whether all files stand already); UserError with every problem of the arguments and
+    files, then with every damaged .gz."""
     from concurrent.futures import ThreadPoolExecutor
 
     problems = cli.Problems()
@@ -180,23 +184,29 @@ def check(args) -> dict[str, Path]:
     amount = MEMORY.fullmatch(args.memory_limit.strip())
     if not amount or float(amount[1]) == 0:
         problems.add(f"--memory_limit {args.memory_limit}: a number and a unit are expected, as 800MB or 1.2GB")
-    outputs = {split: Path(args.output_dir) / f"{split}.jsonl" for split in SPLITS}
+    outputs = destinations(args)
     for path in outputs.values():
         if any(path.resolve() == source.resolve() for source in inputs.values()):
             problems.add(f"--output_dir {args.output_dir}: {path} is also an input; name another place")
         elif path.is_dir():
             problems.add(f"--output_dir {args.output_dir}: {path} is a directory; remove it, or name another place")
-        elif path.exists() and not args.overwrite:
-            problems.add(f"--output_dir: {path} exists; give --overwrite to replace it, or another place")
     cli.check_writable(args.output_dir, problems)
+    settings = None
+    if not problems.lines:
+        hashes = {flag.removeprefix("--"): results.sha256(path) for flag, path in inputs.items()}
+        settings = records.settings_of(args, ("output_dir", "threads", "memory_limit"), **hashes)
+    named = [("--output_dir", path) for path in outputs.values()]
+    finished = problems.absorb(records.finished, named, settings, args.overwrite)
     problems.check()  # a mistyped flag is told before gigabytes are read
+    if finished:
+        return settings, True
     packed = {flag: path for flag, path in inputs.items() if is_gzip(path)}
     with ThreadPoolExecutor() as pool:  # zlib frees the lock of the interpreter
         for (flag, path), reason in zip(packed.items(), pool.map(damage, packed.values())):
             if reason:
                 problems.add(f"{flag} {path}: damaged ({reason}); download it again")
     problems.check()
-    return outputs
+    return settings, False
 
 
 # ---------------------------------------------------------------- the steps in DuckDB
@@ -396,17 +406,29 @@ def write_split(connection, split: str, file) -> int:
 
 
 def run(args) -> dict:
-    """Build the three files. Returns the counts that are also printed and kept in run_prepare.json."""
+    """Build the three files. Returns the counts that are also printed and kept in run_prepare.json; {} with nothing to
+    do."""
     started = time.monotonic()
-    outputs = check(args)
+    folder, outputs = Path(args.output_dir), destinations(args)
+    with results.output_file(*outputs.values(), dry_run=args.dry_run) as place:
+        settings, finished = check(args)
+        if finished:
+            records.say_finished(*outputs.values())
+            return {}
+        if args.dry_run:
+            print(f"would read {args.reviews} and {args.meta} and write {', '.join(map(str, outputs.values()))}")
+            return {}
+        return build(args, started, folder, outputs, settings, place)
+
+
+def build(args, started: float, folder: Path, outputs: dict[str, Path], settings: dict, place) -> dict:
     import duckdb
 
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     inputs = [Path(args.reviews), Path(args.meta)]
-    with Run(folder / "run_prepare.json", args, inputs=inputs) as record, contextlib.ExitStack() as stack:
+    run_file = folder / "run_prepare.json"
+    with results.Run(run_file, args, inputs=inputs, output=place) as record, contextlib.ExitStack() as stack:
         record["packages"]["duckdb"] = duckdb.__version__
-        work = stack.enter_context(tempfile.TemporaryDirectory(prefix=".prepare-", dir=folder))
+        work = stack.enter_context(results.temporary_folder(folder, "prepare"))
         try:
             connection = stack.enter_context(connect(Path(work), args))
             counts = load_inputs(connection, args)
@@ -423,19 +445,17 @@ def run(args) -> dict:
                     f"--train {args.train}: each of the {splits['all']['users']} users left has more reviews than "
                     "that, and none is divided; ask for more, or name a file with more users"
                 )
-            with contextlib.ExitStack() as files:  # all three get their names together, at the end
-                opened = {split: files.enter_context(atomic(path, "wb")) for split, path in outputs.items()}
-                for split, file in opened.items():
+            for split, path in outputs.items():
+                with record.files.open(path, "wb", 0o600) as file:
                     assert write_split(connection, split, file) == splits[split]["rows"], split
-                for path in outputs.values():  # they describe files that are now replaced
-                    manifest_path(path).unlink(missing_ok=True)
         except duckdb.OutOfMemoryException as error:
             reason = str(error).splitlines()[0]
             raise cli.UserError(f"--memory_limit {args.memory_limit}: not enough ({reason}); give more") from None
         source = [(inputs[0], counts["review lines"]), (inputs[1], counts["product lines"])]
         sampling = {"seed": args.seed, "split": "whole users in the order of a seeded hash"}
         for split, path in outputs.items():
-            write_manifest(
+            records.write_manifest(
+                record.files,
                 path,
                 tag=f"amazon-{split}",
                 script="data/amazon/prepare.py",
@@ -443,10 +463,11 @@ def run(args) -> dict:
                 rows=splits[split]["rows"],
                 source=source,
                 sampling={**sampling, "users": splits[split]["users"]},
+                settings=settings,
             )
         speed = round(counts["review lines"] / (time.monotonic() - started), 1)
         result = {**counts, "lacking": dict(zip(SPLITS, lacking)), "reviews_per_s": speed}
-        result["peak_bytes"] = peak_memory()["cpu_bytes"]
+        result["peak_bytes"] = results.peak_memory()["cpu_bytes"]
         record["counts"] = result
         record["stratification"] = splits
     report(result, splits, args)

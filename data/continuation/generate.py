@@ -25,6 +25,7 @@ from common import cli, distributed, generation, records, results
 from data.continuation import measures
 
 FIELDS = ("gt-name", "gt-email", "prompt")  # of a row that is not broken
+SAMPLED = ("temperature", "top_k", "max_tokens", "seed")
 MAX_PROMPT_TOKENS = 2048  # prompts are shorter than this
 
 
@@ -66,8 +67,13 @@ class Task:
     rooms: list[int]  # tokens that each may generate
     head: list[int]
     split_start: int | None
-    output: Path
+    settings: dict  # what a resumed run must have in common with the killed one
+    finished: bool  # the output stands already
     dropped: dict[str, int] = field(default_factory=dict)
+
+
+def destination(args) -> Path:
+    return Path(args.output or f"data/{Path(args.model).name}-continuations/data.arrow")
 
 
 def check(args) -> Task:
@@ -79,10 +85,8 @@ def check(args) -> Task:
     problems = cli.Problems()
     distributed.check_environment(problems, args.device_map)
     args.data_set = str(records.default_dataset(args.data_set))
-    generator = Path(args.model).name
-    output = Path(args.output or f"data/{generator}-continuations/data.arrow")
-    cli.check_output_file(output, ".arrow", args.overwrite, problems, (args.data_set,))
-    cli.check_writable(output.parent, problems, "--output")
+    output = destination(args)
+    cli.check_output_file(output, ".arrow", problems, (args.data_set,))
     rows, broken = problems.absorb(records.read_with_broken, args.data_set, FIELDS) or ([], {})
     manifest = problems.absorb(records.read_manifest, args.data_set) if rows else None
     if any("text" in row for row in rows[:1]):
@@ -97,13 +101,18 @@ def check(args) -> Task:
         problems.absorb(records.check_columns, args.data_set, [r for i, r in enumerate(rows) if i not in broken])
     ref = problems.absorb(models.find_model, args.model, args.revision)
     tokenizer = problems.absorb(models.load_tokenizer, ref) if ref else None
+    settings = None
+    if not problems.lines:
+        data_set = results.sha256(args.data_set)
+        settings = generation.settings_of(args, ref, (*SAMPLED, "batch_size", "strict"), data_set=data_set)
+    finished = problems.absorb(records.finished, [("--output", output)], settings, args.overwrite)
     problems.check()
 
     config = AutoConfig.from_pretrained(ref.base, revision=ref.revision)
     rows, split, start = records.split_source(rows, broken, manifest)
     if not split.train:
         raise cli.UserError(f"{args.data_set}: every row belongs to the evaluation head; none is left to continue")
-    task = Task(ref, tokenizer, config, rows, [], [], [], split.head, start, output)
+    task = Task(ref, tokenizer, config, rows, [], [], [], split.head, start, settings, finished)
     context = models.context_length(SimpleNamespace(config=config))
     least = min(generation.MIN_ROOM, args.max_tokens)
     counts = Counter({"broken": len(broken)} if broken else {})
@@ -140,32 +149,36 @@ def as_columns(task: Task, item: dict) -> dict:
 
 
 def run(args) -> dict:
-    """Write the file; returns the statistics, which are also printed and kept in run_generate.json."""
-    task = check(args)
-    import torch
+    """Write the file; returns the statistics, which are also printed and kept in run_generate.json; {} with nothing to
+    do."""
+    output = destination(args)
+    with results.output_file(output, dry_run=args.dry_run) as place:
+        task = check(args)
+        if task.finished:
+            records.say_finished(output)
+            return {}
+        generation.read_partials(output, task.settings, args.overwrite)  # refuses another run's
+        if args.dry_run:
+            print(
+                f"would continue {len(task.asked)} prompts ({sum(task.dropped.values())} dropped) of {args.data_set} "
+                f"with {args.model}, at most {args.max_tokens} tokens each, and write {output}"
+            )
+            return {}
+        return generate(args, task, output, place)
 
+
+def generate(args, task: Task, output: Path, place: results.Output) -> dict:
     from common import models
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = models.resolve_dtype(args.dtype, device)
-    sampled = ("temperature", "top_k", "max_tokens", "seed")
-    data_set = results.sha256(args.data_set)
-    settings = generation.settings_of(args, task.ref, dtype, (*sampled, "batch_size"), data_set=data_set)
-    generation.read_partials(task.output, settings, args.overwrite)  # refuses another run's before the model is loaded
-    if args.dry_run:
-        print(
-            f"would continue {len(task.asked)} prompts ({sum(task.dropped.values())} dropped) of {args.data_set} with "
-            f"{args.model}, at most {args.max_tokens} tokens each, and write {task.output}"
-        )
-        return {}
-
+    settings = task.settings
     world = distributed.start()
-    with results.Run(task.output.parent / "run_generate.json", args, [args.data_set], world) as record:
+    with results.Run(output.parent / "run_generate.json", args, [args.data_set], world, place) as record:
+        dtype = models.resolve_dtype(args.dtype, world.device)
         base = models.load_base(task.ref, dtype, world.device, args.device_map)
         with models.adapted(base, task.ref.adapter) as (model, _):
             made = generation.continue_prompts(
                 model, task.tokenizer, task.prompts, task.rooms, [(index, 0) for index in task.asked],
-                output=task.output, settings=settings, overwrite=args.overwrite, temperature=args.temperature,
+                output=output, settings=settings, overwrite=args.overwrite, temperature=args.temperature,
                 top_k=args.top_k, seed=args.seed, batch_size=args.batch_size, world=world,
             )  # fmt: skip
         eos = task.tokenizer.eos_token
@@ -176,10 +189,11 @@ def run(args) -> dict:
         numbers = measures.statistics(rows, [task.rows[index] for index in task.head])
         record["statistics"], record["dropped"] = numbers, task.dropped
         if world.main:
-            records.manifest_path(task.output).unlink(missing_ok=True)  # it describes the file that is now replaced
-            records.write_arrow(task.output, rows)
+            with record.files.open(output, "wb", 0o600) as file:
+                records.write_arrow(file, rows)
             records.write_manifest(
-                task.output,
+                record.files,
+                output,
                 tag=f"self-generated-{Path(args.model).name}",
                 script="data/continuation/generate.py",
                 argv=sys.argv,
@@ -187,13 +201,14 @@ def run(args) -> dict:
                 source=[(args.data_set, len(task.rows))],
                 split_start=task.split_start,
                 generator={key: settings[key] for key in ("model", "revision", "weights")},
-                sampling={key: settings[key] for key in (*sampled, "dtype")},
+                sampling={key: settings[key] for key in (*SAMPLED, "dtype")},
+                settings=settings,
             )
-            for file in generation.partial_files(task.output):
-                file.unlink()
+            for file in generation.partial_files(output):
+                record.files.remove(file)
         world.barrier()
     if world.main:
-        print(f"{len(rows):>9,}  rows in {task.output}")
+        print(f"{len(rows):>9,}  rows in {output}")
         for reason, count in task.dropped.items():
             print(f"{count:>9,}  rows dropped: {reason}")
         print(measures.report(numbers))

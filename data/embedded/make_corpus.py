@@ -26,9 +26,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
+from common import records, results
 from common.cli import Parser, entry, positive_int
-from common.records import HEAD_ROWS, write_manifest
-from common.results import write_json, write_jsonl
+from common.records import HEAD_ROWS
 
 NAME_RULES = {
     "first.last": lambda first, middle, last: f"{first}.{last}",
@@ -384,20 +384,24 @@ def make_parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     rows, outsiders, mails, web = make_corpus(args.seed, args.people, args.outsiders, args.web_pages)
-    arguments = ["--people", str(args.people), "--outsiders", str(args.outsiders), "--seed", str(args.seed)]
+    argv = ["--people", str(args.people), "--outsiders", str(args.outsiders), "--seed", str(args.seed)]
     # Every outsider is evaluated, none is for training: their split starts behind the last row.
     files = [
         ("enron.jsonl", "original", rows, min(HEAD_ROWS, len(rows) // 3)),
         ("outsiders.jsonl", "outsiders", outsiders, len(outsiders)),
     ]
-    for name, tag, lines, split_start in files:
-        path = Path(args.output_dir or HERE, name)
-        write_jsonl(path, lines)
-        script = "data/embedded/make_corpus.py"
-        write_manifest(path, tag=tag, script=script, argv=arguments, rows=len(lines), split_start=split_start)
+    paths = [Path(args.output_dir or HERE, name) for name, *_ in files]
+    paths += [Path(args.pretraining_output)] if args.pretraining_output else []
+    with results.output_file(*paths) as place, place.publication() as out:
+        for path, (_, tag, lines, split_start) in zip(paths, files):
+            out.write_jsonl(path, lines)
+            facts = {"tag": tag, "script": "data/embedded/make_corpus.py", "split_start": split_start}
+            records.write_manifest(out, path, rows=len(lines), argv=argv, **facts)
+        if args.pretraining_output:
+            out.write_json(paths[-1], {"mails": mails, "web": web})
+    for path, (*_, lines, _) in zip(paths, files):
         print(f"{path}: {len(lines)} rows")
     if args.pretraining_output:
-        write_json(args.pretraining_output, {"mails": mails, "web": web})
         print(f"{args.pretraining_output}: {len(mails)} mails, {len(web)} web pages")
     return 0
 

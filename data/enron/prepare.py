@@ -37,9 +37,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common import cli
-from common.records import HEAD_ROWS, manifest_path, write_manifest
-from common.results import Run, atomic, dumps, peak_memory
+from common import cli, records, results
 from data.enron import mail
 
 BATCH_MAILS = 256
@@ -76,6 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=cli.non_negative_int, default=0, help="processes; 0: one a core")
     parser.add_argument("--strict", action="store_true", help="fail when a message is broken")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --output")
+    cli.add_dry_run(parser)
     parser.add_argument("--seed", type=cli.seed, default=3407, help="seed of the choice of occurrences and the order")
     return parser
 
@@ -355,28 +354,56 @@ def last_tokens(prompts: list[str], tokenizer) -> list[str]:
 # ---------------------------------------------------------------- the run
 
 
-def check(args) -> tuple[list[tuple[Path, str]], object]:
-    """([(input, kind)], tokenizer); UserError with every problem of the arguments and files."""
+def check(args) -> tuple[list[tuple[Path, str]], object, dict, bool]:
+    """([(input, kind)], tokenizer, settings for the manifest, whether the output stands already); UserError with every
+    problem of the arguments and files."""
     problems = cli.Problems()
     inputs = [(Path(path), problems.absorb(kind_of, Path(path))) for path in args.input]
     output = Path(args.output)
-    cli.check_output_file(output, ".jsonl", args.overwrite, problems, args.input)
-    if any(path.resolve() == output.resolve() for path, _ in inputs):
-        problems.add(f"--output {output}: is also an --input")
-    cli.check_writable(output.parent, problems, "--output")
+    cli.check_output_file(output, ".jsonl", problems, args.input)
     tokenizer = problems.absorb(load_tokenizer, args.tokenizer)
+    settings = None
+    if not problems.lines:
+        known = output.exists() and not args.overwrite  # else nothing is compared, and nothing need be read
+        hashes = [input_sha256(path, kind) for path, kind in inputs] if known else None
+        cut = None if tokenizer is None else hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+        settings = records.settings_of(args, ("output", "workers"), input=hashes, tokenizer=cut)
+    finished = problems.absorb(records.finished, [("--output", output)], settings, args.overwrite)
     problems.check()
-    return inputs, tokenizer
+    return inputs, tokenizer, settings, finished
 
 
-def progress(results: Iterable[tuple], done: Counter) -> Iterator[tuple]:
-    """Pass results on; a bar on a terminal, else a line every 30 seconds."""
+def input_sha256(path: Path, kind: str) -> str:
+    """SHA-256 of a file; of a folder, over the name and the SHA-256 of each file that may be a mail."""
+    if kind != "folder":
+        return results.sha256(path)
+    digest = hashlib.sha256()
+    for file in walk(path, Counter()):
+        add_file(digest, os.path.relpath(file, path), file_digest(file))
+    return digest.hexdigest()
+
+
+def file_digest(file: str) -> bytes:
+    """SHA-256 of a file; b"" of one that cannot be read."""
+    try:
+        with open(file, "rb") as opened:
+            return hashlib.file_digest(opened, "sha256").digest()
+    except OSError:
+        return b""
+
+
+def add_file(digest, name: str, content: bytes) -> None:
+    digest.update(name.encode("utf-8", "surrogateescape") + b"\0" + content)
+
+
+def progress(found: Iterable[tuple], done: Counter) -> Iterator[tuple]:
+    """Pass on what is found; a bar on a terminal, else a line every 30 seconds."""
     from tqdm import tqdm
 
     begun = reported = time.monotonic()
     with tqdm(unit=" messages", disable=not sys.stderr.isatty()) as bar:
-        for result in results:
-            yield result
+        for item in found:
+            yield item
             bar.update(done["messages"] - bar.n)
             if bar.disable and time.monotonic() - reported > 30:
                 reported = time.monotonic()
@@ -405,7 +432,7 @@ def collect(inputs: list[tuple[Path, str]], pairs: Pairs, workers: int, seed: in
         broken += more_broken
         total[number] += numbers["messages"]
         for file, digest in zip(batch, hashes):
-            digests[number].update(os.path.relpath(file, root).encode("utf-8", "surrogateescape") + b"\0" + digest)
+            add_file(digests[number], os.path.relpath(file, root), digest)
     counts.update(skipped)
     empty = [f"--input {path}: no messages in it" for (path, _), n in zip(inputs, total) if n == 0]
     if empty:
@@ -424,7 +451,7 @@ def write_rows(file, pairs: Pairs, keys: list[bytes], head: int, tokenizer) -> i
         prompts = last_tokens(list(prompts), tokenizer)
         for index, fields in enumerate(zip(names, addresses, prompts, continuations), start):
             row = dict(zip(("gt-name", "gt-email", "prompt", "continuation"), fields))
-            file.write(dumps({**row, "row_id": index}) + "\n")
+            file.write(results.dumps({**row, "row_id": index}) + "\n")
             if index < head:
                 head_addresses.add(row["gt-email"].lower())
             else:
@@ -433,14 +460,26 @@ def write_rows(file, pairs: Pairs, keys: list[bytes], head: int, tokenizer) -> i
 
 
 def run(args) -> dict:
-    """Build the file. Returns the counts that are also printed and kept in run_prepare.json."""
-    inputs, tokenizer = check(args)
+    """Build the file. Returns the counts that are also printed and kept in run_prepare.json; {} with nothing to do."""
     output = Path(args.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    with results.output_file(output, dry_run=args.dry_run) as place:
+        inputs, tokenizer, settings, finished = check(args)
+        if finished:
+            records.say_finished(output)
+            return {}
+        if args.dry_run:
+            print(f"would read {', '.join(f'{path} ({kind})' for path, kind in inputs)} and write {output}")
+            return {}
+        return build(args, inputs, tokenizer, settings, place)
+
+
+def build(args, inputs: list[tuple[Path, str]], tokenizer, settings: dict, place: results.Output) -> dict:
+    output = Path(args.output)
     workers = args.workers or (os.cpu_count() or 1)
     files = [path for path, kind in inputs if kind != "folder"]
     cut = f"{PROMPT_CHARACTERS} characters" if tokenizer is None else f"{PROMPT_TOKENS} tokens of {args.tokenizer}"
-    with Run(output.parent / "run_prepare.json", args, inputs=files) as record, Pairs(output.parent) as pairs:
+    run_file = output.parent / "run_prepare.json"
+    with results.Run(run_file, args, inputs=files, output=place) as record, Pairs(output.parent) as pairs:
         started = time.monotonic()
         counts, broken, sources = collect(inputs, pairs, workers, args.seed)
         lines = [f"broken message {label}: {reason}" for label, reason in broken]
@@ -452,29 +491,29 @@ def run(args) -> dict:
             raise cli.UserError(
                 f"--input: only {len(kept)} pairs of a name and an address found; {MIN_ROWS} are needed"
             )
-        head = min(HEAD_ROWS, len(kept) // 3)
+        head = min(records.HEAD_ROWS, len(kept) // 3)
         groups = group_people(kept)
         keys = shuffled(groups, args.seed, head)
         place = {key: index for index, key in enumerate(keys)}
         both = sum(min(map(place.get, group)) < head <= max(map(place.get, group)) for group in groups)
-        with atomic(output) as file:
+        with record.files.open(output, permissions=0o600) as file:
             overlap = write_rows(file, pairs, keys, head, tokenizer)
-            manifest_path(output).unlink(missing_ok=True)  # it describes the file that is now replaced
         sampling = {
             "seed": args.seed,
             "prompt": f"at most {mail.MAX_PROMPT_CHARACTERS} characters, then {cut}",
             "continuation": f"at most {mail.MAX_CONTINUATION_CHARACTERS} characters",
         }
-        script = "data/enron/prepare.py"
-        write_manifest(
+        records.write_manifest(
+            record.files,
             output,
             tag="original",
-            script=script,
+            script="data/enron/prepare.py",
             argv=sys.argv,
             rows=len(keys),
             source=sources,
             split_start=head,
             sampling=sampling,
+            settings=settings | {"input": [known[0] if known else results.sha256(path) for path, _, *known in sources]},
         )
         seconds = time.monotonic() - started
         largest_worker = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (
@@ -491,7 +530,7 @@ def run(args) -> dict:
             "head addresses in training rows": overlap,
             "prompt cut": cut,
             "workers": workers,
-            "peak_bytes": peak_memory()["cpu_bytes"] + (workers * largest_worker if workers > 1 else 0),
+            "peak_bytes": results.peak_memory()["cpu_bytes"] + (workers * largest_worker if workers > 1 else 0),
             "messages_per_s": round(counts["messages"] / seconds, 1),
         }
         record["counts"] = result

@@ -31,6 +31,7 @@ KIND_SEEDS = 6  # seed tasks of either kind in the question of kind
 KIND_TOKENS = 4
 TOO_LONG = "prompts longer than the context"
 PATIENCE = 10  # rounds in a row without a row, after which the generator is given up
+SAMPLED = ("temperature", "instance_temperature", "top_k", "max_tokens", "seed", "round_size")
 STAGES = ("instructions", "kind", "instances")  # the position is the noise's template
 
 
@@ -293,6 +294,10 @@ def report(counts: Counter, rows: int, output: Path) -> str:
     return "\n".join(lines)
 
 
+def destination(args) -> Path:
+    return Path(args.output or f"data/self-instruct-{Path(args.model).name}.jsonl")
+
+
 def check(args) -> SimpleNamespace:
     """Read and check every argument and file; UserError with all problems."""
     from common import models
@@ -300,34 +305,46 @@ def check(args) -> SimpleNamespace:
     problems = cli.Problems()
     distributed.check_environment(problems, args.device_map)
     args.seed_tasks = str(records.default_dataset(args.seed_tasks))
-    output = Path(args.output or f"data/self-instruct-{Path(args.model).name}.jsonl")
-    cli.check_output_file(output, ".jsonl", args.overwrite, problems, (args.seed_tasks,))
-    cli.check_writable(output.parent, problems, "--output")
+    output = destination(args)
+    cli.check_output_file(output, ".jsonl", problems, (args.seed_tasks,))
     seeds, broken = problems.absorb(read_seed_tasks, args.seed_tasks, args.strict) or ([], 0)
     ref = problems.absorb(models.find_model, args.model, args.revision)
     tokenizer = problems.absorb(models.load_tokenizer, ref) if ref else None
+    settings = whole = None
+    if not problems.lines:
+        settings = generation.settings_of(args, ref, SAMPLED, seed_tasks=results.sha256(args.seed_tasks))
+        whole = settings | {key: getattr(args, key) for key in ("num_rows", "format", "strict")}
+    finished = problems.absorb(records.finished, [("--output", output)], whole, args.overwrite)
     problems.check()
-    return SimpleNamespace(output=output, seeds=seeds, broken=broken, ref=ref, tokenizer=tokenizer)
+    return SimpleNamespace(
+        seeds=seeds, broken=broken, ref=ref, tokenizer=tokenizer, settings=settings, whole=whole, finished=finished
+    )
 
 
 def run(args) -> dict:
-    """Write the file; returns the counts by filter, which are also printed and kept in run_generate.json."""
-    task = check(args)
-    import torch
+    """Write the file; returns the counts by filter, which are also printed and kept in run_generate.json; {} with
+    nothing to do."""
+    output = destination(args)
+    partial = output.with_name(f".{output.name}.partial.jsonl")
+    with results.output_file(output, dry_run=args.dry_run) as place:
+        task = check(args)
+        if task.finished:
+            records.say_finished(output)
+            return {}
+        results.read_partial(partial, task.settings, args.overwrite)  # refuses another run's
+        if args.dry_run:
+            print(f"would make {args.num_rows} rows from {len(task.seeds)} seed tasks with {args.model}: {output}")
+            return {}
+        return generate(args, task, output, partial, place)
 
+
+def generate(args, task, output: Path, partial: Path, place: results.Output) -> dict:
     from common import models
 
-    dtype = models.resolve_dtype(args.dtype, "cuda" if torch.cuda.is_available() else "cpu")
-    sampled = ("temperature", "instance_temperature", "top_k", "max_tokens", "seed", "round_size")
-    settings = generation.settings_of(args, task.ref, dtype, sampled, seed_tasks=results.sha256(args.seed_tasks))
-    partial = task.output.with_name(f".{task.output.name}.partial.jsonl")
-    results.read_partial(partial, settings, args.overwrite)  # refuses another run's before the model is loaded
-    if args.dry_run:
-        print(f"would make {args.num_rows} rows from {len(task.seeds)} seed tasks with {args.model}: {task.output}")
-        return {}
-
+    settings = task.settings
     world = distributed.start()
-    with results.Run(task.output.parent / "run_generate.json", args, [args.seed_tasks], world) as record:
+    with results.Run(output.parent / "run_generate.json", args, [args.seed_tasks], world, place) as record:
+        dtype = models.resolve_dtype(args.dtype, world.device)
         base = models.load_base(task.ref, dtype, world.device, args.device_map)
         with models.adapted(base, task.ref.adapter) as (model, _):
             rounds = make_rounds(model, task.tokenizer, task.seeds, args, settings, partial, world)
@@ -339,21 +356,22 @@ def run(args) -> dict:
             for kind in ("instructions", "instances")
         }
         if world.main:
-            records.manifest_path(task.output).unlink(missing_ok=True)  # it describes the file that is now replaced
-            results.write_jsonl(task.output, rows)
+            record.files.write_jsonl(output, rows)
             records.write_manifest(
-                task.output,
+                record.files,
+                output,
                 tag=f"self-instruct-{Path(args.model).name}",
                 script="data/self_instruct/generate.py",
                 argv=sys.argv,
                 rows=len(rows),
                 source=[(args.seed_tasks, len(task.seeds) + task.broken)],
                 generator={key: settings[key] for key in ("model", "revision", "weights")},
-                sampling={key: settings[key] for key in (*sampled, "dtype")},
+                sampling={key: settings[key] for key in (*SAMPLED, "dtype")},
+                settings=task.whole,
             )
-            partial.unlink()
+            record.files.remove(partial)
         world.barrier()
-    world.say(report(counts, len(rows), task.output))
+    world.say(report(counts, len(rows), output))
     world.close()
     return dict(counts)
 

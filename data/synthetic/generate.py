@@ -29,12 +29,13 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common import cli, distributed, generation, models, records, results, reviews
+from common import cli, distributed, generation, models, records, results, reviews, trained
 
 CONDITIONS = ("metadata", "title", "sampled")
 FIELDS = ("Rating", "Product Categories", "Product Title")  # of the histogram
 FILTERS = ("empty", "length")
 COPY = 50  # characters: a common run of this length is a near-copy
+RESUMED = ("arm", "num", "condition", "temperature", "top_k", "max_new_tokens", "seed", "batch_size")
 SAMPLED = ("condition", "temperature", "top_k", "max_new_tokens", "seed")
 
 
@@ -68,15 +69,18 @@ def make_parser() -> cli.Parser:
 # ---------------------------------------------------------------- before the model is loaded
 
 
+def destination(args) -> Path:
+    return Path(args.output or f"generated_sequences_{args.arm}.jsonl")
+
+
 def check(args) -> SimpleNamespace:
     """Every argument and file; UserError with all problems."""
     problems = cli.Problems()
     distributed.check_environment(problems, args.device_map)
     if not reviews.ARM.fullmatch(args.arm):
         problems.add(f"--arm {args.arm}: letters, digits, _ and - only, a letter first")
-    output = Path(args.output or f"generated_sequences_{args.arm}.jsonl")
-    cli.check_output_file(output, ".jsonl", args.overwrite, problems, (args.input, args.training, args.histogram))
-    cli.check_writable(output.parent, problems, "--output")
+    output = destination(args)
+    cli.check_output_file(output, ".jsonl", problems, (args.input, args.training, args.histogram))
     if (args.condition == "sampled") != (args.metadata_epsilon is not None):
         problems.add("--metadata_epsilon: goes with --condition sampled, which needs it")
     if args.condition == "sampled" and not args.training:
@@ -106,11 +110,35 @@ def check(args) -> SimpleNamespace:
     if args.condition == "sampled" and unit == "user" and any(not row.get("user_id") for row in training):
         problems.add(f"{args.training}: rows without user_id; the model's privacy unit is the user")
     histogram = Path(args.histogram) if args.histogram else output.with_name("metadata_histogram.json")
+    source = problems.absorb(training_source, args.training, len(training), ref) if ref and training else None
+    settings = whole = None
+    if not problems.lines:
+        settings = generation.settings_of(args, ref, RESUMED, input=results.sha256(args.input))
+        if args.condition == "sampled":
+            settings |= {"metadata_epsilon": args.metadata_epsilon, "metadata_fields": args.metadata_fields}
+        told = {"filter": args.filter, "metadata_delta": args.metadata_delta, "training": source and source["sha256"]}
+        drawn = args.condition == "sampled" and histogram.is_file()
+        whole = settings | told | {"histogram": results.sha256(histogram) if drawn else None}
+        if source and source["sha256"] is None:
+            whole = None  # nothing could tell whether the output stands for these training rows
+    finished = problems.absorb(records.finished, [("--output", output)], whole, args.overwrite)
     problems.check()
     return SimpleNamespace(
         output=output, rows=rows, training=training, ref=ref, tokenizer=tokenizer, privacy=block, unit=unit,
-        histogram=histogram,
+        histogram=histogram, source=source, settings=settings, whole=whole, finished=finished,
     )  # fmt: skip
+
+
+def training_source(path: str, rows: int, ref) -> dict:
+    """The manifest's entry for --training. A plain hash would confirm a guessed copy of a private model's training file
+    to whoever reads the manifest: there it is salted as in run.json (the salt lies in the run's trained_rows.jsonl), or
+    None where that file is gone."""
+    entry = {"path": path, "sha256": results.sha256(path), "rows": rows}
+    if not models.privacy(ref):
+        return entry
+    taken = trained.read(ref.adapter or ref.base) if Path(ref.adapter or ref.base).is_dir() else None
+    salt = taken.salt if taken else ""
+    return entry | {"sha256": trained.salted(entry["sha256"], salt) if salt else None, "salted": True}
 
 
 def release_histogram(args, task) -> dict:
@@ -120,10 +148,15 @@ def release_histogram(args, task) -> dict:
     units = len({row.get("user_id") for row in task.training}) if task.unit == "user" else len(task.training)
     delta = args.metadata_delta or (task.privacy or {}).get("delta") or 1 / (10 * units)
     wanted = {
-        "training": results.sha256(args.training), "fields": args.metadata_fields, "epsilon": args.metadata_epsilon,
+        "training": task.source["sha256"], "fields": args.metadata_fields, "epsilon": args.metadata_epsilon,
         "delta": delta, "unit": task.unit,
     }  # fmt: skip
     made = results.read_json(task.histogram, "name another file") if task.histogram.is_file() else None
+    if made and wanted["training"] is None:
+        raise cli.UserError(
+            f"--histogram {task.histogram}: nothing tells whether it was released from --training, as the model's "
+            "trained_rows.jsonl is gone; name another file"
+        )
     differ = [key for key, value in wanted.items() if made and made.get(key) != value]
     if differ:
         raise cli.UserError(
@@ -235,29 +268,35 @@ def near_copies(texts: list[str], training: list[str], held_out: list[str]) -> d
 
 
 def run(args) -> dict:
-    """Write the file; returns what is also printed and kept in run_generate_<arm>.json."""
-    task = check(args)
-    import torch
+    """Write the file; returns what is also printed and kept in run_generate_<arm>.json; {} with nothing to do."""
+    output = destination(args)
+    with results.output_file(output, dry_run=args.dry_run) as place:
+        task = check(args)
+        if task.finished:
+            records.say_finished(output)
+            return {}
+        generation.read_partials(output, task.settings, args.overwrite)  # refuses another run's
+        if args.dry_run:
+            n = args.num or len(task.rows)
+            print(f"would write {n} reviews of arm {args.arm} with {args.model} from {args.condition}, to {output}")
+            return {}
+        return generate(args, task, place)
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = models.resolve_dtype(args.dtype, device)
-    flags = ("arm", "num", *SAMPLED, "batch_size")
-    settings = generation.settings_of(args, task.ref, dtype, flags, input=results.sha256(args.input))
-    if args.condition == "sampled":
-        settings["metadata_epsilon"], settings["metadata_fields"] = args.metadata_epsilon, args.metadata_fields
-    generation.read_partials(task.output, settings, args.overwrite)  # refuses another run's before the model is loaded
-    if args.dry_run:
-        n = args.num or len(task.rows)
-        print(f"would write {n} reviews of arm {args.arm} with {args.model} from {args.condition}, to {task.output}")
-        return {}
 
+def generate(args, task, place: results.Output) -> dict:
+    settings = task.settings
     world = distributed.start()
-    inputs = [args.input, *([args.training] if args.training else [])]
-    with results.Run(task.output.parent / f"run_generate_{args.arm}.json", args, inputs, world) as record:
+    run_file = task.output.parent / f"run_generate_{args.arm}.json"
+    with results.Run(run_file, args, [args.input], world, place) as record:
+        if task.source:
+            record["inputs"].append({key: value for key, value in task.source.items() if key != "rows"})
+        dtype = models.resolve_dtype(args.dtype, world.device)
         released = None
         if args.condition == "sampled":
             released = world.together(lambda: release_histogram(args, task) if world.main else None)[0]
             settings["histogram"] = results.sha256(task.histogram)
+            if task.whole:
+                task.whole["histogram"] = settings["histogram"]
         rows = make_rows(args, task, released)
         dropped, filtered = Counter(), Counter()
         base = models.load_base(task.ref, dtype, world.device, args.device_map)
@@ -320,21 +359,22 @@ def finish(args, task, record, kept, made, released, settings, dropped, filtered
     }
     privacy = privacy_block(task.privacy, released)
     record["statistics"], record["privacy"] = answer, privacy
-    records.manifest_path(task.output).unlink(missing_ok=True)  # it describes the file that is now replaced
-    results.write_jsonl(task.output, rows)
+    record.files.write_jsonl(task.output, rows)
     records.write_manifest(
+        record.files,
         task.output,
         tag=f"synthetic-{args.arm}",
         script="data/synthetic/generate.py",
         argv=sys.argv,
         rows=len(rows),
-        source=[(args.input, len(task.rows)), *([(args.training, len(task.training))] if args.training else [])],
+        source=[(args.input, len(task.rows)), *([task.source] if task.source else [])],
         generator={key: settings[key] for key in ("model", "revision", "weights")},
         sampling={key: settings[key] for key in (*SAMPLED, "dtype")},
+        settings=task.whole,
         more={"privacy": privacy, **answer},
     )
     for file in generation.partial_files(task.output):
-        file.unlink()
+        record.files.remove(file)
     return answer | {"privacy": privacy}
 
 
