@@ -65,9 +65,21 @@ def run(args) -> int:
         membership = mia.make_parser().parse_args([str(word) for word in words])
         sets = mia.prepare(membership, problems)
     problems.check()
+    with results.output_folder(args.model, args.dry_run) as place:
+        return evaluate(args, study, checkpoints, sets if args.mia else None, membership if args.mia else None, place)
 
+
+def merged_folder(args, checkpoint: Path) -> Path:
+    return Path(args.temp) / checkpoint.relative_to(Path(args.model).parent)
+
+
+def evaluate(args, study, checkpoints: list[Path], sets, membership, place) -> int:
     import torch
 
+    if not args.dry_run:
+        results.tidy(checkpoints)
+        for folder in {merged_folder(args, one).parent for one in checkpoints} if args.save_merged else ():
+            results.remove_leftovers(folder)
     dtype = str(models.resolve_dtype(args.dtype, "cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype.removeprefix("torch.")
     failures: dict[str, str] = {}
@@ -98,7 +110,7 @@ def run(args) -> int:
     dtype = models.resolve_dtype(args.dtype, world.device)
     world.say(f"{len(checkpoints)} checkpoints: {skipped} complete, {len(todo)} to measure, {len(failures)} unusable")
     run_file = Path(args.model) / "run_evaluate_purified.json"
-    with results.output_folder(args.model), results.Run(run_file, args, study.inputs, world) as record:
+    with results.Run(run_file, args, study.inputs, world, place) as record:
         base = loaded = tokenizer = None
         for number, (name, checkpoint, ref, path, missing) in enumerate(sorted(todo, key=lambda job: job[0]), 1):
             world.say(f"[{number}/{len(todo)}] {checkpoint}")
@@ -112,7 +124,7 @@ def run(args) -> int:
                     info = measure_purified.describe(ref, dtype, change)
                     args.output_dir = checkpoint
                     if args.save_merged and ref.adapter and world.main:
-                        _save(model, tokenizer, Path(args.temp) / checkpoint.relative_to(Path(args.model).parent))
+                        _save(model, tokenizer, merged_folder(args, checkpoint))
                     measure_purified.measure_model(model, tokenizer, study, args, info, world, path, missing)
             except cli.UserError as error:
                 failures[str(checkpoint)] = "; ".join(error.problems)
@@ -126,8 +138,7 @@ def run(args) -> int:
             failures |= mia.measure_all(usable, sets, membership, world, mia.cache_folder(args.model))
         record["checkpoints"] = {
             "found": len(checkpoints),
-            "complete_before": skipped,
-            "measured": len(checkpoints) - skipped - len(failures),
+            "measured": len(checkpoints) - len(failures),
             "failed": failures,
         }
         if failures:

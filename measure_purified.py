@@ -435,17 +435,17 @@ def _compare(study: Study, outcome_lines: list[dict]) -> dict:
     return compared
 
 
-def write(path, lines, outcome_lines, response_lines, save_responses: bool, append: bool = False) -> None:
-    """Write the files of one measurement, the result file last: where it stands complete, the others do."""
+def write(files, path, lines, outcome_lines, response_lines, save_responses: bool, append: bool = False) -> None:
+    """Write the files of one measurement to the Publication `files`."""
     earlier = [results.read_jsonl(file) if append else [] for file in (outcomes_path(path), path)]
     if save_responses:
         before = results.read_jsonl(responses_path(path)) if append and responses_path(path).is_file() else []
         before = [line for line in before if line["temperature"] not in {line["temperature"] for line in lines}]
-        results.write_jsonl(responses_path(path), before + response_lines, permissions=0o600)
+        files.write_jsonl(responses_path(path), before + response_lines, permissions=0o600)
     new = {line["temperature"] for line in lines}
     kept = [line for line in earlier[0] if line["temperature"] not in new]
-    results.write_jsonl(outcomes_path(path), kept + outcome_lines)
-    results.write_jsonl(path, earlier[1] + lines)
+    files.write_jsonl(outcomes_path(path), kept + outcome_lines)
+    files.write_jsonl(path, earlier[1] + lines)
 
 
 def measure_model(model, tokenizer, study, args, model_info, world, path=None, temperatures=None) -> Path:
@@ -455,7 +455,8 @@ def measure_model(model, tokenizer, study, args, model_info, world, path=None, t
     target = path or next_free(args.output_dir)
     if world.main:
         lines = summarise(study, found, todo, model_info)
-        write(target, *lines, args.save_responses, append=path is not None)
+        with results.output_folder(target.parent) as place, place.publication() as files:
+            write(files, target, *lines, args.save_responses, append=path is not None)
         print_table(lines[0], study)
     world.barrier()
     return target
@@ -516,8 +517,9 @@ def run(args) -> int:
     world = distributed.start()
     dtype = models.resolve_dtype(args.dtype, world.device)
     run_file = Path(args.output_dir) / "run_measure_purified.json"
-    with results.output_folder(args.output_dir):
-        path = world.broadcast(written_before_a_kill(run_file, args, study, ref) if world.main else None)
+    with results.output_folder(args.output_dir) as place:
+        known = written_before_a_kill(run_file, args, study, ref, place.after_kill) if world.main else None
+        path = world.broadcast(known)
         with results.Run(run_file, args, study.inputs, world) as record:
             if path is None:
                 base = models.load_base(ref, dtype, world.device, args.device_map)
@@ -529,13 +531,14 @@ def run(args) -> int:
     return 0
 
 
-def written_before_a_kill(run_file: Path, args, study: Study, ref) -> Path | None:
-    """The complete result of a run with these very arguments that was killed before its record said so."""
+def written_before_a_kill(run_file: Path, args, study: Study, ref, after_kill: bool) -> Path | None:
+    """The complete result of a run with these very arguments that was killed before it could say so."""
     if not run_file.is_file():
         return None
     record = results.read_json(run_file, "remove it")
     mine = {key: value for key, value in vars(args).items() if not key.startswith("_")}
-    if record.get("status") != "running" or record.get("args") != json.loads(results.dumps(mine)):
+    unfinished = record.get("status") == "running" or after_kill
+    if not unfinished or record.get("args") != json.loads(results.dumps(mine)):
         return None
     path, done = find_results(args.output_dir, study, model_key(ref), args.save_responses)
     return path if path and set(args.temperatures) <= set(done) else None

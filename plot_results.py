@@ -66,32 +66,37 @@ def check(args):
 
 def run(args) -> int:
     """Write the report; 0, or 1 when a line of a result file could not be read."""
-    study = check(args)
+    output = Path(args.output)
+    with results.output_folder(output) as place:
+        study = check(args)
+        with results.Run(output / OURS, args, output=place) as record:
+            write(args, study, output, record)
+    for line in record["damaged"]:
+        print(f"not read: {line}", file=sys.stderr)
+    print(f"{len(study.rows):,} numbers, {len(record['figures'])} figures: {output / 'report.html'}")
+    return 1 if record["damaged"] else 0
+
+
+def write(args, study, output: Path, record: results.Run) -> None:
     from reporting import cautions, draw, figures, page, read, responses
 
-    output = Path(args.output)
-    with results.Run(output / OURS, args) as record:
-        answers = responses.html(study, args.unredacted) if args.include_responses else ""
-        drawn = figures.build(study)
-        with results.atomic_folder(output / "figures") as folder:
-            for figure in drawn if not args.no_figures else ():
-                draw.save(figure, folder)
-        with results.atomic(output / "results.csv") as file:
-            csv.writer(file, lineterminator="\n").writerows(read.csv_rows(study))
-        made = {"time": results.now().replace("T", " ").replace("+00:00", " UTC"), **results.commit()}
-        made["images"] = not args.no_figures
-        text = page.render(study, drawn, cautions.find(study), made, answers)
-        with results.atomic(output / "report.html", permissions=0o600 if args.unredacted else 0o644) as file:
-            file.write(text)
-        broken = [f"{one.file}:{one.line}: {one.reason}" for one in study.damage if not one.torn]
-        record["figures"] = [figure.name for figure in drawn]
-        record["numbers"], record["damaged"] = len(study.rows), broken
-        if broken:
-            record["error"] = f"{len(broken)} lines could not be read"
-    for line in broken:
-        print(f"not read: {line}", file=sys.stderr)
-    print(f"{len(study.rows):,} numbers, {len(drawn)} figures: {output / 'report.html'}")
-    return 1 if broken else 0
+    answers = responses.html(study, args.unredacted) if args.include_responses else ""
+    drawn = figures.build(study)
+    with results.atomic_folder(output / "figures") as folder:
+        for figure in drawn if not args.no_figures else ():
+            draw.save(figure, folder)
+    with record.files.open(output / "results.csv") as file:
+        csv.writer(file, lineterminator="\n").writerows(read.csv_rows(study))
+    made = {"time": results.now().replace("T", " ").replace("+00:00", " UTC"), **results.commit()}
+    made["images"] = not args.no_figures
+    text = page.render(study, drawn, cautions.find(study), made, answers)
+    with record.files.open(output / "report.html", permissions=0o600 if args.unredacted else 0o644) as file:
+        file.write(text)
+    broken = [f"{one.file}:{one.line}: {one.reason}" for one in study.damage if not one.torn]
+    record["figures"] = [figure.name for figure in drawn]
+    record["numbers"], record["damaged"] = len(study.rows), broken
+    if broken:
+        record["error"] = f"{len(broken)} lines could not be read"
 
 
 def main(argv=None) -> int:

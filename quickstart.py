@@ -89,16 +89,21 @@ def run(args) -> int:
     cli.check_writable(args.output, problems, "--output")
     problems.absorb(study.check, args)
     out = Path(args.output).absolute()
-    problems.absorb(check_same, out, args)
-    problems.check()
-    if args.dry_run:
-        print(f"study {args.study}: would fine-tune {args.model} on {args.dataset}, {args.epochs} epochs, write {out}")
-        return 0
+    with results.output_folder(out, args.dry_run) as place:
+        problems.absorb(check_same, out, args)
+        problems.check()
+        if args.dry_run:
+            words = f"{args.model} on {args.dataset}, {args.epochs} epochs"
+            print(f"study {args.study}: would fine-tune {words}, write {out}")
+            return 0
+        return run_locked(args, study, out, place)
+
+
+def run_locked(args, study, out: Path, place: results.Output) -> int:
     started = time.monotonic()
-    out.mkdir(parents=True, exist_ok=True)
-    with results.Run(out / "run_quickstart.json", args, study.inputs(args)) as record:
+    with results.Run(out / "run_quickstart.json", args, study.inputs(args), output=place) as record:
         text = study.run(args, out, record)
-        with results.atomic(out / "summary.md") as file:
+        with record.files.open(out / "summary.md") as file:
             file.write(text + "\n")
     call(plot_results, out, "--output", out / "report", *([] if args.full else ["--no_figures"]))
     print("\n" + text)

@@ -85,8 +85,6 @@ def check(args) -> SimpleNamespace:
     problems = cli.Problems()
     distributed.check_environment(problems, args.device_map)
     cli.check_writable(args.output_dir, problems)
-    if (Path(args.output_dir) / FILE).exists() and not args.overwrite:
-        problems.add(f"--output_dir {args.output_dir}: holds {FILE}; give --overwrite or another place")
     if not (args.models or args.synthetic):
         problems.add("nothing to measure: give --models, --synthetic or both")
     header, canaries = problems.absorb(read_key, args.canaries) or ({}, [])
@@ -131,8 +129,18 @@ def check(args) -> SimpleNamespace:
                 f"--canaries {args.canaries}: its audit adds or leaves out a {header['privacy_unit']}, the privacy "
                 f"unit of {arm} is the {unit}; inject with --privacy_unit {unit}"
             )
+    folder = Path(args.output_dir)
+    inputs = [args.canaries, *files.values()] if not problems.lines else []
+    weights = {arm: models.weights_sha256(ref) for arm, ref in refs.items() if ref}
+    if ref_model:
+        weights["--ref_model"] = models.weights_sha256(ref_model)
+    outputs = [folder / FILE, folder / ROWS_FILE]
+    finished = problems.absorb(
+        results.finished, folder / "run_canary.json", outputs, args, inputs, args.overwrite, weights=weights
+    )
     problems.check()
     return SimpleNamespace(
+        inputs=inputs, weights=weights, finished=finished,
         header=header, canaries=canaries, space=Space(header["secret"], tuple(header["words"])), refs=refs,
         tokenizers=tokenizers, ref_model=ref_model, files=files, texts=texts, spent=spent,
         taken=taken | {(arm, "text"): taken_by_text.get(arm) or taken.get(arm) for arm in texts},
@@ -456,10 +464,18 @@ def text_lines(task, arm: str, signals: dict[str, list[float]]) -> list[dict]:
 
 def run(args) -> dict:
     """Write the results; {'lines': all result lines, 'violations': lines whose lower bound exceeds ε at 99.9 %}."""
-    task = check(args)
-    if args.dry_run:
-        print(f"would measure {len(task.canaries)} canaries in models {list(task.refs)} and files {list(task.files)}")
-        return {"lines": [], "violations": []}
+    with results.output_folder(args.output_dir, args.dry_run) as place:
+        task = check(args)
+        if task.finished:
+            return {"lines": results.read_jsonl(Path(args.output_dir) / FILE), "violations": []}
+        if args.dry_run:
+            words = f"{len(task.canaries)} canaries in models {list(task.refs)} and files {list(task.files)}"
+            print(f"would measure {words}")
+            return {"lines": [], "violations": []}
+        return measure(args, task, place)
+
+
+def measure(args, task, place: results.Output) -> dict:
     import torch
 
     world = distributed.start()
@@ -472,8 +488,7 @@ def run(args) -> dict:
             )
     lines, per_canary = [], []
     audited = [index for index, canary in enumerate(task.canaries) if canary["kind"] == "audit"]
-    inputs = [args.canaries, *task.files.values()]
-    with results.output_folder(folder), results.Run(folder / "run_canary.json", args, inputs, world) as record:
+    with results.Run(folder / "run_canary.json", args, task.inputs, world, place, weights=task.weights) as record:
         for arm in task.refs:
             bits, signal, name = measure_model(args, task, arm, dtype, world)
             lines += exposure_lines(task, arm, bits, args.references)
@@ -495,8 +510,8 @@ def run(args) -> dict:
                     facts = {key: canary[key] for key in ("id", "kind", "repetitions", "included")}
                     values = {signal: values[index] for signal, values in signals.items()}
                     per_canary.append({"arm": arm, "source": "text", **facts, **values})
-            results.write_jsonl(folder / ROWS_FILE, per_canary)
-            results.write_jsonl(folder / FILE, [{"schema": results.SCHEMA, **line} for line in lines])
+            record.files.write_jsonl(folder / ROWS_FILE, per_canary)
+            record.files.write_jsonl(folder / FILE, [{"schema": results.SCHEMA, **line} for line in lines])
         lines = world.broadcast(lines)
         violations = [line for line in lines if line.get("above_upper", {}).get("99.9")]
         if violations:

@@ -130,12 +130,13 @@ def remove_leftovers(folder) -> None:
         match = LEFTOVER.fullmatch(path.name)
         if not match or path.is_symlink() or _in_use(path):
             continue
-        if path.suffix == ".old" and not (folder / match["name"]).exists():
-            os.rename(path, folder / match["name"])
-        elif path.is_dir():
-            shutil.rmtree(path)
-        else:
-            os.unlink(path)
+        with contextlib.suppress(FileNotFoundError):  # another rank was faster
+            if path.suffix == ".old" and not (folder / match["name"]).exists():
+                os.rename(path, folder / match["name"])
+            elif path.is_dir():
+                shutil.rmtree(path)
+            else:
+                os.unlink(path)
 
 
 @contextlib.contextmanager
@@ -323,10 +324,13 @@ def _finish(journal: Path) -> None:
 
 
 class Output:
-    """The place that a run writes to, while it is locked; `publication()` for files that get their names together."""
+    """The place that a run writes to, while it is locked; `publication()` for files that get their names together.
 
-    def __init__(self, journal: Path):
-        self.journal = journal
+    `after_kill`: the last run here was killed, perhaps when its files stood already.
+    """
+
+    def __init__(self, journal: Path, after_kill: bool = False):
+        self.journal, self.after_kill = journal, after_kill
 
     def publication(self) -> Publication:
         return Publication(self.journal)
@@ -341,8 +345,8 @@ def output_folder(folder, dry_run: bool = False):
     removed when nothing was put into it.
     """
     folder = Path(folder)
-    with _locked_places([(folder / ".lock", folder / ".publish")], [folder], dry_run):
-        yield Output(folder / ".publish")
+    with _locked_places([(folder / ".lock", folder / ".publish")], [folder], dry_run) as after_kill:
+        yield Output(folder / ".publish", after_kill)
 
 
 @contextlib.contextmanager
@@ -350,8 +354,15 @@ def output_file(*paths, dry_run: bool = False):
     """Lock output files in folders that other runs may write to as well; else as `output_folder`."""
     paths = [Path(path) for path in dict.fromkeys(map(Path, paths))]
     places = [(path.with_name(f".{path.name}.lock"), path.with_name(f".{path.name}.publish")) for path in paths]
-    with _locked_places(places, list(dict.fromkeys(path.parent for path in paths)), dry_run):
-        yield Output(places[0][1])
+    with _locked_places(places, list(dict.fromkeys(path.parent for path in paths)), dry_run) as after_kill:
+        yield Output(places[0][1], after_kill)
+
+
+def tidy(folders) -> None:
+    """Finish and remove what killed runs left in folders that this run may have nothing to write to."""
+    for folder in folders:
+        with output_folder(folder):
+            pass
 
 
 @contextlib.contextmanager
@@ -360,49 +371,52 @@ def _locked_places(places: list[tuple[Path, Path]], folders: list[Path], dry_run
     for folder in folders:
         check_writable(folder, problems)
     if dry_run or problems.lines:
-        yield
+        yield False
         return
     if int(os.environ.get("RANK", 0)):
         deadline = time.monotonic() + JOURNAL_WAIT
         while any(journal.exists() for _, journal in places) and time.monotonic() < deadline:
             time.sleep(0.1)
-        yield
+        yield False
         return
     with contextlib.ExitStack() as stack:
-        new = [stack.enter_context(_lock(lock)) for lock, _ in sorted(places)]
-        if all(new):  # else this process writes there already
+        left = [stack.enter_context(_lock(lock)) for lock, _ in sorted(places)]
+        if None not in left:  # else this process writes there already
             for _, journal in places:
                 if journal.is_file():
                     _finish(journal)
             for folder in folders:
                 remove_leftovers(folder)
-        yield
+        yield any(left)
 
 
 @contextlib.contextmanager
 def _lock(path: Path):
-    """Hold a lock file; yields False when this process has it already. The kernel frees it when the process ends."""
+    """Hold a lock file, which the kernel frees when the process ends. Yields whether a killed run had left it there;
+    None when this process holds it already."""
     path = Path(os.path.abspath(path))
     if path in _locked:
-        yield False
+        yield None
         return
     made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
-    descriptor = _take(path)
+    descriptor, left = _take(path)
     _locked[path] = descriptor
     try:
-        yield True
+        yield left
     finally:
         if _locked.pop(path, None) is not None:  # None: a forked child
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
             os.close(descriptor)
-            with contextlib.suppress(OSError):  # not empty
+            with contextlib.suppress(OSError):
                 for folder in made:
+                    if any(folder.iterdir()):
+                        break
                     folder.rmdir()
 
 
-def _take(path: Path) -> int:
-    """Descriptor of the lock file, locked; UserError naming the holder."""
+def _take(path: Path) -> tuple[int, bool]:
+    """(descriptor of the lock file, locked; whether a killed run had left it); UserError naming the holder."""
     for _ in range(100):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -420,9 +434,10 @@ def _take(path: Path) -> int:
             ) from None
         except OSError as error:
             print(f"{path}: no locks here ({error.strerror}); never start two runs in one place", file=sys.stderr)
-            return descriptor
+            return descriptor, False
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.stat(path), os.fstat(descriptor)):  # else its last holder has just removed it
+                left = os.fstat(descriptor).st_size > 0
                 words = shlex.join(sys.argv)[:2000]
                 os.ftruncate(descriptor, 0)
                 os.pwrite(
@@ -432,7 +447,7 @@ def _take(path: Path) -> int:
                     ),
                     0,
                 )
-                return descriptor
+                return descriptor, left
         os.close(descriptor)
     raise OSError(f"{path}: cannot be locked; another process removes it all the time")
 
@@ -549,6 +564,33 @@ def peak_memory() -> dict:
     if torch is not None and torch.cuda.is_available():
         peak["gpu_bytes"] = torch.cuda.max_memory_allocated()
     return peak
+
+
+def finished(
+    record_file, outputs: list[Path], args, inputs, overwrite: bool, skip: tuple[str, ...] = (), **more
+) -> bool:
+    """Whether a run of the same script has made `outputs` from the same arguments and input files and ended well.
+
+    skip: arguments that may differ; more: what else its record must say. UserError for each output that stands and was
+    made otherwise, unless `overwrite`.
+    """
+    standing = [path for path in map(Path, outputs) if path.exists()]
+    if overwrite or not standing:
+        return False
+    try:
+        record = read_json(record_file, "") if Path(record_file).is_file() else {}
+        free = {"overwrite", "dry_run", "output_dir", *skip}
+        mine, its = ({k: v for k, v in one.items() if k not in free} for one in (plain(vars(args)), record["args"]))
+        hashes = [one["sha256"] for one in record["inputs"]]
+        same = record["status"] == "ok" and its == mine and hashes == [sha256(file) for file in inputs]
+    except (UserError, OSError, KeyError, TypeError, AttributeError):
+        same = False
+    if same and len(standing) == len(outputs) and all(record.get(key) == plain(value) for key, value in more.items()):
+        print(f"{record_file}: finished already, with the same inputs and settings; nothing to do")
+        return True
+    raise UserError(
+        *(f"--output_dir: {path} exists; give --overwrite to replace it, or another place" for path in standing)
+    )
 
 
 class Run:

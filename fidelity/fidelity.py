@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import cli, distributed, models, results, reviews
 from common.progress import progress_bar
 
+RECORD = "run_fidelity.json"
 SCHEMA = 1
 FAMILIES = ("embedding", "mauve", "figures")
 FEWEST = 40  # documents of a sample: two a jackknife group
@@ -102,13 +103,11 @@ def choose(real: list[dict], arms: dict[str, list[dict]], num_rows: int, seed: i
 
 
 def prepare(args, problems: cli.Problems):
-    """(samples, plan, held-out rows to search in, training rows or None); all problems go to `problems`."""
+    """(samples, plan, held-out rows to search in, training rows or None), or None where the results stand already; all
+    problems go to `problems`."""
     if int(os.environ.get("WORLD_SIZE", "1") or 1) > 1:
         problems.add("WORLD_SIZE: runs as one process; start it without torchrun")
     cli.check_writable(args.output_dir, problems)
-    done = Path(args.output_dir) / "results_fidelity.json"
-    if done.exists() and not args.overwrite:
-        problems.add(f"--output_dir {args.output_dir}: holds results already; give --overwrite or another place")
     if args.pool_rows < FEWEST:
         problems.add(f"--pool_rows {args.pool_rows}: at least {FEWEST} are needed")
     if "embedding" not in args.without:
@@ -124,7 +123,13 @@ def prepare(args, problems: cli.Problems):
         train = reviews.with_text(train)
         if len(train) < FEWEST:
             problems.add(f"--train {args.train}: {len(train)} rows with text; at least {FEWEST} are needed")
+    inputs = [] if problems.lines else input_files(args)
+    folder = Path(args.output_dir)
+    outputs = [folder / "results_fidelity.json", folder / "fidelity.md"]
+    done = problems.absorb(results.finished, folder / RECORD, outputs, args, inputs, args.overwrite)
     problems.check()
+    if done:
+        return None
     samples, plan, pool = choose(real, arms, args.num_rows, args.seed)
     if plan["rows"] < FEWEST:
         why = " (rows made from the metadata of one half of --real)" if plan["paired_with_real"] else ""
@@ -368,12 +373,12 @@ def table(comparisons: dict[str, dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _figure(path: Path, figure) -> None:
-    with results.atomic(path, "wb") as file:
+def _figure(files: results.Publication, path: Path, figure) -> None:
+    with files.open(path, "wb") as file:
         figure.savefig(file, format="png", dpi=130, metadata={"Software": None})
 
 
-def draw_lengths(path: Path, texts: dict[str, Text]) -> None:
+def draw_lengths(files: results.Publication, path: Path, texts: dict[str, Text]) -> None:
     """Share of reviews with at most so many words, a line a sample."""
     import numpy as np
     from matplotlib.figure import Figure
@@ -394,10 +399,10 @@ def draw_lengths(path: Path, texts: dict[str, Text]) -> None:
     axes.set_title(f"Length of reviews, {len(values):,} a sample", fontsize=11)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", frameon=False)
-    _figure(path, figure)
+    _figure(files, path, figure)
 
 
-def draw_map(path: Path, vectors: dict) -> None:
+def draw_map(files: results.Publication, path: Path, vectors: dict) -> None:
     """First two principal components of the real rows; each panel shows real rows in grey and one sample on them."""
     import numpy as np
     from matplotlib.figure import Figure
@@ -424,7 +429,7 @@ def draw_map(path: Path, vectors: dict) -> None:
     figure.supxlabel(f"component 1 of the real rows' embeddings ({shares[0]:.0%} of the variance)", fontsize=9)
     figure.supylabel(f"component 2 ({shares[1]:.0%})", fontsize=9)
     figure.suptitle(f"Grey: real reviews compared with; up to {MAP_ROWS:,} points a sample", fontsize=10)
-    _figure(path, figure)
+    _figure(files, path, figure)
 
 
 # ---------------------------------------------------------------- the command
@@ -450,19 +455,28 @@ def settings(args, groups) -> dict:
 
 def run(args) -> dict:
     """Compare, write every file, return the content of results_fidelity.json. UserError before a model is loaded."""
-    problems = cli.Problems()
-    samples, plan, pool, train = prepare(args, problems)
+    folder = Path(args.output_dir)
+    with results.output_folder(folder, args.dry_run) as place:
+        prepared = prepare(args, cli.Problems())
+        if prepared is None:
+            return results.read_json(folder / "results_fidelity.json", "remove it")
+        return measure(args, folder, place, *prepared)
+
+
+def input_files(args) -> list[str]:
+    return [args.real, *([args.train] if args.train else []), *(word.partition("=")[2] for word in args.synthetic)]
+
+
+def measure(args, folder: Path, place: results.Output, samples, plan, pool, train) -> dict:
     arms = [name for name in samples if name != "against"]
     print(
         f"{plan['rows']} rows a sample; {', '.join(arms)} against real; paired: {plan['paired_with_real']}", flush=True
     )
-    folder = Path(args.output_dir)
     if args.dry_run:
         print(f"would write results_fidelity.json, fidelity.md and figures in {folder}")
         return {}
-    inputs = [args.real, *([args.train] if args.train else []), *(word.partition("=")[2] for word in args.synthetic)]
     world = distributed.start() if "embedding" not in args.without else None
-    with results.Run(folder / "run_fidelity.json", args, inputs, world) as record:
+    with results.Run(folder / RECORD, args, input_files(args), world, place) as record:
         content = compare(args, samples, plan, pool, train, world, record, folder)
     print(table(content["comparisons"]))
     return content
@@ -549,13 +563,13 @@ def compare(args, samples: dict, plan: dict, pool: list, train, world, record, f
         "comparisons": comparisons,
     }
     if "figures" not in args.without:
-        draw_lengths(folder / "lengths.png", texts)
+        draw_lengths(record.files, folder / "lengths.png", texts)
         if "embedding" not in args.without:
-            draw_map(folder / "embedding_map.png", vectors)
+            draw_map(record.files, folder / "embedding_map.png", vectors)
         lap("figures")
-    with results.atomic(folder / "fidelity.md") as file:
+    with record.files.open(folder / "fidelity.md") as file:
         file.write(table(comparisons))
-    results.write_json(folder / "results_fidelity.json", content)
+    record.files.write_json(folder / "results_fidelity.json", content)
     record["stage_seconds"] = seconds
     return content
 

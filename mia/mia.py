@@ -241,7 +241,10 @@ def measure(ref, study: Study, args, world, folder, passes, name: str) -> list[d
     from mia.evidence import count_tokens, gather, score_texts
     from mia.report import AGAINST_BASE, draw_roc, report, table
 
-    with results.output_folder(folder), results.Run(folder / "run_mia.json", args, study.inputs, world) as record:
+    with (
+        results.output_folder(folder) as place,
+        results.Run(folder / "run_mia.json", args, study.inputs, world, place) as record,
+    ):
         tokenizer = models.load_tokenizer(ref)
         record["special_tokens"] = special = models.special_tokens_in(tokenizer, study.texts)
         if special and world.main:
@@ -296,12 +299,11 @@ def measure(ref, study: Study, args, world, folder, passes, name: str) -> list[d
             lines, rows, kept = report(study, args, info, found, reasons, evidence, base_scores, base_reasons)
             for key, value in kept.items():
                 record[key] = value
-            (folder / "results_mia.jsonl").unlink(missing_ok=True)  # a kill must not leave it beside other scores
-            results.write_jsonl(folder / "scores_mia.jsonl", rows)
+            record.files.write_jsonl(folder / "scores_mia.jsonl", rows)
             flags = sorted({flag for line in lines for flag in line["flags"] if not flag.startswith("coarse")})
-            with results.atomic(folder / "roc_mia.png", "wb") as file:
+            with record.files.open(folder / "roc_mia.png", "wb") as file:
                 draw_roc(found, study, flags, name).savefig(file, format="png", dpi=120)
-            results.write_jsonl(folder / "results_mia.jsonl", lines)  # last: where it stands, the others do too
+            record.files.write_jsonl(folder / "results_mia.jsonl", lines)
             world.say(f"{name}\n{table(lines)}")
             p = {who: made["p"] for who, made in kept["dataset_inference"].items() if made and made["p"] is not None}
             world.say("dataset inference: " + ", ".join(f"{who} p = {value:.2g}" for who, value in p.items()))
@@ -390,6 +392,9 @@ def measure_all(refs: dict, study: Study, args, world, cache, names: dict | None
     from mia.passes import Cache, Passes
 
     failures, dtype = {}, models.resolve_dtype(args.dtype, world.device)
+    for group in Path(cache).glob("*/"):
+        results.remove_leftovers(group)
+    results.tidy(refs)
     passes = Passes(Cache(cache), world, dtype, args.token_budget, args.device_map)
     for folder, ref in sorted(refs.items(), key=lambda item: item[1].base):  # each base is loaded once for its adapters
         try:

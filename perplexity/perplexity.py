@@ -212,26 +212,30 @@ def describe(texts: list[str], ids: list[list[int]], logps: list, context: int, 
     }
 
 
-def write(folder: Path, lines: list[dict], current: list[dict]) -> None:
+def write(place: results.Output, folder: Path, lines: list[dict], current: list[dict]) -> None:
     """Both result files anew: perplexity.jsonl has every line, perplexity.txt the last one of each model path, where
     those of `current` come before older ones of other settings."""
-    results.write_jsonl(folder / "perplexity.jsonl", lines)
     latest = {line["model"]: line for line in [*lines, *current]}
-    with results.atomic(folder / "perplexity.txt") as file:
+    with place.publication() as files, files.open(folder / "perplexity.txt") as file:
+        files.write_jsonl(folder / "perplexity.jsonl", lines)
         file.writelines(text_line(latest[path]) + "\n" for path in sorted(latest, key=models.natural_key))
 
 
-def prepare(args, problems: cli.Problems):
-    """(output folder, earlier result lines, row indices, texts, models, {path: why it cannot be measured})."""
+def destination(args, problems: cli.Problems) -> Path:
+    """The folder of the results; settles --dir, which may be given twice."""
     if args.directory is not None:
         if args.dir not in (DEFAULT_DIR, args.directory):
             problems.add(f"--dir {args.dir}: another directory than {args.directory}; give one")
         args.dir = args.directory
     if args.model and args.dir != DEFAULT_DIR:
         problems.add(f"--model {args.model}: cannot be combined with the directory {args.dir}; give one")
+    return Path(args.output_dir or ("./" if args.model else args.dir))
+
+
+def prepare(args, folder: Path, problems: cli.Problems):
+    """(earlier result lines, row indices, texts, models, {path: why it cannot be measured})."""
     args.dataset = records.default_dataset(args.dataset)
     distributed.check_environment(problems, args.device_map)
-    folder = Path(args.output_dir or ("./" if args.model else args.dir))
     cli.check_writable(folder, problems, "--output_dir" if args.output_dir or args.model else "--dir")
     earlier, file = [], folder / "perplexity.jsonl"
     if file.is_file() and file.stat().st_size:
@@ -240,15 +244,21 @@ def prepare(args, problems: cli.Problems):
             problems.add(f"{file}: not written by this script; move it away or name another --output_dir")
     chosen, texts = choose_rows(args, problems)
     found, unusable = find_models(args, problems)
-    return folder, earlier, chosen, texts, found, unusable
+    return earlier, chosen, texts, found, unusable
 
 
 def run(args) -> int:
     """Measure everything asked for; 0, or 1 when a checkpoint failed. Raises UserError before any model is loaded."""
     problems = cli.Problems()
-    folder, earlier, chosen, texts, found, failures = prepare(args, problems)
-    problems.check()
+    folder = destination(args, problems)
+    unknown = not (args.model or args.output_dir or folder.is_dir())  # said by `prepare`, not made here
+    with results.output_folder(folder, args.dry_run or unknown) as place:
+        prepared = prepare(args, folder, problems)
+        problems.check()
+        return run_locked(args, folder, place, *prepared)
 
+
+def run_locked(args, folder: Path, place: results.Output, earlier, chosen, texts, found, failures) -> int:
     world = distributed.start()
     dtype = models.resolve_dtype(args.dtype, world.device)
     settings = {
@@ -286,9 +296,9 @@ def run(args) -> int:
         print(models.special_tokens_note(special), file=sys.stderr)
     lines, shelf, total = list(earlier), {}, len(found) + len(failures)
     run_file = folder / "run_perplexity.json"
-    with results.output_folder(folder), results.Run(run_file, args, [args.dataset], world) as record:
+    with results.Run(run_file, args, [args.dataset], world) as record:
         record["special_tokens"] = special
-        record["n_tokens"], started = 0, time.monotonic()
+        scored, started = 0, time.monotonic()
         for number, (ref, tokenizer, line) in enumerate(todo, 1):
             try:
                 ids = tokenize(tokenizer, texts)
@@ -307,12 +317,13 @@ def run(args) -> int:
             lines.append(line)
             current.append(line)
             if world.main:
-                write(folder, lines, current)
-            record["n_tokens"] += line["n_tokens"]
+                write(place, folder, lines, current)
+            scored += line["n_tokens"]
             world.say(f"[{number}/{len(todo)}] {text_line(line)}".rstrip())
         if world.main and lines:
-            write(folder, lines, current)
-        record["tokens_per_second"] = round(record["n_tokens"] / (time.monotonic() - started), 1)
+            write(place, folder, lines, current)
+        record["n_tokens"] = sum(line["n_tokens"] for line in current)
+        record["tokens_per_second"] = round(scored / (time.monotonic() - started), 1)
         record["failed"] = failures
         if failures:
             record["error"] = f"{len(failures)} of {total} models failed"

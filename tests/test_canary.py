@@ -360,8 +360,11 @@ def test_a_model_that_learned_is_seen_to_have(learned, models, tmp_path):
     assert by(lines, "audit", arm="base")[0]["signal"] == "log-probability"
     rows = read_lines(tmp_path / "results_canary_rows.jsonl")
     assert len(rows) == 2 * (24 + 4 + 4) and not any("sentence" in row or "secret" in row for row in rows)
+    again = [str(word) for word in [*words, "--output_dir", tmp_path]]
+    before = (tmp_path / "results_canary.jsonl").stat().st_mtime_ns
+    assert measure.main(again) == 0 and (tmp_path / "results_canary.jsonl").stat().st_mtime_ns == before
     with pytest.raises(UserError, match="--overwrite"):
-        measure.main([str(word) for word in [*words, "--output_dir", tmp_path]])
+        measure.main([*again, "--references", "7"])
 
 
 def measured(tmp_path, key, checkpoint):

@@ -85,11 +85,12 @@ FLAGS = {
     },
     "utility/feature_importance.py": {
         "--real", "--heldout", "--synthetic", "--num_rows", "--num_heldout", "--min_rows", "--num_seeds",
-        "--output_dir", "--overwrite", "--seed",
+        "--output_dir", "--overwrite", "--dry_run", "--seed",
     },
     "plot_results.py": {"--output", "--include_responses", "--unredacted", "--no_figures", "--seed"},
     "utility/human_sheet.py": {
-        "--synthetic", "--real", "--num_rows", "--sheets", "--key", "--output_dir", "--overwrite", "--seed",
+        "--synthetic", "--real", "--num_rows", "--sheets", "--key", "--output_dir", "--overwrite", "--dry_run",
+        "--seed",
     },
 }  # fmt: skip
 HEAVY = ("torch", "transformers", "peft", "datasets", "sklearn", "scipy", "pandas", "matplotlib")

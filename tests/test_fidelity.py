@@ -399,7 +399,7 @@ def test_a_file_that_is_not_what_its_manifest_says_is_refused(files, tmp_path):
 
 def test_results_are_not_replaced_unasked(files, tmp_path):
     (tmp_path / "results_fidelity.json").write_text("mine")
-    with pytest.raises(UserError, match="holds results already"):
+    with pytest.raises(UserError, match="exists; give --overwrite"):
         call(files, tmp_path, "--without", "embedding")
     assert (tmp_path / "results_fidelity.json").read_text() == "mine"
 

@@ -283,8 +283,9 @@ def test_feature_importance_twice_the_same_and_in_the_right_order(files, tmp_pat
     tones = {word for pair in TONES.values() for word in pair}
     assert set(content["top_words"]) == tones  # the ten words that tell the rating
     assert content["arms"]["null"]["n_scored"] == 2
+    assert call_importance(files, tmp_path / "one") == 0  # finished already
     with pytest.raises(UserError, match="exists; give --overwrite"):
-        call_importance(files, tmp_path / "one")
+        call_importance(files, tmp_path / "one", "--min_rows", 4)
     with pytest.raises(UserError, match="only 80 rows are there"):
         call_importance(files, tmp_path / "three", "--num_rows", 81)
 

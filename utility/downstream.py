@@ -270,6 +270,14 @@ def summary(arm: str, lines: list[dict]) -> dict:
 
 def run(args) -> list[dict]:
     """Train, rate, write; returns the lines of results_utility.jsonl. UserError before a model is loaded."""
+    data = Path(args.output_dir) / "data"
+    with results.output_folder(args.output_dir, args.dry_run) as place:
+        if not args.dry_run and data.is_dir():
+            results.tidy([data])
+        return run_locked(args, place)
+
+
+def run_locked(args, place: results.Output) -> list[dict]:
     problems = cli.Problems()
     ref, tokenizer, max_length, arms, heldout, n, dropped = prepare(args, problems)
     folder = Path(args.output_dir)
@@ -278,11 +286,11 @@ def run(args) -> list[dict]:
         print(f"would write results_utility.jsonl in {folder}")
         return []
     world = distributed.start()
-    with results.Run(folder / "run_downstream.json", args, input_files(args), world) as record:
+    with results.Run(folder / "run_downstream.json", args, input_files(args), world, place) as record:
         record["dropped_blank"] = dropped
         lines, rows, record["steps"] = measure(args, ref, tokenizer, max_length, arms, heldout, n, world)
-        results.write_jsonl(folder / "results_utility_rows.jsonl", rows)
-        results.write_jsonl(folder / "results_utility.jsonl", lines)
+        record.files.write_jsonl(folder / "results_utility_rows.jsonl", rows)
+        record.files.write_jsonl(folder / "results_utility.jsonl", lines)
     for line in lines:
         if line["seed"] is None:
             mean = {name: line[name]["mean"] if isinstance(line[name], dict) else line[name] for name in SHOWN}

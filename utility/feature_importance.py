@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import cli, results, reviews
 
+RECORD = "run_feature_importance.json"
 TOPS = (10, 20, 50)
 FEWEST = 20  # rows of an arm
 
@@ -41,6 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--num_seeds", type=cli.positive_int, default=5, help="draws of rows: --seed, --seed + 1, …")
     add("--output_dir", default="./utility-out", help="where the results are written")
     add("--overwrite", action="store_true", help="replace an existing feature_importance.json")
+    cli.add_dry_run(parser)
     add("--seed", type=cli.seed, default=3407, help="seed of everything random")
     return parser
 
@@ -90,11 +92,26 @@ def compare(reference, other) -> dict:
 
 def run(args) -> dict:
     """Measure and write feature_importance.json; returns its content."""
-    problems = cli.Problems()
     target = Path(args.output_dir) / "feature_importance.json"
+    with results.output_folder(args.output_dir, args.dry_run) as place:
+        samples, words, heldout, n, inputs, finished = prepare(args, target)
+        if finished:
+            return results.read_json(target, "remove it")
+        if args.dry_run:
+            print(f"would compare {n} rows an arm, {args.num_seeds} seeds, and write {target}")
+            return {}
+        with results.Run(target.with_name(RECORD), args, inputs, output=place) as record:
+            content = measure(samples, words, heldout, n)
+            record.files.write_json(target, content)
+    for arm, one in content["arms"].items():
+        print(f"{arm:>12}  " + "  ".join(f"{name} {cell(value)}" for name, value in one["mean"].items()))
+    return content
+
+
+def prepare(args, target: Path) -> tuple:
+    """(samples by seed, words, held-out rows, rows of a sample, input files, whether the results stand already)."""
+    problems = cli.Problems()
     cli.check_writable(args.output_dir, problems)
-    if target.exists() and not args.overwrite:
-        problems.add(f"--output_dir: {target} exists; give --overwrite to replace it, or another place")
     if args.seed + args.num_seeds > 1 << 32:
         problems.add(f"--num_seeds {args.num_seeds}: the last of --seed {args.seed}, … is above 4294967295")
     sources = reviews.split_arms(args.synthetic or [], ("real", "null", "reference"), problems)
@@ -103,6 +120,9 @@ def run(args) -> dict:
     heldout = problems.absorb(reviews.read_reviews, args.heldout)
     if real and heldout and (shared := reviews.shared_rows(real, heldout)):
         problems.add(f"--real {args.real}: {shared} of its rows are held-out rows; give other ones")
+    inputs = [args.real, args.heldout, *sources.values()]
+    record, hashed = target.with_name(RECORD), [] if problems.lines else inputs
+    finished = problems.absorb(results.finished, record, [target], args, hashed, args.overwrite)
     problems.check()
     real, heldout, arms = (
         reviews.with_text(real),
@@ -125,14 +145,7 @@ def run(args) -> dict:
     check_ratings(samples, problems)
     words = problems.absorb(vocabulary, heldout, args.min_rows)
     problems.check()
-
-    inputs = [args.real, args.heldout, *sources.values()]
-    with results.Run(Path(args.output_dir) / "run_feature_importance.json", args, inputs):
-        content = measure(samples, words, heldout, n)
-        results.write_json(target, content)
-    for arm, one in content["arms"].items():
-        print(f"{arm:>12}  " + "  ".join(f"{name} {cell(value)}" for name, value in one["mean"].items()))
-    return content
+    return samples, words, heldout, n, inputs, finished
 
 
 def cell(value: float | None) -> str:

@@ -55,6 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--key", metavar="FILE", default=None, help="score: the key.jsonl of make")
     parser.add_argument("--output_dir", default="./human", help="where the files are written")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
+    cli.add_dry_run(parser)
     parser.add_argument("--seed", type=cli.seed, default=3407, help="seed of the choice and the order of the rows")
     return parser
 
@@ -71,7 +72,7 @@ def arrange(arms: dict[str, list[dict]], num_rows: int, seed: int) -> list[tuple
     return chosen
 
 
-def make(args) -> Path:
+def make(args, place: results.Output) -> Path:
     """Write sheet.csv, rubric.md and key.jsonl; return the sheet's path."""
     problems, arms = cli.Problems(), {}
     files = reviews.split_arms(args.synthetic or [], ("real",), problems)
@@ -85,13 +86,19 @@ def make(args) -> Path:
         arms[arm] = reviews.with_text(rows or [])
     folder = Path(args.output_dir)
     cli.check_writable(folder, problems)
-    for name in ("sheet.csv", "key.jsonl"):
-        if (folder / name).exists() and not args.overwrite:
-            problems.add(f"--output_dir: {folder / name} exists; give --overwrite to replace it, or another place")
+    inputs = [] if problems.lines else [file for _, file, _ in sources]
+    record, outputs = folder / "run_human_sheet_make.json", [folder / name for name in ("sheet.csv", "key.jsonl")]
+    finished = problems.absorb(results.finished, record, outputs, args, inputs, args.overwrite)
     problems.check()
+    if finished:
+        return folder / "sheet.csv"
     chosen = arrange(arms, args.num_rows, args.seed)
-    with results.Run(folder / "run_human_sheet_make.json", args, [file for _, file, _ in sources]):
-        write_sheet(folder, arms, chosen)
+    if args.dry_run:
+        print(f"would write {len(chosen)} rows of {', '.join(arms)} to {folder / 'sheet.csv'}")
+        return folder / "sheet.csv"
+    with results.Run(record, args, inputs, output=place) as run:
+        write_sheet(run.files, folder, arms, chosen)
+    print(f"{len(chosen)} rows in {folder / 'sheet.csv'}; the key is {folder / 'key.jsonl'}")
     return folder / "sheet.csv"
 
 
@@ -104,7 +111,9 @@ def sheet_id(key: list[dict], shown: list[list]) -> str:
     return "s" + hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def write_sheet(folder: Path, arms: dict[str, list[dict]], chosen: list[tuple[str, int]]) -> None:
+def write_sheet(
+    files: results.Publication, folder: Path, arms: dict[str, list[dict]], chosen: list[tuple[str, int]]
+) -> None:
     key, shown = [], []
     for number, (arm, index) in enumerate(chosen, 1):
         row = arms[arm][index]
@@ -113,14 +122,13 @@ def write_sheet(folder: Path, arms: dict[str, list[dict]], chosen: list[tuple[st
         key.append({"number": number, "arm": arm, "row_id": row.get("row_id")})
     sheet = sheet_id(key, shown)
     key = [{"sheet": sheet, **line} for line in key]
-    with results.atomic(folder / "sheet.csv") as file:
+    with files.open(folder / "sheet.csv") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         writer.writerows([sheet, line["number"], *row, ""] for line, row in zip(key, shown))
-    results.write_jsonl(folder / "key.jsonl", key, permissions=0o600)
-    with results.atomic(folder / "rubric.md") as file:
+    files.write_jsonl(folder / "key.jsonl", key, permissions=0o600)
+    with files.open(folder / "rubric.md") as file:
         file.write(RUBRIC + "".join(f"* `{label}`: {meaning}\n" for label, meaning in LABELS.items()))
-    print(f"{len(chosen)} rows in {folder / 'sheet.csv'}; the key is {folder / 'key.jsonl'}")
 
 
 def read_key(path) -> list[dict]:
@@ -181,15 +189,13 @@ def read_sheet(path, key: list[dict]) -> dict[int, str]:
     return found
 
 
-def score(args) -> dict:
+def score(args, place: results.Output) -> dict:
     """Counts an arm and label over all sheets, and agreement; writes human_evaluation.json and returns it."""
     problems = cli.Problems()
     if not args.sheets or not args.key:
         problems.add("score: --sheets and --key are needed")
     target = Path(args.output_dir) / "human_evaluation.json"
     cli.check_writable(args.output_dir, problems)
-    if target.exists() and not args.overwrite:
-        problems.add(f"--output_dir: {target} exists; give --overwrite to replace it, or another place")
     key = problems.absorb(read_key, args.key) if args.key else None
     first: dict[str, str] = {}
     for path in args.sheets or []:
@@ -201,11 +207,17 @@ def score(args) -> dict:
             first[content] = path
     problems.check()
     sheets = [problems.absorb(read_sheet, path, key) for path in args.sheets]
+    record, inputs = target.with_name("run_human_sheet_score.json"), [args.key, *args.sheets]
+    finished = problems.absorb(results.finished, record, [target], args, inputs, args.overwrite)
     problems.check()
-
-    with results.Run(Path(args.output_dir) / "run_human_sheet_score.json", args, [args.key, *args.sheets]):
+    if finished:
+        return results.read_json(target, "remove it")
+    if args.dry_run:
+        print(f"would score {len(sheets)} sheets of {len(key)} rows and write {target}")
+        return {}
+    with results.Run(record, args, inputs, output=place) as run:
         content = evaluate(args.sheets, sheets, key)
-        results.write_json(target, content)
+        run.files.write_json(target, content)
     for arm, one in content["arms"].items():
         for path, counts in zip(args.sheets, one["sheets"]):
             words = ", ".join(f"{label} {counts[label]['count']}" for label in LABELS)
@@ -251,7 +263,8 @@ def evaluate(names: list[str], sheets: list[dict[int, str]], key: list[dict]) ->
 
 def run(args):
     """make: the path of the sheet; score: the content of human_evaluation.json."""
-    return make(args) if args.action == "make" else score(args)
+    with results.output_folder(args.output_dir, args.dry_run) as place:
+        return make(args, place) if args.action == "make" else score(args, place)
 
 
 def main(argv=None) -> int:
