@@ -11,6 +11,8 @@ import re
 import signal
 import sys
 import textwrap
+import threading
+import time
 from pathlib import Path
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -255,6 +257,18 @@ def plain(value):
     return value
 
 
+def end_with_parent() -> None:
+    """From now on this process ends within a second of its parent's death, however that died: for workers."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM: like Ctrl-C it ends workers and removes temporaries on its way out."""
 
@@ -267,9 +281,11 @@ def _terminate(number, frame):
 def entry(main) -> int:
     """Run `main()`; a UserError becomes one stderr line a problem and status 2, Ctrl-C one line and 130, SIGTERM 143.
 
-    Other exceptions stay tracebacks. Of several processes SIGTERM ends each at once: one that waits for a dead rank
-    would not come to handle it.
+    Other exceptions stay tracebacks. A process of torchrun's ends with it. Of several processes SIGTERM ends each at
+    once: one that waits for a dead rank would not come to handle it.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
     if os.environ.get("WORLD_SIZE", "1") == "1":
         signal.signal(signal.SIGTERM, _terminate)
     try:

@@ -4,7 +4,9 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 
-from common.cli import Problems
+from common.cli import Problems, UserError
+
+MEETING = timedelta(minutes=10)  # within which all processes must have started
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,23 @@ def check_environment(problems: Problems, device_map: str | None = None) -> None
             problems.add(f"--device_map {device_map}: every one of the {size} processes would spread over all devices")
 
 
+def _meet(rank: int, size: int):
+    """The store through which all processes have found each other; UserError when some do not come."""
+    import torch.distributed as dist
+
+    try:
+        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=MEETING))
+        store.set(f"here {rank}", "")
+        store.wait([f"here {other}" for other in range(size)], MEETING)
+    except (dist.DistError, RuntimeError) as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"WORLD_SIZE={size}: not all processes met at {place} within {MEETING} ({reason}); start all of them"
+        ) from None
+    return store
+
+
 def start(group_of_one: bool = False) -> World:
     """Join the process group that torchrun described, if any.
 
@@ -120,9 +139,7 @@ def start(group_of_one: bool = False) -> World:
 
     backend = "nccl" if cuda else "gloo"
     if not dist.is_initialized():
-        store = None
-        if size == 1 and "MASTER_PORT" not in os.environ:
-            store = dist.HashStore()
+        store = _meet(rank, size) if "MASTER_PORT" in os.environ else dist.HashStore()
         dist.init_process_group(
             backend,
             rank=rank,

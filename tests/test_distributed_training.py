@@ -5,8 +5,10 @@ A launch of two ranks costs seconds, so each runs several run_peft.py commands o
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ARCHITECTURES, ROOT, read_lines
@@ -170,3 +172,50 @@ def test_two_ranks_stop_together_and_resume(models, dataset, tmp_path):
         assert json.loads((folder_of(broken) / "run.json").read_text())["resumed_from"] == 7
         assert furthest(folder_of(whole), folder_of(broken)) < 1e-6
         check_metrics(folder_of(whole), folder_of(broken))
+
+
+# ---------------------------------------------------------------- processes that do not come, or are left alone
+
+ALONE = """
+import sys
+from datetime import timedelta
+sys.path.insert(0, {root!r})
+from common import cli, distributed
+distributed.MEETING = timedelta(seconds={seconds})
+def main():
+    print("started", flush=True)
+    distributed.start()
+sys.exit(cli.entry(main))
+"""
+
+
+def rank_alone(tmp_path, seconds: float, **more) -> tuple[list[str], dict]:
+    """(command, environment) of rank 0 of two; the other one never comes."""
+    (tmp_path / "alone.py").write_text(ALONE.format(root=str(ROOT), seconds=seconds))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [sys.executable, str(tmp_path / "alone.py")], os.environ | place | more
+
+
+def test_processes_that_do_not_come_are_not_waited_for_for_hours(tmp_path):
+    command, environment = rank_alone(tmp_path, 2)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("WORLD_SIZE=2: not all processes met at 127.0.0.1:")
+
+
+def test_a_worker_whose_torchrun_was_killed_ends(tmp_path):
+    """Before it has met the others: the group's own time-out is of hours."""
+    command, environment = rank_alone(tmp_path, 3600, TORCHELASTIC_RUN_ID="none")
+    agent = "import subprocess, sys; subprocess.run(sys.argv[1:])"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", agent, *command], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout.readline() == "started\n"
+    time.sleep(2)
+    assert parent.poll() is None  # they wait
+    parent.kill()
+    assert parent.stdout.read() == ""  # its end: the worker held the pipe open until it was gone
+    parent.wait()

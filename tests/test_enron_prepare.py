@@ -6,6 +6,8 @@ import json
 import mailbox
 import os
 import random
+import subprocess
+import sys
 import tarfile
 import time
 import tracemalloc
@@ -14,7 +16,7 @@ from email.message import EmailMessage
 from pathlib import Path
 
 import pytest
-from conftest import make_tokenizer, read_lines, run_script
+from conftest import ROOT, make_tokenizer, read_lines, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -954,3 +956,28 @@ def test_links_pipes_and_a_line_without_an_end(tmp_path):
     tracemalloc.stop()
     assert [raw.split(b"\n")[0] for _, raw in found] == [b"Subject: one", b"Subject: two"]
     assert len(found[0][1]) <= mail.MAX_BYTES and peak < 4 * mail.MAX_BYTES + (1 << 22)
+
+
+def test_workers_end_when_their_run_is_killed(tmp_path):
+    """The builder's own workers, waiting for work: without the check they would wait for ever."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from data.enron import prepare\n"
+        "import os, time\n"
+        "def work(number):\n"
+        "    return os.getpid()\n"
+        "def slowly():\n"
+        "    yield (1,)\n"
+        "    time.sleep(3)\n"
+        "    yield from ((number,) for number in range(4))\n"
+        "    print('waiting', flush=True)\n"
+        "    time.sleep(600)\n"
+        "if __name__ == '__main__':\n"
+        "    list(prepare.in_order(work, slowly(), 2))\n"
+    )
+    (tmp_path / "pool.py").write_text(code)
+    run = subprocess.Popen([sys.executable, tmp_path / "pool.py"], stdout=subprocess.PIPE, text=True)
+    assert run.stdout.readline() == "waiting\n"
+    run.kill()
+    assert run.stdout.read() == ""  # its end: a worker that lived on would hold the pipe open
+    run.wait()

@@ -221,7 +221,8 @@ def in_order(function, items: Iterable, workers: int) -> Iterator[tuple]:
     from concurrent.futures import ProcessPoolExecutor
 
     pending = deque()
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=cli.end_with_parent) as pool:
         for item in items:
             pending.append((item, pool.submit(function, *item)))
             if len(pending) > 2 * workers:
