@@ -56,6 +56,7 @@ SETTINGS = {
     "legend.frameon": False,
     "svg.fonttype": "none",
     "pdf.fonttype": 42,
+    "text.parse_math": False,  # a $ in a name is a $
 }
 
 
@@ -86,6 +87,23 @@ def css_variables(dark: bool) -> str:
     return "".join(f"--{name}:{pair[dark]};" for name, pair in COLOURS.items())
 
 
+def fill(axes, panel: Panel) -> None:
+    """Draw the panel; on logarithmic axes plain numbers, as matplotlib's own are mathematics (SETTINGS)."""
+    from matplotlib.ticker import LogFormatterSciNotation
+
+    class Plain(LogFormatterSciNotation):
+        def __call__(self, x, pos=None):
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
+    panel.draw(axes)
+    axes.set_title(panel.title)
+    for axis in (axes.xaxis, axes.yaxis):
+        for get, put in ((axis.get_major_formatter, axis.set_major_formatter),
+                         (axis.get_minor_formatter, axis.set_minor_formatter)):  # fmt: skip
+            if isinstance(get(), LogFormatterSciNotation):
+                put(Plain())
+
+
 def svg(panel: Panel, name: str, label: str) -> str:
     """The panel as an <svg> element for a page that defines the variables of `css_variables`."""
     import matplotlib
@@ -93,9 +111,7 @@ def svg(panel: Panel, name: str, label: str) -> str:
 
     with matplotlib.rc_context({**SETTINGS, "svg.hashsalt": name}):
         canvas = Canvas(figsize=panel.size, layout="constrained")
-        axes = canvas.subplots()
-        panel.draw(axes)
-        axes.set_title(panel.title)
+        fill(canvas.subplots(), panel)
         buffer = io.StringIO()
         canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
@@ -147,20 +163,21 @@ def whole(figure: Figure):
         canvas = Canvas(figsize=(width, sum(heights) + head), layout="constrained", facecolor="white")
         grid = canvas.subplots(rows, columns, squeeze=False, height_ratios=heights)
         for axes, panel in zip(grid.flat, figure.panels):
-            panel.draw(axes)
-            axes.set_title(panel.title)
+            fill(axes, panel)
         for axes in grid.flat[len(figure.panels) :]:
             axes.set_visible(False)
         canvas.suptitle(figure.title, x=0.01, ha="left", fontsize=11.5, fontweight="bold")
         if figure.keys:
             handles = [
-                Patch(color=colour, label=label)
+                Patch(color=colour)
                 if marker == "block"
-                else Line2D([], [], color=colour, marker=marker or "", linestyle=style or "", label=label)
-                for label, colour, marker, style in figure.keys
+                else Line2D([], [], color=colour, marker=marker or "", linestyle=style or "")
+                for _, colour, marker, style in figure.keys
             ]
             columns = max(1, min(len(handles), int(width / 1.8)))
-            canvas.legend(handles=handles, loc="outside lower left", ncols=columns, fontsize=8.5)
+            legend = canvas.legend(handles, ["-"] * len(handles), loc="outside lower left", ncols=columns, fontsize=8.5)
+            for text, key in zip(legend.get_texts(), figure.keys):  # a label that begins with _ would be left out
+                text.set_text(key[0])
     return canvas
 
 

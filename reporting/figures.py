@@ -6,7 +6,7 @@ from pathlib import Path
 from reporting import attacks, synthetic
 from reporting.draw import BASE, Figure, Panel, label_ends
 from reporting.looks import Look, short
-from reporting.read import Model, Study, fixed_models
+from reporting.read import Model, Study, fixed_models, literal
 
 
 def training(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
@@ -18,7 +18,7 @@ def training(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
     labels = {}
     for run in runs:
         model = arm_of.get(run)
-        labels[run] = model.label.rpartition(" · epoch")[0] or model.label if model else Path(run).name
+        labels[run] = model.label.rpartition(" · epoch")[0] or model.label if model else literal(Path(run).name)
     few = len(runs) <= 6
 
     def panel(metric, words):

@@ -8,7 +8,7 @@ from pathlib import Path
 from reporting import draw
 from reporting.cautions import LEVELS, Caution, script_of
 from reporting.looks import Look
-from reporting.read import GREEDY_BELOW, HEADLINE_ATTACK, HEADLINE_TEMPERATURE, Row, Study, fixed_models
+from reporting.read import GREEDY_BELOW, HEADLINE_ATTACK, HEADLINE_TEMPERATURE, Row, Study, fixed_models, literal
 
 HERE = Path(__file__).resolve().parent
 STATIC_ROWS = 100  # a longer detail table is built when it is opened
@@ -436,16 +436,18 @@ def render(study: Study, figures: list[draw.Figure], cautions: list[Caution], ma
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
     commit = (made.get("commit") or "an unknown commit")[:12] + (" with changes" if made.get("dirty") else "")
     images = "; the figures, as PNG and PDF, in figures/" if made["images"] else ""
-    return (
+    name, root = (escape(literal(str(text))) for text in (study.root.name, study.root))
+    text = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1"><link rel="icon" href="data:,">'
-        f"<title>Results: {escape(study.root.name)}</title><style>{css}</style></head><body>"
-        f'<header><h1>Results: {escape(study.root.name)}</h1><p class="lead">Everything measured below '
-        f'<span class="mono">{escape(str(study.root))}</span>; paths on this page start there.</p>'
+        f"<title>Results: {name}</title><style>{css}</style></head><body>"
+        f'<header><h1>Results: {name}</h1><p class="lead">Everything measured below '
+        f'<span class="mono">{root}</span>; paths on this page start there.</p>'
         f'<ul class="facts">{shown}</ul></header><nav aria-label="Sections"><div>{links}</div></nav><main>'
         f'<h2 id="cautions" style="border:0;margin-top:1rem">Read first</h2>{cautions_html(cautions)}'
         f"{''.join(body)}</main><footer>Made {escape(made['time'])} by plot_results.py at {escape(commit)}. All "
         f"numbers, with settings and lines, are in results.csv{images}.</footer>"
         f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script></body></html>\n"
     )
+    return text.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair, from a result file

@@ -100,6 +100,7 @@ class Row:
 COLUMNS = [one.name for one in fields(Row)]
 ROW_NUMBERS = ("value", "low", "high", "count", "n", "n_requested", "n_dropped", "temperature", "repetitions")
 ROW_TEXTS = ("arm", "interval", "undefined", "template", "attack", "level")
+MODEL_TEXTS = ("arm", "base", "peft_type", "run_name")
 MODEL_COLUMNS = [one.name for one in fields(Model) if one.name not in ("label", "arm", "key", "last")]
 
 
@@ -130,7 +131,7 @@ class Study:
     index: dict = field(default_factory=dict)
 
     def shown(self, path) -> str:
-        return os.path.relpath(path, self.root)
+        return literal(os.path.relpath(path, self.root))
 
     @contextmanager
     def guard(self, file: str, line: int = 1):
@@ -151,6 +152,13 @@ class Study:
             test = value if callable(value) else value.__eq__
             found = [row for row in found if test(getattr(row, name)) is True]
         return found
+
+
+def literal(text: str) -> str:
+    """`text` on one line: control characters, halves of surrogate pairs and what turns the reading direction as \\x07,
+    \\ud800, …: no font has them, and UTF-8 not all of them."""
+    odd = r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
+    return re.sub(odd, lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 # ---------------------------------------------------------------- files
@@ -257,6 +265,14 @@ def check_line(line: dict) -> None:
     need(line, *(line.keys() & {"arm", "attack"}), kind=str)
     if line.get("mcnemar_against_real"):
         need(line["mcnemar_against_real"], "gained", "lost", "p")
+
+
+def make_literal(item: Model | Row, names) -> None:
+    """The texts of `item` that tables and figures show, each as `literal` has it."""
+    for name in names:
+        text = getattr(item, name)
+        if text:
+            setattr(item, name, literal(text))
 
 
 def check_row(row: Row) -> None:
@@ -410,7 +426,7 @@ def name_models(models: list[Model]) -> None:
         taken.setdefault(model.label, []).append(model)
     for label, same in taken.items():
         for model in same if len(same) > 1 else ():
-            model.label = f"{label} · {model.key}"
+            model.label = f"{label} · {literal(model.key)}"
 
 
 def fixed_models(models: list[Model]) -> tuple[list[Model], str, list[str]]:
@@ -489,9 +505,12 @@ def read(directories: list[Path], output: Path | None = None) -> Study:
         if CHECKPOINT.fullmatch(path.parent.name):
             models.of(None, path)
             study.lines.setdefault("adapter", []).extend((study.shown(path), n, one) for n, one in parse(path, study))
+    for model in study.models.values():
+        make_literal(model, MODEL_TEXTS)
     name_models(list(study.models.values()))
     for row in study.rows:
         row.arm = row.model.arm if row.model else row.arm
+        make_literal(row, ("metric", *ROW_TEXTS))
     newest(study)
     return study
 
@@ -519,11 +538,12 @@ def _place(source: str, order: dict[str, int]) -> tuple:
     return order.get(file, -1), int(line)
 
 
-def csv_rows(study: Study):
+def table(study: Study):
     """Header and rows of results.csv: a number a row, the model's columns after those of the number."""
     yield [*COLUMNS, *MODEL_COLUMNS]
     for row in study.rows:
         values = {name: getattr(row, name) for name in COLUMNS}
         values["model"] = row.model.label if row.model else None
         values["settings"] = json.dumps(row.settings, ensure_ascii=False, default=str) if row.settings else None
-        yield [values[name] for name in COLUMNS] + [getattr(row.model, name, None) for name in MODEL_COLUMNS]
+        cells = [values[name] for name in COLUMNS] + [getattr(row.model, name, None) for name in MODEL_COLUMNS]
+        yield [literal(cell) if isinstance(cell, str) else cell for cell in cells]

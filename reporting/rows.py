@@ -4,12 +4,23 @@ import re
 from pathlib import Path
 
 from common.intervals import clopper_pearson
-from reporting.read import HEADLINE_ATTACK, HEADLINE_TEMPERATURE, MEASURES, Damage, Models, Row, Study, as_float, need
+from reporting.read import (
+    HEADLINE_ATTACK,
+    HEADLINE_TEMPERATURE,
+    MEASURES,
+    Damage,
+    Models,
+    Row,
+    Study,
+    as_float,
+    literal,
+    need,
+)
 
 
 def group_of(study: Study, area: str, label: str, settings: dict) -> str:
     """A label for these settings: `label`, with a number behind it when other settings have it already."""
-    groups = study.groups.setdefault(area, {})
+    groups, label = study.groups.setdefault(area, {}), literal(label)
     names = [name for name in groups if name == label or name.startswith(f"{label} #")]
     for name in names:
         if groups[name] == settings:

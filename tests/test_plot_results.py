@@ -1,6 +1,7 @@
 """plot_results.py on hand-made trees whose numbers are known, on the toolkit's own files, and in a real browser."""
 
 import csv
+import html
 import json
 import math
 import random
@@ -586,6 +587,57 @@ def test_text_of_result_files_is_escaped(tmp_path):
     page = report(tree, "--output", tmp_path / "out")[2]
     assert "<script>alert" not in page and "&lt;script&gt;alert" in page
     Structure(page)
+
+
+ODD = {"mathematics": "$x$_\\frac%{", "control": "_a\nb\t\rc\x07\x1b\u202e", "no path": "\ud800\x00"}
+
+
+def rename(root: Path, odd: str) -> None:
+    """Put `odd` before every name of an arm, base, data set, template, label and part below root, in files and paths."""
+    named = ("original", "no_dp", "synthetic-dp", "tiny", "enron.jsonl", "A", "good", "whole", "ref", "blind_bow")
+    for path in [path for path in root.rglob("*") if path.is_file()]:
+        text = path.read_text(encoding="utf-8")
+        for name in named:
+            text = re.sub(rf'(?<=["/]){re.escape(name)}(?=["/])', lambda f: json.dumps(odd)[1:-1] + f[0], text)
+        path.write_text(text, encoding="utf-8")
+    if "\x00" in odd or "\ud800" in odd:  # no file system has the one, and results hold the other alone
+        return
+    for path in sorted(root.rglob("*"), reverse=True):
+        if path.is_dir() and path.name.startswith(("original", "tiny")):
+            path.rename(path.with_name(odd.replace("/", "") + path.name))
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_names_are_drawn_as_they_are(tmp_path, kind):
+    """Whatever a model, arm, data set or template is called: every figure comes out, and its text is the name."""
+    small_tree(tmp_path / "tree" / "p")
+    synthetic_tree(tmp_path / "tree" / "s")
+    rename(tmp_path / "tree", ODD[kind])
+    status = plot_results.main([str(tmp_path / "tree"), "--output", str(tmp_path / "out")])
+    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    Structure(page)
+    assert status == 0 and len(list((tmp_path / "out" / "figures").iterdir())) == 2 * page.count("<figure") >= 20
+    drawn = [html.unescape(text) for text in re.findall(r"<text[^>]*>(.*?)</text>", page)]
+    name = {"control": r"_a\nb\t\rc\x07\x1b\u202e", "no path": r"\ud800\x00"}.get(kind, ODD[kind])
+    for one in (f"{name}no_dp", f"Template {name}A", f"{name}A: exact", f"{name}whole"):
+        assert any(text.startswith(one[:12]) for text in drawn), one
+    assert not any("mathdefault" in text or "\n" in text for text in drawn)
+    with open(tmp_path / "out" / "results.csv", encoding="utf-8", newline="") as file:
+        assert len(file.read().splitlines()) == 1 + len(read.read([tmp_path / "tree"]).rows)  # a line a number
+
+
+def test_a_legend_has_every_label():
+    import matplotlib
+
+    keys = [("_hidden", "#123456", "o", "-"), ("$a$", "#123456", "block", None)]
+    panel = draw.Panel("_$t$", lambda axes: axes.loglog([0.001, 1], [0.001, 1]))
+    with matplotlib.rc_context(draw.SETTINGS):
+        canvas = draw.whole(draw.Figure("x", "t", "c", "s", [panel], keys))
+        canvas.canvas.draw()
+        (legend,) = canvas.legends
+        ticks = [tick.get_text() for tick in canvas.axes[0].get_xticklabels()]
+    assert [text.get_text() for text in legend.get_texts()] == ["_hidden", "$a$"]
+    assert "0.01" in ticks and not any("$" in tick for tick in ticks)
 
 
 def test_numbers_in_a_drawing_are_not_rounded():
