@@ -86,7 +86,7 @@ def write(args, study, output: Path, record: results.Run) -> None:
         for figure in drawn if not args.no_figures else ():
             draw.save(figure, folder)
     with record.files.open(output / "results.csv") as file:
-        csv.writer(file, lineterminator="\n").writerows(read.table(study))
+        csv.writer(file, lineterminator="\n").writerows(results.csv_rows(read.table(study)))
     made = {"time": results.now().replace("T", " ").replace("+00:00", " UTC"), **results.commit()}
     made["images"] = not args.no_figures
     text = page.render(study, drawn, cautions.find(study), made, answers)

@@ -146,6 +146,15 @@ def atomic(path, mode: str = "w", permissions: int = 0o644):
         yield file
 
 
+def csv_rows(rows) -> list[list]:
+    """`rows` for csv.writer: a text that a spreadsheet would compute begins with ', numbers stay what they are."""
+
+    def cell(value):
+        return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+
+    return [[cell(value) for value in row] for row in rows]
+
+
 def sync_folder(folder) -> None:
     """fsync a directory, so that a rename in it survives a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)

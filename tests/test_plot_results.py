@@ -366,6 +366,24 @@ def test_pareto_front_of_a_hand_made_set():
     assert attacks.front([(1, 1), (1, 1)]) == [0]
 
 
+def test_no_cell_is_a_formula(tmp_path):
+    """A text that a spreadsheet would compute begins with ': folders and arms of any name; numbers stay numbers."""
+    root = tmp_path / "tree"
+    for start in "=+-@":
+        put(root / f'{start}HYPERLINK("x")' / "m.x" / "results_purified.jsonl", extraction_line(f"{start}1+1"))
+        put(root / start / "results_mia.jsonl", mia_line(f"{start}a", members=f"{start}m.jsonl"))
+    line = perplexity_line("@base", 7.25)
+    put(root / "perplexity.jsonl", line | {"median": -2.5})
+    canary = {"measure": "text_auc", "arm": "=arm", "signal": "\tx", "n_requested": 1, "n_scored": 1, "n_dropped": 0}
+    put(root / "results_canary.jsonl", canary | {"auc": 0.5})
+    rows = report(root, "--output", tmp_path / "out")[1]
+    cells = [cell for row in rows for cell in row.values()]
+    numbers = {cell for cell in cells if re.fullmatch(r"-?[\d.]+(e[+-]?\d+)?", cell)}
+    assert not [cell for cell in cells if cell.startswith(tuple("=+-@\t\r")) and cell not in numbers]
+    assert {'\'=HYPERLINK("x")/m.x/results_purified.jsonl', "'=1+1", "'@base", "'-m.jsonl", "'=arm"} <= set(cells)
+    assert "-2.5" in numbers and "7.25" in numbers
+
+
 # ---------------------------------------------------------------- cautions
 
 

@@ -362,6 +362,23 @@ def test_sheet_is_blind_balanced_and_reproducible(files, tmp_path):
     assert "gibberish" in (tmp_path / "one/rubric.md").read_text()
 
 
+def test_no_cell_of_a_sheet_is_a_formula(files, tmp_path):
+    lines = read_lines(files["good"])
+    for line, start in zip(lines, "=+-@"):
+        line["Product Title"] = f"{start}1+1"
+        line[reviews.GENERATED] = f"{start}cmd|x"
+    put = write_rows(tmp_path / "odd.jsonl", lines[:4])
+    words = ["make", "--synthetic", f"odd={put}", "--output_dir", tmp_path / "out", "--num_rows", 4]
+    assert human_sheet.main([str(word) for word in words]) == 0
+    with open(tmp_path / "out/sheet.csv", encoding="utf-8", newline="") as file:
+        shown = list(csv.DictReader(file))
+    assert {line["product"] for line in shown} == {f"'{start}1+1" for start in "=+-@"}
+    assert {line["text"][0] for line in shown} == {"'"} and all(line["rating"].isdigit() for line in shown)
+    filled = fill(tmp_path / "out/sheet.csv", tmp_path / "filled.csv", lambda _: "good")
+    words = ["score", "--sheets", filled, "--key", tmp_path / "out/key.jsonl", "--output_dir", tmp_path / "out"]
+    assert human_sheet.main([str(word) for word in words]) == 0
+
+
 def test_scores_of_two_sheets(files, tmp_path):
     make_sheet(files, tmp_path)
     key = read_lines(tmp_path / "key.jsonl")

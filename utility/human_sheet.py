@@ -125,7 +125,7 @@ def write_sheet(
     with files.open(folder / "sheet.csv") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
-        writer.writerows([sheet, line["number"], *row, ""] for line, row in zip(key, shown))
+        writer.writerows(results.csv_rows([sheet, line["number"], *row, ""] for line, row in zip(key, shown)))
     files.write_jsonl(folder / "key.jsonl", key, permissions=0o600)
     with files.open(folder / "rubric.md") as file:
         file.write(RUBRIC + "".join(f"* `{label}`: {meaning}\n" for label, meaning in LABELS.items()))
