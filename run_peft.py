@@ -346,8 +346,8 @@ def make_plan(args) -> Plan:
         problems.add(f"--lora_dropout {args.lora_dropout}: PiSSA is trained without dropout; leave the flag out")
     if args.device_map and args.distribution_type != "mp":
         problems.add(f"--device_map {args.device_map}: only with --distribution_type mp")
-    if args.run_name and not re.fullmatch(r"[\w.+=-]+", args.run_name):
-        problems.add(f"--run_name {args.run_name}: letters, digits and . + = _ - only")
+    if args.run_name and not re.fullmatch(r"\w[\w.+=-]*", args.run_name):
+        problems.add(f"--run_name {args.run_name!r}: letters, digits and . + = _ - only, no sign first")
     size = os.environ.get("WORLD_SIZE", "1")
     world_size = int(size) if size.isdigit() else 1
     if args.distribution_type == "mp" and world_size > 1:

@@ -611,7 +611,7 @@ ODD = {"mathematics": "$x$_\\frac%{", "control": "_a\nb\t\rc\x07\x1b\u202e", "no
 
 
 def rename(root: Path, odd: str) -> None:
-    """Put `odd` before every name of an arm, base, data set, template, label and part below root, in files and paths."""
+    """Put `odd` before every name of an arm, base, data set, template, label and part, in files and paths."""
     named = ("original", "no_dp", "synthetic-dp", "tiny", "enron.jsonl", "A", "good", "whole", "ref", "blind_bow")
     for path in [path for path in root.rglob("*") if path.is_file()]:
         text = path.read_text(encoding="utf-8")

@@ -628,7 +628,7 @@ def test_every_problem_at_once(models, dataset, tmp_path, capsys):
             "--lora_dropout 0.1",
             "--report_to wanb",
             "--device_map auto",
-            "--run_name a/b",
+            "--run_name 'a/b'",
         ]
     )
     assert not (tmp_path / "out").exists()
@@ -642,6 +642,9 @@ def test_every_problem_at_once(models, dataset, tmp_path, capsys):
         (["-s", "cosine_with_min_lr"], "--scheduler cosine_with_min_lr: One of min_lr"),
         (["-s", "reduce_lr_on_plateau"], "--scheduler reduce_lr_on_plateau: follows the held-out loss"),
         (["--scheduler_kwargs", "[1]"], "--scheduler_kwargs [1]: must be a JSON object"),
+        (["--run_name", "=1+1"], "--run_name '=1+1': letters, digits and . + = _ - only, no sign first"),
+        (["--run_name", "a\n"], r"--run_name 'a\n': letters"),
+        (["--run_name=-x"], "--run_name '-x': letters"),
         (["--train_rows", "61"], "--train_rows 61:"),
         (["--eval_rows", "21"], "--eval_rows 21: only 20 rows"),
         (["--max_length", "1"], "no token is left to learn from"),

@@ -349,10 +349,10 @@ def test_no_cell_survives(models, held_out, training, tmp_path):
 
 def test_bad_input_all_at_once_and_nothing_loaded(models, held_out, tmp_path, monkeypatch):
     monkeypatch.setattr(common_models, "load_base", lambda *_: pytest.fail("a model was loaded"))
-    command = ["-m", tmp_path / "no", "-i", tmp_path / "no.jsonl", "--output", tmp_path / "x.arrow", "--arm", "1 a"]
+    command = ["-m", tmp_path / "no", "-i", tmp_path / "no.jsonl", "--output", tmp_path / "x.arrow", "--arm", "=1"]
     with pytest.raises(UserError) as caught:
         generate.main([str(word) for word in [*command, "--condition", "sampled"]])
-    for word in ("end in .jsonl", "no.jsonl: no such file", "--model", "--arm 1 a", "--metadata_epsilon", "--training"):
+    for word in ("end in .jsonl", "no.jsonl: no such file", "--model", "--arm =1", "--metadata_epsilon", "--training"):
         assert word in str(caught.value)
     assert len(caught.value.problems) == 6
     with pytest.raises(UserError, match="Rating must be among them"):
