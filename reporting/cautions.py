@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from reporting.read import HEADLINE_TEMPERATURE, Study, fixed_models
+from reporting.read import HEADLINE_TEMPERATURE, Study, choose
 
 LEVELS = ("wrong", "careful", "note")  # a number is not what it says | read it with this in mind | good to know
 MUCH_CUT = 0.05  # share of generated rows that hit the token limit
@@ -148,10 +148,10 @@ def settings(study: Study):
             "noise a maximum rises with their number."
         )
         yield Caution("note", "Maxima are not results", text)
-    bent = fixed_models(list(study.models.values()))[2]
-    if bent:
-        text = "These arms have no run at the learning rate that the others share; their smallest stands in."
-        yield Caution("careful", "Arms compared at different learning rates", text, bent)
+    mixed = choose(study)[2]
+    if mixed:
+        text = "They have no run at one and the same rate: what differs may be the rate's doing and not the arm's."
+        yield Caution("careful", "Arms compared at different learning rates", text, mixed)
     for area, words in (("extraction", "sets of people or settings"), ("mia", "sets of texts or settings")):
         found = study.groups.get(area, {})
         if len(found) > 1:

@@ -6,7 +6,7 @@ from pathlib import Path
 from reporting import attacks, synthetic
 from reporting.draw import BASE, Figure, Panel, label_ends
 from reporting.looks import Look, short
-from reporting.read import Model, Study, fixed_models, literal
+from reporting.read import Model, Study, choose, literal
 
 
 def training(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
@@ -87,5 +87,5 @@ BUILDERS = (
 def build(study: Study) -> list[Figure]:
     """Every figure that the numbers allow."""
     look = Look(study)
-    chosen = fixed_models(list(study.models.values()))[0]
+    chosen = choose(study)[0]
     return [figure for builder in BUILDERS for figure in builder(study, look, chosen)]

@@ -8,7 +8,7 @@ from pathlib import Path
 from reporting import draw
 from reporting.cautions import LEVELS, Caution, script_of
 from reporting.looks import Look
-from reporting.read import GREEDY_BELOW, HEADLINE_ATTACK, HEADLINE_TEMPERATURE, Row, Study, fixed_models, literal
+from reporting.read import GREEDY_BELOW, HEADLINE_ATTACK, HEADLINE_TEMPERATURE, Row, Study, choose, literal
 
 HERE = Path(__file__).resolve().parent
 STATIC_ROWS = 100  # a longer detail table is built when it is opened
@@ -196,7 +196,7 @@ def glance(study: Study, look: Look) -> str:
     add("ε|upper bound, PRV", study.select("privacy", "ε upper (PRV)"), "{:.2f}", exact=True)
     if not columns:
         return ""
-    chosen, rule, _ = fixed_models(list(study.models.values()))
+    chosen, rule, _ = choose(study)
     keys = {key for head, _, found in columns for key in found if not head.startswith("ε|")}
     keys |= {model.key for model in chosen if any(model.key in found for _, _, found in columns)}
     models = [model for model in look.sort(study.models.values()) if model.key in keys]

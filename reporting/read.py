@@ -371,8 +371,8 @@ class Models:
         model.base = Path(str(args["model"])).name if args.get("model") else run.parent.parent.name if place else ""
         model.peft_type = args.get("peft_type") or (tag["peft"] if tag else None)
         rate, decay = (place["rate"], place["decay"]) if place else (None, None)
-        model.learning_rate = as_float(args.get("learning_rate", rate))
-        model.weight_decay = as_float(args.get("weight_decay", decay))
+        model.learning_rate = as_float(rate if args.get("learning_rate") is None else args["learning_rate"])
+        model.weight_decay = as_float(decay if args.get("weight_decay") is None else args["weight_decay"])
         model.run_name = args.get("run_name") or (place["name"] if place else None)
         siblings = self.siblings.get(run, [folder])
         model.last = folder == siblings[-1] if folder in siblings else True
@@ -429,27 +429,63 @@ def name_models(models: list[Model]) -> None:
             model.label = f"{label} · {literal(model.key)}"
 
 
-def fixed_models(models: list[Model]) -> tuple[list[Model], str, list[str]]:
-    """(models compared in headlines, the rule in words, arms the rule had to bend for).
-
-    Every base, and of each arm the last checkpoint at one learning rate: that of most runs, the smallest of equals.
-    Nothing measured enters the choice.
+def fixed_models(models: list[Model]) -> tuple[list[Model], float | None]:
+    """(of each arm the last checkpoint at one learning rate: that of most runs, the smallest of equals; the rate, None
+    where all have the same). An arm without a run there: its smallest rate. Nothing measured enters the choice.
     """
-    tuned = [model for model in models if model.step is not None]
-    rates = [model.learning_rate for model in tuned if model.last and model.learning_rate is not None]
+    last = [model for model in models if model.last]
+    rates = [model.learning_rate for model in last if model.learning_rate is not None]
     fixed = min(set(rates), key=lambda rate: (-rates.count(rate), rate)) if rates else None
-    chosen, bent = [model for model in models if model.step is None], []
-    for key in dict.fromkeys((model.base, model.arm, model.peft_type, model.run_name) for model in tuned):
-        runs = [m for m in tuned if (m.base, m.arm, m.peft_type, m.run_name) == key and m.last]
-        if not runs:
-            continue
+    arms: dict[tuple, list[Model]] = {}
+    for model in last:
+        arms.setdefault((model.base, model.arm, model.peft_type, model.run_name), []).append(model)
+    chosen = []
+    for runs in arms.values():
         own = [model for model in runs if model.learning_rate == fixed]
-        if not own:
-            own = [min(runs, key=lambda model: model.learning_rate or 0)]
-            bent.append(own[0].label)
-        chosen += own
-    said = f" at learning rate {fixed:g} (that of most runs, the smallest of equals)" if len(set(rates)) > 1 else ""
-    return chosen, "the last checkpoint of each run" + said, bent
+        chosen += own or [min(runs, key=lambda model: model.learning_rate or 0)]
+    return chosen, fixed if len(set(rates)) > 1 else None
+
+
+def side_by_side(study: Study) -> dict[tuple, dict[str, Model]]:
+    """{(area, group, base): {key: trained model}}: whose numbers stand beside each other; each ε alone."""
+    found: dict[tuple, dict[str, Model]] = {}
+    for row in study.rows:
+        if row.model and row.model.step is not None and row.role == "target":
+            group = row.model.key if row.area == "privacy" else row.group
+            found.setdefault((row.area, group, row.model.base), {})[row.model.key] = row.model
+    return found
+
+
+def choose(study: Study) -> tuple[list[Model], str, list[str]]:
+    """(models compared in headlines, the rule in words, what is compared at different learning rates all the same).
+
+    Every base, and `fixed_models` of each set of models that some group of numbers joins.
+    """
+    beside = side_by_side(study)
+    sets: list[dict[str, Model]] = []
+    for own in beside.values():
+        joined = [one for one in sets if one.keys() & own.keys()]
+        sets = [
+            *(one for one in sets if one not in joined),
+            {key: model for one in (*joined, own) for key, model in one.items()},
+        ]
+    chosen, rates = [model for model in study.models.values() if model.step is None], []
+    for models in sets:
+        fixed, rate = fixed_models(list(models.values()))
+        chosen, rates = chosen + fixed, rates + [rate] * (rate is not None)
+    mixed = []
+    for (_, group, _), models in beside.items():
+        at = {model.label: model.learning_rate for model in chosen if model.key in models}
+        if len(set(at.values()) - {None}) > 1:
+            mixed.append(
+                f"{group}: "
+                + ", ".join(
+                    f"{label} at {'an unknown rate' if rate is None else f'{rate:g}'}" for label, rate in at.items()
+                )
+            )
+    words = " or ".join(f"{rate:g}" for rate in sorted(set(rates)))
+    said = f" at learning rate {words} (that of most runs, the smallest of equals)" if rates else ""
+    return chosen, "the last checkpoint of each run" + said, list(dict.fromkeys(mixed))
 
 
 # ---------------------------------------------------------------- all of it

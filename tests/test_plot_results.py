@@ -352,11 +352,37 @@ def test_the_fixed_choice_ignores_results():
         return read.Model(f"{arm}/{rate}/{step}", arm, learning_rate=rate, step=step, last=last, label=arm)
 
     models = [model("a", 1e-5), model("a", 2e-6), model("a", 2e-6, False, 10), model("b", 2e-6), model("c", 1e-5)]
-    chosen, rule, bent = read.fixed_models(models)
-    assert [one.key for one in chosen] == ["a/1e-05/20", "b/2e-06/20", "c/1e-05/20"] or rule
+    chosen, rate = read.fixed_models(models)
     # 1e-5 and 2e-6 have two runs each: the smaller; arm c has no run there
-    assert [one.key for one in chosen] == ["a/2e-06/20", "b/2e-06/20", "c/1e-05/20"]
-    assert "2e-06" in rule and bent == ["c"]
+    assert [one.key for one in chosen] == ["a/2e-06/20", "b/2e-06/20", "c/1e-05/20"] and rate == 2e-6
+    assert read.fixed_models(models[1:4])[1] is None
+
+
+def measured(root: Path, arm: str, rate: str, rows=100, **more) -> None:
+    checkpoint = run_folder(root, arm, rate, **more) / "checkpoint-20"
+    put(checkpoint / "results_purified.jsonl", extraction_line(checkpoint, rows=[0, rows, rows]))
+
+
+def test_rates_are_compared_within_what_stands_side_by_side(tmp_path):
+    """Two arms at 0.005 are no arms at different rates, whatever other models, bases and unmeasured runs have."""
+    root = tmp_path / "tree"
+    measured(root, "no_dp", "1e-03")
+    measured(root, "no_dp", "5e-03")
+    measured(root, "dp", "5e-03")
+    for arm in ("original", "replaced", "self-instruct-x"):  # other people are asked
+        measured(root, arm, "1e-03", rows=50)
+        measured(root, arm, "2e-06", model="another base")
+        put(run_folder(root / "models", arm, "3e-04") / "checkpoint-20" / "adapter_config.json", {"r": 1})
+    study = read.read([root])
+    chosen, rule, mixed = read.choose(study)
+    at = {(model.base, model.arm): model.learning_rate for model in chosen}
+    assert (at["tiny", "no_dp"], at["tiny", "dp"], at["tiny", "original"]) == (0.005, 0.005, 0.001) and mixed == []
+    assert len(chosen) == 8 and "learning rate 0.005 (that" in rule and "different learning rates" not in titles(root)
+    measured(root, "original", "4e-03", model="third")
+    measured(root, "replaced", "5e-03", model="third")
+    (caution,) = [one for one in cautions.find(read.read([root])) if "different learning rates" in one.title]
+    (place,) = caution.places
+    assert "original" in place and "at 0.004" in place and "at 0.005" in place and "no_dp" not in place
 
 
 def test_pareto_front_of_a_hand_made_set():
