@@ -14,7 +14,7 @@ def rows(line: dict, study, models, path, number: int) -> list:
         "repetitions": line.get("repetitions"),
         "attack": line.get("signal") or line.get("kind"),
     }
-    n = line["n_scored"]
+    n, checkpoint = line["n_scored"], checkpoint_of(line, study, models, path)
     if measure == "count":
         made = []
         for how, metric in (("normalised", "generated rows with it"), ("exact", "generated rows with it, as written")):
@@ -45,6 +45,7 @@ def rows(line: dict, study, models, path, number: int) -> list:
         raise ValueError(f"unknown measure {measure!r}")
     more = {key: line[key] for key in ("upper", "delta", "unit", "void", "guesses", "included", "above_upper")}
     more |= {key: line.get(key) for key in ("power", "placed", "placed_trained", "upper_unknown")}
+    more["checkpoint"] = checkpoint
     above = [level for level, yes in line["above_upper"].items() if yes]
     if any(None in (line["lower"][level], line["upper"]) for level in above):
         raise ValueError("above_upper: without the bounds that it compares")
@@ -66,3 +67,10 @@ def rows(line: dict, study, models, path, number: int) -> list:
     made.append(Row("canary", f"AUC of the audit{kind}", line["auc"], n=n, settings=more,
                     undefined=None if line["auc"] is not None else line.get("undefined"), **shared))  # fmt: skip
     return made
+
+
+def checkpoint_of(line: dict, study, models, path) -> str | None:
+    """The key of the model that an arm's line is of, by the run_canary.json beside it."""
+    args = study.runs.get(str(path.parent / "run_canary.json"), {}).get("args", {})
+    named = dict(word.split("=", 1) for word in args.get("models") or [])
+    return str(models.resolve(named[line["arm"]], path)) if line["arm"] in named else None

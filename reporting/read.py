@@ -55,6 +55,7 @@ class Model:
     epoch: float | None = None
     run_name: str | None = None
     last: bool = True  # the last checkpoint of its run
+    origin: str = ""  # key of the checkpoint whose weights it has: itself, or what was merged
     label: str = ""
 
     @property
@@ -101,7 +102,7 @@ COLUMNS = [one.name for one in fields(Row)]
 ROW_NUMBERS = ("value", "low", "high", "count", "n", "n_requested", "n_dropped", "temperature", "repetitions")
 ROW_TEXTS = ("arm", "interval", "undefined", "template", "attack", "level")
 MODEL_TEXTS = ("arm", "base", "peft_type", "run_name")
-MODEL_COLUMNS = [one.name for one in fields(Model) if one.name not in ("label", "arm", "key", "last")]
+MODEL_COLUMNS = [one.name for one in fields(Model) if one.name not in ("label", "arm", "key", "last", "origin")]
 
 
 @dataclass
@@ -168,7 +169,7 @@ def find(directories: list[Path], output: Path | None = None) -> dict[str, list[
     """{kind: sorted paths} of the result files below `directories`; nothing below `output`, nothing hidden."""
     from common.models import natural_key
 
-    found: dict[str, set[Path]] = {kind: set() for kind in KINDS}
+    found: dict[str, dict[Path, Path]] = {kind: {} for kind in KINDS}  # true path → path; a linked file is read once
     for directory in directories:
         for folder, folders, names in os.walk(directory):
             inside = Path(folder)
@@ -180,12 +181,13 @@ def find(directories: list[Path], output: Path | None = None) -> dict[str, list[
             for name in names:
                 for kind, pattern in KINDS.items():
                     if pattern.fullmatch(name):
-                        found[kind].add(inside / name)
+                        path, true = inside / name, (inside / name).resolve()
+                        found[kind][true] = true if path == true else found[kind].get(true, path)
 
     def order(path: Path) -> tuple:  # results_purified.jsonl before results_purified1.jsonl, the newer one
         return natural_key(path.parent), len(path.name), path.name
 
-    return {kind: sorted(paths, key=order) for kind, paths in found.items()}
+    return {kind: sorted(paths.values(), key=order) for kind, paths in found.items()}
 
 
 def _constant(text: str):
@@ -345,7 +347,7 @@ class Models:
         key = str(target)
         if key in self.study.models:
             return self.study.models[key]
-        model = Model(key)
+        model = Model(key, origin=key)
         if CHECKPOINT.fullmatch(Path(key).name):
             self.describe(model, Path(key))
         else:
@@ -354,6 +356,9 @@ class Models:
             model.arm = "base" if key == str(base) or key in self.bases or last in known else last
             model.base = last if model.arm == "base" else Path(str(base)).name if base else ""
             model.run = key
+            merge = self.study.runs.get(str(Path(key) / "run_merge_peft.json"), {}).get("args", {})
+            if merge.get("model"):
+                model.origin = str(self.resolve(merge["model"], Path(key) / "run_merge_peft.json"))
         self.study.models[key] = model
         return model
 
@@ -495,7 +500,7 @@ def read(directories: list[Path], output: Path | None = None) -> Study:
     """The Study below `directories` (existing); nothing below `output` is read."""
     from reporting import canary, rows
 
-    directories = [Path(os.path.abspath(directory)) for directory in directories]
+    directories = [Path(directory).resolve() for directory in directories]  # however it is called, a run is read once
     study = Study(Path(os.path.commonpath(directories)))
     study.files = find(directories, output.resolve() if output else None)
     for path in study.files["run"]:

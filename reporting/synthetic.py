@@ -26,36 +26,46 @@ def who(rows: list[Row]):
 def epsilon_bounds(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
     """Upper bounds by accountant and empirical lower bounds, a row a run's last checkpoint."""
     rows = [row for row in study.select("privacy", value=lambda v: v is not None) if row.model and row.model.last]
-    shown = ("ε lower", "ε lower, text only", "ε upper (PRV)")
-    bounds = [row for row in study.select("canary") if row.metric in shown and row.value is not None
+    kinds = ("ε lower", "ε lower, text only", "ε upper (PRV)")
+    bounds = [row for row in study.select("canary") if row.metric in kinds and row.value is not None
               and row.settings.get("headline") is not False]  # fmt: skip
-    label = who([*rows, *bounds])
-
-    places = list(dict.fromkeys(map(label, [*rows, *bounds])))
     if not rows and not bounds:
         return []
+    called = who([*rows, *bounds])
+
+    def place_of(row: Row) -> str:
+        """The run's checkpoint, whether its privacy.json, a merge of it or an audit of it says so."""
+        return row.model.origin if row.model else row.settings.get("checkpoint") or called(row)
+
+    own = sorted(rows, key=lambda row: row.model.key == row.model.origin)  # a merge has its checkpoint's name
+    label_of = {place_of(row): called(row) for row in (*own, *reversed(bounds))}  # and a run that of its audit
+    once: dict[tuple, Row] = {}
+    for row in (*rows, *bounds):
+        once.setdefault((place_of(row), row.metric, row.value, row.undefined), row)
+    shown = list(once.values())
+    places = list(dict.fromkeys(map(place_of, shown)))
     marks = {"ε upper (PRV)": ("blue", "o"), "ε upper (RDP)": ("sky", "s")}
     marks |= {"ε lower": ("vermillion", "^"), "ε lower, text only": ("amber", "v")}
 
     def draw(axes):
         for place, name in enumerate(reversed(places)):
-            found = [row for row in [*rows, *bounds] if label(row) == name]
+            found = [row for row in shown if place_of(row) == name]
             ends = [row.value for row in found]
             axes.plot([min(ends), max(ends)], [place, place], color=GRID, linewidth=5, zorder=1, solid_capstyle="round")
             for row in found:
                 colour, marker = marks[row.metric]
                 hollow = {"markerfacecolor": "none"} if row.undefined else {}
                 axes.plot(row.value, place, marker, color=COLOURS[colour][0], markersize=7, zorder=3, **hollow)
-        axes.set_yticks(range(len(places)), [short(name, 34) for name in reversed(places)])
+        axes.set_yticks(range(len(places)), [short(label_of[name], 34) for name in reversed(places)])
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.set(xlabel="ε", ylim=(-0.6, len(places) - 0.4))
         axes.set_xlim(left=0)
         axes.grid(axis="x")
         axes.spines["left"].set_visible(False)
 
-    told = "; ".join(f"{label(row)}: {row.metric} {row.value:.3g}" for row in [*rows, *bounds])
+    told = "; ".join(f"{label_of[place_of(row)]}: {row.metric} {row.value:.3g}" for row in shown)
     keys = [(metric, COLOURS[colour][0], marker, None) for metric, (colour, marker) in marks.items()
-            if any(row.metric == metric for row in [*rows, *bounds])]  # fmt: skip
+            if any(row.metric == metric for row in shown)]  # fmt: skip
     caption = (
         "Upper: what the accountant proves of the training. Lower: what an audit with canaries has shown, at 95 %. A "
         "lower bound right of the upper one contradicts the proof. Hollow: void."

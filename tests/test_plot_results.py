@@ -317,6 +317,30 @@ def test_canaries_of_two_files_are_not_joined(tmp_path):
     assert "no_dp (one/canary)" in drawn["epsilon"].summary and "no_dp (two/canary)" in drawn["canary_counts"].summary
 
 
+def test_a_run_is_one_place_however_it_is_called(tmp_path, monkeypatch):
+    """Its folder given twice, by another path or a link; its checkpoint beside an audit of it and a merge of it."""
+    tree = synthetic_tree(tmp_path / "tree")
+    runs = {"no_dp": "synthetic-no_dp", "with_dp": "synthetic-dp"}
+    checkpoints = {arm: f"tiny/{run}-lora/0e+00_2e-06/checkpoint-20" for arm, run in runs.items()}
+    put(tree / "canary" / "run_canary.json",
+        RUN | {"args": {"models": [f"{arm}=./tree/{place}" for arm, place in checkpoints.items()]}})  # fmt: skip
+    file = tree / "canary" / "results_canary.jsonl"
+    file.write_text(file.read_text().replace('"upper": 2.0', '"upper": 8.0'))  # as the checkpoint's privacy.json
+    put(tree / "merged" / "privacy.json", privacy_block(8.0))
+    put(tree / "merged" / "run_merge_peft.json", RUN | {"args": {"model": f"tree/{checkpoints['with_dp']}"}})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tree)
+    (tree / "canary2").mkdir()
+    (tree / "canary2" / "results_canary.jsonl").symlink_to(file)
+    study = read.read([Path(one) for one in ("tree", "./tree/../tree", str(tree), "link", "tree/tiny", "link/canary")])
+    assert len({row.file for row in study.select("canary")}) == 1
+    (figure,) = [one for one in figures.build(study) if one.name == "epsilon"]
+    assert figure.summary.split("; ") == [
+        "with_dp: ε upper (PRV) 8", "with_dp: ε upper (RDP) 10", "no_dp: ε lower 3.25", "with_dp: ε lower 2.5"
+    ]  # fmt: skip
+    assert draw.svg(figure.panels[0], "e", "e").count(">with_dp<") == 1
+
+
 def test_a_moved_tree_keeps_its_models(tmp_path):
     tree = small_tree(tmp_path / "old")
     shutil.move(tree, tmp_path / "new")
