@@ -196,10 +196,11 @@ def draw_roc(found: dict, study: Study, flags: list[str], title: str):
             axes.step(false.clip(smallest), true.clip(smallest), where="post", label=name, **style)
     axes.set(xscale="log", yscale="log", xlim=(smallest, 1), ylim=(smallest, 1.05))
     axes.set(xlabel="false positive rate", ylabel="true positive rate")
+    more = {"fontsize": 9, "parse_math": False}  # a $ in a name is a $
     if flags:
-        axes.set_title(f"{title}\nFLAGGED: {', '.join(flags)}", color="darkred", fontsize=9)
+        axes.set_title(f"{title}\nFLAGGED: {', '.join(flags)}", color="darkred", **more)
     else:
-        axes.set_title(title, fontsize=9)
+        axes.set_title(title, **more)
     axes.legend(fontsize=7, ncols=2, loc="lower right")
     return figure
 

@@ -1,6 +1,7 @@
 """mia/mia.py: scores against stock transformers and peft in float64, controls, files, cache, ranks, bad input."""
 
 import hashlib
+import io
 import json
 import math
 import shutil
@@ -656,6 +657,8 @@ def test_the_figure_says_what_is_flagged():
     assert [line.get_label() for line in axes.lines] == ["chance", "blind_length", "loss"]
     assert axes.get_xscale() == axes.get_yscale() == "log"
     assert "FLAGGED" not in reporting.draw_roc(found, study, [], "m").axes[0].get_title()
+    for flags in ([], ["blind_length"]):
+        reporting.draw_roc(found, study, flags, "runs/$a_{$").savefig(io.BytesIO(), format="png")  # no mathematics
 
 
 def test_near_duplicates_across_the_sets_are_flagged(models, sets, tmp_path):
