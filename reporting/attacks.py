@@ -16,6 +16,8 @@ from reporting.looks import (
     axis_of,
     groups,
     interval_text,
+    left_out,
+    more_groups,
     name_of,
     names,
     short,
@@ -37,7 +39,8 @@ def extraction_bars(study: Study, look: Look, chosen: list[Model]) -> list[Figur
     """Loose matches and exact addresses by model, a panel a template, with the floor of the best name rule."""
     made = []
     every = study.select("extraction", headline=True, role="target")
-    for place, group in enumerate(groups(every)[:MOST_GROUPS]):
+    sets = groups(every)
+    for place, group in enumerate(sets[:MOST_GROUPS]):
         rows = [row for row in every if row.group == group]
         models = look.sort(model for model in chosen if any(row.model is model for row in rows))
         templates = [name for name in dict.fromkeys(row.template for row in rows) if name != "all"]
@@ -65,7 +68,7 @@ def extraction_bars(study: Study, look: Look, chosen: list[Model]) -> list[Figur
             Figure(
                 name_of("extraction_bars", place), f"Addresses given away at temperature {HEADLINE_TEMPERATURE}",
                 f"{group}. Solid: exact address; pale: the released tool's loose rule; whiskers: 95 % Clopper–Pearson. "
-                "Dotted: exact addresses that the best name rule guesses without any model.",
+                "Dotted: exact addresses that the best name rule guesses without any model." + more_groups(sets, place),
                 "Share of exact addresses by template. " + "; ".join(told), panels, keys, 2, "extraction",
             )
         )  # fmt: skip
@@ -117,7 +120,8 @@ def extraction_curves(study: Study, look: Look, chosen: list[Model]) -> list[Fig
 
 
 def _over_temperature(name, group, rows, look, chosen) -> list[Figure]:
-    models = look.sort(model for model in chosen if any(row.model is model for row in rows))[:MOST_LINES]
+    compared = look.sort(model for model in chosen if any(row.model is model for row in rows))
+    models = compared[:MOST_LINES]
     templates = [name for name in dict.fromkeys(row.template for row in rows) if name != "all"]
     at: dict[tuple, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row.temperature):
@@ -143,7 +147,7 @@ def _over_temperature(name, group, rows, look, chosen) -> list[Figure]:
     keys = [(names(models)[model.key], *look.of[model.arm], "-") for model in models]
     caption = (
         f"{group}. One answer a person and template; band: 95 %. Dotted line: {HEADLINE_TEMPERATURE}, where the "
-        "headline is read."
+        f"headline is read.{left_out(compared, models)}"
     )
     told = "; ".join(
         f"{model.label}: {metric} {template} from {found[0].value:.1%} at {found[0].temperature:g} to "
@@ -190,6 +194,7 @@ def _over_sweep(name, group, words, axis, series, rows, look) -> Figure:
     rates = {model.learning_rate for model in fixed if model.learning_rate is not None}
     at = f", learning rate {rates.pop():g}" if axis == "epoch" and len(rates) == 1 else ""
     caption = f"{group}, temperature {HEADLINE_TEMPERATURE}{at}. A point is a checkpoint; none is picked by its result."
+    caption += left_out((row.model for row in rows if axis == "epoch" or row.model.last), fixed)
     told = "; ".join(
         f"{label}: " + ", ".join(f"{getattr(m, axis):g} {interval_text(row)}" for m in models
                                  if (row := rows_of.get((m.key, metrics[-1], "all"))))
@@ -204,9 +209,11 @@ def _over_sweep(name, group, words, axis, series, rows, look) -> Figure:
 
 
 def perplexity_curves(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
+    """A figure a set of texts: by epoch and learning rate, or, where nothing differs in these, by model."""
     every = study.select("perplexity", "mean", role="target")
-    panels, keys, told = [], {}, []
-    for group in groups(every)[:1]:
+    made, sets = [], groups(every)
+    for place, group in enumerate(sets[:MOST_GROUPS]):
+        panels, keys, told, drawn = [], {}, [], []
         rows = {row.model.key: row for row in every if row.group == group}
         bases = [row for row in rows.values() if row.model.is_base and row.value is not None]
         for axis, words in (("epoch", "epoch"), ("learning_rate", "learning rate")):
@@ -216,21 +223,44 @@ def perplexity_curves(study: Study, look: Look, chosen: list[Model]) -> list[Fig
             styles = styles_of(series, look)
             keys |= {label: (label, *styles[label]) for label in series}
             panels.append(Panel(f"By {words}", _perplexity(axis, words, series, rows, styles, bases), (4.0, 2.8)))
+            drawn += [model for models in series.values() for model in models]
             told += [
                 f"{label} by {words}: " + ", ".join(f"{getattr(m, axis):g} {rows[m.key].value:.3g}" for m in models
                                                     if rows[m.key].value is not None)
                 for label, models in series.items()
             ]  # fmt: skip
-        if bases:
+        if panels and bases:
             keys["base"] = ("base", BASE, None, "--")
             told.append(f"base {bases[0].value:.3g}")
+        if not panels:
+            drawn = look.sort(row.model for row in rows.values() if row.value is not None)[:MOST_COLUMNS]
+            panels = [Panel("By model", _dots([rows[model.key] for model in drawn], look),
+                            (4.0, 0.9 + 0.36 * len(drawn)))] if drawn else []  # fmt: skip
+            told = [f"{model.label} {interval_text(rows[model.key], False)}" for model in drawn]
         if panels:
-            caption = f"{group}: mean over documents, band: 95 % bootstrap over documents. Lower is better."
-            return [
-                Figure("perplexity", "Perplexity of held-out text", caption, "; ".join(told), panels,
+            caption = f"{group}: mean over documents, interval: 95 % bootstrap over documents. Lower is better."
+            caption += left_out((row.model for row in rows.values()), drawn) + more_groups(sets, place)
+            made.append(
+                Figure(name_of("perplexity", place), "Perplexity of held-out text", caption, "; ".join(told), panels,
                        list(keys.values()), 2, "perplexity")
-            ]  # fmt: skip
-    return []
+            )  # fmt: skip
+    return made
+
+
+def _dots(rows: list[Row], look: Look):
+    named = names([row.model for row in rows])
+
+    def draw(axes):
+        for place, row in enumerate(reversed(rows)):
+            colour, marker = look.of[row.model.arm]
+            axes.errorbar(row.value, place, xerr=errors(row), fmt=marker, color=colour, elinewidth=1.4)
+        axes.set_yticks(range(len(rows)), [short(named[row.model.key]) for row in reversed(rows)])
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
+        axes.set(xlabel="perplexity", ylim=(-0.6, len(rows) - 0.4))
+        axes.spines["left"].set_visible(False)
+        axes.grid(axis="x")
+
+    return draw
 
 
 def _perplexity(axis, words, series, rows, styles, bases):
@@ -268,7 +298,7 @@ def plane(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
     utility = {row.model.key: row for row in means if row.group == main}
     every = study.select("extraction", "exact", role="target", headline=True, template="all",
                          value=lambda value: value is not None)  # fmt: skip
-    panels, told, arms = [], [], {}
+    panels, told, arms, drawn = [], [], {}, []
     for group in groups(every)[:MOST_GROUPS]:
         pairs = [(utility[row.model.key], row) for row in every if row.group == group and row.model.key in utility]
         if len(pairs) < 3:
@@ -276,6 +306,7 @@ def plane(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
         kept = front([(x.value, y.value) for x, y in pairs])
         panels.append(Panel(f"{group}", _plane(pairs, kept, look), (4.0, 3.1)))
         arms |= {row.model.arm: None for _, row in pairs}
+        drawn += [row.model for _, row in pairs]
         names = ", ".join(pairs[index][1].model.label for index in kept)
         told.append(f"{group}: {len(pairs)} models; on the Pareto front: {names}")
     if not panels:
@@ -285,7 +316,7 @@ def plane(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
     caption = (
         f"A point is a checkpoint: perplexity on {main} and exact addresses at temperature {HEADLINE_TEMPERATURE}, all "
         "templates, 95 % intervals. Lower left is better. The front joins point estimates: it says nothing of points "
-        "whose intervals overlap."
+        "whose intervals overlap." + left_out((row.model for row in (*means, *every)), drawn)
     )
     return [Figure("privacy_utility", "Privacy against utility", caption, "; ".join(told), panels, keys, 2,
                    "extraction")]  # fmt: skip
@@ -329,6 +360,7 @@ def roc_curves(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
                 files[row.model.key] = row
     flags = {file: set(line.get("flags", [])) for file, _, line in study.lines.get("mia", [])}
     drawn = look.sort(row.model for row in files.values())[:MOST_ROCS]
+    measured = {row.model.key: row.model for row in study.select("mia", "auc", role="target")}
     named = names(drawn)
     for model in drawn:
         row = files[model.key]
@@ -349,6 +381,7 @@ def roc_curves(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
     caption = (
         "True against false positive rate, both logarithmic. Blind baselines never see the model: where they leave the "
         "diagonal, so may an attack for the same reason."
+        + left_out((model for model in measured.values() if model in chosen), drawn)
     )
     return [Figure("mia_roc", "Membership inference: ROC", caption, "; ".join(told), panels, keys, 3, "mia")]
 
@@ -412,13 +445,13 @@ def heat_maps(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
     """AUC and TPR at 1 % FPR, attack × checkpoint."""
     made = []
     every = study.select("mia", role="target", attack=lambda name: name in ATTACKS)
-    for place, group in enumerate(groups(every)[:MOST_GROUPS]):
+    sets = groups(every)
+    for place, group in enumerate(sets[:MOST_GROUPS]):
         rows = [row for row in every if row.group == group]
         models = look.sort({row.model.key: row.model for row in rows}.values())
-        left_out = 0
+        every_model = models
         if len(models) > MOST_COLUMNS:
-            first = [model for model in models if model in chosen][:MOST_COLUMNS]
-            left_out, models = len(models) - len(first), first
+            models = [model for model in models if model in chosen][:MOST_COLUMNS]
         attacks = [name for name in ATTACKS if any(row.attack == name for row in rows)]
         at = {(row.model.key, row.attack, row.metric): row for row in rows if row.level in (None, "0.01")}
         size = (max(3.45, 1.3 + 0.62 * len(models)), 1.75 + 0.27 * len(attacks))
@@ -429,7 +462,7 @@ def heat_maps(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
         best = [row for row in rows if row.metric == "auc" and row.attack == HEADLINE_ATTACK and row.model in models]
         told = "; ".join(f"{row.model.label} {HEADLINE_ATTACK} AUC {interval_text(row, False)}" for row in best)
         caption = f"{group}. AUC 0.5 and a true positive rate of 1 % are chance."
-        caption += f" {left_out} more checkpoints are in the table." if left_out else ""
+        caption += left_out(every_model, models) + more_groups(sets, place)
         made.append(Figure(name_of("mia_heatmap", place), "Attack × checkpoint", caption, told, panels, [], 2, "mia"))
     return made
 

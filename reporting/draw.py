@@ -230,6 +230,8 @@ def line(axes, x, rows, colour, marker="o", style="-", band=True, **more) -> Non
     low, high = np.array(ends, dtype=float).T
     if band and np.isfinite(low).any():
         axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
+    if len(rows) == 1 and rows[0].value is not None:  # a band of one point has no width
+        axes.errorbar(x, y, yerr=errors(rows[0]), color=colour, elinewidth=1.4, fmt="none")
     axes.plot(x, y, color=colour, marker=marker, linestyle=style, **more)
 
 

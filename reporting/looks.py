@@ -7,6 +7,7 @@ from reporting.read import Model, Row, Study
 
 MOST_GROUPS = 3  # sets of people or texts that get figures of their own; tables have all
 MOST_LINES = 8
+MOST_NAMED = 6  # models that a caption names
 
 
 class Look:
@@ -66,7 +67,8 @@ def short(label: str, most: int = 26) -> str:
 
 
 def sweeps(rows: list[Row], axis: str, chosen: list[Model]) -> dict[str, list[Model]]:
-    """{label: models in order} that differ in `axis` alone; for learning rate, last checkpoints only.
+    """{label: models in order} that differ in `axis` alone, and behind them those of `chosen` that stand alone; for
+    learning rate, last checkpoints only. {} where no two differ.
 
     Of more than MOST_LINES, those through a model of `chosen`.
     """
@@ -77,10 +79,14 @@ def sweeps(rows: list[Row], axis: str, chosen: list[Model]) -> dict[str, list[Mo
             continue
         rest = (model.arm, model.base, model.peft_type, model.run_name)
         found.setdefault(rest if axis == "learning_rate" else (*rest, model.learning_rate), {})[model.key] = model
-    several = {rest: sorted(models.values(), key=lambda m: getattr(m, axis)) for rest, models in found.items()}
-    several = {rest: models for rest, models in several.items() if len({getattr(m, axis) for m in models}) > 1}
+    series = {rest: sorted(models.values(), key=lambda m: getattr(m, axis)) for rest, models in found.items()}
+    several = {rest: models for rest, models in series.items() if len({getattr(m, axis) for m in models}) > 1}
+    if not several:
+        return {}
+    alone = {rest: models for rest, models in series.items() if rest not in several and _any_of(models, chosen)}
     if len(several) > MOST_LINES:
-        several = {rest: models for rest, models in several.items() if any(model in chosen for model in models)}
+        several = {rest: models for rest, models in several.items() if _any_of(models, chosen)}
+    several |= alone
     shown = {}
     for rest, models in several.items():
         parts = [rest[0]]
@@ -89,6 +95,24 @@ def sweeps(rows: list[Row], axis: str, chosen: list[Model]) -> dict[str, list[Mo
                 parts.append(f"lr {rest[place]:g}" if place == 4 else str(rest[place]))
         shown[" · ".join(parts)] = models
     return shown
+
+
+def _any_of(models: list[Model], chosen: list[Model]) -> bool:
+    return any(model in chosen for model in models)
+
+
+def left_out(models, drawn) -> str:
+    """What a caption says of the trained models that a figure could show and does not."""
+    drawn = {model.key for model in drawn}
+    rest = list({model.key: model.label for model in models if not model.is_base and model.key not in drawn}.values())
+    more = f" and {len(rest) - MOST_NAMED:,} more" if len(rest) > MOST_NAMED else ""
+    return f" Not drawn, but in the table: {', '.join(rest[:MOST_NAMED])}{more}." if rest else ""
+
+
+def more_groups(found: list[str], place: int) -> str:
+    """What the caption of the last figure says of the sets of people or texts that get none."""
+    rest = found[MOST_GROUPS:] if place == MOST_GROUPS - 1 else []
+    return f" Without a figure, but in the table: {', '.join(rest)}." if rest else ""
 
 
 def styles_of(series: dict[str, list[Model]], look: Look) -> dict[str, tuple]:

@@ -48,6 +48,7 @@ def cell(row: Row | None, form: str = "{:.1%}", count: bool = False, exact: bool
     """(text, sort value, small print): the value, below it interval and n."""
     if row is None:
         return "", None, ""
+    row.shown = True
     if row.value is None:
         return "–", None, row.undefined or "undefined"
     ends = f"{form.format(row.low)}–{form.format(row.high)}" if row.low is not None else "" if exact else "no interval"
@@ -237,8 +238,10 @@ def extraction_table(study: Study, headline: bool) -> str:
         items = [cell(found.get(name), count=True) for name in measures]
         items += [(number(found[name].value, "{:.2%}" if "draws" in name else "{:.2f}"), found[name].value)
                   if name in found else ("", None) for name in extra]  # fmt: skip
+        pair = paired.get(key)
+        for row in [*(found[name] for name in extra if name in found), *([pair] if pair else [])]:
+            row.shown = True
         if paired:
-            pair = paired.get(key)
             items.append(("", None) if pair is None else (f"+{pair.settings['gained']} −{pair.settings['lost']}",
                          pair.value, f"p {number(pair.value, '{:.2g}')}"))  # fmt: skip
         made.append([first.model.label, first.group, (f"{first.temperature:g}", first.temperature), first.template,
@@ -254,6 +257,7 @@ def plain_table(rows: list[Row], caption: str, heads: dict, form="{:.4g}") -> st
     """Rows as they are: `heads` {head: function of the row} before value, interval, n, source."""
     made = []
     for row in rows:
+        row.shown = True
         ends = f"{form.format(row.low)}–{form.format(row.high)}" if row.low is not None else ""
         made.append([*(function(row) for function in heads.values()),
                      (number(row.value, form) if row.value is not None else f"– {row.undefined or ''}", row.value),
@@ -266,11 +270,28 @@ def _who(row: Row) -> str:
     return row.model.label if row.model else row.arm or ""
 
 
+AREAS = {"extraction": ["extraction"], "perplexity": ["perplexity"], "mia": ["mia"], "privacy": ["privacy", "canary"],
+         "fidelity": ["fidelity"], "utility": ["utility", "importance", "human"]}  # fmt: skip
+
+
+def unshown(study: Study, section: str) -> str:
+    """What of a section's numbers no table here has, by name: those of one measure and role count together."""
+    found: dict[str, int] = {}
+    for row in (row for area in AREAS.get(section, ()) for row in study.select(area) if not row.shown):
+        of = "" if row.role in ("target", "mean") else f" of the {row.role}"
+        name = f"{row.metric}{of}{', all templates together' if row.template == 'all' else ''}"
+        found[name] = found.get(name, 0) + 1
+    listed = "; ".join(f"{name} ({count:,})" for name, count in found.items())
+    return f'<p class="caption">In results.csv alone: {escape(listed)}.</p>' if found else ""
+
+
 def section_tables(study: Study, section: str) -> str:
     pick = study.select
     if section == "extraction":
         floor = {row.group: row for row in pick("extraction", "exact", role="floor")}
         heads = {"<People asked": lambda row: row.group, "<Rule": lambda row: row.attack}
+        for row in pick("extraction", "exact", role="floor"):
+            row.shown = row.value == floor[row.group].value  # one for all models and temperatures
         rule = plain_table(list(floor.values()), "Name-rule floor: exact addresses without a model", heads, "{:.1%}")
         few = folded("Every line at the fixed settings", extraction_table(study, True))
         return few + folded("Other temperatures", extraction_table(study, False), "more") + folded("Floor", rule)
@@ -284,7 +305,7 @@ def section_tables(study: Study, section: str) -> str:
                           heads, "{:.3f}")  # fmt: skip
         heads |= {"Level": lambda row: (f"{float(row.level):.1%}", float(row.level)),
                   "False positives": lambda row: (number(row.count, "{:,}"), row.count)}  # fmt: skip
-        tpr = plain_table(pick("mia", "tpr", role="target"), "True positive rate at a fixed false positive rate", heads,
+        tpr = plain_table(pick("mia", "tpr"), "True positive rate at a fixed false positive rate", heads,
                           "{:.2%}")  # fmt: skip
         return folded("AUC", auc) + folded("TPR at low FPR", tpr) + inference_table(study)
     if section == "privacy":
@@ -399,7 +420,7 @@ def render(study: Study, figures: list[draw.Figure], cautions: list[Caution], ma
         below = training_table(study) if section == "training" else section_tables(study, section)
         if drawn or below:
             parts[section] = title
-            body.append(f'<h2 id="{section}">{title}</h2>{drawn}{below}')
+            body.append(f'<h2 id="{section}">{title}</h2>{drawn}{below}{unshown(study, section)}')
     if responses:
         parts["responses"] = "Answers"
         body.append(f'<h2 id="responses">Answers</h2>{responses}')

@@ -92,13 +92,14 @@ class Row:
     settings: dict = field(default_factory=dict)
     file: str = ""
     line: int = 1
+    shown: bool = False  # a table of the page has it
 
     @property
     def source(self) -> str:
         return f"{self.file}:{self.line}"
 
 
-COLUMNS = [one.name for one in fields(Row)]
+COLUMNS = [one.name for one in fields(Row) if one.name != "shown"]
 ROW_NUMBERS = ("value", "low", "high", "count", "n", "n_requested", "n_dropped", "temperature", "repetitions")
 ROW_TEXTS = ("arm", "interval", "undefined", "template", "attack", "level")
 MODEL_TEXTS = ("arm", "base", "peft_type", "run_name")

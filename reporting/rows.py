@@ -184,6 +184,8 @@ def fidelity_rows(content: dict, study: Study, models: Models, path: Path, numbe
                     Row("fidelity", metric, entry["value"], low, high, why if low is not None else None, role=role,
                         undefined=undefined, **shared)
                 )  # fmt: skip
+        if found.get("longest_copy") is not None:
+            made.append(Row("fidelity", "longest copy (characters)", found["longest_copy"], **shared))
     return made
 
 
@@ -239,7 +241,12 @@ def human_rows(content: dict, study: Study, models: Models, path: Path, number: 
         value = content["agreement"]["fleiss_kappa"]
         undefined = "every label is the same" if value is None else None
         n = sum(found["n_scored"] for found in content["arms"].values())
-        made.append(Row("human", "Fleiss κ", value, n=n, undefined=undefined, role="baseline", group=study.shown(path)))
+        shared = {"n": n, "role": "baseline", "group": study.shown(path)}
+        made.append(Row("human", "Fleiss κ", value, undefined=undefined, **shared))
+        for pair in content["agreement"].get("cohen_kappa") or ():
+            undefined = "both gave one and the same label" if pair["kappa"] is None else None
+            made.append(Row("human", "Cohen κ", pair["kappa"], count=pair["equal"], undefined=undefined,
+                            template=" and ".join(pair["sheets"]), **shared))  # fmt: skip
     return made
 
 

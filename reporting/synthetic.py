@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from reporting.draw import AXIS, BASE, COLOURS, GRID, INK, MARKERS, MUTED, SERIES, Figure, Panel, errors, percent
-from reporting.looks import MOST_GROUPS, Look, interval_text, name_of, names, short
+from reporting.looks import MOST_GROUPS, Look, interval_text, more_groups, name_of, names, short
 from reporting.read import Model, Row, Study
 
 
@@ -202,9 +202,8 @@ def dots(title, rows, look, reference=None, form="{:.3g}", shown=None):
 def fidelity(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
     made = []
     every = study.select("fidelity", role="target")
-    for place, group in enumerate(dict.fromkeys(row.group for row in every)):
-        if place == MOST_GROUPS:
-            break
+    sets = list(dict.fromkeys(row.group for row in every))
+    for place, group in enumerate(sets[:MOST_GROUPS]):
         panels, told = [], []
         for measure in SHOWN_FIDELITY:
             rows = [row for row in every if (row.group, row.metric) == (group, measure) and row.value is not None]
@@ -216,7 +215,8 @@ def fidelity(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
         n = next((row.n for row in every if row.group == group), None)
         caption = (
             f"{group}, {n:,} rows a sample. Dotted: a second real sample of the same size, what two samples of real "
-            "text differ by. 95 % jackknife; MAUVE: range over seeds."
+            "text differ by. 95 % jackknife; MAUVE: range over seeds. The table has further measures."
+            + more_groups(sets, place)
         )
         if panels:
             made.append(Figure(name_of("fidelity", place), "Fidelity of synthetic text", caption, "; ".join(told),
@@ -228,7 +228,8 @@ def utility(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
     """Train on synthetic, test on real: each seed a pale dot, the mean over seeds in full."""
     made = []
     every = study.select("utility")
-    for place, group in enumerate(list(dict.fromkeys(row.group for row in every))[:MOST_GROUPS]):
+    sets = list(dict.fromkeys(row.group for row in every))
+    for place, group in enumerate(sets[:MOST_GROUPS]):
         rows = [row for row in every if row.group == group]
         panels = [
             _utility(metric, words, [row for row in rows if row.metric == metric], look)
@@ -239,6 +240,7 @@ def utility(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
         keys = [("one seed", AXIS, "o", None), ("mean over seeds", INK, "o", None),
                 ("majority class", MUTED, None, ":"), ("untuned base", BASE, None, "--")]  # fmt: skip
         caption = f"{group}. Rating held-out real reviews after training on each arm with equal rows and steps."
+        caption += more_groups(sets, place)
         made.append(Figure(name_of("utility", place), "Train on synthetic, test on real", caption, told, panels, keys,
                            3, "utility"))  # fmt: skip
     return made
@@ -270,7 +272,8 @@ def human(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
     """Share of each label of the blinded sheets; a dot a rater."""
     made = []
     every = study.select("human", role="target")
-    for place, group in enumerate(list(dict.fromkeys(row.group for row in every))[:MOST_GROUPS]):
+    sets = list(dict.fromkeys(row.group for row in every))
+    for place, group in enumerate(sets[:MOST_GROUPS]):
         rows = [row for row in every if row.group == group and row.value is not None]
         labels = list(dict.fromkeys(row.metric for row in rows))
         panels = [dots(label.capitalize(), [row for row in rows if row.metric == label], look, form="{:.0%}")
@@ -278,6 +281,7 @@ def human(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
         kappa = [row.value for row in study.select("human", "Fleiss κ", group=group) if row.value is not None]
         agree = f" Agreement of the raters: Fleiss κ {kappa[0]:.2f}." if kappa else ""
         caption = f"{group}. Share of blinded rows with each label, a dot a rater; 95 % Clopper–Pearson.{agree}"
+        caption += more_groups(sets, place)
         told = "; ".join(f"{row.metric}: {row.arm}, {row.template} {interval_text(row)}" for row in rows)
         if panels:
             made.append(Figure(name_of("human", place), "Human evaluation", caption, told, panels, [], 3, "utility"))
@@ -287,7 +291,8 @@ def human(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
 def importance(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
     made = []
     every = study.select("importance")
-    for place, group in enumerate(list(dict.fromkeys(row.group for row in every))[:MOST_GROUPS]):
+    sets = list(dict.fromkeys(row.group for row in every))
+    for place, group in enumerate(sets[:MOST_GROUPS]):
         panels, told = [], []
         for metric in ("spearman", "pearson", "jaccard@20"):
             rows = [row for row in every if (row.group, row.metric) == (group, metric) and row.value is not None]
@@ -297,6 +302,7 @@ def importance(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
                 panels.append(dots(metric.capitalize(), rows, look, marks, "{:.2f}", shown))
                 told.append(f"{metric}: " + ", ".join(f"{row.arm} {row.value:.2f}" for row in rows))
         caption = f"{group}. Agreement with the real model's word importances on held-out rows; range over draws."
+        caption += more_groups(sets, place)
         if panels:
             made.append(Figure(name_of("importance", place), "Feature importance consistency", caption,
                                "; ".join(told), panels, [], 3, "utility"))  # fmt: skip
