@@ -7,7 +7,8 @@ torchrun --nproc_per_node=4 evaluate_purified.py --model ./pythia-1.4b
 
 Each base model is loaded once; adapters are merged into it in memory and taken out again bit for bit. Results stand in
 each checkpoint's own directory (see measure_purified.py). Checkpoints measured completely with the same settings are
-skipped, partly measured ones are continued; run it again after any interruption.
+skipped, partly measured ones are continued; run it again after any interruption. At the end a table a checkpoint: the
+newest measurement of each temperature, whenever it was made.
 """
 
 import sys
@@ -90,14 +91,15 @@ def evaluate(args, study, checkpoints: list[Path], sets, membership, place) -> i
         try:
             ref = models.find_model(str(checkpoint), args.revision, args.base_model, is_opt=args.is_opt)
             key = measure_purified.model_key(ref) | {"dtype": dtype}
-            path, done = measure_purified.find_results(checkpoint, study, key, args.save_responses)
+            found = measure_purified.find_results(checkpoint, study, key, args.save_responses)
             refs[checkpoint] = ref
         except cli.UserError as error:
             failures[str(checkpoint)] = "; ".join(error.problems)
             continue
+        done = {line["temperature"] for line in measure_purified.newest(found)}
         missing = [temperature for temperature in args.temperatures if temperature not in done]
         if missing:
-            todo.append((ref.base, checkpoint, ref, path, missing))
+            todo.append((ref.base, checkpoint, ref, found[-1][0] if found else None, missing))
         else:
             skipped += 1
     if args.dry_run:
@@ -132,6 +134,12 @@ def evaluate(args, study, checkpoints: list[Path], sets, membership, place) -> i
                 traceback.print_exc()
                 failures[str(checkpoint)] = f"{type(error).__name__}: {error}"
                 loaded = None  # nobody knows what it left behind: the next checkpoint gets a fresh base
+        for checkpoint, ref in refs.items() if world.main else ():
+            key = measure_purified.model_key(ref) | {"dtype": str(dtype).removeprefix("torch.")}
+            lines = measure_purified.newest(measure_purified.find_results(checkpoint, study, key))
+            if lines:
+                print(f"\n{checkpoint}")
+                measure_purified.print_table(lines, study)
         if args.mia:
             base = None
             usable = {checkpoint: ref for checkpoint, ref in refs.items() if str(checkpoint) not in failures}

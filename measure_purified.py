@@ -220,11 +220,13 @@ def _read_baseline(path, settings: dict, temperatures: list[float]) -> dict:
     return {(line["row"], line["template"], line["temperature"]): line for line in records.read_rows(beside)}
 
 
-def find_results(folder, study: Study, model_key: dict, responses: bool = False) -> tuple[Path | None, list[float]]:
-    """(result file of this very measurement or None, temperatures it has). Files of the released tool never match.
+def find_results(folder, study: Study, model_key: dict, responses: bool = False) -> list[tuple[Path, list[dict]]]:
+    """(result file, its lines) of each file of this very measurement, the newest last. Those of the released tool never
+    match.
 
-    responses: only a file that has its responses beside it will do.
+    responses: only files that have their responses beside them.
     """
+    found, wanted = [], {**study.settings, **model_key}
     for path in sorted(Path(folder).glob("results_purified*.jsonl"), key=lambda path: (len(path.name), path.name)):
         if path.stem.endswith("_rows"):
             continue
@@ -232,14 +234,19 @@ def find_results(folder, study: Study, model_key: dict, responses: bool = False)
             lines = records.read_rows(path)
         except cli.UserError:
             continue
-        wanted = {**study.settings, **model_key}
         if (
             all(line.get(key) == value for line in lines for key, value in wanted.items())
             and outcomes_path(path).is_file()
             and (not responses or responses_path(path).is_file())
         ):
-            return path, [line["temperature"] for line in lines]
-    return None, []
+            found.append((path, lines))
+    return found
+
+
+def newest(found: list[tuple[Path, list[dict]]]) -> list[dict]:
+    """The last measured line of each temperature in what `find_results` found, by temperature."""
+    last = {line["temperature"]: line for _, lines in found for line in lines}
+    return [last[temperature] for temperature in sorted(last)]
 
 
 def next_free(folder) -> Path:
@@ -457,7 +464,6 @@ def measure_model(model, tokenizer, study, args, model_info, world, path=None, t
         lines = summarise(study, found, todo, model_info)
         with results.output_folder(target.parent) as place, place.publication() as files:
             write(files, target, *lines, args.save_responses, append=path is not None)
-        print_table(lines[0], study)
     world.barrier()
     return target
 
@@ -526,6 +532,8 @@ def run(args) -> int:
                 with models.adapted(base, ref.adapter) as (model, change):
                     path = measure_model(model, tokenizer, study, args, describe(ref, dtype, change), world)
             record["results"] = str(path)
+    if world.main:
+        print_table(results.read_jsonl(path), study)
     world.say(f"wrote {path}")
     world.close()
     return 0
@@ -540,8 +548,10 @@ def written_before_a_kill(run_file: Path, args, study: Study, ref, after_kill: b
     unfinished = record.get("status") == "running" or after_kill
     if not unfinished or record.get("args") != json.loads(results.dumps(mine)):
         return None
-    path, done = find_results(args.output_dir, study, model_key(ref), args.save_responses)
-    return path if path and set(args.temperatures) <= set(done) else None
+    for path, lines in reversed(find_results(args.output_dir, study, model_key(ref), args.save_responses)):
+        if set(args.temperatures) <= {line["temperature"] for line in lines}:
+            return path
+    return None
 
 
 def main(argv=None) -> int:

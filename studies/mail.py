@@ -16,8 +16,8 @@ from studies.steps import (
     device_flags,
     joined,
     measured,
-    newest_results,
     paired,
+    result_files,
     row_of,
     share,
     stands,
@@ -51,7 +51,7 @@ def run(args, out, record) -> str:
     flags = ["--seed", args.seed, *device_flags(args)]
     asked = ["-mt", args.max_tokens, *([] if args.full else ["--temperatures", "0", str(TEMPERATURE)]), *flags]
     attack(args.model, out / "base", args.dataset, *asked)
-    base_results = newest_results(out / "base")
+    base_results = result_files(out / "base")[0]
     call(perplexity, "--model", args.model, "-d", args.dataset, "--output_dir", out / "base", *flags)
 
     data = {"original": args.dataset}

@@ -71,10 +71,10 @@ def build(script, output: Path, *words) -> Path:
     return output
 
 
-def newest_results(folder: Path) -> Path | None:
-    """The result file of the newest measurement in `folder`."""
+def result_files(folder: Path) -> list[Path]:
+    """The result files of `folder`, the newest measurement first."""
     files = [path for path in folder.glob("results_purified*.jsonl") if not path.stem.endswith("_rows")]
-    return max(files, key=lambda path: (len(path.name), path.name), default=None)
+    return sorted(files, key=lambda path: (len(path.name), path.name), reverse=True)
 
 
 def stands(file: Path | None, model, dataset=None) -> bool:
@@ -99,16 +99,18 @@ def stands(file: Path | None, model, dataset=None) -> bool:
 
 
 def measured(folder: Path) -> tuple[dict, list[dict]]:
-    """(result line, outcome lines) at TEMPERATURE of the newest measurement in `folder`."""
-    newest = newest_results(folder)
-    lines, outcomes = map(results.read_jsonl, (newest, measure_purified.outcomes_path(newest)))
-    line = next(line for line in lines if line["temperature"] == TEMPERATURE)
-    return line, [one for one in outcomes if one["temperature"] == TEMPERATURE]
+    """(result line, outcome lines) of the newest measurement at TEMPERATURE in `folder`."""
+    for file in result_files(folder):
+        for line in reversed(results.read_jsonl(file)):
+            if line["temperature"] == TEMPERATURE:
+                outcomes = results.read_jsonl(measure_purified.outcomes_path(file))
+                return line, [one for one in outcomes if one["temperature"] == TEMPERATURE]
+    raise cli.UserError(f"{folder}: nothing was measured at temperature {TEMPERATURE} there; name another --output")
 
 
 def attack(model, folder: Path, dataset, *extra) -> None:
     """measure_purified.py, unless `folder` has its finished result of these weights and rows already."""
-    if stands(newest_results(folder), model, dataset):
+    if stands(next(iter(result_files(folder)), None), model, dataset):
         print(f"\n{folder}: measured before, kept")
         return
     call(measure_purified, "--model", model, "--output_dir", folder, "-d", dataset, *extra)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -252,6 +253,36 @@ def test_partial_file_is_continued_and_stale_one_is_not(tree, dataset):
     (checkpoint / "results_purified.jsonl").write_text('{"matches": {"A": 1}, "temperature": 0.2}\n')
     assert evaluate(tree / "b", dataset) == 0
     assert not (checkpoint / "results_purified3.jsonl").exists()
+
+
+def table_of(text: str) -> dict[str, list[str]]:
+    """{temperature: cells} of the last table in what evaluate_purified.py printed."""
+    rows = [line.split() for line in text.rpartition("checkpoint-1\n")[2].splitlines()]
+    return {row[0]: row[1:] for row in rows if re.fullmatch(r"[0-9.]+", row[0])}
+
+
+def test_the_table_has_the_newest_measurement_of_each_temperature(tree, dataset, capsys):
+    """Measured before, continued, or again in a file of its own: the table at the end has all of it."""
+    checkpoint = tree / "b/checkpoint-1"
+    assert evaluate(tree / "b", dataset, "--temperatures", "0.2") == 0
+    first = table_of(capsys.readouterr().out)
+    assert list(first) == ["0.2"] and len(first["0.2"]) == 9
+    assert evaluate(tree / "b", dataset) == 0
+    second = table_of(capsys.readouterr().out)
+    assert list(second) == ["0", "0.2", "1"] and second["0.2"] == first["0.2"]
+    assert evaluate(tree / "b", dataset) == 0  # nothing left to measure
+    assert table_of(capsys.readouterr().out) == second
+    lines = read_lines(checkpoint / "results_purified.jsonl")
+    again = next(line for line in lines if line["temperature"] == 0.2)
+    again["matches"] = dict.fromkeys("ABCD", 17) | {"total": 20}
+    write_rows(checkpoint / "results_purified1.jsonl", [again])
+    shutil.copy(checkpoint / "outcomes_purified.jsonl", checkpoint / "outcomes_purified1.jsonl")
+    assert evaluate(tree / "b", dataset) == 0  # the others stand in the older file
+    third = table_of(capsys.readouterr().out)
+    assert third["0.2"][:4] == ["17"] * 4 and {**third, "0.2": 0} == {**second, "0.2": 0}
+    assert evaluate(tree / "b", dataset, "--temperatures", "0.5") == 0
+    assert [line["temperature"] for line in read_lines(checkpoint / "results_purified1.jsonl")] == [0.2, 0.5]
+    assert list(table_of(capsys.readouterr().out)) == ["0", "0.2", "0.5", "1"]
 
 
 def test_one_bad_checkpoint_does_not_stop_the_others(tree, adapters, dataset, capsys):

@@ -54,6 +54,10 @@ def test_the_newest_measurement_is_read_at_one_temperature(tmp_path):
     (tmp_path / "results_purified10_rows.jsonl").write_text("{}\n")
     line, outcomes = measured(tmp_path)
     assert line == {"temperature": 0.2, "n": 1} and [one["exact"] for one in outcomes] == [True]
+    write_rows(tmp_path / "results_purified11.jsonl", [{"temperature": 1.0}])  # newer, and of nothing that is asked for
+    assert measured(tmp_path) == (line, outcomes)
+    with pytest.raises(UserError, match="nothing was measured at temperature"):
+        measured(tmp_path / "none")
 
 
 def test_against_base_by_hand():
