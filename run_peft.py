@@ -1243,14 +1243,33 @@ class Training:
         return [float(item.full_tensor() if self.sharded else item) for item in sums]
 
     def relative_change(self) -> float | None:
-        """‖ΔW‖ / ‖W‖ (Frobenius, all adapted matrices together); None but for LoRA on a base that is whole here."""
-        if self.args.peft_type != "lora" or self.args.distribution_type == "fsdp":
+        """‖ΔW‖ / ‖W‖ (Frobenius, all adapted matrices together): trained against untrained. None for whole models."""
+        if self.full:
             return None
-        change = total = 0.0
-        for layer in lora_layers(self.model).values():
-            change += layer.get_delta_weight("default").detach().double().square().sum().item()
-            total += layer.get_base_layer().weight.detach().double().square().sum().item()
+        trained, change, total = adapter_state(self.model), 0.0, 0.0
+        for name, layer in lora_layers(self.model).items():
+            before, after = (effective_weight(layer, name, state) for state in (self.initial, trained))
+            change += (after - before).square().sum().item()
+            total += before.square().sum().item()
         return (change / total) ** 0.5
+
+
+def effective_weight(layer, name: str, state: dict):
+    """The weight (float64) of an adapted layer with its tensors in `state`: W + s·B A, of DoRA with its magnitudes."""
+    import torch
+    from peft.utils.other import transpose
+
+    with torch.no_grad():
+        weight = layer.get_base_layer().weight.detach()
+        weight = (
+            weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+        ).double()  # fsdp: whole, here alone
+        a, b, m = (
+            state[key].to(weight) if (key := f"{name}.{kind}") in state else None
+            for kind in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+        )
+        weight = transpose(weight, layer.fan_in_fan_out) + layer.scaling["default"] * b @ a
+        return weight if m is None else weight * (m.view(-1) / weight.norm(dim=1))[:, None]
 
 
 def save_adapter(folder: Path, state: dict, config) -> None:

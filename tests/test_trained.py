@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, make_rows, read_lines, write_rows
 
 import run_peft
@@ -317,12 +318,22 @@ def test_equal_runs_have_equal_bytes(models, dataset, tmp_path):
     assert files[0] == files[1] and modules == sorted(modules) and len(modules) == 14
 
 
-def test_a_model_that_has_hardly_moved_is_told(models, dataset, tmp_path, capsys):
-    still, moved = (train(tmp_path / rate, models["neox"], dataset, "-lr", rate) for rate in ("2e-6", "1e-2"))
+@pytest.mark.parametrize("kind", ("lora", "dora", "pissa", "dp"))
+def test_a_model_that_has_hardly_moved_is_told(kind, models, dataset, tmp_path, capsys):
+    """And what run.json says of it is ‖W′ − W‖ / ‖W‖ of the merged weights, whatever the adapter."""
+    from common import models as common_models
+
+    flags = ["-pt", kind] if kind != "dp" else ["--dp", "--noise_multiplier", 0, "--max_grad_norm", "inf"]
+    still, moved = (train(tmp_path / rate, models["neox"], dataset, "-lr", rate, *flags) for rate in ("2e-6", "1e-2"))
     record = json.loads((still / "run.json").read_text())
     assert record["relative_change"] < 1e-4 and record["notes"][0].startswith("the model has hardly moved")
     assert json.loads((moved / "run.json").read_text())["notes"] == []
     assert capsys.readouterr().out.count("the model has hardly moved") == 1
+    for folder in (still, moved):
+        last = common_models.find_checkpoints(folder)[-1]
+        base = common_models.load_base(common_models.find_model(str(last)), torch.float32, "cpu")
+        with common_models.adapted(base, last) as (_, change):
+            assert json.loads((folder / "run.json").read_text())["relative_change"] == pytest.approx(change, rel=0.02)
 
 
 @pytest.mark.parametrize("rank", [4, 16])
