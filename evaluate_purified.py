@@ -140,6 +140,7 @@ def evaluate(args, study, checkpoints: list[Path], sets, membership, place) -> i
             if lines:
                 print(f"\n{checkpoint}")
                 measure_purified.print_table(lines, study)
+                models.say_if_hardly_moved(ref, lines[-1]["relative_change"])
         if args.mia:
             base = None
             usable = {checkpoint: ref for checkpoint, ref in refs.items() if str(checkpoint) not in failures}

@@ -533,7 +533,9 @@ def run(args) -> int:
                     path = measure_model(model, tokenizer, study, args, describe(ref, dtype, change), world)
             record["results"] = str(path)
     if world.main:
-        print_table(results.read_jsonl(path), study)
+        lines = results.read_jsonl(path)
+        print_table(lines, study)
+        models.say_if_hardly_moved(ref, lines[-1]["relative_change"])
     world.say(f"wrote {path}")
     world.close()
     return 0

@@ -68,7 +68,6 @@ TRIM_STEPS = 16  # steps between calls of trim_memory
 FREE_ARGUMENTS = ("input", "output_root", "resume", "dry_run", "logging_steps", "report_to", "allow_overlap",
                   "suggest_max_grad_norm")  # fmt: skip
 SEED = 3407  # without --dp
-HARDLY = 1e-4  # ‖ΔW‖/‖W‖ below which a model answers as its base does
 # A bf16 pass rounds a row's gradient by its neighbours: a removed record was seen to move the others of 32 by up to
 # 0.055 of the clipping norm C, across its own gradient and growing with √units: 0.01·C·√units.
 ROUNDING = 0.01
@@ -1641,8 +1640,7 @@ def _run(args, plan: Plan, world, dtype, record: results.Run, secret: bytes | No
         world.say(privacy.summary(record["privacy"]))
     if record["relative_change"] is not None:
         world.say(f"‖ΔW‖/‖W‖ {record['relative_change']:.3g}")
-        if record["relative_change"] < HARDLY:
-            note = f"the model has hardly moved: ‖ΔW‖/‖W‖ {record['relative_change']:.2g} is below {HARDLY:g}"
+        if note := models.hardly_moved(record["relative_change"]):
             record["notes"] = [note]
             world.say(f"{note}; raise --learning_rate or train longer")
     for tracker in trackers:

@@ -518,6 +518,8 @@ def measure(args, task, place: results.Output) -> dict:
             record["error"] = f"{len(violations)} lower bounds of ε exceed the accountant's at 99.9 %"
     if world.main:
         report(lines)
+        for ref in task.refs.values():
+            models.say_if_hardly_moved(ref)
         print(f"{len(lines)} lines in {folder / FILE}")
     world.close()
     return {"lines": lines, "violations": violations}

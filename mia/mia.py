@@ -305,6 +305,7 @@ def measure(ref, study: Study, args, world, folder, passes, name: str) -> list[d
                 draw_roc(found, study, flags, name).savefig(file, format="png", dpi=120)
             record.files.write_jsonl(folder / "results_mia.jsonl", lines)
             world.say(f"{name}\n{table(lines)}")
+            models.say_if_hardly_moved(ref)
             p = {who: made["p"] for who, made in kept["dataset_inference"].items() if made and made["p"] is not None}
             world.say("dataset inference: " + ", ".join(f"{who} p = {value:.2g}" for who, value in p.items()))
             return lines

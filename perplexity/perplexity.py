@@ -320,6 +320,8 @@ def run_locked(args, folder: Path, place: results.Output, earlier, chosen, texts
                 write(place, folder, lines, current)
             scored += line["n_tokens"]
             world.say(f"[{number}/{len(todo)}] {text_line(line)}".rstrip())
+            if world.main:
+                models.say_if_hardly_moved(ref, line["relative_change"])
         if world.main and lines:
             write(place, folder, lines, current)
         record["n_tokens"] = sum(line["n_tokens"] for line in current)

@@ -3,12 +3,12 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.models import HARDLY
 from reporting.read import HEADLINE_TEMPERATURE, Study, choose
 
 LEVELS = ("wrong", "careful", "note")  # a number is not what it says | read it with this in mind | good to know
 MUCH_CUT = 0.05  # share of generated rows that hit the token limit
-MOVED = 1e-6  # ‖ΔW‖/‖W‖ below which training changed nothing that float32 keeps, …
-HARDLY = 1e-4  # … and below which a model is all but its base
+MOVED = 1e-6  # ‖ΔW‖/‖W‖ below which training changed nothing that float32 keeps
 
 
 @dataclass
@@ -193,23 +193,35 @@ def models(study: Study):
     if changed:
         text = "Its weights were not the same at every measurement (another SHA-256): it was trained again between."
         yield Caution("wrong", f"{_n(changed, 'model')} measured in two states", text, changed)
-    still, slow = {}, {}
-    for kind in ("extraction", "perplexity"):
-        for file, number, line in study.lines.get(kind, []):
-            change = line.get("relative_change")
-            if isinstance(change, int | float) and change < HARDLY:
-                kept = still if change < MOVED else slow
-                kept[line.get("model")] = f"{file}:{number}: ‖ΔW‖/‖W‖ = {change:.1g}"
+    places: dict[tuple, tuple[float, str]] = {}  # path of the run, or of a checkpoint before its last
+    for row in study.rows:
+        if row.model and row.model.change is not None and row.role == "target":
+            key = row.model.run if row.model.last else row.model.key
+            places.setdefault(_tail(key), (row.model.change, f"{row.model.label} ({row.source})"))
+    for file, number, line in study.lines.get("utility", []):
+        if line.get("relative_change") is not None:
+            key = _tail(Path(str(line.get("checkpoint") or f"{file}:{number}")).parent)
+            places.setdefault(key, (line["relative_change"], f"{line['arm']}, seed {line['seed']} ({file}:{number})"))
+    for path, run in study.runs.items():
+        if Path(path).name == "run.json" and run.get("relative_change") is not None:
+            places.setdefault(_tail(Path(path).parent), (run["relative_change"], study.shown(path)))
+    few = [(change, f"{place}: ‖ΔW‖/‖W‖ = {change:.1g}") for change, place in places.values() if change < HARDLY]
+    still, slow = ([place for change, place in few if (change < MOVED) == same] for same in (True, False))
     if still:
         text = "Training left the weights as they were; the base was measured."
-        yield Caution("careful", f"{_n(still, 'adapter')} that changed nothing", text, list(still.values()))
+        yield Caution("careful", f"{_n(still, 'adapter')} that changed nothing", text, still)
     if slow:
         text = "Arms that look alike may be so because nothing was learnt: raise the learning rate, or train longer."
-        yield Caution("careful", f"{_n(slow, 'adapter')} that hardly moved the model", text, list(slow.values()))
+        yield Caution("careful", f"{_n(slow, 'adapter')} that hardly moved the model", text, slow)
     older = study.lines.get("superseded", [])
     if older:
         text = "The same model was measured again with the same settings; the newest lines are shown."
         yield Caution("note", f"{_n(older, 'older line')} left out", text, [f"{file}:{n}" for file, n, _ in older])
+
+
+def _tail(path) -> tuple:
+    """What stays of a run's path when its tree is moved."""
+    return Path(path).parts[-3:]
 
 
 def synthetic(study: Study):

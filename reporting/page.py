@@ -5,6 +5,7 @@ import shlex
 from html import escape
 from pathlib import Path
 
+from common import models
 from reporting import draw
 from reporting.cautions import LEVELS, Caution, script_of
 from reporting.looks import Look
@@ -195,28 +196,33 @@ def glance(study: Study, look: Look) -> str:
     add(f"Membership AUC{attack}", aucs, "{:.3f}")
     add(f"TPR at 1 % FPR{attack}", study.select("mia", "tpr", role="target", attack=HEADLINE_ATTACK, level="0.01"))
     add("ε|upper bound, PRV", study.select("privacy", "ε upper (PRV)"), "{:.2f}", exact=True)
+    hardly = {model.key: model.change for model in study.models.values() if models.hardly_moved(model.change)}
+    if any(key in found for key in hardly for _, _, found in columns):
+        note = "the model has hardly moved: what its row shows is the base"
+        cells = {key: (f"{change:.1g}", change, note) for key, change in hardly.items()}
+        columns.append(("‖ΔW‖/‖W‖|where it is small", cells, {}))
     if not columns:
         return ""
     chosen, rule, _ = choose(study)
     keys = {key for head, _, found in columns for key in found if not head.startswith("ε|")}
     keys |= {model.key for model in chosen if any(model.key in found for _, _, found in columns)}
-    models = [model for model in look.sort(study.models.values()) if model.key in keys]
+    measured = [model for model in look.sort(study.models.values()) if model.key in keys]
     rows = []
-    for model in models:
+    for model in measured:
         sources = dict.fromkeys(found[model.key].source for _, _, found in columns if model.key in found)
         items = [cells.get(model.key, ("", None)) for _, cells, _ in columns]
         rows.append([model.label, *items, "\n".join(sources)])
-    strong = {place for place, model in enumerate(models) if model in chosen and len(models) > len(chosen)}
+    strong = {place for place, model in enumerate(measured) if model in chosen and len(measured) > len(chosen)}
     caption = (
         f"Each number at one setting that was fixed beforehand: extraction at temperature {HEADLINE_TEMPERATURE} over "
         f"all templates (greedy beside it), membership by {HEADLINE_ATTACK}. 95 % intervals. Figures compare "
         f"{rule}{', in bold here' if strong else ''}."
     )
     heads = ["<Model", *[head for head, _, _ in columns], "@Lines"]
-    if len(models) <= MOST_MODELS:
+    if len(measured) <= MOST_MODELS:
         return table(heads, rows, caption, strong)
     few = [row for place, row in enumerate(rows) if place in strong]
-    every = folded(f"All {len(models):,} models", table(heads, rows, "Every checkpoint that was measured"), "all")
+    every = folded(f"All {len(measured):,} models", table(heads, rows, "Every checkpoint that was measured"), "all")
     return table(heads, few, caption.replace(", in bold here", ", alone here")) + every
 
 
@@ -326,7 +332,7 @@ def section_tables(study: Study, section: str) -> str:
     if section == "utility":
         heads = {"<Measure": lambda row: row.metric, "<Arm": _who,
                  "Seed": lambda row: number(row.seed, "{}"),
-                 "<Against real": lambda row: _mcnemar(row)}  # fmt: skip
+                 "<Against real": lambda row: _mcnemar(row), "<‖ΔW‖/‖W‖": _change}  # fmt: skip
         first = plain_table(pick("utility"), "Train on synthetic, test on real", heads)
         heads = {"<Measure": lambda row: row.metric, "<Arm": _who}
         second = plain_table(pick("importance"), "Feature importance consistency", heads)
@@ -334,6 +340,12 @@ def section_tables(study: Study, section: str) -> str:
         third = plain_table(pick("human"), "Human evaluation of blinded rows", heads)
         return folded("Every score", first) + folded("Feature importance", second) + folded("Human evaluation", third)
     return ""
+
+
+def _change(row: Row) -> str:
+    change = row.settings.get("relative_change")
+    note = ": hardly moved, this is the base" if models.hardly_moved(change) else ""
+    return "" if change is None else f"{change:.1g}{note}"
 
 
 def _mcnemar(row: Row) -> str:
@@ -442,8 +454,8 @@ def render(study: Study, figures: list[draw.Figure], cautions: list[Caution], ma
     bad = sum(caution.level == "wrong" for caution in cautions)
     careful = sum(caution.level == "careful" for caution in cautions)
     files = sum(len(paths) for kind, paths in study.files.items() if kind not in ("adapter", "responses"))
-    models = len({row.model.key for row in study.rows if row.model})
-    facts = {"models": models, "result files": files, "numbers": len(study.rows), "runs": len(study.runs)}
+    measured = len({row.model.key for row in study.rows if row.model})
+    facts = {"models": measured, "result files": files, "numbers": len(study.rows), "runs": len(study.runs)}
     shown = "".join(f"<li><b>{value:,}</b> {name}</li>" for name, value in facts.items())
     first = {"cautions": f"Read first ({bad + careful})" if bad + careful else "Read first"}
     links = "".join(f'<a href="#{name}">{escape(title)}</a>' for name, title in {**first, **parts}.items())

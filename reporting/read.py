@@ -55,6 +55,7 @@ class Model:
     epoch: float | None = None
     run_name: str | None = None
     last: bool = True  # the last checkpoint of its run
+    change: float | None = None  # ‖ΔW‖/‖W‖
     origin: str = ""  # key of the checkpoint whose weights it has: itself, or what was merged
     label: str = ""
 
@@ -357,9 +358,10 @@ class Models:
             model.arm = "base" if key == str(base) or key in self.bases or last in known else last
             model.base = last if model.arm == "base" else Path(str(base)).name if base else ""
             model.run = key
-            merge = self.study.runs.get(str(Path(key) / "run_merge_peft.json"), {}).get("args", {})
-            if merge.get("model"):
-                model.origin = str(self.resolve(merge["model"], Path(key) / "run_merge_peft.json"))
+            merge = self.study.runs.get(str(Path(key) / "run_merge_peft.json"), {})
+            if merge.get("args", {}).get("model"):
+                model.origin = str(self.resolve(merge["args"]["model"], Path(key) / "run_merge_peft.json"))
+                model.change = merge.get("relative_change")
         self.study.models[key] = model
         return model
 
@@ -382,6 +384,7 @@ class Models:
         model.run_name = args.get("run_name") or (place["name"] if place else None)
         siblings = self.siblings.get(run, [folder])
         model.last = folder == siblings[-1] if folder in siblings else True
+        model.change = content.get("relative_change") if model.last else None
         if content.get("steps") and args.get("epochs"):
             model.epoch = round(model.step * args["epochs"] / content["steps"], 2)
         elif folder in siblings:
@@ -533,6 +536,9 @@ def read(directories: list[Path], output: Path | None = None) -> Study:
                         check_row(row)
                         row.file, row.line = shown, number
                         row.arm = row.arm or (row.model.arm if row.model else None)
+                        if row.model and line.get("relative_change") is not None:
+                            known = [one for one in (row.model.change, line["relative_change"]) if one is not None]
+                            row.model.change = min(known)
                     study.rows += made
                     study.lines.setdefault(kind, []).append((shown, number, line))
             scores = scores_of(path, study) if kind == "mia" else None

@@ -204,7 +204,7 @@ def utility_rows(line: dict, study: Study, models: Models, path: Path, number: i
         else:
             low, high = line["accuracy_ci95"] if metric == "accuracy" else (None, None)
             role = "target" if line["seed"] is not None else "baseline"
-            keys = ("train_rows", "steps", "n_cut", "mcnemar_against_real")
+            keys = ("train_rows", "steps", "n_cut", "mcnemar_against_real", "relative_change")
             made.append(Row("utility", metric, found, low, high, "Clopper–Pearson 95 %" if low is not None else None,
                             n=line["n_scored"], n_requested=line["n_requested"], n_dropped=line["n_dropped"], role=role,
                             settings={key: line[key] for key in keys if key in line}, **shared))  # fmt: skip

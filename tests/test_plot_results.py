@@ -557,6 +557,33 @@ def test_what_misleads_is_said_first(tmp_path, change, level, words):
     assert place < page.index('id="glance"') and page.index('id="cautions"') < page.index('id="glance"')
 
 
+@pytest.mark.parametrize("kind", ["dora", "pissa", "lora-dp-eps8"])
+def test_a_model_that_hardly_moved_is_told_where_its_numbers_are(tmp_path, kind):
+    """By its run.json alone, where the lines do not know it (bfloat16, membership inference, epsilon): once a run."""
+    root = small_tree(tmp_path / "tree")
+    run = run_folder(root, "replaced", peft=kind, relative_change=3e-6)
+    for epoch in (1, 2):
+        checkpoint = run / f"checkpoint-{10 * epoch}"
+        put(checkpoint / "results_purified.jsonl", extraction_line(checkpoint, relative_change=None))
+        put(checkpoint / "results_mia.jsonl", mia_line(checkpoint))
+        put(checkpoint / "privacy.json", privacy_block(8.0))
+    put(root / "merged" / "results_purified.jsonl", extraction_line(root / "merged", relative_change=None))
+    put(root / "merged" / "run_merge_peft.json",
+        RUN | {"args": {"model": str(root / "gone/checkpoint-2")}, "relative_change": 5e-6})  # fmt: skip
+    utility = synthetic_tree(tmp_path / "more") / "utility" / "results_utility.jsonl"
+    lines = [json.loads(line) for line in utility.read_text().splitlines()]
+    lines[0] |= {"relative_change": 4e-6, "checkpoint": "u/models/tiny/real-seed1-dora/0e+00_2e-06/checkpoint-9"}
+    put(root / "u" / "results_utility.jsonl", *lines)
+    put(root / "u/models/tiny/real-seed1-dora/0e+00_2e-06/run.json", RUN | {"relative_change": 4e-6})
+    (caution,) = [one for one in cautions.find(read.read([root])) if "hardly moved" in one.title]
+    assert caution.title == "3 adapters that hardly moved the model" and "nothing was learnt" in caution.text
+    assert sorted(place.rpartition(" = ")[2] for place in caution.places) == ["3e-06", "4e-06", "5e-06"]
+    page = report(root, "--output", tmp_path / "out")[2]
+    assert "4e-06: hardly moved, this is the base" in page  # beside the score
+    glance = page[page.index('id="glance"') : page.index('id="extraction"')]
+    assert glance.count("what its row shows is the base") == 2 and ">3e-06<" in glance and ">5e-06<" in glance
+
+
 def test_lower_bound_above_upper_is_wrong_and_maxima_are_named(tmp_path):
     found = titles(synthetic_tree(tmp_path / "tree"), "wrong")
     assert "lower 2.50, upper 2.00" in found and found.count("lower 2.50") == 1

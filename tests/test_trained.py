@@ -336,6 +336,28 @@ def test_a_model_that_has_hardly_moved_is_told(kind, models, dataset, tmp_path, 
             assert json.loads((folder / "run.json").read_text())["relative_change"] == pytest.approx(change, rel=0.02)
 
 
+@pytest.mark.parametrize("flags", (["-pt", "pissa"], ["--dp", "--noise_multiplier", 1]), ids=["pissa", "dp"])
+def test_a_model_that_has_hardly_moved_is_told_where_it_is_measured(flags, models, dataset, tmp_path, capsys):
+    """At the default learning rate, by every script that prints a number of the checkpoint."""
+    import evaluate_purified
+    import measure_purified
+    from mia import mia
+    from perplexity import perplexity
+
+    for rate, told in ((run_peft.make_parser().get_default("learning_rate"), 1), (0.01, 0)):
+        folder = train(tmp_path / str(rate), models["neox"], dataset, *flags, "-lr", rate)
+        last, out, quick = run_peft.checkpoints(folder)[-1], tmp_path / f"out {rate}", ["--temperatures", 0.2]
+        for script, words in (
+            (measure_purified, ["--model", last, "--output_dir", out / "m", "-d", dataset, *quick]),
+            (evaluate_purified, ["--model", folder, "-d", dataset, *quick]),
+            (perplexity, ["--dir", folder, "-d", dataset, "--output_dir", out / "p", "--dtype", "bfloat16"]),
+            (mia, ["--model", last, "--members", dataset, "--output_dir", out / "i", "--attacks", "loss"]),
+        ):
+            capsys.readouterr()
+            assert script.main([str(word) for word in words]) == 0
+            assert capsys.readouterr().out.count("is below 0.0001; what it shows is the base") == told, script
+
+
 @pytest.mark.parametrize("rank", [4, 16])
 def test_dp_on_a_bf16_base_passes_its_check(rank, models, dataset, tmp_path):
     """Twelve initialisations, as on a GPU by default; what is wrong is still noticed (test_dp.py)."""

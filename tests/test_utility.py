@@ -179,6 +179,15 @@ def test_downstream_end_to_end_and_again(files, models, tmp_path, capsys):
     assert (tmp_path / "results_utility.jsonl").read_text() == content
 
 
+def test_downstream_says_where_a_model_has_hardly_moved(files, models, tmp_path, capsys):
+    """At a rate too small to learn at: beside the score, and in its line; of PiSSA too."""
+    assert call_downstream(files, models, tmp_path, "-pt", "pissa", "-lr", 1e-9, "--num_seeds", 1, arms=("good",)) == 0
+    said = capsys.readouterr().out
+    for line in read_lines(tmp_path / "results_utility.jsonl")[:2]:
+        assert line["relative_change"] < 1e-4 and line["notes"]
+        assert f"{line['arm']}, seed {line['seed']}: {line['notes'][0]}; what it shows is the base" in said
+
+
 def test_downstream_with_other_settings_is_refused_and_touches_nothing(files, models, tmp_path):
     out, copy = tmp_path / "out", tmp_path / "copy.jsonl"
     settings = ("--num_seeds", 1, "--num_heldout", 20, "-e", 1)
