@@ -35,6 +35,7 @@ def make_parser() -> cli.Parser:
     add("--include_responses", action="store_true", help="show answers of --save_responses, by their shape alone")
     add("--unredacted", action="store_true", help="with --include_responses: as they are; the page gets mode 0600")
     add("--no_figures", action="store_true", help="no PNG and PDF; the page has its figures all the same")
+    cli.add_dry_run(parser)
     add("--seed", type=cli.seed, default=3407, help="recorded; nothing here is random")
     return parser
 
@@ -67,17 +68,25 @@ def check(args):
 def run(args) -> int:
     """Write the report; 0, or 1 when a line of a result file could not be read."""
     output = Path(args.output)
-    with results.output_folder(output) as place:
+    with results.output_folder(output, args.dry_run) as place:
         study = check(args)
-        with results.Run(output / OURS, args, output=place) as record:
-            write(args, study, output, record)
-    for line in record["damaged"]:
+        broken = [f"{one.file}:{one.line}: {one.reason}" for one in study.damage if not one.torn]
+        if args.dry_run:
+            from reporting import figures
+
+            names = ", ".join(figure.name for figure in figures.build(study))
+            print(f"would write report.html, results.csv and figures in {output}: {len(study.rows):,} numbers, {names}")
+        else:
+            with results.Run(output / OURS, args, output=place) as record:
+                write(args, study, output, broken, record)
+    for line in broken:
         print(f"not read: {line}", file=sys.stderr)
-    print(f"{len(study.rows):,} numbers, {len(record['figures'])} figures: {output / 'report.html'}")
-    return 1 if record["damaged"] else 0
+    if not args.dry_run:
+        print(f"{len(study.rows):,} numbers, {len(record['figures'])} figures: {output / 'report.html'}")
+    return 1 if broken else 0
 
 
-def write(args, study, output: Path, record: results.Run) -> None:
+def write(args, study, output: Path, broken: list[str], record: results.Run) -> None:
     from reporting import cautions, draw, figures, page, read, responses
 
     answers = responses.html(study, args.unredacted) if args.include_responses else ""
@@ -92,7 +101,6 @@ def write(args, study, output: Path, record: results.Run) -> None:
     text = page.render(study, drawn, cautions.find(study), made, answers)
     with record.files.open(output / "report.html", permissions=0o600 if args.unredacted else 0o644) as file:
         file.write(text)
-    broken = [f"{one.file}:{one.line}: {one.reason}" for one in study.damage if not one.torn]
     record["figures"] = [figure.name for figure in drawn]
     record["numbers"], record["damaged"] = len(study.rows), broken
     if broken:

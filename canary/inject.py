@@ -173,13 +173,12 @@ def run(args) -> dict:
         if not args.dry_run:
             with place.publication() as files:
                 write(files, args, settings, made, key, counts, space)
-    print(f"{len(made):>9,}  rows in {output}, {counts['rows_with_canary']:,} of them with a canary")
+    words = "rows would stand in" if args.dry_run else "rows in"
+    print(f"{len(made):>9,}  {words} {output}, {counts['rows_with_canary']:,} of them with a canary")
     print(f"{counts['placed']:>9,}  canaries placed, {counts['held_out']:,} held out")
     if args.audit:
         print(f"{args.audit:>9,}  audit canaries, {counts['audit_included']:,} of them in the file")
     print(f"          key: {key_file}")
-    if args.dry_run:
-        print("          dry run: nothing is written")
     return counts
 
 

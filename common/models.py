@@ -21,6 +21,7 @@ WEIGHT_FILES = (
 )
 PRIVACY_FILE = "privacy.json"
 HARDLY = 1e-4  # ‖ΔW‖/‖W‖ below which a model answers as its base does
+HARDLY = 1e-4  # ‖ΔW‖/‖W‖ below which a model answers as its base does
 
 
 @dataclass(frozen=True)
@@ -261,6 +262,22 @@ def training_record(checkpoint) -> dict | None:
     if not whole or not isinstance(record.get("args", {}), dict):
         raise UserError(f"{file}: its args or inputs are not what run_peft.py writes; remove it if it is lost")
     return record
+
+
+def hardly_moved(change) -> str | None:
+    """What is said of a model whose ‖ΔW‖/‖W‖ is so small, None of others (and of None)."""
+    if not isinstance(change, int | float) or change >= HARDLY:
+        return None
+    return f"the model has hardly moved: ‖ΔW‖/‖W‖ {change:.2g} is below {HARDLY:g}"
+
+
+def say_if_hardly_moved(ref, change=None) -> None:
+    """Print it beside the numbers of a model. `change`: ‖ΔW‖/‖W‖; None: what its run recorded at its end."""
+    if change is None and (ref.adapter or Path(ref.base).is_dir()):
+        with contextlib.suppress(UserError):  # of a broken run.json, which those that need it name
+            change = (training_record(ref.adapter or ref.base) or {}).get("relative_change")
+    if note := hardly_moved(change):
+        print(f"{ref.name}: {note}; what it shows is the base")
 
 
 def hardly_moved(change) -> str | None:

@@ -6,6 +6,7 @@ import math
 import random
 import shutil
 import stat
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -554,7 +555,8 @@ def test_a_signal_that_is_the_same_for_all_gives_no_bound(echoes, tmp_path, caps
     assert second["heuristic"]["bound"] is None and not any(second["above_upper"].values())
     assert (second["n_requested"], second["n_scored"], second["upper"]) == (200, 200, 0.5)
     assert "similarity): no bound (the signal is the same for all canaries)" in capsys.readouterr().out
-    made = [row for row in canary_rows(second, SimpleNamespace(shown=str), {}, "x", 1) if row.value is None]
+    study = SimpleNamespace(shown=str, runs={})
+    made = [row for row in canary_rows(second, study, {}, Path("x"), 1) if row.value is None]
     assert [row.metric for row in made] == [
         "ε lower, text only", "ε lower, text only at 99.9 %", "AUC of the audit, text only",
     ]  # fmt: skip

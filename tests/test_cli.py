@@ -87,7 +87,7 @@ FLAGS = {
         "--real", "--heldout", "--synthetic", "--num_rows", "--num_heldout", "--min_rows", "--num_seeds",
         "--output_dir", "--overwrite", "--dry_run", "--seed",
     },
-    "plot_results.py": {"--output", "--include_responses", "--unredacted", "--no_figures", "--seed"},
+    "plot_results.py": {"--output", "--include_responses", "--unredacted", "--no_figures", "--dry_run", "--seed"},
     "utility/human_sheet.py": {
         "--synthetic", "--real", "--num_rows", "--sheets", "--key", "--output_dir", "--overwrite", "--dry_run",
         "--seed",
@@ -117,6 +117,32 @@ def test_help_shows_the_frozen_flags_and_loads_nothing_heavy(script):
     options = re.split(r"\n  (?=-)", help_text.split("options:")[1].split("\nexample:")[0])[1:]
     silent = [option.split()[0] for option in options if "(default:" not in option and "--help" not in option]
     assert silent == []
+
+
+def test_every_script_has_a_dry_run_as_the_readme_says():
+    assert [script for script, flags in FLAGS.items() if "--dry_run" not in flags] == []
+
+
+def test_dry_runs_of_the_builders_write_nothing(dataset, tmp_path):
+    mails = tmp_path / "maildir"
+    mails.mkdir()
+    (mails / "1.").write_text("From: a@a.example\n\nx\n")
+    review = {"rating": 5.0, "title": "t", "text": "x", "asin": "B1", "user_id": "u"}
+    reviews = write_rows(tmp_path / "reviews.jsonl", [review])
+    meta = write_rows(tmp_path / "meta.jsonl", [{"parent_asin": "B1", "title": "p"}])
+    rows = write_rows(tmp_path / "train.jsonl", [{"Review": "good", "Rating": 5, "row_id": n} for n in range(4)])
+    before, out = sorted(tmp_path.rglob("*")), tmp_path / "out"
+    for words in (
+        ["data/enron/prepare.py", "--input", mails, "--output", out / "enron.jsonl"],
+        ["data/replace_pii.py", "--input", dataset, "--output", out / "r.arrow"],
+        ["data/amazon/prepare.py", "--reviews", reviews, "--meta", meta, "--output_dir", out],
+        ["canary/inject.py", "--input", rows, "--output", out / "c.jsonl", "--key_file", out / "k.jsonl", "--audit", 2],
+    ):
+        done = run_script(*words, "--dry_run")
+        assert (done.returncode, done.stderr) == (0, "") and "would " in done.stdout and str(out) in done.stdout
+        words[2] = tmp_path / "none"
+        assert run_script(*words, "--dry_run").returncode == 2
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_defaults_of_the_contract():

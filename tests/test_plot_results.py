@@ -627,6 +627,22 @@ def test_user_errors_name_everything_at_once(tmp_path, monkeypatch, words, probl
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_dry_run_checks_all_and_writes_nothing(tmp_path, capsys):
+    tree = small_tree(tmp_path / "tree")
+    before = sorted(tmp_path.rglob("*"))
+    words = [str(tree), "--output", str(tmp_path / "out"), "--dry_run"]
+    assert plot_results.main(words) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("would write report.html") and str(tmp_path / "out") in said and "extraction_bars" in said
+    with pytest.raises(UserError, match="no such directory"):
+        plot_results.main([str(tmp_path / "none"), *words])
+    assert sorted(tmp_path.rglob("*")) == before
+    with open(tree / "base" / "results_purified.jsonl", "a") as file:
+        file.write("[1]\n")
+    assert plot_results.main(words) == 1 and "not read: base/results_purified.jsonl:3" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_a_damaged_line_is_named_and_the_rest_is_shown(tmp_path, capsys):
     tree = small_tree(tmp_path / "tree")
     file = tree / "base" / "results_purified.jsonl"

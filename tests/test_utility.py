@@ -308,6 +308,15 @@ def test_jaccard_says_nothing_where_every_word_is_in_the_top():
     assert feature_importance.cell(None) == "–"
 
 
+def test_a_dry_run_of_feature_importance(files, tmp_path, capsys):
+    assert call_importance(files, tmp_path / "out", "--dry_run") == 0
+    said = capsys.readouterr().out
+    assert said.startswith("would compare 2 draws of ") and "feature_importance.json" in said
+    with pytest.raises(UserError, match="no word stands in so many"):
+        call_importance(files, tmp_path / "out", "--dry_run", "--min_rows", 61)
+    assert not (tmp_path / "out").exists()
+
+
 def test_feature_importance_bad_input(files, tmp_path):
     out = tmp_path / "out"
     flat = write_rows(tmp_path / "flat.jsonl", [row | {"Rating": 5} for row in read_lines(files["good"])])
@@ -386,6 +395,24 @@ def test_no_cell_of_a_sheet_is_a_formula(files, tmp_path):
     filled = fill(tmp_path / "out/sheet.csv", tmp_path / "filled.csv", lambda _: "good")
     words = ["score", "--sheets", filled, "--key", tmp_path / "out/key.jsonl", "--output_dir", tmp_path / "out"]
     assert human_sheet.main([str(word) for word in words]) == 0
+
+
+def test_a_dry_run_of_the_sheet_and_of_its_scores(files, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert make_sheet(files, out, "--dry_run") == 0
+    assert "would write sheet.csv of 25 rows (13 of good, 12 of wrong)" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--num_rows 9000"):
+        make_sheet(files, out, "--dry_run", "--num_rows", 9000)
+    assert not out.exists()
+    make_sheet(files, out)
+    filled = fill(out / "sheet.csv", tmp_path / "filled.csv", lambda _: "good")
+    before = sorted(tmp_path.rglob("*"))
+    words = ["score", "--sheets", filled, "--key", out / "key.jsonl", "--output_dir", out, "--dry_run"]
+    assert human_sheet.main([str(word) for word in words]) == 0
+    assert "would score 1 sheets of 25 rows and write" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no such file"):
+        human_sheet.main([str(word) for word in [*words[:2], tmp_path / "none.csv", *words[2:]]])
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_scores_of_two_sheets(files, tmp_path):

@@ -98,7 +98,7 @@ def run(args) -> dict:
         if finished:
             return results.read_json(target, "remove it")
         if args.dry_run:
-            print(f"would compare {n} rows an arm, {args.num_seeds} seeds, and write {target}")
+            print(f"would compare {args.num_seeds} draws of {n} rows an arm and write {target}")
             return {}
         with results.Run(target.with_name(RECORD), args, inputs, output=place) as record:
             content = measure(samples, words, heldout, n)

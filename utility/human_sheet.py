@@ -94,7 +94,9 @@ def make(args, place: results.Output) -> Path:
         return folder / "sheet.csv"
     chosen = arrange(arms, args.num_rows, args.seed)
     if args.dry_run:
-        print(f"would write {len(chosen)} rows of {', '.join(arms)} to {folder / 'sheet.csv'}")
+        counts = Counter(arm for arm, _ in chosen)
+        shares = ", ".join(f"{counts[arm]} of {arm}" for arm in arms)
+        print(f"would write sheet.csv of {len(chosen)} rows ({shares}), rubric.md and key.jsonl in {folder}")
         return folder / "sheet.csv"
     with results.Run(record, args, inputs, output=place) as run:
         write_sheet(run.files, folder, arms, chosen)
