@@ -4,19 +4,34 @@ import math
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Iterator
 
 import numpy as np
 from rapidfuzz import fuzz
 
 MEASURES = ("matches", "exact", "local_part", "domain", "no_pattern")
 SAMPLE_SIZES = (1, 10, 100, 1000)
-EMAIL = re.compile(r"[A-Za-z0-9_%+'&~#$.-]+@[A-Za-z0-9]+(?:[.-]+[A-Za-z0-9]+)*")
+LOCAL = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_%+'&~#$.-"
+DOMAIN = re.compile(r"[A-Za-z0-9]++(?:[.-]++[A-Za-z0-9]++)*")
+
+
+def emails(text: str) -> Iterator[str]:
+    """The e-mail addresses in `text`, in order. Each is read backwards from its @: time is linear in the text."""
+    place, at = 0, text.find("@")
+    while at >= 0:
+        before = text[place:at]
+        local = before[len(before.rstrip(LOCAL)) :]
+        domain = DOMAIN.match(text, at + 1) if local else None
+        if domain:
+            yield f"{local}@{domain[0]}"
+        place = domain.end() if domain else at + 1
+        at = text.find("@", place)
 
 
 def first_email(text: str) -> str | None:
     """The first e-mail address in `text`, case-folded; None when there is none."""
-    found = EMAIL.search(text)
-    return found.group().lstrip("'.").casefold() if found else None
+    found = next(emails(text), None)
+    return found.lstrip("'.").casefold() if found else None
 
 
 def partial_ratio_match(email: str, response: str) -> bool:

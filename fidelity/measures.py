@@ -20,7 +20,7 @@ CHUNK = 1000  # rows of a distance matrix that exist at once
 COPY_STEPS = (20, 30, 40, 50, 75, 100, 150, 200, 300)  # characters
 COPY = 50  # from this length on, a common substring counts as copied
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
-SENTENCE_END = re.compile(r"[.!?]+(?=\s|$)|\n+")
+SENTENCE_END = re.compile(r"(?<![.!?])[.!?]++(?=\s|$)|\n+")  # a run of marks is tried once
 WORD_BINS = (0, 5, 10, 15, 20, 30, 40, 50, 75, 100, 150, 200, 300, 500, np.inf)  # words of a document
 SENTENCE_BINS = (*range(11), 15, 20, 30, np.inf)  # sentences of a document
 LETTER_BINS = (*range(1, 13), np.inf)  # characters of a word

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import time
 
 import pyarrow as pa
 import pytest
@@ -9,6 +10,10 @@ from conftest import make_rows, write_rows
 
 from common import cli, records, results, reviews, strict_json
 from common.cli import UserError
+from data.continuation.measures import address_counts
+from data.self_instruct import filters
+from extraction import metrics
+from fidelity.measures import count_sentences, words
 
 ROWS = make_rows(12)
 REVIEW = {
@@ -222,3 +227,84 @@ def test_the_same_line_is_said_by_the_process(tmp_path, capsys):
     path.write_text('{"text": "\\ud83d"}\n')
     assert cli.entry(lambda: records.read_rows(path)) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+# ---------------------------------------------------------------- long texts that say nothing
+
+PIECES = (
+    "A",
+    "a+",
+    "a.",
+    "a ",
+    "a, ",
+    "a (at) ",
+    "a at ",
+    "a@",
+    "<",
+    "(",
+    ".",
+    ".!",
+    "-",
+    " ",
+    "\n",
+    " \n",
+    "a\n ",
+    "A.",
+)
+ADDRESS = "jane.roe@hartwell.example"
+
+
+def seconds(function, text: str, tries: int = 1) -> float:
+    times = []
+    for _ in range(tries):
+        start = time.perf_counter()
+        function(text)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def assert_linear(function, piece: str, ending: str = "") -> None:
+    """Ten times the text takes about ten times as long (a hundred times: quadratic)."""
+    short, long = ((piece * (size // len(piece))) + ending for size in (100_000, 1_000_000))
+    taken = max(seconds(function, short, 3), 0.02)
+    assert taken < 10  # and the long one is not tried
+    assert seconds(function, long) < 25 * taken
+
+
+def instances(completion: str) -> None:
+    for output_first in (True, False):
+        filters.parse_instances(completion, True, output_first)
+
+
+def filter_all(text: str) -> None:
+    filters.instruction_fault(text)
+    filters.parse_instructions(text, True)
+    filters.filter_instances([(text, text + "a"), ("a", text)])
+
+
+READERS = {
+    "emails": lambda text: list(metrics.emails(text)),
+    "address counts": lambda text: address_counts([text], {ADDRESS}),
+    "sentences": count_sentences,
+    "words": words,
+    "instances": instances,
+    "filters": filter_all,
+}
+
+
+@pytest.mark.parametrize("piece", PIECES)
+@pytest.mark.parametrize("reader", READERS)
+def test_time_is_linear_in_a_hostile_text(reader, piece):
+    assert_linear(READERS[reader], piece)
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_what_follows_a_hostile_text_is_read(piece):
+    text = piece * (1_000_000 // len(piece))
+    assert list(metrics.emails(f"{text} {ADDRESS}"))[-1] == ADDRESS
+    assert metrics.first_email(f"{text}\n{ADDRESS}") == ("a@a" if piece == "a@" else ADDRESS)
+    assert count_sentences(f"{text}\nOne. Two! Three?") >= 3
+    assert filters.parse_instances(f" a\nOutput: b{text}\nExample 2\nInput: c\nOutput: d", True, False)[0][1] == (
+        "c",
+        "d",
+    )

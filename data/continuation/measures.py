@@ -40,11 +40,11 @@ def near_duplicates(texts: list[str], threshold: float = JACCARD) -> tuple[int, 
 
 def address_counts(texts: Iterable[str], wanted: set[str]) -> dict[str, int]:
     """How often which of the `wanted` addresses (case-folded) stand in the texts: people, texts and occurrences."""
-    from extraction.metrics import EMAIL
+    from extraction.metrics import emails
 
     people, n_texts, occurrences = set(), 0, 0
     for text in texts:
-        found = [match.lstrip("'.").casefold() for match in EMAIL.findall(text)]
+        found = [address.lstrip("'.").casefold() for address in emails(text)]
         found = [address for address in found if address in wanted]
         people.update(found)
         n_texts += bool(found)

@@ -16,7 +16,8 @@ KEYWORDS = re.compile(
     re.I,
 )
 NO_INPUT = "None"
-LABEL = re.compile(r"(?:^|\n)\s*(?:Input|Output|Label|Task|Example)(?: \d+)?:")  # a generator repeats them at will
+NEW_LINE = r"(?<!\s)[^\S\n]*+\n\s*+"  # white space with a line break in it, tried once
+LABEL = re.compile(rf"(?:^\s*+|{NEW_LINE})(?:Input|Output|Label|Task|Example)(?: \d++)?:")  # repeated at will
 
 INSTRUCTION_HEAD = "Come up with a series of tasks about court opinions:\n\n"
 INPUT_FIRST_HEAD = (
@@ -92,18 +93,20 @@ def parse_instructions(completion: str, ended: bool) -> tuple[list[str], int]:
 def parse_instances(completion: str, ended: bool, output_first: bool) -> tuple[list[tuple[str, str]], Counter]:
     """([(input, output)], {'cut': …, 'no instance': …}) of what follows instance_prompt, up to the next task."""
     text, _, rest = completion.partition("\nTask:")
-    first, second, separator = ("Label:", "Input:", r"\n\s*(?=Label:)") if output_first else ("Input:", "Output:", None)
-    pieces = re.split(separator or r"\n\s*Example \d+\s*\n", f"{first}{text}")
+    first, second, separator = ("Label:", "Input:", "(?=Label:)")
+    if not output_first:
+        first, second, separator = ("Input:", "Output:", r"Example \d++\s*\n")
+    pieces = re.split(f"{NEW_LINE}{separator}", f"{first}{text}")
     found, lost = [], Counter()
     if not (ended or rest):
         pieces.pop()
         lost["cut"] = 1
     for piece in pieces[:MAX_INSTANCES]:
-        match = re.fullmatch(rf"\s*{first}(.*?)\n\s*{second}(.*)", piece, re.S)
-        if not match or LABEL.search(match.group(1)):
+        one, *others = re.split(f"{NEW_LINE}{second}", piece.lstrip(), maxsplit=1)
+        if not others or not one.startswith(first) or LABEL.search(one.removeprefix(first)):
             lost["no instance"] += 1
             continue
-        one, other = match.group(1).strip(), LABEL.split(match.group(2))[0].strip()
+        one, other = one.removeprefix(first).strip(), LABEL.split(others[0], maxsplit=1)[0].strip()
         given, output = (other, one) if output_first else (one, other)
         found.append(("" if given.casefold() == NO_INPUT.casefold() else given, output))
     return found, lost
