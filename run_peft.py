@@ -1468,7 +1468,9 @@ def run(args) -> Path:
         print("\n".join(describe(args, plan)), flush=True)
     if plan.start == "finished":
         print(f"{plan.folder}: this run is finished; nothing to do (remove it to run again)", flush=True)
-        shutil.rmtree(plan.private, ignore_errors=True)
+        if not args.dry_run:
+            shutil.rmtree(plan.private, ignore_errors=True)
+            results.tidy([plan.folder])
         return plan.folder
     if args.dry_run:
         return plan.folder
@@ -1619,6 +1621,8 @@ def _run(args, plan: Plan, world, dtype, record: results.Run, secret: bytes | No
     if states:
         newest = states[-1]
         training.restore(newest)
+        for older in states[:-1] if world.main else ():  # of a run killed before it removed them
+            (older / "training_state.pt").unlink()
         record["resumed_from"] = training.count["step"]
         world.say(f"resuming from {newest}, step {training.count['step']} of {training.total}")
     elif args.resume:
