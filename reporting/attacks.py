@@ -14,6 +14,7 @@ from reporting.looks import (
     MOST_LINES,
     Look,
     axis_of,
+    dodge,
     groups,
     interval_text,
     left_out,
@@ -167,12 +168,13 @@ def _over_sweep(name, group, words, axis, series, rows, look) -> Figure:
     fixed = [model for models in series.values() for model in models]
     templates = [one for one in dict.fromkeys(key[2] for key in rows_of) if one != "all"]
     styles = styles_of(series, look)
+    places = dodge(series, axis)
     metrics = [one for one in ("matches", "exact") if any(key[1] == one for key in rows_of)]
 
     def panel(metric, template):
         def draw(axes):
             for label, models in series.items():
-                found = [(getattr(m, axis), rows_of.get((m.key, metric, template))) for m in models]
+                found = [(places[label](getattr(m, axis)), rows_of.get((m.key, metric, template))) for m in models]
                 found = [(x, row) for x, row in found if row is not None]
                 if found:
                     colour, marker, style = styles[label]
@@ -264,10 +266,12 @@ def _dots(rows: list[Row], look: Look):
 
 
 def _perplexity(axis, words, series, rows, styles, bases):
+    places = dodge(series, axis)
+
     def draw(axes):
         for label, models in series.items():
             colour, marker, style = styles[label]
-            found = [(getattr(model, axis), rows[model.key]) for model in models]
+            found = [(places[label](getattr(model, axis)), rows[model.key]) for model in models]
             plot_line(axes, [x for x, _ in found], [row for _, row in found], colour, marker, style,
                       band=len(series) <= 6)  # fmt: skip
         for row in bases:

@@ -1,6 +1,7 @@
 """What the figures share: a colour an arm, short names, sweeps over one setting. Nothing is drawn here."""
 
 import math
+from collections.abc import Callable
 
 from reporting.draw import BASE, COLOURS, MARKERS, SERIES
 from reporting.read import Model, Row, Study
@@ -95,6 +96,20 @@ def sweeps(rows: list[Row], axis: str, chosen: list[Model]) -> dict[str, list[Mo
                 parts.append(f"lr {rest[place]:g}" if place == 4 else str(rest[place]))
         shown[" · ".join(parts)] = models
     return shown
+
+
+def dodge(series: dict[str, list[Model]], axis: str) -> dict[str, Callable]:
+    """{label: where a value of `axis` is drawn}: of those that stand alone each a little to the right of the last."""
+    values = [getattr(model, axis) for models in series.values() for model in models]
+    alone = [label for label, models in series.items() if len(models) == 1]
+
+    def moved(label: str) -> Callable:
+        part = min(0.025, 0.15 / len(alone)) * (1 + alone.index(label)) if label in alone else 0.0
+        if axis == "learning_rate":
+            return lambda value: value * (max(values) / min(values)) ** part
+        return lambda value: value + part * (max(values) - min(values))
+
+    return {label: moved(label) for label in series}
 
 
 def _any_of(models: list[Model], chosen: list[Model]) -> bool:

@@ -25,7 +25,8 @@ def who(rows: list[Row]):
 
 def epsilon_bounds(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
     """Upper bounds by accountant and empirical lower bounds, a row a run's last checkpoint."""
-    rows = [row for row in study.select("privacy", value=lambda v: v is not None) if row.model and row.model.last]
+    last = [row for row in study.select("privacy") if row.model and row.model.last]
+    rows = [row for row in last if row.value is not None]
     kinds = ("ε lower", "ε lower, text only", "ε upper (PRV)")
     bounds = [row for row in study.select("canary") if row.metric in kinds and row.value is not None
               and row.settings.get("headline") is not False]  # fmt: skip
@@ -70,6 +71,8 @@ def epsilon_bounds(study: Study, look: Look, chosen: list[Model]) -> list[Figure
         "Upper: what the accountant proves of the training. Lower: what an audit with canaries has shown, at 95 %. A "
         "lower bound right of the upper one contradicts the proof. Hollow: void."
     )
+    endless = dict.fromkeys(row.model.label for row in last if row.value is None)
+    caption += f" Without noise, so without an upper bound: {', '.join(endless)}." if endless else ""
     panel = Panel("ε at the δ of each run", draw, (4.2, 1.1 + 0.36 * len(places)))
     return [Figure("epsilon", "Privacy budget: proven and observed", caption, told, [panel], keys, 1, "privacy")]
 
