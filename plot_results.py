@@ -70,7 +70,6 @@ def run(args) -> int:
     output = Path(args.output)
     with results.output_folder(output, args.dry_run) as place:
         study = check(args)
-        broken = [f"{one.file}:{one.line}: {one.reason}" for one in study.damage if not one.torn]
         if args.dry_run:
             from reporting import figures
 
@@ -78,7 +77,8 @@ def run(args) -> int:
             print(f"would write report.html, results.csv and figures in {output}: {len(study.rows):,} numbers, {names}")
         else:
             with results.Run(output / OURS, args, output=place) as record:
-                write(args, study, output, broken, record)
+                write(args, study, output, record)
+    broken = damage(study)
     for line in broken:
         print(f"not read: {line}", file=sys.stderr)
     if not args.dry_run:
@@ -86,7 +86,12 @@ def run(args) -> int:
     return 1 if broken else 0
 
 
-def write(args, study, output: Path, broken: list[str], record: results.Run) -> None:
+def damage(study) -> list[str]:
+    """What could not be read; the figures read more than `check` did."""
+    return [f"{one.file}:{one.line}: {one.reason}" for one in study.damage if not one.torn]
+
+
+def write(args, study, output: Path, record: results.Run) -> None:
     from reporting import cautions, draw, figures, page, read, responses
 
     answers = responses.html(study, args.unredacted) if args.include_responses else ""
@@ -102,9 +107,9 @@ def write(args, study, output: Path, broken: list[str], record: results.Run) -> 
     with record.files.open(output / "report.html", permissions=0o600 if args.unredacted else 0o644) as file:
         file.write(text)
     record["figures"] = [figure.name for figure in drawn]
-    record["numbers"], record["damaged"] = len(study.rows), broken
-    if broken:
-        record["error"] = f"{len(broken)} lines could not be read"
+    record["numbers"], record["damaged"] = len(study.rows), damage(study)
+    if record["damaged"]:
+        record["error"] = f"{len(record['damaged'])} lines could not be read"
 
 
 def main(argv=None) -> int:

@@ -35,7 +35,7 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from canary.canaries import Space
-from common import cli, distributed, models, records, results, reviews, trained
+from common import cli, distributed, intervals, models, records, results, reviews, trained
 from common.intervals import clopper_pearson
 from common.progress import progress_bar
 
@@ -399,7 +399,7 @@ def audit_line(
         "n_dropped": asked - len(scores),
         "dropped": {"cut off at --max_length": asked - len(scores)} if asked > len(scores) else {},
         "placed": placed, "placed_trained": copies, "included": sum(included),
-        "auc": None if constant or never else _auc(scores, included),
+        **_auc([] if constant or never else scores, included),
         "power": {level: found["most"] for level, found in bounds.items()},
         "lower": {level: found["epsilon"] for level, found in bounds.items()}, "guesses": bounds["95"]["guesses"],
         "upper": upper, "upper_unknown": unknown, "delta": delta, "unit": task.header["privacy_unit"],
@@ -420,12 +420,19 @@ def is_constant(scores) -> bool:
     return len(scores) > 1 and min(scores) == max(scores)
 
 
-def _auc(scores, included) -> float | None:
+def _auc(scores, included) -> dict:
+    """How well the scores tell the placed canaries from the others; None with no scores, or none of one kind."""
     from mia.metrics import auc
 
     members = [score for score, one in zip(scores, included) if one]
     others = [score for score, one in zip(scores, included) if not one]
-    return auc(members, others) if members and others else None
+    if not members or not others:
+        return {"auc": None, "auc_ci": None, "auc_ci_method": intervals.AUC_METHOD, "direction": None}
+    bounds = intervals.auc_interval(members, others)
+    return {
+        "auc": auc(members, others), "auc_ci": bounds, "auc_ci_method": intervals.AUC_METHOD,
+        "direction": intervals.direction(bounds, "placed canaries"),
+    }  # fmt: skip
 
 
 def text_signals(task, arm: str) -> dict[str, list[float]]:
@@ -452,10 +459,10 @@ def text_lines(task, arm: str, signals: dict[str, list[float]]) -> list[dict]:
             if kind in ("ladder", "share") and held:
                 mine = [values[index] for index in members]
                 constant = is_constant([*mine, *held])
-                auc = None if constant else _auc([*mine, *held], [True] * len(mine) + [False] * len(held))
+                told = _auc([] if constant else [*mine, *held], [True] * len(mine) + [False] * len(held))
                 line = {"measure": "text_auc", "arm": arm, "signal": signal, "kind": kind, "repetitions": repetitions}
                 line |= {"n_requested": len(mine), "n_scored": len(mine), "n_dropped": 0}
-                lines.append(line | {"auc": auc, "undefined": CONSTANT if constant else None})
+                lines.append(line | told | {"undefined": CONSTANT if constant else None})
     return lines
 
 
@@ -545,6 +552,8 @@ def report(lines: list[dict]) -> None:
             upper = "none" if line["upper"] is None else f"{line['upper']:.3f}"
             upper = "unknown" if line["upper_unknown"] else upper
             low, auc = ("none" if value is None else f"{value:.3f}" for value in (line["lower"]["95"], line["auc"]))
+            if line["auc_ci"]:
+                auc += " ({:.3f}–{:.3f}, {})".format(*line["auc_ci"], line["direction"])
             signal = line["signal"] + (", headline" if line.get("headline") else "")
             where = f"{line['measure']:<10} {line['arm']} ({signal})"
             if line["undefined"]:

@@ -77,6 +77,15 @@ def auc_interval(members, nonmembers, level: float = 0.95) -> list[float]:
     return [float(low), float(high)]
 
 
+def direction(bounds: list[float] | None, of: str = "members") -> str | None:
+    """What an interval of an AUC says: `of` score higher, lower, or neither is shown."""
+    if bounds is None:
+        return None
+    if bounds[1] < 0.5:
+        return "distinguishable, opposite direction: the sets are confounded or exchanged"
+    return f"{of} higher" if bounds[0] > 0.5 else "not distinguishable"
+
+
 def newcombe(area: float, m: int, n: int, z: float) -> tuple[float, float]:
     """(low, high): the areas θ with |θ − area| = z √V(θ), V(θ) = θ(1 − θ) [1 + (N − 1)((1 − θ)/(2 − θ) + θ/(1 + θ))] /
     (mn), N = (m + n)/2 (Newcombe 2006, method 5: Hanley and McNeil's variance at θ instead of at the estimate)."""

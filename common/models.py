@@ -280,22 +280,6 @@ def say_if_hardly_moved(ref, change=None) -> None:
         print(f"{ref.name}: {note}; what it shows is the base")
 
 
-def hardly_moved(change) -> str | None:
-    """What is said of a model whose ‖ΔW‖/‖W‖ is so small, None of others (and of None)."""
-    if not isinstance(change, int | float) or change >= HARDLY:
-        return None
-    return f"the model has hardly moved: ‖ΔW‖/‖W‖ {change:.2g} is below {HARDLY:g}"
-
-
-def say_if_hardly_moved(ref, change=None) -> None:
-    """Print it beside the numbers of a model. `change`: ‖ΔW‖/‖W‖; None: what its run recorded at its end."""
-    if change is None and (ref.adapter or Path(ref.base).is_dir()):
-        with contextlib.suppress(UserError):  # of a broken run.json, which those that need it name
-            change = (training_record(ref.adapter or ref.base) or {}).get("relative_change")
-    if note := hardly_moved(change):
-        print(f"{ref.name}: {note}; what it shows is the base")
-
-
 def without_end(tokenizer, ids: list[int], least: int = 1) -> list[int]:
     """`ids` without the EOS that some tokenizers add behind a text; at least the first `least` of them."""
     end = len(ids)

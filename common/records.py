@@ -5,9 +5,11 @@ A row is a dict. Five shapes are known (`shape_of`): 'text', 'enron', 'instructi
 
 import gzip
 import os
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from common import strict_json
@@ -231,6 +233,7 @@ def validate(path, rows: list[dict], fields: tuple[str, ...] | None = None) -> s
     `fields`), and when the file is not the one that its manifest describes.
     """
     check_manifest(path, len(rows))
+    note_lost_manifest(path, rows)
     shape, any_shape = shape_of(rows[0]), fields is not None
     if fields is None:
         if shape is None:
@@ -439,6 +442,22 @@ def check_manifest(path, n: int) -> None:
     told = manifest.get("sha256")
     if told is not None and told != (found := sha256(path)):
         raise UserError(f"{path}: its SHA-256 is {found[:12]}…, its manifest says {told[:12]}…; {advice}")
+
+
+@cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def note_lost_manifest(path, rows: list[dict]) -> None:
+    """Say on stderr that rows which a script here has made from others came without their manifest."""
+    if manifest_path(path).exists() or int(os.environ.get("RANK", 0)):
+        return
+    made = "generated_text" in rows[0] or {"generation", "finish_reason"} <= rows[0].keys()
+    moved = shape_of(rows[0]) == "enron" and any(row.get("row_id", index) != index for index, row in enumerate(rows))
+    if made or moved:
+        lost = "what its generator spent of a privacy budget" if made else "which rows are the evaluation head"
+        _say_once(f"{path}: made from other rows, but {manifest_path(path).name} is not beside it: unknown is {lost}")
 
 
 def write_manifest(

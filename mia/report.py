@@ -69,15 +69,6 @@ def apart(bounds: list[float]) -> bool:
     return bounds[0] > 0.5 or bounds[1] < 0.5
 
 
-def direction(bounds: list[float] | None) -> str | None:
-    """What an interval of an AUC says: members score higher, lower, or neither is shown."""
-    if bounds is None:
-        return None
-    if bounds[1] < 0.5:
-        return "distinguishable, opposite direction: the sets are confounded or exchanged"
-    return "members higher" if bounds[0] > 0.5 else "not distinguishable"
-
-
 def report(study: Study, args, info: dict, found, reasons, evidence, base_scores, base_reasons) -> tuple:
     """(result lines, score lines, what run_mia.json holds) of one model, from its scores and its base's."""
     from mia import blind, metrics
@@ -144,7 +135,7 @@ def report(study: Study, args, info: dict, found, reasons, evidence, base_scores
                 "auc": made["auc"],
                 "auc_ci": made["auc_ci"],
                 "auc_ci_method": intervals.AUC_METHOD,
-                "direction": direction(made["auc_ci"]),
+                "direction": intervals.direction(made["auc_ci"]),
                 "tpr_at_fpr": made["tpr_at_fpr"],
                 "tpr_at_fpr_ci": made["tpr_at_fpr_ci"],
                 "points": points,

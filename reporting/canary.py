@@ -40,7 +40,8 @@ def rows(line: dict, study, models, path, number: int) -> list:
                             "quartiles over canaries", n=n, settings={"ks_p": fit}, **shared))  # fmt: skip
         return made
     if measure == "text_auc":
-        return [Row("canary", "AUC of text alone", line["auc"], n=n, undefined=line.get("undefined"), **shared)]
+        return [Row("canary", "AUC of text alone", line["auc"], *(line.get("auc_ci") or (None, None)),
+                    line.get("auc_ci_method"), n=n, undefined=line.get("undefined"), **shared)]  # fmt: skip
     if not measure.startswith("audit"):
         raise ValueError(f"unknown measure {measure!r}")
     more = {key: line[key] for key in ("upper", "delta", "unit", "void", "guesses", "included", "above_upper")}
@@ -64,7 +65,8 @@ def rows(line: dict, study, models, path, number: int) -> list:
     if line["upper"] is not None:
         made.append(Row("canary", "ε upper (PRV)", line["upper"], n=n, level=f"{line['delta']:g}",
                         undefined=line["void"], settings=more, **shared))  # fmt: skip
-    made.append(Row("canary", f"AUC of the audit{kind}", line["auc"], n=n, settings=more,
+    made.append(Row("canary", f"AUC of the audit{kind}", line["auc"], *(line.get("auc_ci") or (None, None)),
+                    line.get("auc_ci_method"), n=n, settings=more | {"direction": line.get("direction")},
                     undefined=None if line["auc"] is not None else line.get("undefined"), **shared))  # fmt: skip
     return made
 

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import make_rows, write_rows
+from conftest import make_rows, write_manifest, write_rows
 
 import evaluate_purified
 import measure_purified
@@ -308,3 +308,23 @@ def test_reviews_of_other_types(field, value, said, tmp_path):
     (tmp_path / "odd.jsonl").write_text(json.dumps(row | {field: value}) + "\n")
     with pytest.raises(UserError, match=said):
         read_reviews(tmp_path / "odd.jsonl")
+
+
+def test_rows_that_lost_their_manifest_are_told(tmp_path, capsys):
+    """A replaced file whose broken rows were left out: by place, row_ids 4, 5, … would pass for the first of all."""
+    moved = write_rows(tmp_path / "moved.jsonl", [row for row in make_rows(9) if row["row_id"] != 3])
+    written = write_rows(tmp_path / "made.jsonl", [{"Rating": 5, "generated_text": "Good.", "Product Title": "x"}])
+    mine = write_rows(tmp_path / "mine.jsonl", make_rows(9))
+    for path, words in (
+        (moved, "which rows are the evaluation head"),
+        (written, "what its generator spent"),
+        (mine, ""),
+    ):
+        fields = ("generated_text", "Rating") if path == written else None
+        records.validate(path, records.read_rows(path), fields)
+        said = capsys.readouterr().err
+        assert said.count("\n") == bool(words) and words in said
+        assert not words or said.startswith(f"{path}: made from other rows, but {path.name}.meta.json is not beside it")
+    write_manifest(moved, tag="replaced", script="x", argv=[], rows=8, split_start=3)
+    records.validate(moved, records.read_rows(moved))
+    assert capsys.readouterr().err == ""

@@ -393,7 +393,11 @@ def test_canaries_that_training_cut_off_give_no_audit(models, tmp_path, capsys):
     n = audit["placed"]
     assert 4 < n < 20 and audit["placed_trained"] == 0 and audit["n_requested"] == 24
     assert audit["undefined"] == f"{n} of {n} canaries were never trained on: no audit"
-    assert audit["lower"] == {"95": None, "99.9": None} and audit["auc"] is None and audit["guesses"] == []
+    assert (
+        audit["lower"] == {"95": None, "99.9": None}
+        and audit["auc"] is None is audit["auc_ci"]
+        and audit["guesses"] == []
+    )
     assert f"no bound ({n} of {n} canaries were never trained on: no audit)" in said
     ladder = by(lines, "exposure", kind="ladder")[0]
     assert ladder["bits"] is None and ladder["copies_trained"] == [0, 0] and ladder["n_dropped"] == 2
@@ -524,6 +528,7 @@ def test_text_that_holds_the_canaries_refutes_a_small_epsilon(epsilon, status, e
     assert measure.main([str(word) for word in words]) == status
     lines = read_lines(tmp_path / "results_canary.jsonl")
     audit = by(lines, "audit_text", arm="telling", signal="2-gram")[0]
+    assert audit["auc_ci"][0] > 0.5 and audit["auc_ci"][1] == 1 and audit["direction"] == "placed canaries higher"
     assert audit["auc"] == 1 and audit["lower"]["99.9"] > 1 and audit["upper"] == epsilon
     assert audit["above_upper"] == {"95": status == 1, "99.9": status == 1}
     assert audit["lower"]["95"] > audit["lower"]["99.9"] and audit["heuristic"]["bound"]["epsilon"] > 0
