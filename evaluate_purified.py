@@ -66,7 +66,7 @@ def run(args) -> int:
         membership = mia.make_parser().parse_args([str(word) for word in words])
         sets = mia.prepare(membership, problems)
     problems.check()
-    with results.output_folder(args.model, args.dry_run) as place:
+    with results.output_folder(args.model, args.dry_run, measure_purified.KEY) as place:
         return evaluate(args, study, checkpoints, sets if args.mia else None, membership if args.mia else None, place)
 
 
@@ -78,7 +78,7 @@ def evaluate(args, study, checkpoints: list[Path], sets, membership, place) -> i
     import torch
 
     if not args.dry_run:
-        results.tidy(checkpoints)
+        results.tidy(checkpoints, measure_purified.KEY)
         for folder in {merged_folder(args, one).parent for one in checkpoints} if args.save_merged else ():
             results.remove_leftovers(folder)
     dtype = str(models.resolve_dtype(args.dtype, "cuda" if torch.cuda.is_available() else "cpu"))

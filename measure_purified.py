@@ -25,6 +25,7 @@ from extraction import prompts
 TEMPERATURES = [0.01, 0.1, 0.2, 0.5, 0.75, 1.0, 1.25, 1.5]
 NUM_ROWS = 1000
 GREEDY_BELOW = 0.01  # temperatures up to this one count as greedy in reports
+KEY = "purified"  # of the lock: other scripts write to checkpoints too
 HEADLINE_TEMPERATURE = 0.2
 # What two measurements must share to be comparable, and a result file to count as this measurement's.
 SETTINGS = (
@@ -462,7 +463,7 @@ def measure_model(model, tokenizer, study, args, model_info, world, path=None, t
     target = path or next_free(args.output_dir)
     if world.main:
         lines = summarise(study, found, todo, model_info)
-        with results.output_folder(target.parent) as place, place.publication() as files:
+        with results.output_folder(target.parent, key=KEY) as place, place.publication() as files:
             write(files, target, *lines, args.save_responses, append=path is not None)
     world.barrier()
     return target
@@ -523,7 +524,7 @@ def run(args) -> int:
     world = distributed.start()
     dtype = models.resolve_dtype(args.dtype, world.device)
     run_file = Path(args.output_dir) / "run_measure_purified.json"
-    with results.output_folder(args.output_dir) as place:
+    with results.output_folder(args.output_dir, key=KEY) as place:
         known = written_before_a_kill(run_file, args, study, ref, place.after_kill) if world.main else None
         path = world.broadcast(known)
         with results.Run(run_file, args, study.inputs, world) as record:

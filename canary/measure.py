@@ -471,7 +471,7 @@ def text_lines(task, arm: str, signals: dict[str, list[float]]) -> list[dict]:
 
 def run(args) -> dict:
     """Write the results; {'lines': all result lines, 'violations': lines whose lower bound exceeds ε at 99.9 %}."""
-    with results.output_folder(args.output_dir, args.dry_run) as place:
+    with results.output_folder(args.output_dir, args.dry_run, "canary") as place:
         task = check(args)
         if task.finished:
             return {"lines": results.read_jsonl(Path(args.output_dir) / FILE), "violations": []}

@@ -213,7 +213,7 @@ def tensor_shapes(file, remedy: str) -> dict[str, tuple[int, ...]]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, "pt") as weights:
+        with safe_open(file, "numpy") as weights:
             return {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: cannot be read ({error}); {remedy}") from None

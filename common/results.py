@@ -346,36 +346,38 @@ class Output:
 
 
 @contextlib.contextmanager
-def output_folder(folder, dry_run: bool = False):
+def output_folder(folder, dry_run: bool = False, key: str = ""):
     """Lock a folder that a run writes files to (made when absent); yields an `Output`.
 
-    UserError naming the holder when another run has it. Under torchrun rank 0 locks. Nothing is written or locked in a
+    key: what the files are, where runs of other scripts may write theirs to the same folder meanwhile. UserError naming
+    the holder when another run has it. Under torchrun rank 0 locks. Nothing is written or locked in a
     dry run, nor where the folder cannot be made or written (the script's own checks say so). A folder made here is
     removed when nothing was put into it.
     """
-    folder = Path(folder)
-    with _locked_places([(folder / ".lock", folder / ".publish")], [folder], dry_run) as after_kill:
-        yield Output(folder / ".publish", after_kill)
+    folder, name = Path(folder), f".{key}" if key else ""
+    lock, journal = folder / f"{name}.lock", folder / f"{name}.publish"
+    with _locked_places([(lock, journal, folder)], [folder], dry_run) as after_kill:
+        yield Output(journal, after_kill)
 
 
 @contextlib.contextmanager
 def output_file(*paths, dry_run: bool = False):
     """Lock output files in folders that other runs may write to as well; else as `output_folder`."""
     paths = [Path(path) for path in dict.fromkeys(map(Path, paths))]
-    places = [(path.with_name(f".{path.name}.lock"), path.with_name(f".{path.name}.publish")) for path in paths]
+    places = [(path.with_name(f".{path.name}.lock"), path.with_name(f".{path.name}.publish"), path) for path in paths]
     with _locked_places(places, list(dict.fromkeys(path.parent for path in paths)), dry_run) as after_kill:
         yield Output(places[0][1], after_kill)
 
 
-def tidy(folders) -> None:
+def tidy(folders, key: str = "") -> None:
     """Finish and remove what killed runs left in folders that this run may have nothing to write to."""
     for folder in folders:
-        with output_folder(folder):
+        with output_folder(folder, key=key):
             pass
 
 
 @contextlib.contextmanager
-def _locked_places(places: list[tuple[Path, Path]], folders: list[Path], dry_run: bool):
+def _locked_places(places: list[tuple[Path, Path, Path]], folders: list[Path], dry_run: bool):
     problems = Problems()
     for folder in folders:
         check_writable(folder, problems)
@@ -384,14 +386,14 @@ def _locked_places(places: list[tuple[Path, Path]], folders: list[Path], dry_run
         return
     if int(os.environ.get("RANK", 0)):
         deadline = time.monotonic() + JOURNAL_WAIT
-        while any(journal.exists() for _, journal in places) and time.monotonic() < deadline:
+        while any(journal.exists() for _, journal, _ in places) and time.monotonic() < deadline:
             time.sleep(0.1)
         yield False
         return
     with contextlib.ExitStack() as stack:
-        left = [stack.enter_context(_lock(lock)) for lock, _ in sorted(places)]
+        left = [stack.enter_context(_lock(lock, place)) for lock, _, place in sorted(places)]
         if None not in left:  # else this process writes there already
-            for _, journal in places:
+            for _, journal, _ in places:
                 if journal.is_file():
                     _finish(journal)
             for folder in folders:
@@ -400,7 +402,7 @@ def _locked_places(places: list[tuple[Path, Path]], folders: list[Path], dry_run
 
 
 @contextlib.contextmanager
-def _lock(path: Path):
+def _lock(path: Path, place: Path):
     """Hold a lock file, which the kernel frees when the process ends. Yields whether a killed run had left it there;
     None when this process holds it already."""
     path = Path(os.path.abspath(path))
@@ -408,7 +410,7 @@ def _lock(path: Path):
         yield None
         return
     made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
-    descriptor, left = _take(path)
+    descriptor, left = _take(path, place)
     _locked[path] = descriptor
     try:
         yield left
@@ -424,8 +426,8 @@ def _lock(path: Path):
                     folder.rmdir()
 
 
-def _take(path: Path) -> tuple[int, bool]:
-    """(descriptor of the lock file, locked; whether a killed run had left it); UserError naming the holder."""
+def _take(path: Path, place: Path) -> tuple[int, bool]:
+    """(descriptor of the lock file, locked; whether a killed run had left it); UserError naming `place`, the holder."""
     for _ in range(100):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -437,7 +439,6 @@ def _take(path: Path) -> tuple[int, bool]:
         except BlockingIOError:
             holder = os.pread(descriptor, 10000, 0).decode("utf-8", "replace")
             os.close(descriptor)
-            place = path.parent if path.name == ".lock" else path.with_name(path.name[1 : -len(".lock")])
             raise UserError(
                 f"{place}: in use by another run{holder and f' ({holder})'}; wait for its end, or name another place"
             ) from None

@@ -456,7 +456,7 @@ def settings(args, groups) -> dict:
 def run(args) -> dict:
     """Compare, write every file, return the content of results_fidelity.json. UserError before a model is loaded."""
     folder = Path(args.output_dir)
-    with results.output_folder(folder, args.dry_run) as place:
+    with results.output_folder(folder, args.dry_run, "fidelity") as place:
         prepared = prepare(args, cli.Problems())
         if prepared is None:
             return results.read_json(folder / "results_fidelity.json", "remove it")

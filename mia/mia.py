@@ -242,7 +242,7 @@ def measure(ref, study: Study, args, world, folder, passes, name: str) -> list[d
     from mia.report import AGAINST_BASE, draw_roc, report, table
 
     with (
-        results.output_folder(folder) as place,
+        results.output_folder(folder, key="mia") as place,
         results.Run(folder / "run_mia.json", args, study.inputs, world, place) as record,
     ):
         tokenizer = models.load_tokenizer(ref)
@@ -395,7 +395,7 @@ def measure_all(refs: dict, study: Study, args, world, cache, names: dict | None
     failures, dtype = {}, models.resolve_dtype(args.dtype, world.device)
     for group in Path(cache).glob("*/"):
         results.remove_leftovers(group)
-    results.tidy(refs)
+    results.tidy(refs, "mia")
     passes = Passes(Cache(cache), world, dtype, args.token_budget, args.device_map)
     for folder, ref in sorted(refs.items(), key=lambda item: item[1].base):  # each base is loaded once for its adapters
         try:

@@ -252,7 +252,7 @@ def run(args) -> int:
     problems = cli.Problems()
     folder = destination(args, problems)
     unknown = not (args.model or args.output_dir or folder.is_dir())  # said by `prepare`, not made here
-    with results.output_folder(folder, args.dry_run or unknown) as place:
+    with results.output_folder(folder, args.dry_run or unknown, "perplexity") as place:
         prepared = prepare(args, folder, problems)
         problems.check()
         return run_locked(args, folder, place, *prepared)

@@ -96,6 +96,24 @@ def test_of_many_that_start_at_once_one_wins(tmp_path):
     assert sorted(run.returncode for run in runs) == [0] + [2] * 5
 
 
+def test_runs_of_other_scripts_may_write_to_the_same_folder(tmp_path):
+    """evaluate and mia both write to the checkpoints of a tree, at once where there are two GPUs."""
+    with results.output_folder(tmp_path, key="purified") as place:
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            with results.output_folder(tmp_path, key="mia"):
+                status = 0
+            try:
+                with results.output_folder(tmp_path, key="purified"):
+                    os._exit(3)
+            except UserError as error:
+                os._exit(status if str(error).startswith(f"{tmp_path}: in use by another run (process") else 2)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert place.journal == tmp_path / ".purified.publish"
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_worker_that_outlives_its_run_does_not_keep_the_lock(tmp_path):
     read, write = os.pipe()
 

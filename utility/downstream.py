@@ -271,7 +271,7 @@ def summary(arm: str, lines: list[dict]) -> dict:
 def run(args) -> list[dict]:
     """Train, rate, write; returns the lines of results_utility.jsonl. UserError before a model is loaded."""
     data = Path(args.output_dir) / "data"
-    with results.output_folder(args.output_dir, args.dry_run) as place:
+    with results.output_folder(args.output_dir, args.dry_run, "downstream") as place:
         if not args.dry_run and data.is_dir():
             results.tidy([data])
         return run_locked(args, place)

@@ -93,7 +93,7 @@ def compare(reference, other) -> dict:
 def run(args) -> dict:
     """Measure and write feature_importance.json; returns its content."""
     target = Path(args.output_dir) / "feature_importance.json"
-    with results.output_folder(args.output_dir, args.dry_run) as place:
+    with results.output_folder(args.output_dir, args.dry_run, "feature_importance") as place:
         samples, words, heldout, n, inputs, finished = prepare(args, target)
         if finished:
             return results.read_json(target, "remove it")

@@ -265,7 +265,7 @@ def evaluate(names: list[str], sheets: list[dict[int, str]], key: list[dict]) ->
 
 def run(args):
     """make: the path of the sheet; score: the content of human_evaluation.json."""
-    with results.output_folder(args.output_dir, args.dry_run) as place:
+    with results.output_folder(args.output_dir, args.dry_run, "human_sheet") as place:
         return make(args, place) if args.action == "make" else score(args, place)
 
 
