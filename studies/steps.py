@@ -5,7 +5,7 @@ from pathlib import Path
 
 import measure_purified
 import run_peft
-from common import cli, intervals, models, records, results
+from common import cli, intervals, models, records, results, trained
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "data" / "embedded"
 TEMPERATURE = measure_purified.HEADLINE_TEMPERATURE
@@ -56,6 +56,17 @@ def made_from(words) -> dict[str, str]:
     return found
 
 
+def unsalted(made: dict) -> set[str]:
+    """SHA-256s of the sources that a manifest tells by a salted hash, where they have not changed."""
+    model, found = Path(str(made["generator"].get("model"))), set()
+    rows = trained.read(model) if model.is_dir() else None
+    for one in made.get("source", []) if rows and rows.salt else ():
+        if one.get("salted") and Path(one["path"]).is_file():
+            digest = results.sha256(one["path"])
+            found |= {digest} if trained.salted(digest, rows.salt) == one["sha256"] else set()
+    return found
+
+
 def build(script, output: Path, *words) -> Path:
     """A data builder, unless its --output stands already, made from the same files and weights as its manifest says."""
     if output.exists() and records.manifest_path(output).exists():
@@ -63,6 +74,7 @@ def build(script, output: Path, *words) -> Path:
         known = {one["sha256"] for one in made.get("source", [])}
         if isinstance(made.get("generator"), dict):
             known.add(made["generator"].get("weights"))
+            known |= unsalted(made)
         if made.get("sha256") == results.sha256(output) and known.issuperset(made_from(words).values()):
             print(f"\n{output}: built before, kept")
             return output

@@ -496,7 +496,9 @@ def test_as_a_program(files, tmp_path):
     words = ["fidelity/fidelity.py", "--real", files["real"], "--synthetic", f"few={files['few']}"]
     done = run_script(*words, "--without", "embedding", "--output_dir", tmp_path / "out")
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.strip().endswith("at least 40 are needed") and done.stderr.count("\n") == 1
+    assert (
+        done.stderr.strip().endswith("at least 40 are needed") and done.stderr.count("\n") == 2
+    )  # and that its manifest is gone
     words[-1] = f"garbled={files['garbled']}"
     done = run_script(*words, "--without", "embedding", "figures", "--output_dir", tmp_path / "out")
     assert done.returncode == 0, done.stderr

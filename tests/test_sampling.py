@@ -210,7 +210,7 @@ def test_probability_of_two_forms_is_the_rate_of_drawing_either(models):
         assert abs(rate - p) <= 4 * math.sqrt(max(p * (1 - p), 1e-9) / n)
     totals = [one.truth_logprob * len(form) for one, form in zip(each, forms)]
     likeliest = forms[totals.index(max(totals))]
-    assert answers[0].truth_logprob == pytest.approx(math.log(sum(map(math.exp, totals))) / len(likeliest), abs=1e-6)
+    assert answers[0].truth_logprob == pytest.approx(math.log(sum(map(math.exp, totals))) / len(likeliest), abs=1e-5)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
