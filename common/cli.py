@@ -259,7 +259,10 @@ def plain(value):
 
 def end_with_parent() -> None:
     """From now on this process ends within a second of its parent's death, however that died: for workers."""
-    parent = os.getppid()
+    from multiprocessing import parent_process
+
+    spawned_by = parent_process()  # which may be dead before this line
+    parent = spawned_by.pid if spawned_by else os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
