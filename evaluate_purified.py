@@ -60,14 +60,14 @@ def run(args) -> int:
             problems.add("--save_merged: merging needs --dtype float32; half precision rounds a small update away")
         elif args.dtype == "auto":
             args.dtype = "float32"
-    study = measure_purified.prepare(args, problems)
+    study, sets, membership = measure_purified.prepare(args, problems), None, None
     if args.mia:
         words = ["--dir", args.model, "--members", args.dataset, "--seed", args.seed, "--dtype", args.dtype]
         membership = mia.make_parser().parse_args([str(word) for word in words])
         sets = mia.prepare(membership, problems)
     problems.check()
     with results.output_folder(args.model, args.dry_run, measure_purified.KEY) as place:
-        return evaluate(args, study, checkpoints, sets if args.mia else None, membership if args.mia else None, place)
+        return evaluate(args, study, checkpoints, sets, membership, place)
 
 
 def merged_folder(args, checkpoint: Path) -> Path:

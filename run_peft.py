@@ -1260,9 +1260,9 @@ def effective_weight(layer, name: str, state: dict):
 
     with torch.no_grad():
         weight = layer.get_base_layer().weight.detach()
-        weight = (
-            weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-        ).double()  # fsdp: whole, here alone
+        if hasattr(weight, "full_tensor"):  # fsdp: whole, here alone
+            weight = weight.full_tensor()
+        weight = weight.double()
         a, b, m = (
             state[key].to(weight) if (key := f"{name}.{kind}") in state else None
             for kind in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")

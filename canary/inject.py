@@ -154,8 +154,8 @@ def check(args) -> tuple[list[dict], dict | None, bool]:
     settings = None
     if not problems.lines:
         settings = records.settings_of(args, ("output", "key_file"), input=results.sha256(args.input))
-    named = [("--output", output)], settings, args.overwrite, [("--key_file", key)]
-    finished = problems.absorb(records.finished, *named)
+    others = [("--key_file", key)]
+    finished = problems.absorb(records.finished, [("--output", output)], settings, args.overwrite, others)
     problems.check()
     return rows, settings, finished
 

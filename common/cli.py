@@ -205,12 +205,13 @@ def add_dry_run(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_output_file(output: Path, suffix: str, problems: Problems, inputs=(), flag: str = "--output") -> None:
-    """Add a problem unless `output` ends in `suffix`, is no directory, is none of the `inputs`, and can be written.
+def check_output_file(output: Path, suffix: str | None, problems: Problems, inputs=(), flag: str = "--output") -> None:
+    """Add a problem unless `output` ends in `suffix` (None: in anything), is no directory, is none of the `inputs`, and
+    can be written.
 
     Whether it may be replaced: `records.finished`.
     """
-    if output.suffix != suffix:
+    if suffix and output.suffix != suffix:
         problems.add(f"{flag} {output}: the name must end in {suffix}")
     if output.resolve() in {Path(file).resolve() for file in inputs if file}:
         problems.add(f"{flag} {output}: is an input too; name another file")

@@ -21,7 +21,6 @@ WEIGHT_FILES = (
 )
 PRIVACY_FILE = "privacy.json"
 HARDLY = 1e-4  # ‖ΔW‖/‖W‖ below which a model answers as its base does
-HARDLY = 1e-4  # ‖ΔW‖/‖W‖ below which a model answers as its base does
 
 
 @dataclass(frozen=True)

@@ -350,9 +350,9 @@ def output_folder(folder, dry_run: bool = False, key: str = ""):
     """Lock a folder that a run writes files to (made when absent); yields an `Output`.
 
     key: what the files are, where runs of other scripts may write theirs to the same folder meanwhile. UserError naming
-    the holder when another run has it. Under torchrun rank 0 locks. Nothing is written or locked in a
-    dry run, nor where the folder cannot be made or written (the script's own checks say so). A folder made here is
-    removed when nothing was put into it.
+    the holder when another run has it. Under torchrun rank 0 locks. Nothing is written or locked in a dry run, nor
+    where the folder cannot be made or written (the script's own checks say so). A folder made here is removed when
+    nothing was put into it.
     """
     folder, name = Path(folder), f".{key}" if key else ""
     lock, journal = folder / f"{name}.lock", folder / f"{name}.publish"
@@ -576,20 +576,18 @@ def peak_memory() -> dict:
     return peak
 
 
-def finished(
-    record_file, outputs: list[Path], args, inputs, overwrite: bool, skip: tuple[str, ...] = (), **more
-) -> bool:
+def finished(record_file, outputs: list[Path], args, inputs, overwrite: bool, **more) -> bool:
     """Whether a run of the same script has made `outputs` from the same arguments and input files and ended well.
 
-    skip: arguments that may differ; more: what else its record must say. UserError for each output that stands and was
-    made otherwise, unless `overwrite`.
+    more: what else its record must say. UserError for each output that stands and was made otherwise, unless
+    `overwrite`.
     """
     standing = [path for path in map(Path, outputs) if path.exists()]
     if overwrite or not standing:
         return False
     try:
         record = read_json(record_file, "") if Path(record_file).is_file() else {}
-        free = {"overwrite", "dry_run", "output_dir", *skip}
+        free = {"overwrite", "dry_run", "output_dir"}
         mine, its = ({k: v for k, v in one.items() if k not in free} for one in (plain(vars(args)), record["args"]))
         hashes = [one["sha256"] for one in record["inputs"]]
         same = record["status"] == "ok" and its == mine and hashes == [sha256(file) for file in inputs]

@@ -82,7 +82,7 @@ def check(args) -> Task:
     manifest = problems.absorb(records.read_manifest, source)
     cli.check_output_file(output, ".arrow", problems, [source])
     if save_map:
-        cli.check_output_file(save_map, save_map.suffix, problems, [source, output], "--save_map")
+        cli.check_output_file(save_map, None, problems, [source, output], "--save_map")
     for index, row in enumerate(rows):
         if index not in broken and not any(c.isalpha() for c in row["gt-name"]):
             broken[index] = "gt-name has no letters"
