@@ -513,8 +513,7 @@ def run(args) -> int:
     study = prepare(args, problems)
     ref = tokenizer = None
     if args.model:
-        ref = problems.absorb(models.find_model, args.model, args.revision, args.base_model)
-        tokenizer = problems.absorb(models.load_tokenizer, ref) if ref else None
+        ref, tokenizer = models.look_up(problems, args.model, args.revision, args.base_model)
     problems.check()
     if args.dry_run:
         words = f"{len(study.people)} rows × {len(study.labels)} prompts × {len(args.temperatures)} temperatures"

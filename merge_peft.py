@@ -41,15 +41,13 @@ def make_parser() -> cli.Parser:
 def check(args) -> models.ModelRef:
     """The adapter and its base, from their files. UserError with every problem."""
     problems = Problems()
-    ref = problems.absorb(models.find_model, args.model, args.revision, args.base_model, is_opt=args.is_opt)
-    if ref and not ref.adapter:
-        problems.add(f"--model {args.model}: no adapter_config.json in it; it is a full model already")
     target = Path(args.save_dir).expanduser()
     cli.check_writable(target, problems, "--save_dir")
     if target.is_dir() and any(target.iterdir()) and not (target / RECORD).is_file():
         problems.add(f"--save_dir {args.save_dir}: holds something else than an earlier merge; name an empty directory")
-    if ref:
-        problems.absorb(models.load_tokenizer, ref)
+    ref, _ = models.look_up(problems, args.model, args.revision, args.base_model, is_opt=args.is_opt)
+    if ref and not ref.adapter:
+        problems.add(f"--model {args.model}: no adapter_config.json in it; it is a full model already")
     problems.check()
     return ref
 

@@ -332,14 +332,11 @@ class Plan:
 
 def make_plan(args) -> Plan:
     """Check every argument and file, tokenise the rows, look at the run directory. UserError with all problems."""
-    from transformers import AutoConfig
-
     problems = Problems()
     distributed.check_environment(problems)
-    ref = problems.absorb(models.find_model, args.model, args.revision)
-    if ref and ref.adapter:
-        problems.add(f"--model {args.model}: is an adapter; merge it into its base first (merge_peft.py)")
-    problems.absorb(optimizer_class, args)
+    default = make_parser().get_default
+    if args.optimizer != default("optimizer"):  # checking a default would import torch before a missing file is told
+        problems.absorb(optimizer_class, args)
     problems.absorb(tracker_classes, args.report_to)
     if args.peft_type == "pissa" and args.lora_dropout:
         problems.add(f"--lora_dropout {args.lora_dropout}: PiSSA is trained without dropout; leave the flag out")
@@ -375,16 +372,23 @@ def make_plan(args) -> Plan:
     if spending:
         global_batch = spending.logical_batch
     steps = math.ceil(len(chosen[0]) / global_batch) * args.epochs if chosen else 1
-    problems.absorb(check_scheduler, args, steps)
-    tokenizer = problems.absorb(models.load_tokenizer, ref) if ref else None
-    state = (args, ref, folder, path, global_batch, world_size, spending)
-    start = problems.absorb(run_state, *state) if ref and folder and (spending or not args.dp) else None
+    if any(getattr(args, key) != default(key) for key in ("scheduler", "scheduler_kwargs")):
+        problems.absorb(check_scheduler, args, steps)
     public = problems.absorb(records.read_rows, args.suggest_max_grad_norm) if args.suggest_max_grad_norm else None
     if public and rows and results.sha256(args.suggest_max_grad_norm) == results.sha256(path):
         problems.add(
             f"--suggest_max_grad_norm {args.suggest_max_grad_norm}: is the private --input; name a public file"
         )
-    config = AutoConfig.from_pretrained(ref.base, revision=ref.revision) if ref else None
+    ref, tokenizer = models.look_up(problems, args.model, args.revision)
+    if ref and ref.adapter:
+        problems.add(f"--model {args.model}: is an adapter; merge it into its base first (merge_peft.py)")
+    state = (args, ref, folder, path, global_batch, world_size, spending)
+    start = problems.absorb(run_state, *state) if ref and folder and (spending or not args.dp) else None
+    config = None
+    if tokenizer:
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(ref.base, revision=ref.revision)
     if config and args.peft_type != "full":
         problems.absorb(check_targets, args.target_modules, config)
     problems.check()

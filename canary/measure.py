@@ -92,24 +92,23 @@ def check(args) -> SimpleNamespace:
     named = reviews.split_arms(args.models or [], (), given)
     for line in given.lines:
         problems.add(line.replace("--synthetic", "--models"))
-    refs = {arm: problems.absorb(models.find_model, name, args.revision, None, f"--models {arm}=") for arm, name in
-            named.items()}  # fmt: skip
-    ref_model = (
-        problems.absorb(models.find_model, args.ref_model, None, None, "--ref_model") if args.ref_model else None
-    )
-    tokenizers = {arm: problems.absorb(models.load_tokenizer, ref, "--models") for arm, ref in refs.items() if ref}
     files = reviews.split_arms(args.synthetic or [], (), problems)
+    generated = {arm: problems.absorb(reviews.read_reviews, file, reviews.GENERATED) for arm, file in files.items()}
+    refs, tokenizers = {}, {}
+    for arm, name in named.items():
+        refs[arm], tokenizers[arm] = models.look_up(problems, name, args.revision, None, f"--models {arm}=")
+    ref_model = models.look_up(problems, args.ref_model, flag="--ref_model")[0] if args.ref_model else None
     taken_by_text = {}
     texts, spent = {}, {arm: models.privacy(ref) for arm, ref in refs.items() if ref}
     for arm, file in files.items():
-        rows = problems.absorb(reviews.read_reviews, file, reviews.GENERATED)
+        rows = generated[arm]
         texts[arm] = [row[reviews.GENERATED] for row in rows or []]
         manifest = (records.read_manifest(file) or {}) if rows else {}
         spent[arm, "text"] = manifest.get("privacy") or spent.get(arm)
         if not manifest and rows and spent[arm, "text"] is None:
             spent[arm, "text"] = {"unknown": f"{file} has no manifest: what its generator spent is unknown"}
         if model := (manifest.get("generator") or {}).get("model"):
-            taken_by_text[arm] = problems.absorb(Taken.of, model, None)
+            taken_by_text[arm] = None if problems.lines else problems.absorb(Taken.of, model, None)
         if header and problems.absorb(text_trained_on, manifest, header.get("training") or "") is False:
             problems.add(
                 f"--synthetic {arm}={file}: its generator was trained on another file than {args.canaries} belongs to"
@@ -118,7 +117,7 @@ def check(args) -> SimpleNamespace:
     for arm, ref in refs.items():
         if not ref or not header:
             continue
-        taken[arm] = problems.absorb(Taken.of, ref.adapter or ref.base, tokenizers.get(arm))
+        taken[arm] = None if problems.lines else problems.absorb(Taken.of, ref.adapter or ref.base, tokenizers[arm])
         if problems.absorb(trained.trained_on, ref.adapter or ref.base, header.get("training") or "") is False:
             problems.add(f"--models {arm}={ref.name}: was trained on another file than {args.canaries} belongs to")
     audited = any(canary["kind"] == "audit" for canary in canaries)

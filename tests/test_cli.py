@@ -170,6 +170,40 @@ def readme_blocks() -> list[list[str]]:
     return [[line.split("   #")[0].strip() for line in block.splitlines() if line.strip()] for block in blocks]
 
 
+WITHOUT_DATA = {  # a missing file of each script that loads a model, beside a model that is there
+    "run_peft.py": "-m MODEL -i NONE --output_root OUT",
+    "measure_purified.py": "--model MODEL -d NONE --output_dir OUT",
+    "evaluate_purified.py": "-m TREE -d NONE",
+    "perplexity/perplexity.py": "--model MODEL -d NONE --output_dir OUT",
+    "mia/mia.py": "--model MODEL --members NONE --nonmembers NONE --output_dir OUT",
+    "canary/measure.py": "--canaries NONE --models a=MODEL --output_dir OUT",
+    "data/continuation/generate.py": "-m MODEL -d NONE --output OUT/a.arrow",
+    "data/synthetic/generate.py": "-m MODEL -i NONE --arm a --output OUT/a.jsonl",
+    "data/self_instruct/generate.py": "-m MODEL --seed_tasks NONE --output OUT/a.jsonl",
+    "fidelity/fidelity.py": "--real NONE --synthetic a=NONE --output_dir OUT",
+    "utility/downstream.py": "-m MODEL --real NONE --heldout NONE --synthetic a=NONE --output_dir OUT",
+    "utility/feature_importance.py": "--real NONE --heldout NONE --synthetic a=NONE --output_dir OUT",
+    "quickstart.py": "-m MODEL -d NONE --output OUT",
+}
+
+
+@pytest.mark.parametrize("script", WITHOUT_DATA)
+def test_a_missing_file_is_told_without_importing_torch(script, models, adapters, tmp_path):
+    shutil.copytree(adapters["llama", "lora"], tmp_path / "tree" / "checkpoint-1")
+    places = {"MODEL": models["llama"], "NONE": tmp_path / "none.jsonl", "OUT": tmp_path / "out", "TREE": tmp_path}
+    words = re.sub("|".join(places), lambda match: str(places[match[0]]), WITHOUT_DATA[script]).split()
+    code = (
+        "import runpy, sys\n"
+        f"sys.modules.update(dict.fromkeys({HEAVY[:4]!r}))\n"  # None: importing it is an ImportError
+        f"sys.argv = {['x', *words]!r}\n"
+        f"runpy.run_path({str(ROOT / script)!r}, run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert all(str(tmp_path / "none.jsonl") in line for line in done.stderr.splitlines()), done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_readme_study_runs_as_written(models, tmp_path):
     """The blocks that name pythia-1.4b, on a tiny model of that name and 60 rows, two processes instead of four."""

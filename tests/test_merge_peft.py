@@ -139,7 +139,7 @@ def test_save_dir(trained, models, tmp_path, capsys):
     assert read_lines(other) == [{"text": "mine"}]
     with pytest.raises(UserError) as error:
         merge(models["neox"], tmp_path)
-    assert len(error.value.problems) == 2 and "it is a full model already" in error.value.problems[0]
+    assert len(error.value.problems) == 2 and "it is a full model already" in error.value.problems[1]
 
 
 def test_base_guessed_from_the_path(trained, tmp_path, monkeypatch):

@@ -198,17 +198,22 @@ def prepare(args, problems: cli.Problems):
     left out of each)."""
     from types import SimpleNamespace
 
-    from transformers import AutoConfig
-
     if int(os.environ.get("WORLD_SIZE", "1") or 1) > 1:
         problems.add("WORLD_SIZE: runs as one process; start it without torchrun")
     cli.check_writable(args.output_dir, problems)
-    ref = problems.absorb(models.find_model, args.model, args.revision)
+    if args.seed + args.num_seeds > 1 << 32:
+        problems.add(f"--num_seeds {args.num_seeds}: the last of --seed {args.seed}, … is above 4294967295")
+    files = reviews.split_arms(args.synthetic or [], ("real", "base", "majority"), problems)
+    arms = {"real": problems.absorb(reviews.read_reviews, args.real)}
+    arms |= {arm: problems.absorb(reviews.read_reviews, file, reviews.GENERATED) for arm, file in files.items()}
+    heldout = problems.absorb(reviews.read_reviews, args.heldout)
+    ref, tokenizer = models.look_up(problems, args.model, args.revision)
     if ref and ref.adapter:
         problems.add(f"--model {args.model}: is an adapter; merge it into its base first (merge_peft.py)")
-    tokenizer = problems.absorb(models.load_tokenizer, ref) if ref else None
     max_length = args.max_length
     if tokenizer:
+        from transformers import AutoConfig
+
         config = AutoConfig.from_pretrained(ref.base, revision=ref.revision)
         max_length = min(max_length, models.context_length(SimpleNamespace(config=config)))
         lacking = 1 - review_room(tokenizer, max_length)
@@ -217,12 +222,6 @@ def prepare(args, problems: cli.Problems):
                 f"--max_length {args.max_length}: no token is left for the review; at least {max_length + lacking} are "
                 "needed, in the model's context too"
             )
-    if args.seed + args.num_seeds > 1 << 32:
-        problems.add(f"--num_seeds {args.num_seeds}: the last of --seed {args.seed}, … is above 4294967295")
-    files = reviews.split_arms(args.synthetic or [], ("real", "base", "majority"), problems)
-    arms = {"real": problems.absorb(reviews.read_reviews, args.real)}
-    arms |= {arm: problems.absorb(reviews.read_reviews, file, reviews.GENERATED) for arm, file in files.items()}
-    heldout = problems.absorb(reviews.read_reviews, args.heldout)
     problems.check()
     check_earlier(args, input_files(args), problems)
     check_overlap(arms, heldout, args.allow_overlap, problems)

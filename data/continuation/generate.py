@@ -78,8 +78,6 @@ def destination(args) -> Path:
 
 def check(args) -> Task:
     """Read and check every argument and file; UserError with all problems."""
-    from transformers import AutoConfig
-
     from common import models
 
     problems = cli.Problems()
@@ -99,14 +97,15 @@ def check(args) -> Task:
                 f"{args.data_set}: {len(rows) - len(broken)} whole rows with {', '.join(FIELDS)}; at least 3 are needed"
             )
         problems.absorb(records.check_columns, args.data_set, [r for i, r in enumerate(rows) if i not in broken])
-    ref = problems.absorb(models.find_model, args.model, args.revision)
-    tokenizer = problems.absorb(models.load_tokenizer, ref) if ref else None
+    ref, tokenizer = models.look_up(problems, args.model, args.revision)
     settings = None
     if not problems.lines:
         data_set = results.sha256(args.data_set)
         settings = generation.settings_of(args, ref, (*SAMPLED, "batch_size", "strict"), data_set=data_set)
     finished = problems.absorb(records.finished, [("--output", output)], settings, args.overwrite)
     problems.check()
+
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(ref.base, revision=ref.revision)
     rows, split, start = records.split_source(rows, broken, manifest)

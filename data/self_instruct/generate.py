@@ -308,8 +308,7 @@ def check(args) -> SimpleNamespace:
     output = destination(args)
     cli.check_output_file(output, ".jsonl", problems, (args.seed_tasks,))
     seeds, broken = problems.absorb(read_seed_tasks, args.seed_tasks, args.strict) or ([], 0)
-    ref = problems.absorb(models.find_model, args.model, args.revision)
-    tokenizer = problems.absorb(models.load_tokenizer, ref) if ref else None
+    ref, tokenizer = models.look_up(problems, args.model, args.revision)
     settings = whole = None
     if not problems.lines:
         settings = generation.settings_of(args, ref, SAMPLED, seed_tasks=results.sha256(args.seed_tasks))

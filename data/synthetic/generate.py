@@ -103,8 +103,7 @@ def check(args) -> SimpleNamespace:
             f"{args.input}: {shared} of its rows are training rows, whose metadata would stand unprotected in the "
             "output; name other rows, or draw metadata with --condition sampled"
         )
-    ref = problems.absorb(models.find_model, args.model, args.revision)
-    tokenizer = problems.absorb(models.load_tokenizer, ref) if ref else None
+    ref, tokenizer = models.look_up(problems, args.model, args.revision)
     block = models.privacy(ref) if ref else None
     unit = (block or {}).get("unit", "record")
     if args.condition == "sampled" and unit == "user" and any(not row.get("user_id") for row in training):
