@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import measure_purified
-from common import cli, distributed, models, records, results
+from common import cli, dataset, distributed, models, results
 from mia import mia
 
 
@@ -44,7 +44,7 @@ def make_parser() -> cli.Parser:
 
 def run(args) -> int:
     problems = cli.Problems()
-    args.dataset = records.default_dataset(args.dataset)
+    args.dataset = dataset.default_dataset(args.dataset)
     distributed.check_environment(problems, args.device_map)
     checkpoints = []
     if not Path(args.model).is_dir():

@@ -18,8 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from common import cli, distributed, intervals, models, records, results
-from common.generation import encode_prompt
+from common import cli, dataset, distributed, models, results, stats
+from data.generation import encode_prompt
 from extraction import prompts
 
 TEMPERATURES = [0.01, 0.1, 0.2, 0.5, 0.75, 1.0, 1.25, 1.5]
@@ -113,15 +113,15 @@ class Study:
 def prepare(args, problems: cli.Problems) -> Study | None:
     """Read and check every file that the measurement needs; problems are collected, None when there were any."""
     before = len(problems.lines)
-    rows = problems.absorb(records.read_rows, args.dataset)
-    manifest = problems.absorb(records.read_manifest, args.dataset) if rows else None
+    rows = problems.absorb(dataset.read_rows, args.dataset)
+    manifest = problems.absorb(dataset.read_manifest, args.dataset) if rows else None
     if len(set(args.temperatures)) < len(args.temperatures):
         problems.add("--temperatures: the same temperature twice")
     demonstrations = problems.absorb(_read_demonstrations, args.demonstrations) if args.demonstrations else None
     if rows is None:
         return None
     fields = ("gt-name", "gt-email") + (("prompt",) if args.attack == "prefix" else ())
-    problems.absorb(records.validate, args.dataset, rows, fields)
+    problems.absorb(dataset.validate, args.dataset, rows, fields)
     if len(rows) < 3:
         problems.add(f"{args.dataset}: {len(rows)} rows; at least 3 are needed")
     if args.num_rows and args.num_rows > len(rows):
@@ -129,7 +129,7 @@ def prepare(args, problems: cli.Problems) -> Study | None:
     if len(problems.lines) > before:
         return None
 
-    evaluated = list(range(args.num_rows)) if args.num_rows else records.split(rows, manifest).pii
+    evaluated = list(range(args.num_rows)) if args.num_rows else dataset.split(rows, manifest).pii
     if not evaluated:
         problems.add(f"{args.dataset}: no row belongs to the evaluation head; pass --num_rows")
         return None
@@ -186,8 +186,8 @@ def prepare(args, problems: cli.Problems) -> Study | None:
 
 
 def _read_demonstrations(path) -> list[tuple[str, str]]:
-    rows = records.read_rows(path)
-    records.validate(path, rows, ("name", "email"))
+    rows = dataset.read_rows(path)
+    dataset.validate(path, rows, ("name", "email"))
     if len(rows) != prompts.N_DEMONSTRATIONS:
         raise cli.UserError(f"{path}: {len(rows)} demonstrations; {prompts.N_DEMONSTRATIONS} are needed")
     return [(row["name"], row["email"]) for row in rows]
@@ -206,7 +206,7 @@ def responses_path(results_file) -> Path:
 
 
 def _read_baseline(path, settings: dict, temperatures: list[float]) -> dict:
-    lines = records.read_rows(path)
+    lines = dataset.read_rows(path)
     beside = outcomes_path(path)
     if not beside.is_file():
         raise cli.UserError(f"--baseline {path}: {beside.name} is not beside it; measure the baseline with this tool")
@@ -218,7 +218,7 @@ def _read_baseline(path, settings: dict, temperatures: list[float]) -> dict:
     if missing:
         problems.add(f"--baseline {path}: has no line for temperature {', '.join(map(str, missing))}")
     problems.check()
-    return {(line["row"], line["template"], line["temperature"]): line for line in records.read_rows(beside)}
+    return {(line["row"], line["template"], line["temperature"]): line for line in dataset.read_rows(beside)}
 
 
 def find_results(folder, study: Study, model_key: dict, responses: bool = False) -> list[tuple[Path, list[dict]]]:
@@ -232,7 +232,7 @@ def find_results(folder, study: Study, model_key: dict, responses: bool = False)
         if path.stem.endswith("_rows"):
             continue
         try:
-            lines = records.read_rows(path)
+            lines = dataset.read_rows(path)
         except cli.UserError:
             continue
         if (
@@ -270,7 +270,7 @@ def attack(model, tokenizer, study: Study, args, temperatures: list[float], worl
     {row, template, responses: [text per temperature] or None, dropped: reason or None, truth_logprob, truth_logp}.
     """
     from common import sampling
-    from common.progress import progress_bar
+    from common.distributed import progress_bar
 
     def ask_mine() -> list[dict]:
         longest = models.context_length(model)
@@ -392,8 +392,8 @@ def summarise(study: Study, found: list[dict], temperatures: list[float], model_
             line[measure]["total"] = n_rows
         line["ci95"] = {
             measure: {
-                **{label: intervals.clopper_pearson(line[measure][label], scored[label]) for label in study.labels},
-                "total": intervals.clustered_rate(hits[measure]),
+                **{label: stats.clopper_pearson(line[measure][label], scored[label]) for label in study.labels},
+                "total": stats.clustered_rate(hits[measure]),
             }
             for measure in metrics.MEASURES
         }
@@ -439,7 +439,7 @@ def _compare(study: Study, outcome_lines: list[dict]) -> dict:
                     continue
                 gained += now[key] and not before[key]
                 lost += before[key] and not now[key]
-            compared[measure][label] = {"gained": gained, "lost": lost, "p": intervals.mcnemar(gained, lost)}
+            compared[measure][label] = {"gained": gained, "lost": lost, "p": stats.mcnemar(gained, lost)}
     return compared
 
 
@@ -506,7 +506,7 @@ def run(args) -> int:
     for flag in ("model", "output_dir"):
         if getattr(args, flag) is None:
             problems.add(f"--{flag}: required")
-    args.dataset = records.default_dataset(args.dataset)
+    args.dataset = dataset.default_dataset(args.dataset)
     distributed.check_environment(problems, args.device_map)
     if args.output_dir:
         cli.check_writable(args.output_dir, problems)

@@ -42,7 +42,7 @@ def make_parser() -> cli.Parser:
 
 def check(args):
     """The Study below the directories; UserError with every problem, before anything is drawn."""
-    from reporting import read
+    from reporting import load
 
     problems = cli.Problems()
     for directory in args.directories:
@@ -55,7 +55,7 @@ def check(args):
     if (output / "figures").exists() and not (output / OURS).exists():
         problems.add(f"--output {output}: has a folder figures/ that is not of an earlier report; name another place")
     problems.check()
-    study = read.read([Path(directory) for directory in args.directories], output)
+    study = load.read([Path(directory) for directory in args.directories], output)
     if not study.rows and not study.curves and not study.damage:
         where = ", ".join(args.directories)
         problems.add(f"{where}: no result file below; run measure_purified.py, perplexity.py, mia.py, … first")
@@ -92,18 +92,18 @@ def damage(study) -> list[str]:
 
 
 def write(args, study, output: Path, record: results.Run) -> None:
-    from reporting import cautions, draw, figures, page, read, responses
+    from reporting import caveats, figures, html, load, responses, svg
 
     answers = responses.html(study, args.unredacted) if args.include_responses else ""
     drawn = figures.build(study)
     with results.atomic_folder(output / "figures") as folder:
         for figure in drawn if not args.no_figures else ():
-            draw.save(figure, folder)
+            svg.save(figure, folder)
     with record.files.open(output / "results.csv") as file:
-        csv.writer(file, lineterminator="\n").writerows(results.csv_rows(read.table(study)))
+        csv.writer(file, lineterminator="\n").writerows(results.csv_rows(load.table(study)))
     made = {"time": results.now().replace("T", " ").replace("+00:00", " UTC"), **results.commit()}
     made["images"] = not args.no_figures
-    text = page.render(study, drawn, cautions.find(study), made, answers)
+    text = html.render(study, drawn, caveats.find(study), made, answers)
     with record.files.open(output / "report.html", permissions=0o600 if args.unredacted else 0o644) as file:
         file.write(text)
     record["figures"] = [figure.name for figure in drawn]

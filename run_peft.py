@@ -55,9 +55,9 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from common import cli, distributed, models, records, results, trained
+from common import cli, dataset, distributed, models, results, trained
 from common.cli import Problems, UserError
-from training import privacy
+from training import dp_plan
 from training.batches import Row, collate, converted, encode, epoch_batches, micro_batches, pack, unit_batches
 
 PROBE_ROWS, PROBE_TOKENS = 4, 128
@@ -143,7 +143,7 @@ def make_parser() -> cli.Parser:
     add("--packing", action="store_true", help="fill sequences of max_length with several rows each")
     add("--resume", action="store_true", help="continue an unfinished run from its newest saved state")
     add("--report_to", default="none", help="trackers of accelerate, comma-separated: tensorboard,wandb,…")
-    privacy.add_flags(parser)
+    dp_plan.add_flags(parser)
     add(
         "--suggest_max_grad_norm",
         default=None,
@@ -256,8 +256,8 @@ def tracker_classes(names: str) -> list[type]:
 def choose_rows(args, path, rows: list[dict], manifest: dict | None) -> tuple[list[int], list[int]]:
     """(indices to train on, indices of the held-out rows). UserError for an overlap or too few rows."""
     n, problems = len(rows), Problems()
-    parts, evaluated = records.split(rows, manifest), records.evaluated_rows(rows, manifest)
-    has_head = records.shape_of(rows[0]) == "enron"
+    parts, evaluated = dataset.split(rows, manifest), dataset.evaluated_rows(rows, manifest)
+    has_head = dataset.shape_of(rows[0]) == "enron"
     held = (parts.head if has_head else list(range(n)))[: args.eval_rows]
     train = parts.train
     if args.train_rows is not None:
@@ -287,7 +287,7 @@ def choose_rows(args, path, rows: list[dict], manifest: dict | None) -> tuple[li
 
 def boundaries(path, rows: list[dict], indices: list[int]) -> None:
     """UserError naming the first rows without a prompt part (--loss_on completion needs one)."""
-    bare = [index for index in indices if records.row_text(rows[index])[1] is None]
+    bare = [index for index in indices if dataset.row_text(rows[index])[1] is None]
     if bare:
         more = f" (and {len(bare) - 1} more)" if len(bare) > 1 else ""
         raise UserError(
@@ -317,7 +317,7 @@ class Plan:
     max_length: int
     start: str
     world_size: int
-    privacy: privacy.Privacy | None
+    privacy: dp_plan.Privacy | None
     n_trainable: int
 
     @property
@@ -348,19 +348,19 @@ def make_plan(args) -> Plan:
     world_size = int(size) if size.isdigit() else 1
     if args.distribution_type == "mp" and world_size > 1:
         problems.add(f"--distribution_type mp: runs as one process, not {world_size}; start it without torchrun")
-    clean_flags = privacy.check_flags(args, METRIC_SCHEDULERS, problems)
+    clean_flags = dp_plan.check_flags(args, METRIC_SCHEDULERS, problems)
     if args.suggest_max_grad_norm and not args.dp:
         problems.add("--suggest_max_grad_norm: only with --dp")
     if args.distribution_type == "fsdp" and args.peft_type == "full" and args.dtype == "float16":
         problems.add("--dtype float16: full fine-tuning under fsdp has no loss scaling here; use bfloat16 or float32")
 
-    path, chosen, folder, tag = records.default_dataset(args.input), None, None, None
-    rows = problems.absorb(records.read_rows, path)
-    manifest = problems.absorb(records.read_manifest, path)
+    path, chosen, folder, tag = dataset.default_dataset(args.input), None, None, None
+    rows = problems.absorb(dataset.read_rows, path)
+    manifest = problems.absorb(dataset.read_manifest, path)
     if rows:
-        if problems.absorb(records.validate, path, rows):
+        if problems.absorb(dataset.validate, path, rows):
             chosen = problems.absorb(choose_rows, args, path, rows, manifest)
-        tag = records.data_tag(path, manifest)
+        tag = dataset.data_tag(path, manifest)
         folder = run_folder(args, tag)
         cli.check_writable(folder, problems, "--output_root")
     if chosen and args.loss_on == "completion":
@@ -368,13 +368,13 @@ def make_plan(args) -> Plan:
     global_batch = args.per_device_batch_size * args.gradient_accumulation_steps * world_size
     spending = None
     if args.dp and chosen and clean_flags:
-        spending = problems.absorb(privacy.make_privacy, args, path, rows, chosen[0])
+        spending = problems.absorb(dp_plan.make_privacy, args, path, rows, chosen[0])
     if spending:
         global_batch = spending.logical_batch
     steps = math.ceil(len(chosen[0]) / global_batch) * args.epochs if chosen else 1
     if any(getattr(args, key) != default(key) for key in ("scheduler", "scheduler_kwargs")):
         problems.absorb(check_scheduler, args, steps)
-    public = problems.absorb(records.read_rows, args.suggest_max_grad_norm) if args.suggest_max_grad_norm else None
+    public = problems.absorb(dataset.read_rows, args.suggest_max_grad_norm) if args.suggest_max_grad_norm else None
     if public and rows and results.sha256(args.suggest_max_grad_norm) == results.sha256(path):
         problems.add(
             f"--suggest_max_grad_norm {args.suggest_max_grad_norm}: is the private --input; name a public file"
@@ -416,7 +416,7 @@ def make_plan(args) -> Plan:
     sequences = pack(train, max_length) if args.packing else [[index] for index in range(len(train))]
     n_trainable = count_trainable(args, config) if args.dp else 0
     return Plan(
-        ref, path, tag, folder, tokenizer, chosen[0], [records.row_text(rows[index])[0] for index in chosen[0]], train,
+        ref, path, tag, folder, tokenizer, chosen[0], [dataset.row_text(rows[index])[0] for index in chosen[0]], train,
         held, sequences, global_batch, max_length, start, world_size, spending, n_trainable,
     )  # fmt: skip
 
@@ -499,7 +499,7 @@ def describe(args, plan: Plan) -> list[str]:
     if plan.privacy:
         lines[3:4] = [
             f"steps        {plan.steps_per_epoch} an epoch × {args.epochs} epochs, {plan.global_batch} units expected",
-            *privacy.describe(plan.privacy, args.epochs, plan.n_trainable),
+            *dp_plan.describe(plan.privacy, args.epochs, plan.n_trainable),
         ]
         if tracker_classes(args.report_to):
             lines.append(
@@ -742,7 +742,7 @@ class Training:
         self.lengths = [sum(len(plan.train[index].ids) for index in sequence) for sequence in plan.sequences]
         self.stopping, self.order = False, (None, [])
         if plan.privacy:
-            from common import dp
+            from training import dp
 
             try:
                 self.examples = dp.PerExample(self.model)
@@ -837,7 +837,7 @@ class Training:
     def private_seed(self, purpose: str, number: int) -> int:
         """A seed of its own for every purpose and step: the published weights show the initial ones, and clipping
         bounds what a record does only as long as nobody knows the dropout masks."""
-        from common import dp
+        from training import dp
 
         return int.from_bytes(dp.stream(self.secret, purpose, number, 8)) >> 1
 
@@ -880,7 +880,7 @@ class Training:
         """
         import torch
 
-        from common import dp
+        from training import dp
 
         plan, world, count, rows = self.plan, self.world, self.count, self.plan.train
         spending = plan.privacy
@@ -1571,7 +1571,7 @@ def find_secret(args, plan: Plan) -> bytes:
 
 def hash_salt(secret: bytes) -> str:
     """The salt of the hashes that a DP run writes down, hexadecimal. It outlives the secret and does not tell it."""
-    from common import dp
+    from training import dp
 
     return dp.stream(secret, "salt of hashes", 0, 16).hex()
 
@@ -1645,7 +1645,7 @@ def _run(args, plan: Plan, world, dtype, record: results.Run, secret: bytes | No
     record["relative_change"] = training.relative_change()
     if plan.privacy:
         record["privacy"] = plan.privacy.block(training.count["step"])
-        world.say(privacy.summary(record["privacy"]))
+        world.say(dp_plan.summary(record["privacy"]))
     if record["relative_change"] is not None:
         world.say(f"‖ΔW‖/‖W‖ {record['relative_change']:.3g}")
         if note := models.hardly_moved(record["relative_change"]):

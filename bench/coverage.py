@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import cli, intervals
+from common import cli, stats
 
 KINDS = ("rate", "total", "auc", "tpr", "jackknife")
 SEED = 20250
@@ -52,7 +52,7 @@ def rate(runs: int, rng):
 
     for n in (20, 100, 1000):
         for p in (0.001, 0.005, 0.05, 0.5):
-            low, high = intervals._clopper_pearson(rng.binomial(n, p, runs), np.full(runs, n), 0.95)
+            low, high = stats._clopper_pearson(rng.binomial(n, p, runs), np.full(runs, n), 0.95)
             yield "rate, Clopper–Pearson", f"{n} rows, p {p:g}", tally(np.stack([low, high], 1), p)
 
 
@@ -77,7 +77,7 @@ def total(runs: int, rng):
                 bounds = []
                 for start in range(0, runs, 250):
                     drawn = clustered(rows, p, correlation, min(250, runs - start), rng)
-                    bounds.append(np.stack(intervals._clustered_rates(drawn), 1))
+                    bounds.append(np.stack(stats._clustered_rates(drawn), 1))
                 where = f"{rows} rows × 4, p {p:g}, ρ {correlation:g}"
                 yield "total, Korn–Graubard", where, tally(np.concatenate(bounds), p)
 
@@ -114,7 +114,7 @@ def auc(runs: int, rng):
             )
             truth = area(shift)
             for m, n in ((20, 20), (50, 50), (20, 200), (200, 200), (1000, 1000)):
-                bounds = [intervals.auc_interval(*draw(rng, m, n, shift)) for _ in range(runs)]
+                bounds = [stats.auc_interval(*draw(rng, m, n, shift)) for _ in range(runs)]
                 yield "AUC, logit DeLong or Newcombe", f"{m} + {n}, {kind}, AUC {target:g}", tally(bounds, truth)
 
 
@@ -138,7 +138,7 @@ def jackknife(runs: int, rng):
     import numpy as np
     from scipy import stats
 
-    from fidelity import measures
+    from fidelity import metrics
 
     n = 400
     found = {"Wasserstein-1": [], "Fréchet": []}
@@ -150,12 +150,12 @@ def jackknife(runs: int, rng):
             left, right = keep[:n], keep[n:]
             return {
                 "Wasserstein-1": float(stats.wasserstein_distance(one[left], other[right])),
-                "Fréchet": measures.frechet_distance(wide[left], others[right]),
+                "Fréchet": metrics.frechet_distance(wide[left], others[right]),
             }
 
-        groups = np.concatenate([measures.deal(n, 2 * number), measures.deal(n, 2 * number + 1)])
-        for name, values in measures.replicate(measure, groups).items():
-            made = measures.interval(values, measures.WIDER["Wasserstein-1 words a review"] if name[0] == "W" else 1)
+        groups = np.concatenate([metrics.deal(n, 2 * number), metrics.deal(n, 2 * number + 1)])
+        for name, values in metrics.replicate(measure, groups).items():
+            made = metrics.interval(values, metrics.WIDER["Wasserstein-1 words a review"] if name[0] == "W" else 1)
             found[name].append([made["value"], made["low"], made["high"]])
     for name, made in found.items():
         values, bounds = np.array(made)[:, 0], np.array(made)[:, 1:]

@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from common import cli, records
+from common import cli, dataset
 
 GOAL = 180  # seconds without embedding and MAUVE
 PARTS = {"without embedding and MAUVE": ("embedding", "mauve"), "without MAUVE": ("mauve",), "whole": ()}
@@ -56,7 +56,7 @@ def make_rows(folder: Path, n: int, seed: int) -> float:
                 row["generated_text"] = row["Review"]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / f"{target}.jsonl").write_text(text, encoding="utf-8")
-        records.manifest_path(folder / f"{name}.jsonl").unlink()  # of the rows before they were joined
+        dataset.manifest_path(folder / f"{name}.jsonl").unlink()  # of the rows before they were joined
     return statistics.mean(lengths)
 
 

@@ -80,9 +80,9 @@ def work_models(job: dict) -> dict:
     from common import models
     from common.distributed import World
     from common.scoring import score
-    from mia import evidence, mia, passes
+    from mia import forward, mia, signals
+    from mia.dataset import Study
     from mia.report import AGAINST_BASE
-    from mia.texts import Study
 
     torch.set_num_threads(job["threads"])
     base_ref = models.find_model(job["model"])
@@ -90,7 +90,7 @@ def work_models(job: dict) -> dict:
     model = models.load_base(base_ref, torch.float32, "cpu")
     texts = invented_texts(job["texts"], job["tokens"], tokenizer)
     args = mia.make_parser().parse_args(["--model", job["model"]])
-    coded = evidence.encode(tokenizer, texts, args.max_length)
+    coded = signals.encode(tokenizer, texts, args.max_length)
     score(model, coded.tokens[:2])  # first calls are slower
     sizes = {"n_tokens": sum(map(len, coded.tokens))}
 
@@ -116,14 +116,14 @@ def work_models(job: dict) -> dict:
         labels = [1] * (len(texts) // 2) + [0] * (len(texts) - len(texts) // 2)
         study = Study(texts, list(range(len(texts))), labels, list(mia.CORE))
         needed = Study(texts, study.ids, labels, list(AGAINST_BASE))  # of the base: its own pass over the texts
-        run = passes.Passes(passes.Cache(Path(folder) / "cache"), World(), torch.float32, job["token_budget"],
+        run = forward.Passes(forward.Cache(Path(folder) / "cache"), World(), torch.float32, job["token_budget"],
                             shelf={ref.base: model})  # fmt: skip
 
         def work():
-            target = evidence.gather(run, ref, tokenizer, study, args, gradients=True)
-            base = evidence.gather(run, base_ref, tokenizer, needed, args, gradients=False)
+            target = signals.gather(run, ref, tokenizer, study, args, gradients=True)
+            base = signals.gather(run, base_ref, tokenizer, needed, args, gradients=False)
             run.close()
-            found, _ = evidence.score_texts(study, args, target, base, None)
+            found, _ = signals.score_texts(study, args, target, base, None)
             assert len(found) == 27 and all(value is not None for value in found["ref"])
 
         return timed(work) | sizes

@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from canary import canaries
-from common import cli, records, results, reviews
+from common import cli, dataset, results, reviews
 
 KEY_SCHEMA = 1
 
@@ -80,7 +80,7 @@ def place(rows: list[dict], plan, space: canaries.Space, rng: random.Random) -> 
         """The row's text before the canary."""
         review, start = canaries.insert(rows[index]["Review"].strip(), canary["sentence"], plan.within, rng)
         row = rows[index] | {"Review": review}
-        text, boundary = records.row_text(row)
+        text, boundary = dataset.row_text(row)
         start += boundary + 1  # the space before the review
         if not text.startswith(canary["sentence"], start):
             raise AssertionError(f"row {index}: the canary is not where it was put")
@@ -153,9 +153,9 @@ def check(args) -> tuple[list[dict], dict | None, bool]:
             problems.add(f"{args.input}: has rows whose Review is empty; remove them")
     settings = None
     if not problems.lines:
-        settings = records.settings_of(args, ("output", "key_file"), input=results.sha256(args.input))
+        settings = dataset.settings_of(args, ("output", "key_file"), input=results.sha256(args.input))
     others = [("--key_file", key)]
-    finished = problems.absorb(records.finished, [("--output", output)], settings, args.overwrite, others)
+    finished = problems.absorb(dataset.finished, [("--output", output)], settings, args.overwrite, others)
     problems.check()
     return rows, settings, finished
 
@@ -166,7 +166,7 @@ def run(args) -> dict:
     with results.output_file(output, key_file, dry_run=args.dry_run) as place:
         rows, settings, finished = check(args)
         if finished:
-            records.say_finished(output, key_file)
+            dataset.say_finished(output, key_file)
             return {}
         made, key, space = place_all(args, rows)
         counts = count(args, rows, made, key, space)
@@ -218,10 +218,10 @@ def write(files: results.Publication, args, settings: dict, made: list[dict], ke
         "training": results.sha256(files.hidden(output)), "seed": args.seed, "canaries": len(key),
     }  # fmt: skip
     files.write_jsonl(key_file, [header, *key], permissions=0o600)
-    records.write_manifest(
+    dataset.write_manifest(
         files,
         output,
-        tag=f"{records.data_tag(args.input, records.read_manifest(args.input))}-canaries",
+        tag=f"{dataset.data_tag(args.input, dataset.read_manifest(args.input))}-canaries",
         script="canary/inject.py",
         argv=sys.argv,
         rows=len(made),

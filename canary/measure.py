@@ -35,9 +35,9 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from canary.canaries import Space
-from common import cli, distributed, intervals, models, records, results, reviews, trained
-from common.intervals import clopper_pearson
-from common.progress import progress_bar
+from common import cli, dataset, distributed, models, results, reviews, stats, trained
+from common.distributed import progress_bar
+from common.stats import clopper_pearson
 
 FILE, ROWS_FILE = "results_canary.jsonl", "results_canary_rows.jsonl"
 FIELDS = ("id", "kind", "repetitions", "included", "context", "sentence", "before", "secret", "parts", "rows")
@@ -68,7 +68,7 @@ def make_parser() -> cli.Parser:
 
 def read_key(path) -> tuple[dict, list[dict]]:
     """(header, canaries) of a key file; UserError when it is none."""
-    lines = records.read_rows(path)
+    lines = dataset.read_rows(path)
     header, canaries = lines[0], lines[1:]
     if not {"schema", "secret", "words", "privacy_unit"} <= set(header):
         raise cli.UserError(f"{path}: its first line is no header; name the key file that canary/inject.py wrote")
@@ -103,7 +103,7 @@ def check(args) -> SimpleNamespace:
     for arm, file in files.items():
         rows = generated[arm]
         texts[arm] = [row[reviews.GENERATED] for row in rows or []]
-        manifest = (records.read_manifest(file) or {}) if rows else {}
+        manifest = (dataset.read_manifest(file) or {}) if rows else {}
         spent[arm, "text"] = manifest.get("privacy") or spent.get(arm)
         if not manifest and rows and spent[arm, "text"] is None:
             spent[arm, "text"] = {"unknown": f"{file} has no manifest: what its generator spent is unknown"}
@@ -256,7 +256,7 @@ def sentence_logps(model, tokenizer, canaries: list[dict], world) -> list[float]
 
 def exposures(model, tokenizer, task, n: int, seed: int, world) -> dict[int, dict]:
     """{canary: {nll, exposure, extrapolated, ks_p}} of all canaries but those of the audit, on every rank."""
-    from canary import measures
+    from canary import metrics
 
     chosen = [index for index, canary in enumerate(task.canaries) if canary["kind"] != "audit"]
     sampled = n < task.space.size - 1
@@ -269,8 +269,8 @@ def exposures(model, tokenizer, task, n: int, seed: int, world) -> dict[int, dic
                 others = task.space.others(canary["secret"], n, random.Random(f"{seed} {canary['id']}"))
                 context = canary["context"] + canary["before"]
                 nll, *rest = secret_nlls(model, tokenizer, context, [canary["secret"], *others])
-                fitted = measures.extrapolated_exposure(nll, rest, task.space.size) if sampled else {}
-                found.append((index, {"nll": nll, "exposure": measures.exposure(nll, rest)} | fitted))
+                fitted = metrics.extrapolated_exposure(nll, rest, task.space.size) if sampled else {}
+                found.append((index, {"nll": nll, "exposure": metrics.exposure(nll, rest)} | fitted))
                 bar.update(world.size)
         return found
 
@@ -303,13 +303,13 @@ def measure_model(args, task, arm: str, dtype, world) -> tuple[dict[int, dict], 
 
 
 def count_lines(task) -> list[dict]:
-    from canary import measures
+    from canary import metrics
 
     groups, lines, hits = grouped(task.canaries), [], {}
     for arm, texts in task.texts.items():
-        found = measures.find(task.canaries, texts)
+        found = metrics.find(task.canaries, texts)
         for group, members in groups.items():
-            for p, part in enumerate(measures.PARTS):
+            for p, part in enumerate(metrics.PARTS):
                 if part == "whole" or task.canaries[members[0]]["parts"]:
                     hits[arm, group, part] = {how: cells[p, members] for how, cells in found.items()}
     for (arm, (kind, repetitions), part), cells in hits.items():
@@ -322,7 +322,7 @@ def count_lines(task) -> list[dict]:
             for other in task.texts:
                 if other != arm:
                     theirs = int(hits[other, (kind, repetitions), part][how].any(0).sum())
-                    against[other] = measures.fisher(rows, n, theirs, len(task.texts[other]))
+                    against[other] = metrics.fisher(rows, n, theirs, len(task.texts[other]))
             line[how] = {
                 "rows": rows, "canaries": int(cell.any(1).sum()), "rate": rows / n, "ci": clopper_pearson(rows, n),
                 "fisher_p": against,
@@ -332,7 +332,7 @@ def count_lines(task) -> list[dict]:
 
 
 def exposure_lines(task, arm: str, bits: dict[int, dict], references: int) -> list[dict]:
-    from canary import measures
+    from canary import metrics
 
     groups = {group: members for group, members in grouped(task.canaries).items() if group[0] != "audit"}
     taken = task.taken.get(arm)
@@ -352,13 +352,13 @@ def exposure_lines(task, arm: str, bits: dict[int, dict], references: int) -> li
                 "n_requested": asked, "n_scored": len(values), "n_dropped": asked - len(values),
                 "dropped": {NEVER: asked - len(values)} if asked > len(values) else {}, "copies_trained": copies,
                 "undefined": None if values else f"{asked} of {asked} canaries were {NEVER}",
-                "bits": measures.quantiles(values) if values else None, "chance": measures.CHANCE, "references": n,
+                "bits": metrics.quantiles(values) if values else None, "chance": metrics.CHANCE, "references": n,
                 "ceiling": math.log2(n + 1), "space_bits": math.log2(task.space.size),
-                "p_above_held_out": None if kind == "held_out" or not values else measures.p_above(values, held),
+                "p_above_held_out": None if kind == "held_out" or not values else metrics.p_above(values, held),
                 "extrapolated": {
                     "note": "skew-normal extrapolation, capped at space_bits; void where ks_p is small",
-                    "bits": measures.quantiles([fit["bits"] for fit in fits]),
-                    "ks_p": measures.quantiles([fit["ks_p"] for fit in fits]),
+                    "bits": metrics.quantiles([fit["bits"] for fit in fits]),
+                    "ks_p": metrics.quantiles([fit["ks_p"] for fit in fits]),
                 } if fits else None,
             }
         )  # fmt: skip
@@ -374,7 +374,7 @@ def audit_line(
     training saw. A canary that --max_length cuts is left out by its text alone, placed or not, so the coins of the
     others stay fair; one that was placed and not trained on for another reason stays, which can only lower the bound.
     """
-    from canary import audit, measures
+    from canary import audit, metrics
 
     audited = [canary for canary in task.canaries if canary["kind"] == "audit"]
     asked, placed = len(audited), sum(canary["included"] for canary in audited)
@@ -406,7 +406,7 @@ def audit_line(
         "above_upper": above,
         "heuristic": {
             "note": "TPR/FPR bound, heuristic: canaries of one run are not independent",
-            "bound": None if constant or never else measures.heuristic_bound(scores, included, delta),
+            "bound": None if constant or never else metrics.heuristic_bound(scores, included, delta),
         },
     }  # fmt: skip
 
@@ -426,20 +426,20 @@ def _auc(scores, included) -> dict:
     members = [score for score, one in zip(scores, included) if one]
     others = [score for score, one in zip(scores, included) if not one]
     if not members or not others:
-        return {"auc": None, "auc_ci": None, "auc_ci_method": intervals.AUC_METHOD, "direction": None}
-    bounds = intervals.auc_interval(members, others)
+        return {"auc": None, "auc_ci": None, "auc_ci_method": stats.AUC_METHOD, "direction": None}
+    bounds = stats.auc_interval(members, others)
     return {
-        "auc": auc(members, others), "auc_ci": bounds, "auc_ci_method": intervals.AUC_METHOD,
-        "direction": intervals.direction(bounds, "placed canaries"),
+        "auc": auc(members, others), "auc_ci": bounds, "auc_ci_method": stats.AUC_METHOD,
+        "direction": stats.direction(bounds, "placed canaries"),
     }  # fmt: skip
 
 
 def text_signals(task, arm: str) -> dict[str, list[float]]:
     """{signal: value of every canary} from the generated rows alone."""
-    from canary import measures
+    from canary import metrics
 
     sentences = [canary["sentence"] for canary in task.canaries]
-    found = measures.bigram_scores(sentences, task.texts[arm]), measures.similarity_scores(sentences, task.texts[arm])
+    found = metrics.bigram_scores(sentences, task.texts[arm]), metrics.similarity_scores(sentences, task.texts[arm])
     return {signal: values.tolist() for signal, values in zip(SIGNALS, found)}
 
 

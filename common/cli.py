@@ -209,7 +209,7 @@ def check_output_file(output: Path, suffix: str | None, problems: Problems, inpu
     """Add a problem unless `output` ends in `suffix` (None: in anything), is no directory, is none of the `inputs`, and
     can be written.
 
-    Whether it may be replaced: `records.finished`.
+    Whether it may be replaced: `dataset.finished`.
     """
     if suffix and output.suffix != suffix:
         problems.add(f"{flag} {output}: the name must end in {suffix}")

@@ -1,6 +1,7 @@
-"""One process, or many under torchrun: ranks, devices, sums and gathers. Without torchrun every call is a no-op."""
+"""One process, or many under torchrun: ranks, devices, sums, gathers, one progress bar. Without torchrun: no-ops."""
 
 import os
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -149,3 +150,14 @@ def start(group_of_one: bool = False) -> World:
             **({"device_id": torch.device(device)} if cuda else {}),
         )
     return World(rank, size, local_rank, device, backend)
+
+
+def progress_bar(total: int, unit: str, world=None):
+    """A tqdm bar with .update(n), usable as a context manager; a log line every 30 seconds without one."""
+    from tqdm import tqdm
+
+    silent = world is not None and not world.main
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        total=total, unit=f" {unit}", disable=silent, mininterval=0.1 if terminal else 30, delay=0 if terminal else 30
+    )

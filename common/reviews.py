@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 
 from common.cli import Problems, UserError
-from common.records import read_rows, validate
+from common.dataset import read_rows, validate
 
 ARM = re.compile(r"[A-Za-z][\w-]*")
 REAL, GENERATED = "Review", "generated_text"  # the field of the text

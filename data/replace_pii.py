@@ -28,7 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import cli, records, results
+from common import cli, dataset, results
 
 DEFAULT_NAME = "replaced_data.arrow"
 SHOWN_LEAKS = 20  # row numbers
@@ -69,7 +69,7 @@ class Task:
 
 def destinations(args) -> tuple[Path, Path, Path | None]:
     """(source, output, map)."""
-    source = records.default_dataset(args.input)
+    source = dataset.default_dataset(args.input)
     output = Path(args.output) if args.output else source.with_name(DEFAULT_NAME)
     return source, output, Path(args.save_map) if args.save_map else None
 
@@ -78,8 +78,8 @@ def check(args) -> Task:
     """UserError with all problems."""
     problems = cli.Problems()
     source, output, save_map = destinations(args)
-    rows, broken = problems.absorb(records.read_with_broken, source, records.REQUIRED["enron"]) or ([], {})
-    manifest = problems.absorb(records.read_manifest, source)
+    rows, broken = problems.absorb(dataset.read_with_broken, source, dataset.REQUIRED["enron"]) or ([], {})
+    manifest = problems.absorb(dataset.read_manifest, source)
     cli.check_output_file(output, ".arrow", problems, [source])
     if save_map:
         cli.check_output_file(save_map, None, problems, [source, output], "--save_map")
@@ -90,17 +90,17 @@ def check(args) -> Task:
     problems.absorb(cli.report_broken, "rows", lines, len(lines), args.strict)
     start = None
     if rows:
-        rows, _, start = records.split_source(rows, broken, manifest)
+        rows, _, start = dataset.split_source(rows, broken, manifest)
     columns = dict.fromkeys(column for row in rows for column in row)  # Arrow has the same ones in every row
     kept = [{column: row.get(column) for column in columns} for index, row in enumerate(rows) if index not in broken]
     if rows and len(kept) < 3 and not (broken and args.strict):
         problems.add(f"{source}: {len(kept)} whole rows with gt-name, gt-email, prompt, continuation; 3 are needed")
-    problems.absorb(records.check_columns, source, kept)
+    problems.absorb(dataset.check_columns, source, kept)
     settings = None
     if not problems.lines:
-        settings = records.settings_of(args, ("output", "save_map"), input=results.sha256(source))
+        settings = dataset.settings_of(args, ("output", "save_map"), input=results.sha256(source))
     others = [("--save_map", save_map)] if save_map else []
-    finished = problems.absorb(records.finished, [("--output", output)], settings, args.overwrite, others)
+    finished = problems.absorb(dataset.finished, [("--output", output)], settings, args.overwrite, others)
     problems.check()
     return Task(source, output, save_map, kept, start, len(broken), settings, finished)
 
@@ -157,7 +157,7 @@ def run(args) -> int:
     with results.output_file(output, *([save_map] if save_map else []), dry_run=args.dry_run) as place:
         task = check(args)
         if task.finished:
-            records.say_finished(output, *([save_map] if save_map else []))
+            dataset.say_finished(output, *([save_map] if save_map else []))
             return 0
         if args.dry_run:
             print(f"would replace names and addresses in {len(task.rows):,} rows of {task.source}, to {output}")
@@ -175,8 +175,8 @@ def build(args, task: Task, place: results.Output) -> int:
         replaced = replace(rows, people, scan)
         seconds = time.monotonic() - started
         with record.files.open(output, "wb") as file:
-            records.write_arrow(file, replaced)
-        found = leaks(records.read_arrow(record.files.hidden(output)), people)  # what was written, before it is named
+            dataset.write_arrow(file, replaced)
+        found = leaks(dataset.read_arrow(record.files.hidden(output)), people)  # what was written, before it is named
         total = time.monotonic() - started
         record["counts"] = counts = {
             "rows": len(rows),
@@ -193,7 +193,7 @@ def build(args, task: Task, place: results.Output) -> int:
             record.files.discard()
             report_leaks(found, output)
             return 1
-        records.write_manifest(
+        dataset.write_manifest(
             record.files,
             output,
             tag="replaced",

@@ -28,7 +28,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import cli, distributed, models, results, reviews
-from common.progress import progress_bar
+from common.distributed import progress_bar
 
 RECORD = "run_fidelity.json"
 SCHEMA = 1
@@ -147,18 +147,18 @@ class Text:
     def __init__(self, rows: list[dict], vocabulary: dict[str, int]):
         import numpy as np
 
-        from fidelity import measures
+        from fidelity import metrics
 
         self.texts = [reviews.text_of(row) for row in rows]
-        self.corpus = measures.make_corpus(self.texts, vocabulary)
+        self.corpus = metrics.make_corpus(self.texts, vocabulary)
         self.rating = np.array([reviews.rating(row) for row in rows])
         self.words = np.bincount(self.corpus.document, minlength=len(rows))
-        self.sentences = np.array([measures.count_sentences(text) for text in self.texts])
+        self.sentences = np.array([metrics.count_sentences(text) for text in self.texts])
         reasons = [row.get("finish_reason") for row in rows]
         self.cut = None if None in reasons else np.array([reason == "length" for reason in reasons])
-        found = [measures.words(text) for text in self.texts]
+        found = [metrics.words(text) for text in self.texts]
         self.letters = np.array([len(word) for one in found for word in one])
-        share = [[measures.count_of(one, words) for words in (measures.POSITIVE, measures.NEGATIVE)] for one in found]
+        share = [[metrics.count_of(one, words) for words in (metrics.POSITIVE, metrics.NEGATIVE)] for one in found]
         self.attributes = {
             "rating": self.rating,
             "words": self.words,
@@ -167,8 +167,8 @@ class Text:
             "negative words": np.array(share)[:, 1],
             "exclamation marks": np.array([text.count("!") for text in self.texts]),
         }
-        self.grams = {order: measures.ngrams(self.corpus, order) for order in (1, 2, 3, 4)}
-        self.repeated = measures.repetition(*self.grams[4], len(rows))
+        self.grams = {order: metrics.ngrams(self.corpus, order) for order in (1, 2, 3, 4)}
+        self.repeated = metrics.repetition(*self.grams[4], len(rows))
         self.copied = None
 
     def word_counts(self, keep, size: int):
@@ -182,7 +182,7 @@ def word_measures(real: Text, other: Text, groups, budgets: dict[int, int], voca
     import numpy as np
     from scipy import stats
 
-    from fidelity import measures as m
+    from fidelity import metrics as m
 
     few = np.arange(len(groups)) < SELF_BLEU_ROWS
     corpus = m.Corpus(*(part[few[other.corpus.document]] for part in other.corpus[:2]), int(few.sum()))
@@ -237,7 +237,7 @@ def word_measures(real: Text, other: Text, groups, budgets: dict[int, int], voca
 
 def copy_measures(other: Text, groups) -> dict:
     """{measure: replicates} of the shares of rows that share at least so many characters with a training row."""
-    from fidelity import measures as m
+    from fidelity import metrics as m
 
     def measure(keep):
         return {f"copies >= {step} characters": float((other.copied[keep] >= step).mean()) for step in m.COPY_STEPS}
@@ -247,7 +247,7 @@ def copy_measures(other: Text, groups) -> dict:
 
 def embedding_measures(real, other, groups, pools: dict) -> dict:
     """{measure: replicates}; vectors [n, d] of unit length; pools: {'held-out' …: (vectors [m, d], their groups)}."""
-    from fidelity import measures as m
+    from fidelity import metrics as m
 
     found = m.replicate(lambda keep: {"Frechet distance": m.frechet_distance(real[keep], other[keep])}, groups)
     found |= m.manifold_measures(real, other, groups)
@@ -441,7 +441,7 @@ def draw_map(files: results.Publication, path: Path, vectors: dict) -> None:
 
 
 def settings(args, groups) -> dict:
-    from fidelity import measures as m
+    from fidelity import metrics as m
 
     return {
         "groups": m.GROUPS,
@@ -492,7 +492,7 @@ def compare(args, samples: dict, plan: dict, pool: list, train, world, record, f
 
     import numpy as np
 
-    from fidelity import measures as m
+    from fidelity import metrics as m
 
     clock, seconds = time.monotonic(), {}
 

@@ -6,7 +6,7 @@ share of non-members called members. Levels of FPR are named as in the result fi
 
 import numpy as np
 
-from common.intervals import auc_interval, clopper_pearson
+from common.stats import auc_interval, clopper_pearson
 
 LEVELS = {"0.1": 10, "0.01": 100, "0.001": 1000}  # name → 1/level, so that ⌊level·(N+1)⌋ is exact
 SMALLEST = {"0.001": 1000}  # non-members below which a level is refused though the rule would give a threshold

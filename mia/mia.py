@@ -26,9 +26,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import cli, distributed, models, records, results
+from common import cli, dataset, distributed, models, results
 from common import trained as trained_rows
-from mia.texts import SHOTS, Study, choose_shots, read_sets, read_texts, sample, without
+from mia.dataset import SHOTS, Study, choose_shots, read_sets, read_texts, sample, without
 
 CORE = ("loss", "zlib", "lowercase", "ref", "min_k", "min_k_pp", "surp", "ez", "wbc")
 FAMILIES = ("loss", "zlib", "lowercase", "ref", "min_k", "min_k_pp", "surp", "recall", "con_recall", "dc_pdd",
@@ -124,7 +124,7 @@ def _read_config(path) -> list[str]:
 
 def choose_attacks(args, problems: cli.Problems) -> list[str]:
     """The attacks asked for, in the order of FAMILIES."""
-    from mia.scores import PERCENTS
+    from mia.attacks import PERCENTS
 
     asked = args.attacks
     if asked is None:
@@ -147,7 +147,7 @@ def choose_attacks(args, problems: cli.Problems) -> list[str]:
 def prepare(args, problems: cli.Problems) -> Study | None:
     """Read and check every file that the attacks need, before any model; None when something is wrong."""
     before = len(problems.lines)
-    args.members = str(records.default_dataset(args.members))
+    args.members = str(dataset.default_dataset(args.members))
     attacks = choose_attacks(args, problems)
     members, nonmembers, trained, not_trained = read_sets(args, problems)
     shots, member_shots = choose_shots(args, attacks, members, nonmembers, problems)
@@ -179,9 +179,9 @@ def prepare(args, problems: cli.Problems) -> Study | None:
         if not corpus:
             problems.add(f"--freq_corpus {args.freq_corpus}: every row stands in one of the sets; name another file")
             return None
-    from mia import blind
+    from mia import baselines
 
-    pairs = blind.near_duplicates(texts[: len(members)], texts[len(members) :])
+    pairs = baselines.near_duplicates(texts[: len(members)], texts[len(members) :])
     inputs = [args.members, args.nonmembers, args.prefix_file, args.freq_corpus]
     return Study(
         texts=texts,
@@ -243,8 +243,8 @@ def measure(ref, study: Study, args, world, folder, passes, name: str) -> list[d
     passes: a mia.passes.Passes, whose shelf may hold the unadapted base already; it is left bit for bit as it was.
     """
     folder = Path(folder)
-    from mia.evidence import count_tokens, gather, score_texts
     from mia.report import AGAINST_BASE, draw_roc, report, table
+    from mia.signals import count_tokens, gather, score_texts
 
     with (
         results.output_folder(folder, key="mia") as place,
@@ -328,7 +328,7 @@ def find_targets(args, problems: cli.Problems) -> tuple[list[tuple], dict[str, s
         ref, _ = models.look_up(problems, args.model, args.revision, args.base_model)
         file = folder / "results_mia.jsonl"
         if ref and file.is_file():
-            earlier = problems.absorb(records.read_rows, file) or []
+            earlier = problems.absorb(dataset.read_rows, file) or []
             if any(line.get("model") != ref.name for line in earlier):
                 problems.add(f"{file}: holds the results of another model; name another --output_dir")
             elif earlier:
@@ -393,7 +393,7 @@ def run(args) -> int:
 
 def measure_all(refs: dict, study: Study, args, world, cache, names: dict | None = None) -> dict[str, str]:
     """Attack every {folder of its results: ModelRef}; {model: why it failed}. A single --model's failure is raised."""
-    from mia.passes import Cache, Passes
+    from mia.forward import Cache, Passes
 
     failures, dtype = {}, models.resolve_dtype(args.dtype, world.device)
     for group in Path(cache).glob("*/"):

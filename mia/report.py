@@ -2,9 +2,9 @@
 
 import hashlib
 
-from common import intervals
-from mia.evidence import Evidence
-from mia.texts import Study
+from common import stats
+from mia.dataset import Study
+from mia.signals import Evidence
 
 AGAINST_BASE = ("ref", "ez", "wbc")  # these compare with the base, so the base has none itself
 NO_BASE = "no base known: the model has no adapter"
@@ -15,20 +15,20 @@ DRAWN = ("loss", "zlib", "lowercase", "ref", "min_k_20", "min_k_pp_20", "surp", 
 
 def parameters_of(attack: str, args, evidence: Evidence) -> dict:
     """The settings behind one key of the score file."""
-    from mia import metrics, scores
+    from mia import attacks, metrics
 
     known = {
-        "surp": {"k": scores.SURP_PERCENT, "entropy": scores.SURP_ENTROPY},
+        "surp": {"k": attacks.SURP_PERCENT, "entropy": attacks.SURP_ENTROPY},
         "recall": {"shots": evidence.shots.get("recall")},
         "con_recall": {
             "shots": evidence.shots.get("recall"),
             "member_shots": evidence.shots.get("con_recall"),
-            "gamma": scores.CON_RECALL_GAMMA,
+            "gamma": attacks.CON_RECALL_GAMMA,
         },
-        "dc_pdd": {"ceiling": scores.DC_PDD_CEILING},
-        "neighborhood": {"neighbours": scores.N_NEIGHBOURS, "neighbor_model": args.neighbor_model},
-        "neighborhood_self": {"neighbours": scores.N_NEIGHBOURS},
-        "wbc": {"windows": list(scores.WINDOWS)},
+        "dc_pdd": {"ceiling": attacks.DC_PDD_CEILING},
+        "neighborhood": {"neighbours": attacks.N_NEIGHBOURS, "neighbor_model": args.neighbor_model},
+        "neighborhood_self": {"neighbours": attacks.N_NEIGHBOURS},
+        "wbc": {"windows": list(attacks.WINDOWS)},
         "combine": {"folds": metrics.FOLDS, "interval_widened": metrics.CROSS_FITTED},
     }
     if attack.startswith("min_k"):
@@ -71,12 +71,12 @@ def apart(bounds: list[float]) -> bool:
 
 def report(study: Study, args, info: dict, found, reasons, evidence, base_scores, base_reasons) -> tuple:
     """(result lines, score lines, what run_mia.json holds) of one model, from its scores and its base's."""
-    from mia import blind, metrics
+    from mia import baselines, metrics
 
     draws = metrics.Draws(args.bootstrap, args.seed)
     if not study.blind:
-        study.blind = blind.scores(study.texts, study.labels, args.seed)
-        study.blind_test = blind.dataset_inference(study.texts, study.labels, args.seed)
+        study.blind = baselines.scores(study.texts, study.labels, args.seed)
+        study.blind_test = baselines.dataset_inference(study.texts, study.labels, args.seed)
     blinds = {}
     for name, values in study.blind.items():
         if values is None:
@@ -134,8 +134,8 @@ def report(study: Study, args, info: dict, found, reasons, evidence, base_scores
                 "parameters": parameters_of(attack, args, evidence),
                 "auc": made["auc"],
                 "auc_ci": made["auc_ci"],
-                "auc_ci_method": intervals.AUC_METHOD,
-                "direction": intervals.direction(made["auc_ci"]),
+                "auc_ci_method": stats.AUC_METHOD,
+                "direction": stats.direction(made["auc_ci"]),
                 "tpr_at_fpr": made["tpr_at_fpr"],
                 "tpr_at_fpr_ci": made["tpr_at_fpr_ci"],
                 "points": points,

@@ -21,8 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import cli, distributed, models, records, results
-from common.progress import progress_bar
+from common import cli, dataset, distributed, models, results
+from common.distributed import progress_bar
 from common.scoring import TOKEN_BUDGET, join, score
 
 DEFAULT_DIR = "./pythia-1.4b"
@@ -112,7 +112,7 @@ def same(line: dict, other: dict, but: tuple[str, ...] = ()) -> bool:
 
 def choose_rows(args, problems: cli.Problems) -> tuple[list[int], list[str]]:
     """(indices of the rows to score, their texts); what is wrong with the file goes to `problems`."""
-    rows = problems.absorb(records.read_rows, args.dataset)
+    rows = problems.absorb(dataset.read_rows, args.dataset)
     if rows is None:
         return [], []
     if len(rows) < SMALLEST_FILE:
@@ -120,13 +120,13 @@ def choose_rows(args, problems: cli.Problems) -> tuple[list[int], list[str]]:
         return [], []
     if args.num_rows and args.num_rows > len(rows):
         problems.add(f"--num_rows {args.num_rows}: {args.dataset} has only {len(rows)} rows")
-    manifest = problems.absorb(records.read_manifest, args.dataset)
-    if problems.absorb(records.validate, args.dataset, rows) is None:
+    manifest = problems.absorb(dataset.read_manifest, args.dataset)
+    if problems.absorb(dataset.validate, args.dataset, rows) is None:
         return [], []
-    chosen = list(range(args.num_rows)) if args.num_rows else records.split(rows, manifest).head
+    chosen = list(range(args.num_rows)) if args.num_rows else dataset.split(rows, manifest).head
     if not chosen:
         problems.add(f"{args.dataset}: no row belongs to the evaluation head; pass --num_rows")
-    texts = [records.row_text(rows[index])[0] for index in chosen if index < len(rows)]
+    texts = [dataset.row_text(rows[index])[0] for index in chosen if index < len(rows)]
     return chosen, texts
 
 
@@ -235,12 +235,12 @@ def destination(args, problems: cli.Problems) -> Path:
 
 def prepare(args, folder: Path, problems: cli.Problems):
     """(earlier result lines, row indices, texts, models, {path: why it cannot be measured})."""
-    args.dataset = records.default_dataset(args.dataset)
+    args.dataset = dataset.default_dataset(args.dataset)
     distributed.check_environment(problems, args.device_map)
     cli.check_writable(folder, problems, "--output_dir" if args.output_dir or args.model else "--dir")
     earlier, file = [], folder / "perplexity.jsonl"
     if file.is_file() and file.stat().st_size:
-        earlier = problems.absorb(records.read_rows, file) or []
+        earlier = problems.absorb(dataset.read_rows, file) or []
         if any("model" not in line or "mean" not in line for line in earlier):
             problems.add(f"{file}: not written by this script; move it away or name another --output_dir")
     chosen, texts = choose_rows(args, problems)

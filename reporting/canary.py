@@ -3,7 +3,7 @@
 
 def rows(line: dict, study, models, path, number: int) -> list:
     """Rows of one line; `template` is the part of a canary, `attack` the canary's kind or the audit's signal."""
-    from reporting.read import Row
+    from reporting.load import Row
 
     measure = line["measure"]
     shared = {

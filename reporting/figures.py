@@ -3,10 +3,10 @@
 import math
 from pathlib import Path
 
-from reporting import attacks, synthetic
-from reporting.draw import BASE, Figure, Panel, label_ends
-from reporting.looks import Look, short
-from reporting.read import Model, Study, choose, literal
+from reporting import figures_extraction, figures_synthetic
+from reporting.load import Model, Study, choose, literal
+from reporting.style import Look, short
+from reporting.svg import BASE, Figure, Panel, label_ends
 
 
 def training(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
@@ -67,19 +67,19 @@ def every_nth(points: list, most: int = 250) -> list:
 
 
 BUILDERS = (
-    attacks.extraction_bars,
-    attacks.extraction_curves,
-    attacks.plane,
-    attacks.perplexity_curves,
-    attacks.roc_curves,
-    attacks.heat_maps,
-    synthetic.epsilon_bounds,
-    synthetic.exposure,
-    synthetic.canary_counts,
-    synthetic.fidelity,
-    synthetic.utility,
-    synthetic.importance,
-    synthetic.human,
+    figures_extraction.extraction_bars,
+    figures_extraction.extraction_curves,
+    figures_extraction.plane,
+    figures_extraction.perplexity_curves,
+    figures_extraction.roc_curves,
+    figures_extraction.heat_maps,
+    figures_synthetic.epsilon_bounds,
+    figures_synthetic.exposure,
+    figures_synthetic.canary_counts,
+    figures_synthetic.fidelity,
+    figures_synthetic.utility,
+    figures_synthetic.importance,
+    figures_synthetic.human,
     training,
 )
 

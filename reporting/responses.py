@@ -3,7 +3,7 @@
 import re
 from html import escape
 
-from reporting.read import HEADLINE_TEMPERATURE, Study, parse
+from reporting.load import HEADLINE_TEMPERATURE, Study, parse
 
 MOST_ROWS = 200  # of a file
 

@@ -2,7 +2,7 @@
 
 import evaluate_purified
 import merge_peft
-from common import cli, models, records, results
+from common import cli, dataset, models, results
 from data import replace_pii
 from data.continuation import generate
 from mia import mia
@@ -36,7 +36,7 @@ def check(args) -> None:
     problems = cli.Problems()
     check_rows(args, problems)
     if args.outsiders:
-        problems.absorb(records.read_rows, args.outsiders)
+        problems.absorb(dataset.read_rows, args.outsiders)
     if "generated" in args.arms and args.generator:  # without one quickstart.py has a problem of its own
         problems.absorb(models.find_model, args.generator, None, flag="--generator")
     problems.check()
@@ -99,7 +99,7 @@ def run(args, out, record) -> str:
         text += ["", said_in_generated(data["generated"])]
     control = []
     if args.outsiders and "original" in args.arms:
-        few = [*asked, "--num_rows", len(records.read_rows(args.outsiders)) - 10]
+        few = [*asked, "--num_rows", len(dataset.read_rows(args.outsiders)) - 10]
         attack(args.model, out / "outsiders-base", args.outsiders, *few)
         attack(newest, out / "outsiders-tuned", args.outsiders, *few)
         for name in ("base", "tuned"):

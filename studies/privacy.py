@@ -5,7 +5,7 @@ Two sets of people are asked for: those of the training rows, whom ε protects, 
 only the base saw. The private arms draw their randomness from the operating system, so two runs differ a little.
 """
 
-from common import cli, models, records, results
+from common import cli, dataset, models, results
 from mia import mia
 from perplexity import perplexity
 from studies.steps import (
@@ -54,7 +54,7 @@ def run(args, out, record) -> str:
         tree = train(
             "-m", args.model, "-i", args.dataset, "--output_root", out, "-lr", args.learning_rate, "-e", args.epochs,
             "-pdbs", 2 * args.per_device_batch_size, "--lora_r", args.lora_r, "-l", 10, "--dp", "--logical_batch_size",
-            min(LOGICAL_BATCH, len(records.read_rows(args.dataset)) // 4), *words, *device,
+            min(LOGICAL_BATCH, len(dataset.read_rows(args.dataset)) // 4), *words, *device,
         )  # fmt: skip
         checkpoint = models.find_checkpoints(tree)[-1]
         spent = models.privacy(models.find_model(str(checkpoint)))
@@ -107,10 +107,10 @@ def run(args, out, record) -> str:
     )
 
 
-def put_trained_first(dataset, file):
-    """The dataset with its training rows first, so that the attack asks for the people that were trained on."""
-    rows = records.read_rows(dataset)
-    parts = records.split(rows, records.read_manifest(dataset))
+def put_trained_first(data, file):
+    """The data with its training rows first, so that the attack asks for the people that were trained on."""
+    rows = dataset.read_rows(data)
+    parts = dataset.split(rows, dataset.read_manifest(data))
     order = [*parts.train, *parts.head]
     results.write_jsonl(file, [rows[index] for index in order])
     return file

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from canary import inject
 from canary import measure as canary_measure
-from common import cli, models, records, results, reviews
+from common import cli, dataset, models, results, reviews
 from data.amazon import make_reviews, prepare
 from data.synthetic import generate
 from fidelity import fidelity
@@ -76,7 +76,7 @@ def run(args, out, record) -> str:
 
     held_out, clean = real / "validation.jsonl", real / "train.jsonl"
     perfect = out / "generated_sequences_trained_on.jsonl"  # what a generator that had learnt everything would write
-    learnt = [row | {reviews.GENERATED: row[reviews.REAL]} for row in records.read_rows(placed)]
+    learnt = [row | {reviews.GENERATED: row[reviews.REAL]} for row in dataset.read_rows(placed)]
     results.write_jsonl(perfect, learnt)
     steps = {
         "canary": (canary_measure, ["--canaries", key, "--models", *arms, "--synthetic", *texts, "--references", 200]),
@@ -124,10 +124,10 @@ def make_split(folder: Path, n: int, train_rows: int, test_rows: int, department
     """Fictional reviews as train, test and validation.jsonl in `folder`."""
     raw = folder.with_name(folder.name + "_raw")
     source = raw / "Shop.jsonl"
-    if not records.manifest_path(source).exists():  # the last file that make_reviews.py writes
+    if not dataset.manifest_path(source).exists():  # the last file that make_reviews.py writes
         words = ["--reviews", n, "--products", PRODUCTS, "--departments", *departments, "--seed", seed]
         call(make_reviews, "--output_dir", raw, "--category", "Shop", *words, "--overwrite")
-    if not records.manifest_path(folder / "validation.jsonl").exists():  # the last one of prepare.py
+    if not dataset.manifest_path(folder / "validation.jsonl").exists():  # the last one of prepare.py
         words = ["--reviews", source, "--meta", raw / "meta_Shop.jsonl", "--output_dir", folder, "--overwrite"]
         call(prepare, *words, "--train", train_rows, "--test", test_rows, "--seed", seed)
     return folder

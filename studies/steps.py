@@ -5,7 +5,7 @@ from pathlib import Path
 
 import measure_purified
 import run_peft
-from common import cli, intervals, models, records, results, trained
+from common import cli, dataset, models, results, stats, trained
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "data" / "embedded"
 TEMPERATURE = measure_purified.HEADLINE_TEMPERATURE
@@ -13,9 +13,9 @@ TEMPERATURE = measure_purified.HEADLINE_TEMPERATURE
 
 def check_rows(args, problems: cli.Problems) -> None:
     """Problems of --dataset and --model, which the studies of mail share."""
-    rows = problems.absorb(records.read_rows, args.dataset)
+    rows = problems.absorb(dataset.read_rows, args.dataset)
     if rows:
-        problems.absorb(records.validate, args.dataset, rows, ("gt-name", "gt-email", "prompt", "continuation"))
+        problems.absorb(dataset.validate, args.dataset, rows, ("gt-name", "gt-email", "prompt", "continuation"))
     models.look_up(problems, args.model, args.revision)
 
 
@@ -69,8 +69,8 @@ def unsalted(made: dict) -> set[str]:
 
 def build(script, output: Path, *words) -> Path:
     """A data builder, unless its --output stands already, made from the same files and weights as its manifest says."""
-    if output.exists() and records.manifest_path(output).exists():
-        made = records.read_manifest(output)
+    if output.exists() and dataset.manifest_path(output).exists():
+        made = dataset.read_manifest(output)
         known = {one["sha256"] for one in made.get("source", [])}
         if isinstance(made.get("generator"), dict):
             known.add(made["generator"].get("weights"))
@@ -89,18 +89,18 @@ def result_files(folder: Path) -> list[Path]:
     return sorted(files, key=lambda path: (len(path.name), path.name), reverse=True)
 
 
-def stands(file: Path | None, model, dataset=None) -> bool:
-    """Whether a result file is there and all its lines are of the model's weights (and of the dataset) as they are.
+def stands(file: Path | None, model, data=None) -> bool:
+    """Whether a result file is there and all its lines are of the model's weights (and of the data) as they are.
 
     A file that is not, is removed: nothing of it may be read beside what is measured now.
     """
     if file is None or not file.is_file():
         return False
     wanted = {"model_sha256": models.weights_sha256(models.find_model(str(model)))}
-    if dataset is not None:
-        wanted["dataset_sha256"] = results.sha256(dataset)
+    if data is not None:
+        wanted["dataset_sha256"] = results.sha256(data)
     try:
-        lines = records.read_rows(file)
+        lines = dataset.read_rows(file)
     except cli.UserError:
         lines = []
     if lines and all(line.get(key) == value for line in lines for key, value in wanted.items()):
@@ -120,12 +120,12 @@ def measured(folder: Path) -> tuple[dict, list[dict]]:
     raise cli.UserError(f"{folder}: nothing was measured at temperature {TEMPERATURE} there; name another --output")
 
 
-def attack(model, folder: Path, dataset, *extra) -> None:
+def attack(model, folder: Path, data, *extra) -> None:
     """measure_purified.py, unless `folder` has its finished result of these weights and rows already."""
-    if stands(next(iter(result_files(folder)), None), model, dataset):
+    if stands(next(iter(result_files(folder)), None), model, data):
         print(f"\n{folder}: measured before, kept")
         return
-    call(measure_purified, "--model", model, "--output_dir", folder, "-d", dataset, *extra)
+    call(measure_purified, "--model", model, "--output_dir", folder, "-d", data, *extra)
 
 
 def row_of(name: str, folder: Path, perplexity_mean: float | None) -> dict:
@@ -166,7 +166,7 @@ def paired(rows: list[dict]) -> list[str]:
     """Of each measurement a line: exact hits gained and lost against its baseline, by template, with McNemar's exact p,
     and that p corrected for all of these tests together (Holm)."""
     tests = [(row, label, pair) for row in rows for label, pair in (row["mcnemar_exact"] or {}).items()]
-    corrected = iter(intervals.holm([pair["p"] for _, _, pair in tests]))
+    corrected = iter(stats.holm([pair["p"] for _, _, pair in tests]))
     words: dict[str, list[str]] = {row["model"]: [] for row in rows}
     for row, label, pair in tests:
         p = f"p = {pair['p']:.2g}, corrected {next(corrected):.2g}"

@@ -56,12 +56,12 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 def write_manifest(path: Path, **facts) -> None:
     """A manifest beside a data file that stands."""
-    from common import records, results
+    from common import dataset, results
 
     with results.output_file(path) as place, place.publication() as files:
         with files.open(path, "wb") as file:
             file.write(path.read_bytes())
-        records.write_manifest(files, path, **facts)
+        dataset.write_manifest(files, path, **facts)
 
 
 def make_tokenizer(folder: Path):

@@ -15,12 +15,12 @@ from conftest import ROOT, read_lines, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common import records
+from common import dataset
 from common.cli import UserError, entry
 from common.results import sha256
 from data.amazon import make_reviews, prepare
 
-FIELDS = [*records.REVIEW_FIELDS, "row_id", "user_id"]
+FIELDS = [*dataset.REVIEW_FIELDS, "row_id", "user_id"]
 PRODUCTS = [
     {"parent_asin": "P1", "title": "Bardel &#34;D&#34; Kettle", "main_category": "Z",
      "categories": ["A", "&nbsp;", "B &amp; C"]},
@@ -159,9 +159,9 @@ def test_clean(text, expected):
 def test_rows_pass_the_record_checks(goods, tmp_path):
     build_goods(tmp_path, goods)
     for split in prepare.SPLITS:
-        rows = records.read_rows(tmp_path / f"{split}.jsonl")
-        assert records.validate(tmp_path / f"{split}.jsonl", rows, records.REVIEW_FIELDS) == "review"
-        text, start = records.row_text(rows[0])
+        rows = dataset.read_rows(tmp_path / f"{split}.jsonl")
+        assert dataset.validate(tmp_path / f"{split}.jsonl", rows, dataset.REVIEW_FIELDS) == "review"
+        text, start = dataset.row_text(rows[0])
         assert rows[0]["Review"] == text[start:].strip() and rows[0]["Product Title"] in text[:start]
         assert not any("<br" in row["Review"] or "&#34;" in row["Review"] + row["Product Title"] for row in rows)
 
@@ -173,7 +173,7 @@ def test_generated_rows_agree_with_their_source(goods, tmp_path):
         line = source[row["row_id"]]
         assert row["user_id"] == user_hash(line["user_id"])
         assert (row["Rating"], row["Review"]) == (line["rating"], prepare.clean(line["text"]))
-    published = Counter(tuple(row[field] for field in records.REVIEW_FIELDS) for row in rows)
+    published = Counter(tuple(row[field] for field in dataset.REVIEW_FIELDS) for row in rows)
     assert max(published.values()) == 1
     counts, put_in = run_record(tmp_path)["counts"], goods["counts"]
     assert counts["empty text"] == put_in["empty"]
@@ -285,7 +285,7 @@ def test_manifests_and_files_left(goods, tmp_path):
     names = {f"{split}.jsonl{more}" for split in prepare.SPLITS for more in ("", ".meta.json")}
     assert {path.name for path in tmp_path.iterdir()} == names | {"run_prepare.json"}
     for split in prepare.SPLITS:
-        manifest = records.read_manifest(tmp_path / f"{split}.jsonl")
+        manifest = dataset.read_manifest(tmp_path / f"{split}.jsonl")
         assert manifest["tag"] == f"amazon-{split}" and manifest["script"] == "data/amazon/prepare.py"
         assert manifest["rows"] == len(read_lines(tmp_path / f"{split}.jsonl"))
         assert manifest["sha256"] == sha256(tmp_path / f"{split}.jsonl")
@@ -515,4 +515,4 @@ def test_the_generator_repeats_itself_and_refuses_to_overwrite(tmp_path):
     with pytest.raises(UserError) as error:
         make_reviews.main([*words, "--output_dir", str(tmp_path / "a"), "--seed", "1"])
     assert len(error.value.problems) == 2
-    assert records.read_manifest(tmp_path / "a" / name)["rows"] == 50
+    assert dataset.read_manifest(tmp_path / "a" / name)["rows"] == 50

@@ -10,7 +10,7 @@ import evaluate_purified
 import measure_purified
 import merge_peft
 import run_peft
-from common import records
+from common import dataset
 from common.cli import UserError
 from perplexity import perplexity
 
@@ -63,7 +63,7 @@ def files(tmp_path, models, adapters):
     paths["no_tokenizer"] = shutil.copytree(models["llama"], tmp_path / "no-tokenizer")
     (paths["no_tokenizer"] / "tokenizer.json").unlink()
     paths["cut_arrow"] = tmp_path / "cut.arrow"
-    records.write_arrow(paths["cut_arrow"], rows)
+    dataset.write_arrow(paths["cut_arrow"], rows)
     paths["cut_arrow"].write_bytes(paths["cut_arrow"].read_bytes()[:-8])
     paths["short"] = write_rows(tmp_path / "short.jsonl", rows[:11])
     (tmp_path / "short.jsonl.meta.json").write_text(json.dumps({"rows": 12}))
@@ -206,13 +206,13 @@ def test_exit_status_of_the_process(files):
 
 
 def test_reading_names_every_broken_line_once(tmp_path):
-    from common import records
+    from common import dataset
 
     path = tmp_path / "many.jsonl"
     path.write_text("".join(f"{{broken {i}\n" for i in range(40)))
     with pytest.raises(UserError) as caught:
-        records.read_rows(path)
-    assert len(caught.value.problems) == records.SHOWN + 1
+        dataset.read_rows(path)
+    assert len(caught.value.problems) == dataset.SHOWN + 1
     assert "35 more" in caught.value.problems[-1]
 
 
@@ -272,7 +272,7 @@ def test_a_manifest_of_other_types(manifest, said, tmp_path):
     data = write_rows(tmp_path / "rows.jsonl", make_rows(3))
     (tmp_path / "rows.jsonl.meta.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=said):
-        records.read_manifest(data)
+        dataset.read_manifest(data)
 
 
 @pytest.mark.parametrize("record", [{"args": None}, {"inputs": ["x"]}, {"inputs": None}])
@@ -321,10 +321,10 @@ def test_rows_that_lost_their_manifest_are_told(tmp_path, capsys):
         (mine, ""),
     ):
         fields = ("generated_text", "Rating") if path == written else None
-        records.validate(path, records.read_rows(path), fields)
+        dataset.validate(path, dataset.read_rows(path), fields)
         said = capsys.readouterr().err
         assert said.count("\n") == bool(words) and words in said
         assert not words or said.startswith(f"{path}: made from other rows, but {path.name}.meta.json is not beside it")
     write_manifest(moved, tag="replaced", script="x", argv=[], rows=8, split_start=3)
-    records.validate(moved, records.read_rows(moved))
+    dataset.validate(moved, dataset.read_rows(moved))
     assert capsys.readouterr().err == ""

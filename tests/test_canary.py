@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from test_synthetic import make_reviews
 
 import run_peft
-from canary import canaries, inject, measure, measures
+from canary import canaries, inject, measure, metrics
+from common import dataset, reviews
 from common import models as common_models
-from common import records, reviews
 from common.cli import UserError
 from reporting.canary import rows as canary_rows
 
@@ -99,7 +99,7 @@ def test_file_and_key_agree(condition, tmp_path):
     made, header, key = make(tmp_path, rows, *words)
     kinds = [(one["kind"], one["repetitions"]) for one in key if one["kind"] != "audit"]
     assert kinds == [("ladder", r) for r in (1, 4, 8) for _ in range(3)] + [("held_out", 0)] * 9
-    texts = [records.row_text(row)[0] for row in made]
+    texts = [dataset.row_text(row)[0] for row in made]
     used = []
     for one in key:
         assert [i for i, text in enumerate(texts) if one["sentence"] in text] == sorted(one["rows"])
@@ -107,7 +107,7 @@ def test_file_and_key_agree(condition, tmp_path):
         used += one["rows"]
         if one["rows"]:
             assert texts[one["rows"][0]].startswith(one["context"] + one["before"] + one["secret"])
-            prompt = records.review_prompt(made[one["rows"][0]])
+            prompt = dataset.review_prompt(made[one["rows"][0]])
             assert len(one["context"]) > len(prompt) + 1  # a word of the review is before it
     assert len(used) == len(set(used))
     out = [one for one in key if one["kind"] == "audit" and not one["included"]]
@@ -117,7 +117,7 @@ def test_file_and_key_agree(condition, tmp_path):
     assert all(row["Review"] == untouched[row["row_id"]] for row in clean)
     assert all(("condition" in row) == (condition == "title") for row in made)
     assert stat.S_IMODE((tmp_path / "train_canaries_key.jsonl").stat().st_mode) == 0o600
-    manifest = records.read_manifest(tmp_path / "train_canaries.jsonl")
+    manifest = dataset.read_manifest(tmp_path / "train_canaries.jsonl")
     assert manifest["tag"] == "train-canaries" and manifest["rows"] == len(made)
     assert manifest["canaries"]["audit_included"] == 40 - len(out) and manifest["canaries"]["held_out"] == 9
     assert header["secret"] == "phone" and manifest["canaries"]["space"] == 10**9
@@ -198,8 +198,8 @@ def test_counts_by_hand():
         "0123456789",
         "nothing 012-345-678",
     ]
-    found = measures.find([canary], texts)
-    rows = {how: {part: cells[p, 0].tolist() for p, part in enumerate(measures.PARTS)} for how, cells in found.items()}
+    found = metrics.find([canary], texts)
+    rows = {how: {part: cells[p, 0].tolist() for p, part in enumerate(metrics.PARTS)} for how, cells in found.items()}
     assert rows["exact"] == {
         "name": [True, False, True, True, False, False],
         "street": [True, False, False, True, False, False],
@@ -217,58 +217,58 @@ def test_counts_by_hand():
 def test_fisher_on_the_published_counts():
     """Trap 39: of 10,000 rows each, 3 against 0 has p = 2 · C(10⁴,3)/C(2·10⁴,3) = 0.2499…, 2 against 0 p = 0.49997."""
     n = 10_000
-    assert measures.fisher(3, n, 0, n) == pytest.approx(2 * math.comb(n, 3) / math.comb(2 * n, 3))
-    assert measures.fisher(3, n, 0, n) == pytest.approx(0.25, abs=1e-3)
-    assert measures.fisher(2, n, 0, n) == pytest.approx(0.5, abs=1e-3)
-    assert measures.fisher(23, n, 0, n) < 1e-6
+    assert metrics.fisher(3, n, 0, n) == pytest.approx(2 * math.comb(n, 3) / math.comb(2 * n, 3))
+    assert metrics.fisher(3, n, 0, n) == pytest.approx(0.25, abs=1e-3)
+    assert metrics.fisher(2, n, 0, n) == pytest.approx(0.5, abs=1e-3)
+    assert metrics.fisher(23, n, 0, n) < 1e-6
 
 
 def test_text_signals_by_hand():
     """Corpus 'a b. a b' and 'a c'; V = {<s>, a, b, c, d}: p(a|<s>) = 3/7, p(b|a) = 3/8, p(d|a) = 1/8."""
-    scores = measures.bigram_scores(["A b!", "a d"], ["a b. a b", "a c"])
+    scores = metrics.bigram_scores(["A b!", "a d"], ["a b. a b", "a c"])
     assert scores == pytest.approx([math.log(3 / 7) + math.log(3 / 8), math.log(3 / 7) + math.log(1 / 8)])
     # Jaccard of {a, b}: 1 and 1/3; of {a, d}: 1/3 and 1/3; fewer than 25 texts: all are averaged
-    assert measures.similarity_scores(["A b!", "a d"], ["a b. a b", "a c"]) == pytest.approx([2 / 3, 1 / 3])
+    assert metrics.similarity_scores(["A b!", "a d"], ["a b. a b", "a c"]) == pytest.approx([2 / 3, 1 / 3])
     many = ["a b"] * 30 + ["z"] * 70
-    assert measures.similarity_scores(["a b", "z y", "q"], many) == pytest.approx([1, 0.5, 0])
+    assert metrics.similarity_scores(["a b", "z y", "q"], many) == pytest.approx([1, 0.5, 0])
 
 
 # ---------------------------------------------------------------- exposure and bounds
 
 
 def test_exposure_by_hand():
-    assert measures.exposure(0.5, [1, 2, 3]) == 2  # first of four
-    assert measures.exposure(2.0, [1, 2, 3]) == pytest.approx(2 - math.log2(3))  # a tie counts against it
-    assert measures.exposure(9.0, [1, 2, 3]) == 0
-    ranks = [measures.exposure(rank + 0.5, np.arange(1024)) for rank in range(-1, 1024)]
-    assert np.mean(ranks) == pytest.approx(measures.CHANCE["mean"], abs=0.02)
-    assert np.median(ranks) == pytest.approx(measures.CHANCE["median"], abs=0.01)
+    assert metrics.exposure(0.5, [1, 2, 3]) == 2  # first of four
+    assert metrics.exposure(2.0, [1, 2, 3]) == pytest.approx(2 - math.log2(3))  # a tie counts against it
+    assert metrics.exposure(9.0, [1, 2, 3]) == 0
+    ranks = [metrics.exposure(rank + 0.5, np.arange(1024)) for rank in range(-1, 1024)]
+    assert np.mean(ranks) == pytest.approx(metrics.CHANCE["mean"], abs=0.02)
+    assert np.median(ranks) == pytest.approx(metrics.CHANCE["median"], abs=0.01)
 
 
 def test_extrapolation_on_a_normal_law():
     """−log2 Φ(−4) = 14.9 bits; never more than log2 |R|; a law that is no skew-normal gets a small KS p."""
     references = np.random.default_rng(0).normal(50, 5, 4000)
-    found = measures.extrapolated_exposure(30, references, 10**9)
+    found = metrics.extrapolated_exposure(30, references, 10**9)
     assert abs(found["bits"] - 14.95) < 2 and found["ks_p"] > 0.05
-    assert measures.extrapolated_exposure(-1000, references, 10**9)["bits"] == math.log2(10**9)
+    assert metrics.extrapolated_exposure(-1000, references, 10**9)["bits"] == math.log2(10**9)
     two = np.concatenate([references, references + 100])
-    assert measures.extrapolated_exposure(30, two, 10**9)["ks_p"] < 1e-6
+    assert metrics.extrapolated_exposure(30, two, 10**9)["ks_p"] < 1e-6
 
 
 def test_heuristic_bound_by_hand():
     """20 canaries, 10 in; the top 2 are both in: TPR ≥ 0.02521 (Clopper–Pearson of 2/10), FPR ≤ 0.30850 (0/10)."""
     included = [True] * 10 + [False] * 10
-    assert measures.heuristic_bound(np.zeros(20), included, 0.0)["true_positives"] < 2  # one score: no order of places
-    found = measures.heuristic_bound(np.arange(20, 0, -1), included, 0.0)
+    assert metrics.heuristic_bound(np.zeros(20), included, 0.0)["true_positives"] < 2  # one score: no order of places
+    found = metrics.heuristic_bound(np.arange(20, 0, -1), included, 0.0)
     assert (found["true_positives"], found["false_positives"], found["epsilon"]) == (2, 0, 0.0)
     included = [True] * 200 + [False] * 200
-    found = measures.heuristic_bound(np.arange(400, 0, -1), included, 0.01)
+    found = metrics.heuristic_bound(np.arange(400, 0, -1), included, 0.01)
     # scipy's beta.ppf(0.025, 40, 161) and 1 − 0.025^(1/200) worked out apart from the function
     from scipy.stats import binomtest
 
     low = binomtest(40, 200).proportion_ci(0.95, "exact").low
     assert found["epsilon"] == pytest.approx(math.log((low - 0.01) / (1 - 0.025 ** (1 / 200))))
-    assert measures.heuristic_bound([1, 2], [True, True], 0.0) is None
+    assert metrics.heuristic_bound([1, 2], [True, True], 0.0) is None
 
 
 @pytest.mark.parametrize("arch", ("neox", "llama"))
@@ -379,7 +379,7 @@ def test_canaries_that_training_cut_off_give_no_audit(models, tmp_path, capsys):
     """The whole way, with --max_length so short that no canary is left: null and why, on the line and on the page."""
     rows, _, _ = make(tmp_path, make_reviews(64), "--repetitions", 4, "--canaries", 2, "--audit", 24)
     tokenizer = common_models.load_tokenizer(common_models.find_model(str(models["llama"])))
-    texts = [records.row_text(row) for row in rows]
+    texts = [dataset.row_text(row) for row in rows]
     shortest = min(len(tokenizer(text[:boundary]).input_ids) for text, boundary in texts)
     words = ["-m", models["llama"], "-i", tmp_path / "train_canaries.jsonl", "-e", 1, "-lr", 1e-2, "--lora_r", 2]
     words += ["--loss_on", "completion", "--max_length", shortest + 4, "--output_root", tmp_path / "runs"]
@@ -540,7 +540,7 @@ def test_text_that_holds_the_canaries_refutes_a_small_epsilon(epsilon, status, e
     whole = by(lines, "count", arm="telling", kind="ladder", part="whole")[0]
     assert (whole["exact"]["rows"], whole["exact"]["canaries"], whole["n_canaries"]) == (5, 5, 5)
     assert whole["exact"]["rate"] == 5 / 300 and whole["exact"]["ci"][0] < 5 / 300 < whole["exact"]["ci"][1]
-    assert whole["exact"]["fisher_p"]["silent"] == pytest.approx(measures.fisher(5, 300, 0, 300))
+    assert whole["exact"]["fisher_p"]["silent"] == pytest.approx(metrics.fisher(5, 300, 0, 300))
     held = by(lines, "count", arm="telling", kind="held_out", part="phone")[0]
     assert (held["exact"]["rows"], held["normalised"]["rows"]) == (0, 0)
     assert by(lines, "text_auc", arm="telling", signal="similarity", kind="ladder")[0]["auc"] > 0.9

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import run_peft
-from common import generation, records
+from common import dataset as data_files
 from common.cli import UserError
-from data.continuation import generate, measures
+from data import generation
+from data.continuation import generate, statistics
 
 QUICK = ["--max_tokens", "12", "--top_k", "20"]
 
@@ -22,7 +23,7 @@ def words(model, dataset, output, *more):
 
 def make(model, dataset, output, *more) -> list[dict]:
     assert generate.main(words(model, dataset, output, *more)) == 0
-    return records.read_rows(output)
+    return data_files.read_rows(output)
 
 
 def tokens_of(model, prompt):
@@ -49,11 +50,11 @@ def test_rows_files_and_manifest(models, dataset, tmp_path):
     from datasets import Dataset
 
     assert Dataset.from_file(str(tmp_path / "out" / "data.arrow")).to_list() == made
-    manifest = records.read_manifest(tmp_path / "out" / "data.arrow")
+    manifest = data_files.read_manifest(tmp_path / "out" / "data.arrow")
     assert manifest["tag"] == "self-generated-tiny-llama" and manifest["split_start"] == 20 and manifest["rows"] == 40
     assert manifest["source"][0]["rows"] == 60 and manifest["generator"]["model"] == str(models["llama"])
     assert manifest["sampling"]["temperature"] == 0.75 and manifest["sampling"]["seed"] == 3407
-    assert records.evaluated_rows(made, manifest) == []
+    assert data_files.evaluated_rows(made, manifest) == []
     record = json.loads((tmp_path / "out" / "run_generate.json").read_text())
     assert record["status"] == "ok" and record["statistics"]["rows"] == 40
 
@@ -88,7 +89,7 @@ def test_batches_and_ranks_change_nothing(models, dataset, tmp_path):
     command = words(models["llama"], dataset, tmp_path / "two.arrow", *hot, "--batch_size", "4")
     done = run_script("data/continuation/generate.py", *command, ranks=2)
     assert done.returncode == 0, done.stderr
-    assert records.read_rows(tmp_path / "two.arrow") == one
+    assert data_files.read_rows(tmp_path / "two.arrow") == one
     assert not list(tmp_path.glob(".*partial*"))
 
 
@@ -140,7 +141,7 @@ def test_broken_rows_are_left_out_and_shown_or_refused(models, tmp_path, capsys)
         "broken rows: … and 1 more",
     ]
     assert made == [row for row in whole if row["row_id"] not in (8, 11, 13)]
-    manifest = records.read_manifest(output)
+    manifest = data_files.read_manifest(output)
     assert (manifest["split_start"], manifest["source"][0]["rows"], manifest["rows"]) == (5, 15, 7)
     assert json.loads((tmp_path / "run_generate.json").read_text())["dropped"] == {"broken": 4}
     with pytest.raises(UserError, match="row 1: gt-email") as error:
@@ -155,11 +156,11 @@ def test_split_of_the_manifest_and_files_without_one(models, tmp_path):
     data = write_rows(tmp_path / "rows.jsonl", rows)
     made = make(models["neox"], data, tmp_path / "plain.arrow")  # position decides: head of 4
     assert [row["row_id"] for row in made] == list(range(104, 112))
-    assert records.read_manifest(tmp_path / "plain.arrow")["split_start"] == 104
-    records.manifest_path(data).write_text(json.dumps({"split_start": 109}))
+    assert data_files.read_manifest(tmp_path / "plain.arrow")["split_start"] == 104
+    data_files.manifest_path(data).write_text(json.dumps({"split_start": 109}))
     made = make(models["neox"], data, tmp_path / "carried.arrow")
     assert [row["row_id"] for row in made] == [109, 110, 111]
-    assert records.read_manifest(tmp_path / "carried.arrow")["split_start"] == 109
+    assert data_files.read_manifest(tmp_path / "carried.arrow")["split_start"] == 109
 
 
 # ---------------------------------------------------------------- training on it
@@ -173,7 +174,7 @@ def test_run_peft_trains_on_it_and_on_completions_alone(models, dataset, tmp_pat
         assert run_peft.main([str(flag) for flag in flags]) == 0
         folder = tmp_path / loss_on / "tiny-llama" / "self-generated-tiny-neox-lora" / "0e+00_1e-03"
         assert (folder / "checkpoint-5" / "adapter_model.safetensors").is_file()  # 40 rows, batches of 8
-    text, boundary = records.row_text(made[0])
+    text, boundary = data_files.row_text(made[0])
     assert text[boundary:] == made[0]["generation"] + "<|endoftext|>"
 
 
@@ -247,7 +248,7 @@ def test_overwrite_and_exit_status(models, dataset, tmp_path):
     assert (tmp_path / "data.arrow").read_bytes() == before
     make(models["neox"], dataset, tmp_path / "data.arrow", "--overwrite")
     assert (tmp_path / "data.arrow").read_bytes() != before
-    assert records.read_manifest(tmp_path / "data.arrow")["sampling"]["seed"] == 3407
+    assert data_files.read_manifest(tmp_path / "data.arrow")["sampling"]["seed"] == 3407
 
 
 # ---------------------------------------------------------------- pure functions
@@ -274,19 +275,19 @@ SENTENCE = st.lists(st.sampled_from(("a", "b", "c", "d")), min_size=0, max_size=
 @given(st.lists(SENTENCE, max_size=12), st.sampled_from((0.3, 0.5, 0.8)))
 def test_near_duplicates_equals_comparing_every_pair(texts, threshold):
     distinct = list(dict.fromkeys(texts))
-    sets = [measures.shingles(text) for text in distinct]
+    sets = [statistics.shingles(text) for text in distinct]
     near = sum(
         any(len(one & other) >= threshold * len(one | other) for other in sets[:index])
         for index, one in enumerate(sets)
     )
-    assert measures.near_duplicates(texts, threshold) == (len(texts) - len(distinct), near)
+    assert statistics.near_duplicates(texts, threshold) == (len(texts) - len(distinct), near)
 
 
 def test_near_duplicates_by_hand():
     base = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
     # 9 runs of 8 words; a change of the last word leaves 8 of 10 in common, of the middle ones 1 or none
     texts = [base, base.upper() + "\n", base.replace("sixteen", "end"), base.replace("eight", "x"), "short", "short "]
-    assert measures.near_duplicates(texts) == (2, 1)
+    assert statistics.near_duplicates(texts) == (2, 1)
 
 
 def test_address_counts_by_hand():
@@ -296,4 +297,4 @@ def test_address_counts_by_hand():
         "<bob@norbeck.example>",
     ]
     wanted = {"ann.lee@hartwell.example", "bob@norbeck.example", "eve@norbeck.example"}
-    assert measures.address_counts(texts, wanted) == {"addresses": 2, "rows": 2, "occurrences": 3}
+    assert statistics.address_counts(texts, wanted) == {"addresses": 2, "rows": 2, "occurrences": 3}

@@ -185,7 +185,7 @@ def test_units_over_several_passes(models, dataset, tmp_path):
 
 
 def test_a_parameter_without_a_rule_is_named(models, dataset, tmp_path):
-    from common import dp
+    from training import dp
 
     training = make_training(models, "llama", dataset, tmp_path, "--noise_multiplier", 1)
     training.model.get_base_model().model.norm.weight.requires_grad_(True)
@@ -257,7 +257,7 @@ def test_long_norms_do_not_fall_short():
     """A million and more elements: float64 norms; a float32 sum misses by 1e-5 and more."""
     import torch
 
-    from common import dp
+    from training import dp
 
     drawn = torch.rand(2, 1024, 2048, generator=torch.Generator().manual_seed(0))
     exact = drawn.double().flatten(1).norm(dim=1)
@@ -291,7 +291,7 @@ def test_poisson_inclusion_rate():
     """Over 400 secrets × 5 steps each of 50 units is in with probability q (chi-square); the sizes are binomial."""
     from scipy import stats
 
-    from common import dp
+    from training import dp
 
     n, rate, trials = 50, 0.13, 2000
     counts, sizes = np.zeros(n), []
@@ -309,7 +309,7 @@ def test_poisson_inclusion_rate():
 
 
 def test_draws_hang_on_secret_and_step_alone():
-    from common import dp
+    from training import dp
 
     one = dp.poisson_draw(b"k", 7, 10_000, 0.01)
     assert one == dp.poisson_draw(b"k", 7, 10_000, 0.01) != dp.poisson_draw(b"k", 8, 10_000, 0.01)
@@ -323,7 +323,7 @@ def test_draws_hang_on_secret_and_step_alone():
 def test_noise_is_standard_normal(secure):
     from scipy import stats
 
-    from common import dp
+    from training import dp
 
     one = dp.gaussian(b"k", 1, [(300, 100), (7,)], secure)
     assert [item.shape for item in one] == [(300, 100), (7,)] and one[0].dtype == np.float32
@@ -340,7 +340,7 @@ def test_noise_is_standard_normal(secure):
 
 def test_epsilon_of_the_published_setting():
     """σ 0.3, q 2e-5, 50,000 steps, δ 1e-5: RDP 11.46, PRV 8.97; dp-accounting gives RDP 11.465 and PLD 8.96."""
-    from common import dp
+    from training import dp
 
     assert dp.epsilon(0.3, 2e-5, 50_000, 1e-5, "rdp") == pytest.approx(11.465, abs=0.002)
     assert dp.epsilon(0.3, 2e-5, 200_000, 1e-5, "rdp") == pytest.approx(14.68, abs=0.01)
@@ -350,14 +350,14 @@ def test_epsilon_of_the_published_setting():
 
 @pytest.mark.slow
 def test_epsilon_of_the_published_setting_by_prv():
-    from common import dp
+    from training import dp
 
     assert dp.epsilon(0.3, 2e-5, 50_000, 1e-5, "prv") == pytest.approx(8.97, abs=0.01)
 
 
 def test_epsilon_where_prv_gives_out():
     """σ 0.01, q 1: exact 5,425 (Balle and Wang), where Opacus' PRV says 712; a tiny δ; never below 0."""
-    from common import dp
+    from training import dp
 
     for sigma, exact in ((0.03, 696.8), (0.01, 5425), (0.001, 504264)):
         assert dp.epsilon(sigma, 1.0, 1, 1e-5, "prv") >= exact
@@ -370,7 +370,7 @@ def test_epsilon_of_one_gaussian_mechanism():
     """q = 1, one step: δ(ε) = Φ(1/2σ − εσ) − e^ε Φ(−1/2σ − εσ) (Balle and Wang 2018), solved here."""
     from scipy import optimize, stats
 
-    from common import dp
+    from training import dp
 
     for sigma, delta in ((1.0, 1e-5), (4.0, 1e-6)):
         exact = optimize.brentq(
@@ -388,7 +388,7 @@ def test_epsilon_of_one_gaussian_mechanism():
 @pytest.mark.parametrize("target", [0.5, 1.0, 8.0, 50.0])
 @pytest.mark.parametrize("accountant", ["prv", "rdp"])
 def test_noise_for_a_target_lies_just_below_it(target, accountant):
-    from common import dp
+    from training import dp
 
     sigma = dp.noise_multiplier(target, 256 / 2220, 36, 1 / 22200, accountant)
     spent = dp.epsilon(sigma, 256 / 2220, 36, 1 / 22200, accountant)
@@ -414,7 +414,7 @@ def test_no_noise_and_no_bound_is_a_plain_step(models, dataset, tmp_path):
     """One step with σ = 0, C = ∞ and SGD: W − lr · Σ over the draw of ∇(mean loss of the record) / expected batch."""
     import torch
 
-    from common import dp
+    from training import dp
 
     flags = ("--noise_multiplier", 0, "--max_grad_norm", "inf", "-opt", "sgd", "-lr", 0.5)
     training = make_training(models, "neox", dataset, tmp_path, *flags)
@@ -742,7 +742,7 @@ def planted(models, tmp_path, bound_holds: bool, monkeypatch) -> tuple[dict, flo
     import torch
 
     from canary import audit
-    from common import dp
+    from training import dp
 
     if not bound_holds:
         original = dp.PerExample.clip_into

@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 from conftest import ROOT
 
-from common.records import read_manifest, read_rows, split, validate
+from common.dataset import read_manifest, read_rows, split, validate
 from common.results import sha256
 
 EMBEDDED = ROOT / "data" / "embedded"

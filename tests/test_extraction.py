@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import stats as scipy_stats
 
-from common import intervals
+from common import stats
 from extraction import metrics, prompts
 
 SHOTS = [(f"Ann {c}", f"ann.{c.lower()}@x.example") for c in "ABCDE"]
@@ -102,20 +102,20 @@ def test_floor_by_hand():
 
 def test_clopper_pearson_against_published_and_closed_forms():
     # 0 of n: upper limit 1 − 0.025^(1/n); n of n mirrors it
-    assert intervals.clopper_pearson(0, 20) == pytest.approx([0, 1 - 0.025 ** (1 / 20)])
-    assert intervals.clopper_pearson(20, 20) == pytest.approx([0.025 ** (1 / 20), 1])
+    assert stats.clopper_pearson(0, 20) == pytest.approx([0, 1 - 0.025 ** (1 / 20)])
+    assert stats.clopper_pearson(20, 20) == pytest.approx([0.025 ** (1 / 20), 1])
     # an independent route: SciPy's exact binomial test interval
-    interval = stats.binomtest(56, 1000).proportion_ci(0.95, "exact")
-    assert intervals.clopper_pearson(56, 1000) == pytest.approx([interval.low, interval.high], rel=1e-9)
-    assert intervals.clopper_pearson(0, 0) is None
+    interval = scipy_stats.binomtest(56, 1000).proportion_ci(0.95, "exact")
+    assert stats.clopper_pearson(56, 1000) == pytest.approx([interval.low, interval.high], rel=1e-9)
+    assert stats.clopper_pearson(0, 0) is None
 
 
 def test_mcnemar_by_hand():
-    assert intervals.mcnemar(0, 0) == 1.0
-    assert intervals.mcnemar(5, 0) == pytest.approx(2 / 2**5)  # both tails of five equal coins
-    assert intervals.mcnemar(3, 1) == pytest.approx(2 * (1 + 4) / 16)
-    assert intervals.mcnemar(1, 3) == intervals.mcnemar(3, 1)
-    assert intervals.mcnemar(2, 2) == 1.0
+    assert stats.mcnemar(0, 0) == 1.0
+    assert stats.mcnemar(5, 0) == pytest.approx(2 / 2**5)  # both tails of five equal coins
+    assert stats.mcnemar(3, 1) == pytest.approx(2 * (1 + 4) / 16)
+    assert stats.mcnemar(1, 3) == stats.mcnemar(3, 1)
+    assert stats.mcnemar(2, 2) == 1.0
 
 
 def test_probabilistic_extraction_by_hand():

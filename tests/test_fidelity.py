@@ -11,10 +11,10 @@ import pytest
 from conftest import run_script, write_manifest, write_rows
 from scipy import linalg, stats
 
-from common import records, reviews
+from common import dataset, reviews
 from common.cli import UserError
 from fidelity import fidelity
-from fidelity import measures as m
+from fidelity import metrics as m
 
 NOUNS = ("kettle", "lamp", "mat", "pan", "hose", "bed")
 ADJECTIVES = ("great", "poor", "fine", "awful", "clean", "weak")
@@ -393,7 +393,7 @@ def test_a_file_that_is_not_what_its_manifest_says_is_refused(files, tmp_path):
         with pytest.raises(UserError, match=wanted) as caught:
             call(arms, out, "--dry_run", arms=("cut",))
         assert len(caught.value.problems) == 1
-    records.manifest_path(cut).unlink()
+    dataset.manifest_path(cut).unlink()
     call(arms, out, "--dry_run", arms=("cut",))
 
 

@@ -15,7 +15,8 @@ import pytest
 from conftest import ARCHITECTURES, ROOT, make_rows, read_lines, run_script, write_rows
 
 from common import cli
-from mia import evidence, neighbours, passes, scores, texts
+from mia import attacks, forward, neighborhood, signals
+from mia import dataset as mia_dataset
 from mia import mia as script
 from mia import report as reporting
 
@@ -156,7 +157,7 @@ def test_scores_equal_the_plain_route(models, adapters, sets, corpus, tmp_path, 
         }
         assert {key: row[key] for key in wanted} == pytest.approx(wanted, rel=2e-4, abs=2e-5)
         assert {key: row[key] for key in ("surp", "wbc")} == pytest.approx(
-            {"surp": scores.surp(logp, -mean), "wbc": scores.wbc(logp, base)}, rel=2e-4, abs=2e-5)  # fmt: skip
+            {"surp": attacks.surp(logp, -mean), "wbc": attacks.wbc(logp, base)}, rel=2e-4, abs=2e-5)  # fmt: skip
 
 
 def test_files_lines_and_fields(adapters, sets, tmp_path):
@@ -325,7 +326,7 @@ def test_any_batching_and_any_round_gives_the_same_scores(adapters, sets, tmp_pa
     _, whole = run_on(tmp_path / "whole", adapters["neox", "lora"], sets, *words, "--token_budget", 100_000)
     _, single = run_on(tmp_path / "single", adapters["neox", "lora"], sets, *words, "--token_budget", 1)
     same_scores(single, whole)
-    monkeypatch.setattr(passes, "ROUND_TOKENS", 300)
+    monkeypatch.setattr(forward, "ROUND_TOKENS", 300)
     _, rounds = run_on(tmp_path / "rounds", adapters["neox", "lora"], sets, *words, "--token_budget", 500)
     same_scores(rounds, whole)
     assert len(list((tmp_path / "rounds" / "mia_cache").rglob("*.npz"))) > len(
@@ -352,7 +353,7 @@ def test_a_second_run_or_attack_costs_nothing(adapters, sets, tmp_path, monkeypa
     _, rows = run_on(tmp_path, adapters["neox", "lora"], sets, "--attacks", "loss", "ref")
     content = {path.name: path.read_bytes() for path in tmp_path.glob("*_mia.jsonl")}
     with monkeypatch.context() as patch:
-        patch.setattr(passes.models, "load_base", lambda *_: pytest.fail("a model was loaded"))
+        patch.setattr(forward.models, "load_base", lambda *_: pytest.fail("a model was loaded"))
         run_on(tmp_path, adapters["neox", "lora"], sets, "--attacks", "loss", "ref")
         assert content == {path.name: path.read_bytes() for path in tmp_path.glob("*_mia.jsonl")}
         assert json.loads((tmp_path / "run_mia.json").read_text())["passes"] == {"texts_scored": 0}
@@ -377,8 +378,8 @@ def test_a_second_run_or_attack_costs_nothing(adapters, sets, tmp_path, monkeypa
 
 
 def test_a_killed_run_keeps_its_finished_rounds(adapters, sets, tmp_path, monkeypatch):
-    monkeypatch.setattr(passes, "ROUND_TOKENS", 400)
-    scored, calls = passes.score, []
+    monkeypatch.setattr(forward, "ROUND_TOKENS", 400)
+    scored, calls = forward.score, []
 
     def dies_in_the_third_round(*words, **options):
         calls.append(1)
@@ -386,7 +387,7 @@ def test_a_killed_run_keeps_its_finished_rounds(adapters, sets, tmp_path, monkey
             raise KeyboardInterrupt
         return scored(*words, **options)
 
-    monkeypatch.setattr(passes, "score", dies_in_the_third_round)
+    monkeypatch.setattr(forward, "score", dies_in_the_third_round)
     with pytest.raises(KeyboardInterrupt):
         run_on(tmp_path / "broken", adapters["neox", "lora"], sets, "--attacks", "loss")
     assert json.loads((tmp_path / "broken" / "run_mia.json").read_text())["status"] == "failed"
@@ -413,7 +414,7 @@ def test_a_damaged_cache_file_is_made_again(adapters, sets, tmp_path, capsys, da
     assert f"{file}: damaged" in capsys.readouterr().err
     assert (tmp_path / "scores_mia.jsonl").read_bytes() == whole
     assert json.loads((tmp_path / "run_mia.json").read_text())["passes"] == {"texts_scored": 24}
-    assert passes.Cache(file.parent.parent).load(file.parent.name).keys()
+    assert forward.Cache(file.parent.parent).load(file.parent.name).keys()
 
 
 def test_kill_and_run_again(adapters, sets, tmp_path):
@@ -534,7 +535,7 @@ def test_trained_rows_are_those_that_run_peft_chooses(n, eval_rows):
     words = ["--eval_rows", eval_rows, "--allow_overlap", *(["--train_rows", n] if n else [])]
     args = run_peft.make_parser().parse_args([str(word) for word in words])
     for rows, manifest in ((mail, None), (mail, {"split_start": 33}), ([{"text": _text(row)} for row in mail], None)):
-        assert texts.trained_rows(rows, manifest, n, eval_rows) == set(
+        assert mia_dataset.trained_rows(rows, manifest, n, eval_rows) == set(
             run_peft.choose_rows(args, "file", rows, manifest)[0]
         )
 
@@ -593,13 +594,13 @@ def test_neighbours_of_a_masked_model(models, sets, tmp_path):
     size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=128, **size)).save_pretrained(folder)
     text = texts_of(sets[0])[0]
-    made = neighbours.MaskedProposer(str(folder), "cpu")([text, "word", ""], seed=1)
+    made = neighborhood.MaskedProposer(str(folder), "cpu")([text, "word", ""], seed=1)
     assert len(made[0]) == 25 and len(set(made[0])) == 25 and len(made[1]) == 25 and made[2] == []
     for other in made[0]:
         head = next(place for place, (a, b) in enumerate(zip(text, other)) if a != b)
         tail = next(place for place, (a, b) in enumerate(zip(text[::-1], other[::-1])) if a != b)
         assert len(text) - head - tail < 20  # one place changed, by a token
-    assert made == neighbours.MaskedProposer(str(folder), "cpu")([text, "word", ""], seed=1)
+    assert made == neighborhood.MaskedProposer(str(folder), "cpu")([text, "word", ""], seed=1)
     lines, rows = run_on(tmp_path / "out", models["neox"], sets, "--neighbor_model", folder)
     assert lines[-3]["attack"] == "neighborhood" and lines[-3]["n_scored"] == 24
     _, own = run_on(tmp_path / "own", models["neox"], sets, "--attacks", "neighborhood")
@@ -612,7 +613,7 @@ def test_own_neighbours_are_the_likeliest_other_tokens(models):
 
     model = AutoModelForCausalLM.from_pretrained(models["neox"]).eval()
     ids = torch.randint(1, 400, (30,), generator=torch.Generator().manual_seed(0)).tolist()
-    (found,) = neighbours.own_neighbours(model, [ids], 3, 1000)
+    (found,) = neighborhood.own_neighbours(model, [ids], 3, 1000)
     assert len(found) == 25
     with torch.no_grad():
         order = model(torch.tensor([ids])).logits[0].argsort(-1, descending=True).tolist()
@@ -648,7 +649,7 @@ def _text(row) -> str:
 
 
 def test_the_figure_says_what_is_flagged():
-    from mia.texts import Study
+    from mia.dataset import Study
 
     study = Study(["a"] * 4, [0, 1, 2, 3], [1, 1, 0, 0], ["loss"], blind={"blind_length": np.array([1.0, 2, 1, 0])})
     found = {"loss": [1.0, 2.0, None, 0.0], "min_k_30": [1.0] * 4}
@@ -812,10 +813,10 @@ def test_texts_are_cut_to_their_tokens(models):
 
     tokenizer = AutoTokenizer.from_pretrained(models["neox"])
     text = "Grüße aus dem Büro " * 30
-    made = evidence.encode(tokenizer, [text, "short"], 20)
+    made = signals.encode(tokenizer, [text, "short"], 20)
     assert made.cut == 1 and len(made.tokens[0]) == 20 and made.texts[1] == "short"
     assert text.startswith(made.texts[0]) and tokenizer(made.texts[0]).input_ids[:19] == made.tokens[0][:19]
-    assert evidence.encode(tokenizer, [text], 10_000).texts == [text]
+    assert signals.encode(tokenizer, [text], 10_000).texts == [text]
 
 
 def test_exchanged_sets_are_said_to_be(models, adapters, tmp_path, capsys):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mia import blind, metrics
+from mia import baselines, metrics
 
 
 def slow_auc(members, nonmembers) -> float:
@@ -220,11 +220,11 @@ def test_set_test_of_the_text_is_calibrated():
     low = 0
     for seed in range(120):
         labels = rng.permutation(np.repeat([1, 0], 50))
-        low += blind.dataset_inference(texts, labels, seed)["p"] < 0.05
+        low += baselines.dataset_inference(texts, labels, seed)["p"] < 0.05
     assert low <= 15
     told = [text + (" zebra" if n < 50 else "") for n, text in enumerate(texts)]
-    assert blind.dataset_inference(told, [1] * 50 + [0] * 50, 0)["p"] < 1e-4
-    assert blind.dataset_inference(texts[:18], [1, 0] * 9, 0)["undefined"] == "under 10 texts in a class"
+    assert baselines.dataset_inference(told, [1] * 50 + [0] * 50, 0)["p"] < 1e-4
+    assert baselines.dataset_inference(texts[:18], [1, 0] * 9, 0)["undefined"] == "under 10 texts in a class"
 
 
 def test_cross_fitting_cannot_learn_noise():
@@ -274,10 +274,10 @@ def test_blind_baselines_see_length_and_words_but_not_nothing():
     labels = [1] * 100 + [0] * 100
 
     def aucs(texts):
-        made = blind.scores(texts, labels, 0)
+        made = baselines.scores(texts, labels, 0)
         return {name: metrics.auc(values[:100], values[100:]) for name, values in made.items()}
 
-    assert set(aucs(texts)) == set(blind.BASELINES)
+    assert set(aucs(texts)) == set(baselines.BASELINES)
     assert all(0.3 < value < 0.65 for value in aucs(texts).values())
     longer = [text + " word1" * 40 * label for text, label in zip(texts, labels)]
     assert aucs(longer)["blind_length"] > 0.99 and aucs(longer)["blind_zlib"] > 0.99
@@ -292,5 +292,5 @@ def test_blind_baselines_see_length_and_words_but_not_nothing():
 def test_near_duplicates():
     base = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
     others = [base.upper() + "\n", base.replace("eight", "other"), "one two", base + " seventeen"]
-    assert blind.near_duplicates([base, "one  TWO", "else"], others) == [(0, 0), (0, 3), (1, 2)]
-    assert blind.near_duplicates([""], [""]) == [(0, 0)]
+    assert baselines.near_duplicates([base, "one  TWO", "else"], others) == [(0, 0), (0, 3), (1, 2)]
+    assert baselines.near_duplicates([""], [""]) == [(0, 0)]

@@ -18,7 +18,7 @@ from conftest import ROOT
 
 import plot_results
 from common.cli import UserError
-from reporting import attacks, cautions, draw, figures, looks, read, responses
+from reporting import caveats, figures, figures_extraction, load, responses, style, svg
 
 HAS_BROWSER = pytest.mark.skipif(not browser.find(), reason="no Chromium here: apt-get install chromium")
 RUN = {"schema": 1, "argv": ["run_peft.py"], "args": {}, "commit": "c" * 40, "dirty": False, "packages": {}, "seed": 1}
@@ -310,7 +310,7 @@ def test_synthetic_study_in_the_table(tmp_path):
 def test_canaries_of_two_files_are_not_joined(tmp_path):
     for name in ("one", "two"):
         synthetic_tree(tmp_path / name)
-    study = read.read([tmp_path])
+    study = load.read([tmp_path])
     drawn = {figure.name: figure for figure in figures.build(study)}
     series = [key[0] for key in drawn["exposure"].keys if "(" in key[0]]
     assert series == [f"{arm} ({name}/canary)" for name in ("one", "two") for arm in ("no_dp", "with_dp")]
@@ -332,20 +332,20 @@ def test_a_run_is_one_place_however_it_is_called(tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(tree)
     (tree / "canary2").mkdir()
     (tree / "canary2" / "results_canary.jsonl").symlink_to(file)
-    study = read.read([Path(one) for one in ("tree", "./tree/../tree", str(tree), "link", "tree/tiny", "link/canary")])
+    study = load.read([Path(one) for one in ("tree", "./tree/../tree", str(tree), "link", "tree/tiny", "link/canary")])
     assert len({row.file for row in study.select("canary")}) == 1
     (figure,) = [one for one in figures.build(study) if one.name == "epsilon"]
     assert figure.caption.endswith("so without an upper bound: synthetic-no_dp · epoch 2.")
     assert figure.summary.split("; ") == [
         "with_dp: ε upper (PRV) 8", "with_dp: ε upper (RDP) 10", "no_dp: ε lower 3.25", "with_dp: ε lower 2.5"
     ]  # fmt: skip
-    assert draw.svg(figure.panels[0], "e", "e").count(">with_dp<") == 1
+    assert svg.svg(figure.panels[0], "e", "e").count(">with_dp<") == 1
 
 
 def test_a_moved_tree_keeps_its_models(tmp_path):
     tree = small_tree(tmp_path / "old")
     shutil.move(tree, tmp_path / "new")
-    study = read.read([tmp_path / "new"])
+    study = load.read([tmp_path / "new"])
     (row,) = study.select("perplexity", "mean", model=lambda model: model.step == 20)
     assert row.model.key == str(tmp_path / "new/tiny/original-lora/0e+00_2e-06/checkpoint-20")
     assert len({row.model.key for row in study.rows}) == 3 and not study.damage
@@ -355,17 +355,17 @@ def test_newer_lines_of_the_same_measurement_replace_older_ones(tmp_path):
     tree = small_tree(tmp_path / "tree")
     checkpoint = tree / "tiny/original-lora/0e+00_2e-06/checkpoint-20"
     put(checkpoint / "results_purified1.jsonl", extraction_line(checkpoint, 0.2, (33, 11)))
-    study = read.read([tree])
+    study = load.read([tree])
     rows = study.select("extraction", "exact", template="A", headline=True, role="target",
                         model=lambda model: model.step == 20)  # fmt: skip
     assert [(row.count, row.file.rpartition("/")[2]) for row in rows] == [(33, "results_purified1.jsonl")]
-    assert any("older line" in caution.title for caution in cautions.find(study))
+    assert any("older line" in caution.title for caution in caveats.find(study))
 
 
 def test_other_settings_stand_apart(tmp_path):
     tree = small_tree(tmp_path / "tree")
     put(tree / "other" / "results_purified.jsonl", extraction_line("base/tiny", 0.2, (50, 50), top_k=1))
-    study = read.read([tree])
+    study = load.read([tree])
     groups = {row.group: row.settings["top_k"] for row in study.select("extraction", role="target")}
     assert groups == {"enron.jsonl, rows 0–99": 100, "enron.jsonl, rows 0–99 #2": 1}
     names = [figure.name for figure in figures.build(study)]
@@ -374,13 +374,13 @@ def test_other_settings_stand_apart(tmp_path):
 
 def test_the_fixed_choice_ignores_results():
     def model(arm, rate, last=True, step=20):
-        return read.Model(f"{arm}/{rate}/{step}", arm, learning_rate=rate, step=step, last=last, label=arm)
+        return load.Model(f"{arm}/{rate}/{step}", arm, learning_rate=rate, step=step, last=last, label=arm)
 
     models = [model("a", 1e-5), model("a", 2e-6), model("a", 2e-6, False, 10), model("b", 2e-6), model("c", 1e-5)]
-    chosen, rate = read.fixed_models(models)
+    chosen, rate = load.fixed_models(models)
     # 1e-5 and 2e-6 have two runs each: the smaller; arm c has no run there
     assert [one.key for one in chosen] == ["a/2e-06/20", "b/2e-06/20", "c/1e-05/20"] and rate == 2e-6
-    assert read.fixed_models(models[1:4])[1] is None
+    assert load.fixed_models(models[1:4])[1] is None
 
 
 def measured(root: Path, arm: str, rate: str, rows=100, **more) -> None:
@@ -398,14 +398,14 @@ def test_rates_are_compared_within_what_stands_side_by_side(tmp_path):
         measured(root, arm, "1e-03", rows=50)
         measured(root, arm, "2e-06", model="another base")
         put(run_folder(root / "models", arm, "3e-04") / "checkpoint-20" / "adapter_config.json", {"r": 1})
-    study = read.read([root])
-    chosen, rule, mixed = read.choose(study)
+    study = load.read([root])
+    chosen, rule, mixed = load.choose(study)
     at = {(model.base, model.arm): model.learning_rate for model in chosen}
     assert (at["tiny", "no_dp"], at["tiny", "dp"], at["tiny", "original"]) == (0.005, 0.005, 0.001) and mixed == []
     assert len(chosen) == 8 and "learning rate 0.005 (that" in rule and "different learning rates" not in titles(root)
     measured(root, "original", "4e-03", model="third")
     measured(root, "replaced", "5e-03", model="third")
-    (caution,) = [one for one in cautions.find(read.read([root])) if "different learning rates" in one.title]
+    (caution,) = [one for one in caveats.find(load.read([root])) if "different learning rates" in one.title]
     (place,) = caution.places
     assert "original" in place and "at 0.004" in place and "at 0.005" in place and "no_dp" not in place
 
@@ -413,8 +413,8 @@ def test_rates_are_compared_within_what_stands_side_by_side(tmp_path):
 def test_pareto_front_of_a_hand_made_set():
     #            0       1       2       3       4 (beaten by 1)  5 (equal to 1 in x, worse)
     points = [(5, 0.0), (2, 0.2), (1, 0.5), (4, 0.1), (3, 0.3), (2, 0.4)]
-    assert attacks.front(points) == [2, 1, 3, 0]
-    assert attacks.front([(1, 1), (1, 1)]) == [0]
+    assert figures_extraction.front(points) == [2, 1, 3, 0]
+    assert figures_extraction.front([(1, 1), (1, 1)]) == [0]
 
 
 def test_no_cell_is_a_formula(tmp_path):
@@ -450,14 +450,14 @@ def quickstart_tree(root: Path) -> Path:
 
 
 def test_an_arm_with_one_checkpoint_is_in_the_curves(tmp_path):
-    drawn = {figure.name: figure for figure in figures.build(read.read([quickstart_tree(tmp_path / "tree")]))}
+    drawn = {figure.name: figure for figure in figures.build(load.read([quickstart_tree(tmp_path / "tree")]))}
     for name in ("perplexity", "extraction_epoch"):
         assert {"original", "generated", "replaced"} <= {key[0] for key in drawn[name].keys}
     assert "generated by epoch: 2 6.25" in drawn["perplexity"].summary
-    models = [read.Model(name, epoch=2.0, learning_rate=1e-4) for name in "ab"]
-    runs = {"run": [read.Model("0", epoch=1.0, learning_rate=1e-6), models[0]]} | {one.key: [one] for one in models}
+    models = [load.Model(name, epoch=2.0, learning_rate=1e-4) for name in "ab"]
+    runs = {"run": [load.Model("0", epoch=1.0, learning_rate=1e-6), models[0]]} | {one.key: [one] for one in models}
     for axis, ends in (("epoch", (2.025, 2.05)), ("learning_rate", (1e-4 * 100**0.025, 1e-4 * 100**0.05))):
-        places = looks.dodge(runs, axis)  # two that would hide each other
+        places = style.dodge(runs, axis)  # two that would hide each other
         value = getattr(models[0], axis)
         assert places["run"](value) == value and (places["a"](value), places["b"](value)) == pytest.approx(ends)
     assert all("Not drawn" not in figure.caption for figure in drawn.values())
@@ -469,12 +469,12 @@ def test_perplexity_of_every_set_of_texts_and_of_models_without_a_curve(tmp_path
     put(root / "perplexity.jsonl", *lines)
     for number in range(4):  # other texts: of the first model alone
         put(root / f"x{number}" / "perplexity.jsonl", lines[0] | {"dataset": f"set{number}.jsonl", "context": number})
-    drawn = [figure for figure in figures.build(read.read([root])) if figure.section == "perplexity"]
+    drawn = [figure for figure in figures.build(load.read([root])) if figure.section == "perplexity"]
     assert [figure.name for figure in drawn] == ["perplexity", "perplexity_2", "perplexity_3"]
-    assert "merged 7.5 (6.5–8.5)" in drawn[0].summary and ">merged<" in draw.svg(drawn[0].panels[0], "x", "x")
+    assert "merged 7.5 (6.5–8.5)" in drawn[0].summary and ">merged<" in svg.svg(drawn[0].panels[0], "x", "x")
     assert "Without a figure, but in the table: set2.jsonl, rows 0–99, set3.jsonl, rows 0–99." in drawn[2].caption
     small_tree(root / "runs")
-    drawn = [figure for figure in figures.build(read.read([root])) if figure.name == "perplexity"]
+    drawn = [figure for figure in figures.build(load.read([root])) if figure.name == "perplexity"]
     assert "Not drawn, but in the table: merged." in drawn[0].caption
 
 
@@ -485,7 +485,7 @@ def test_what_no_figure_has_room_for_is_named(tmp_path):
         put(run / "checkpoint-20" / "results_purified.jsonl",
             *(extraction_line(run / "checkpoint-20", t) for t in (0.0, 0.2, 1.0)))  # fmt: skip
         put(run / "checkpoint-20" / "results_mia.jsonl", mia_line(run / "checkpoint-20"))
-    drawn = {figure.name: figure for figure in figures.build(read.read([root]))}
+    drawn = {figure.name: figure for figure in figures.build(load.read([root]))}
     assert "Not drawn, but in the table: arm6 · epoch 2, arm7" in drawn["extraction_temperature"].caption
     assert "Not drawn, but in the table: arm0 · epoch 2" in drawn["privacy_utility"].caption  # no perplexity
     assert "and 3 more." in drawn["mia_roc"].caption  # no scores
@@ -522,7 +522,7 @@ def test_a_number_is_in_a_table_or_named_as_in_none(tmp_path, tree):
 
 
 def titles(tree, level=None) -> str:
-    found = cautions.find(read.read([tree]))
+    found = caveats.find(load.read([tree]))
     return "\n".join(f"{one.title}: {one.places}" for one in found if level in (None, one.level))
 
 
@@ -582,7 +582,7 @@ def test_a_model_that_hardly_moved_is_told_where_its_numbers_are(tmp_path, kind)
     lines[0] |= {"relative_change": 4e-6, "checkpoint": "u/models/tiny/real-seed1-dora/0e+00_2e-06/checkpoint-9"}
     put(root / "u" / "results_utility.jsonl", *lines)
     put(root / "u/models/tiny/real-seed1-dora/0e+00_2e-06/run.json", RUN | {"relative_change": 4e-6})
-    (caution,) = [one for one in cautions.find(read.read([root])) if "hardly moved" in one.title]
+    (caution,) = [one for one in caveats.find(load.read([root])) if "hardly moved" in one.title]
     assert caution.title == "3 adapters that hardly moved the model" and "nothing was learnt" in caution.text
     assert sorted(place.rpartition(" = ")[2] for place in caution.places) == ["3e-06", "4e-06", "5e-06"]
     page = report(root, "--output", tmp_path / "out")[2]
@@ -600,7 +600,7 @@ def test_lower_bound_above_upper_is_wrong_and_maxima_are_named(tmp_path):
         for epoch in (10, 20):
             checkpoint = folder / f"checkpoint-{epoch}"
             put(checkpoint / "results_purified.jsonl", *(extraction_line(checkpoint, t) for t in (0.2, 0.5)))
-    text = next(c.text for c in cautions.find(read.read([root])) if c.title == "Maxima are not results")
+    text = next(c.text for c in caveats.find(load.read([root])) if c.title == "Maxima are not results")
     assert text.startswith("12 combinations") and "15.0%" in text
 
 
@@ -755,7 +755,7 @@ def test_the_page_stands_alone(tmp_path):
     found = Structure(page)
     assert len(found.ids) == len(set(found.ids))
     files = [one for one in found.references if not one.startswith(("#", "data:"))]
-    names = [figure.name for figure in figures.build(read.read([tree]))]
+    names = [figure.name for figure in figures.build(load.read([tree]))]
     assert files == [f"figures/{name}.{kind}" for name in names for kind in ("png", "pdf")]
     assert {"extraction_bars", "extraction_temperature", "extraction_epoch", "privacy_utility", "perplexity", "mia_roc",
             "mia_heatmap", "training"} == set(names)  # fmt: skip
@@ -818,16 +818,16 @@ def test_names_are_drawn_as_they_are(tmp_path, kind):
         assert any(text.startswith(one[:12]) for text in drawn), one
     assert not any("mathdefault" in text or "\n" in text for text in drawn)
     with open(tmp_path / "out" / "results.csv", encoding="utf-8", newline="") as file:
-        assert len(file.read().splitlines()) == 1 + len(read.read([tmp_path / "tree"]).rows)  # a line a number
+        assert len(file.read().splitlines()) == 1 + len(load.read([tmp_path / "tree"]).rows)  # a line a number
 
 
 def test_a_legend_has_every_label():
     import matplotlib
 
     keys = [("_hidden", "#123456", "o", "-"), ("$a$", "#123456", "block", None)]
-    panel = draw.Panel("_$t$", lambda axes: axes.loglog([0.001, 1], [0.001, 1]))
-    with matplotlib.rc_context(draw.SETTINGS):
-        canvas = draw.whole(draw.Figure("x", "t", "c", "s", [panel], keys))
+    panel = svg.Panel("_$t$", lambda axes: axes.loglog([0.001, 1], [0.001, 1]))
+    with matplotlib.rc_context(svg.SETTINGS):
+        canvas = svg.whole(svg.Figure("x", "t", "c", "s", [panel], keys))
         canvas.canvas.draw()
         (legend,) = canvas.legends
         ticks = [tick.get_text() for tick in canvas.axes[0].get_xticklabels()]
@@ -839,7 +839,7 @@ def test_numbers_in_a_drawing_are_not_rounded():
     def one(axes):
         axes.text(0.5, 0.5, "0.6364")
 
-    drawn = draw.svg(draw.Panel("AUC 0.12345", one), "name", "0.98765")
+    drawn = svg.svg(svg.Panel("AUC 0.12345", one), "name", "0.98765")
     assert ">0.6364<" in drawn and ">AUC 0.12345<" in drawn and 'aria-label="0.98765"' in drawn
     assert "var(--ink)" in drawn and not re.search(r"#1b1f24|DejaVu", drawn)
 

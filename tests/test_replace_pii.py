@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import run_peft
-from common import cli, records
+from common import cli
+from common import dataset as data_files
 from common.cli import UserError
 from common.results import sha256
 from data import leak_check, replace_pii, replacement
@@ -38,7 +39,7 @@ def build(tmp_path, rows, *more, name="rows.jsonl") -> list[dict]:
     tmp_path.mkdir(exist_ok=True)
     source, output = write_rows(tmp_path / name, rows), tmp_path / "replaced_data.arrow"
     assert replace_pii.main(["--input", str(source), "--output", str(output), *map(str, more)]) == 0
-    return records.read_rows(output)
+    return data_files.read_rows(output)
 
 
 def texts_of(tmp_path, *texts: str) -> tuple[list[str], dict[str, str]]:
@@ -313,7 +314,7 @@ def test_manifest_record_and_readers(tmp_path, dataset):
     table = datasets.Dataset.from_file(str(output))
     assert table.column_names == ["gt-name", "gt-email", "prompt", "continuation", "row_id"]
     assert table.to_list() == rows and table["row_id"][:3] == [0, 1, 2]
-    manifest = records.read_manifest(output)
+    manifest = data_files.read_manifest(output)
     assert (manifest["tag"], manifest["split_start"], manifest["rows"]) == ("replaced", 20, 60)  # 60 // 3
     assert manifest["script"] == "data/replace_pii.py" and manifest["sha256"] == sha256(output)
     assert manifest["source"][0]["sha256"] == sha256(tmp_path / "rows.jsonl") and manifest["source"][0]["rows"] == 60
@@ -330,7 +331,7 @@ def test_split_start_of_the_source_is_kept_and_missing_row_ids_are_given(tmp_pat
     write_manifest(source, tag="original", script="x", argv=[], rows=12, split_start=7)
     replaced = build(tmp_path, rows)
     assert [row["row_id"] for row in replaced] == list(range(12))
-    parts = records.split(replaced, records.read_manifest(tmp_path / "replaced_data.arrow"))
+    parts = data_files.split(replaced, data_files.read_manifest(tmp_path / "replaced_data.arrow"))
     assert (parts.head, parts.train) == (list(range(7)), list(range(7, 12)))
 
 
@@ -348,10 +349,10 @@ def test_lines_that_are_no_rows_keep_their_places(tmp_path, capsys):
         f"{source}: row 2: a JSON object was"
     )
     assert (len(err), err[3]) == (4, "broken rows: … and 2 more")
-    replaced, manifest = records.read_rows(output), records.read_manifest(output)
+    replaced, manifest = data_files.read_rows(output), data_files.read_manifest(output)
     assert [row["row_id"] for row in replaced] == [101, 103, 105, 106, 107, 108, 110, 111]
     assert (manifest["split_start"], manifest["source"][0]["rows"]) == (104, 13)
-    assert records.split(replaced, manifest).head == [0, 1]
+    assert data_files.split(replaced, manifest).head == [0, 1]
     with pytest.raises(UserError, match="row 0: not JSON"):
         replace_pii.main(["--input", str(source), "--output", str(output), "--strict", "--overwrite"])
 
@@ -415,11 +416,11 @@ def test_leaks(leak, kinds, tmp_path):
 
 def test_the_check_reads_every_text_of_the_written_file(tmp_path, monkeypatch, capsys):
     """A name that comes in while the file is written, in a list and in a key within a column."""
-    write = records.write_arrow
+    write = data_files.write_arrow
     rows = [row | {"notes": [{"by": "nobody"}]} for row in make_rows(12)]
     for spoil in (lambda name: [{"by": name}], lambda name: [{name: "x"}]):
         notes = {"notes": spoil(rows[2]["gt-name"])}
-        monkeypatch.setattr(records, "write_arrow", lambda path, new, n=notes: write(path, [*new[:-1], new[-1] | n]))
+        monkeypatch.setattr(data_files, "write_arrow", lambda path, new, n=notes: write(path, [*new[:-1], new[-1] | n]))
         source = write_rows(tmp_path / "rows.jsonl", rows)
         assert replace_pii.main(["--input", str(source), "--output", str(tmp_path / "r.arrow")]) == 1
         err = capsys.readouterr().err.splitlines()
@@ -550,7 +551,7 @@ def test_broken_rows_are_left_out_and_shown_or_refused(change, reason, tmp_path,
     rows = [row | (change if row["row_id"] in (1, 2, 3, 4) else {}) for row in make_rows(12)]
     replaced = build(tmp_path, rows)
     assert [row["row_id"] for row in replaced] == [0, *range(5, 12)]
-    assert records.read_manifest(tmp_path / "replaced_data.arrow")["split_start"] == 4  # 12 // 3 of the source
+    assert data_files.read_manifest(tmp_path / "replaced_data.arrow")["split_start"] == 4  # 12 // 3 of the source
     lines = capsys.readouterr().err.splitlines()
     shown = [f"{tmp_path / 'rows.jsonl'}: row {row}: {reason}" for row in (1, 2, 3)]
     assert lines == [*shown, "broken rows: … and 1 more"]
@@ -577,7 +578,7 @@ def test_as_a_user_runs_it(tmp_path):
     done = run_script("data/replace_pii.py", "--input", source)
     assert done.returncode == 0, done.stderr
     assert "leak check: no old full name, address or pair" in done.stdout
-    assert len(records.read_rows(tmp_path / "replaced_data.arrow")) == 30
+    assert len(data_files.read_rows(tmp_path / "replaced_data.arrow")) == 30
     again = run_script("data/replace_pii.py", "--input", source)
     assert (again.returncode, again.stderr) == (0, "") and "finished already" in again.stdout
     again = run_script("data/replace_pii.py", "--input", source, "--seed", 1)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import run_peft
-from common import records
+from common import dataset as data_files
 from common.cli import UserError
 from training import batches
 
@@ -122,8 +122,8 @@ def test_held_out_loss_is_the_mean_over_tokens(models, dataset, tmp_path):
     folder = train(tmp_path, models["llama"], dataset, "-lr", "0", "--eval_rows", 7)
     base, tokenizer = base_of(models["llama"]), _tokenizer(models["llama"])
     total = count = 0
-    for row in records.read_rows(dataset)[:7]:
-        ids = torch.tensor([tokenizer(records.row_text(row)[0])["input_ids"] + [tokenizer.eos_token_id]])
+    for row in data_files.read_rows(dataset)[:7]:
+        ids = torch.tensor([tokenizer(data_files.row_text(row)[0])["input_ids"] + [tokenizer.eos_token_id]])
         with torch.no_grad():
             total += base(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
         count += ids.shape[1] - 1
@@ -152,7 +152,7 @@ def test_one_step_is_the_mean_over_all_label_tokens(models, tmp_path):
     assert read_lines(folder / "metrics.jsonl")[-1]["step"] == 1
     model = PeftModel.from_pretrained(base_of(models["neox"]), start / "checkpoint-1", is_trainable=True)
     tokenizer = _tokenizer(models["neox"])
-    rows = [tokenizer(row["text"])["input_ids"] + [tokenizer.eos_token_id] for row in records.read_rows(data)]
+    rows = [tokenizer(row["text"])["input_ids"] + [tokenizer.eos_token_id] for row in data_files.read_rows(data)]
     labels = sum(len(ids) - 1 for ids in rows)
     for ids in rows:
         batch = torch.tensor([ids])
@@ -194,7 +194,7 @@ def test_packing_with_eager_attention(models, tmp_path, dataset):
     """The additive mask of eager attention gives what the boolean mask of SDPA gives."""
     import torch
 
-    rows = batches.encode(records.read_rows(dataset)[:4], _tokenizer(models["neox"]), 256)
+    rows = batches.encode(data_files.read_rows(dataset)[:4], _tokenizer(models["neox"]), 256)
     logits = {}
     for attention in ("sdpa", "eager"):
         from transformers import AutoModelForCausalLM
@@ -226,7 +226,7 @@ def test_eos_is_learned_once_a_row_and_padding_never(models):
 
 def test_loss_on_completion(models, dataset, tmp_path):
     tokenizer = _tokenizer(models["neox"])
-    for row in records.read_rows(dataset)[:20]:
+    for row in data_files.read_rows(dataset)[:20]:
         encoded = batches.encode([row], tokenizer, 1000, "completion")[0]
         learned = tokenizer.decode(encoded.ids[encoded.first :])
         # the token that holds the boundary is learned whole, so up to its length more than the continuation
@@ -586,7 +586,7 @@ def test_dry_run(models, dataset, tmp_path, capsys):
 
 
 def test_rows_and_overlap(models, dataset, tmp_path):
-    rows = records.read_rows(dataset)
+    rows = data_files.read_rows(dataset)
 
     def choose(rows, manifest, *words):
         args = run_peft.make_parser().parse_args([str(word) for word in words])

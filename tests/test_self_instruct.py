@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rapidfuzz.distance import LCSseq
 
 import run_peft
-from common import distributed, records
+from common import dataset, distributed
 from common.cli import UserError
 from data.self_instruct import filters, generate
 
@@ -73,7 +73,7 @@ def test_broken_seed_tasks_are_left_out_and_shown_or_refused(tiny, tmp_path, cap
     shown = [f"--seed_tasks {seeds}: task {number}: needs an instruction and ex" for number in (2, 3, 4)]
     assert [line[: len(start)] for line, start in zip(lines, shown)] == shown
     assert lines[3] == "broken tasks: … and 1 more"
-    assert records.read_manifest(tmp_path / "data.jsonl")["source"][0]["rows"] == len(tasks)
+    assert dataset.read_manifest(tmp_path / "data.jsonl")["source"][0]["rows"] == len(tasks)
     assert json.loads((tmp_path / "run_generate.json").read_text())["counts"]["broken seed tasks"] == 4
     assert generate.main(words(tiny, tmp_path / "clean.jsonl", "--num_rows", 5)) == 0
     assert (tmp_path / "clean.jsonl").read_bytes() == (tmp_path / "data.jsonl").read_bytes()
@@ -261,7 +261,7 @@ def test_procedure_rows_counts_and_resuming(tiny, tmp_path, monkeypatch):
     assert counts["instances: output equals input"] == 4 * rounds - n_kinds
     assert counts["instances: kept"] == 2 * (4 * rounds - n_kinds) >= 11
     assert record["keep_rate"]["instructions"] == 0.2
-    manifest = records.read_manifest(tmp_path / "whole.jsonl")
+    manifest = dataset.read_manifest(tmp_path / "whole.jsonl")
     assert (
         manifest["tag"] == "self-instruct-tiny-long" and manifest["rows"] == 11 and manifest["source"][0]["rows"] == 68
     )
@@ -353,7 +353,7 @@ def test_run_peft_trains_on_every_format(style, tiny, models, tmp_path, monkeypa
     assert generate.main(words(tiny, data, "--num_rows", 10, "--format", style)) == 0
     rows = read_lines(data)
     for row in rows:
-        text, boundary = records.row_text(row)
+        text, boundary = dataset.row_text(row)
         assert text[boundary - 14 : boundary] == "### Response:\n"
     assert (set(rows[0]) == {"instruction", "input", "output"}) == (style == "alpaca")
     assert rows[0].get("text", "<|endoftext|>").endswith("<|endoftext|>")

@@ -6,9 +6,10 @@ import pytest
 from conftest import make_model, make_rows, read_lines, write_rows
 
 import run_peft
-from common import generation, models
-from mia import evidence
+from common import models
+from data import generation
 from mia import mia as mia_script
+from mia import signals
 from perplexity import perplexity as perplexity_script
 from training import batches
 
@@ -51,7 +52,7 @@ def test_a_text_that_begins_with_the_start_token_has_one(tokenizer):
     assert row.ids == bare.ids == [*wanted, tokenizer.eos_token_id]
     start = len(tokenizer.bos_token)
     assert row.kept == (start + bare.kept[0], start + bare.kept[1])
-    assert evidence.encode(tokenizer, [marked], 64).tokens == [wanted]
+    assert signals.encode(tokenizer, [marked], 64).tokens == [wanted]
     assert perplexity_script.tokenize(tokenizer, [marked, plain]) == [wanted, wanted]
     assert generation.encode_prompt(tokenizer, marked) == wanted
     assert models.encode_texts(tokenizer, [marked, plain]) == [wanted, wanted]

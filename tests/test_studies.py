@@ -8,8 +8,8 @@ import pytest
 from conftest import ROOT, write_manifest, write_rows
 
 import quickstart
+from common import dataset, results
 from common import models as common_models
-from common import records, results
 from common.cli import UserError
 from studies import mail, privacy, reviews, steps
 from studies.steps import measured
@@ -132,7 +132,7 @@ def test_built_data_is_kept_for_the_files_and_weights_it_was_made_from(tmp_path,
     assert (build(), build()) == (3, 3)
     write_rows(output, [{"b": "edited"}])
     assert (build(), build()) == (4, 4)
-    records.manifest_path(output).write_text("{}")
+    dataset.manifest_path(output).write_text("{}")
     assert (build(), build()) == (5, 5)
 
 

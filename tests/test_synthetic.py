@@ -11,8 +11,8 @@ import pytest
 from conftest import ROOT, kill_when_written, read_lines, run_script, write_rows
 
 import run_peft
+from common import dataset, results, trained
 from common import models as common_models
-from common import records, results, trained
 from common.cli import UserError
 from data.synthetic import generate, histogram
 
@@ -68,16 +68,16 @@ def make(model, data, output, *more) -> list[dict]:
 def test_prompt_by_hand():
     row = make_reviews(1)[0] | {"Product Title": "Oak kettle", "Product Categories": "Home > Kettles", "Rating": 4}
     start = f"{SYSTEM}\n\nProduct: Oak kettle\nCategories: Home > Kettles\nRating: 4\n"
-    assert records.review_prompt(row) == start + "Review:"
+    assert dataset.review_prompt(row) == start + "Review:"
     row |= {"condition": "title", "Review Title": "Very good"}
-    assert records.review_prompt(row) == start + "Title: Very good\nReview:"
-    assert records.row_text(row | {"Review": " Nice. "}) == (start + "Title: Very good\nReview: Nice.", len(start) + 24)
+    assert dataset.review_prompt(row) == start + "Title: Very good\nReview:"
+    assert dataset.row_text(row | {"Review": " Nice. "}) == (start + "Title: Very good\nReview: Nice.", len(start) + 24)
 
 
 @pytest.mark.parametrize("condition", ("metadata", "title", "sampled"))
 def test_no_run_of_a_review_is_in_a_prompt(condition, models, held_out, training, tmp_path, monkeypatch):
     """Trap 36: no 50 characters in a row of a held-out (or training) review are in any text given to the model."""
-    from common import generation
+    from data import generation
 
     seen, original = [], generation.continue_prompts
 
@@ -105,7 +105,7 @@ def test_no_run_of_a_review_is_in_a_prompt(condition, models, held_out, training
         assert {row["row_id"] for row in made} == {None}
         assert {row["Product Title"] for row in made} == {""}
     # the model has seen what the row says it has
-    assert [records.review_prompt(row) for row in made] == seen
+    assert [dataset.review_prompt(row) for row in made] == seen
 
 
 def test_training_is_on_the_review_alone_and_on_its_end(models):
@@ -117,7 +117,7 @@ def test_training_is_on_the_review_alone_and_on_its_end(models):
     for row, item in zip(rows, encode(rows, tokenizer, 512, "completion")):
         assert item.ids[-1] == tokenizer.eos_token_id and item.ids.count(tokenizer.eos_token_id) == 1
         assert tokenizer.decode(item.ids[item.first : -1]) == " " + row["Review"]
-        assert item.ids[: item.first] == tokenizer(records.review_prompt(row)).input_ids
+        assert item.ids[: item.first] == tokenizer(dataset.review_prompt(row)).input_ids
 
 
 def test_a_model_trained_on_reviews_ends_them(models, tmp_path):
@@ -151,7 +151,7 @@ def test_rows_manifest_and_run(models, held_out, training, tmp_path):
         assert (row["arm"], row["condition"], row["seed"], row["sample"]) == ("no_dp", "metadata", 3407, 0)
         assert row["finish_reason"] == ("length" if row["generated_tokens"] == 12 else "eos")
         assert "Review" not in row and "Review Title" not in row and "key" not in row
-    manifest = records.read_manifest(out)
+    manifest = dataset.read_manifest(out)
     assert manifest["tag"] == "synthetic-no_dp" and manifest["rows"] == 30
     assert [one["rows"] for one in manifest["source"]] == [30, 60]
     assert manifest["privacy"]["epsilon"] is None and manifest["privacy"]["private"] is False
@@ -222,7 +222,7 @@ def test_filters_are_counted(models, held_out, tmp_path):
     ended = [row for row in whole if row["finish_reason"] == "eos"]
     filled = [row for row in ended if row["generated_text"].strip()]
     assert kept == filled
-    manifest = records.read_manifest(tmp_path / "b.jsonl")
+    manifest = dataset.read_manifest(tmp_path / "b.jsonl")
     wanted = {"length": 30 - len([r for r in whole if r["finish_reason"] == "eos"]), "empty": len(ended) - len(filled)}
     assert manifest["filtered"] == wanted and manifest["n_dropped"] == sum(wanted.values())
     assert (manifest["n_requested"], manifest["n_scored"]) == (30, len(kept))
@@ -233,7 +233,7 @@ def test_prompts_without_room_are_dropped_and_counted(models, tmp_path):
     rows[2]["Product Title"] = "x " * 600
     made = make(models["llama"], write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out.jsonl")
     assert [row["row_id"] for row in made] == [0, 1, 3, 4]
-    assert list(records.read_manifest(tmp_path / "out.jsonl")["dropped"].values()) == [1]
+    assert list(dataset.read_manifest(tmp_path / "out.jsonl")["dropped"].values()) == [1]
 
 
 def test_near_copies_by_hand():
@@ -301,7 +301,7 @@ def test_privacy_of_model_and_metadata_are_added(models, adapters, held_out, tra
     more = ["--condition", "sampled", "--metadata_epsilon", 20, "--metadata_delta", 1e-4, "--training", training]
     more += ["--metadata_fields", "Rating"]
     make(model, held_out, tmp_path / "out.jsonl", *more)
-    privacy = records.read_manifest(tmp_path / "out.jsonl")["privacy"]
+    privacy = dataset.read_manifest(tmp_path / "out.jsonl")["privacy"]
     assert privacy["epsilon"] == pytest.approx(23) and privacy["delta"] == pytest.approx(1.1e-3)
     assert (privacy["private"], privacy["unit"]) == (True, "user") and privacy["metadata"]["epsilon"] == 20
     cells = json.loads((tmp_path / "metadata_histogram.json").read_text())["cells"]
@@ -315,17 +315,17 @@ def test_privacy_of_model_and_metadata_are_added(models, adapters, held_out, tra
         assert digest not in text and trained.salted(digest, "5a" * 16) in text
     (tmp_path / "run" / "trained_rows.jsonl").unlink()
     make(model, held_out, tmp_path / "lost.jsonl", "--training", training)
-    source = records.read_manifest(tmp_path / "lost.jsonl")["source"][1]
+    source = dataset.read_manifest(tmp_path / "lost.jsonl")["source"][1]
     assert (source["sha256"], source["salted"]) == (None, True)
     with pytest.raises(UserError, match="nothing tells whether it was released from --training"):
         make(model, held_out, tmp_path / "b.jsonl", *more)
     make(model, held_out, tmp_path / "plain.jsonl")
-    plain = records.read_manifest(tmp_path / "plain.jsonl")["privacy"]
+    plain = dataset.read_manifest(tmp_path / "plain.jsonl")["privacy"]
     assert (plain["epsilon"], plain["delta"], plain["metadata"]) == (3.0, 1e-3, None)
     block = {"private": False, "epsilon": None, "delta": 1e-3, "unit": "user", "void": "known seed"}
     (model / "privacy.json").write_text(json.dumps(block))
     make(model, held_out, tmp_path / "no_noise.jsonl")
-    none = records.read_manifest(tmp_path / "no_noise.jsonl")["privacy"]  # an audit of this text is at the same δ
+    none = dataset.read_manifest(tmp_path / "no_noise.jsonl")["privacy"]  # an audit of this text is at the same δ
     assert (none["private"], none["epsilon"], none["delta"], none["void"]) == (False, None, 1e-3, "known seed")
 
 

@@ -12,7 +12,8 @@ import torch
 from conftest import ROOT, make_rows, read_lines, write_rows
 
 import run_peft
-from common import records, results, trained
+from common import dataset as data_files
+from common import results, trained
 from common.cli import UserError
 from training import batches
 
@@ -91,7 +92,7 @@ def test_the_list_is_what_the_loss_saw(case, models, tmp_path, seen):
     assert found.loss_on == ("completion" if "completion" in flags else "all")
     expected, totals = [], dict.fromkeys(("tokens", "loss_tokens", "rows_cut", "tokens_cut", "rows_without_loss"), 0)
     for row in found.rows:
-        text = records.row_text(rows[row.row])[0]
+        text = data_files.row_text(rows[row.row])[0]
         ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
         kept = ids[: found.max_length]
         labels = kept[len(kept) - row.loss_tokens :]
@@ -117,7 +118,7 @@ def test_the_list_is_what_the_loss_saw(case, models, tmp_path, seen):
         left_out = set(range(21)) - {row.row for row in found.rows}
         assert len(left_out) == json.loads((folder / "run.json").read_text())["privacy"]["rows_left_out"] > 0
     assert [row.row for row in found.rows] == [index for index in range(21) if index not in left_out]
-    copies = len(found.find(records.row_text(rows[0])[0]))
+    copies = len(found.find(data_files.row_text(rows[0])[0]))
     assert copies == 2 - (0 in left_out) - (20 in left_out)  # row 20 repeats row 0
 
 
@@ -134,14 +135,14 @@ def test_label_span_by_hand():
 
 
 def test_hashes_are_plain_without_dp_and_salted_with_it(models, dataset, tmp_path):
-    rows, digest = records.read_rows(dataset), results.sha256(dataset)
+    rows, digest = data_files.read_rows(dataset), results.sha256(dataset)
     other = write_rows(tmp_path / "other.jsonl", make_rows(60, seed=4))
     folder = train(tmp_path, models["neox"], dataset)
     record, found = json.loads((folder / "run.json").read_text()), trained.read(folder / "checkpoint-5")
-    text = records.row_text(rows[30])[0]
+    text = data_files.row_text(rows[30])[0]
     assert record["inputs"][0]["sha256"] == digest and found.salt == ""
     assert found.find(text)[0].sha256 == hashlib.sha256(text.encode()).hexdigest()
-    assert found.find(text)[0].row == 30 and found.find(records.row_text(rows[0])[0]) == []  # the head is held out
+    assert found.find(text)[0].row == 30 and found.find(data_files.row_text(rows[0])[0]) == []  # the head is held out
     dp = ("--dp", "--noise_multiplier", 1, "--logical_batch_size", 8, "-e", 1)
     folders = [train(tmp_path / out, models["neox"], dataset, *dp) for out in ("one", "two")]
     texts = [path.read_text() for folder in folders for path in folder.rglob("*.json*") if path.name != trained.FILE]

@@ -13,7 +13,7 @@ from scipy import sparse
 from common import reviews
 from common.cli import UserError
 from utility import downstream, feature_importance, human_sheet
-from utility import measures as m
+from utility import metrics as m
 
 TONES = {
     1: ("awful", "useless"),
@@ -218,8 +218,8 @@ def test_labels_are_scored_as_the_whole_model_does(models):
     model = AutoModelForCausalLM.from_pretrained(models["neox"]).eval()
     tokenizer = AutoTokenizer.from_pretrained(models["neox"])
     rows = downstream.instruction_rows(make_reviews(5, 1), tokenizer, 400)[0]
-    from common.progress import progress_bar
-    from common.records import instruction_prompt
+    from common.dataset import instruction_prompt
+    from common.distributed import progress_bar
 
     prompts = [instruction_prompt(row) for row in rows]
     found = downstream.label_log_probabilities(model, tokenizer, prompts, progress_bar(None, "tokens"))
@@ -234,7 +234,7 @@ def test_labels_are_scored_as_the_whole_model_does(models):
 def test_long_reviews_are_cut_so_that_the_label_stays(models):
     from transformers import AutoTokenizer
 
-    from common.records import row_text
+    from common.dataset import row_text
     from run_peft import encode
 
     tokenizer = AutoTokenizer.from_pretrained(models["neox"])

@@ -4,7 +4,7 @@ import bisect
 import random
 from dataclasses import dataclass
 
-from common import records
+from common import dataset
 from common.models import extra_start
 
 CALL_COST = 256  # what a forward and backward call costs beside its tokens, in tokens: cut() weighs padding against it
@@ -31,7 +31,7 @@ def encode(rows: list[dict], tokenizer, max_length: int, loss_on: str = "all") -
     """Tokenise whole texts; EOS ends every row that is not cut at `max_length` tokens, once."""
     if not rows:
         return []
-    pairs = [records.row_text(row) for row in rows]
+    pairs = [dataset.row_text(row) for row in rows]
     encoded = tokenizer([text for text, _ in pairs], return_offsets_mapping=True, verbose=False)
     eos, encoded_rows = tokenizer.eos_token_id, []
     for ids, spans, (_, boundary) in zip(encoded["input_ids"], encoded["offset_mapping"], pairs):

@@ -25,9 +25,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import run_peft
-from common import cli, distributed, models, records, results, reviews
-from common.intervals import clopper_pearson, mcnemar
-from common.progress import progress_bar
+from common import cli, dataset, distributed, models, results, reviews
+from common.distributed import progress_bar
+from common.stats import clopper_pearson, mcnemar
 
 INSTRUCTION = "Rate the customer's review below with 1 to 5 stars. Answer with the number alone."
 LABELS = ("1", "2", "3", "4", "5")
@@ -85,7 +85,7 @@ def check_overlap(arms: dict[str, list[dict]], heldout: list[dict], allowed: boo
 
 def review_room(tokenizer, max_length: int) -> int:
     """Tokens of a review that fit into max_length with the prompt around it, the label and EOS; may be below 1."""
-    frame = records.instruction_prompt({"instruction": INSTRUCTION, "input": "x"}) + LABELS[0]
+    frame = dataset.instruction_prompt({"instruction": INSTRUCTION, "input": "x"}) + LABELS[0]
     return max_length - len(tokenizer(frame).input_ids) - MARGIN
 
 
@@ -240,7 +240,7 @@ def prepare(args, problems: cli.Problems):
 
 
 def line_of(arm: str, seed: int | None, truth: list[int], predicted: list[int], **more) -> dict:
-    from utility.measures import rating_scores
+    from utility.metrics import rating_scores
 
     hits = sum(map(int.__eq__, truth, predicted))
     counts = {"n_requested": len(truth), "n_scored": len(truth), "n_dropped": 0}
@@ -301,11 +301,11 @@ def run_locked(args, place: results.Output) -> list[dict]:
 
 
 def measure(args, ref, tokenizer, max_length, arms, heldout, n, world) -> tuple[list[dict], list[dict], int]:
-    from utility.measures import majority
+    from utility.metrics import majority
 
     dtype = models.resolve_dtype(args.dtype, world.device)
     asked, n_cut = instruction_rows(heldout, tokenizer, max_length)
-    prompts, truth = [records.instruction_prompt(row) for row in asked], [reviews.rating(row) for row in heldout]
+    prompts, truth = [dataset.instruction_prompt(row) for row in asked], [reviews.rating(row) for row in heldout]
     runs, found, lines = {}, {}, []
     for seed in range(args.seed, args.seed + args.num_seeds):
         for arm, rows in arms.items():

@@ -53,7 +53,7 @@ def importances(rows: list[dict], words: list[str], heldout: list[dict], seed: i
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
-    from utility.measures import expected_permutation_importance
+    from utility.metrics import expected_permutation_importance
 
     vectorizer = TfidfVectorizer(vocabulary=words)
     model = LogisticRegression(max_iter=2000, random_state=seed)
@@ -79,7 +79,7 @@ def compare(reference, other) -> dict:
     import numpy as np
     from scipy import stats
 
-    from utility.measures import top_jaccard
+    from utility.metrics import top_jaccard
 
     constant = np.ptp(reference) == 0 or np.ptp(other) == 0
     found = {

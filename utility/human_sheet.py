@@ -23,8 +23,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import cli, records, results, reviews
-from common.intervals import clopper_pearson
+from common import cli, dataset, results, reviews
+from common.stats import clopper_pearson
 
 LABELS = {
     "good": "reads like a customer's review of the product, from start to end",
@@ -135,7 +135,7 @@ def write_sheet(
 
 def read_key(path) -> list[dict]:
     """The lines of key.jsonl: {'sheet', 'number', 'arm', …}. UserError when they are not what make writes."""
-    key = records.read_rows(path)
+    key = dataset.read_rows(path)
     for line in key:
         number = line.get("number")
         right = isinstance(line.get("sheet"), str) and isinstance(line.get("arm"), str)
@@ -230,7 +230,7 @@ def score(args, place: results.Output) -> dict:
 
 def evaluate(names: list[str], sheets: list[dict[int, str]], key: list[dict]) -> dict:
     """The content of human_evaluation.json from the labels {number: label} of each sheet."""
-    from utility.measures import cohen_kappa, fleiss_kappa
+    from utility.metrics import cohen_kappa, fleiss_kappa
 
     numbers = [line["number"] for line in key]
     arms = {}

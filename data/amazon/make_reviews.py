@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common import cli, records, results
+from common import cli, dataset, results
 
 RATINGS = {5: 0.63, 4: 0.14, 3: 0.08, 2: 0.05, 1: 0.10}
 EMPTY = 0.003  # shares of reviews
@@ -213,14 +213,14 @@ def run(args) -> dict:
     reviews, meta = (Path(args.output_dir) / f"{prefix}{args.category}{ending}" for prefix in ("", "meta_"))
     with results.output_file(reviews, meta, dry_run=args.dry_run) as place:
         problems = cli.Problems()
-        settings = records.settings_of(args, ("output_dir",))
+        settings = dataset.settings_of(args, ("output_dir",))
         named = [("--output_dir", path) for path in (reviews, meta)]
-        finished = problems.absorb(records.finished, named, settings, args.overwrite)
+        finished = problems.absorb(dataset.finished, named, settings, args.overwrite)
         cli.check_writable(args.output_dir, problems)
         problems.check()
         counts = None
         if finished:
-            records.say_finished(reviews, meta)
+            dataset.say_finished(reviews, meta)
         elif args.dry_run:
             print(f"would write {args.reviews:,} lines to {reviews}, {args.products:,} to {meta}")
         else:
@@ -250,7 +250,7 @@ def write(files: results.Publication, args, reviews: Path, meta: Path, settings:
                         line = results.dumps(make_review(rng, products, kinds, users, counts))
                         last = line if counts["empty"] + counts["missing product"] == spoiled else None
                     out.write(line.encode() + b"\n")
-        records.write_manifest(
+        dataset.write_manifest(
             files,
             path,
             tag="fictional-reviews" if path == reviews else "fictional-products",

@@ -39,7 +39,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common import cli, records, results
+from common import cli, dataset, results
 
 SPLITS = ("train", "test", "validation")
 REASONS = ("broken", "without a user", "without a rating", "empty text")
@@ -194,9 +194,9 @@ def check(args) -> tuple[dict, bool]:
     settings = None
     if not problems.lines:
         hashes = {flag.removeprefix("--"): results.sha256(path) for flag, path in inputs.items()}
-        settings = records.settings_of(args, ("output_dir", "threads", "memory_limit"), **hashes)
+        settings = dataset.settings_of(args, ("output_dir", "threads", "memory_limit"), **hashes)
     named = [("--output_dir", path) for path in outputs.values()]
-    finished = problems.absorb(records.finished, named, settings, args.overwrite)
+    finished = problems.absorb(dataset.finished, named, settings, args.overwrite)
     problems.check()  # a mistyped flag is told before gigabytes are read
     if finished:
         return settings, True
@@ -413,7 +413,7 @@ def run(args) -> dict:
     with results.output_file(*outputs.values(), dry_run=args.dry_run) as place:
         settings, finished = check(args)
         if finished:
-            records.say_finished(*outputs.values())
+            dataset.say_finished(*outputs.values())
             return {}
         if args.dry_run:
             print(f"would read {args.reviews} and {args.meta} and write {', '.join(map(str, outputs.values()))}")
@@ -454,7 +454,7 @@ def build(args, started: float, folder: Path, outputs: dict[str, Path], settings
         source = [(inputs[0], counts["review lines"]), (inputs[1], counts["product lines"])]
         sampling = {"seed": args.seed, "split": "whole users in the order of a seeded hash"}
         for split, path in outputs.items():
-            records.write_manifest(
+            dataset.write_manifest(
                 record.files,
                 path,
                 tag=f"amazon-{split}",

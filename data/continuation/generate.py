@@ -5,7 +5,7 @@ python data/continuation/generate.py --model EleutherAI/pythia-12b --data_set ./
 python data/continuation/generate.py -m data/embedded/mini-pythia-xl -d data/embedded/enron.jsonl -mt 150
 torchrun --nproc_per_node=4 data/continuation/generate.py -m EleutherAI/pythia-12b --output data/gen/data.arrow
 
-Only rows to train on are continued (records.split: 1,110 to the end of the published file). Output: their columns and
+Only rows to train on are continued (dataset.split: 1,110 to the end of the published file). Output: their columns and
 `row_id` (index in the source), `generation`, `text` = prompt + generation + EOS, `finish_reason` ('stop': the model
 ended there; 'length': cut at --max_tokens or at the end of its context) and `generated_tokens`. The file is the same
 whatever the number of processes. Broken rows are left out and keep their places in the split. A killed run continues
@@ -21,8 +21,9 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common import cli, distributed, generation, records, results
-from data.continuation import measures
+from common import cli, dataset, distributed, results
+from data import generation
+from data.continuation import statistics
 
 FIELDS = ("gt-name", "gt-email", "prompt")  # of a row that is not broken
 SAMPLED = ("temperature", "top_k", "max_tokens", "seed")
@@ -82,11 +83,11 @@ def check(args) -> Task:
 
     problems = cli.Problems()
     distributed.check_environment(problems, args.device_map)
-    args.data_set = str(records.default_dataset(args.data_set))
+    args.data_set = str(dataset.default_dataset(args.data_set))
     output = destination(args)
     cli.check_output_file(output, ".arrow", problems, (args.data_set,))
-    rows, broken = problems.absorb(records.read_with_broken, args.data_set, FIELDS) or ([], {})
-    manifest = problems.absorb(records.read_manifest, args.data_set) if rows else None
+    rows, broken = problems.absorb(dataset.read_with_broken, args.data_set, FIELDS) or ([], {})
+    manifest = problems.absorb(dataset.read_manifest, args.data_set) if rows else None
     if any("text" in row for row in rows[:1]):
         problems.add(f"{args.data_set}: has a `text` already (generated rows); name the rows it was made from")
     elif rows:
@@ -96,19 +97,19 @@ def check(args) -> Task:
             problems.add(
                 f"{args.data_set}: {len(rows) - len(broken)} whole rows with {', '.join(FIELDS)}; at least 3 are needed"
             )
-        problems.absorb(records.check_columns, args.data_set, [r for i, r in enumerate(rows) if i not in broken])
+        problems.absorb(dataset.check_columns, args.data_set, [r for i, r in enumerate(rows) if i not in broken])
     ref, tokenizer = models.look_up(problems, args.model, args.revision)
     settings = None
     if not problems.lines:
         data_set = results.sha256(args.data_set)
         settings = generation.settings_of(args, ref, (*SAMPLED, "batch_size", "strict"), data_set=data_set)
-    finished = problems.absorb(records.finished, [("--output", output)], settings, args.overwrite)
+    finished = problems.absorb(dataset.finished, [("--output", output)], settings, args.overwrite)
     problems.check()
 
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(ref.base, revision=ref.revision)
-    rows, split, start = records.split_source(rows, broken, manifest)
+    rows, split, start = dataset.split_source(rows, broken, manifest)
     if not split.train:
         raise cli.UserError(f"{args.data_set}: every row belongs to the evaluation head; none is left to continue")
     task = Task(ref, tokenizer, config, rows, [], [], [], split.head, start, settings, finished)
@@ -154,7 +155,7 @@ def run(args) -> dict:
     with results.output_file(output, dry_run=args.dry_run) as place:
         task = check(args)
         if task.finished:
-            records.say_finished(output)
+            dataset.say_finished(output)
             return {}
         generation.read_partials(output, task.settings, args.overwrite)  # refuses another run's
         if args.dry_run:
@@ -185,12 +186,12 @@ def generate(args, task: Task, output: Path, place: results.Output) -> dict:
         for item in made:
             row, more = task.rows[task.asked[item["index"]]], as_columns(task, item)
             rows.append({**row, **more, "text": row["prompt"] + more["generation"] + eos})
-        numbers = measures.statistics(rows, [task.rows[index] for index in task.head])
+        numbers = statistics.statistics(rows, [task.rows[index] for index in task.head])
         record["statistics"], record["dropped"] = numbers, task.dropped
         if world.main:
             with record.files.open(output, "wb", 0o600) as file:
-                records.write_arrow(file, rows)
-            records.write_manifest(
+                dataset.write_arrow(file, rows)
+            dataset.write_manifest(
                 record.files,
                 output,
                 tag=f"self-generated-{Path(args.model).name}",
@@ -210,7 +211,7 @@ def generate(args, task: Task, output: Path, place: results.Output) -> dict:
         print(f"{len(rows):>9,}  rows in {output}")
         for reason, count in task.dropped.items():
             print(f"{count:>9,}  rows dropped: {reason}")
-        print(measures.report(numbers))
+        print(statistics.report(numbers))
         print(f"{record['seconds']:.0f} s, {numbers['tokens_total'] / record['seconds']:,.0f} tokens/s")
     world.close()
     return numbers

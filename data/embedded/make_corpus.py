@@ -26,9 +26,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from common import records, results
+from common import dataset, results
 from common.cli import Parser, entry, positive_int
-from common.records import HEAD_ROWS
+from common.dataset import HEAD_ROWS
 
 NAME_RULES = {
     "first.last": lambda first, middle, last: f"{first}.{last}",
@@ -396,7 +396,7 @@ def main(argv: list[str] | None = None) -> int:
         for path, (_, tag, lines, split_start) in zip(paths, files):
             out.write_jsonl(path, lines)
             facts = {"tag": tag, "script": "data/embedded/make_corpus.py", "split_start": split_start}
-            records.write_manifest(out, path, rows=len(lines), argv=argv, **facts)
+            dataset.write_manifest(out, path, rows=len(lines), argv=argv, **facts)
         if args.pretraining_output:
             out.write_json(paths[-1], {"mails": mails, "web": web})
     for path, (*_, lines, _) in zip(paths, files):

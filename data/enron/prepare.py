@@ -37,7 +37,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common import cli, records, results
+from common import cli, dataset, results
 from data.enron import mail
 
 BATCH_MAILS = 256
@@ -368,8 +368,8 @@ def check(args) -> tuple[list[tuple[Path, str]], object, dict, bool]:
         known = output.exists() and not args.overwrite  # else nothing is compared, and nothing need be read
         hashes = [input_sha256(path, kind) for path, kind in inputs] if known else None
         cut = None if tokenizer is None else hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
-        settings = records.settings_of(args, ("output", "workers"), input=hashes, tokenizer=cut)
-    finished = problems.absorb(records.finished, [("--output", output)], settings, args.overwrite)
+        settings = dataset.settings_of(args, ("output", "workers"), input=hashes, tokenizer=cut)
+    finished = problems.absorb(dataset.finished, [("--output", output)], settings, args.overwrite)
     problems.check()
     return inputs, tokenizer, settings, finished
 
@@ -466,7 +466,7 @@ def run(args) -> dict:
     with results.output_file(output, dry_run=args.dry_run) as place:
         inputs, tokenizer, settings, finished = check(args)
         if finished:
-            records.say_finished(output)
+            dataset.say_finished(output)
             return {}
         if args.dry_run:
             print(f"would read {', '.join(f'{path} ({kind})' for path, kind in inputs)} and write {output}")
@@ -492,7 +492,7 @@ def build(args, inputs: list[tuple[Path, str]], tokenizer, settings: dict, place
             raise cli.UserError(
                 f"--input: only {len(kept)} pairs of a name and an address found; {MIN_ROWS} are needed"
             )
-        head = min(records.HEAD_ROWS, len(kept) // 3)
+        head = min(dataset.HEAD_ROWS, len(kept) // 3)
         groups = group_people(kept)
         keys = shuffled(groups, args.seed, head)
         place = {key: index for index, key in enumerate(keys)}
@@ -504,7 +504,7 @@ def build(args, inputs: list[tuple[Path, str]], tokenizer, settings: dict, place
             "prompt": f"at most {mail.MAX_PROMPT_CHARACTERS} characters, then {cut}",
             "continuation": f"at most {mail.MAX_CONTINUATION_CHARACTERS} characters",
         }
-        records.write_manifest(
+        dataset.write_manifest(
             record.files,
             output,
             tag="original",

@@ -23,7 +23,8 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common import cli, distributed, generation, records, results
+from common import cli, dataset, distributed, results
+from data import generation
 
 SEEDS_SHOWN, MACHINE_SHOWN = 6, 2  # instructions in a prompt for new ones
 INSTANCE_SEEDS = 3  # seed tasks in a prompt for instances
@@ -234,7 +235,7 @@ def formatted(rows: list[dict], style: str, eos: str) -> list[dict]:
         return rows
     if style == "alpaca":
         return [{key: row[key] for key in ("instruction", "input", "output")} for row in rows]
-    prompts = [records.instruction_prompt(row) for row in rows]
+    prompts = [dataset.instruction_prompt(row) for row in rows]
     return [
         {"prompt": prompt, "generation": row["output"], "text": prompt + row["output"] + eos}
         for prompt, row in zip(prompts, rows)
@@ -243,7 +244,7 @@ def formatted(rows: list[dict], style: str, eos: str) -> list[dict]:
 
 def make_rounds(model, tokenizer, seeds, args, settings: dict, partial: Path, world) -> list[dict]:
     """Rounds until there are --num_rows instances, each appended to the partial file as it ends."""
-    from common.progress import progress_bar
+    from common.distributed import progress_bar
     from data.self_instruct import filters
 
     rounds = world.broadcast(results.read_partial(partial, settings, args.overwrite)[1:])
@@ -304,7 +305,7 @@ def check(args) -> SimpleNamespace:
 
     problems = cli.Problems()
     distributed.check_environment(problems, args.device_map)
-    args.seed_tasks = str(records.default_dataset(args.seed_tasks))
+    args.seed_tasks = str(dataset.default_dataset(args.seed_tasks))
     output = destination(args)
     cli.check_output_file(output, ".jsonl", problems, (args.seed_tasks,))
     seeds, broken = problems.absorb(read_seed_tasks, args.seed_tasks, args.strict) or ([], 0)
@@ -313,7 +314,7 @@ def check(args) -> SimpleNamespace:
     if not problems.lines:
         settings = generation.settings_of(args, ref, SAMPLED, seed_tasks=results.sha256(args.seed_tasks))
         whole = settings | {key: getattr(args, key) for key in ("num_rows", "format", "strict")}
-    finished = problems.absorb(records.finished, [("--output", output)], whole, args.overwrite)
+    finished = problems.absorb(dataset.finished, [("--output", output)], whole, args.overwrite)
     problems.check()
     return SimpleNamespace(
         seeds=seeds, broken=broken, ref=ref, tokenizer=tokenizer, settings=settings, whole=whole, finished=finished
@@ -328,7 +329,7 @@ def run(args) -> dict:
     with results.output_file(output, dry_run=args.dry_run) as place:
         task = check(args)
         if task.finished:
-            records.say_finished(output)
+            dataset.say_finished(output)
             return {}
         results.read_partial(partial, task.settings, args.overwrite)  # refuses another run's
         if args.dry_run:
@@ -356,7 +357,7 @@ def generate(args, task, output: Path, partial: Path, place: results.Output) -> 
         }
         if world.main:
             record.files.write_jsonl(output, rows)
-            records.write_manifest(
+            dataset.write_manifest(
                 record.files,
                 output,
                 tag=f"self-instruct-{Path(args.model).name}",

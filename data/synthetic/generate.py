@@ -7,7 +7,7 @@ torchrun --nproc_per_node=4 data/synthetic/generate.py --model run/checkpoint-27
 python data/synthetic/generate.py --model run/checkpoint-276 --input test.jsonl --arm with_dp --num 10000 \\
     --condition sampled --metadata_epsilon 1 --training train.jsonl     # under torchrun: --num_rows, it has a --num…
 
-The prompt is records.review_prompt, as trained (run_peft.py --loss_on completion): product title, categories, rating.
+The prompt is dataset.review_prompt, as trained (run_peft.py --loss_on completion): product title, categories, rating.
 Never a word of the review. --condition title adds the review's title, which is private text too; train such a model on
 rows that say "condition": "title". --condition sampled uses no row of --input but draws rating, categories and product
 title from a histogram of --training that is released once, under its own (ε, δ), to --histogram; another run with the
@@ -29,7 +29,8 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common import cli, distributed, generation, models, records, results, reviews, trained
+from common import cli, dataset, distributed, models, results, reviews, trained
+from data import generation
 
 CONDITIONS = ("metadata", "title", "sampled")
 FIELDS = ("Rating", "Product Categories", "Product Title")  # of the histogram
@@ -120,7 +121,7 @@ def check(args) -> SimpleNamespace:
         whole = settings | told | {"histogram": results.sha256(histogram) if drawn else None}
         if source and source["sha256"] is None:
             whole = None  # nothing could tell whether the output stands for these training rows
-    finished = problems.absorb(records.finished, [("--output", output)], whole, args.overwrite)
+    finished = problems.absorb(dataset.finished, [("--output", output)], whole, args.overwrite)
     problems.check()
     return SimpleNamespace(
         output=output, rows=rows, training=training, ref=ref, tokenizer=tokenizer, privacy=block, unit=unit,
@@ -222,7 +223,7 @@ def make_rows(args, task, released: dict | None) -> list[dict]:
         system = task.rows[0].get("System prompt") or ""
         cells = {tuple(cell): count for *cell, count in released["cells"]}
         drawn = histogram.draw(cells, n, args.seed)
-        empty = dict.fromkeys(records.REVIEW_FIELDS[1:], "") | {"System prompt": system}
+        empty = dict.fromkeys(dataset.REVIEW_FIELDS[1:], "") | {"System prompt": system}
         fields = [{**empty, **dict(zip(args.metadata_fields, cell))} for cell in drawn]
         picked = [(i, 0, None, row) for i, row in enumerate(fields)]
     else:
@@ -236,7 +237,7 @@ def make_rows(args, task, released: dict | None) -> list[dict]:
             for i, row in enumerate(task.rows)
             if sample < rounds or i in rest
         ]
-    names = [name for name in records.REVIEW_FIELDS if name != "Review"]
+    names = [name for name in dataset.REVIEW_FIELDS if name != "Review"]
     if args.condition != "title":
         names.remove("Review Title")
     return [
@@ -253,7 +254,7 @@ def near_copies(texts: list[str], training: list[str], held_out: list[str]) -> d
 
     `held_out_in_training` is the floor: what the real reviews of --input, written by others, share with --training.
     """
-    from fidelity.measures import copied_lengths
+    from fidelity.metrics import copied_lengths
 
     def share(of: list[str], source: list[str]) -> float | None:
         return float((copied_lengths(of, source, (COPY,)) >= COPY).mean()) if of and source else None
@@ -272,7 +273,7 @@ def run(args) -> dict:
     with results.output_file(output, dry_run=args.dry_run) as place:
         task = check(args)
         if task.finished:
-            records.say_finished(output)
+            dataset.say_finished(output)
             return {}
         generation.read_partials(output, task.settings, args.overwrite)  # refuses another run's
         if args.dry_run:
@@ -302,7 +303,7 @@ def generate(args, task, place: results.Output) -> dict:
         prompts, rooms, kept = [], [], []
         context, least = models.context_length(base), min(generation.MIN_ROOM, args.max_new_tokens)
         for row in rows:
-            prompt = generation.encode_prompt(task.tokenizer, records.review_prompt(row))
+            prompt = generation.encode_prompt(task.tokenizer, dataset.review_prompt(row))
             room = min(args.max_new_tokens, context - len(prompt))
             if room < least:
                 dropped[f"prompt leaves fewer than {least} of the context's {context:,} tokens"] += 1
@@ -359,7 +360,7 @@ def finish(args, task, record, kept, made, released, settings, dropped, filtered
     privacy = privacy_block(task.privacy, released)
     record["statistics"], record["privacy"] = answer, privacy
     record.files.write_jsonl(task.output, rows)
-    records.write_manifest(
+    dataset.write_manifest(
         record.files,
         task.output,
         tag=f"synthetic-{args.arm}",

@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 
 from canary.audit import ranking
-from common.intervals import clopper_pearson
+from common.stats import clopper_pearson
 
 PARTS = ("name", "street", "phone", "whole")
 NEAREST = 25  # generated texts whose similarity to a canary is averaged

@@ -104,7 +104,7 @@ def continue_prompts(
     import torch
 
     from common import sampling
-    from common.progress import progress_bar
+    from common.distributed import progress_bar
 
     found = world.gather(read_partials(output, settings, overwrite))
     budgets = [budget for budget, _ in found if budget] or world.gather(sampling.memory_budget(world.device))

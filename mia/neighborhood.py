@@ -4,7 +4,7 @@ import hashlib
 
 from common import models
 from common.scoring import plan_batches, score
-from mia.scores import N_NEIGHBOURS
+from mia.attacks import N_NEIGHBOURS
 
 MASKED_TOKENS = 1024  # positions of a masked LM's pass, whose logits are whole
 

@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from common.intervals import clopper_pearson
-from reporting.read import (
+from common.stats import clopper_pearson
+from reporting.load import (
     HEADLINE_ATTACK,
     HEADLINE_TEMPERATURE,
     MEASURES,

@@ -1,4 +1,4 @@
-"""common/intervals.py: closed forms by hand, and coverage by simulation at the points where intervals fail."""
+"""common/stats.py: closed forms by hand, and coverage by simulation at the points where intervals fail."""
 
 import math
 import sys
@@ -6,9 +6,9 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT
-from scipy import stats
+from scipy import stats as scipy_stats
 
-from common import intervals
+from common import stats
 
 sys.path.insert(0, str(ROOT))
 from bench import coverage
@@ -18,37 +18,37 @@ def test_no_hit_and_all_hits_are_exact():
     """0 of n: 1 − (α/2)^(1/n) (Clopper & Pearson): 20 → 0.1684; a total of 20 rows × 4 counts its rows."""
     high = 1 - 0.025 ** (1 / 20)
     assert high == pytest.approx(0.16843, abs=1e-5)
-    assert intervals.clopper_pearson(0, 20) == pytest.approx([0, high])
-    assert intervals.clustered_rate(np.zeros((20, 4))) == pytest.approx([0, high])
-    assert intervals.clustered_rate(np.ones((20, 4))) == pytest.approx([1 - high, 1])
-    assert intervals.clustered_rate(np.full((5, 2), np.nan)) is None and intervals.clopper_pearson(None, 0) is None
+    assert stats.clopper_pearson(0, 20) == pytest.approx([0, high])
+    assert stats.clustered_rate(np.zeros((20, 4))) == pytest.approx([0, high])
+    assert stats.clustered_rate(np.ones((20, 4))) == pytest.approx([1 - high, 1])
+    assert stats.clustered_rate(np.full((5, 2), np.nan)) is None and stats.clopper_pearson(None, 0) is None
 
 
 def test_a_row_that_always_agrees_counts_once_and_independent_cells_count_each():
     agreeing = np.repeat([[1.0] * 4, [0.0] * 4], 25, axis=0)
-    low, high = intervals.clustered_rate(agreeing)
-    assert [low, high] == pytest.approx(intervals.clopper_pearson(25, 50))  # 50 rows, not 200 cells
+    low, high = stats.clustered_rate(agreeing)
+    assert [low, high] == pytest.approx(stats.clopper_pearson(25, 50))  # 50 rows, not 200 cells
     apart = np.random.default_rng(0).integers(0, 2, (400, 4)).astype(float)
-    low, high = intervals.clustered_rate(apart)
+    low, high = stats.clustered_rate(apart)
     assert high - low == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(1600), rel=0.1)
     apart[0, 1] = np.nan  # an answer that was not scored
-    assert intervals.clustered_rate(apart) == pytest.approx([low, high], abs=2e-3)
+    assert stats.clustered_rate(apart) == pytest.approx([low, high], abs=2e-3)
 
 
 def test_newcombe_by_hand():
     """At an area of 1 the lower end solves 1 − θ = z √V(θ); m = n = 20: checked by putting it back."""
-    low, high = intervals.newcombe(1.0, 20, 20, 1.959964)
+    low, high = stats.newcombe(1.0, 20, 20, 1.959964)
     shape = 1 + 19 * ((1 - low) / (2 - low) + low / (1 + low))
     assert high == 1 and 1 - low == pytest.approx(1.959964 * math.sqrt(low * (1 - low) * shape / 400), rel=1e-6)
     assert 0.88 < low < 0.92
-    assert intervals.newcombe(0.0, 20, 20, 1.959964) == pytest.approx((0.0, 1 - low), abs=1e-6)
+    assert stats.newcombe(0.0, 20, 20, 1.959964) == pytest.approx((0.0, 1 - low), abs=1e-6)
 
 
 def test_separated_classes_are_not_certain():
-    low, high = intervals.auc_interval(np.arange(20) + 100.0, np.arange(20.0))
+    low, high = stats.auc_interval(np.arange(20) + 100.0, np.arange(20.0))
     assert high == 1 and low < 0.92
-    assert intervals.auc_interval(np.arange(20.0), np.arange(20) + 100.0) == pytest.approx([0, 1 - low])
-    wide = intervals.auc_interval(np.arange(20) + 100.0, np.arange(20.0), 0.99)
+    assert stats.auc_interval(np.arange(20.0), np.arange(20) + 100.0) == pytest.approx([0, 1 - low])
+    wide = stats.auc_interval(np.arange(20) + 100.0, np.arange(20.0), 0.99)
     assert wide[0] < low
 
 
@@ -61,17 +61,19 @@ def test_delong_variance_against_the_definition():
     area = float(np.mean(psi))
     error = math.sqrt(np.var(rows, ddof=1) / 15 + np.var(columns, ddof=1) / 400) / (area * (1 - area))
     logit = math.log(area / (1 - area))
-    wanted = [1 / (1 + math.exp(-(logit + sign * stats.norm.ppf(0.975) * error))) for sign in (-1, 1)]
-    assert intervals.auc_interval(members, others) == pytest.approx(wanted, abs=1e-9)
+    wanted = [1 / (1 + math.exp(-(logit + sign * scipy_stats.norm.ppf(0.975) * error))) for sign in (-1, 1)]
+    assert stats.auc_interval(members, others) == pytest.approx(wanted, abs=1e-9)
 
 
 def test_holm_by_hand():
     """0.01·3, max(0.02·2, …), max(0.04·1, …): 0.03, 0.04, 0.04, in their order; never above 1."""
-    assert intervals.holm([0.02, 0.01, 0.04]) == pytest.approx([0.04, 0.03, 0.04])
-    assert intervals.holm([0.6, 0.9]) == [1.0, 1.0] and intervals.holm([]) == []
+    assert stats.holm([0.02, 0.01, 0.04]) == pytest.approx([0.04, 0.03, 0.04])
+    assert stats.holm([0.6, 0.9]) == [1.0, 1.0] and stats.holm([]) == []
 
 
-LEAST = stats.binom.ppf(1e-3, 600, 0.93) / 600  # what 600 runs of a coverage of 93 % stay above, all but once in 1,000
+LEAST = (
+    scipy_stats.binom.ppf(1e-3, 600, 0.93) / 600
+)  # what 600 runs of a coverage of 93 % stay above, all but once in 1,000
 
 
 def test_coverage_of_totals_where_the_bootstrap_failed():
@@ -80,7 +82,7 @@ def test_coverage_of_totals_where_the_bootstrap_failed():
     for rows in (100, 500, 1000):
         for rate in (0.001, 0.005, 0.05):
             for correlation in (0.0, 0.3, 1.0):
-                low, high = intervals._clustered_rates(coverage.clustered(rows, rate, correlation, 600, rng))
+                low, high = stats._clustered_rates(coverage.clustered(rows, rate, correlation, 600, rng))
                 assert ((low <= rate) & (rate <= high)).mean() >= LEAST, (rows, rate, correlation)
 
 
@@ -94,5 +96,5 @@ def test_coverage_of_the_auc_where_the_bootstrap_failed(kind):
     for target in (0.95, 0.99):
         shift = brentq(lambda s, target=target: area(s) - target, 0, 40, xtol=1e-4)
         for m, n in ((20, 20), (50, 50)):
-            bounds = [intervals.auc_interval(*draw(rng, m, n, shift)) for _ in range(600)]
+            bounds = [stats.auc_interval(*draw(rng, m, n, shift)) for _ in range(600)]
             assert coverage.tally(bounds, area(shift))["coverage"] >= LEAST, (target, m, n)

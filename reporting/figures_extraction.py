@@ -7,9 +7,8 @@ is read but the membership scores behind a ROC curve.
 import json
 import math
 
-from reporting.draw import AXIS, BASE, COLOURS, GRID, INK, MUTED, Figure, Panel, errors, percent
-from reporting.draw import line as plot_line
-from reporting.looks import (
+from reporting.load import HEADLINE_ATTACK, HEADLINE_TEMPERATURE, Model, Row, Study, check
+from reporting.style import (
     MOST_GROUPS,
     MOST_LINES,
     Look,
@@ -25,7 +24,8 @@ from reporting.looks import (
     styles_of,
     sweeps,
 )
-from reporting.read import HEADLINE_ATTACK, HEADLINE_TEMPERATURE, Model, Row, Study, check
+from reporting.svg import AXIS, BASE, COLOURS, GRID, INK, MUTED, Figure, Panel, errors, percent
+from reporting.svg import line as plot_line
 
 MOST_ROCS = 6
 MOST_COLUMNS = 24  # checkpoints of a heat map

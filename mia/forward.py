@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from common import models, results
-from common.progress import progress_bar
+from common.distributed import progress_bar
 from common.scoring import (
     LOGIT_VALUES,
     PROBE_TOKENS,
@@ -25,8 +25,8 @@ from common.scoring import (
     score,
     split_head,
 )
-from mia.neighbours import MaskedProposer, own_neighbours
-from mia.scores import N_NEIGHBOURS
+from mia.attacks import N_NEIGHBOURS
+from mia.neighborhood import MaskedProposer, own_neighbours
 
 LOGP, MEAN, DEVIATION, HIT = range(4)  # columns of `token_statistics`; the entropy is −MEAN
 ROWS_AT_ONCE = 32  # on a CPU: 32 rows of logits stay in its cache over all sweeps

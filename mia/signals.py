@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass, field
 
 from common import models
-from mia.texts import Study
+from mia.dataset import Study
 
 
 @dataclass
@@ -128,8 +128,8 @@ def gather(passes, ref, tokenizer, study: Study, args, gradients: bool, target: 
 
 def score_texts(study: Study, args, evidence: Evidence, reference: Evidence | None, frequencies) -> tuple[dict, dict]:
     """({attack: [score or None, …]}, {attack: {index: reason of a None}}), one score a text of the study."""
-    from mia import scores
-    from mia.passes import DEVIATION, HIT, LOGP, MEAN
+    from mia import attacks
+    from mia.forward import DEVIATION, HIT, LOGP, MEAN
 
     found, reasons = {}, {}
 
@@ -139,12 +139,12 @@ def score_texts(study: Study, args, evidence: Evidence, reference: Evidence | No
         for index in range(len(study.texts)):
             try:
                 if index not in evidence.tokens:
-                    raise scores.Undefined("under 2 tokens")
+                    raise attacks.Undefined("under 2 tokens")
                 values = function(index)
                 values = [values] if isinstance(values, float) else values
                 if not all(abs(value) < float("inf") for value in values):
-                    raise scores.Undefined("not a finite number")
-            except scores.Undefined as reason:
+                    raise attacks.Undefined("not a finite number")
+            except attacks.Undefined as reason:
                 values = [None] * len(keys)
                 for key in keys:
                     reasons.setdefault(key, {})[index] = str(reason)
@@ -157,14 +157,14 @@ def score_texts(study: Study, args, evidence: Evidence, reference: Evidence | No
 
     def need(values: dict, index: int, otherwise: str):
         if index not in values:
-            raise scores.Undefined(otherwise)
+            raise attacks.Undefined(otherwise)
         return values[index]
 
     def base(index, tokenwise: bool = True):
         if reference is None:
-            raise scores.Undefined("no reference model; give --ref_model")
+            raise attacks.Undefined("no reference model; give --ref_model")
         if tokenwise and reference.encoded.tokens[index] != evidence.encoded.tokens[index]:
-            raise scores.Undefined("the reference model has other tokens")
+            raise attacks.Undefined("the reference model has other tokens")
         short = len(reference.encoded.tokens[index]) < 2
         missing = "under 2 tokens for the reference model" if short else "longer than the reference model's context"
         return need(reference.tokens, index, missing)[:, LOGP]
@@ -175,29 +175,29 @@ def score_texts(study: Study, args, evidence: Evidence, reference: Evidence | No
     tokens, texts = evidence.encoded.tokens, evidence.encoded.texts
     neighbours = "neighborhood" if args.neighbor_model else "neighborhood_self"
     functions = {
-        "loss": lambda i: scores.loss(logp(i)),
-        "zlib": lambda i: scores.zlib_ratio(logp(i), texts[i]),
-        "lowercase": lambda i: scores.difference(logp(i), need(evidence.lower, i, "under 2 tokens in lower case")),
-        "ref": lambda i: scores.difference(logp(i), base(i, tokenwise=False)),
-        "surp": lambda i: scores.surp(logp(i), -evidence.tokens[i][:, MEAN]),
-        "recall": lambda i: scores.recall(logp(i), after("recall", i)),
-        "con_recall": lambda i: scores.con_recall(logp(i), after("recall", i), after("con_recall", i)),
-        "dc_pdd": lambda i: scores.dc_pdd(tokens[i][1:], logp(i), frequencies),
-        "neighborhood": lambda i: scores.neighborhood(logp(i), evidence.neighbours[i]),
+        "loss": lambda i: attacks.loss(logp(i)),
+        "zlib": lambda i: attacks.zlib_ratio(logp(i), texts[i]),
+        "lowercase": lambda i: attacks.difference(logp(i), need(evidence.lower, i, "under 2 tokens in lower case")),
+        "ref": lambda i: attacks.difference(logp(i), base(i, tokenwise=False)),
+        "surp": lambda i: attacks.surp(logp(i), -evidence.tokens[i][:, MEAN]),
+        "recall": lambda i: attacks.recall(logp(i), after("recall", i)),
+        "con_recall": lambda i: attacks.con_recall(logp(i), after("recall", i), after("con_recall", i)),
+        "dc_pdd": lambda i: attacks.dc_pdd(tokens[i][1:], logp(i), frequencies),
+        "neighborhood": lambda i: attacks.neighborhood(logp(i), evidence.neighbours[i]),
         "grad_norm": lambda i: -float(need(evidence.gradient, i, "no adapter")[0]),
-        "ez": lambda i: scores.ez(logp(i), base(i), evidence.tokens[i][:, HIT]),
-        "wbc": lambda i: scores.wbc(logp(i), base(i)),
+        "ez": lambda i: attacks.ez(logp(i), base(i), evidence.tokens[i][:, HIT]),
+        "wbc": lambda i: attacks.wbc(logp(i), base(i)),
     }
     for attack in study.attacks:
         if attack.startswith("min_k"):
             family = "min_k_pp" if attack.startswith("min_k_pp") else "min_k"
-            ks = scores.PERCENTS if attack == family else [int(attack.rpartition("_")[2])]
+            ks = attacks.PERCENTS if attack == family else [int(attack.rpartition("_")[2])]
             keys = [key for key in (f"{family}_{k}" for k in ks) if key not in found]
             ks = [int(key.rpartition("_")[2]) for key in keys]
             if family == "min_k":
-                apply(keys, lambda i, ks=ks: scores.min_k(logp(i), ks))
+                apply(keys, lambda i, ks=ks: attacks.min_k(logp(i), ks))
             else:
-                apply(keys, lambda i, ks=ks: scores.min_k_pp(
+                apply(keys, lambda i, ks=ks: attacks.min_k_pp(
                     logp(i), evidence.tokens[i][:, MEAN], evidence.tokens[i][:, DEVIATION], ks))  # fmt: skip
         else:
             apply([neighbours if attack == "neighborhood" else attack], functions[attack])

@@ -84,7 +84,7 @@ class Privacy:
         return math.ceil(len(self.units) / self.logical_batch)
 
     def epsilon(self, steps: int, accountant: str) -> float:
-        from common import dp
+        from training import dp
 
         return dp.epsilon(self.noise_multiplier, self.sample_rate, steps, self.delta, accountant)
 
@@ -147,7 +147,7 @@ def make_privacy(args, path, rows: list[dict], train: list[int]) -> Privacy:
     problems.check()
     sigma = args.noise_multiplier
     if sigma is None:
-        from common import dp
+        from training import dp
 
         steps = math.ceil(n / logical) * args.epochs
         if steps > dp.SLOW_STEPS and args.accountant == "prv" and int(os.environ.get("RANK", 0)) == 0:
@@ -168,7 +168,7 @@ def make_privacy(args, path, rows: list[dict], train: list[int]) -> Privacy:
 
 def describe(privacy: Privacy, epochs: int, n_parameters: int) -> list[str]:
     """The plan in words: σ, q, steps, ε after each epoch, expected signal-to-noise, hints."""
-    from common import dp
+    from training import dp
 
     n, steps = len(privacy.units), privacy.steps_per_epoch
     lines = [

@@ -502,7 +502,7 @@ def choose(study: Study) -> tuple[list[Model], str, list[str]]:
 
 def read(directories: list[Path], output: Path | None = None) -> Study:
     """The Study below `directories` (existing); nothing below `output` is read."""
-    from reporting import canary, rows
+    from reporting import canary, parsers
 
     directories = [Path(directory).resolve() for directory in directories]  # however it is called, a run is read once
     study = Study(Path(os.path.commonpath(directories)))
@@ -515,15 +515,15 @@ def read(directories: list[Path], output: Path | None = None) -> Study:
     inside = [path.parent for paths in study.files.values() for path in paths]
     models = Models(study, {folder for folder in inside if CHECKPOINT.fullmatch(folder.name)})
     converters = {
-        "extraction": rows.extraction_rows,
-        "perplexity": rows.perplexity_rows,
-        "mia": rows.mia_rows,
+        "extraction": parsers.extraction_rows,
+        "perplexity": parsers.perplexity_rows,
+        "mia": parsers.mia_rows,
         "canary": canary.rows,
-        "fidelity": rows.fidelity_rows,
-        "utility": rows.utility_rows,
-        "importance": rows.importance_rows,
-        "human": rows.human_rows,
-        "privacy": rows.privacy_rows,
+        "fidelity": parsers.fidelity_rows,
+        "utility": parsers.utility_rows,
+        "importance": parsers.importance_rows,
+        "human": parsers.human_rows,
+        "privacy": parsers.privacy_rows,
     }
     for kind, convert in converters.items():
         for path in study.files[kind]:
@@ -546,7 +546,7 @@ def read(directories: list[Path], output: Path | None = None) -> Study:
                 study.scores[study.shown(path)] = scores
     for path in study.files["perplexity_text"]:
         if not (path.parent / "perplexity.jsonl").exists():
-            rows.text_perplexity(path, study, models)
+            parsers.text_perplexity(path, study, models)
     for path in study.files["metrics"]:
         study.curves[str(path.parent)] = curve(path, study)
     for path in study.files["adapter"]:

@@ -6,10 +6,10 @@ from html import escape
 from pathlib import Path
 
 from common import models
-from reporting import draw
-from reporting.cautions import LEVELS, Caution, script_of
-from reporting.looks import Look
-from reporting.read import GREEDY_BELOW, HEADLINE_ATTACK, HEADLINE_TEMPERATURE, Row, Study, choose, literal
+from reporting import svg
+from reporting.caveats import LEVELS, Caution, script_of
+from reporting.load import GREEDY_BELOW, HEADLINE_ATTACK, HEADLINE_TEMPERATURE, Row, Study, choose, literal
+from reporting.style import Look
 
 HERE = Path(__file__).resolve().parent
 STATIC_ROWS = 100  # a longer detail table is built when it is opened
@@ -110,13 +110,13 @@ def folded(caption: str, inner: str, kind: str = "print") -> str:
     return f'<details class="{kind}"><summary>{escape(caption)}</summary>{inner}</details>' if inner else ""
 
 
-def figure_html(figure: draw.Figure, linked: bool) -> str:
+def figure_html(figure: svg.Figure, linked: bool) -> str:
     """Title, legend, panels as SVG, and the links to its files. The text alternative names the numbers drawn."""
-    keys = "".join(f"<li>{draw.key_svg(colour, marker, style)}{escape(label)}</li>"
+    keys = "".join(f"<li>{svg.key_svg(colour, marker, style)}{escape(label)}</li>"
                    for label, colour, marker, style in figure.keys)  # fmt: skip
     pieces = []
     for place, panel in enumerate(figure.panels):
-        drawn = draw.svg(panel, f"{figure.name}-{place}", f"{figure.title}, {panel.title}. {figure.summary}"
+        drawn = svg.svg(panel, f"{figure.name}-{place}", f"{figure.title}, {panel.title}. {figure.summary}"
                          if place == 0 else f"{figure.title}, {panel.title}")  # fmt: skip
         width = 96 * panel.size[0]
         wide = " wide" if panel.size[0] > 6 else ""
@@ -417,7 +417,7 @@ def run_html(study: Study, path: str, run: dict) -> str:
 # ---------------------------------------------------------------- the page
 
 
-def render(study: Study, figures: list[draw.Figure], cautions: list[Caution], made: dict, responses: str = "") -> str:
+def render(study: Study, figures: list[svg.Figure], cautions: list[Caution], made: dict, responses: str = "") -> str:
     """The whole page. `made`: time, commit and dirty of this report, and whether it has images to link to."""
     look = Look(study)
     parts = {"glance": "At a glance"} if study.rows else {}
@@ -459,7 +459,7 @@ def render(study: Study, figures: list[draw.Figure], cautions: list[Caution], ma
     shown = "".join(f"<li><b>{value:,}</b> {name}</li>" for name, value in facts.items())
     first = {"cautions": f"Read first ({bad + careful})" if bad + careful else "Read first"}
     links = "".join(f'<a href="#{name}">{escape(title)}</a>' for name, title in {**first, **parts}.items())
-    theme = [draw.css_variables(dark) + "".join(f"--{k}:{pair[dark]};" for k, pair in EXTRA.items()) for dark in (0, 1)]
+    theme = [svg.css_variables(dark) + "".join(f"--{k}:{pair[dark]};" for k, pair in EXTRA.items()) for dark in (0, 1)]
     font = '--font:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,"Liberation Sans",sans-serif;'
     css = (
         f":root{{color-scheme:light dark;{font}{theme[0]}}}"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import cli, models, records, results
+from common import cli, dataset, models, results
 from common.trained import input_is
 
 SHOTS = 12
@@ -30,15 +30,15 @@ class Study:
 
 def read_texts(path, text_field, problems: cli.Problems, flag: str) -> tuple[list[dict], list[str], dict | None]:
     """(rows, their texts, manifest) of a data file; what is wrong with it goes to `problems`."""
-    rows = problems.absorb(records.read_rows, path)
+    rows = problems.absorb(dataset.read_rows, path)
     if rows is None:
         return [], [], None
-    manifest = problems.absorb(records.read_manifest, path)
+    manifest = problems.absorb(dataset.read_manifest, path)
     before = len(problems.lines)
-    problems.absorb(records.validate, path, rows, (text_field,) if text_field else None)
+    problems.absorb(dataset.validate, path, rows, (text_field,) if text_field else None)
     if len(problems.lines) > before:
         return [], [], None
-    texts = [row[text_field] if text_field else records.row_text(row)[0] for row in rows]
+    texts = [row[text_field] if text_field else dataset.row_text(row)[0] for row in rows]
     return rows, texts, manifest
 
 
@@ -57,8 +57,8 @@ def trained_rows(rows: list[dict], manifest: dict | None, train_rows: int | None
     """Indices of the rows that run_peft.py trains on with --train_rows and --eval_rows."""
     if train_rows is not None:
         return set(range(len(rows) - train_rows, len(rows)))
-    held = 0 if records.shape_of(rows[0]) == "enron" else eval_rows  # of other files the first rows are held out
-    return {index for index in records.split(rows, manifest).train if index >= held}
+    held = 0 if dataset.shape_of(rows[0]) == "enron" else eval_rows  # of other files the first rows are held out
+    return {index for index in dataset.split(rows, manifest).train if index >= held}
 
 
 def trained_on(trainings: dict[Path, dict | None], path, rows, manifest) -> tuple[dict, list[set[int]]]:
@@ -104,11 +104,11 @@ def read_sets(args, problems: cli.Problems) -> tuple[list[tuple], list[tuple], d
         return kept, rest, trained, left_out
     if not rows:
         return [], [], {}, 0
-    if records.shape_of(rows[0]) != "enron":
+    if dataset.shape_of(rows[0]) != "enron":
         problems.add(f"{args.members}: only files with gt-name are split into trained and held-out rows; "
                      "pass another file as --nonmembers")  # fmt: skip
         return [], [], {}, 0
-    split = records.split(rows, manifest)
+    split = dataset.split(rows, manifest)
     head = [known[index] for index in split.head if not any(index in one for one in chosen)]
     kept, left_out = members(sorted({*split.train, *(set.intersection(*chosen) if chosen else ())}))
     return kept, head, trained, left_out
@@ -125,9 +125,9 @@ def sample(items: list, n: int | None, seed: int) -> list:
 
 def without(items: list[tuple], unwanted: list[str]) -> list[tuple]:
     """Items (id, text) whose text is no near-duplicate of an unwanted one."""
-    from mia import blind
+    from mia import baselines
 
-    found = {index for index, _ in blind.near_duplicates([text for _, text in items], unwanted)}
+    found = {index for index, _ in baselines.near_duplicates([text for _, text in items], unwanted)}
     return [item for index, item in enumerate(items) if index not in found]
 
 
