@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,6 +64,9 @@ def make_training(args, folder: Path, out: Path):
     """run_peft.py's own Training on the rows, as its command line would make it."""
     import run_peft
     from common import distributed, models
+    from training.dp_trainer import DPTrainer
+    from training.plan import make_plan
+    from training.trainer import Trainer
 
     words = ["-m", str(folder), "-i", str(folder / "rows.jsonl"), "--output_root", str(out), "-pt", args.types[0]]
     words += ["-pdbs", str(args.batch), "-gas", "1", "-e", str(args.steps + 1), "-lr", "1e-4"]
@@ -70,10 +74,12 @@ def make_training(args, folder: Path, out: Path):
         words += ["--dp", "--noise_multiplier", "1", "--logical_batch_size", str(args.batch)]
     parsed = run_peft.make_parser().parse_args(words)
     if args.worker != "dp":
-        parsed.seed = args.seed
-    plan, world = run_peft.make_plan(parsed), distributed.start()
+        parsed = replace(parsed, seed=args.seed)
+    plan, world = make_plan(parsed), distributed.start()
     dtype = models.resolve_dtype("auto", world.device)
-    return run_peft.Training(parsed, plan, world, dtype, bytes(range(32)) if args.worker == "dp" else None)
+    if args.worker == "dp":
+        return DPTrainer(parsed, plan, world, dtype, bytes(range(32)))
+    return Trainer(parsed, plan, world, dtype)
 
 
 def opacus_step(training, rows: int):

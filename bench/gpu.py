@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -190,15 +191,20 @@ def make_training(args, out: Path, *flags):
     """run_peft.py's own Training, as its command line would make it."""
     import run_peft
     from common import distributed, models
+    from training.dp_trainer import DPTrainer
+    from training.plan import make_plan
+    from training.trainer import Trainer
 
     words = ["-m", args.folder, "-i", args.folder / "rows.jsonl", "--output_root", out, "-e", 1, "-pdbs", 8, "-gas", 4]
     parsed = run_peft.make_parser().parse_args([str(word) for word in [*words, "-lr", "1e-4", *flags]])
     private = "--dp" in flags
     if not private:
-        parsed.seed = args.seed
-    plan, world = run_peft.make_plan(parsed), distributed.start()
+        parsed = replace(parsed, seed=args.seed)
+    plan, world = make_plan(parsed), distributed.start()
     dtype = models.resolve_dtype("auto", world.device)
-    return run_peft.Training(parsed, plan, world, dtype, bytes(range(32)) if private else None)
+    if private:
+        return DPTrainer(parsed, plan, world, dtype, bytes(range(32)))
+    return Trainer(parsed, plan, world, dtype)
 
 
 def run_steps(step, total: int, tokens) -> dict:

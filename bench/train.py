@@ -78,8 +78,10 @@ class Clock:
 def measure_ours(args, folder: Path, out: Path) -> dict:
     """Seconds of run_peft.py, from its first step's start to its last step's end."""
     import run_peft
+    from training.run import run as fine_tune
+    from training.trainer import Trainer
 
-    clock, original = Clock(), run_peft.Training.step
+    clock, original = Clock(), Trainer.step
 
     def step(self):
         clock.begin()
@@ -87,12 +89,12 @@ def measure_ours(args, folder: Path, out: Path) -> dict:
         clock.end()
         return done
 
-    run_peft.Training.step = step
+    Trainer.step = step
 
     words = ["-m", str(folder), "-i", str(folder / "rows.jsonl"), "--output_root", str(out), "-e", "1", "-l", "1000"]
     words += ["-pdbs", str(args.per_device_batch_size), "-gas", str(args.gradient_accumulation_steps)]
     words += ["--max_length", str(args.max_length), "--seed", str(args.seed)]
-    run_peft.run(run_peft.make_parser().parse_args(words))
+    fine_tune(run_peft.make_parser().parse_args(words))
     return clock.seconds()
 
 

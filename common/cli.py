@@ -5,6 +5,10 @@ and `check()` ends the run with exit status 2 and all lines at once, before a mo
 """
 
 import argparse
+import contextlib
+import dataclasses
+import difflib
+import json
 import math
 import os
 import re
@@ -13,7 +17,11 @@ import sys
 import textwrap
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from common import __version__
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SHOWN_BROKEN = 3  # broken rows of an input that are spelled out
@@ -51,56 +59,147 @@ class Problems:
             raise UserError(*self.lines)
 
 
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the example as written and ends every flag's help in `(default: X)`."""
-
-    def _get_help_string(self, action):
-        text = action.help or ""
-        if action.default is not argparse.SUPPRESS and "(default:" not in text:
-            text += " (default: %(default)s)"
-        return text.strip()
-
-
 class Parser(argparse.ArgumentParser):
     """ArgumentParser that reports every problem of a command line at once, as UserError (exit 2, no usage text).
 
-    `description` and `example` are shown by --help; flags cannot be abbreviated.
+    description, example: shown by --help. config: a frozen dataclass whose fields are the flags; their defaults are its
+    defaults, and `parse_args` returns one. Every script has --config FILE (JSON or YAML, the same keys; flags given
+    beside it win) and --version. Flags cannot be abbreviated.
     """
 
-    def __init__(self, description: str, example: str):
-        epilog = "example:\n" + textwrap.indent(textwrap.dedent(example).strip(), "  ")
-        super().__init__(description=description, epilog=epilog, formatter_class=_Formatter, allow_abbrev=False)
+    def __init__(self, description: str, example: str, config: type | None = None):
+        self._config = config
+        self.defaults = {field.name: field.default for field in dataclasses.fields(config)} if config else {}
         self._problems: list[str] = []
+        self._flags: list[str] = []
+        self._group: Any = None
+        epilog = "example:\n" + textwrap.indent(textwrap.dedent(example).strip(), "  ")
+        shown = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, epilog=epilog, formatter_class=shown, allow_abbrev=False)
+        self.add_argument("--version", action="version", version=f"%(prog)s {__version__}", help="print it and stop")
+        self.add_argument(
+            "--config", metavar="FILE", default=None, help="JSON or YAML with the same keys; flags beside it win"
+        )
 
-    def _get_value(self, action, arg_string):
-        try:
-            return super()._get_value(action, arg_string)
-        except argparse.ArgumentError as error:
-            self._problems.append(self._line(error))
-            return action.default
+    @contextlib.contextmanager
+    def section(self, title: str):
+        """What is added inside stands under this heading of --help."""
+        before = self._group
+        self._group = self.add_argument_group(title)
+        yield
+        self._group = before
 
-    def _check_value(self, action, value):
-        try:
-            super()._check_value(action, value)
-        except argparse.ArgumentError as error:
-            if value is not action.default:  # a value that _get_value already refused is not refused twice
-                self._problems.append(self._line(error))
+    def add_argument(self, *flags, **options):
+        """argparse's, with the default from the configuration, '(default: …)' in the help, and bad values collected."""
+        name = options.get("dest") or next((flag for flag in flags if flag.startswith("--")), flags[0]).lstrip("-")
+        if "default" not in options and name in self.defaults:
+            default = self.defaults[name]
+            options["default"] = list(default) if isinstance(default, tuple) else default
+        if options.get("action", "store") in ("store", "append", "extend"):
+            choices = options.pop("choices", None)
+            if choices:
+                options.setdefault("metavar", "{" + ",".join(map(str, choices)) + "}")
+            options["type"] = self._collecting(flags, options.get("type", str), choices, options.get("default"))
+        if options.get("action") not in ("help", "version") and "(default:" not in options.get("help", ""):
+            options["help"] = f"{options.get('help', '')} (default: %(default)s)".strip()
+        self._flags += [flag for flag in flags if flag.startswith("--")]
+        return self._group.add_argument(*flags, **options) if self._group else super().add_argument(*flags, **options)
 
-    @staticmethod
-    def _line(error: argparse.ArgumentError) -> str:
-        name = (error.argument_name or "").split("/")[-1]
-        return f"{name}: {error.message}" if name else error.message
+    def _collecting(self, flags, kind, choices, default):
+        """`kind` that notes a bad value as a problem, and stands in for it with the default."""
+
+        def convert(text):
+            try:
+                value = kind(text)
+            except argparse.ArgumentTypeError as error:
+                self._problems.append(f"{flags[-1]}: {error}")
+                return default
+            if choices and value not in choices:
+                listed = ", ".join(map(repr, choices))
+                self._problems.append(f"{flags[-1]}: invalid choice: {value!r} (choose from {listed})")
+                return default
+            return value
+
+        return convert
 
     def parse_args(self, args=None, namespace=None):
+        """The configuration (a Namespace where the parser has none). UserError with every problem."""
         self._problems = []
-        parsed, extras = self.parse_known_args(args, namespace)
-        self._problems += [f"{extra}: unknown argument (see --help)" for extra in extras]
+        words = list(sys.argv[1:] if args is None else args)
+        parsed, extras = self.parse_known_args([*self._config_words(words), *words], namespace)
+        for extra in extras:
+            near = difflib.get_close_matches(extra.partition("=")[0], self._flags, 1) if extra[:2] == "--" else []
+            hint = f"did you mean {near[0]}?" if near else "see --help"
+            self._problems.append(f"{extra}: unknown argument ({hint})")
         if self._problems:
-            raise UserError(*self._problems)
-        return parsed
+            raise UserError(*dict.fromkeys(self._problems))
+        del parsed.config
+        if self._config is None:
+            return parsed
+        return self._config(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(parsed).items()})
+
+    def _config_words(self, words: list[str]) -> list[str]:
+        """The keys of --config as words of a command line, so that both are checked alike."""
+        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        finder.add_argument("--config", nargs="?")  # without a value: this parser says so
+        path = finder.parse_known_args(words)[0].config
+        if path is None:
+            return []
+        made: list[str] = []
+        for key, value in read_config(path).items():
+            flag = f"--{key}"
+            if flag not in self._flags or key in ("config", "help", "version"):
+                near = difflib.get_close_matches(flag, self._flags, 1)
+                hint = f" (did you mean {near[0][2:]}?)" if near else ""
+                self._problems.append(f"--config {path}: unknown key {key!r}{hint}")
+            elif isinstance(value, dict):
+                self._problems.append(f"--config {path}: {key}: a value or a list was expected")
+            elif value is True:
+                made.append(flag)
+            elif isinstance(value, list):
+                made += [flag, *map(str, value)]
+            elif value is not None and value is not False:
+                made.append(f"{flag}={value}")
+        return made
 
     def error(self, message):
-        raise UserError(*self._problems, message)
+        raise UserError(*dict.fromkeys([*self._problems, message]))
+
+
+def read_config(path) -> dict:
+    """The keys and values of a JSON or YAML file. UserError when it is neither, or no mapping."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--config {path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"--config {path}: not text ({error})") from None
+    try:
+        if Path(path).suffix == ".json":
+            content = json.loads(text)
+        else:
+            import yaml
+
+            content = yaml.safe_load(text)
+    except ValueError as error:
+        raise UserError(f"--config {path}: not JSON ({error})") from None
+    except Exception as error:  # yaml's errors share no class with json's
+        raise UserError(f"--config {path}: not YAML ({' '.join(str(error).split())})") from None
+    content = {} if content is None else content  # an empty YAML file
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UserError(f"--config {path}: keys with values were expected")
+    return content
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The flags of every script that loads a model."""
+
+    dtype: str = "auto"
+    device_map: str | None = None
+    revision: str | None = None
+    dry_run: bool = False
+    seed: int = 3407
 
 
 def positive_int(text: str) -> int:
@@ -165,25 +264,17 @@ def _number(kind, text, words):
         raise argparse.ArgumentTypeError(f"must be {words}, got {text!r}") from None
 
 
-def add_model_flags(parser: argparse.ArgumentParser, default_seed=3407, seed_help="seed of everything random") -> None:
-    """The flags of every script that loads a model: --dtype --device_map --revision --dry_run --seed."""
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default="auto",
-        help="auto: float32 on CPU; on a GPU bfloat16 where it has it, else float16",
-    )
-    parser.add_argument(
-        "--device_map",
-        type=device_map,
-        default=None,
-        help="passed to transformers ('auto' spreads one model over all GPUs); None: one device a process",
-    )
-    parser.add_argument("--revision", default=None, help="branch, tag or commit of a hub model")
-    parser.add_argument(
-        "--dry_run", action="store_true", help="check every argument and file, print the plan, load no model"
-    )
-    parser.add_argument("--seed", type=seed, default=default_seed, help=seed_help)
+def add_model_flags(parser: Parser, seed_help: str = "seed of everything random") -> None:
+    """The flags of `ModelConfig`: --dtype --device_map --revision --dry_run --seed."""
+    add = parser.add_argument
+    defaults = {field.name: field.default for field in dataclasses.fields(ModelConfig)} | parser.defaults
+    words = "auto: float32 on CPU; on a GPU bfloat16 where it has it, else float16"
+    add("--dtype", choices=DTYPES, default=defaults["dtype"], help=words)
+    words = "passed to transformers ('auto' spreads one model over all GPUs); None: one device a process"
+    add("--device_map", type=device_map, default=defaults["device_map"], help=words)
+    add("--revision", default=defaults["revision"], help="branch, tag or commit of a hub model")
+    add("--dry_run", action="store_true", help="check every argument and file, print the plan, load no model")
+    add("--seed", type=seed, default=defaults["seed"], help=seed_help)
 
 
 def check_writable(folder, problems: Problems, flag: str = "--output_dir") -> None:
@@ -273,6 +364,10 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+class Interrupted(Exception):
+    """SIGTERM arrived and the state is saved: exit status 143."""
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM: like Ctrl-C it ends workers and removes temporaries on its way out."""
 
@@ -299,6 +394,9 @@ def entry(main) -> int:
             for line in error.problems:
                 print(line, file=sys.stderr)
         return 2
+    except Interrupted as reason:
+        print(reason, file=sys.stderr)
+        return 143
     except KeyboardInterrupt as reason:
         print("terminated" if isinstance(reason, Terminated) else "interrupted", file=sys.stderr)
         return 143 if isinstance(reason, Terminated) else 130

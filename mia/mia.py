@@ -17,7 +17,6 @@ all were) and rows that it was trained on are no non-members; `members_trained` 
 
 import argparse
 import gc
-import json
 import os
 import sys
 import traceback
@@ -84,42 +83,8 @@ def make_parser() -> argparse.ArgumentParser:
         default=None,
         help="where the result files go (default: each checkpoint's own directory; ./ with --model)",
     )
-    add("--config", default=None, help="JSON file with the same keys; flags given beside it win")
     cli.add_model_flags(parser)
     return parser
-
-
-def parse(argv=None) -> argparse.Namespace:
-    """Arguments of the command line, those of --config before them, so that both are checked by one parser."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config", nargs="?")  # without a value: the parser below says so
-    config = finder.parse_known_args(argv)[0].config
-    return make_parser().parse_args([*(_read_config(config) if config else []), *argv])
-
-
-def _read_config(path) -> list[str]:
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise cli.UserError(f"--config {path}: cannot be read ({error.strerror})") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise cli.UserError(f"--config {path}: not JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise cli.UserError(f"--config {path}: a JSON object was expected")
-    known = vars(make_parser().parse_args([]))
-    unknown = [f"--config {path}: unknown key {key!r}" for key in config if key not in known or key == "config"]
-    if unknown:
-        raise cli.UserError(*unknown)
-    words = []
-    for key, value in config.items():
-        if value is True:
-            words.append(f"--{key}")
-        elif isinstance(value, list):
-            words += [f"--{key}", *map(str, value)]
-        elif value is not None and value is not False:
-            words.append(f"--{key}={value}")
-    return words
 
 
 def choose_attacks(args, problems: cli.Problems) -> list[str]:
@@ -419,7 +384,7 @@ def measure_all(refs: dict, study: Study, args, world, cache, names: dict | None
 
 
 def main(argv=None) -> int:
-    return run(parse(argv))
+    return run(make_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from pathlib import Path
 import measure_purified
 import run_peft
 from common import cli, dataset, models, results, stats, trained
+from training.run import run as fine_tune
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "data" / "embedded"
 TEMPERATURE = measure_purified.HEADLINE_TEMPERATURE
@@ -41,7 +42,7 @@ def train(*words) -> Path:
     """run_peft.py with these arguments; its run directory. A run that is finished already is kept."""
     words = [str(word) for word in words]
     show(run_peft, words)
-    return run_peft.run(run_peft.make_parser().parse_args(words))
+    return fine_tune(run_peft.make_parser().parse_args(words))
 
 
 def made_from(words) -> dict[str, str]:

@@ -14,14 +14,19 @@ import pytest
 from conftest import ARCHITECTURES, ROOT, read_lines
 
 import run_peft
+from training.checkpoint import checkpoints
+from training.plan import run_folder
+from training.run import run as fine_tune
 
 SCRIPT = """
 import json, os, signal, sys
 sys.path.insert(0, {root!r})
 import run_peft
 from common import distributed
+from training import model as training_model
+from training.trainer import Trainer
 
-shard, step = run_peft.shard, run_peft.Training.step
+shard, step = training_model.shard, Trainer.step
 
 
 def watched_shard(model, replicated, world):
@@ -45,7 +50,7 @@ def watched_step(self):
     return step(self)
 
 
-run_peft.shard, run_peft.Training.step = watched_shard, watched_step
+training_model.shard, Trainer.step = watched_shard, watched_step
 close, distributed.World.close = distributed.World.close, lambda self: None  # one process group for all commands
 for command in json.load(open(sys.argv[1])):
     status = run_peft.main(command["words"])
@@ -65,13 +70,13 @@ def words_of(model, dataset, out, mode, ranks, *flags) -> list[str]:
 
 
 def folder_of(words):
-    return run_peft.run_folder(run_peft.make_parser().parse_args(words), "enron")
+    return run_folder(run_peft.make_parser().parse_args(words), "enron")
 
 
 def alone(words):
     """The run directory of `words`, run here in one process unless it was."""
     folder = folder_of(words)
-    return folder if run_peft.checkpoints(folder) else run_peft.run(run_peft.make_parser().parse_args(words))
+    return folder if checkpoints(folder) else fine_tune(run_peft.make_parser().parse_args(words))
 
 
 def launch(tmp_path, commands: list[list[str]], sigterm=()) -> subprocess.CompletedProcess:
@@ -96,7 +101,7 @@ def furthest(one, other) -> float:
     """Largest difference between the newest checkpoints of two run directories."""
     from safetensors.torch import load_file
 
-    left, right = (load_file(next(run_peft.checkpoints(folder)[-1].glob("*.safetensors"))) for folder in (one, other))
+    left, right = (load_file(next(checkpoints(folder)[-1].glob("*.safetensors"))) for folder in (one, other))
     assert left.keys() == right.keys() and left
     return max((left[name] - right[name]).abs().max().item() for name in left)
 

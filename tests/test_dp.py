@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,13 @@ from conftest import ARCHITECTURES, ROOT, make_rows, read_lines, write_manifest,
 
 import run_peft
 from common.cli import UserError
+from common.models import find_model
 from training import batches
+from training.checkpoint import checkpoints
+from training.dp_trainer import DPTrainer
+from training.plan import make_plan, run_folder, run_state
+from training.run import run as fine_tune
+from training.verify import check_examples
 
 KINDS = ("lora", "dora", "pissa")
 LENGTHS = (7, 19, 12, 30)
@@ -34,12 +41,12 @@ def make_training(models, arch, dataset, out, *flags):
 
     args = parse(*words_of(models, arch, dataset, out, *flags))
     if args.peft_type == "pissa":
-        args.lora_dropout = None
-    plan = run_peft.make_plan(args)
+        args = replace(args, lora_dropout=None)
+    plan = make_plan(args)
     from common.distributed import World
 
     dtype = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
-    training = run_peft.Training(args, plan, World(), dtype, b"a secret of the tests".ljust(32))
+    training = DPTrainer(args, plan, World(), dtype, b"a secret of the tests".ljust(32))
     move(training)
     return training
 
@@ -196,11 +203,11 @@ def test_a_parameter_without_a_rule_is_named(models, dataset, tmp_path):
 def test_a_model_that_mixes_rows_is_refused(models, dataset, tmp_path, monkeypatch):
     """The check at the start notices a layer that sees the rows in another order than they have."""
     training = make_training(models, "neox", dataset, tmp_path, "--noise_multiplier", 1)
-    training.check_examples()
+    check_examples(training)
     before = training.examples.add
     monkeypatch.setattr(training.examples, "add", lambda name, rows: before(name, rows.flip(0)))
     with pytest.raises(RuntimeError, match="its per-example gradient is wrong on this model"):
-        training.check_examples()
+        check_examples(training)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -402,7 +409,7 @@ def test_noise_for_a_target_lies_just_below_it(target, accountant):
 def adapter(folder, which=-1) -> dict:
     from safetensors.torch import load_file
 
-    return load_file(run_peft.checkpoints(folder)[which] / "adapter_model.safetensors")
+    return load_file(checkpoints(folder)[which] / "adapter_model.safetensors")
 
 
 def furthest(one: dict, other: dict) -> float:
@@ -466,7 +473,7 @@ def test_seeds_have_purposes(models, dataset, tmp_path):
 def test_unseeded_runs_differ(models, dataset, tmp_path):
     words = words_of(models, "neox", dataset, "OUT", "--noise_multiplier", 1, "-e", 1)
     words = [*words[: words.index("--seed")], *words[words.index("--seed") + 2 :]]
-    folders = [run_peft.run(parse(*(tmp_path / out if w == "OUT" else w for w in words))) for out in ("one", "two")]
+    folders = [fine_tune(parse(*(tmp_path / out if w == "OUT" else w for w in words))) for out in ("one", "two")]
     assert furthest(adapter(folders[0]), adapter(folders[1])) > 0.01  # A starts elsewhere: another secret
 
 
@@ -478,7 +485,7 @@ def test_a_run_and_what_it_leaves(models, dataset, tmp_path, capsys):
     words = words_of(models, "neox", dataset, tmp_path, "--target_epsilon", 8)
     words = [*words[: words.index("--seed")], *words[words.index("--seed") + 2 :]]
     args = parse(*words)
-    folder = run_peft.run(args)
+    folder = fine_tune(args)
     assert folder.relative_to(tmp_path).parts == ("tiny-neox", "enron-lora-dp-eps8", "0e+00_2e-06")
     record = json.loads((folder / "run.json").read_text())
     block = record["privacy"]
@@ -487,11 +494,11 @@ def test_a_run_and_what_it_leaves(models, dataset, tmp_path, capsys):
     known = {"num_records": 40, "logical_batch_size": 8, "sample_rate": 0.2, "steps": 10, "delta": 1 / 400}
     known |= {"adjacency": "add/remove", "unit": "record", "sampler": "poisson", "accountant": "prv"}
     assert {key: block[key] for key in known} == known and block["secure_rng"] is False
-    spent = [json.loads((one / "privacy.json").read_text()) for one in run_peft.checkpoints(folder)]
+    spent = [json.loads((one / "privacy.json").read_text()) for one in checkpoints(folder)]
     assert [one["steps"] for one in spent] == [5, 10] and spent[0]["epsilon"] < spent[1]["epsilon"] == block["epsilon"]
     left = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
     assert not [name for name in left if "private" in name or "training_state" in name or "secret" in name]
-    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(models["neox"]), run_peft.checkpoints(folder)[-1])
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(models["neox"]), checkpoints(folder)[-1])
     lines = [line for line in read_lines(folder / "metrics.jsonl")]
     assert [line["step"] for line in lines] == list(range(1, 11))
     assert {"batch", "clipped", "dropped", "signal_to_noise", "epsilon_rdp"} <= lines[0].keys()
@@ -505,7 +512,7 @@ def test_a_run_and_what_it_leaves(models, dataset, tmp_path, capsys):
     import merge_peft
     from perplexity import perplexity
 
-    newest = run_peft.checkpoints(folder)[-1]
+    newest = checkpoints(folder)[-1]
     merge_peft.main(["--model", str(newest), "--save_dir", str(tmp_path / "merged")])
     for model in (newest, tmp_path / "merged"):
         out = tmp_path / f"measured-{model.name}"
@@ -521,14 +528,14 @@ def test_a_given_seed_voids_epsilon_and_repeats(models, dataset, tmp_path, capsy
     folders = []
     for out in ("one", "two"):
         words = words_of(models, "llama", dataset, tmp_path / out, "--noise_multiplier", 1, "-lr", 0.01)
-        folders.append(run_peft.run(parse(*words)))
+        folders.append(fine_tune(parse(*words)))
     assert "ε is void" in capsys.readouterr().out
     assert furthest(adapter(folders[0]), adapter(folders[1])) == 0
     block = json.loads((folders[0] / "run.json").read_text())["privacy"]
     assert block["private"] is False and "seed was given" in block["void"]
     other = [*words_of(models, "llama", dataset, tmp_path / "three", "--noise_multiplier", 1, "-lr", 0.01)]
     other[other.index("--seed") + 1] = 2
-    assert furthest(adapter(folders[0]), adapter(run_peft.run(parse(*other)))) > 0
+    assert furthest(adapter(folders[0]), adapter(fine_tune(parse(*other)))) > 0
 
 
 def test_the_matched_arm_without_noise(models, dataset, tmp_path):
@@ -536,7 +543,7 @@ def test_the_matched_arm_without_noise(models, dataset, tmp_path):
     folders = []
     for sigma, bound in ((0, "inf"), (1, 1)):
         flags = ("--noise_multiplier", sigma, "--max_grad_norm", bound)
-        folders.append(run_peft.run(parse(*words_of(models, "neox", dataset, tmp_path, *flags))))
+        folders.append(fine_tune(parse(*words_of(models, "neox", dataset, tmp_path, *flags))))
     assert folders[0].parent.name == "enron-lora-dp-sigma0" and folders[1].parent.name == "enron-lora-dp-sigma1"
     block = json.loads((folders[0] / "run.json").read_text())["privacy"]
     assert block["epsilon"] is None and block["private"] is False and block["max_grad_norm"] == "inf"
@@ -549,7 +556,7 @@ def test_the_matched_arm_without_noise(models, dataset, tmp_path):
 def test_empty_draws_are_steps(models, dataset, tmp_path):
     """Expected batch 1 of 40: a third of the draws is empty; they move the weights (noise) and are accounted."""
     flags = ("--noise_multiplier", 1, "--logical_batch_size", 1, "-e", 1)
-    folder = run_peft.run(parse(*words_of(models, "opt", dataset, tmp_path, *flags)))
+    folder = fine_tune(parse(*words_of(models, "opt", dataset, tmp_path, *flags)))
     lines = read_lines(folder / "metrics.jsonl")
     assert len(lines) == 40 and 5 <= sum(line["batch"] == 0 for line in lines) <= 26
     empty = [line for line in lines if line["batch"] == 0]
@@ -563,13 +570,13 @@ def test_users_are_the_unit(models, tmp_path):
     file = write_rows(tmp_path / "users.jsonl", rows)
     flags = ("--noise_multiplier", 1, "--privacy_unit", "user", "--max_rows_per_user", 3, "--logical_batch_size", 4,
              "-pdbs", 2)  # fmt: skip
-    folder = run_peft.run(parse(*words_of(models, "neox", file, tmp_path, *flags)))
+    folder = fine_tune(parse(*words_of(models, "neox", file, tmp_path, *flags)))
     block = json.loads((folder / "run.json").read_text())["privacy"]
     known = {"unit": "user", "num_units": 10, "num_records": 30, "rows_left_out": 10, "delta": 0.01, "sample_rate": 0.4}
     assert {key: block[key] for key in known} == known and block["steps"] == 6
     with pytest.raises(UserError, match=r"row 20 \(and 39 more\) has no user_id"):
         plain = write_rows(tmp_path / "plain.jsonl", make_rows(60))
-        run_peft.make_plan(parse(*words_of(models, "neox", plain, tmp_path, *flags)))
+        make_plan(parse(*words_of(models, "neox", plain, tmp_path, *flags)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -586,12 +593,13 @@ def test_killed_and_resumed_is_the_unbroken_run(models, dataset, tmp_path, kind)
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import run_peft
-step = run_peft.Training.step
+from training.trainer import Trainer
+step = Trainer.step
 def killed(self):
     if self.count["step"] == 7:
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self)
-run_peft.Training.step = killed
+Trainer.step = killed
 run_peft.main(sys.argv[1:])
 """
     )
@@ -601,7 +609,7 @@ run_peft.main(sys.argv[1:])
 
     done = subprocess.run([sys.executable, script, *at("broken")], capture_output=True, text=True, env=os.environ)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    folder = run_peft.run_folder(parse(*at("broken")), "enron")
+    folder = run_folder(parse(*at("broken")), "enron")
     private = folder / "private"
     assert private.stat().st_mode & 0o777 == 0o700
     assert {file.name: file.stat().st_mode & 0o777 for file in private.iterdir()} == {
@@ -613,9 +621,9 @@ run_peft.main(sys.argv[1:])
         changed[changed.index("--noise_multiplier") + 1] = "2"
         changed += ["--resume"]
         args = parse(*changed)
-        run_peft.run_state(args, run_peft.models.find_model(args.model), folder, dataset, 8, 1)
-    run_peft.run(parse(*at("broken"), "--resume"))
-    whole = run_peft.run(parse(*at("whole")))
+        run_state(args, find_model(args.model), folder, dataset, 8, 1)
+    fine_tune(parse(*at("broken"), "--resume"))
+    whole = fine_tune(parse(*at("whole")))
     for which in range(3):
         assert furthest(adapter(folder, which), adapter(whole, which)) == 0
     record = json.loads((folder / "run.json").read_text())
@@ -657,7 +665,7 @@ def test_a_run_on_a_bf16_base(models, dataset, tmp_path, kind):
     folders = []
     for dtype in ("float32", "bfloat16"):
         flags = ("--noise_multiplier", 1, "-pt", kind, "--dtype", dtype, "-opt", "sgd", "-lr", 0.003, "-e", 1)
-        folders.append(run_peft.run(parse(*words_of(models, "llama", dataset, tmp_path / dtype, *flags))))
+        folders.append(fine_tune(parse(*words_of(models, "llama", dataset, tmp_path / dtype, *flags))))
     exact, rough = adapter(folders[0]), adapter(folders[1])
     assert all(str(tensor.dtype) == "torch.float32" for tensor in rough.values())
     if kind != "pissa":  # whose SVD is of rounded weights: another start
@@ -670,7 +678,7 @@ def test_mp_is_the_same_run(models, dataset, tmp_path):
     folders = []
     for mode in ("ddp", "mp"):
         flags = ("--noise_multiplier", 1, "-lr", 0.01, "-dt", mode)
-        folders.append(run_peft.run(parse(*words_of(models, "neox", dataset, tmp_path / mode, *flags))))
+        folders.append(fine_tune(parse(*words_of(models, "neox", dataset, tmp_path / mode, *flags))))
     assert furthest(adapter(folders[0]), adapter(folders[1])) == 0
 
 
@@ -681,7 +689,7 @@ def test_dry_run_prints_the_plan_without_a_model(models, dataset, tmp_path, caps
     words = words_of(
         models, "neox", dataset, tmp_path, "--target_epsilon", 8, "--dry_run", "--report_to", "tensorboard"
     )
-    run_peft.run(parse(*words, "-pt", "dora"))
+    fine_tune(parse(*words, "-pt", "dora"))
     shown = capsys.readouterr().out
     for words in (
         "σ ",
@@ -700,7 +708,7 @@ def test_dry_run_prints_the_plan_without_a_model(models, dataset, tmp_path, caps
 def test_suggestion_from_public_rows(models, dataset, tmp_path, capsys):
     public = write_rows(tmp_path / "public.jsonl", [{"text": row["prompt"]} for row in make_rows(20, seed=3)])
     words = words_of(models, "neox", dataset, tmp_path / "out", "--noise_multiplier", 1)
-    run_peft.run(parse(*words, "--suggest_max_grad_norm", public))
+    fine_tune(parse(*words, "--suggest_max_grad_norm", public))
     shown = capsys.readouterr().out
     assert "gradient norms of 20 public rows" in shown and "suggestion: --max_grad_norm" in shown
     assert not (tmp_path / "out").exists()
@@ -723,13 +731,13 @@ def test_suggestion_from_public_rows(models, dataset, tmp_path, capsys):
 def test_bad_flags(models, dataset, tmp_path, flags, words):
     line = ["-m", models["neox"], "-i", dataset, "--output_root", tmp_path / "out", "--dp", *flags]
     with pytest.raises(UserError) as found:
-        run_peft.run(parse(*line))
+        fine_tune(parse(*line))
     assert words in str(found.value) and not (tmp_path / "out").exists()
 
 
 def test_dp_flags_without_dp(models, dataset, tmp_path):
     with pytest.raises(UserError, match="--noise_multiplier, --secure_rng: only with --dp"):
-        run_peft.make_plan(parse("-m", models["neox"], "-i", dataset, "--noise_multiplier", 1, "--secure_rng"))
+        make_plan(parse("-m", models["neox"], "-i", dataset, "--noise_multiplier", 1, "--secure_rng"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -756,13 +764,13 @@ def planted(models, tmp_path, bound_holds: bool, monkeypatch) -> tuple[dict, flo
     words = ["-m", models["llama"], "-i", file, "--output_root", tmp_path, "-e", 120, "-pdbs", 64, "--lora_r", 32,
              "-lr", 0.01, "--lora_dropout", 0, "--dp", "--target_epsilon", 1, "--target_delta", 1e-5, "--seed", 2,
              "--logical_batch_size", 50, "--max_grad_norm", 0.0001, "-l", 1000]  # fmt: skip
-    folder = run_peft.run(parse(*words))
+    folder = fine_tune(parse(*words))
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(models["llama"])
     tuned = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(models["llama"]), run_peft.checkpoints(folder)[-1]
+        AutoModelForCausalLM.from_pretrained(models["llama"]), checkpoints(folder)[-1]
     ).eval()
 
     def loss(text: str) -> float:

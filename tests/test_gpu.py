@@ -14,8 +14,12 @@ import torch
 from conftest import ARCHITECTURES, make_rows, make_tokenizer, read_lines, run_script, write_rows
 
 import run_peft
+from common import cli, sampling, scoring
 from common import models as common_models
-from common import sampling, scoring
+from training.checkpoint import checkpoints
+from training.dp_trainer import DPTrainer
+from training.run import run as fine_tune
+from training.trainer import Trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -57,7 +61,7 @@ def sweep(model, tokenizer, n=12):
 
 def peft_run(out, model, data, *flags):
     words = ["-m", model, "-i", data, "--output_root", out, "--lora_r", 8, "-e", 2, "-pdbs", 4, "-gas", 2, *flags]
-    return run_peft.run(run_peft.make_parser().parse_args([str(word) for word in words]))
+    return fine_tune(run_peft.make_parser().parse_args([str(word) for word in words]))
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -110,7 +114,7 @@ def test_bf16_training(small, dataset, tmp_path, kind, private):
     ids = torch.randint(2, 390, (2, 40), device="cuda:0")
     with torch.no_grad():
         bare = base(ids).logits
-        adapted = PeftModel.from_pretrained(base, run_peft.checkpoints(folder)[-1]).eval()(ids).logits
+        adapted = PeftModel.from_pretrained(base, checkpoints(folder)[-1]).eval()(ids).logits
     assert torch.isfinite(adapted).all() and (adapted - bare).abs().max() > 0
 
 
@@ -128,13 +132,13 @@ def test_one_nccl_rank_is_the_run_without_torchrun(small, dataset, tmp_path, mod
 
     words = ["-m", small, "-i", dataset, "--lora_r", 8, "-e", 1, "-pdbs", 4, "-lr", "1e-3", "--lora_dropout", 0]
     words += ["--dtype", "float32", "-opt", "sgd"]
-    plain = run_peft.run(run_peft.make_parser().parse_args(list(map(str, [*words, "--output_root", tmp_path / "one"]))))
+    plain = fine_tune(run_peft.make_parser().parse_args(list(map(str, [*words, "--output_root", tmp_path / "one"]))))
     port = str(29500 + os.getpid() % 400)
     ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     done = run_script("run_peft.py", *words, "-dt", mode, "--output_root", tmp_path / "nccl", env=ranks)
     assert done.returncode == 0, done.stderr[-2000:]
-    written = run_peft.checkpoints(next((tmp_path / "nccl").rglob("run.json")).parent)[-1]
-    one, other = (load_file(path / "adapter_model.safetensors") for path in (run_peft.checkpoints(plain)[-1], written))
+    written = checkpoints(next((tmp_path / "nccl").rglob("run.json")).parent)[-1]
+    one, other = (load_file(path / "adapter_model.safetensors") for path in (checkpoints(plain)[-1], written))
     assert one.keys() == other.keys()
     for name in one:
         torch.testing.assert_close(one[name], other[name], atol=1e-5, rtol=1e-4)
@@ -195,21 +199,21 @@ def test_resume_on_a_gpu_is_the_unbroken_run(small, dataset, tmp_path):
 
     flags = ["-lr", "1e-3", "--seed", "3"]
     whole = peft_run(tmp_path / "whole", small, dataset, *flags)
-    step = run_peft.Training.step
+    step = Trainer.step
 
     def stopped(self):
         if self.count["step"] == 6:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self)
 
-    run_peft.Training.step = stopped
+    Trainer.step = stopped
     try:
         words = ["-m", small, "-i", dataset, "--output_root", tmp_path / "cut", "--lora_r", 8, "-e", 2, "-pdbs", 4]
-        assert run_peft.main([str(word) for word in [*words, "-gas", 2, *flags]]) == 143
+        assert cli.entry(lambda: run_peft.main([str(word) for word in [*words, "-gas", 2, *flags]])) == 143
     finally:
-        run_peft.Training.step = step
+        Trainer.step = step
     cut = peft_run(tmp_path / "cut", small, dataset, *flags)
-    one, other = (load_file(run_peft.checkpoints(path)[-1] / "adapter_model.safetensors") for path in (whole, cut))
+    one, other = (load_file(checkpoints(path)[-1] / "adapter_model.safetensors") for path in (whole, cut))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -222,7 +226,7 @@ def test_per_example_gradients_of_bf16_on_a_gpu(models, dataset, tmp_path, arch)
     if training.world.device == "cpu":
         from common.distributed import World
 
-        training = run_peft.Training(training.args, training.plan, World(device="cuda:0"), torch.bfloat16, bytes(32))
+        training = DPTrainer(training.config, training.plan, World(device="cuda:0"), torch.bfloat16, bytes(32))
     rows = random_rows()
     expected, found = one_at_a_time(training, rows), per_example(training, rows)
     for place, one in enumerate(expected):

@@ -9,6 +9,7 @@ from conftest import ARCHITECTURES, read_lines, run_script, write_rows
 import merge_peft
 import run_peft
 from common.cli import UserError
+from training.run import run as fine_tune
 
 FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
@@ -22,7 +23,7 @@ def trained(models, dataset, tmp_path_factory):
         if (arch, kind, rate) not in made:
             words = ["-m", models[arch], "-i", dataset, "--output_root", root, "-pt", kind, "-lr", rate, "-e", 1]
             words += ["--lora_r", 4, "-pdbs", 4, "-gas", 2]
-            folder = run_peft.run(run_peft.make_parser().parse_args([str(word) for word in words]))
+            folder = fine_tune(run_peft.make_parser().parse_args([str(word) for word in words]))
             made[arch, kind, rate] = folder / "checkpoint-5"
         return made[arch, kind, rate]
 

@@ -19,6 +19,8 @@ from mia import attacks, forward, neighborhood, signals
 from mia import dataset as mia_dataset
 from mia import mia as script
 from mia import report as reporting
+from training.plan import choose_rows
+from training.run import run as fine_tune
 
 SIZES = [f"{family}_{k}" for family in ("min_k", "min_k_pp") for k in range(10, 101, 10)]
 CORE = ["loss", "zlib", "lowercase", "ref", *SIZES, "surp", "ez", "wbc"]
@@ -423,7 +425,7 @@ def test_kill_and_run_again(adapters, sets, tmp_path):
     driver = tmp_path / "rounds.py"
     driver.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from mia import mia, passes\npasses.ROUND_TOKENS = 200\nsys.exit(mia.main())\n"
+        "from mia import forward, mia\nforward.ROUND_TOKENS = 200\nsys.exit(mia.main())\n"
     )
     words = ["--model", adapters["neox", "lora"], "--members", members, "--nonmembers", nonmembers]
     words += ["--attacks", "loss", "ref", "--bootstrap", "50", "--output_dir"]
@@ -536,7 +538,7 @@ def test_trained_rows_are_those_that_run_peft_chooses(n, eval_rows):
     args = run_peft.make_parser().parse_args([str(word) for word in words])
     for rows, manifest in ((mail, None), (mail, {"split_start": 33}), ([{"text": _text(row)} for row in mail], None)):
         assert mia_dataset.trained_rows(rows, manifest, n, eval_rows) == set(
-            run_peft.choose_rows(args, "file", rows, manifest)[0]
+            choose_rows(args, "file", rows, manifest)[0]
         )
 
 
@@ -827,7 +829,7 @@ def test_exchanged_sets_are_said_to_be(models, adapters, tmp_path, capsys):
     members = write_rows(tmp_path / "members.jsonl", rows[:24])
     others = write_rows(tmp_path / "others.jsonl", rows[24:])
     words = ["-m", models["llama"], "-i", members, "--output_root", tmp_path, "-lr", 1e-2, "-e", 30, "--lora_r", 8]
-    run_peft.run(run_peft.make_parser().parse_args([str(word) for word in words]))
+    fine_tune(run_peft.make_parser().parse_args([str(word) for word in words]))
     checkpoint = max(tmp_path.rglob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     checkpoint = shutil.copytree(checkpoint, tmp_path / "foreign")  # without run.json nothing tells what was trained on
     found = {}
@@ -859,7 +861,7 @@ def test_members_that_training_cut_or_masked_are_counted(models, tmp_path, capsy
         ("masked", ["--loss_on", "completion"], {"whole": 0, "partly": 12, "never": 0}),
     ):
         words = [str(word) for word in [*flags, *more, "--run_name", name]]
-        folder = run_peft.run(run_peft.make_parser().parse_args(words))
+        folder = fine_tune(run_peft.make_parser().parse_args(words))
         checkpoint = next(folder.glob("checkpoint-*"))
         words = ["--model", checkpoint, "--members", members, "--nonmembers", others, "--attacks", "loss"]
         assert attack(*words, "--bootstrap", 20, "--output_dir", tmp_path / f"out-{name}") == 0

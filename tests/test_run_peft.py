@@ -13,9 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import run_peft
+from common import cli
 from common import dataset as data_files
 from common.cli import UserError
-from training import batches
+from common.models import find_model
+from training import batches, checkpoint, verify
+from training.checkpoint import checkpoints
+from training.plan import choose_rows, rate_name, run_folder
+from training.run import run as fine_tune
+from training.trainer import Trainer
+from training.verify import PROBE_ROWS, PROBE_TOKENS
 
 SGD = ("-opt", "sgd", "--lora_dropout", "0", "--max_grad_norm", "inf")
 
@@ -23,14 +30,14 @@ SGD = ("-opt", "sgd", "--lora_dropout", "0", "--max_grad_norm", "inf")
 def train(out, model, data, *flags):
     """Run run_peft.py in process; 40 rows, global batch 8 unless flags say otherwise. Returns the run directory."""
     words = ["-m", model, "-i", data, "--output_root", out, "--lora_r", 4, "-e", 1, "-pdbs", 4, "-gas", 2, *flags]
-    return run_peft.run(run_peft.make_parser().parse_args([str(word) for word in words]))
+    return fine_tune(run_peft.make_parser().parse_args([str(word) for word in words]))
 
 
 def adapter(folder):
     """{name: tensor} of the newest checkpoint of a run directory."""
     from safetensors.torch import load_file
 
-    return load_file(run_peft.checkpoints(folder)[-1] / "adapter_model.safetensors")
+    return load_file(checkpoints(folder)[-1] / "adapter_model.safetensors")
 
 
 def furthest(one: dict, other: dict) -> float:
@@ -60,22 +67,24 @@ def test_trained_adapter_loads_on_the_original_base(kind, arch, models, dataset,
     import torch
     from peft import PeftModel
 
-    seen, original = {}, run_peft.train
+    from training import loop
+
+    seen, original = {}, loop.train
 
     def watched(training, *rest):
-        seen["start"] = training.probe()
+        seen["start"] = verify.probe(training)
         original(training, *rest)
-        seen["end"] = training.probe()
-        rows = [row.ids[: run_peft.PROBE_TOKENS] for row in training.plan.train[: run_peft.PROBE_ROWS]]
+        seen["end"] = verify.probe(training)
+        rows = [row.ids[:PROBE_TOKENS] for row in training.plan.train[:PROBE_ROWS]]
         width = max(map(len, rows))
         seen["input_ids"] = torch.tensor([ids + [0] * (width - len(ids)) for ids in rows])
 
-    monkeypatch.setattr(run_peft, "train", watched)
+    monkeypatch.setattr(loop, "train", watched)
     folder = train(tmp_path, models[arch], dataset, "-pt", kind, "-lr", "1e-2", "-e", 2)
     lines = metrics(folder)
     assert [line["step"] for line in lines] == list(range(1, 11))
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
-    assert [path.name for path in run_peft.checkpoints(folder)] == ["checkpoint-5", "checkpoint-10"]
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-5", "checkpoint-10"]
     wanted = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert {path.name for path in (folder / "checkpoint-5").iterdir()} == wanted
     assert {path.name for path in (folder / "checkpoint-10").iterdir()} == wanted | {"training_state.pt"}
@@ -234,7 +243,7 @@ def test_loss_on_completion(models, dataset, tmp_path):
         shorter = tokenizer.decode(encoded.ids[encoded.first + 1 :])
         assert not shorter.endswith(row["continuation"] + "<|endoftext|>")
     folder = train(tmp_path, models["neox"], dataset, "--loss_on", "completion", "-lr", "1e-3")
-    assert run_peft.checkpoints(folder)
+    assert checkpoints(folder)
     bare = write_rows(tmp_path / "bare.jsonl", [{"text": "no prompt part"}] * 5)
     with pytest.raises(UserError, match=r"bare.jsonl: row 0 \(and 4 more\) has no prompt part"):
         train(tmp_path, models["neox"], bare, "--loss_on", "completion")
@@ -364,13 +373,14 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 import run_peft
-original = run_peft.Training.step
+from training.trainer import Trainer
+original = Trainer.step
 def step(self):
     done = original(self)
     if self.count["step"] == 7:
         os.kill(os.getpid(), signal.SIGKILL)
     return done
-run_peft.Training.step = step
+Trainer.step = step
 run_peft.main(sys.argv[1:])
 """
 
@@ -386,8 +396,8 @@ def check_same_run(one, other):
     """Every checkpoint and metrics.jsonl are equal, bit for bit."""
     from safetensors.torch import load_file
 
-    assert [path.name for path in run_peft.checkpoints(one)] == [path.name for path in run_peft.checkpoints(other)]
-    for left, right in zip(run_peft.checkpoints(one), run_peft.checkpoints(other)):
+    assert [path.name for path in checkpoints(one)] == [path.name for path in checkpoints(other)]
+    for left, right in zip(checkpoints(one), checkpoints(other)):
         file = "adapter_model.safetensors"
         assert furthest(load_file(left / file), load_file(right / file)) == 0
     assert metrics(one) == metrics(other)
@@ -416,9 +426,9 @@ def test_killed_run_resumes_bit_exactly(models, dataset, tmp_path, unbroken):
     ]
     done = subprocess.run([sys.executable, script, *map(str, words)], capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    folder = run_peft.run_folder(run_peft.make_parser().parse_args([str(word) for word in words]), "enron")
+    folder = run_folder(run_peft.make_parser().parse_args([str(word) for word in words]), "enron")
     assert json.loads((folder / "run.json").read_text())["status"] == "running"
-    assert [path.name for path in run_peft.checkpoints(folder)] == ["checkpoint-5"]
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-5"]
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 7, "lo')  # a write may have been cut
     with pytest.raises(
@@ -440,7 +450,7 @@ def test_killed_run_resumes_bit_exactly(models, dataset, tmp_path, unbroken):
 @pytest.mark.parametrize("at", (7, 10))
 def test_sigterm_saves_and_resumes(at, models, dataset, tmp_path, unbroken, monkeypatch):
     """SIGTERM in the middle of an epoch (7 of 5 + 5 + 5) and at its last step (10): exit 143, then bit-exact."""
-    original = run_peft.Training.step
+    original = Trainer.step
 
     def step(self):
         if self.count["step"] + 1 == at and self.plan.start != "resume":
@@ -450,9 +460,9 @@ def test_sigterm_saves_and_resumes(at, models, dataset, tmp_path, unbroken, monk
     words = ["-m", models["neox"], "-i", dataset, "--output_root", tmp_path, "--lora_r", 4, "-pdbs", 4, "-gas", 2]
     words = [str(word) for word in [*words, *FLAGS, "-pt", "pissa"]]
     with monkeypatch.context() as patch:
-        patch.setattr(run_peft.Training, "step", step)
-        assert run_peft.main(words) == 143
-    folder = run_peft.run_folder(run_peft.make_parser().parse_args(words), "enron")
+        patch.setattr(Trainer, "step", step)
+        assert cli.entry(lambda: run_peft.main(words)) == 143
+    folder = run_folder(run_peft.make_parser().parse_args(words), "enron")
     record = json.loads((folder / "run.json").read_text())
     assert record["status"] == "failed" and record["error"].startswith("Interrupted")
     assert (folder / "interrupted" / "adapter_model.safetensors").is_file() == (at == 7)
@@ -463,16 +473,16 @@ def test_sigterm_saves_and_resumes(at, models, dataset, tmp_path, unbroken, monk
 
 def test_run_killed_while_saving_resumes(models, dataset, tmp_path, unbroken, monkeypatch):
     """Whatever part of a checkpoint was written when the run died, it is not taken for a checkpoint."""
-    original = run_peft.Training.publish
+    original = checkpoint.publish
 
-    def publish(self, folder, weights):
-        original(self, folder, weights)
-        if self.count["step"] == 10:
+    def publish(trainer, folder, weights):
+        original(trainer, folder, weights)
+        if trainer.count["step"] == 10:
             (folder.parent / ".checkpoint-10.x.tmp").mkdir()  # what a kill -9 leaves
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_peft.Training, "publish", publish)
+        patch.setattr(checkpoint, "publish", publish)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path, models["neox"], dataset, *FLAGS)
     folder = train(tmp_path, models["neox"], dataset, *FLAGS, "--resume")
@@ -482,7 +492,7 @@ def test_run_killed_while_saving_resumes(models, dataset, tmp_path, unbroken, mo
 
 def test_unfinished_run_starts_over_without_resume(models, dataset, tmp_path, unbroken, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(run_peft.Training, "evaluate", lambda self: 1 / 0 if self.count["step"] == 10 else (1.0, 1))
+        patch.setattr(Trainer, "evaluate", lambda self: 1 / 0 if self.count["step"] == 10 else (1.0, 1))
         with pytest.raises(ZeroDivisionError):
             train(tmp_path, models["neox"], dataset, *FLAGS)
     folder = train(tmp_path, models["neox"], dataset, *FLAGS)
@@ -500,7 +510,7 @@ def test_nan_loss_stops_the_run(models, dataset, tmp_path):
     folder = tmp_path / "tiny-neox" / "enron-lora" / "0e+00_1e+30"
     record = json.loads((folder / "run.json").read_text())
     assert record["status"] == "failed" and "step 2" in record["error"]
-    assert [path.name for path in run_peft.checkpoints(folder)] == ["checkpoint-1"]
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-1"]
     assert len(metrics(folder)) == 1
 
 
@@ -515,14 +525,14 @@ def test_adapter_that_did_not_move_is_an_error(models, dataset, tmp_path, monkey
 def test_damaged_checkpoint_is_an_error(kind, models, dataset, tmp_path, monkeypatch):
     from safetensors.torch import load_file, save_file
 
-    original = run_peft.Training.check_saved
+    original = verify.check_saved
 
-    def check(self, folder):
+    def check(trainer, folder):
         file = folder / "adapter_model.safetensors"
         save_file({name: tensor * 1.5 for name, tensor in load_file(file).items()}, file)
-        original(self, folder)
+        original(trainer, folder)
 
-    monkeypatch.setattr(run_peft.Training, "check_saved", check)
+    monkeypatch.setattr(verify, "check_saved", check)
     with pytest.raises(RuntimeError, match="reloaded, its logits differ from the model in memory"):
         train(tmp_path, models["neox"], dataset, "-lr", "1e-2", "-pt", kind)
 
@@ -535,16 +545,14 @@ def test_damaged_checkpoint_is_an_error(kind, models, dataset, tmp_path, monkeyp
     ((2e-6, "2e-06"), (0.0, "0e+00"), (1e-4, "1e-04"), (2.5e-6, "2.5e-06"), (0.00123, "1.23e-03"), (1.0, "1e+00")),
 )
 def test_rate_name(value, name):
-    assert run_peft.rate_name(value) == name and float(name) == value
+    assert rate_name(value) == name and float(name) == value
 
 
 def test_run_folder(models, tmp_path):
     """The example of the contract, and what a manifest, a hub name and --run_name change."""
 
     def folder(*words):
-        return run_peft.run_folder(
-            run_peft.make_parser().parse_args([str(word) for word in words]), "self-generated-pythia-12b"
-        )
+        return run_folder(run_peft.make_parser().parse_args([str(word) for word in words]), "self-generated-pythia-12b")
 
     assert str(folder()) == "pythia-1.4b/self-generated-pythia-12b-lora/0e+00_2e-06"
     named = folder(
@@ -590,7 +598,7 @@ def test_rows_and_overlap(models, dataset, tmp_path):
 
     def choose(rows, manifest, *words):
         args = run_peft.make_parser().parse_args([str(word) for word in words])
-        return run_peft.choose_rows(args, "f", rows, manifest)
+        return choose_rows(args, "f", rows, manifest)
 
     assert choose(rows, None) == (list(range(20, 60)), [])
     assert choose(rows, None, "--train_rows", 10, "--eval_rows", 2) == (list(range(50, 60)), [0, 1])
@@ -703,7 +711,7 @@ def test_a_finished_run_of_a_base_that_has_changed_is_refused(models, dataset, t
     save_file(weights | {name: weights[name] + 1}, base / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"a finished run with other arguments.*base's weights"):
         train(tmp_path, base, dataset, "-e", 1)
-    checkpoint = str(run_peft.checkpoints(folder)[-1])
-    assert run_peft.models.find_model(checkpoint, base_model=str(models["llama"]))  # the old weights, elsewhere
+    checkpoint = str(checkpoints(folder)[-1])
+    assert find_model(checkpoint, base_model=str(models["llama"]))  # the old weights, elsewhere
     with pytest.raises(UserError, match=r"not the weights that .* was trained on"):
-        run_peft.models.find_model(checkpoint, base_model=str(base))
+        find_model(checkpoint, base_model=str(base))

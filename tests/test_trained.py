@@ -15,7 +15,14 @@ import run_peft
 from common import dataset as data_files
 from common import results, trained
 from common.cli import UserError
+from common.models import find_model, load_tokenizer
 from training import batches
+from training.checkpoint import checkpoints
+from training.dp_trainer import DPTrainer
+from training.plan import make_plan, run_state
+from training.run import run as fine_tune
+from training.trainer import Trainer
+from training.verify import check_examples
 
 
 def parse(*words):
@@ -23,14 +30,14 @@ def parse(*words):
 
 
 def train(out, model, data, *flags):
-    return run_peft.run(parse("-m", model, "-i", data, "--output_root", out, "--lora_r", 2, "-e", 1, "-pdbs", 4,
+    return fine_tune(parse("-m", model, "-i", data, "--output_root", out, "--lora_r", 2, "-e", 1, "-pdbs", 4,
                               "-lr", "1e-3", *flags))  # fmt: skip
 
 
 @pytest.fixture
 def seen(monkeypatch):
     """[(a row's token ids up to its end in the batch, its labels)] of every loss that training takes."""
-    losses, original = [], run_peft.Training.nll
+    losses, original = [], Trainer.nll
 
     def nll(self, batch):
         if self.model.training:
@@ -49,7 +56,7 @@ def seen(monkeypatch):
                     losses.append(tuple(row))
         return original(self, batch)
 
-    monkeypatch.setattr(run_peft.Training, "nll", nll)
+    monkeypatch.setattr(Trainer, "nll", nll)
     return losses
 
 
@@ -87,8 +94,8 @@ def test_the_list_is_what_the_loss_saw(case, models, tmp_path, seen):
         users = len({row["user_id"] for row in rows})
         flags = [users if flag == 6 else flag for flag in flags]
     folder = train(tmp_path, models[rng.choice(["neox", "opt", "llama"])], data, *flags)
-    found = trained.read(run_peft.checkpoints(folder)[-1])
-    tokenizer = run_peft.models.load_tokenizer(run_peft.models.find_model(str(run_peft.checkpoints(folder)[-1])))
+    found = trained.read(checkpoints(folder)[-1])
+    tokenizer = load_tokenizer(find_model(str(checkpoints(folder)[-1])))
     assert found.loss_on == ("completion" if "completion" in flags else "all")
     expected, totals = [], dict.fromkeys(("tokens", "loss_tokens", "rows_cut", "tokens_cut", "rows_without_loss"), 0)
     for row in found.rows:
@@ -154,7 +161,7 @@ def test_hashes_are_plain_without_dp_and_salted_with_it(models, dataset, tmp_pat
         assert trained.read(checkpoint).find(text)[0].row == 30
         assert trained.trained_on(checkpoint, digest) is True
         assert trained.trained_on(checkpoint, results.sha256(other)) is False
-        assert run_peft.run_state(*state_of(folder, models, dataset, tmp_path, *dp)) == "finished"
+        assert run_state(*state_of(folder, models, dataset, tmp_path, *dp)) == "finished"
     (folders[1] / trained.FILE).unlink()  # as it is where the folder was published
     assert trained.read(folders[1] / "checkpoint-5") is None
     assert trained.trained_on(folders[1] / "checkpoint-5", digest) is None
@@ -165,7 +172,7 @@ def test_hashes_are_plain_without_dp_and_salted_with_it(models, dataset, tmp_pat
 def state_of(folder, models, dataset, tmp_path, *flags):
     args = parse("-m", models["neox"], "-i", dataset, "--output_root", folder.parents[2], "--lora_r", 2, "-pdbs", 4,
                  "-lr", "1e-3", *flags)  # fmt: skip
-    return args, run_peft.models.find_model(args.model), folder, dataset, 8, 1
+    return args, find_model(args.model), folder, dataset, 8, 1
 
 
 @pytest.mark.parametrize(("damage", "said"), [
@@ -196,9 +203,9 @@ def test_row_numbers_survive_an_interruption(models, dataset, tmp_path, monkeypa
     """A resumed DP run keeps its salt: the file is what the unbroken run of the same seed writes."""
     flags = ("--dp", "--noise_multiplier", 1, "--logical_batch_size", 8, "-e", 2, "--seed", 3)
     whole = train(tmp_path / "whole", models["neox"], dataset, *flags)
-    original = run_peft.Training.step
+    original = Trainer.step
     with monkeypatch.context() as patch:
-        patch.setattr(run_peft.Training, "step", lambda self: 1 / 0 if self.count["step"] == 7 else original(self))
+        patch.setattr(Trainer, "step", lambda self: 1 / 0 if self.count["step"] == 7 else original(self))
         with pytest.raises(ZeroDivisionError):
             train(tmp_path / "broken", models["neox"], dataset, *flags)
     broken = train(tmp_path / "broken", models["neox"], dataset, *flags, "--resume")
@@ -224,22 +231,22 @@ def test_two_runs_at_once_are_one(models, dataset, tmp_path):
         assert said[codes.index(2)].count("\n") == 1 and "in use by another run" in said[codes.index(2)]
     folder = next(tmp_path.rglob("run.json")).parent
     assert json.loads((folder / "run.json").read_text())["status"] == "ok"
-    assert len(run_peft.checkpoints(folder)) == 4 and not list(folder.glob(".*"))
+    assert len(checkpoints(folder)) == 4 and not list(folder.glob(".*"))
 
 
 def test_a_new_run_reads_no_saved_state(models, dataset, tmp_path, monkeypatch):
     """A state that turns up after "starting over" (another run's) is not resumed from."""
     whole = train(tmp_path / "whole", models["neox"], dataset)
-    original = run_peft.Training.__init__
+    original = Trainer.__init__
 
     def init(self, args, plan, *rest):
         original(self, args, plan, *rest)
         (plan.folder / "interrupted").mkdir()
         (plan.folder / "interrupted" / "training_state.pt").write_bytes(b"another run's")
 
-    monkeypatch.setattr(run_peft.Training, "__init__", init)
+    monkeypatch.setattr(Trainer, "__init__", init)
     folder = train(tmp_path / "again", models["neox"], dataset)
-    files = [run_peft.checkpoints(run)[-1] / "adapter_model.safetensors" for run in (folder, whole)]
+    files = [checkpoints(run)[-1] / "adapter_model.safetensors" for run in (folder, whole)]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert "resumed_from" not in json.loads((folder / "run.json").read_text())
 
@@ -247,9 +254,9 @@ def test_a_new_run_reads_no_saved_state(models, dataset, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def stopped(models, dataset, tmp_path_factory):
     """The directory of a run that stopped in its second epoch."""
-    original, out = run_peft.Training.step, tmp_path_factory.mktemp("stopped")
+    original, out = Trainer.step, tmp_path_factory.mktemp("stopped")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_peft.Training, "step", lambda self: 1 / 0 if self.count["step"] == 7 else original(self))
+        patch.setattr(Trainer, "step", lambda self: 1 / 0 if self.count["step"] == 7 else original(self))
         with pytest.raises(ZeroDivisionError):
             train(out, models["neox"], dataset, "-gas", 2, "-e", 2)
     return out
@@ -347,7 +354,7 @@ def test_a_model_that_has_hardly_moved_is_told_where_it_is_measured(flags, model
 
     for rate, told in ((run_peft.make_parser().get_default("learning_rate"), 1), (0.01, 0)):
         folder = train(tmp_path / str(rate), models["neox"], dataset, *flags, "-lr", rate)
-        last, out, quick = run_peft.checkpoints(folder)[-1], tmp_path / f"out {rate}", ["--temperatures", 0.2]
+        last, out, quick = checkpoints(folder)[-1], tmp_path / f"out {rate}", ["--temperatures", 0.2]
         for script, words in (
             (measure_purified, ["--model", last, "--output_dir", out / "m", "-d", dataset, *quick]),
             (evaluate_purified, ["--model", folder, "-d", dataset, *quick]),
@@ -369,9 +376,9 @@ def test_dp_on_a_bf16_base_passes_its_check(rank, models, dataset, tmp_path):
     for seed in range(6):
         args = parse("-m", models["llama" if seed % 2 else "neox"], "-i", dataset, "--output_root", tmp_path, "--dp",
                      "--lora_r", rank, "--noise_multiplier", 1, "--dtype", "bfloat16")  # fmt: skip
-        plan = run_peft.make_plan(args)
-        training = run_peft.Training(args, plan, World(), torch.bfloat16, bytes([seed]) * 32)
+        plan = make_plan(args)
+        training = DPTrainer(args, plan, World(), torch.bfloat16, bytes([seed]) * 32)
         assert training.clip_slack == pytest.approx((1 + 1e-4 * 40) ** 0.5)
         training.examples.add = lambda name, rows, add=training.examples.add: add(name, rows.flip(0))
         with pytest.raises(RuntimeError, match="per-example gradient is wrong"):
-            training.check_examples()
+            check_examples(training)

@@ -235,7 +235,7 @@ def test_long_reviews_are_cut_so_that_the_label_stays(models):
     from transformers import AutoTokenizer
 
     from common.dataset import row_text
-    from run_peft import encode
+    from training.batches import encode
 
     tokenizer = AutoTokenizer.from_pretrained(models["neox"])
     rows = make_reviews(2, 1)
@@ -249,9 +249,7 @@ def test_long_reviews_are_cut_so_that_the_label_stays(models):
 
 
 def test_downstream_bad_input(files, models, tmp_path, monkeypatch):
-    import run_peft
-
-    monkeypatch.setattr(run_peft, "run", lambda *_: pytest.fail("trained before the input was checked"))
+    monkeypatch.setattr(downstream, "fine_tune", lambda *_: pytest.fail("trained before the input was checked"))
     out = tmp_path / "out"
     cases = (
         (("leaky",), (), "60 rows have the product and rating of held-out rows"),

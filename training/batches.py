@@ -186,20 +186,3 @@ def collate(sequences: list[list[Row]], pad: int, packed: bool = False, additive
             mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
         batch |= {"position_ids": positions, "attention_mask": mask}
     return batch
-
-
-def converted(state: dict, initial: dict) -> dict:
-    """A PiSSA adapter as the LoRA of twice the rank that gives the same model on the original base.
-
-    PiSSA trains B A on the residual W − s B₀A₀ (Meng et al. 2024), so ΔW = s (B A − B₀ A₀) = s [B, −B₀] [A; A₀]. Rank
-    and alpha both double, which keeps the scale s. Tensors: name → lora_A (r, in) or lora_B (out, r), float32.
-    """
-    import torch
-
-    wide = {}
-    for name, tensor in state.items():
-        if ".lora_A." in name:
-            wide[name] = torch.cat([tensor, initial[name]], dim=0)
-        else:
-            wide[name] = torch.cat([tensor, -initial[name]], dim=1)
-    return wide

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from common import cli
 from common.cli import UserError
+from training.config import TrainConfig
 
 DP_FLAGS = ("target_epsilon", "noise_multiplier", "target_delta", "logical_batch_size")  # None unless given
 ENOUGH_UNITS = 256  # below this expected batch the noise drowns the signal at any useful ε
@@ -20,42 +21,29 @@ OUTSIDE = (
 )
 
 
-def add_flags(parser: cli.Parser) -> None:
-    add = parser.add_argument
-    add("--dp", action="store_true", help="DP-SGD: Poisson batches, per-unit clipping, noise")
-    add("--target_epsilon", type=cli.positive_float, default=None, help="choose the noise for this ε after all epochs")
-    add("--noise_multiplier", type=cli.non_negative_float, default=None, help="σ: noise deviation / --max_grad_norm")
-    add("--target_delta", type=cli.positive_float, default=None, help="δ; None: 1 / (10 · privacy units)")
-    add("--logical_batch_size", type=cli.positive_int, default=None, help="expected units a step; None: 256, or all")
-    add("--accountant", choices=("prv", "rdp"), default="prv", help="whose ε is aimed at; both are recorded")
-    add("--privacy_unit", choices=("record", "user"), default="record", help="user: all rows of one user_id")
-    add("--max_rows_per_user", type=cli.positive_int, default=16, help="a user's further rows are left out")
-    add("--secure_rng", action="store_true", help="noise from a cryptographic stream")
-
-
-def check_flags(args, metric_schedulers: tuple, problems: cli.Problems) -> bool:
+def check_flags(config: TrainConfig, metric_schedulers: tuple, problems: cli.Problems) -> bool:
     """Add every problem with the DP flags that the arguments alone show; True when there is none."""
     before = len(problems.lines)
-    if not args.dp:
-        given = [f"--{name}" for name in DP_FLAGS if getattr(args, name) is not None]
-        given += ["--secure_rng"] * args.secure_rng + ["--privacy_unit user"] * (args.privacy_unit == "user")
+    if not config.dp:
+        given = [f"--{name}" for name in DP_FLAGS if getattr(config, name) is not None]
+        given += ["--secure_rng"] * config.secure_rng + ["--privacy_unit user"] * (config.privacy_unit == "user")
         if given:
             problems.add(f"{', '.join(given)}: only with --dp")
         return not given
-    if (args.target_epsilon is None) == (args.noise_multiplier is None):
+    if (config.target_epsilon is None) == (config.noise_multiplier is None):
         problems.add("--dp: give exactly one of --target_epsilon and --noise_multiplier")
     for name in ("target_epsilon", "noise_multiplier"):
-        if getattr(args, name) == math.inf:
+        if getattr(config, name) == math.inf:
             problems.add(f"--{name} inf: must be finite; no noise is --noise_multiplier 0")
-    if args.max_grad_norm == math.inf and args.noise_multiplier != 0:
+    if config.max_grad_norm == math.inf and config.noise_multiplier != 0:
         problems.add("--max_grad_norm inf: noise needs a finite bound; only --noise_multiplier 0 goes without")
-    if args.peft_type == "full":
+    if config.peft_type == "full":
         problems.add("--peft_type full: has no per-example rule under --dp; train an adapter")
-    if args.packing:
+    if config.packing:
         problems.add("--packing: mixes records in one sequence; not with --dp")
-    if args.scheduler in metric_schedulers:
-        problems.add(f"--scheduler {args.scheduler}: follows a loss that is not private; not with --dp")
-    if args.dtype == "float16":
+    if config.scheduler in metric_schedulers:
+        problems.add(f"--scheduler {config.scheduler}: follows a loss that is not private; not with --dp")
+    if config.dtype == "float16":
         problems.add("--dtype float16: needs loss scaling, which --dp has not; use bfloat16 or float32")
     return len(problems.lines) == before
 
@@ -122,10 +110,10 @@ class Privacy:
         }
 
 
-def make_privacy(args, path, rows: list[dict], train: list[int]) -> Privacy:
+def make_privacy(config: TrainConfig, path, rows: list[dict], train: list[int]) -> Privacy:
     """The plan of a DP run over rows[train]; chooses σ for --target_epsilon. UserError names what cannot be."""
     units, left_out = [[place] for place in range(len(train))], 0
-    if args.privacy_unit == "user":
+    if config.privacy_unit == "user":
         names = [rows[index].get("user_id") for index in train]
         names = [str(name).strip() if isinstance(name, (str, int)) else "" for name in names]
         bare = [index for index, name in zip(train, names) if not name]
@@ -134,35 +122,36 @@ def make_privacy(args, path, rows: list[dict], train: list[int]) -> Privacy:
         users: dict = {}
         for place, name in enumerate(names):
             users.setdefault(name, []).append(place)
-        units = [places[: args.max_rows_per_user] for places in users.values()]
+        units = [places[: config.max_rows_per_user] for places in users.values()]
         left_out = len(train) - sum(map(len, units))
     n = len(units)
-    logical = min(ENOUGH_UNITS, n) if args.logical_batch_size is None else args.logical_batch_size
-    delta = 1 / (10 * n) if args.target_delta is None else args.target_delta
+    logical = min(ENOUGH_UNITS, n) if config.logical_batch_size is None else config.logical_batch_size
+    delta = 1 / (10 * n) if config.target_delta is None else config.target_delta
     problems = cli.Problems()
     if logical > n:
-        problems.add(f"--logical_batch_size {logical}: {path} has only {n} privacy units ({args.privacy_unit}s)")
+        problems.add(f"--logical_batch_size {logical}: {path} has only {n} privacy units ({config.privacy_unit}s)")
     if delta >= 1 / n:
-        problems.add(f"--target_delta {delta:g}: must be below 1/{n}, one over the number of {args.privacy_unit}s")
+        problems.add(f"--target_delta {delta:g}: must be below 1/{n}, one over the number of {config.privacy_unit}s")
     problems.check()
-    sigma = args.noise_multiplier
+    sigma = config.noise_multiplier
     if sigma is None:
         from training import dp
 
-        steps = math.ceil(n / logical) * args.epochs
-        if steps > dp.SLOW_STEPS and args.accountant == "prv" and int(os.environ.get("RANK", 0)) == 0:
+        steps = math.ceil(n / logical) * config.epochs
+        if steps > dp.SLOW_STEPS and config.accountant == "prv" and int(os.environ.get("RANK", 0)) == 0:
             print(
-                f"searching the noise for ε {args.target_epsilon:g} in {steps} steps (up to a minute)", file=sys.stderr
+                f"searching the noise for ε {config.target_epsilon:g} in {steps} steps (up to a minute)",
+                file=sys.stderr,
             )
         try:
-            sigma = dp.noise_multiplier(args.target_epsilon, logical / n, steps, delta, args.accountant)
+            sigma = dp.noise_multiplier(config.target_epsilon, logical / n, steps, delta, config.accountant)
         except ValueError as error:
             raise UserError(
-                f"--target_epsilon {args.target_epsilon:g}: {error} in {steps} steps at δ {delta:g}"
+                f"--target_epsilon {config.target_epsilon:g}: {error} in {steps} steps at δ {delta:g}"
             ) from None
     return Privacy(
-        units, args.privacy_unit, left_out, sigma, args.max_grad_norm, delta, logical, args.accountant,
-        args.secure_rng, args.seed is not None,
+        units, config.privacy_unit, left_out, sigma, config.max_grad_norm, delta, logical, config.accountant,
+        config.secure_rng, config.seed is not None,
     )  # fmt: skip
 
 

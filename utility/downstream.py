@@ -20,14 +20,17 @@ import argparse
 import os
 import random
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import run_peft
 from common import cli, dataset, distributed, models, results, reviews
 from common.distributed import progress_bar
 from common.stats import clopper_pearson, mcnemar
+from training.checkpoint import checkpoints
+from training.config import TrainConfig
+from training.run import run as fine_tune
 
 INSTRUCTION = "Rate the customer's review below with 1 to 5 stars. Answer with the number alone."
 LABELS = ("1", "2", "3", "4", "5")
@@ -41,8 +44,8 @@ def make_parser() -> argparse.ArgumentParser:
         "Fine-tune one base on real and on synthetic reviews, rate held-out real ones.",
         "python utility/downstream.py -m MODEL --real train.jsonl --heldout test.jsonl --synthetic dp=dp.jsonl",
     )
-    add, trainer = parser.add_argument, run_peft.make_parser()
-    add("-m", "--model", default=trainer.get_default("model"), help="hub name or directory of a causal LM")
+    add = parser.add_argument
+    add("-m", "--model", default=TrainConfig.model, help="hub name or directory of a causal LM")
     add("--real", required=True, metavar="FILE", help="review rows to train on (default: none, required)")
     add("--heldout", required=True, metavar="FILE", help="review rows to rate (default: none, required)")
     add("--synthetic", nargs="+", action="extend", metavar="ARM=FILE", help="generated rows an arm (default: none)")
@@ -59,7 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
     ):  # fmt: skip
         flags = [short] + ([f"--{name}"] if name else [])
         choices = ("lora", "dora", "pissa") if name == "peft_type" else None
-        default = trainer.get_default(flags[-1].removeprefix("--"))
+        default = getattr(TrainConfig, flags[-1].removeprefix("--"))
         add(*flags, type=kind, choices=choices, default=default, help="as run_peft.py's")
     cli.add_model_flags(parser)
     return parser
@@ -139,16 +142,18 @@ def rate(base, adapter, tokenizer, prompts: list[str]) -> list[int]:
     return [1 + max(range(5), key=lambda label: values[label]) for values in found]
 
 
-def training_arguments(args, file: Path, seed: int):
-    """run_peft.py's arguments of one arm and seed; they differ in --input and --seed alone."""
-    training = run_peft.make_parser().parse_args([])
-    for key, value in vars(args).items():
-        if hasattr(training, key) and key not in ("output_dir", "allow_overlap"):
-            setattr(training, key, value)
-    training.input, training.output_root = str(file), str(Path(args.output_dir) / "models")
-    training.seed, training.loss_on = seed, "completion"
-    training.logging_steps, training.resume = 10, True
-    return training
+def training_config(args, file: Path, seed: int) -> TrainConfig:
+    """run_peft.py's configuration of one arm and seed; they differ in --input and --seed alone."""
+    same = {field.name for field in fields(TrainConfig)} - {"output_dir", "allow_overlap"}
+    return replace(
+        TrainConfig(**{key: value for key, value in vars(args).items() if key in same}),
+        input=str(file),
+        output_root=str(Path(args.output_dir) / "models"),
+        seed=seed,
+        loss_on="completion",
+        logging_steps=10,
+        resume=True,
+    )
 
 
 def what_moved(checkpoint: Path) -> dict:
@@ -313,7 +318,7 @@ def measure(args, ref, tokenizer, max_length, arms, heldout, n, world) -> tuple[
             file = Path(args.output_dir) / "data" / f"{arm}-seed{seed}.jsonl"
             made, arm_cut = instruction_rows(chosen, tokenizer, max_length)
             results.write_jsonl(file, made, permissions=0o600)
-            last = run_peft.checkpoints(run_peft.run(training_arguments(args, file, seed)))[-1]
+            last = checkpoints(fine_tune(training_config(args, file, seed)))[-1]
             runs[arm, seed] = {
                 "checkpoint": str(last),
                 "steps": int(last.name.rpartition("-")[2]),

@@ -1,0 +1,180 @@
+"""DP-SGD: what differs from plain training in the draw, the gradient and the state."""
+
+import hashlib
+import math
+import secrets
+from pathlib import Path
+
+import torch
+
+from common import distributed, models, results
+from common.cli import UserError
+from common.distributed import World
+from training import checkpoint, dp, verify
+from training.batches import Row, unit_batches
+from training.config import TrainConfig
+from training.plan import Plan
+from training.trainer import Trainer
+
+# A bf16 pass rounds a row's gradient by its neighbours: a removed record was seen to move the others of 32 by up to
+# 0.055 of the clipping norm C, across its own gradient and growing with √units: 0.01·C·√units.
+ROUNDING = 0.01
+
+
+class DPTrainer(Trainer):
+    """Poisson draws of privacy units, per-unit clipping, noise; everything random hangs on one secret."""
+
+    def __init__(self, config: TrainConfig, plan: Plan, world: World, dtype, secret: bytes):
+        self.secret = secret
+        super().__init__(config, plan, world, dtype)
+        try:
+            self.examples = dp.PerExample(self.model)
+        except ValueError as error:
+            raise UserError(f"--dp: {error}") from None
+        if sum(item.numel() for item in self.trainable) != plan.n_trainable:
+            raise RuntimeError(f"--dp: the plan counted {plan.n_trainable} trainable parameters, the model has others")
+        verify.check_examples(self)
+
+    def initial_seed(self) -> int:
+        return self.private_seed("initial weights", 0)
+
+    def dropout_seed(self, number: int) -> int:
+        return self.private_seed(f"dropout {self.world.rank}", number)
+
+    @property
+    def clip_bound(self) -> float:
+        return math.inf  # each unit is clipped alone
+
+    @property
+    def clip_slack(self) -> float:
+        """What the clipping norm is divided by, so that rounding keeps what one unit moves within it."""
+        return 1.0 if self.dtype == torch.float32 else math.sqrt(1 + ROUNDING**2 * self.plan.privacy.logical_batch)
+
+    def private_seed(self, purpose: str, number: int) -> int:
+        """A seed of its own for every purpose and step: the published weights show the initial ones, and clipping
+        bounds what a record does only as long as nobody knows the dropout masks."""
+        return int.from_bytes(dp.stream(self.secret, purpose, number, 8)) >> 1
+
+    def gradient(self, number: int) -> dict:
+        """Leave in .grad (Σ clipped gradients of the drawn units + noise) / expected units.
+
+        Nothing here may stop the run or change a weight by looking at one record: a loss or gradient that is not
+        finite counts as zero.
+        """
+        plan, world, count, rows = self.plan, self.world, self.count, self.plan.train
+        spending = plan.privacy
+        drawn = dp.poisson_draw(self.secret, number, len(spending.units), spending.sample_rate)
+        units = [[row for row in spending.units[unit] if rows[row].labels] for unit in drawn]
+        units = [unit for unit in units if unit]  # nothing to predict: a zero gradient
+        hands, passes = unit_batches(units, self.lengths, self.config.per_device_batch_size, world.size)
+        total = {name: torch.zeros_like(item, dtype=torch.float32) for name, item in self.examples.named.items()}
+        losses, norms = [], []
+        for n_units, item in hands[world.rank]:
+            self.examples.begin(n_units)
+            for group, owners in item:
+                record_losses = self.record_losses([rows[row] for row in group])
+                with self.examples.of(owners):
+                    record_losses.sum().backward()
+                losses.append(record_losses.detach().double().cpu())
+            norms.append(self.examples.clip_into(total, spending.max_grad_norm / self.clip_slack))
+        for _ in range(passes - len(losses)):  # ranks make equally many passes, or fsdp waits for ever
+            shortest = min((row for unit in units for row in unit), key=lambda row: self.lengths[row])
+            self.record_losses([rows[shortest]]).sum().backward()
+        losses, norms = torch.cat([torch.zeros(0), *losses]), torch.cat([torch.zeros(0), *norms])
+        finite = losses.isfinite()
+        signals = [
+            losses[finite].sum(), finite.sum(), (norms > spending.max_grad_norm).sum(), (~norms.isfinite()).sum(),
+            self.stopping,
+        ]  # fmt: skip
+        sums = list(total.values())
+        loss, weight, clipped, dropped, stop = self.reduce(sums, signals)
+        deviation = spending.noise_multiplier * spending.max_grad_norm if spending.noise_multiplier else 0.0
+        found = {"batch": len(drawn), "clipped": clipped / max(1, len(drawn)), "dropped": int(dropped)}
+        if deviation:
+            size = math.sqrt(sum(float(one.double().square().sum()) for one in sums))
+            found["signal_to_noise"] = size / (deviation * math.sqrt(plan.n_trainable))
+            noise = dp.gaussian(self.secret, number, [one.shape for one in sums], spending.secure_rng)
+            for one, add in zip(sums, noise):  # the same on every rank: the sums are, and so is the stream
+                one.add_(torch.from_numpy(add).to(one.device), alpha=deviation)
+        for name, one in total.items():
+            self.examples.named[name].grad = one.div_(spending.logical_batch).to(self.examples.named[name].dtype)
+        count["tokens"] += sum(self.lengths[row] for unit in units for row in unit)
+        count["window_loss"] += loss
+        count["window_weight"] += int(weight)
+        return found | {"epsilon_rdp": self.spent(number), "stop": stop > 0}
+
+    def record_losses(self, rows: list[Row]):
+        """Mean −log p over each row's own labels, float32 (rows,)."""
+        nll = self.nll(self.batch(rows, [[place] for place in range(len(rows))]))
+        owner = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([row.labels for row in rows]))
+        means = torch.tensor([1 / row.labels for row in rows], device=nll.device)[owner.to(nll.device)]
+        return torch.zeros(len(rows), device=nll.device).index_add_(0, owner.to(nll.device), nll * means)
+
+    def spent(self, steps: int) -> float | None:
+        epsilon = self.plan.privacy.epsilon(steps, "rdp")
+        return epsilon if math.isfinite(epsilon) else None
+
+    def write_checkpoint(self, folder: Path, state: dict) -> None:
+        """The state first: nothing is ever published that a resumed run could make again a little differently, with the
+        same noise."""
+        with results.atomic(self.plan.private / "training_state.pt", "wb", 0o600) as file:
+            torch.save(state, file)
+        if folder.name != "interrupted":
+            self.publish(folder, state["weights"])
+
+    def after_restore(self, state: dict) -> None:
+        step = self.count["step"]
+        missing = self.plan.folder / f"checkpoint-{step}"
+        if self.world.main and step % self.plan.steps_per_epoch == 0 and not missing.is_dir():
+            self.publish(missing, state["weights"])
+
+    def publish(self, folder: Path, weights: dict) -> None:
+        """A checkpoint without its training state, and the ε spent up to it."""
+        with results.atomic_folder(folder) as new:
+            checkpoint.publish(self, new, weights)
+            results.write_json(new / models.PRIVACY_FILE, self.plan.privacy.block(self.count["step"]))
+
+    def record_norms(self):
+        """(rows,) norms of the per-record gradients of the training rows, at the weights as they are."""
+        most, rows = self.config.per_device_batch_size, [row for row in self.plan.train if row.labels]
+        norms = []
+        for start in range(0, len(rows), most):
+            part = rows[start : start + most]
+            self.examples.begin(len(part))
+            with self.examples.of(list(range(len(part)))):
+                self.record_losses(part).sum().backward()
+            none = {name: torch.zeros_like(item) for name, item in self.examples.named.items()}
+            norms.append(self.examples.clip_into(none, math.inf))
+        return torch.cat(norms)
+
+
+def find_secret(config: TrainConfig, plan: Plan) -> bytes:
+    """The 32 bytes that draws, noise, dropout and initial weights of a DP run hang on; an unfinished run's own."""
+    file = plan.private / "secret"
+    if not file.is_file():
+        plan.private.mkdir(parents=True, exist_ok=True)
+        plan.private.chmod(0o700)
+        given = config.seed is not None
+        secret = hashlib.sha256(f"seed {config.seed}".encode()).digest() if given else secrets.token_bytes(32)
+        with results.atomic(file, permissions=0o600) as out:
+            out.write(secret.hex())
+    return bytes.fromhex(file.read_text())
+
+
+def hash_salt(secret: bytes) -> str:
+    """The salt of the hashes that a DP run writes down, hexadecimal. It outlives the secret and does not tell it."""
+    return dp.stream(secret, "salt of hashes", 0, 16).hex()
+
+
+def suggest(config: TrainConfig, plan: Plan) -> None:
+    """Print quantiles of per-record gradient norms on public rows."""
+    world = distributed.start(group_of_one=config.distribution_type == "fsdp")
+    try:
+        training = DPTrainer(config, plan, world, models.resolve_dtype(config.dtype, world.device), bytes(32))
+        norms = training.record_norms()
+        shares = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)
+        found = "  ".join(f"{share:.0%} {item:.3g}" for share, item in zip(shares, norms.quantile(shares)))
+        world.say(f"per-record gradient norms of {len(norms)} public rows at the initial weights: {found}")
+        world.say(f"suggestion: --max_grad_norm {norms.median():.2g} (the median; about half the records are clipped)")
+    finally:
+        world.close()

@@ -1,0 +1,247 @@
+"""A whole run: from the plan to the last checkpoint, resumed where one was interrupted."""
+
+import contextlib
+import ctypes
+import dataclasses
+import shutil
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
+
+from common import distributed, models, results, trained
+from common.cli import Interrupted
+from common.distributed import World
+from training import dp_plan, verify
+from training.checkpoint import check_resumable, checkpoints, clean, keep_metrics, restore, save, saved_states
+from training.config import TrainConfig
+from training.dp_trainer import DPTrainer, find_secret, hash_salt
+from training.model import save_adapter
+from training.optim import METRIC_SCHEDULERS
+from training.plan import Plan, chosen_dtype, run_state, unfinished
+from training.trackers import start_trackers
+from training.trainer import Trainer
+
+LOG_SECONDS = 30
+TRIM_STEPS = 16  # steps between calls of trim_memory
+
+
+def trim_memory() -> None:
+    """Give freed memory back to the system: rows of many lengths leave glibc's heap in pieces, 20 MB a step."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+@contextlib.contextmanager
+def on_sigterm(training: Trainer):
+    """SIGTERM asks the run to stop after its current step."""
+
+    def ask(*_):
+        training.stopping = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def train(training: Trainer, run: results.Run, trackers: list) -> None:
+    """All remaining epochs: steps, metrics.jsonl, held-out loss, a checkpoint each. Raises Interrupted on SIGTERM."""
+    config, plan, world, count = training.config, training.plan, training.world, training.count
+    seconds, tokens_before, said = 0.0, count["tokens"], time.monotonic()
+    terminal = sys.stderr.isatty()
+
+    def log(record: dict) -> None:
+        if world.main:
+            file.write(results.dumps(record | {"time": results.now()}) + "\n")
+            file.flush()
+            for tracker in trackers:
+                tracker.log({key: item for key, item in record.items() if key != "step"}, step=record["step"])
+
+    def held_out_loss() -> None:
+        loss, labels = training.evaluate()
+        count["eval_losses"].append(loss)
+        epoch = count["step"] / plan.steps_per_epoch
+        log({"step": count["step"], "epoch": epoch, "eval_loss": loss, "eval_tokens": labels})
+        world.say(f"epoch {epoch:g}  held-out loss {loss:.4f} over {labels} tokens")
+        if config.scheduler in METRIC_SCHEDULERS and count["step"]:
+            training.scheduler.step(loss)
+
+    def record_spent() -> None:
+        """run.json never says less than what the checkpoints beside it have spent."""
+        if plan.privacy:
+            run["privacy"] = plan.privacy.block(count["step"])
+            run.write()
+
+    with contextlib.ExitStack() as stack:
+        if world.main:
+            file = stack.enter_context(open(plan.folder / "metrics.jsonl", "a", encoding="utf-8"))
+        hidden = not (world.main and terminal)
+        bar = stack.enter_context(tqdm(total=training.total, initial=count["step"], disable=hidden, unit="step"))
+        if plan.held and not count["step"] and not count["eval_losses"]:
+            held_out_loss()
+        while count["step"] < training.total:
+            begun = time.monotonic()
+            done = training.step()
+            seconds += time.monotonic() - begun
+            step, stop = count["step"], done.pop("stop")
+            if step % config.logging_steps == 0 or step == training.total:
+                weight = count["window_weight"]
+                loss = count["window_loss"] / weight if weight else None  # None: nothing was drawn
+                count["window_loss"], count["window_weight"] = 0.0, 0
+                progress = {"step": step, "epoch": step / plan.steps_per_epoch, "loss": loss}
+                log(progress | done | {"tokens": count["tokens"]})
+                words = "loss -" if loss is None else f"loss {loss:.4f}"
+                bar.set_postfix_str(words)
+                if not terminal and time.monotonic() - said > LOG_SECONDS:
+                    said = time.monotonic()
+                    world.say(f"step {step}/{training.total}  {words}  lr {done['lr']:.2g}")
+            bar.update()
+            if step % TRIM_STEPS == 0 and training.device_type == "cpu":
+                trim_memory()
+            if stop and step % plan.steps_per_epoch:
+                record_spent()
+                save(training, plan.folder / "interrupted")
+                raise Interrupted(f"SIGTERM after step {step}; --resume continues from there")
+            if step % plan.steps_per_epoch:
+                continue
+            if plan.held:
+                held_out_loss()
+            record_spent()
+            save(training, plan.folder / f"checkpoint-{count['step']}")
+            run["tokens_per_second"] = (count["tokens"] - tokens_before) / seconds
+            epoch = f"{step // plan.steps_per_epoch}/{config.epochs}"
+            world.say(
+                f"epoch {epoch}  step {step}/{training.total}  "
+                f"{run['tokens_per_second']:.0f} tokens/s  {plan.folder / f'checkpoint-{step}'}"
+            )
+            if stop and count["step"] < training.total:
+                raise Interrupted(f"SIGTERM after step {count['step']}; --resume continues from there")
+
+
+def run_plan(config: TrainConfig, plan: Plan) -> Path:
+    """Carry out a plan in its run directory, which nobody else writes to; returns the directory."""
+    world = distributed.start(group_of_one=config.distribution_type == "fsdp")
+    try:
+        if not world.main or not sys.stderr.isatty():
+            transformers_logging.disable_progress_bar()
+        if world.main:  # another run may have ended while this one waited or read its rows
+            state = (config, plan.ref, plan.folder, plan.input, plan.global_batch, plan.world_size, plan.privacy)
+            plan.start = run_state(*state)
+            if plan.start == "resume":
+                check_resumable(plan.folder)
+        plan.start = world.broadcast(plan.start if world.main else None)
+        if plan.start == "finished":
+            world.say(f"{plan.folder}: this run is finished; nothing to do (remove it to run again)")
+            return plan.folder
+        earlier = unfinished(plan)
+        dtype = chosen_dtype(config, plan, world, earlier)
+        if world.main:
+            plan.folder.mkdir(parents=True, exist_ok=True)
+            old = checkpoints(plan.folder)
+            if plan.start == "new" and old:
+                print(f"starting over: {len(old)} checkpoint(s) of an unfinished run go (--resume would keep them)")
+                if plan.privacy:
+                    print("their ε adds up with the new run's if anyone has seen them")
+            clean(plan.folder, everything=plan.start == "new")
+        secret = None
+        if plan.privacy:
+            # σ too: another host's libraries might search it a little differently
+            sigma, secret = plan.privacy.noise_multiplier, find_secret(config, plan) if world.main else None
+            sigma, secret = world.broadcast((sigma, secret) if world.main else None)
+            plan.privacy = dataclasses.replace(plan.privacy, noise_multiplier=sigma)
+        world.barrier()
+        salt = hash_salt(secret) if secret else ""
+        block = write_trained(plan, config.loss_on, salt) if world.main else None
+        more = {"global_batch": plan.global_batch, "data_tag": plan.tag, "dtype": str(dtype).removeprefix("torch.")}
+        more["base_sha256"] = models.weights_sha256(plan.ref) if world.main else None
+        if plan.privacy:
+            spent = earlier.get("privacy") or plan.privacy.block(0)
+            more |= {"seed": "os" if config.seed is None else config.seed, "privacy": spent}
+        record = results.Run(plan.folder / "run.json", config, inputs=[plan.input], world=world, **more)
+        record["trained"] = block
+        if salt:
+            digest = trained.salted(results.sha256(plan.input), salt)
+            record["inputs"] = [{"path": str(plan.input), "sha256": digest, "salted": True}]
+        with record:
+            fit(config, plan, world, dtype, record, secret)
+        if world.main and plan.private.is_dir():
+            shutil.rmtree(plan.private)  # only now that run.json says ok: a run killed before is resumed, not repeated
+    finally:
+        world.close()
+    return plan.folder
+
+
+def write_trained(plan: Plan, loss_on: str, salt: str) -> dict:
+    """Write trained_rows.jsonl; returns run.json's `trained` block. Rows in no privacy unit are not trained on."""
+    places = sorted(place for unit in plan.privacy.units for place in unit) if plan.privacy else range(len(plan.train))
+    rows = []
+    for place in places:
+        row, digest = plan.train[place], trained.text_sha256(plan.texts[place], salt)
+        rows.append(trained.TrainedRow(plan.indices[place], digest, len(row.ids), row.labels, row.n_cut > 0, row.kept))
+    chosen = [plan.train[place] for place in places]
+    n_cut = sum(row.n_cut for row in chosen)
+    masked = sum(len(row.ids) - row.labels - 1 for row in chosen)
+    return trained.write(plan.folder, trained.TrainedRows(salt, loss_on, plan.max_length, tuple(rows)), n_cut, masked)
+
+
+def fit(config: TrainConfig, plan: Plan, world: World, dtype, record: results.Run, secret: bytes | None) -> None:
+    """Build the model, restore what an interrupted run saved, train to the end, check what was saved."""
+    training = DPTrainer(config, plan, world, dtype, secret) if secret else Trainer(config, plan, world, dtype)
+    record["base_commit"] = getattr(training.model.config, "_commit_hash", None)
+    record["max_length"] = plan.max_length
+    record["rows"] = {"train": len(plan.train), "held_out": len(plan.held), "sequences": len(plan.sequences)}
+    record["parameters"] = {
+        "trainable": sum(parameter.numel() for parameter in training.trainable),
+        "all": sum(parameter.numel() for parameter in training.model.parameters()),
+    }
+    record["notes"] = []
+    record["special_tokens"] = models.special_tokens_in(plan.tokenizer, plan.texts) if not plan.privacy else None
+    if isinstance(training, DPTrainer):
+        record["clip_slack"] = training.clip_slack
+    if config.peft_type == "pissa" and world.main and not (plan.folder / "initial_adapter").is_dir():
+        with results.atomic_folder(plan.folder / "initial_adapter") as folder:
+            save_adapter(folder, training.initial, training.model.peft_config["default"])
+    states = saved_states(plan.folder) if plan.start == "resume" else []  # a new run reads no other's
+    if states:
+        newest = states[-1]
+        restore(training, newest)
+        for older in states[:-1] if world.main else ():  # of a run killed before it removed them
+            (older / "training_state.pt").unlink()
+        record["resumed_from"] = training.count["step"]
+        world.say(f"resuming from {newest}, step {training.count['step']} of {training.total}")
+    elif config.resume:
+        world.say("nothing to resume from: starting at the first step")
+    if world.main:
+        keep_metrics(plan.folder / "metrics.jsonl", training.count["step"] if states else -1)
+    world.barrier()
+    trackers = start_trackers(config, plan.folder) if world.main else []
+    with on_sigterm(training):
+        train(training, record, trackers)
+    last = checkpoints(plan.folder)[-1]
+    verify.check_saved(training, last)
+    world.say("checked: the saved weights moved, and reloaded they give the logits of the model in memory")
+    record["steps"], record["updates"] = training.count["step"], training.count["updates"]
+    record["tokens"], record["eval_losses"] = training.count["tokens"], training.count["eval_losses"]
+    record["relative_change"] = verify.relative_change(training)
+    if plan.privacy:
+        record["privacy"] = plan.privacy.block(training.count["step"])
+        world.say(dp_plan.summary(record["privacy"]))
+    if record["relative_change"] is not None:
+        world.say(f"‖ΔW‖/‖W‖ {record['relative_change']:.3g}")
+        if note := models.hardly_moved(record["relative_change"]):
+            record["notes"] = [note]
+            world.say(f"{note}; raise --learning_rate or train longer")
+    for tracker in trackers:
+        tracker.finish()
+    if world.main:
+        shutil.rmtree(plan.folder / "interrupted", ignore_errors=True)

@@ -1,0 +1,249 @@
+"""The model and its trainable part: adapters, sharding, and the tensors that are saved."""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common import models
+from common.cli import UserError
+from training.config import AdapterConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from training.plan import Plan
+
+STATE_SPACE = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")  # as peft's own check lists them
+NEVER = {"out_proj", "conv1d"}
+
+
+def build(config: TrainConfig, plan: "Plan", world, dtype, seed: int):
+    """(model in training mode, its initial adapter's tensors on the CPU or None)."""
+    import torch
+
+    full, fsdp = config.peft_type == "full", config.distribution_type == "fsdp"
+    device_map = (config.device_map or "auto") if config.distribution_type == "mp" else None
+    # A model trained whole keeps float32 weights: half precision would round most of an update away.
+    loaded = torch.float32 if full else dtype
+    model = models.load_base(plan.ref, loaded, "cpu" if fsdp else world.device, device_map)
+    if device_map and len({parameter.device for parameter in model.parameters()}) == 1:
+        world.say(f"mp: one device here, all layers on {next(model.parameters()).device}")
+    if config.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    initial = None
+    if not full:
+        model, initial = add_adapter(config, plan, world, model, seed)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if fsdp:
+        shard(model, set() if full else set(trainable), world)
+    return model.train(), initial
+
+
+def add_adapter(config: TrainConfig, plan: "Plan", world, model, seed: int):
+    """(PEFT model, initial adapter tensors), the same on every rank; for PiSSA the base becomes the residual."""
+    import torch
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
+    chosen = chosen_layers(config, model)
+    kept = plan.folder / "initial_adapter"
+    saved = plan.start == "resume" and config.peft_type == "pissa" and kept.is_dir()
+    dropout = config.lora_dropout
+    if dropout is None or config.peft_type == "pissa":
+        dropout = 0.0 if config.peft_type == "pissa" else 0.05
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=dropout,
+        bias="none",
+        target_modules="all-linear" if config.target_modules == ("all-linear",) else list(config.target_modules),
+        use_dora=config.peft_type == "dora",
+        init_lora_weights="pissa" if config.peft_type == "pissa" and not saved else True,
+        rank_pattern={name: min(sides) for name, sides in chosen.items() if min(sides) < config.lora_r},
+        revision=config.revision,
+    )
+    torch.manual_seed(seed)
+    with models.without_peft_warning():
+        model = get_peft_model(model, lora)
+    base = Path(plan.ref.base).expanduser()
+    lora = model.peft_config["default"]
+    lora.base_model_name_or_path = str(base.resolve()) if base.is_dir() else plan.ref.base
+    if saved:
+        from safetensors.torch import load_file
+
+        set_peft_model_state_dict(model, load_file(kept / "adapter_model.safetensors"))
+        subtract_adapter(model)
+    lora.init_lora_weights = True  # the published adapter is read as it stands
+    set_peft_model_state_dict(model, world.broadcast(adapter_state(model) if world.main else None))
+    return model, adapter_state(model)
+
+
+def _is_named(name: str, target: str) -> bool:
+    return name == target or name.endswith("." + target)
+
+
+def chosen_layers(config: AdapterConfig, model) -> dict[str, tuple[int, int]]:
+    """Name → shape of the weight of every linear layer that --target_modules names."""
+    return {
+        name: sides
+        for name, sides in linear_layers(model).items()
+        if config.target_modules == ("all-linear",) or any(_is_named(name, target) for target in config.target_modules)
+    }
+
+
+def meta_model(config: TrainConfig):
+    """The model without its weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def check_targets(targets: Sequence[str], config) -> None:
+    """UserError when a name of --target_modules is no linear layer of the model, or one that peft refuses."""
+    model = meta_model(config)
+    linear = linear_layers(model)
+    never = {*models.READ_DIRECTLY, *(NEVER if config.model_type in STATE_SPACE else ())}
+    kinds = " ".join(sorted({name.split(".")[-1] for name in linear} - never))
+    if tuple(targets) == ("all-linear",):
+        stacked = {
+            name.split(".")[-1]
+            for name, module in model.named_modules()
+            if "expert" in name.split(".")[-1] and any(item.dim() == 3 for item in module.parameters(recurse=False))
+        }
+        if stacked:
+            raise UserError(
+                f"--target_modules all-linear: the {' and '.join(sorted(stacked))} of {config.model_type} are one "
+                f"parameter for all experts, which is not trained here; name layers: --target_modules {kinds}"
+            )
+        targets = ()
+    refused = {name.split(".")[-1] for name in linear if not targets or any(_is_named(name, one) for one in targets)}
+    if refused & never:
+        raise UserError(
+            f"--target_modules: LoRA does not work on {' and '.join(sorted(refused & never))} of {config.model_type}; "
+            f"name others: --target_modules {kinds}"
+        )
+    unknown = [target for target in targets if not any(_is_named(name, target) for name in linear)]
+    if unknown:
+        raise UserError(f"--target_modules {' '.join(unknown)}: no such linear layer; there are {kinds}")
+
+
+def count_trainable(config: AdapterConfig, architecture) -> int:
+    """Parameters of the adapter (from the model's shapes alone, without its weights)."""
+    chosen = chosen_layers(config, meta_model(architecture))
+    ranks = {name: min(config.lora_r, *sides) for name, sides in chosen.items()}
+    n = sum(ranks[name] * sum(sides) for name, sides in chosen.items())
+    return n + (sum(n_out for n_out, _ in chosen.values()) if config.peft_type == "dora" else 0)
+
+
+def linear_layers(model) -> dict[str, tuple[int, int]]:
+    """Name → shape of the weight of every linear layer but the output head."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    return {
+        name: tuple(module.weight.shape)
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+    }
+
+
+def lora_layers(model) -> dict:
+    """Name → PEFT layer, for every adapted layer."""
+    from peft.tuners.lora import LoraLayer
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def subtract_adapter(model) -> None:
+    """W ← W − s·B A in every adapted layer (in float32): from an original base to PiSSA's residual."""
+    import torch
+    from peft.utils.other import transpose
+
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            base, flipped = layer.get_base_layer(), layer.fan_in_fan_out
+            product = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+            residual = transpose(base.weight.float(), flipped) - product
+            base.weight.data = transpose(residual.to(base.weight.dtype), flipped)
+
+
+def adapter_state(model) -> dict:
+    """The adapter's tensors under the names PEFT saves them by, on the CPU."""
+    from peft import get_peft_model_state_dict
+
+    # Not model.state_dict(): under FSDP it re-shards the rank that calls it, and the ranks fall out of step.
+    named = {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
+    state = get_peft_model_state_dict(model, state_dict=named, save_embedding_layers=False)
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+
+
+def converted(state: dict, initial: dict) -> dict:
+    """A PiSSA adapter as the LoRA of twice the rank that gives the same model on the original base.
+
+    PiSSA trains B A on the residual W − s B₀A₀ (Meng et al. 2024), so ΔW = s (B A − B₀ A₀) = s [B, −B₀] [A; A₀]. Rank
+    and alpha both double, which keeps the scale s. Tensors: name → lora_A (r, in) or lora_B (out, r), float32.
+    """
+    import torch
+
+    wide = {}
+    for name, tensor in state.items():
+        if ".lora_A." in name:
+            wide[name] = torch.cat([tensor, initial[name]], dim=0)
+        else:
+            wide[name] = torch.cat([tensor, -initial[name]], dim=1)
+    return wide
+
+
+def shard(model, replicated: set, world) -> None:
+    """FSDP2 over all processes: each decoder layer, then the rest; `replicated` parameters stay whole everywhere."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    for parameter in replicated:
+        parameter.data = parameter.data.to(world.device)
+    mesh = init_device_mesh(world.device.split(":")[0], (world.size,))
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kinds = set(base._no_split_modules or ())
+    layers = [module for module in base.modules() if type(module).__name__ in kinds]
+    if not layers:
+        raise RuntimeError(f"{type(base).__name__} names no decoder layers to shard by (_no_split_modules)")
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, ignored_params=replicated)
+    fully_shard(model, mesh=mesh, ignored_params=replicated)
+    whole = {id(parameter) for parameter in replicated}
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor) == (id(parameter) in whole):
+            raise RuntimeError(f"fsdp: {name} is {'' if isinstance(parameter, DTensor) else 'not '}sharded")
+
+
+def effective_weight(layer, name: str, state: dict):
+    """The weight (float64) of an adapted layer with its tensors in `state`: W + s·B A, of DoRA with its magnitudes."""
+    import torch
+    from peft.utils.other import transpose
+
+    with torch.no_grad():
+        weight = layer.get_base_layer().weight.detach()
+        if hasattr(weight, "full_tensor"):  # fsdp: whole, here alone
+            weight = weight.full_tensor()
+        weight = weight.double()
+        a, b, m = (
+            state[key].to(weight) if (key := f"{name}.{kind}") in state else None
+            for kind in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+        )
+        weight = transpose(weight, layer.fan_in_fan_out) + layer.scaling["default"] * b @ a
+        return weight if m is None else weight * (m.view(-1) / weight.norm(dim=1))[:, None]
+
+
+def save_adapter(folder: Path, state: dict, config) -> None:
+    """A PEFT adapter directory: adapter_model.safetensors and adapter_config.json."""
+    from safetensors.torch import save_file
+
+    config = copy.deepcopy(config)
+    config.inference_mode = True
+    if isinstance(config.target_modules, set):  # in another order each time
+        config.target_modules = sorted(config.target_modules)
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(folder)

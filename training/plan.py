@@ -1,0 +1,333 @@
+"""What a call of run_peft.py is to do, known before a model is loaded."""
+
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+from common import cli, dataset, distributed, models, results, trained
+from common.cli import Problems, UserError
+from training import dp_plan
+from training.batches import Row, encode, pack
+from training.checkpoint import checkpoints
+from training.config import TrainConfig
+from training.model import check_targets, count_trainable
+from training.optim import METRIC_SCHEDULERS, check_scheduler, optimizer_class
+from training.trackers import tracker_classes
+
+PUBLIC_ROWS = 256  # of --suggest_max_grad_norm
+# These change where or how a run is watched, not what it computes: a finished run may be asked for with others.
+FREE_ARGUMENTS = ("input", "output_root", "resume", "dry_run", "logging_steps", "report_to", "allow_overlap",
+                  "suggest_max_grad_norm")  # fmt: skip
+
+
+def rate_name(value: float) -> str:
+    """2e-6 → '2e-06': `%.0e` where that is exact, else with as many digits as make it exact (2.5e-6 → '2.5e-06')."""
+    for digits in range(18):
+        text = f"{value:.{digits}e}"
+        if float(text) == value:
+            return text
+    raise ValueError(f"{value} has no exact form")
+
+
+def run_folder(config: TrainConfig, tag: str) -> Path:
+    """<output_root>/<model basename>/<data tag>-<peft type>/<weight decay>_<learning rate>[-<run name>]"""
+    name = Path(config.model).expanduser()
+    basename = name.resolve().name if name.is_dir() else config.model.rstrip("/").split("/")[-1]
+    rates = f"{rate_name(config.weight_decay)}_{rate_name(config.learning_rate)}"
+    last = f"{rates}-{config.run_name}" if config.run_name else rates
+    kind = config.peft_type
+    if config.dp and config.target_epsilon is not None:
+        kind += f"-dp-eps{config.target_epsilon:g}"
+    elif config.dp and config.noise_multiplier is not None:
+        kind += f"-dp-sigma{config.noise_multiplier:g}"
+    return Path(config.output_root).expanduser() / basename / f"{tag.replace('/', '-')}-{kind}" / last
+
+
+def choose_rows(config: TrainConfig, path, rows: list[dict], manifest: dict | None) -> tuple[list[int], list[int]]:
+    """(indices to train on, indices of the held-out rows). UserError for an overlap or too few rows."""
+    n, problems = len(rows), Problems()
+    parts, evaluated = dataset.split(rows, manifest), dataset.evaluated_rows(rows, manifest)
+    has_head = dataset.shape_of(rows[0]) == "enron"
+    held = (parts.head if has_head else list(range(n)))[: config.eval_rows]
+    train = parts.train
+    if config.train_rows is not None:
+        if config.train_rows > n:
+            raise UserError(f"--train_rows {config.train_rows}: {path} has only {n} rows")
+        train = list(range(n - config.train_rows, n))
+    if len(held) < config.eval_rows:
+        problems.add(f"--eval_rows {config.eval_rows}: only {len(held)} rows of {path} are held out of training")
+    if not has_head:
+        if config.train_rows is None:
+            train = [index for index in train if index >= len(held)]
+        elif set(train) & set(held):
+            problems.add(
+                f"--eval_rows {config.eval_rows} and --train_rows {config.train_rows} share rows of {path} ({n} rows)"
+            )
+    if not train:
+        problems.add(f"{path}: no row is left to train on")
+    overlap = sorted(set(train) & set(evaluated))
+    if overlap and not config.allow_overlap:
+        problems.add(
+            f"{path}: {len(overlap)} of the {len(train)} training rows (first: row {overlap[0]}) are evaluated "
+            "elsewhere; choose fewer --train_rows, or pass --allow_overlap"
+        )
+    problems.check()
+    return train, held
+
+
+def boundaries(path, rows: list[dict], indices: list[int]) -> None:
+    """UserError naming the first rows without a prompt part (--loss_on completion needs one)."""
+    bare = [index for index in indices if dataset.row_text(rows[index])[1] is None]
+    if bare:
+        more = f" (and {len(bare) - 1} more)" if len(bare) > 1 else ""
+        raise UserError(
+            f"--loss_on completion: {path}: row {bare[0]}{more} has no prompt part; train on all, or give rows with one"
+        )
+
+
+@dataclass
+class Plan:
+    """Everything decided from the arguments and files alone. `start`: 'new', 'resume' or 'finished'."""
+
+    ref: models.ModelRef
+    input: Path
+    tag: str
+    folder: Path
+    tokenizer: object
+    indices: list[int]  # of the training rows in the input file
+    texts: list[str]  # theirs
+    train: list[Row]
+    held: list[Row]
+    sequences: list[list[int]]
+    global_batch: int
+    max_length: int
+    start: str
+    world_size: int
+    privacy: dp_plan.Privacy | None
+    n_trainable: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.privacy.steps_per_epoch if self.privacy else math.ceil(len(self.sequences) / self.global_batch)
+
+    @property
+    def private(self) -> Path:
+        """Where a DP run keeps what would undo its noise, while it runs."""
+        return self.folder / "private"
+
+
+def make_plan(config: TrainConfig) -> Plan:
+    """Check every argument and file, tokenise the rows, look at the run directory. UserError with all problems."""
+    problems = Problems()
+    distributed.check_environment(problems)
+    if config.optimizer != TrainConfig.optimizer:  # checking a default imports torch before a missing file is told
+        problems.absorb(optimizer_class, config)
+    problems.absorb(tracker_classes, config.report_to)
+    if config.peft_type == "pissa" and config.lora_dropout:
+        problems.add(f"--lora_dropout {config.lora_dropout}: PiSSA is trained without dropout; leave the flag out")
+    if config.device_map and config.distribution_type != "mp":
+        problems.add(f"--device_map {config.device_map}: only with --distribution_type mp")
+    if config.run_name and not re.fullmatch(r"\w[\w.+=-]*", config.run_name):
+        problems.add(f"--run_name {config.run_name!r}: letters, digits and . + = _ - only, no sign first")
+    size = os.environ.get("WORLD_SIZE", "1")
+    world_size = int(size) if size.isdigit() else 1
+    if config.distribution_type == "mp" and world_size > 1:
+        problems.add(f"--distribution_type mp: runs as one process, not {world_size}; start it without torchrun")
+    clean_flags = dp_plan.check_flags(config, METRIC_SCHEDULERS, problems)
+    if config.suggest_max_grad_norm and not config.dp:
+        problems.add("--suggest_max_grad_norm: only with --dp")
+    if config.distribution_type == "fsdp" and config.peft_type == "full" and config.dtype == "float16":
+        problems.add("--dtype float16: full fine-tuning under fsdp has no loss scaling here; use bfloat16 or float32")
+
+    path, chosen, folder, tag = dataset.default_dataset(config.input), None, None, None
+    rows = problems.absorb(dataset.read_rows, path)
+    manifest = problems.absorb(dataset.read_manifest, path)
+    if rows:
+        if problems.absorb(dataset.validate, path, rows):
+            chosen = problems.absorb(choose_rows, config, path, rows, manifest)
+        tag = dataset.data_tag(path, manifest)
+        folder = run_folder(config, tag)
+        cli.check_writable(folder, problems, "--output_root")
+    if chosen and config.loss_on == "completion":
+        problems.absorb(boundaries, path, rows, chosen[0] + chosen[1])
+    global_batch = config.per_device_batch_size * config.gradient_accumulation_steps * world_size
+    spending = None
+    if config.dp and chosen and clean_flags:
+        spending = problems.absorb(dp_plan.make_privacy, config, path, rows, chosen[0])
+    if spending:
+        global_batch = spending.logical_batch
+    steps = math.ceil(len(chosen[0]) / global_batch) * config.epochs if chosen else 1
+    if (config.scheduler, config.scheduler_kwargs) != (TrainConfig.scheduler, TrainConfig.scheduler_kwargs):
+        problems.absorb(check_scheduler, config, steps)
+    public = problems.absorb(dataset.read_rows, config.suggest_max_grad_norm) if config.suggest_max_grad_norm else None
+    if public and rows and results.sha256(config.suggest_max_grad_norm) == results.sha256(path):
+        problems.add(
+            f"--suggest_max_grad_norm {config.suggest_max_grad_norm}: is the private --input; name a public file"
+        )
+    ref, tokenizer = models.look_up(problems, config.model, config.revision)
+    if ref and ref.adapter:
+        problems.add(f"--model {config.model}: is an adapter; merge it into its base first (merge_peft.py)")
+    state = (config, ref, folder, path, global_batch, world_size, spending)
+    start = problems.absorb(run_state, *state) if ref and folder and (spending or not config.dp) else None
+    architecture = None
+    if tokenizer:
+        from transformers import AutoConfig
+
+        architecture = AutoConfig.from_pretrained(ref.base, revision=ref.revision)
+    if architecture and config.peft_type != "full":
+        problems.absorb(check_targets, config.target_modules, architecture)
+    problems.check()
+    if public:
+        rows, chosen = public, (list(range(len(public)))[:PUBLIC_ROWS], [])
+
+    max_length = min(config.max_length, models.context_length(SimpleNamespace(config=architecture)))
+    limit = models.rope_limit(architecture)
+    if limit and max_length > limit:
+        raise UserError(
+            f"--max_length {max_length}: {architecture.model_type} changes its rotary embedding beyond {limit} tokens, "
+            f"for shorter rows of the same batch too; give --max_length {limit}"
+        )
+    models.check_rope(architecture, max_length)
+    train = encode([rows[index] for index in chosen[0]], tokenizer, max_length, config.loss_on)
+    held = encode([rows[index] for index in chosen[1]], tokenizer, max_length, config.loss_on)
+    if not sum(row.labels for row in train):
+        raise UserError(f"{path}: no token is left to learn from at --max_length {max_length}; raise it")
+    highest = max(max(row.ids) for row in train + held)
+    vocabulary = architecture.get_text_config().vocab_size
+    if highest >= vocabulary:
+        raise UserError(
+            f"--model {config.model}: its tokenizer gives id {highest}, the model knows ids below {vocabulary}"
+        )
+    sequences = pack(train, max_length) if config.packing else [[index] for index in range(len(train))]
+    n_trainable = count_trainable(config, architecture) if config.dp else 0
+    return Plan(
+        ref=ref,
+        input=path,
+        tag=tag,
+        folder=folder,
+        tokenizer=tokenizer,
+        indices=chosen[0],
+        texts=[dataset.row_text(rows[index])[0] for index in chosen[0]],
+        train=train,
+        held=held,
+        sequences=sequences,
+        global_batch=global_batch,
+        max_length=max_length,
+        start=start,
+        world_size=world_size,
+        privacy=spending,
+        n_trainable=n_trainable,
+    )
+
+
+def run_state(
+    config: TrainConfig, ref, folder: Path, path: Path, global_batch: int, world_size: int, spending=None
+) -> str:
+    """'new', 'resume' or 'finished', from run.json in the run directory. UserError when its arguments, its input or the
+    base's weights differ.
+
+    `spending`, the plan of a DP run, must be the one that its steps were drawn and accounted with.
+    """
+    file = folder / "run.json"
+    if not file.is_file():
+        return "new"
+    record = results.read_json(file, f"remove {folder}")
+    check_record(file, record)
+    finished = record["status"] == "ok"
+    if not finished and not config.resume:
+        return "new"
+    now = cli.plain(vars(config)) | {"global_batch": global_batch, "input's content": results.sha256(path)}
+    then = record["args"] | {"global_batch": record["global_batch"], "input's content": record["inputs"][0]["sha256"]}
+    same_input = trained.input_is(folder, record, results.sha256(path))
+    if same_input is None:
+        raise UserError(
+            f"{folder}: has lost its {trained.FILE}, without which --input cannot be compared with what the run read; "
+            "put it back, or set --run_name"
+        )
+    if same_input:
+        now["input's content"] = then["input's content"]
+    if record.get("base_sha256"):
+        now["base's weights"], then["base's weights"] = models.weights_sha256(ref), record["base_sha256"]
+    keys = sorted((set(now) | set(then)) - set(FREE_ARGUMENTS))
+    different = [f"--{key} {then.get(key)} there, {now.get(key)} here" for key in keys if now.get(key) != then.get(key)]
+    if spending and not finished:
+        different += spending.differences(record["privacy"])
+        if record["world_size"] != world_size:
+            different.append(f"processes {record['world_size']} there, {world_size} here")
+        if checkpoints(folder) and not (folder / "private" / "training_state.pt").is_file():
+            raise UserError(
+                f"{folder}: has checkpoints but no longer the state to resume from; start over without --resume, and "
+                "add the ε of these checkpoints to the new run's if anyone has seen them"
+            )
+    if different:
+        kind = "a finished run" if finished else "an unfinished run (--resume)"
+        raise UserError(f"{folder}: holds {kind} with other arguments ({'; '.join(different)}); set --run_name")
+    return "finished" if finished else "resume"
+
+
+def check_record(file: Path, record: dict) -> None:
+    """UserError unless a run.json has what run_state reads, in its types."""
+    kinds = {"status": str, "args": dict, "global_batch": int, "inputs": list, "world_size": int}
+    if isinstance(record.get("args"), dict) and record["args"].get("dp"):
+        kinds["privacy"] = dict
+    wrong = [key for key, kind in kinds.items() if not isinstance(record.get(key), kind)]
+    inputs = record.get("inputs")
+    if isinstance(inputs, list) and not (inputs and isinstance(inputs[0], dict) and inputs[0].get("sha256")):
+        wrong.append("inputs")
+    if wrong:
+        raise UserError(f"{file}: damaged, no usable {', '.join(wrong)} in it; remove {file.parent}")
+
+
+def describe(config: TrainConfig, plan: Plan) -> list[str]:
+    """The plan in words, a line each."""
+    tokens = sum(len(row.ids) for row in plan.train)
+    labels = sum(row.labels for row in plan.train)
+    kind = f"{config.peft_type}, {config.distribution_type}"
+    epochs = f"steps        {plan.steps_per_epoch} an epoch × {config.epochs} epochs"
+    lines = [
+        f"model        {plan.ref.base}, {kind} on {plan.world_size} process(es)",
+        f"data         {plan.input} ({plan.tag}): {len(plan.train)} rows to train on, {len(plan.held)} held out",
+        f"tokens       {tokens} an epoch, {labels} of them predicted; at most {plan.max_length} a row",
+        f"{epochs}, global batch {plan.global_batch}",
+        f"directory    {plan.folder}",
+    ]
+    if plan.privacy:
+        lines[3:4] = [
+            f"{epochs}, {plan.global_batch} units expected",
+            *dp_plan.describe(plan.privacy, config.epochs, plan.n_trainable),
+        ]
+        if tracker_classes(config.report_to):
+            lines.append(
+                f"trackers     {config.report_to}: the losses and counts of single steps sent there are outside ε"
+            )
+    if config.packing:
+        lines.insert(3, f"packing      {len(plan.train)} rows in {len(plan.sequences)} sequences")
+    if special := models.special_tokens_in(plan.tokenizer, plan.texts):
+        lines.insert(3, f"             {models.special_tokens_note(special)}")
+    empty = sum(row.labels == 0 for row in plan.train)
+    if empty:
+        lines.insert(
+            3, f"             {empty} rows have nothing to predict (cut off before their completion, or empty)"
+        )
+    return lines
+
+
+def unfinished(plan: Plan) -> dict:
+    """The run.json of the unfinished run that is resumed; {} of a new run."""
+    return results.read_json(plan.folder / "run.json", f"remove {plan.folder}") if plan.start == "resume" else {}
+
+
+def chosen_dtype(config: TrainConfig, plan: Plan, world, earlier: dict):
+    """The torch dtype of --dtype on this machine; UserError when the run cannot go on, or be private, in it."""
+    dtype = models.resolve_dtype(config.dtype, world.device)
+    name = str(dtype).removeprefix("torch.")
+    if plan.privacy and name == "float16":
+        raise UserError("--dtype auto: this GPU has no bfloat16; --dp needs --dtype float32 there")
+    if earlier.get("dtype", name) != name:
+        raise UserError(
+            f"--dtype {config.dtype}: is {name} on this machine; the unfinished run is in {earlier['dtype']}"
+        )
+    return dtype

@@ -1,0 +1,176 @@
+"""Guards of a run: what was saved is what is in memory, and what --dp and --packing rely on holds on this model."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.cli import UserError
+from training.batches import Row
+from training.checkpoint import weights
+from training.model import adapter_state, effective_weight, lora_layers
+
+if TYPE_CHECKING:
+    from training.dp_trainer import DPTrainer
+    from training.trainer import Trainer
+
+PROBE_ROWS, PROBE_TOKENS = 4, 128
+
+
+def check_examples(trainer: "DPTrainer") -> None:
+    """RuntimeError unless per-example gradients of random tokens are those of one row at a time by plain autograd.
+
+    Reads no data. B matrices that start at zero are moved for the occasion, else A's gradients would all be zero.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(len(trainer.plan.tokenizer), (n,), generator=generator).tolist() for n in (7, 12, 9)]
+    rows, examples = [Row(one, 1) for one in ids], trainer.examples
+    kept = {name: item.detach().clone() for name, item in examples.named.items() if ".lora_B." in name}
+    trainer.model.eval()
+    with torch.no_grad():
+        for name in kept:
+            item = examples.named[name]
+            item.add_(0.02 * torch.randn(item.shape, generator=generator).to(item.device))
+    examples.begin(len(rows))
+    with examples.of(list(range(len(rows)))):
+        trainer.record_losses(rows).sum().backward()
+    found, exact = examples.gradients, trainer.dtype == torch.float32
+    for place, row in enumerate(rows):
+        with examples.off():
+            trainer.record_losses([row]).sum().backward()
+        missed = size = 0.0
+        for name, item in examples.named.items():
+            alone = torch.zeros_like(item) if item.grad is None else item.grad
+            here = found[name][place] if name in found else torch.zeros_like(item)
+            if exact and not (here - alone).abs().max() <= 1e-3 * max(float(alone.abs().max()), 1e-8):
+                raise RuntimeError(f"--dp: {name}: its per-example gradient is wrong on this model; not supported")
+            missed += float((here - alone).double().square().sum())
+            size += float(alone.double().square().sum())
+            item.grad = None
+        # in half precision a small matrix may differ by half of its gradient: only the whole one is compared
+        if not missed**0.5 <= 0.1 * max(size**0.5, 1e-8):
+            raise RuntimeError("--dp: its per-example gradient is wrong on this model; not supported")
+    with torch.no_grad():
+        for name, before in kept.items():
+            examples.named[name].copy_(before)
+    examples.begin(0)
+    trainer.model.train()
+
+
+def check_packing(trainer: "Trainer") -> None:
+    """UserError unless two rows of random tokens in one sequence lose what each loses alone: a model that has its
+    own idea of what a position sees (windows, ALiBi, a state) does not keep them apart."""
+    import torch
+
+    generator, length = torch.Generator().manual_seed(0), trainer.plan.max_length
+    sizes = (max(2, 2 * length // 3), max(2, length - 2 * length // 3))
+    ids = [torch.randint(len(trainer.plan.tokenizer), (n,), generator=generator).tolist() for n in sizes]
+    rows, tolerance = [Row(one, 1) for one in ids], 1e-3 if trainer.dtype == torch.float32 else 0.1
+    refused = UserError("--packing: this model does not keep the rows of a sequence apart; leave it out")
+    trainer.model.eval()
+    with torch.no_grad():
+        alone = torch.cat([trainer.nll(trainer.batch([row], [[0]], packed=False)) for row in rows])
+        try:
+            together = trainer.nll(trainer.batch(rows, [[0, 1]]))
+        except (TypeError, ValueError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise refused from None
+    trainer.model.train()
+    if not (together - alone).abs().mean() <= tolerance * alone.abs().mean():
+        raise refused
+
+
+def probe(trainer: "Trainer"):
+    """Logits (float32, on the CPU) of a few training rows, dropout off."""
+    import torch
+
+    rows = [Row(row.ids[:PROBE_TOKENS], 1) for row in trainer.plan.train[:PROBE_ROWS]]
+    batch = trainer.batch(rows, [[index] for index in range(len(rows))])
+    trainer.model.eval()
+    with torch.no_grad(), trainer.autocast():
+        logits = trainer.model(input_ids=batch["input_ids"], use_cache=False).logits.float().cpu()
+    trainer.model.train()
+    return logits
+
+
+def check_saved(trainer: "Trainer", folder: Path) -> None:
+    """RuntimeError unless the weights saved in `folder` moved and give the logits of the model in memory.
+
+    LoRA and DoRA: the live adapter is zeroed and filled again from the file. PiSSA: the file, which fits the
+    original base, is attached beside the initial adapter on the residual base. Whole models: tensors are compared.
+    """
+    import torch
+
+    if trainer.full:
+        check_saved_model(trainer, folder)
+        return
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    trained, before = adapter_state(trainer.model), probe(trainer)
+    moved = any(not torch.equal(trained[name], trainer.initial[name]) for name in trained)
+    if trainer.count["updates"] and not moved:
+        raise RuntimeError(
+            f"{folder}: the adapter is what it was before training, after {trainer.count['updates']} steps"
+        )
+    if trainer.config.peft_type == "pissa":
+        after = probe_converted(trainer, folder)
+    else:
+        zeros = {name: torch.zeros_like(tensor) for name, tensor in trained.items()}
+        set_peft_model_state_dict(trainer.model, zeros)
+        set_peft_model_state_dict(trainer.model, load_file(folder / "adapter_model.safetensors"))
+        after = probe(trainer)
+    worst, scale = (after - before).abs().max().item(), before.abs().max().item()
+    bound = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}[trainer.dtype]
+    if not worst <= bound * max(scale, 1.0):
+        raise RuntimeError(f"{folder}: reloaded, its logits differ from the model in memory by {worst:.2g}")
+
+
+def probe_converted(trainer: "Trainer", folder: Path):
+    """Logits of residual base + initial adapter + the saved, converted adapter."""
+    trainer.model.load_adapter(folder, adapter_name="reloaded")
+    trainer.model.load_adapter(trainer.plan.folder / "initial_adapter", adapter_name="initial")
+    trainer.model.base_model.set_adapter(["initial", "reloaded"])
+    after = probe(trainer)
+    trainer.model.base_model.set_adapter("default")
+    trainer.model.delete_adapter("reloaded")
+    trainer.model.delete_adapter("initial")
+    return after
+
+
+def check_saved_model(trainer: "Trainer", folder: Path) -> None:
+    import torch
+    from safetensors import safe_open
+
+    if trainer.count["updates"] and fingerprint(trainer) == trainer.initial:
+        raise RuntimeError(
+            f"{folder}: the model is what it was before training, after {trainer.count['updates']} steps"
+        )
+    live, compared = weights(trainer), 0
+    for file in folder.glob("*.safetensors") if trainer.world.main else ():
+        with safe_open(file, "pt") as saved:
+            for name in set(saved.keys()) & set(live):
+                compared += 1
+                if not torch.equal(saved.get_tensor(name), live[name]):
+                    raise RuntimeError(f"{folder}: {name} differs from the model in memory")
+    if trainer.world.main and not compared:
+        raise RuntimeError(f"{folder}: none of the model's weights are in it")
+
+
+def fingerprint(trainer: "Trainer") -> list[float]:
+    """Sum of squares of every trainable parameter (over all ranks, where it is sharded)."""
+    sums = [parameter.detach().double().square().sum() for parameter in trainer.trainable]
+    return [float(item.full_tensor() if trainer.sharded else item) for item in sums]
+
+
+def relative_change(trainer: "Trainer") -> float | None:
+    """‖ΔW‖ / ‖W‖ (Frobenius, all adapted matrices together): trained against untrained. None for whole models."""
+    if trainer.full:
+        return None
+    trained, change, total = adapter_state(trainer.model), 0.0, 0.0
+    for name, layer in lora_layers(trainer.model).items():
+        before, after = (effective_weight(layer, name, state) for state in (trainer.initial, trained))
+        change += (after - before).square().sum().item()
+        total += before.square().sum().item()
+    return (change / total) ** 0.5
