@@ -4,6 +4,7 @@ FROM ${BASE}
 ENV PIP_BREAK_SYSTEM_PACKAGES=1 PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 WORKDIR /app
 COPY requirements.txt .
-RUN pip install --no-cache-dir --requirement requirements.txt
+RUN grep -v '^-e' requirements.txt > pins.txt && pip install --no-cache-dir --requirement pins.txt
 COPY . .
+RUN pip install --no-cache-dir --no-deps --editable .
 CMD ["python", "quickstart.py"]

@@ -15,8 +15,6 @@ import sys
 import traceback
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 import measure_purified
 from common import cli, dataset, distributed, models, results
 from mia import mia

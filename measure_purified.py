@@ -16,8 +16,6 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 from common import cli, dataset, distributed, models, results, stats
 from data.generation import encode_prompt
 from extraction import prompts

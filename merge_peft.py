@@ -11,8 +11,6 @@ not at all, and prints ‖ΔW‖/‖W‖ over the adapted matrices.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 from common import cli, models, results
 from common.cli import Problems
 

@@ -17,8 +17,6 @@ import csv
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 from common import cli, results
 
 OURS = "run_plot_results.json"

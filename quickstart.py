@@ -19,8 +19,6 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 import plot_results
 from common import cli, results
 from studies import mail, privacy, reviews

@@ -35,9 +35,6 @@ from the data and are not covered by ε; do not publish them with the model.
 """
 
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from common import cli
 from training.config import SEED, TrainConfig

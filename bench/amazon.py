@@ -18,11 +18,9 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 from common import cli
 
+ROOT = Path(__file__).resolve().parents[1]
 GOAL_RATIO = 3
 GOAL_BYTES = 2e9
 PANDAS = """

@@ -16,9 +16,6 @@ about 0.5 % at 2,000 runs.
 """
 
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import cli, stats
 

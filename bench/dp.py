@@ -21,12 +21,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 from bench.inputs import make_model
 from common import cli
 
+ROOT = Path(__file__).resolve().parents[1]
 WAYS = ("plain", "dp", "opacus")
 TARGET = 1.15
 

@@ -22,11 +22,9 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 from common import cli
 
+ROOT = Path(__file__).resolve().parents[1]
 GOAL = 3000  # messages/s on two cores
 WORDS = 400
 PEOPLE = 5000

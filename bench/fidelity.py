@@ -18,11 +18,9 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 from common import cli, dataset
 
+ROOT = Path(__file__).resolve().parents[1]
 GOAL = 180  # seconds without embedding and MAUVE
 PARTS = {"without embedding and MAUVE": ("embedding", "mauve"), "without MAUVE": ("mauve",), "whole": ()}
 

@@ -27,12 +27,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 from bench.inputs import TEMPERATURES, build_prompts, mail_lengths, mail_rows
 from common import cli
 
+ROOT = Path(__file__).resolve().parents[1]
 WORKERS = ("sweep", "score", "run_peft", "bare", "trl", "dp")
 TOKENIZER = ROOT / "data" / "embedded" / "mini-pythia"
 

@@ -15,9 +15,6 @@ peer's logits, so it needs several times the memory that is printed for them: lo
 import statistics
 import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import cli
 

@@ -18,9 +18,6 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.inputs import TEMPERATURES, build_prompts
 from common import cli

@@ -23,12 +23,10 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 from bench.inputs import mail_lengths, mail_rows, make_model
 from common import cli
 
+ROOT = Path(__file__).resolve().parents[1]
 TARGETS = {"dynamic": 1.0, "padded": 3.0}
 NAMES = {"ours": "run_peft.py", "dynamic": "trl, dynamic padding", "padded": "trl, padded to {}"}
 

@@ -20,8 +20,6 @@ import random
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from canary import canaries
 from common import cli, dataset, results, reviews
 

@@ -32,8 +32,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from canary.canaries import Space
 from common import cli, dataset, distributed, models, results, reviews, stats, trained
 from common.distributed import progress_bar

@@ -72,6 +72,7 @@ class Parser(argparse.ArgumentParser):
         self.defaults = {field.name: field.default for field in dataclasses.fields(config)} if config else {}
         self._problems: list[str] = []
         self._flags: list[str] = []
+        self._required: dict[str, str] = {}
         self._group: Any = None
         epilog = "example:\n" + textwrap.indent(textwrap.dedent(example).strip(), "  ")
         shown = argparse.RawDescriptionHelpFormatter
@@ -103,6 +104,8 @@ class Parser(argparse.ArgumentParser):
         if options.get("action") not in ("help", "version") and "(default:" not in options.get("help", ""):
             options["help"] = f"{options.get('help', '')} (default: %(default)s)".strip()
         self._flags += [flag for flag in flags if flag.startswith("--")]
+        if options.pop("required", False):  # told by parse_args, with everything else
+            self._required[name] = "/".join(flags)
         return self._group.add_argument(*flags, **options) if self._group else super().add_argument(*flags, **options)
 
     def _collecting(self, flags, kind, choices, default):
@@ -131,6 +134,8 @@ class Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(extra.partition("=")[0], self._flags, 1) if extra[:2] == "--" else []
             hint = f"did you mean {near[0]}?" if near else "see --help"
             self._problems.append(f"{extra}: unknown argument ({hint})")
+        if missing := [flag for name, flag in self._required.items() if getattr(parsed, name) is None]:
+            self._problems.append(f"the following arguments are required: {', '.join(missing)}")
         if self._problems:
             raise UserError(*dict.fromkeys(self._problems))
         del parsed.config

@@ -25,7 +25,8 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # else `fidelity` would be this file, not its folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common import cli, distributed, models, results, reviews
 from common.distributed import progress_bar

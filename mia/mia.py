@@ -23,7 +23,8 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # else `mia` would be this file, not its folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common import cli, dataset, distributed, models, results
 from common import trained as trained_rows

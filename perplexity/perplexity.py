@@ -19,7 +19,8 @@ import traceback
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # else `perplexity` would be this file, not its folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common import cli, dataset, distributed, models, results
 from common.distributed import progress_bar

@@ -14,10 +14,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun gives its ranks: su
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+os.environ["PYTHONPATH"] = str(ROOT)  # scripts run as programs find the folders beside these tests, installed or not
+
+import pytest
 
 ARCHITECTURES = ("neox", "opt", "llama")
 COMPANIES = ("hartwell.example", "norbeck.example", "quillan.example")

@@ -186,7 +186,6 @@ def sweep(root: Path, script: str, words: list[str], at: list[float] | None) -> 
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     job = json.loads(sys.stdin.read())
     answer = sweep(Path(job["root"]), job["script"], job["words"], job["at"])
     print(json.dumps(answer))

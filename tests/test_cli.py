@@ -17,7 +17,8 @@ MEASURE = {
 }  # fmt: skip
 FLAGS = {
     "run_peft.py": MODEL | {
-        "-m", "--model", "-i", "--input", "-pdbs", "--per_device_batch_size", "-gas", "--gradient_accumulation_steps",
+        "-m", "--model", "-i", "--input", "--data", "--num_rows", "--output_dir", "-pdbs", "--per_device_batch_size",
+        "-gas", "--gradient_accumulation_steps",
         "-w", "--warmup_steps", "-e", "--epochs", "-lr", "--learning_rate", "-l", "--logging_steps", "-opt",
         "--optimizer", "-wd", "--weight_decay", "-s", "--scheduler", "--scheduler_kwargs", "-dt",
         "--distribution_type", "-pt", "--peft_type", "--output_root", "--run_name", "--train_rows", "--eval_rows",
@@ -37,7 +38,7 @@ FLAGS = {
     "mia/mia.py": MODEL | {
         "--model", "--dir", "--base_model", "--members", "--nonmembers", "--text_field", "--attacks", "--ref_model",
         "--prefix_file", "--neighbor_model", "--freq_corpus", "--max_length", "--max_samples", "--token_budget",
-        "--bootstrap", "--combine", "--output_dir", "--config",
+        "--bootstrap", "--combine", "--output_dir",
     },
     "quickstart.py": MODEL | {
         "-m", "--model", "-d", "--dataset", "--outsiders", "--output", "-lr", "--learning_rate", "-e", "--epochs",
@@ -112,10 +113,10 @@ def test_help_shows_the_frozen_flags_and_loads_nothing_heavy(script):
     help_text = done.stdout
     flags = set(re.findall(r"(?:^|[\s,])(--?[a-z][a-z_]*)", help_text.split("options:")[1].split("example:")[0]))
     listed = {flag for flag in flags if re.search(rf"^  (?:.*, )?{flag}\b", help_text, re.M)} - {"-h", "--help"}
-    assert listed == FLAGS[script]
+    assert listed == FLAGS[script] | {"--config", "--version"}
     assert "example:\n" in help_text
-    options = re.split(r"\n  (?=-)", help_text.split("options:")[1].split("\nexample:")[0])[1:]
-    silent = [option.split()[0] for option in options if "(default:" not in option and "--help" not in option]
+    options = re.split(r"\n  (?=-)", help_text.split("options:")[1].split("\nexample:")[0])[3:]
+    silent = [option.split()[0] for option in options if "(default:" not in option]
     assert silent == []
 
 
@@ -269,7 +270,7 @@ def test_quickstart_study_reviews_in_small(tmp_path):
     """Every step of System S on 100 training rows; killed and run again it keeps what stands; the table is complete."""
     driver = tmp_path / "small.py"
     driver.write_text(
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import sys\n"
         "import quickstart\nfrom common import cli\nfrom studies import reviews\n"
         "reviews.PUBLIC, reviews.PUBLIC_EPOCHS, reviews.REVIEWS, reviews.PRODUCTS = 60, 1, 500, 30\n"
         "reviews.TRAIN, reviews.TEST, reviews.LADDER, reviews.CANARIES, reviews.AUDIT = 100, 45, (1, 4), 2, 20\n"
@@ -307,3 +308,53 @@ def test_quickstart_study_reviews_in_small(tmp_path):
     assert "built again" not in again.stdout
     assert again.returncode == 0 and (out / "summary.md").read_text(encoding="utf-8") == table, again.stderr[-2000:]
     assert len(made) == 3 and len({path.name for path in out.glob("public-base/*-dp-*/*/checkpoint-*")}) == 1, made
+
+
+@pytest.mark.parametrize("script", ["run_peft.py", "mia/mia.py", "data/enron/prepare.py"])
+def test_version_and_a_hint_for_a_mistyped_flag(script):
+    import common
+
+    done = run_script(script, "--version")
+    assert (done.returncode, done.stdout) == (0, f"{script.split('/')[-1]} {common.__version__}\n")
+    done = run_script(script, "--sed", "3")
+    assert done.returncode == 2 and "--sed: unknown argument (did you mean --seed?)" in done.stderr
+
+
+def test_configuration_files(tmp_path):
+    """The same keys as the flags, in YAML or JSON; flags win; problems of both are told at once; the file is frozen."""
+    import run_peft
+    from training.config import TrainConfig
+
+    file = tmp_path / "lora.yaml"
+    file.write_text("epochs: 2\nlearning_rate: 1e-4\ntarget_modules: [q_proj, v_proj]\npacking: true\nresume: false\n")
+    found = run_peft.make_parser().parse_args(["--config", str(file), "-e", "3"])
+    wanted = TrainConfig(epochs=3, learning_rate=1e-4, target_modules=("q_proj", "v_proj"), packing=True)
+    assert found == wanted
+    with pytest.raises(AttributeError):
+        found.epochs = 1
+    (tmp_path / "lora.json").write_text('{"epochs": 2, "max_grad_norm": "inf"}')
+    found = run_peft.make_parser().parse_args(["--config", str(tmp_path / "lora.json")])
+    assert found == TrainConfig(epochs=2, max_grad_norm=float("inf"))
+    file.write_text("epoch: 2\nlora_r: none\nmodel: {a: 1}\n")
+    done = run_script("run_peft.py", "--config", file, "--epochs", "0")
+    assert done.returncode == 2 and done.stderr.splitlines() == [
+        f"--config {file}: unknown key 'epoch' (did you mean epochs?)",
+        f"--config {file}: model: a value or a list was expected",
+        "--lora_r: must be a whole number, got 'none'",
+        "--epochs: must be 1 or more, got 0",
+    ]
+    for text, words in (("- a\n", "keys with values"), ("a: [\n", "not YAML")):
+        file.write_text(text)
+        done = run_script("run_peft.py", "--config", file)
+        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_every_field_of_a_configuration_is_a_flag():
+    from dataclasses import fields
+
+    import run_peft
+    from training.config import TrainConfig
+
+    with_all = vars(run_peft.make_parser().parse_args([]))
+    assert set(with_all) == {field.name for field in fields(TrainConfig)}
+    assert run_peft.make_parser().parse_args([]) == TrainConfig()

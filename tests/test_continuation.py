@@ -12,7 +12,7 @@ import run_peft
 from common import dataset as data_files
 from common.cli import UserError
 from data import generation
-from data.continuation import generate, statistics
+from data.continuation import generate, text_statistics
 
 QUICK = ["--max_tokens", "12", "--top_k", "20"]
 
@@ -275,19 +275,19 @@ SENTENCE = st.lists(st.sampled_from(("a", "b", "c", "d")), min_size=0, max_size=
 @given(st.lists(SENTENCE, max_size=12), st.sampled_from((0.3, 0.5, 0.8)))
 def test_near_duplicates_equals_comparing_every_pair(texts, threshold):
     distinct = list(dict.fromkeys(texts))
-    sets = [statistics.shingles(text) for text in distinct]
+    sets = [text_statistics.shingles(text) for text in distinct]
     near = sum(
         any(len(one & other) >= threshold * len(one | other) for other in sets[:index])
         for index, one in enumerate(sets)
     )
-    assert statistics.near_duplicates(texts, threshold) == (len(texts) - len(distinct), near)
+    assert text_statistics.near_duplicates(texts, threshold) == (len(texts) - len(distinct), near)
 
 
 def test_near_duplicates_by_hand():
     base = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
     # 9 runs of 8 words; a change of the last word leaves 8 of 10 in common, of the middle ones 1 or none
     texts = [base, base.upper() + "\n", base.replace("sixteen", "end"), base.replace("eight", "x"), "short", "short "]
-    assert statistics.near_duplicates(texts) == (2, 1)
+    assert text_statistics.near_duplicates(texts) == (2, 1)
 
 
 def test_address_counts_by_hand():
@@ -297,4 +297,4 @@ def test_address_counts_by_hand():
         "<bob@norbeck.example>",
     ]
     wanted = {"ann.lee@hartwell.example", "bob@norbeck.example", "eve@norbeck.example"}
-    assert statistics.address_counts(texts, wanted) == {"addresses": 2, "rows": 2, "occurrences": 3}
+    assert text_statistics.address_counts(texts, wanted) == {"addresses": 2, "rows": 2, "occurrences": 3}

@@ -20,7 +20,6 @@ from training.run import run as fine_tune
 
 SCRIPT = """
 import json, os, signal, sys
-sys.path.insert(0, {root!r})
 import run_peft
 from common import distributed
 from training import model as training_model
@@ -188,7 +187,6 @@ def test_two_ranks_stop_together_and_resume(models, dataset, tmp_path):
 ALONE = """
 import sys
 from datetime import timedelta
-sys.path.insert(0, {root!r})
 from common import cli, distributed
 distributed.MEETING = timedelta(seconds={seconds})
 def main():

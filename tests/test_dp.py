@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import ARCHITECTURES, ROOT, make_rows, read_lines, write_manifest, write_rows
+from conftest import ARCHITECTURES, make_rows, read_lines, write_manifest, write_rows
 
 import run_peft
 from common.cli import UserError
@@ -589,9 +589,8 @@ def test_killed_and_resumed_is_the_unbroken_run(models, dataset, tmp_path, kind)
         words[words.index("--lora_dropout") : words.index("--lora_dropout") + 2] = []
     script = tmp_path / "killed.py"
     script.write_text(
-        f"""
+        """
 import os, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
 import run_peft
 from training.trainer import Trainer
 step = Trainer.step

@@ -16,7 +16,7 @@ from email.message import EmailMessage
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, make_tokenizer, read_lines, run_script
+from conftest import make_tokenizer, read_lines, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -961,7 +961,7 @@ def test_links_pipes_and_a_line_without_an_end(tmp_path):
 def test_workers_end_when_their_run_is_killed(tmp_path):
     """The builder's own workers, waiting for work: without the check they would wait for ever."""
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import sys\n"
         "from data.enron import prepare\n"
         "import os, time\n"
         "def work(number):\n"

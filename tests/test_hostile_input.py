@@ -10,7 +10,7 @@ from conftest import make_rows, write_rows
 
 from common import cli, dataset, results, reviews, strict_json
 from common.cli import UserError
-from data.continuation.statistics import address_counts
+from data.continuation.text_statistics import address_counts
 from data.self_instruct import filters
 from extraction import metrics
 from fidelity.metrics import count_sentences, words

@@ -423,10 +423,7 @@ def test_kill_and_run_again(adapters, sets, tmp_path):
     """kill -9 once a round stands on disk; the next run takes that round from the cache and scores the rest."""
     members, nonmembers = sets
     driver = tmp_path / "rounds.py"
-    driver.write_text(
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from mia import forward, mia\nforward.ROUND_TOKENS = 200\nsys.exit(mia.main())\n"
-    )
+    driver.write_text("import sys\nfrom mia import forward, mia\nforward.ROUND_TOKENS = 200\nsys.exit(mia.main())\n")
     words = ["--model", adapters["neox", "lora"], "--members", members, "--nonmembers", nonmembers]
     words += ["--attacks", "loss", "ref", "--bootstrap", "50", "--output_dir"]
     command = [sys.executable, driver, *words, tmp_path / "broken"]

@@ -10,14 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-
 from common import results
 from common.cli import UserError
 
+ROOT = Path(__file__).resolve().parents[1]
 HOLDER = """
 import sys, time
-sys.path.insert(0, {root!r})
 from common import cli, results
 def main():
     with results.{lock}(sys.argv[1]):

@@ -371,7 +371,6 @@ FLAGS = ("-lr", "1e-3", "-e", 3, "-l", 3, "--eval_rows", 3)  # 15 steps, dropout
 
 KILLED = """
 import os, signal, sys
-sys.path.insert(0, {root!r})
 import run_peft
 from training.trainer import Trainer
 original = Trainer.step

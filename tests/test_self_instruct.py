@@ -290,7 +290,6 @@ def test_procedure_rows_counts_and_resuming(tiny, tmp_path, monkeypatch):
 
 DRIVER = """
 import re, sys
-sys.path.insert(0, {root!r})
 from data.self_instruct import generate
 real = generate.complete
 def complete(model, tokenizer, prompts, stage, *rest):

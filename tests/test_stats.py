@@ -1,17 +1,13 @@
 """common/stats.py: closed forms by hand, and coverage by simulation at the points where intervals fail."""
 
 import math
-import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from scipy import stats as scipy_stats
 
-from common import stats
-
-sys.path.insert(0, str(ROOT))
 from bench import coverage
+from common import stats
 
 
 def test_no_hit_and_all_hits_are_exact():

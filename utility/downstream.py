@@ -23,8 +23,6 @@ import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from common import cli, dataset, distributed, models, results, reviews
 from common.distributed import progress_bar
 from common.stats import clopper_pearson, mcnemar

@@ -18,8 +18,6 @@ import random
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from common import cli, results, reviews
 
 RECORD = "run_feature_importance.json"

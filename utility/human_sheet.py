@@ -21,8 +21,6 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from common import cli, dataset, results, reviews
 from common.stats import clopper_pearson
 

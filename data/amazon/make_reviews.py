@@ -23,8 +23,6 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from common import cli, dataset, results
 
 RATINGS = {5: 0.63, 4: 0.14, 3: 0.08, 2: 0.05, 1: 0.10}

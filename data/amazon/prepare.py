@@ -37,8 +37,6 @@ from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from common import cli, dataset, results
 
 SPLITS = ("train", "test", "validation")

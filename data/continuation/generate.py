@@ -19,11 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from common import cli, dataset, distributed, results
 from data import generation
-from data.continuation import statistics
+from data.continuation import text_statistics
 
 FIELDS = ("gt-name", "gt-email", "prompt")  # of a row that is not broken
 SAMPLED = ("temperature", "top_k", "max_tokens", "seed")
@@ -186,7 +184,7 @@ def generate(args, task: Task, output: Path, place: results.Output) -> dict:
         for item in made:
             row, more = task.rows[task.asked[item["index"]]], as_columns(task, item)
             rows.append({**row, **more, "text": row["prompt"] + more["generation"] + eos})
-        numbers = statistics.statistics(rows, [task.rows[index] for index in task.head])
+        numbers = text_statistics.statistics(rows, [task.rows[index] for index in task.head])
         record["statistics"], record["dropped"] = numbers, task.dropped
         if world.main:
             with record.files.open(output, "wb", 0o600) as file:
@@ -211,7 +209,7 @@ def generate(args, task: Task, output: Path, place: results.Output) -> dict:
         print(f"{len(rows):>9,}  rows in {output}")
         for reason, count in task.dropped.items():
             print(f"{count:>9,}  rows dropped: {reason}")
-        print(statistics.report(numbers))
+        print(text_statistics.report(numbers))
         print(f"{record['seconds']:.0f} s, {numbers['tokens_total'] / record['seconds']:,.0f} tokens/s")
     world.close()
     return numbers

@@ -23,13 +23,11 @@ import re
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
-
 from common import dataset, results
 from common.cli import Parser, entry, positive_int
 from common.dataset import HEAD_ROWS
 
+HERE = Path(__file__).resolve().parent
 NAME_RULES = {
     "first.last": lambda first, middle, last: f"{first}.{last}",
     "first_last": lambda first, middle, last: f"{first}_{last}",

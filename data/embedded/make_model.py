@@ -21,12 +21,10 @@ import tempfile
 import time
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
-
 from common.cli import Parser, entry, positive_float, positive_int
 from common.results import atomic_folder, write_json
 
+HERE = Path(__file__).resolve().parent
 SIZES = {
     "mini": {"name": "mini-pythia", "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4},
     "xl": {"name": "mini-pythia-xl", "hidden_size": 192, "num_hidden_layers": 5, "num_attention_heads": 4},

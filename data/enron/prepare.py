@@ -35,8 +35,6 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from common import cli, dataset, results
 from data.enron import mail
 

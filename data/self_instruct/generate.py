@@ -21,8 +21,6 @@ from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from common import cli, dataset, distributed, results
 from data import generation
 

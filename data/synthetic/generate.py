@@ -27,8 +27,6 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from common import cli, dataset, distributed, models, results, reviews, trained
 from data import generation
 
