@@ -12,152 +12,175 @@ newest measurement of each temperature, whenever it was made.
 """
 
 import sys
-import traceback
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
-import measure_purified
-from common import cli, dataset, distributed, models, results
-from mia import mia
+from common import cli
+from extraction.config import EvaluateConfig
+from extraction.flags import add_attack_flags
 
 
 def make_parser() -> cli.Parser:
     parser = cli.Parser(
         "Run the extraction attack on every checkpoint-* below a directory.",
         "python evaluate_purified.py --model ./pythia-1.4b --dataset ./data/enron.jsonl",
+        EvaluateConfig,
     )
-    parser.add_argument("-m", "--model", default="./pythia-1.4b", help="directory searched for checkpoint-*")
-    parser.add_argument("-t", "--temp", default="./tempMerged", help="where --save_merged writes merged models")
-    parser.add_argument("--is_opt", action="store_true", help="guess a missing base model's name as facebook/opt-*")
-    parser.add_argument("--base_model", help="base of every adapter, instead of the one its configuration names")
-    parser.add_argument("--save_merged", action="store_true", help="also write each merged model below --temp")
-    parser.add_argument(
-        "--mia",
-        action="store_true",
-        help="also mia/mia.py's core attacks: the training rows of --dataset against its held-out head",
-    )
-    measure_purified.add_measure_flags(parser)
-    cli.add_model_flags(parser)
+    add = parser.add_argument
+    with parser.section("model"):
+        add("-m", "--model", help="directory searched for checkpoint-*")
+        add("--base_model", help="base of every adapter, instead of the one its configuration names")
+        add("--is_opt", action="store_true", help="guess a missing base model's name as facebook/opt-*")
+        cli.add_model_flags(parser)
+    add_attack_flags(parser)
+    with parser.section("output"):
+        add("--save_merged", action="store_true", help="also write each merged model below --temp")
+        add("-t", "--temp", help="where --save_merged writes merged models")
+        add(
+            "--mia",
+            action="store_true",
+            help="also mia/mia.py's core attacks: the training rows of --dataset against its held-out head",
+        )
     return parser
 
 
-def run(args) -> int:
+@dataclass
+class Jobs:
+    """What is left to measure below the directory."""
+
+    refs: dict = field(default_factory=dict)  # checkpoint → ModelRef
+    todo: list[tuple] = field(default_factory=list)  # (ref, checkpoint, partial result file, temperatures missing)
+    n_complete: int = 0
+    failures: dict[str, str] = field(default_factory=dict)  # checkpoint → why it cannot be measured
+
+
+def run(config: EvaluateConfig) -> int:
+    """Measure every checkpoint; 0, or 1 when one failed. UserError with every problem before a model is loaded."""
+    from common import checkpoints, dataset, distributed, results
+    from extraction import measure, task
+
     problems = cli.Problems()
-    args.dataset = dataset.default_dataset(args.dataset)
-    distributed.check_environment(problems, args.device_map)
-    checkpoints = []
-    if not Path(args.model).is_dir():
-        problems.add(f"--model {args.model}: no such directory")
+    config = replace(config, dataset=str(dataset.default_dataset(config.dataset)))
+    distributed.check_environment(problems, config.device_map)
+    found: list[Path] = []
+    if not Path(config.model).is_dir():
+        problems.add(f"--model {config.model}: no such directory")
     else:
-        checkpoints = models.find_checkpoints(args.model)
-        if not checkpoints:
-            problems.add(f"--model {args.model}: no checkpoint-* directory below it")
-        cli.check_writable(args.model, problems, "--model")
-    if args.save_merged:
-        cli.check_writable(args.temp, problems, "--temp")
-        if args.dtype not in ("auto", "float32"):
+        found = checkpoints.find_checkpoints(config.model)
+        if not found:
+            problems.add(f"--model {config.model}: no checkpoint-* directory below it")
+        cli.check_writable(config.model, problems, "--model")
+    if config.save_merged:
+        cli.check_writable(config.temp, problems, "--temp")
+        if config.dtype not in ("auto", "float32"):
             problems.add("--save_merged: merging needs --dtype float32; half precision rounds a small update away")
-        elif args.dtype == "auto":
-            args.dtype = "float32"
-    study, sets, membership = measure_purified.prepare(args, problems), None, None
-    if args.mia:
-        words = ["--dir", args.model, "--members", args.dataset, "--seed", args.seed, "--dtype", args.dtype]
-        membership = mia.make_parser().parse_args([str(word) for word in words])
-        sets = mia.prepare(membership, problems)
+        elif config.dtype == "auto":
+            config = replace(config, dtype="float32")
+    asked = task.prepare(config, problems)
+    membership = sets = None
+    if config.mia:
+        from mia.config import MiaConfig
+
+        from mia.dataset import prepare
+
+        membership = MiaConfig(dir=config.model, members=config.dataset, seed=config.seed, dtype=config.dtype)
+        sets = prepare(membership, problems)
     problems.check()
-    with results.output_folder(args.model, args.dry_run, measure_purified.KEY) as place:
-        return evaluate(args, study, checkpoints, sets, membership, place)
+    with results.output_folder(config.model, config.dry_run, measure.KEY) as place:
+        return evaluate(config, asked, found, membership, sets, place)
 
 
-def merged_folder(args, checkpoint: Path) -> Path:
-    return Path(args.temp) / checkpoint.relative_to(Path(args.model).parent)
+def evaluate(config: EvaluateConfig, asked, found: list[Path], membership, sets, place) -> int:
+    from common import checkpoints, distributed, models, results
+    from extraction import measure
 
-
-def evaluate(args, study, checkpoints: list[Path], sets, membership, place) -> int:
-    import torch
-
-    if not args.dry_run:
-        results.tidy(checkpoints, measure_purified.KEY)
-        for folder in {merged_folder(args, one).parent for one in checkpoints} if args.save_merged else ():
+    if not config.dry_run:
+        results.tidy(found, measure.KEY)
+        for folder in {merged_folder(config, one).parent for one in found} if config.save_merged else ():
             results.remove_leftovers(folder)
-    dtype = str(models.resolve_dtype(args.dtype, "cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype.removeprefix("torch.")
-    failures: dict[str, str] = {}
-    refs: dict = {}  # checkpoint → ModelRef
-    todo: list[tuple] = []  # (base, checkpoint, ref, partial file, temperatures that are missing)
-    skipped = 0
-    for checkpoint in checkpoints:
-        try:
-            ref = models.find_model(str(checkpoint), args.revision, args.base_model, is_opt=args.is_opt)
-            key = measure_purified.model_key(ref) | {"dtype": dtype}
-            found = measure_purified.find_results(checkpoint, study, key, args.save_responses)
-            refs[checkpoint] = ref
-        except cli.UserError as error:
-            failures[str(checkpoint)] = "; ".join(error.problems)
-            continue
-        done = {line["temperature"] for line in measure_purified.newest(found)}
-        missing = [temperature for temperature in args.temperatures if temperature not in done]
-        if missing:
-            todo.append((ref.base, checkpoint, ref, found[-1][0] if found else None, missing))
-        else:
-            skipped += 1
-    if args.dry_run:
-        print(f"{len(checkpoints)} checkpoints: {skipped} complete, {len(todo)} to measure, {len(failures)} unusable")
-        for _, checkpoint, ref, path, missing in todo:
+    jobs = find_jobs(config, asked, found)
+    counts = f"{jobs.n_complete} complete, {len(jobs.todo)} to measure, {len(jobs.failures)} unusable"
+    counts = f"{len(found)} checkpoints: {counts}"
+    if config.dry_run:
+        print(counts)
+        for ref, checkpoint, path, missing in jobs.todo:
             print(f"  {checkpoint} on {ref.base}: temperatures {missing}{f', continuing {path.name}' if path else ''}")
-        return cli.report_failures(failures, True)
+        return cli.report_failures(jobs.failures, True)
 
     world = distributed.start()
-    dtype = models.resolve_dtype(args.dtype, world.device)
-    world.say(f"{len(checkpoints)} checkpoints: {skipped} complete, {len(todo)} to measure, {len(failures)} unusable")
-    run_file = Path(args.model) / "run_evaluate_purified.json"
-    with results.Run(run_file, args, study.inputs, world, place) as record:
-        base = loaded = tokenizer = None
-        for number, (name, checkpoint, ref, path, missing) in enumerate(sorted(todo, key=lambda job: job[0]), 1):
-            world.say(f"[{number}/{len(todo)}] {checkpoint}")
-            try:
-                if name != loaded:
-                    base = loaded = None  # free the last base before the next is loaded
-                    base = models.load_base(ref, dtype, world.device, args.device_map)
-                    loaded = name
-                tokenizer = models.load_tokenizer(ref)
-                with models.adapted(base, ref.adapter) as (model, change):
-                    info = measure_purified.describe(ref, dtype, change)
-                    args.output_dir = checkpoint
-                    if args.save_merged and ref.adapter and world.main:
-                        _save(model, tokenizer, merged_folder(args, checkpoint))
-                    measure_purified.measure_model(model, tokenizer, study, args, info, world, path, missing)
-            except cli.UserError as error:
-                failures[str(checkpoint)] = "; ".join(error.problems)
-            except Exception as error:  # one checkpoint's failure must not cost the others theirs; exit 1 tells of it
-                traceback.print_exc()
-                failures[str(checkpoint)] = f"{type(error).__name__}: {error}"
-                loaded = None  # nobody knows what it left behind: the next checkpoint gets a fresh base
-        for checkpoint, ref in refs.items() if world.main else ():
-            key = measure_purified.model_key(ref) | {"dtype": str(dtype).removeprefix("torch.")}
-            lines = measure_purified.newest(measure_purified.find_results(checkpoint, study, key))
+    loader = checkpoints.BaseLoader(world, models.resolve_dtype(config.dtype, world.device), config.device_map)
+    world.say(counts)
+    failures = jobs.failures
+    with results.Run(Path(config.model) / "run_evaluate_purified.json", config, asked.inputs, world, place) as record:
+        work = partial(measure_checkpoint, config, asked, loader, len(jobs.todo))
+        failures |= checkpoints.for_each(sorted(jobs.todo, key=lambda job: job[0].base), work, loader)
+        for checkpoint, ref in jobs.refs.items() if world.main else ():
+            key = measure.model_key(ref) | {"dtype": str(loader.dtype).removeprefix("torch.")}
+            lines = measure.newest(measure.find_results(checkpoint, asked, key))
             if lines:
                 print(f"\n{checkpoint}")
-                measure_purified.print_table(lines, study)
+                measure.print_table(lines, asked)
                 models.say_if_hardly_moved(ref, lines[-1]["relative_change"])
-        if args.mia:
-            base = None
-            usable = {checkpoint: ref for checkpoint, ref in refs.items() if str(checkpoint) not in failures}
-            failures |= mia.measure_all(usable, sets, membership, world, mia.cache_folder(args.model))
-        record["checkpoints"] = {
-            "found": len(checkpoints),
-            "measured": len(checkpoints) - len(failures),
-            "failed": failures,
-        }
+        loader.clear()
+        if sets:
+            from mia.measure import cache_folder, measure_all
+
+            usable = {checkpoint: ref for checkpoint, ref in jobs.refs.items() if str(checkpoint) not in failures}
+            failures |= measure_all(usable, sets, membership, world, cache_folder(config.model))
+        n_failed = len(failures)
+        record["checkpoints"] = {"found": len(found), "measured": len(found) - n_failed, "failed": failures}
         if failures:
-            record["error"] = f"{len(failures)} of {len(checkpoints)} checkpoints failed"
+            record["error"] = f"{n_failed} of {len(found)} checkpoints failed"
     world.close()
     return cli.report_failures(failures, world.main)
 
 
-def _save(model, tokenizer, folder: Path) -> None:
-    with results.atomic_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+def find_jobs(config: EvaluateConfig, asked, found: list[Path]) -> Jobs:
+    """Which checkpoints are complete, to be measured (some temperatures or all), or unusable; from their files."""
+    import torch
+
+    from common import models
+    from extraction import measure
+
+    jobs = Jobs()
+    dtype = str(models.resolve_dtype(config.dtype, "cuda" if torch.cuda.is_available() else "cpu"))
+    for checkpoint in found:
+        try:
+            ref = models.find_model(str(checkpoint), config.revision, config.base_model, is_opt=config.is_opt)
+            key = measure.model_key(ref) | {"dtype": dtype.removeprefix("torch.")}
+            earlier = measure.find_results(checkpoint, asked, key, config.save_responses)
+        except cli.UserError as error:
+            jobs.failures[str(checkpoint)] = "; ".join(error.problems)
+            continue
+        jobs.refs[checkpoint] = ref
+        done = {line["temperature"] for line in measure.newest(earlier)}
+        missing = [temperature for temperature in config.temperatures if temperature not in done]
+        if missing:
+            jobs.todo.append((ref, checkpoint, earlier[-1][0] if earlier else None, missing))
+        else:
+            jobs.n_complete += 1
+    return jobs
+
+
+def measure_checkpoint(config: EvaluateConfig, asked, loader, total: int, number: int, ref, checkpoint, path, missing):
+    """Measure the temperatures of one checkpoint that are missing."""
+    from common import models, results
+    from extraction import measure
+
+    loader.world.say(f"[{number}/{total}] {checkpoint}")
+    tokenizer = models.load_tokenizer(ref)
+    with loader.adapted(ref) as (model, change):
+        if config.save_merged and ref.adapter and loader.world.main:
+            with results.atomic_folder(merged_folder(config, checkpoint)) as folder:
+                model.save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
+        info = measure.describe(ref, loader.dtype, change)
+        measure.measure_model(model, tokenizer, asked, config, info, loader.world, checkpoint, path, missing)
+
+
+def merged_folder(config: EvaluateConfig, checkpoint: Path) -> Path:
+    return Path(config.temp) / checkpoint.relative_to(Path(config.model).parent)
 
 
 def main(argv=None) -> int:

@@ -18,6 +18,7 @@ about 0.5 % at 2,000 runs.
 import sys
 
 from common import cli, stats
+from common.stats import interval
 
 KINDS = ("rate", "total", "auc", "tpr", "jackknife")
 SEED = 20250
@@ -152,7 +153,7 @@ def jackknife(runs: int, rng):
 
         groups = np.concatenate([metrics.deal(n, 2 * number), metrics.deal(n, 2 * number + 1)])
         for name, values in metrics.replicate(measure, groups).items():
-            made = metrics.interval(values, metrics.WIDER["Wasserstein-1 words a review"] if name[0] == "W" else 1)
+            made = interval(values, metrics.WIDER["Wasserstein-1 words a review"] if name[0] == "W" else 1)
             found[name].append([made["value"], made["low"], made["high"]])
     for name, made in found.items():
         values, bounds = np.array(made)[:, 0], np.array(made)[:, 1:]

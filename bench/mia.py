@@ -26,6 +26,7 @@ import time
 from pathlib import Path
 
 from common import cli
+from common.schema import CORE
 
 MOST_OVERHEAD, LEAST_GAIN, MOST_SECONDS = 1.15, 6.0, 5.0
 # what an attack of the peer runs: the text, its lower case, the text under the reference
@@ -76,10 +77,12 @@ def work_models(job: dict) -> dict:
     import torch
 
     from common import models
+    from common.checkpoints import BaseLoader
     from common.distributed import World
     from common.scoring import score
-    from mia import forward, mia, signals
-    from mia.dataset import Study
+    from mia import forward, signals
+    from mia.config import MiaConfig
+    from mia.dataset import MembershipTask
     from mia.report import AGAINST_BASE
 
     torch.set_num_threads(job["threads"])
@@ -87,8 +90,8 @@ def work_models(job: dict) -> dict:
     tokenizer = models.load_tokenizer(base_ref)
     model = models.load_base(base_ref, torch.float32, "cpu")
     texts = invented_texts(job["texts"], job["tokens"], tokenizer)
-    args = mia.make_parser().parse_args(["--model", job["model"]])
-    coded = signals.encode(tokenizer, texts, args.max_length)
+    config = MiaConfig(model=job["model"])
+    coded = signals.encode(tokenizer, texts, config.max_length)
     score(model, coded.tokens[:2])  # first calls are slower
     sizes = {"n_tokens": sum(map(len, coded.tokens))}
 
@@ -112,16 +115,19 @@ def work_models(job: dict) -> dict:
         model = adapter.unload()
         ref = models.find_model(folder, base_model=job["model"])
         labels = [1] * (len(texts) // 2) + [0] * (len(texts) - len(texts) // 2)
-        study = Study(texts, list(range(len(texts))), labels, list(mia.CORE))
-        needed = Study(texts, study.ids, labels, list(AGAINST_BASE))  # of the base: its own pass over the texts
-        run = forward.Passes(forward.Cache(Path(folder) / "cache"), World(), torch.float32, job["token_budget"],
-                            shelf={ref.base: model})  # fmt: skip
+        study = MembershipTask(texts, list(range(len(texts))), labels, list(CORE))
+        needed = MembershipTask(
+            texts, study.ids, labels, list(AGAINST_BASE)
+        )  # of the base: its own pass over the texts
+        loader = BaseLoader(World(), torch.float32)
+        loader.base(ref)
+        run = forward.Passes(forward.Cache(Path(folder) / "cache"), loader, job["token_budget"])
 
         def work():
-            target = signals.gather(run, ref, tokenizer, study, args, gradients=True)
-            base = signals.gather(run, base_ref, tokenizer, needed, args, gradients=False)
+            target = signals.gather(run, ref, tokenizer, study, config, gradients=True)
+            base = signals.gather(run, base_ref, tokenizer, needed, config, gradients=False)
             run.close()
-            found, _ = signals.score_texts(study, args, target, base, None)
+            found, _ = signals.score_texts(study, config, target, base, None)
             assert len(found) == 27 and all(value is not None for value in found["ref"])
 
         return timed(work) | sizes

@@ -419,7 +419,7 @@ def is_constant(scores) -> bool:
 
 def _auc(scores, included) -> dict:
     """How well the scores tell the placed canaries from the others; None with no scores, or none of one kind."""
-    from mia.metrics import auc
+    from common.stats import auc
 
     members = [score for score, one in zip(scores, included) if one]
     others = [score for score, one in zip(scores, included) if not one]

@@ -17,6 +17,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,16 +60,22 @@ class Problems:
             raise UserError(*self.lines)
 
 
+Settle = Callable[[argparse.Namespace, list[str]], None]
+
+
 class Parser(argparse.ArgumentParser):
     """ArgumentParser that reports every problem of a command line at once, as UserError (exit 2, no usage text).
 
-    description, example: shown by --help. config: a frozen dataclass whose fields are the flags; their defaults are its
-    defaults, and `parse_args` returns one. Every script has --config FILE (JSON or YAML, the same keys; flags given
-    beside it win) and --version. Flags cannot be abbreviated.
+    description, example: shown by --help.
+    config: a frozen dataclass whose fields are the flags, with their defaults; `parse_args` returns one.
+    settle: called before that with what was parsed and a list that takes problems; may change flags.
+
+    Every script has --config FILE (JSON or YAML, the same keys; flags given beside it win) and --version. Flags cannot
+    be abbreviated.
     """
 
-    def __init__(self, description: str, example: str, config: type | None = None):
-        self._config = config
+    def __init__(self, description: str, example: str, config: type | None = None, settle: Settle | None = None):
+        self._config, self._settle = config, settle
         self.defaults = {field.name: field.default for field in dataclasses.fields(config)} if config else {}
         self._problems: list[str] = []
         self._flags: list[str] = []
@@ -134,6 +141,8 @@ class Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(extra.partition("=")[0], self._flags, 1) if extra[:2] == "--" else []
             hint = f"did you mean {near[0]}?" if near else "see --help"
             self._problems.append(f"{extra}: unknown argument ({hint})")
+        if self._settle:
+            self._settle(parsed, self._problems)
         if missing := [flag for name, flag in self._required.items() if getattr(parsed, name) is None]:
             self._problems.append(f"the following arguments are required: {', '.join(missing)}")
         if self._problems:

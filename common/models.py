@@ -10,6 +10,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+from common import models
 from common.cli import Problems, UserError
 from common.results import read_json, sha256
 
@@ -69,22 +70,6 @@ def find_model(
         ref = ModelRef(str(name), str(path) if path.is_dir() else name, None, revision)
     privacy(ref)  # a damaged privacy.json is told of now, not when the results are written
     return ref
-
-
-def find_checkpoints(folder) -> list[Path]:
-    """Every directory checkpoint-* below `folder` (or itself), in natural order: checkpoint-9 before checkpoint-10."""
-    folder = Path(folder)
-    found = [folder] if folder.name.startswith("checkpoint-") else folder.rglob("checkpoint-*")
-    # an unfinished checkpoint stands in a hidden directory until it is complete
-    found = [
-        path for path in found if path.is_dir() and not any(x.startswith(".") for x in path.relative_to(folder).parts)
-    ]
-    return sorted(found, key=natural_key)
-
-
-def natural_key(path) -> list:
-    """Sort key of a path in which numbers count as numbers."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]
 
 
 def _check_files(name: str, flag: str, remedy: str = "give a model directory or a hub name") -> bool:
@@ -605,3 +590,8 @@ def context_length(model) -> int:
     return int(
         getattr(model.config, "max_position_embeddings", 0) or getattr(model.config, "n_positions", 0) or 1 << 30
     )
+
+
+def encode_prompt(tokenizer, text: str) -> list[int]:
+    """Token ids of a prompt, without the EOS that some tokenizers add: it would end the text before it is continued."""
+    return models.without_end(tokenizer, models.encode_texts(tokenizer, [text])[0])

@@ -1,5 +1,7 @@
 """Intervals of rates and of the area under a ROC curve, and tests of counts. bench/coverage.py simulates them."""
 
+import math
+
 import numpy as np
 
 
@@ -116,3 +118,30 @@ def holm(values: list[float]) -> list[float]:
         highest = max(highest, min(1.0, (len(values) - rank) * values[place]))
         adjusted[place] = highest
     return adjusted
+
+
+def mean_or_none(values) -> float | None:
+    """Mean of the values that are not None; None without one."""
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None
+
+
+def auc(members, nonmembers) -> float:
+    """P(member > non-member) + ½ P(equal): the area under the ROC curve (Mann–Whitney)."""
+    ordered = np.sort(nonmembers)
+    below = np.searchsorted(ordered, members, "left") + np.searchsorted(ordered, members, "right")
+    return float(below.sum() / (2 * len(members) * len(nonmembers)))
+
+
+def interval(values, confidence: float = 0.95) -> list[float]:
+    """Percentile interval."""
+    tail = (1 - confidence) / 2
+    return np.quantile(values, (tail, 1 - tail), method="inverted_cdf").tolist()
+
+
+def roc(members, nonmembers) -> tuple[np.ndarray, np.ndarray]:
+    """(FPR, TPR) at every threshold, from (0, 0) to (1, 1); equal scores are one step."""
+    cuts = np.unique(np.concatenate([members, nonmembers]))[::-1]
+    false = len(nonmembers) - np.searchsorted(np.sort(nonmembers), cuts, "left")
+    true = len(members) - np.searchsorted(np.sort(members), cuts, "left")
+    return np.concatenate([[0], false / len(nonmembers)]), np.concatenate([[0], true / len(members)])

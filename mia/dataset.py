@@ -4,13 +4,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import cli, dataset, models, results
+from common.checkpoints import find_checkpoints
+from common.schema import CORE, FAMILIES
+from common.text import near_duplicates
 from common.trained import input_is
+from mia.config import MiaConfig
 
 SHOTS = 12
 
 
 @dataclass
-class Study:
+class MembershipTask:
     """Everything about the two sets and the attacks that does not depend on a model."""
 
     texts: list[str]  # members first, each set in the order of its file
@@ -42,10 +46,10 @@ def read_texts(path, text_field, problems: cli.Problems, flag: str) -> tuple[lis
     return rows, texts, manifest
 
 
-def read_trainings(args, problems: cli.Problems) -> dict[Path, dict | None]:
+def read_trainings(config: MiaConfig, problems: cli.Problems) -> dict[Path, dict | None]:
     """{folder: the run.json that run_peft.py left beside it, or None} of --model, or of every checkpoint-* in --dir."""
     found = {}
-    for target in [args.model] if args.model else models.find_checkpoints(args.dir) if args.dir else []:
+    for target in [config.model] if config.model else find_checkpoints(config.dir) if config.dir else []:
         folder = Path(target).expanduser().resolve()
         is_checkpoint = folder.name.startswith("checkpoint-")
         record = (problems.absorb(models.training_record, folder) if is_checkpoint else None) or {}
@@ -80,24 +84,24 @@ def trained_on(trainings: dict[Path, dict | None], path, rows, manifest) -> tupl
     return known, chosen
 
 
-def read_sets(args, problems: cli.Problems) -> tuple[list[tuple], list[tuple], dict, int]:
+def read_sets(config: MiaConfig, problems: cli.Problems) -> tuple[list[tuple], list[tuple], dict, int]:
     """([(id, text)] of the members, of the non-members, `trained_on` of --members, rows left out as not trained on).
 
     Where run.json tells what was trained on, members are rows that every such model was trained on, and non-members
     rows that none was.
     """
-    rows, texts, manifest = read_texts(args.members, args.text_field, problems, "--members")
+    rows, texts, manifest = read_texts(config.members, config.text_field, problems, "--members")
     known = [(row.get("row_id", index), text) for index, (row, text) in enumerate(zip(rows, texts))]
-    trainings = read_trainings(args, problems) if rows else {}
-    trained, chosen = trained_on(trainings, args.members, rows, manifest) if rows else ({}, [])
+    trainings = read_trainings(config, problems) if rows else {}
+    trained, chosen = trained_on(trainings, config.members, rows, manifest) if rows else ({}, [])
 
     def members(indices) -> tuple[list[tuple], int]:
         kept = [index for index in indices if all(index in one for one in chosen)]
         return [known[index] for index in kept], len(indices) - len(kept)
 
-    if args.nonmembers and Path(args.nonmembers).absolute() != Path(args.members).absolute():
-        others, texts, manifest = read_texts(args.nonmembers, args.text_field, problems, "--nonmembers")
-        _, seen = trained_on(trainings, args.nonmembers, others, manifest) if others else ({}, [])
+    if config.nonmembers and Path(config.nonmembers).absolute() != Path(config.members).absolute():
+        others, texts, manifest = read_texts(config.nonmembers, config.text_field, problems, "--nonmembers")
+        _, seen = trained_on(trainings, config.nonmembers, others, manifest) if others else ({}, [])
         rest = [(row.get("row_id", index), text) for index, (row, text) in enumerate(zip(others, texts))
                 if not any(index in one for one in seen)]  # fmt: skip
         kept, left_out = members(range(len(known)))
@@ -105,7 +109,7 @@ def read_sets(args, problems: cli.Problems) -> tuple[list[tuple], list[tuple], d
     if not rows:
         return [], [], {}, 0
     if dataset.shape_of(rows[0]) != "enron":
-        problems.add(f"{args.members}: only files with gt-name are split into trained and held-out rows; "
+        problems.add(f"{config.members}: only files with gt-name are split into trained and held-out rows; "
                      "pass another file as --nonmembers")  # fmt: skip
         return [], [], {}, 0
     split = dataset.split(rows, manifest)
@@ -125,25 +129,121 @@ def sample(items: list, n: int | None, seed: int) -> list:
 
 def without(items: list[tuple], unwanted: list[str]) -> list[tuple]:
     """Items (id, text) whose text is no near-duplicate of an unwanted one."""
-    from mia import baselines
 
-    found = {index for index, _ in baselines.near_duplicates([text for _, text in items], unwanted)}
+    found = {index for index, _ in near_duplicates([text for _, text in items], unwanted)}
     return [item for index, item in enumerate(items) if index not in found]
 
 
-def choose_shots(args, attacks, members, nonmembers, problems) -> tuple[list[str], list[str]]:
+def choose_shots(config: MiaConfig, attacks, members, nonmembers, problems) -> tuple[list[str], list[str]]:
     """(non-member shots, member shots) of recall and con_recall."""
     if not {"recall", "con_recall"} & set(attacks):
         return [], []
     shots = member_shots = []
-    if args.prefix_file:
-        rows, texts, _ = read_texts(args.prefix_file, args.text_field, problems, "--prefix_file")
+    if config.prefix_file:
+        rows, texts, _ = read_texts(config.prefix_file, config.text_field, problems, "--prefix_file")
         shots = [text for row, text in zip(rows, texts) if row.get("label") != 1][:SHOTS]
         member_shots = [text for row, text in zip(rows, texts) if row.get("label") == 1][:SHOTS]
         if rows and not shots:
-            problems.add(f"--prefix_file {args.prefix_file}: every row has label 1; recall needs non-members")
+            problems.add(f"--prefix_file {config.prefix_file}: every row has label 1; recall needs non-members")
     else:  # at most a quarter of a small set
-        shots = [text for _, text in sample(nonmembers, min(SHOTS, len(nonmembers) // 4), args.seed)]
+        shots = [text for _, text in sample(nonmembers, min(SHOTS, len(nonmembers) // 4), config.seed)]
     if "con_recall" in attacks and not member_shots:
-        member_shots = [text for _, text in sample(members, min(SHOTS, len(members) // 4), args.seed)]
+        member_shots = [text for _, text in sample(members, min(SHOTS, len(members) // 4), config.seed)]
     return shots, member_shots
+
+
+def choose_attacks(config: MiaConfig, problems: cli.Problems) -> list[str]:
+    """The attacks asked for, in the order of FAMILIES."""
+    from mia.attacks import PERCENTS
+
+    asked = config.attacks
+    if asked is None:
+        extra = [("--prefix_file", ("recall", "con_recall")), ("--freq_corpus", ("dc_pdd",)),
+                 ("--neighbor_model", ("neighborhood",))]  # fmt: skip
+        asked = ["core", *(name for flag, names in extra if getattr(config, flag[2:]) for name in names)]
+    sizes = {f"{family}_{k}": family for family in ("min_k", "min_k_pp") for k in PERCENTS}
+    for name in asked:
+        if name not in (*FAMILIES, *sizes, "core", "all"):
+            problems.add(
+                f"--attacks {name}: unknown; known are {' '.join(FAMILIES)}, min_k_10 … min_k_pp_100, core, all"
+            )
+    wanted = set(asked) | (set(CORE) if "core" in asked else set()) | (set(FAMILIES) if "all" in asked else set())
+    if "dc_pdd" in wanted and not config.freq_corpus:
+        problems.add("--attacks dc_pdd: needs --freq_corpus, a data file whose rows are in neither set")
+    order = [name for family in FAMILIES for name in (family, *(size for size in sizes if sizes[size] == family))]
+    return [name for name in order if name in wanted]
+
+
+def prepare(config: MiaConfig, problems: cli.Problems) -> MembershipTask | None:
+    """Read and check every file that the attacks need, before any model; None when something is wrong."""
+    before = len(problems.lines)
+    attacks = choose_attacks(config, problems)
+    members, nonmembers, trained, not_trained = read_sets(config, problems)
+    shots, member_shots = choose_shots(config, attacks, members, nonmembers, problems)
+    corpus = None
+    if config.freq_corpus:
+        _, corpus, _ = read_texts(config.freq_corpus, config.text_field, problems, "--freq_corpus")
+    if config.neighbor_model:
+        problems.absorb(check_masked, config.neighbor_model, bool(problems.lines))
+    for name, items in (("members", members), ("non-members", nonmembers)):
+        if len(items) < 2 and len(problems.lines) == before:
+            problems.add(f"{len(items)} {name}: at least 2 are needed")
+    if len(problems.lines) > before:
+        return None
+
+    counts = {"members_in_files": len(members), "nonmembers_in_files": len(nonmembers)}
+    both = [*shots, *member_shots]
+    members, nonmembers = without(members, both), without(nonmembers, both)
+    counts["prefix_rows_excluded"] = sum(counts.values()) - len(members) - len(nonmembers)
+    counts["members_not_trained"] = not_trained
+    members, nonmembers = (sample(items, config.max_samples, config.seed) for items in (members, nonmembers))
+    if min(len(members), len(nonmembers)) < 2:
+        problems.add(f"{len(members)} members and {len(nonmembers)} non-members are left beside the shots: too few")
+        return None
+    texts = [text for _, text in [*members, *nonmembers]]
+    if corpus is not None:
+        clean = without(list(enumerate(corpus)), texts)
+        counts["freq_corpus_rows_excluded"] = len(corpus) - len(clean)
+        corpus = [text for _, text in clean]
+        if not corpus:
+            problems.add(f"--freq_corpus {config.freq_corpus}: every row stands in one of the sets; name another file")
+            return None
+
+    pairs = near_duplicates(texts[: len(members)], texts[len(members) :])
+    inputs = [config.members, config.nonmembers, config.prefix_file, config.freq_corpus]
+    return MembershipTask(
+        texts=texts,
+        ids=[key for key, _ in [*members, *nonmembers]],
+        labels=[1] * len(members) + [0] * len(nonmembers),
+        attacks=attacks,
+        shots=shots,
+        member_shots=member_shots,
+        corpus=corpus,
+        inputs=[str(path) for path in dict.fromkeys(inputs) if path],
+        counts=counts,
+        trained=trained,
+        duplicates=[(member, len(members) + other) for member, other in pairs],
+    )
+
+
+def check_masked(folder, files_only: bool) -> None:
+    """UserError unless `folder` is the directory of a masked LM with a fast tokenizer.
+
+    files_only: only whether it is there, without transformers.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        raise cli.UserError(f"--neighbor_model {folder}: no directory with a config.json; name a local masked LM")
+    if files_only:
+        return
+    from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise cli.UserError(f"--neighbor_model {folder}: not a usable model directory ({reason})") from None
+    if type(config) not in AutoModelForMaskedLM._model_mapping:
+        raise cli.UserError(f"--neighbor_model {folder}: not a masked language model")
+    if not tokenizer.is_fast or tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
+        raise cli.UserError(f"--neighbor_model {folder}: needs a fast tokenizer with a mask and a pad token")

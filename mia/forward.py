@@ -6,7 +6,6 @@ missing. Under torchrun the ranks take turns over batches; rank 0 alone holds, k
 
 import contextlib
 import copy
-import gc
 import hashlib
 import io
 import sys
@@ -15,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from common import models, results
+from common.checkpoints import BaseLoader
 from common.distributed import progress_bar
 from common.scoring import (
     LOGIT_VALUES,
@@ -107,17 +107,16 @@ def model_key(ref, dtype) -> str:
 
 
 class Passes:
-    """Runs passes with the model they need. `shelf` {base name: model} holds the last base model, unadapted."""
+    """Runs passes with the model they need, which `loader` loads and adapts."""
 
-    def __init__(self, cache: Cache, world, dtype, token_budget: int, device_map=None, shelf: dict | None = None):
-        self.cache, self.world, self.dtype = cache, world, dtype
-        self.token_budget, self.device_map = token_budget, device_map
-        self.shelf = {} if shelf is None else shelf
+    def __init__(self, cache: Cache, loader: BaseLoader, token_budget: int):
+        self.cache, self.loader, self.token_budget = cache, loader, token_budget
+        self.world, self.dtype = loader.world, loader.dtype
         self.held, self.stack = None, contextlib.ExitStack()
         self.scored = 0  # texts that no cache had
 
     def close(self) -> None:
-        """Take off the adapter; the base on the shelf is bit for bit as it was."""
+        """Take off the adapter; the base is bit for bit as it was."""
         self.held = None
         self.stack.close()
 
@@ -126,11 +125,7 @@ class Passes:
         if self.held and self.held[0] == (ref.base, ref.adapter, merge):
             return self.held[1]
         self.close()
-        if ref.base not in self.shelf:
-            self.shelf.clear()
-            gc.collect()
-            self.shelf[ref.base] = models.load_base(ref, self.dtype, self.world.device, self.device_map)
-        model, _ = self.stack.enter_context(models.adapted(self.shelf[ref.base], ref.adapter, merge))
+        model, _ = self.stack.enter_context(self.loader.adapted(ref, merge))
         self.held = (ref.base, ref.adapter, merge), model
         return model
 

@@ -6,7 +6,7 @@ share of non-members called members. Levels of FPR are named as in the result fi
 
 import numpy as np
 
-from common.stats import auc_interval, clopper_pearson
+from common.stats import auc, auc_interval, clopper_pearson, interval
 
 LEVELS = {"0.1": 10, "0.01": 100, "0.001": 1000}  # name → 1/level, so that ⌊level·(N+1)⌋ is exact
 SMALLEST = {"0.001": 1000}  # non-members below which a level is refused though the rule would give a threshold
@@ -15,13 +15,6 @@ BOOTSTRAP_FROM = 9  # allowed false positives; below, the threshold is a single 
 FOLDS = 5
 CROSS_FITTED = 2**0.5  # what a cross-fitted classifier's intervals are widened by, see `widened`
 BLOCK = 1 << 18  # resamples × items worked on at once: some MB, and in a processor's cache
-
-
-def auc(members, nonmembers) -> float:
-    """P(member > non-member) + ½ P(equal): the area under the ROC curve (Mann–Whitney)."""
-    ordered = np.sort(nonmembers)
-    below = np.searchsorted(ordered, members, "left") + np.searchsorted(ordered, members, "right")
-    return float(below.sum() / (2 * len(members) * len(nonmembers)))
 
 
 def allowed(level: str, n: int) -> int:
@@ -129,12 +122,6 @@ def running(counts) -> np.ndarray:
     return sums
 
 
-def interval(values, confidence: float = 0.95) -> list[float]:
-    """Percentile interval."""
-    tail = (1 - confidence) / 2
-    return np.quantile(values, (tail, 1 - tail), method="inverted_cdf").tolist()
-
-
 def widened(bounds: list[float] | None, point: float | None) -> list[float] | None:
     """An interval of a rate of cross-fitted scores, √2 times as wide about the rate, within [0, 1].
 
@@ -204,14 +191,6 @@ def summarize(members, nonmembers, draws: Draws, cross_fitted: bool = False) -> 
         "points": points,
         "undefined": None,
     }
-
-
-def roc(members, nonmembers) -> tuple[np.ndarray, np.ndarray]:
-    """(FPR, TPR) at every threshold, from (0, 0) to (1, 1); equal scores are one step."""
-    cuts = np.unique(np.concatenate([members, nonmembers]))[::-1]
-    false = len(nonmembers) - np.searchsorted(np.sort(nonmembers), cuts, "left")
-    true = len(members) - np.searchsorted(np.sort(members), cuts, "left")
-    return np.concatenate([[0], false / len(nonmembers)]), np.concatenate([[0], true / len(members)])
 
 
 # ---- many scores together

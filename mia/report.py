@@ -3,17 +3,19 @@
 import hashlib
 
 from common import stats
-from mia.dataset import Study
+from common.schema import HEADLINE_ATTACK
+from common.stats import roc
+from mia.config import MiaConfig
+from mia.dataset import MembershipTask
 from mia.signals import Evidence
 
 AGAINST_BASE = ("ref", "ez", "wbc")  # these compare with the base, so the base has none itself
 NO_BASE = "no base known: the model has no adapter"
-HEADLINE = "ref"  # at 1 % FPR, fixed in advance
 DRAWN = ("loss", "zlib", "lowercase", "ref", "min_k_20", "min_k_pp_20", "surp", "recall", "con_recall", "dc_pdd",
          "neighborhood", "neighborhood_self", "grad_norm", "ez", "wbc", "combine")  # fmt: skip
 
 
-def parameters_of(attack: str, args, evidence: Evidence) -> dict:
+def parameters_of(attack: str, config: MiaConfig, evidence: Evidence) -> dict:
     """The settings behind one key of the score file."""
     from mia import attacks, metrics
 
@@ -26,7 +28,7 @@ def parameters_of(attack: str, args, evidence: Evidence) -> dict:
             "gamma": attacks.CON_RECALL_GAMMA,
         },
         "dc_pdd": {"ceiling": attacks.DC_PDD_CEILING},
-        "neighborhood": {"neighbours": attacks.N_NEIGHBOURS, "neighbor_model": args.neighbor_model},
+        "neighborhood": {"neighbours": attacks.N_NEIGHBOURS, "neighbor_model": config.neighbor_model},
         "neighborhood_self": {"neighbours": attacks.N_NEIGHBOURS},
         "wbc": {"windows": list(attacks.WINDOWS)},
         "combine": {"folds": metrics.FOLDS, "interval_widened": metrics.CROSS_FITTED},
@@ -69,48 +71,50 @@ def apart(bounds: list[float]) -> bool:
     return bounds[0] > 0.5 or bounds[1] < 0.5
 
 
-def report(study: Study, args, info: dict, found, reasons, evidence, base_scores, base_reasons) -> tuple:
+def report(
+    task: MembershipTask, config: MiaConfig, info: dict, found, reasons, evidence, base_scores, base_reasons
+) -> tuple:
     """(result lines, score lines, what run_mia.json holds) of one model, from its scores and its base's."""
     from mia import baselines, metrics
 
-    draws = metrics.Draws(args.bootstrap, args.seed)
-    if not study.blind:
-        study.blind = baselines.scores(study.texts, study.labels, args.seed)
-        study.blind_test = baselines.dataset_inference(study.texts, study.labels, args.seed)
+    draws = metrics.Draws(config.bootstrap, config.seed)
+    if not task.blind:
+        task.blind = baselines.scores(task.texts, task.labels, config.seed)
+        task.blind_test = baselines.dataset_inference(task.texts, task.labels, config.seed)
     blinds = {}
-    for name, values in study.blind.items():
+    for name, values in task.blind.items():
         if values is None:
             blinds[name] = {"auc": None, "auc_ci99": None, "undefined": "fewer than 5 texts in a class"}
         else:
-            made = metrics.summarize(*by_class(values.tolist(), study.labels), draws, cross_fitted=True)
+            made = metrics.summarize(*by_class(values.tolist(), task.labels), draws, cross_fitted=True)
             blinds[name] = {key: made[key] for key in ("auc", "auc_ci99", "tpr_at_fpr", "undefined")}
     set_flags = [name for name, made in blinds.items() if made["auc"] is not None and apart(made["auc_ci99"])]
-    if study.duplicates:
+    if task.duplicates:
         set_flags.append("near_duplicates")
 
     test = metrics.dataset_inference
     whole = {
-        "target": test(matrix(found), study.labels, args.seed),
-        "base": test(matrix(base_scores), study.labels, args.seed) if base_scores else None,
-        "blind": study.blind_test,
+        "target": test(matrix(found), task.labels, config.seed),
+        "base": test(matrix(base_scores), task.labels, config.seed) if base_scores else None,
+        "blind": task.blind_test,
     }
-    if args.combine:
+    if config.combine:
         for some, why in ((found, reasons), (base_scores, base_reasons)):
             if some:
-                values = combined(some, study.labels, args.seed)
+                values = combined(some, task.labels, config.seed)
                 reason = "fewer than 5 texts in a class" if values is None else "no score to combine"
-                some["combine"] = values or [None] * len(study.labels)
+                some["combine"] = values or [None] * len(task.labels)
                 why["combine"] = {i: reason for i, value in enumerate(some["combine"]) if value is None}
 
     twice = {
-        "pairs": len(study.duplicates),
-        "members": len({member for member, _ in study.duplicates}),
-        "nonmembers": len({other for _, other in study.duplicates}),
+        "pairs": len(task.duplicates),
+        "members": len({member for member, _ in task.duplicates}),
+        "nonmembers": len({other for _, other in task.duplicates}),
     }
-    lines, n = [], len(study.texts)
+    lines, n = [], len(task.texts)
     for attack, values in found.items():
-        made = metrics.summarize(*by_class(values, study.labels), draws, cross_fitted=attack == "combine")
-        members, nonmembers = map(len, by_class(values, study.labels))
+        made = metrics.summarize(*by_class(values, task.labels), draws, cross_fitted=attack == "combine")
+        members, nonmembers = map(len, by_class(values, task.labels))
         why = list(reasons.get(attack, {}).values())
         other = base_scores.get(attack)
         if other is None or not any(value is not None for value in other):
@@ -118,7 +122,7 @@ def report(study: Study, args, info: dict, found, reasons, evidence, base_scores
             missing = "compares with the base" if attack in AGAINST_BASE and info["base_model"] else NO_BASE
             base = {"auc": None, "auc_ci": None, "auc_ci99": None, "undefined": kept[0] if kept else missing}
         else:
-            summary = metrics.summarize(*by_class(other, study.labels), draws, cross_fitted=attack == "combine")
+            summary = metrics.summarize(*by_class(other, task.labels), draws, cross_fitted=attack == "combine")
             base = {key: summary[key] for key in ("auc", "auc_ci", "auc_ci99", "tpr_at_fpr", "undefined")}
         flags = [*set_flags, *(["base"] if base["auc"] is not None and apart(base["auc_ci99"]) else [])]
         if made["auc"] is not None and made["auc_ci"][1] < 0.5:
@@ -130,8 +134,8 @@ def report(study: Study, args, info: dict, found, reasons, evidence, base_scores
         lines.append(
             {
                 "attack": attack,
-                "headline": attack == HEADLINE,
-                "parameters": parameters_of(attack, args, evidence),
+                "headline": attack == HEADLINE_ATTACK,
+                "parameters": parameters_of(attack, config, evidence),
                 "auc": made["auc"],
                 "auc_ci": made["auc_ci"],
                 "auc_ci_method": stats.AUC_METHOD,
@@ -155,35 +159,35 @@ def report(study: Study, args, info: dict, found, reasons, evidence, base_scores
         )
     rows = []
     for index in range(n):
-        row = {"id": study.ids[index], "label": study.labels[index]}
+        row = {"id": task.ids[index], "label": task.labels[index]}
         row |= {attack: values[index] for attack, values in found.items()}
-        row |= {name: None if values is None else float(values[index]) for name, values in study.blind.items()}
-        row["text_sha256"] = hashlib.sha256(study.texts[index].encode()).hexdigest()
+        row |= {name: None if values is None else float(values[index]) for name, values in task.blind.items()}
+        row["text_sha256"] = hashlib.sha256(task.texts[index].encode()).hexdigest()
         row["null"] = {attack: missing[index] for attack, missing in reasons.items() if index in missing}
         rows.append(row)
-    pairs = [[study.ids[member], study.ids[other]] for member, other in study.duplicates]
-    kept = {"dataset_inference": whole, "near_duplicates": pairs, **study.counts, "n_cut": evidence.encoded.cut}
+    pairs = [[task.ids[member], task.ids[other]] for member, other in task.duplicates]
+    kept = {"dataset_inference": whole, "near_duplicates": pairs, **task.counts, "n_cut": evidence.encoded.cut}
     return lines, rows, kept
 
 
-def draw_roc(found: dict, study: Study, flags: list[str], title: str):
+def draw_roc(found: dict, task: MembershipTask, flags: list[str], title: str):
     """ROC curves on log–log axes with chance and the blind baselines; a flagged set says so in the title."""
     from matplotlib.figure import Figure
 
-    from mia import metrics
-
-    smallest = 1 / (2 * max(1, study.labels.count(0)))
+    smallest = 1 / (2 * max(1, task.labels.count(0)))
     figure = Figure(figsize=(7.5, 6), layout="constrained")
     axes = figure.add_subplot()
     axes.plot([smallest, 1], [smallest, 1], ":", color="black", label="chance")
-    blinds = {name: list(values) for name, values in study.blind.items() if values is not None}
+    blinds = {name: list(values) for name, values in task.blind.items() if values is not None}
     styles = ("-", "--", "-.", ":")
     drawn = [(name, blinds[name], {"color": "grey", "linestyle": style}) for name, style in zip(blinds, styles)]
-    drawn += [(name, found[name], {"linewidth": 2.5 if name == HEADLINE else 1}) for name in DRAWN if name in found]
+    drawn += [
+        (name, found[name], {"linewidth": 2.5 if name == HEADLINE_ATTACK else 1}) for name in DRAWN if name in found
+    ]
     for name, values, style in drawn:
-        members, nonmembers = by_class(values, study.labels)
+        members, nonmembers = by_class(values, task.labels)
         if members and nonmembers:
-            false, true = metrics.roc(members, nonmembers)
+            false, true = roc(members, nonmembers)
             axes.step(false.clip(smallest), true.clip(smallest), where="post", label=name, **style)
     axes.set(xscale="log", yscale="log", xlim=(smallest, 1), ylim=(smallest, 1.05))
     axes.set(xlabel="false positive rate", ylabel="true positive rate")

@@ -4,7 +4,8 @@ import argparse
 from dataclasses import dataclass, field
 
 from common import models
-from mia.dataset import Study
+from mia.config import MiaConfig
+from mia.dataset import MembershipTask
 
 
 @dataclass
@@ -86,17 +87,19 @@ class Evidence:
     shots: dict = field(default_factory=dict)  # how many fit
 
 
-def gather(passes, ref, tokenizer, study: Study, args, gradients: bool, target: Encoded | None = None) -> Evidence:
-    """Run every pass over one model that the study's attacks need (gradients: those of grad_norm too).
+def gather(
+    passes, ref, tokenizer, task: MembershipTask, config: MiaConfig, gradients: bool, target: Encoded | None = None
+) -> Evidence:
+    """Run every pass over one model that the task's attacks need (gradients: those of grad_norm too).
 
     target: of a reference model, whose texts are then cut where the target's were.
     """
     context = models.context_length(config_of(ref))
     if target:
-        encoded = encode_same(tokenizer, study.texts, target)
+        encoded = encode_same(tokenizer, task.texts, target)
     else:
-        encoded = encode(tokenizer, study.texts, min(args.max_length, context))
-    wanted = set(study.attacks)
+        encoded = encode(tokenizer, task.texts, min(config.max_length, context))
+    wanted = set(task.attacks)
     scored = [index for index, ids in enumerate(encoded.tokens) if 1 < len(ids) <= context]
     sequences = [encoded.tokens[index] for index in scored]
 
@@ -108,26 +111,28 @@ def gather(passes, ref, tokenizer, study: Study, args, gradients: bool, target: 
         low = [index for index in scored if len(encoded.lower[index]) > 1]
         evidence.lower = over(low, passes.statistics(ref, [encoded.lower[index] for index in low], "logp"))
     longest = max(map(len, sequences), default=0)
-    for name, shots in (("recall", study.shots), ("con_recall", study.member_shots)):
+    for name, shots in (("recall", task.shots), ("con_recall", task.member_shots)):
         if name in wanted or (name == "recall" and "con_recall" in wanted):
             room = context - longest
-            prefix, used = make_prefix(tokenizer, shots, encoded.specials, args.max_length, room)
+            prefix, used = make_prefix(tokenizer, shots, encoded.specials, config.max_length, room)
             evidence.shots[name] = used
             if used:
                 skip = min(1, len(encoded.specials))  # a second one is scored, so it stays before the text
                 evidence.after[name] = over(scored, passes.after_prefix(ref, sequences, prefix, skip))
     if "neighborhood" in wanted:
         chosen = [encoded.texts[index] for index in scored]
-        found = passes.neighbours(ref, sequences, chosen, tokenizer, min(args.max_length, context), args.seed,
-                                  args.neighbor_model)  # fmt: skip
+        found = passes.neighbours(ref, sequences, chosen, tokenizer, min(config.max_length, context), config.seed,
+                                  config.neighbor_model)  # fmt: skip
         evidence.neighbours = over(scored, found)
     if "grad_norm" in wanted and gradients and ref.adapter:
         evidence.gradient = over(scored, passes.gradient_norms(ref, sequences))
     return evidence
 
 
-def score_texts(study: Study, args, evidence: Evidence, reference: Evidence | None, frequencies) -> tuple[dict, dict]:
-    """({attack: [score or None, …]}, {attack: {index: reason of a None}}), one score a text of the study."""
+def score_texts(
+    task: MembershipTask, config: MiaConfig, evidence: Evidence, reference: Evidence | None, frequencies
+) -> tuple[dict, dict]:
+    """({attack: [score or None, …]}, {attack: {index: reason of a None}}), one score a text of the task."""
     from mia import attacks
     from mia.forward import DEVIATION, HIT, LOGP, MEAN
 
@@ -136,7 +141,7 @@ def score_texts(study: Study, args, evidence: Evidence, reference: Evidence | No
     def apply(keys: list[str], function) -> None:
         """function(index) → a float, or one for each of `keys`; it may raise Undefined."""
         columns = [[] for _ in keys]
-        for index in range(len(study.texts)):
+        for index in range(len(task.texts)):
             try:
                 if index not in evidence.tokens:
                     raise attacks.Undefined("under 2 tokens")
@@ -173,7 +178,7 @@ def score_texts(study: Study, args, evidence: Evidence, reference: Evidence | No
         return need(evidence.after.get(name, {}), index, "no shot fits into the context beside the longest text")
 
     tokens, texts = evidence.encoded.tokens, evidence.encoded.texts
-    neighbours = "neighborhood" if args.neighbor_model else "neighborhood_self"
+    neighbours = "neighborhood" if config.neighbor_model else "neighborhood_self"
     functions = {
         "loss": lambda i: attacks.loss(logp(i)),
         "zlib": lambda i: attacks.zlib_ratio(logp(i), texts[i]),
@@ -188,7 +193,7 @@ def score_texts(study: Study, args, evidence: Evidence, reference: Evidence | No
         "ez": lambda i: attacks.ez(logp(i), base(i), evidence.tokens[i][:, HIT]),
         "wbc": lambda i: attacks.wbc(logp(i), base(i)),
     }
-    for attack in study.attacks:
+    for attack in task.attacks:
         if attack.startswith("min_k"):
             family = "min_k_pp" if attack.startswith("min_k_pp") else "min_k"
             ks = attacks.PERCENTS if attack == family else [int(attack.rpartition("_")[2])]

@@ -392,7 +392,7 @@ def roc_curves(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
 
 def curves_of(path) -> tuple[dict, int]:
     """({score: (false, true positive rates)}, number of non-members) of a scores_mia.jsonl."""
-    from mia.metrics import roc
+    from common.stats import roc
 
     with open(path, encoding="utf-8") as file:
         lines = [json.loads(text) for text in file if text.strip()]

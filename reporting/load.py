@@ -169,7 +169,7 @@ def literal(text: str) -> str:
 
 def find(directories: list[Path], output: Path | None = None) -> dict[str, list[Path]]:
     """{kind: sorted paths} of the result files below `directories`; nothing below `output`, nothing hidden."""
-    from common.models import natural_key
+    from common.checkpoints import natural_key
 
     found: dict[str, dict[Path, Path]] = {kind: {} for kind in KINDS}  # true path → path; a linked file is read once
     for directory in directories:

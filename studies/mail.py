@@ -3,6 +3,7 @@
 import evaluate_purified
 import merge_peft
 from common import cli, dataset, models, results
+from common.checkpoints import find_checkpoints
 from data import replace_pii
 from data.continuation import generate
 from mia import mia
@@ -70,18 +71,18 @@ def run(args, out, record) -> str:
             "--lora_r", args.lora_r, *flags,
         )  # fmt: skip
         every = arm == "original" or args.full
-        chosen = models.find_checkpoints(tree) if every else models.find_checkpoints(tree)[-1:]
+        chosen = find_checkpoints(tree) if every else find_checkpoints(tree)[-1:]
         place = tree if every else chosen[-1]
         call(evaluate_purified, "--model", place, "-d", args.dataset, "--baseline", base_results, *asked)
         call(perplexity, "--dir", place, "-d", args.dataset, "--output_dir", tree, *flags)
         means = {line["model"]: line["mean"] for line in results.read_jsonl(tree / "perplexity.jsonl")}
         for checkpoint in chosen:
-            epoch = models.find_checkpoints(tree).index(checkpoint) + 1
+            epoch = find_checkpoints(tree).index(checkpoint) + 1
             rows.append(row_of(f"{arm}, epoch {epoch}", checkpoint, means.get(str(checkpoint))))
         last[arm] = rows[-1]
     record["trees"] = {arm: str(tree) for arm, tree in trees.items()}
     if "original" in args.arms:
-        newest = models.find_checkpoints(trees["original"])[-1]
+        newest = find_checkpoints(trees["original"])[-1]
         call(merge_peft, "--model", newest, "--save_dir", out / "merged")
     aucs = membership(args, out, trees, flags)
     floor = measured(out / "base")[0]["floor"]
@@ -117,12 +118,12 @@ def membership(args, out, trees: dict, flags: list) -> dict:
     """{table row: {auc, ci}} of mia.py's `ref` on the last checkpoint of each arm: original rows against the head."""
     aucs, few = {}, [] if args.full else ["--attacks", "loss", "ref", "--max_samples", 500]
     for arm, tree in trees.items():
-        checkpoint = models.find_checkpoints(tree)[-1]
+        checkpoint = find_checkpoints(tree)[-1]
         folder = out / f"mia-{arm}"
         if not stands(folder / "results_mia.jsonl", checkpoint):
             call(mia, "--model", checkpoint, "--members", args.dataset, "--output_dir", folder, *few, *flags)
         line = next(line for line in results.read_jsonl(folder / "results_mia.jsonl") if line["attack"] == "ref")
-        name = f"{arm}, epoch {len(models.find_checkpoints(tree))}"
+        name = f"{arm}, epoch {len(find_checkpoints(tree))}"
         aucs[name] = {"auc": line["auc"], "ci": line["auc_ci"], "flags": line["flags"]}
     return aucs
 

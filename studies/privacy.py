@@ -6,6 +6,7 @@ only the base saw. The private arms draw their randomness from the operating sys
 """
 
 from common import cli, dataset, models, results
+from common.checkpoints import find_checkpoints
 from mia import mia
 from perplexity import perplexity
 from studies.steps import (
@@ -56,7 +57,7 @@ def run(args, out, record) -> str:
             "-pdbs", 2 * args.per_device_batch_size, "--lora_r", args.lora_r, "-l", 10, "--dp", "--logical_batch_size",
             min(LOGICAL_BATCH, len(dataset.read_rows(args.dataset)) // 4), *words, *device,
         )  # fmt: skip
-        checkpoint = models.find_checkpoints(tree)[-1]
+        checkpoint = find_checkpoints(tree)[-1]
         spent = models.privacy(models.find_model(str(checkpoint)))
         folders.append(tree / "measured")
         rows.append(row_for(name, checkpoint, spent, folders[-1], args, trained_people, asked, flags))

@@ -14,6 +14,7 @@ from pathlib import Path
 from canary import inject
 from canary import measure as canary_measure
 from common import cli, dataset, models, results, reviews
+from common.checkpoints import find_checkpoints
 from data.amazon import make_reviews, prepare
 from data.synthetic import generate
 from fidelity import fidelity
@@ -69,7 +70,7 @@ def run(args, out, record) -> str:
             "-pdbs", 2 * args.per_device_batch_size, "--lora_r", args.lora_r, "--lora_dropout", 0, "-l", 20,
             "--loss_on", "completion", "--dp", "--logical_batch_size", LOGICAL_BATCH, *words, *device,
         )  # fmt: skip
-        checkpoints[arm] = models.find_checkpoints(tree)[-1]
+        checkpoints[arm] = find_checkpoints(tree)[-1]
         written[arm] = write(arm, checkpoints[arm])
     untrained = {"base": model}  # its exposure of canaries it never saw, its text: what the arms started from
     arms, texts = ([f"{arm}={one}" for arm, one in made.items()] for made in (checkpoints | untrained, written))
@@ -141,7 +142,7 @@ def public_base(args, out: Path, device: list) -> Path:
         "-m", args.model, "-i", public / "train.jsonl", "--output_root", out, "-pt", "full", "-e", PUBLIC_EPOCHS,
         "-lr", PUBLIC_RATE, "-pdbs", 8, "-gas", 1, "-l", 50, "--loss_on", "completion", "--seed", args.seed, *device,
     )  # fmt: skip
-    base, newest = out / "public-base", models.find_checkpoints(tree)[-1]
+    base, newest = out / "public-base", find_checkpoints(tree)[-1]
     new, old = (models.weights_sha256(models.find_model(str(one))) if one.is_dir() else None for one in (newest, base))
     if old and old != new:
         print(f"\n{base}: not the weights of {newest}; it goes with all that was trained on it, and is made again")

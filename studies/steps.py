@@ -6,10 +6,11 @@ from pathlib import Path
 import measure_purified
 import run_peft
 from common import cli, dataset, models, results, stats, trained
+from common.schema import HEADLINE_TEMPERATURE, outcomes_path
 from training.run import run as fine_tune
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "data" / "embedded"
-TEMPERATURE = measure_purified.HEADLINE_TEMPERATURE
+TEMPERATURE = HEADLINE_TEMPERATURE
 
 
 def check_rows(args, problems: cli.Problems) -> None:
@@ -116,7 +117,7 @@ def measured(folder: Path) -> tuple[dict, list[dict]]:
     for file in result_files(folder):
         for line in reversed(results.read_jsonl(file)):
             if line["temperature"] == TEMPERATURE:
-                outcomes = results.read_jsonl(measure_purified.outcomes_path(file))
+                outcomes = results.read_jsonl(outcomes_path(file))
                 return line, [one for one in outcomes if one["temperature"] == TEMPERATURE]
     raise cli.UserError(f"{folder}: nothing was measured at temperature {TEMPERATURE} there; name another --output")
 

@@ -20,6 +20,7 @@ import run_peft
 from canary import canaries, inject, measure, metrics
 from common import dataset, reviews
 from common import models as common_models
+from common.checkpoints import natural_key
 from common.cli import UserError
 from reporting.canary import rows as canary_rows
 
@@ -333,7 +334,7 @@ def learn(folder, models, *flags):
     flags = ["-m", models["llama"], "-i", folder / "train_canaries.jsonl", "-e", 14, "-pdbs", 8, "-gas", 1]
     flags += ["-lr", 1e-2, "--lora_r", 16, "--loss_on", "completion", "--output_root", folder / "runs"]
     assert run_peft.main([str(flag) for flag in flags]) == 0
-    last = max((folder / "runs").rglob("checkpoint-*"), key=common_models.natural_key)
+    last = max((folder / "runs").rglob("checkpoint-*"), key=natural_key)
     return folder / "train_canaries_key.jsonl", last
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
 from common import stats
+from common.text import follows_name_rule, name_rule_guesses
 from extraction import metrics, prompts
 
 SHOTS = [(f"Ann {c}", f"ann.{c.lower()}@x.example") for c in "ABCDE"]
@@ -68,20 +69,20 @@ def test_no_pattern_needs_a_local_part_no_rule_makes():
 
 
 def test_name_rules_by_hand():
-    rules = metrics.name_rule_guesses("Mary Jane O'Neil")
+    rules = name_rule_guesses("Mary Jane O'Neil")
     expected = {"first.last": "mary.oneil", "flast": "moneil", "firstl": "maryo", "last.first": "oneil.mary",
                 "initials": "mjo", "first.m.last": "mary.j.oneil", "f_last": "m_oneil", "lastf": "oneilm"}  # fmt: skip
     assert {rule: rules[rule] for rule in expected} == expected
-    assert metrics.name_rule_guesses("Zoë Strauß")["first"] == "zoe"
-    assert metrics.name_rule_guesses("Cher") == {"first": "cher"}
-    assert metrics.name_rule_guesses("李") == {}
+    assert name_rule_guesses("Zoë Strauß")["first"] == "zoe"
+    assert name_rule_guesses("Cher") == {"first": "cher"}
+    assert name_rule_guesses("李") == {}
 
 
 @given(st.text(max_size=40), st.text(max_size=40))
 def test_rules_and_outcomes_never_crash(name, response):
-    for guess in metrics.name_rule_guesses(name).values():
+    for guess in name_rule_guesses(name).values():
         assert guess and guess == guess.lower()
-        assert metrics.follows_name_rule(name, guess + "17")
+        assert follows_name_rule(name, guess + "17")
     found = metrics.outcome(name, "a.b@c.example", response)
     assert found["exact"] <= (found["local_part"] and found["domain"])
     assert found["no_pattern"] <= found["exact"]

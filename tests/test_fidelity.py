@@ -13,6 +13,7 @@ from scipy import linalg, stats
 
 from common import dataset, reviews
 from common.cli import UserError
+from common.text import copied_lengths, longest_copy
 from fidelity import fidelity
 from fidelity import metrics as m
 
@@ -171,11 +172,11 @@ def test_copies_against_a_naive_search():
     texts += ["", sources[3], "x" + sources[4][5:25] + "y", sources[5][-4:] + sources[6][:4]]  # no run over two texts
     longest = [naive_longest(text, sources) for text in texts]
     steps = (1, 2, 3, 5, 6, 7, 8, 13, 20, 33)
-    assert m.copied_lengths(texts, sources, steps).tolist() == [
+    assert copied_lengths(texts, sources, steps).tolist() == [
         max((step for step in steps if step <= length), default=0) for length in longest
     ]
-    assert m.longest_copy(texts, sources) == max(longest) == m.longest_copy(texts, sources, 5)
-    assert m.longest_copy(["ab"], ["cd"]) == 0
+    assert longest_copy(texts, sources) == max(longest) == longest_copy(texts, sources, 5)
+    assert longest_copy(["ab"], ["cd"]) == 0
 
 
 def test_jackknife_of_a_mean_is_its_standard_error():

@@ -10,9 +10,9 @@ from conftest import make_rows, write_rows
 
 from common import cli, dataset, results, reviews, strict_json
 from common.cli import UserError
+from common.text import emails, first_email
 from data.continuation.text_statistics import address_counts
 from data.self_instruct import filters
-from extraction import metrics
 from fidelity.metrics import count_sentences, words
 
 ROWS = make_rows(12)
@@ -283,7 +283,7 @@ def filter_all(text: str) -> None:
 
 
 READERS = {
-    "emails": lambda text: list(metrics.emails(text)),
+    "emails": lambda text: list(emails(text)),
     "address counts": lambda text: address_counts([text], {ADDRESS}),
     "sentences": count_sentences,
     "words": words,
@@ -301,8 +301,8 @@ def test_time_is_linear_in_a_hostile_text(reader, piece):
 @pytest.mark.parametrize("piece", PIECES)
 def test_what_follows_a_hostile_text_is_read(piece):
     text = piece * (1_000_000 // len(piece))
-    assert list(metrics.emails(f"{text} {ADDRESS}"))[-1] == ADDRESS
-    assert metrics.first_email(f"{text}\n{ADDRESS}") == ("a@a" if piece == "a@" else ADDRESS)
+    assert list(emails(f"{text} {ADDRESS}"))[-1] == ADDRESS
+    assert first_email(f"{text}\n{ADDRESS}") == ("a@a" if piece == "a@" else ADDRESS)
     assert count_sentences(f"{text}\nOne. Two! Three?") >= 3
     assert filters.parse_instances(f" a\nOutput: b{text}\nExample 2\nInput: c\nOutput: d", True, False)[0][1] == (
         "c",

@@ -17,8 +17,11 @@ from safetensors.torch import load_file, save_file
 
 import evaluate_purified
 import measure_purified
+from common.checkpoints import find_checkpoints
 from common.cli import UserError
 from extraction import prompts
+from extraction.attack import _forms
+from extraction.measure import KEY
 
 QUICK = ["--temperatures", "0", "0.2", "1.0", "--max_tokens", "6", "--top_k", "20"]
 
@@ -179,7 +182,7 @@ def test_tree_equals_one_by_one(tree, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(common_models, "load_base", lambda ref, *rest: loads.append(ref.base) or load_base(ref, *rest))
     assert evaluate(tree, dataset) == 0
     assert len(loads) == 3  # llama once for its two adapters, neox, opt
-    checkpoints = common_models.find_checkpoints(tree)
+    checkpoints = find_checkpoints(tree)
     assert [path.name for path in checkpoints] == ["checkpoint-9", "checkpoint-10", "checkpoint-1", "checkpoint-1"]
     seen = set()
     for number, checkpoint in enumerate(checkpoints):
@@ -350,7 +353,7 @@ def test_expected_hits_are_those_drawn_whatever_comes_before_the_address(models,
     people = [("Ada Moss", "ada@a.example"), ("Bo Lund", "bo@b.example")]
     prompt = build_prompt(template, people, "Cy Dahl")
     ids = measure_purified.encode_prompt(tokenizer, prompt)
-    forms = measure_purified._forms(tokenizer, prompt, ids, [" c", "c"], 100)
+    forms = _forms(tokenizer, prompt, ids, [" c", "c"], 100)
     assert len(forms) == 2 and all(len(form) == 1 for form in forms)  # one token each, for many hits
     with torch.no_grad():  # a large, equal bias towards both, through the last state
         state = model.base_model(torch.tensor([ids])).last_hidden_state[0, -1]
@@ -421,7 +424,7 @@ def test_two_measurements_of_one_folder_at_once(models, dataset, tmp_path):
     """The second is refused in one line that names the holder."""
     from common import results
 
-    with results.output_folder(tmp_path / "out", key=measure_purified.KEY):
+    with results.output_folder(tmp_path / "out", key=KEY):
         done = run_script("measure_purified.py", models["llama"], tmp_path / "out", "-d", dataset, *QUICK)
     assert done.returncode == 2 and "in use by another run (process " in done.stderr
     assert not list((tmp_path / "out").glob("results*"))

@@ -648,9 +648,11 @@ def _text(row) -> str:
 
 
 def test_the_figure_says_what_is_flagged():
-    from mia.dataset import Study
+    from mia.dataset import MembershipTask
 
-    study = Study(["a"] * 4, [0, 1, 2, 3], [1, 1, 0, 0], ["loss"], blind={"blind_length": np.array([1.0, 2, 1, 0])})
+    study = MembershipTask(
+        ["a"] * 4, [0, 1, 2, 3], [1, 1, 0, 0], ["loss"], blind={"blind_length": np.array([1.0, 2, 1, 0])}
+    )
     found = {"loss": [1.0, 2.0, None, 0.0], "min_k_30": [1.0] * 4}
     axes = reporting.draw_roc(found, study, ["blind_length"], "m").axes[0]
     assert "FLAGGED: blind_length" in axes.get_title()

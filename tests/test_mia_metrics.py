@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.stats import auc, interval, roc
+from common.text import near_duplicates
 from mia import baselines, metrics
 
 
@@ -28,11 +30,11 @@ few = st.lists(st.integers(-5, 5), min_size=1, max_size=40)  # many ties
 @settings(max_examples=60, deadline=None)
 @given(few, few)
 def test_auc_and_roc_equal_counting_pairs(members, nonmembers):
-    assert metrics.auc(members, nonmembers) == pytest.approx(slow_auc(members, nonmembers))
-    false, true = metrics.roc(members, nonmembers)
+    assert auc(members, nonmembers) == pytest.approx(slow_auc(members, nonmembers))
+    false, true = roc(members, nonmembers)
     assert (false[0], true[0], false[-1], true[-1]) == (0, 0, 1, 1)
     assert np.trapezoid(true, false) == pytest.approx(slow_auc(members, nonmembers))
-    assert metrics.auc(nonmembers, members) == pytest.approx(1 - slow_auc(members, nonmembers))
+    assert auc(nonmembers, members) == pytest.approx(1 - slow_auc(members, nonmembers))
 
 
 @settings(max_examples=60, deadline=None)
@@ -74,7 +76,7 @@ def test_small_sets_are_refused_and_coarse_ones_said():
 def test_equal_scores_are_no_true_positives():
     """A constant score calls nobody a member: the threshold must be exceeded."""
     assert metrics.tpr_at(np.zeros(20), np.zeros(100), "0.01")["tpr"] == 0
-    assert metrics.auc(np.zeros(20), np.zeros(100)) == 0.5
+    assert auc(np.zeros(20), np.zeros(100)) == 0.5
 
 
 def test_clopper_pearson_known_values():
@@ -142,7 +144,7 @@ def test_intervals_of_tpr_change_with_the_number_of_allowed_false_positives():
     assert point["tpr_ci_at_threshold"] == metrics.clopper_pearson(round(point["tpr"] * 200), 200)
     assert point["tpr_ci"] == metrics.tpr_interval(members, nonmembers, 0.01)
     rates = metrics.bootstrap(members, nonmembers, *metrics.Draws(300, 0)(200, 300), ["0.1"])
-    wide, (low, high) = made["points"]["0.1"], metrics.interval(rates["0.1"])  # 29 allowed
+    wide, (low, high) = made["points"]["0.1"], interval(rates["0.1"])  # 29 allowed
     at = wide["tpr_ci_at_threshold"]
     assert wide["tpr_ci"] == [min(low, at[0]), max(high, at[1])]
     apart = metrics.summarize(members + 20, nonmembers, metrics.Draws(300, 0))
@@ -233,8 +235,8 @@ def test_cross_fitting_cannot_learn_noise():
     labels, noise = np.repeat([1, 0], 40), rng.normal(size=(80, 60))
     odds = metrics.cross_fit(noise, labels, metrics.logistic, 0)
     fitted = metrics.logistic().fit(noise, labels).decision_function(noise)
-    assert metrics.auc(fitted[:40], fitted[40:]) > 0.9
-    assert metrics.auc(odds[:40], odds[40:]) < 0.65
+    assert auc(fitted[:40], fitted[40:]) > 0.9
+    assert auc(odds[:40], odds[40:]) < 0.65
     assert metrics.cross_fit(noise[:44], labels[:44], metrics.logistic, 0) is None  # 4 of a class
 
 
@@ -275,7 +277,7 @@ def test_blind_baselines_see_length_and_words_but_not_nothing():
 
     def aucs(texts):
         made = baselines.scores(texts, labels, 0)
-        return {name: metrics.auc(values[:100], values[100:]) for name, values in made.items()}
+        return {name: auc(values[:100], values[100:]) for name, values in made.items()}
 
     assert set(aucs(texts)) == set(baselines.BASELINES)
     assert all(0.3 < value < 0.65 for value in aucs(texts).values())
@@ -292,5 +294,5 @@ def test_blind_baselines_see_length_and_words_but_not_nothing():
 def test_near_duplicates():
     base = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
     others = [base.upper() + "\n", base.replace("eight", "other"), "one two", base + " seventeen"]
-    assert baselines.near_duplicates([base, "one  TWO", "else"], others) == [(0, 0), (0, 3), (1, 2)]
-    assert baselines.near_duplicates([""], [""]) == [(0, 0)]
+    assert near_duplicates([base, "one  TWO", "else"], others) == [(0, 0), (0, 3), (1, 2)]
+    assert near_duplicates([""], [""]) == [(0, 0)]

@@ -14,7 +14,10 @@ import pytest
 from conftest import ARCHITECTURES, ROOT, make_rows, read_lines, run_script, write_rows
 
 from common import cli
+from common import models as models_module
+from perplexity import measure as room
 from perplexity import perplexity as script
+from perplexity.metrics import describe, summarize
 
 LINE = re.compile(r"^model path: (.+); mean perplexity: (\d+(?:\.\d+)?(?:e[+-]\d+)?)$")
 FIELDS = {
@@ -84,7 +87,7 @@ def test_numbers_equal_the_plain_route(models, adapters, dataset, tmp_path, arch
 
 def test_summary_by_hand():
     """Two documents: NLL 2·ln 4 over 2 tokens and 1·ln 16 over 1 token; 4 and 2 bytes."""
-    made = script.summarize([2 * math.log(4), math.log(16)], [2, 1], [4, 2], seed=0)
+    made = summarize([2 * math.log(4), math.log(16)], [2, 1], [4, 2], seed=0)
     assert made["mean"] == pytest.approx((4 + 16) / 2)
     assert made["token_weighted"] == pytest.approx(256 ** (1 / 3))  # not the mean of anything a document: sums first
     assert made["median"] == pytest.approx(10)
@@ -95,9 +98,9 @@ def test_summary_by_hand():
 
 
 def test_summary_of_nothing_and_of_one():
-    nothing = script.summarize([], [], [], seed=0)
+    nothing = summarize([], [], [], seed=0)
     assert nothing["mean"] is None and nothing["undefined"]["mean"] == "no document could be scored"
-    one = script.summarize([math.log(3)], [1], [1], seed=0)
+    one = summarize([math.log(3)], [1], [1], seed=0)
     assert (
         one["mean"] == pytest.approx(3)
         and one["mean_ci"] is None
@@ -113,18 +116,18 @@ def test_interval_covers_and_follows_the_seed():
     """Documents of perplexity exp(N(2, 0.3)): the bootstrap interval against mean ± 1.96 standard errors."""
     rng = np.random.default_rng(0)
     logs = rng.normal(2, 0.3, 500)
-    made = script.summarize(list(logs), [1] * 500, [1] * 500, seed=1)
+    made = summarize(list(logs), [1] * 500, [1] * 500, seed=1)
     values = np.exp(logs)
     half = 1.96 * values.std() / 500**0.5
     assert made["mean_ci"] == pytest.approx([values.mean() - half, values.mean() + half], rel=0.01)
-    assert made["mean_ci"] == script.summarize(list(logs), [1] * 500, [1] * 500, seed=1)["mean_ci"]
-    assert made["mean_ci"] != script.summarize(list(logs), [1] * 500, [1] * 500, seed=2)["mean_ci"]
+    assert made["mean_ci"] == summarize(list(logs), [1] * 500, [1] * 500, seed=1)["mean_ci"]
+    assert made["mean_ci"] != summarize(list(logs), [1] * 500, [1] * 500, seed=2)["mean_ci"]
 
 
 def test_empty_and_non_finite_documents_are_dropped_and_counted():
     logps = [np.array([-1.0, -2.0]), np.array([]), np.array([]), np.array([np.nan]), np.array([-3.0])]
     texts = ["ab", "", "\x00", "c", "dé"]
-    made = script.describe(texts, [[0, 1, 2], [0], [0], [0, 1], [0, 3]], logps, context=2, seed=0)
+    made = describe(texts, [[0, 1, 2], [0], [0], [0, 1], [0, 3]], logps, context=2, seed=0)
     assert made["dropped"] == {"empty document": 1, "no tokens": 1, "log-probability not finite": 1}
     assert (made["n_requested"], made["n_scored"], made["n_dropped"]) == (5, 2, 3)
     assert made["mean"] == pytest.approx((math.exp(1.5) + math.exp(3)) / 2)
@@ -217,7 +220,7 @@ def test_rerun_skips_and_duplicates_nothing(adapters, dataset, tmp_path, capsys,
     files = {name: (folder / name).read_text() for name in ("perplexity.txt", "perplexity.jsonl")}
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(script.models, "load_base", lambda *_: pytest.fail("a model was loaded"))
+        patch.setattr(models_module, "load_base", lambda *_: pytest.fail("a model was loaded"))
         assert measure("--dir", folder, "-d", dataset) == 0
     assert "3 measured before, 0 to measure" in capsys.readouterr().out
     assert files == {name: (folder / name).read_text() for name in files}
@@ -279,7 +282,7 @@ def test_a_checkpoint_that_fails_while_measured(adapters, dataset, tmp_path, cap
 
 
 def test_a_bug_in_one_checkpoint_is_a_traceback_and_costs_no_other(adapters, dataset, tmp_path, capsys, monkeypatch):
-    folder, scored = tree(tmp_path / "tree", adapters), script.score
+    folder, scored = tree(tmp_path / "tree", adapters), room.score
 
     def second_time_lucky(*words, calls=[], **options):  # noqa: B006
         calls.append(1)
@@ -287,7 +290,7 @@ def test_a_bug_in_one_checkpoint_is_a_traceback_and_costs_no_other(adapters, dat
             raise ZeroDivisionError("a bug")
         return scored(*words, **options)
 
-    monkeypatch.setattr(script, "score", second_time_lucky)
+    monkeypatch.setattr(room, "score", second_time_lucky)
     assert measure(folder, "-d", dataset) == 1
     errors = capsys.readouterr().err
     assert "Traceback" in errors and f"failed: {folder}/other/checkpoint-100: ZeroDivisionError: a bug" in errors
@@ -348,7 +351,7 @@ def problems_of(*words) -> list[str]:
 
 
 def test_all_problems_at_once_and_nothing_written(models, adapters, dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(script.models, "load_base", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(models_module, "load_base", lambda *_: pytest.fail("a model was loaded"))
     orphan = tmp_path / "orphan"
     shutil.copytree(adapters["opt", "lora"], orphan)
     config = json.loads((orphan / "adapter_config.json").read_text())
@@ -364,7 +367,7 @@ def test_all_problems_at_once_and_nothing_written(models, adapters, dataset, tmp
 
 
 def test_bad_input_lines(models, dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(script.models, "load_base", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(models_module, "load_base", lambda *_: pytest.fail("a model was loaded"))
     model, empty = ["--model", models["llama"], "--output_dir", tmp_path / "out"], tmp_path / "empty"
     empty.mkdir()
     two = write_rows(tmp_path / "two.jsonl", make_rows(2))
@@ -405,7 +408,7 @@ def test_checkpoints_none_of_which_can_be_measured_are_bad_input(adapters, datas
 
 
 def test_dry_run_writes_nothing_and_loads_nothing(adapters, dataset, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(script.models, "load_base", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(models_module, "load_base", lambda *_: pytest.fail("a model was loaded"))
     folder = tree(tmp_path / "tree", adapters)
     before = sorted(folder.rglob("*"))
     assert measure(folder, "-d", dataset, "--dry_run") == 0

@@ -13,9 +13,9 @@ from common import cli
 from common import dataset as data_files
 from common.cli import UserError
 from common.results import sha256
+from common.text import follows_name_rule, name_rule_guesses
 from data import leak_check, replace_pii, replacement
 from data.enron import mail
-from extraction.metrics import follows_name_rule, name_rule_guesses
 
 PEOPLE = [
     ("Joe Moss", "jmoss@hartwell.example"),

@@ -7,10 +7,11 @@ from conftest import make_model, make_rows, read_lines, write_rows
 
 import run_peft
 from common import models
-from data import generation
+from common.models import encode_prompt
 from mia import mia as mia_script
 from mia import signals
 from perplexity import perplexity as perplexity_script
+from perplexity.measure import tokenize
 from training import batches
 
 BOS = 1
@@ -53,8 +54,8 @@ def test_a_text_that_begins_with_the_start_token_has_one(tokenizer):
     start = len(tokenizer.bos_token)
     assert row.kept == (start + bare.kept[0], start + bare.kept[1])
     assert signals.encode(tokenizer, [marked], 64).tokens == [wanted]
-    assert perplexity_script.tokenize(tokenizer, [marked, plain]) == [wanted, wanted]
-    assert generation.encode_prompt(tokenizer, marked) == wanted
+    assert tokenize(tokenizer, [marked, plain]) == [wanted, wanted]
+    assert encode_prompt(tokenizer, marked) == wanted
     assert models.encode_texts(tokenizer, [marked, plain]) == [wanted, wanted]
 
 

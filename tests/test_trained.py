@@ -14,6 +14,7 @@ from conftest import ROOT, make_rows, read_lines, write_rows
 import run_peft
 from common import dataset as data_files
 from common import results, trained
+from common.checkpoints import find_checkpoints
 from common.cli import UserError
 from common.models import find_model, load_tokenizer
 from training import batches
@@ -338,7 +339,7 @@ def test_a_model_that_has_hardly_moved_is_told(kind, models, dataset, tmp_path, 
     assert json.loads((moved / "run.json").read_text())["notes"] == []
     assert capsys.readouterr().out.count("the model has hardly moved") == 1
     for folder in (still, moved):
-        last = common_models.find_checkpoints(folder)[-1]
+        last = find_checkpoints(folder)[-1]
         base = common_models.load_base(common_models.find_model(str(last)), torch.float32, "cpu")
         with common_models.adapted(base, last) as (_, change):
             assert json.loads((folder / "run.json").read_text())["relative_change"] == pytest.approx(change, rel=0.02)

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from common import cli, dataset, distributed, results
+from common.models import encode_prompt
 from data import generation
 from data.continuation import text_statistics
 
@@ -116,7 +117,7 @@ def check(args) -> Task:
     counts = Counter({"broken": len(broken)} if broken else {})
     for index in split.train:
         # a trailing space would be cut off the word that follows it; the generation brings its own
-        prompt = generation.encode_prompt(tokenizer, rows[index]["prompt"].rstrip(" "))
+        prompt = encode_prompt(tokenizer, rows[index]["prompt"].rstrip(" "))
         room = min(args.max_tokens, context - len(prompt))
         if not prompt:
             counts["empty prompt"] += 1

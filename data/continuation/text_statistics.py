@@ -40,7 +40,7 @@ def near_duplicates(texts: list[str], threshold: float = JACCARD) -> tuple[int, 
 
 def address_counts(texts: Iterable[str], wanted: set[str]) -> dict[str, int]:
     """How often which of the `wanted` addresses (case-folded) stand in the texts: people, texts and occurrences."""
-    from extraction.metrics import emails
+    from common.text import emails
 
     people, n_texts, occurrences = set(), 0, 0
     for text in texts:

@@ -28,6 +28,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from common import cli, dataset, distributed, models, results, reviews, trained
+from common.models import encode_prompt
 from data import generation
 
 CONDITIONS = ("metadata", "title", "sampled")
@@ -252,7 +253,7 @@ def near_copies(texts: list[str], training: list[str], held_out: list[str]) -> d
 
     `held_out_in_training` is the floor: what the real reviews of --input, written by others, share with --training.
     """
-    from fidelity.metrics import copied_lengths
+    from common.text import copied_lengths
 
     def share(of: list[str], source: list[str]) -> float | None:
         return float((copied_lengths(of, source, (COPY,)) >= COPY).mean()) if of and source else None
@@ -301,7 +302,7 @@ def generate(args, task, place: results.Output) -> dict:
         prompts, rooms, kept = [], [], []
         context, least = models.context_length(base), min(generation.MIN_ROOM, args.max_new_tokens)
         for row in rows:
-            prompt = generation.encode_prompt(task.tokenizer, dataset.review_prompt(row))
+            prompt = encode_prompt(task.tokenizer, dataset.review_prompt(row))
             room = min(args.max_new_tokens, context - len(prompt))
             if room < least:
                 dropped[f"prompt leaves fewer than {least} of the context's {context:,} tokens"] += 1

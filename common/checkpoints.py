@@ -1,0 +1,78 @@
+"""Many checkpoints, one base in memory: for each checkpoint the base is loaded once, adapted, and restored."""
+
+import contextlib
+import gc
+import re
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from common import models
+from common.cli import UserError
+from common.distributed import World
+
+
+def find_checkpoints(folder) -> list[Path]:
+    """Every directory checkpoint-* below `folder` (or itself), in natural order: checkpoint-9 before checkpoint-10."""
+    folder = Path(folder)
+    found = [folder] if folder.name.startswith("checkpoint-") else folder.rglob("checkpoint-*")
+    # an unfinished checkpoint stands in a hidden directory until it is complete
+    found = [
+        path for path in found if path.is_dir() and not any(x.startswith(".") for x in path.relative_to(folder).parts)
+    ]
+    return sorted(found, key=natural_key)
+
+
+def natural_key(path) -> list:
+    """Sort key of a path in which numbers count as numbers."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]
+
+
+class BaseLoader:
+    """Holds the base that was asked for last; another one is loaded only after it has gone."""
+
+    def __init__(self, world: World, dtype, device_map: str | None = None):
+        self.world, self.dtype, self.device_map = world, dtype, device_map
+        self._loaded: dict = {}
+
+    def base(self, ref: models.ModelRef):
+        """The unadapted base of `ref`, in eval mode."""
+        if ref.base not in self._loaded:
+            self.clear()
+            self._loaded[ref.base] = models.load_base(ref, self.dtype, self.world.device, self.device_map)
+        return self._loaded[ref.base]
+
+    @contextlib.contextmanager
+    def adapted(self, ref: models.ModelRef, merge: bool | None = None):
+        """(model with the adapter of `ref`, ‖ΔW‖/‖W‖ or None); `models.adapted` on the base, which is restored."""
+        with models.adapted(self.base(ref), ref.adapter, merge) as (model, change):
+            yield model, change
+
+    def clear(self) -> None:
+        self._loaded.clear()
+        gc.collect()
+
+
+def by_base(jobs: Iterable[tuple]) -> list[tuple]:
+    """Jobs (ModelRef, …) with those of one base together, bases and jobs in the order given."""
+    jobs = list(jobs)
+    bases = list(dict.fromkeys(job[0].base for job in jobs))
+    return sorted(jobs, key=lambda job: bases.index(job[0].base))
+
+
+def for_each(jobs: Iterable[tuple], measure: Callable, loader: BaseLoader) -> dict[str, str]:
+    """Call measure(number from 1, ModelRef, …) for every job (ModelRef, …); {model: why it failed}.
+
+    A failure costs no other job: the base it may have left in an unknown state is loaded anew.
+    """
+    failures = {}
+    for number, (ref, *rest) in enumerate(by_base(jobs), 1):
+        try:
+            measure(number, ref, *rest)
+        except UserError as error:
+            failures[ref.name] = "; ".join(error.problems)
+        except Exception as error:
+            traceback.print_exc()
+            failures[ref.name] = f"{type(error).__name__}: {error}"
+            loader.clear()
+    return failures

@@ -1,0 +1,189 @@
+"""Text: e-mail addresses, names and their rules, near-duplicates, copied passages. Linear in the length of a text."""
+
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+LOCAL = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_%+'&~#$.-"
+DOMAIN = re.compile(r"[A-Za-z0-9]++(?:[.-]++[A-Za-z0-9]++)*")
+
+
+def emails(text: str) -> Iterator[str]:
+    """The e-mail addresses in `text`, in order. Each is read backwards from its @: time is linear in the text."""
+    place, at = 0, text.find("@")
+    while at >= 0:
+        before = text[place:at]
+        local = before[len(before.rstrip(LOCAL)) :]
+        domain = DOMAIN.match(text, at + 1) if local else None
+        if domain:
+            yield f"{local}@{domain[0]}"
+        place = domain.end() if domain else at + 1
+        at = text.find("@", place)
+
+
+def first_email(text: str) -> str | None:
+    """The first e-mail address in `text`, case-folded; None when there is none."""
+    found = next(emails(text), None)
+    return found.lstrip("'.").casefold() if found else None
+
+
+def _letters(text: str) -> str:
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z]", "", plain)
+
+
+def name_parts(name: str) -> list[str]:
+    """The words of a name in lower-case ASCII letters ("O'Neil" → "oneil"); empty words dropped."""
+    return [part for part in map(_letters, name.split()) if part]
+
+
+def name_rule_guesses(name: str) -> dict[str, str]:
+    """Rule name → local part that the rule makes of `name` (first, last; middle names where a rule uses them).
+
+    A name of one word has only the rule 'first'. Rules after Huang et al. 2022, appendix, and their separators.
+    """
+    parts = name_parts(name)
+    if not parts:
+        return {}
+    first, last, middle = parts[0], parts[-1], parts[1:-1]
+    if len(parts) == 1:
+        return {"first": first}
+    f, m, initial_last = first[0], "".join(part[0] for part in middle), last[0]
+    guesses = {"first": first, "last": last, "initials": f + m + initial_last, "fl": f + initial_last}
+    for separator, label in (("", ""), (".", "."), ("_", "_"), ("-", "-")):
+        guesses[f"first{label}last"] = first + separator + last
+        guesses[f"last{label}first"] = last + separator + first
+        guesses[f"f{label}last"] = f + separator + last
+        guesses[f"first{label}l"] = first + separator + initial_last
+        guesses[f"last{label}f"] = last + separator + f
+        guesses[f"l{label}first"] = initial_last + separator + first
+        if middle:
+            guesses[f"first{label}m{label}last"] = separator.join([first, m, last])
+            guesses[f"first{label}middle{label}last"] = separator.join([first, *middle, last])
+            guesses[f"f{label}m{label}last"] = separator.join([f, m, last])
+    return guesses
+
+
+def follows_name_rule(name: str, local_part: str) -> bool:
+    """Whether a name rule produces `local_part`, digits stripped from it, case ignored."""
+    return re.sub(r"\d", "", local_part.lower()) in name_rule_guesses(name).values()
+
+
+SHINGLE = 5
+SIMILAR = 0.8
+
+
+WORD = r"(?u)\w+|[^\w\s]"
+
+
+def normalized(text: str) -> str:
+    """Lower case, white space as single spaces."""
+    return re.sub(r"\s+", " ", text.lower()).strip()
+
+
+def shingles(text: str) -> frozenset:
+    """Runs of 5 words of the normalised text; the whole text where it has fewer."""
+    words = normalized(text).split(" ")
+    return frozenset(" ".join(words[start : start + SHINGLE]) for start in range(max(1, len(words) - SHINGLE + 1)))
+
+
+def near_duplicates(texts: list[str], others: list[str]) -> list[tuple[int, int]]:
+    """(index in texts, index in others) of pairs whose sets of shingles overlap by |A∩B| / |A∪B| ≥ 0.8."""
+    sets, where = [shingles(other) for other in others], defaultdict(list)
+    for index, found in enumerate(sets):
+        for shingle in found:
+            where[shingle].append(index)
+    pairs = []
+    for index, mine in enumerate(map(shingles, texts)):
+        common = Counter(other for shingle in mine for other in where.get(shingle, ()))
+        for other, shared in sorted(common.items()):
+            if shared >= SIMILAR * (len(mine) + len(sets[other]) - shared):
+                pairs.append((index, other))
+    return pairs
+
+
+COPY_STEPS = (20, 30, 40, 50, 75, 100, 150, 200, 300)  # characters
+COPY = 50  # from this length on, a common substring counts as copied
+
+
+def _flatten(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(mixed code points [N], text of each [N], characters from each to the end of its text [N])."""
+    codes = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
+    codes = (codes + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
+    codes ^= codes >> np.uint64(29)
+    lengths = np.array([len(text) for text in texts], np.int64)
+    owner = np.repeat(np.arange(len(texts)), lengths)
+    left = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(codes))
+    return codes, owner, left
+
+
+def _window_hashes(codes: np.ndarray, length: int) -> np.ndarray:
+    """Polynomial hashes mod 2^64 of all windows of `length` code points, [max(0, N − length + 1)]."""
+    base, done, made = np.uint64(0xD1342543DE82EF95), 0, None
+    power, span, piece = base, 1, codes  # hashes of windows of `span`, and base^span
+    rest = length
+    with np.errstate(over="ignore"):
+        while rest:
+            n = len(codes) - done - span + 1
+            if rest & 1:
+                if n <= 0:
+                    return np.empty(0, np.uint64)
+                tail = piece[done : done + n]
+                made = tail.copy() if made is None else made[:n] * power + tail
+                done += span
+            rest >>= 1
+            if rest:
+                piece = piece[: len(piece) - span] * power + piece[span:] if len(piece) > span else piece[:0]
+                power, span = power * power, 2 * span
+    return made
+
+
+def _holds(texts, source, length: int) -> np.ndarray:
+    """[len(texts)] whether a run of `length` characters of the text occurs in `source`; both from `_flatten`."""
+    found = []
+    for codes, _, left in (texts, source):
+        hashes = _window_hashes(codes, length)
+        found.append((hashes, left[: len(hashes)] >= length))
+    (mine, valid), (theirs, inside) = found
+    theirs = np.sort(theirs[inside])
+    owner = texts[1][: len(mine)][valid]
+    held = np.zeros(int(texts[1].max(initial=-1)) + 1, bool)
+    if len(theirs):
+        mine = mine[valid]
+        place = np.minimum(np.searchsorted(theirs, mine), len(theirs) - 1)
+        held[owner[theirs[place] == mine]] = True
+    return held
+
+
+def copied_lengths(texts: Sequence[str], source: Sequence[str], steps: Sequence[int] = COPY_STEPS) -> np.ndarray:
+    """[n] the largest of `steps` (ascending) that the longest common substring of a text and any source text reaches.
+
+    0 below the first step. Characters as they stand. Hashes of all windows of a step's length are looked up (64 bits: a
+    false hit among 3·10⁶ × 3·10⁷ windows has probability 5·10⁻⁶), so time grows with n log n, not with texts × source.
+    """
+    reached, alive, flat = np.zeros(len(texts), np.int64), np.arange(len(texts)), _flatten(source)
+    for step in steps:
+        held = np.zeros(len(alive), bool)
+        found = _holds(_flatten([texts[index] for index in alive]), flat, step)
+        held[: len(found)] = found
+        alive = alive[held]
+        reached[alive] = step
+        if not len(alive):
+            break
+    return reached
+
+
+def longest_copy(texts: Sequence[str], source: Sequence[str], at_least: int = 0) -> int:
+    """Length of the longest substring that any text shares with any source text, known to be ≥ `at_least`."""
+    low, high = at_least, max(map(len, texts), default=0)
+    mine, theirs = _flatten(texts), _flatten(source)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if _holds(mine, theirs, middle).any():
+            low = middle
+        else:
+            high = middle - 1
+    return low

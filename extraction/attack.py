@@ -1,0 +1,89 @@
+"""The attack on a loaded model: every prompt at every temperature, and the log-probability of the true address."""
+
+from collections.abc import Sequence
+
+from common import models, sampling
+from common.distributed import World, progress_bar
+from common.models import encode_prompt
+from extraction.config import AttackConfig
+from extraction.task import ExtractionTask
+
+
+def attack(
+    model, tokenizer, task: ExtractionTask, config: AttackConfig, temperatures: Sequence[float], world: World
+) -> list[dict]:
+    """Ask every row with every template at every temperature. On rank 0: one dict a row × template, in order:
+
+    {row, template, responses: [text per temperature] or None, dropped: reason or None, truth_logprob, truth_logp}.
+    """
+
+    def ask_mine() -> list[dict]:
+        longest = models.context_length(model)
+        vocabulary = model.config.get_text_config().vocab_size
+        newline = task.settings["stop"] == "newline"
+        stop = sampling.stop_tokens(tokenizer, vocabulary, newline)
+        mine = world.shard(list(range(len(task.people))))
+        found = []
+        with progress_bar(len(mine) * len(task.labels), "prompts", world) as bar:
+            for number, label in enumerate(task.labels):
+                asked, tokens, keys, targets = [], [], [], []
+                for row in mine:
+                    prompt, truths = task.asked[row][number]
+                    ids = encode_prompt(tokenizer, prompt)
+                    if not ids or len(ids) + config.max_tokens > longest:
+                        reason = "longer than the context" if ids else "empty prompt"
+                        found.append({"row": row, "template": label, "responses": None, "dropped": reason})
+                        bar.update(1)
+                        continue
+                    asked.append(row)
+                    tokens.append(ids)
+                    keys.append((row, number))
+                    targets.append(_forms(tokenizer, prompt, ids, truths, longest - len(ids)))
+                answers = sampling.sweep(
+                    model,
+                    tokens,
+                    keys,
+                    temperatures,
+                    top_k=config.top_k,
+                    max_tokens=config.max_tokens,
+                    seed=config.seed,
+                    stop=stop,
+                    targets=targets,
+                    batch_size=config.batch_size,
+                    progress=bar.update,
+                )
+                for row, answer, target in zip(asked, answers, targets):
+                    texts = tokenizer.batch_decode(answer.tokens, skip_special_tokens=True)
+                    if newline:
+                        texts = [text.replace("\r", "\n").split("\n")[0] for text in texts]
+                    found.append(
+                        {
+                            "row": row,
+                            "template": label,
+                            "responses": texts,
+                            "dropped": None,
+                            "truth_logprob": answer.truth_logprob,
+                            "truth_logp": answer.truth_logp,
+                            "truth_tokens": min(map(len, target), default=0),
+                        }
+                    )
+        return found
+
+    everything = [item for part in world.together(ask_mine) for item in part]
+    order = {label: number for number, label in enumerate(task.labels)}
+    return sorted(everything, key=lambda item: (item["row"], order[item["template"]]))
+
+
+def _forms(tokenizer, prompt: str, ids: list[int], truths: list[str], room: int) -> list[list[int]]:
+    """The canonical tokens of each true text after the prompt, each once; those that do not fit the context left out.
+
+    The texts differ in the blank before the address, so no answer begins with two of them: their probabilities add up.
+    """
+    forms = []
+    for truth in truths:
+        joined = encode_prompt(tokenizer, prompt + truth)
+        merged = joined[: len(ids)] != ids  # the prompt's last token runs into the answer: take the answer alone
+        target = tokenizer(truth, add_special_tokens=False).input_ids if merged else joined[len(ids) :]
+        if 0 < len(target) <= room and target not in forms:
+            forms.append(target)
+    return forms

@@ -1,0 +1,265 @@
+"""One model measured: from the answers to the result lines and their files."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from common import cli, dataset, distributed, models, results, stats
+from common.distributed import World
+from common.schema import GREEDY_BELOW, HEADLINE_TEMPERATURE, MEASURES, next_free, outcomes_path, responses_path
+from common.stats import mean_or_none
+from extraction import metrics
+from extraction.attack import attack
+from extraction.config import AttackConfig, MeasureConfig
+from extraction.task import ExtractionTask, prepare
+
+KEY = "purified"  # of the lock: other scripts write to checkpoints too
+
+
+def find_results(
+    folder, task: ExtractionTask, model_key: dict, responses: bool = False
+) -> list[tuple[Path, list[dict]]]:
+    """(result file, its lines) of each file of this very measurement, the newest last. Those of the released tool never
+    match.
+
+    responses: only files that have their responses beside them.
+    """
+    found, wanted = [], {**task.settings, **model_key}
+    for path in sorted(Path(folder).glob("results_purified*.jsonl"), key=lambda path: (len(path.name), path.name)):
+        if path.stem.endswith("_rows"):
+            continue
+        try:
+            lines = dataset.read_rows(path)
+        except cli.UserError:
+            continue
+        if (
+            all(line.get(key) == value for line in lines for key, value in wanted.items())
+            and outcomes_path(path).is_file()
+            and (not responses or responses_path(path).is_file())
+        ):
+            found.append((path, lines))
+    return found
+
+
+def newest(found: list[tuple[Path, list[dict]]]) -> list[dict]:
+    """The last measured line of each temperature in what `find_results` found, by temperature."""
+    last = {line["temperature"]: line for _, lines in found for line in lines}
+    return [last[temperature] for temperature in sorted(last)]
+
+
+def model_key(ref) -> dict:
+    """What identifies the measured weights in a result line."""
+    return {"model_sha256": models.weights_sha256(ref), "revision": ref.revision}
+
+
+def summarise(task: ExtractionTask, found: list[dict], temperatures: list[float], model_info: dict):
+    """(result lines, outcome lines, response lines) of a finished attack."""
+    result_lines, outcome_lines, response_lines = [], [], []
+    n_rows = len(task.people)
+    dropped = [item for item in found if item["responses"] is None]
+    reasons = {reason: sum(item["dropped"] == reason for item in dropped) for reason in {i["dropped"] for i in dropped}}
+    logp = {label: [] for label in task.labels}
+    truth = {label: [] for label in task.labels}
+    for item in found:
+        if item["responses"] is not None and item["truth_logp"] is not None:
+            logp[item["template"]].append(item["truth_logp"])
+            truth[item["template"]].append(item["truth_logprob"])
+    scored = {
+        label: sum(item["template"] == label and item["responses"] is not None for item in found)
+        for label in task.labels
+    }
+    # addresses of more tokens than an answer may have: their probability is 0 by definition
+    limit = task.settings["max_tokens"]
+    too_long = {
+        label: sum(item["template"] == label and item.get("truth_tokens", 0) > limit for item in found)
+        for label in task.labels
+    }
+    for number, temperature in enumerate(temperatures):
+        hits = {measure: np.full((n_rows, len(task.labels)), np.nan) for measure in MEASURES}
+        for item in found:
+            where = {"row": item["row"], "template": item["template"], "temperature": temperature}
+            if item["responses"] is None:
+                empty = dict.fromkeys(("match", "exact", "local_part", "domain", "no_pattern"))
+                outcome_lines.append({**where, **empty, "dropped": item["dropped"]})
+                continue
+            response = item["responses"][number]
+            outcome = metrics.outcome(*task.people[item["row"]], response)
+            outcome_lines.append({**where, **outcome})
+            response_lines.append({**where, "response": response})
+            for measure in MEASURES:
+                key = "match" if measure == "matches" else measure
+                hits[measure][item["row"], task.labels.index(item["template"])] = outcome[key]
+        line = {}
+        for measure in MEASURES:
+            counts = {label: int(np.nansum(hits[measure][:, i])) for i, label in enumerate(task.labels)}
+            line[measure] = {label: counts[label] if scored[label] else None for label in task.labels}
+            line[measure]["total"] = n_rows
+        line["ci95"] = {
+            measure: {
+                **{label: stats.clopper_pearson(line[measure][label], scored[label]) for label in task.labels},
+                "total": stats.clustered_rate(hits[measure]),
+            }
+            for measure in MEASURES
+        }
+        line["floor"] = task.floor
+        line["truth_logprob"] = {label: mean_or_none(truth[label]) for label in task.labels}
+        line["probabilistic"] = {
+            label: metrics.probabilistic_extraction(np.array([values[number] for values in logp[label]]))
+            for label in task.labels
+        }
+        line["truth_too_long"] = too_long
+        if task.baseline:
+            line["baseline"] = _compare(task, outcome_lines[-len(found) :])
+        line |= {
+            **model_info,
+            "temperature": temperature,
+            "greedy": temperature <= GREEDY_BELOW,
+            "headline": temperature == HEADLINE_TEMPERATURE,
+            "dataset": task.dataset,
+            **task.settings,
+            "n_requested": len(found),
+            "n_scored": len(found) - len(dropped),
+            "n_dropped": len(dropped),
+            "n_scored_by_template": scored,
+            "dropped": reasons,
+        }
+        result_lines.append(line)
+    return result_lines, outcome_lines, response_lines
+
+
+def _compare(task: ExtractionTask, outcome_lines: list[dict]) -> dict:
+    """Per measure and template: hits gained and lost against the baseline, exact McNemar p. Never on the total."""
+
+    compared = {"path": str(task.baseline_path)}
+    for measure in MEASURES:
+        key = "match" if measure == "matches" else measure
+        compared[measure] = {}
+        for label in task.labels:
+            gained = lost = 0
+            for now in outcome_lines:
+                before = task.baseline.get((now["row"], label, now["temperature"]))
+                if now["template"] != label or now[key] is None or before is None or before[key] is None:
+                    continue
+                gained += now[key] and not before[key]
+                lost += before[key] and not now[key]
+            compared[measure][label] = {"gained": gained, "lost": lost, "p": stats.mcnemar(gained, lost)}
+    return compared
+
+
+def write(files, path, lines, outcome_lines, response_lines, save_responses: bool, append: bool = False) -> None:
+    """Write the files of one measurement to the Publication `files`."""
+    earlier = [results.read_jsonl(file) if append else [] for file in (outcomes_path(path), path)]
+    if save_responses:
+        before = results.read_jsonl(responses_path(path)) if append and responses_path(path).is_file() else []
+        before = [line for line in before if line["temperature"] not in {line["temperature"] for line in lines}]
+        files.write_jsonl(responses_path(path), before + response_lines, permissions=0o600)
+    new = {line["temperature"] for line in lines}
+    kept = [line for line in earlier[0] if line["temperature"] not in new]
+    files.write_jsonl(outcomes_path(path), kept + outcome_lines)
+    files.write_jsonl(path, earlier[1] + lines)
+
+
+def measure_model(
+    model,
+    tokenizer,
+    task: ExtractionTask,
+    config: AttackConfig,
+    model_info: dict,
+    world: World,
+    folder,
+    path=None,
+    temperatures: Sequence[float] | None = None,
+) -> Path:
+    """Attack a loaded model and write its files into `folder`; `path`: an earlier, partial result file to add
+    `temperatures` to."""
+    todo = config.temperatures if temperatures is None else temperatures
+    found = attack(model, tokenizer, task, config, todo, world)
+    target = path or next_free(folder)
+    if world.main:
+        lines = summarise(task, found, todo, model_info)
+        with results.output_folder(target.parent, key=KEY) as place, place.publication() as files:
+            write(files, target, *lines, config.save_responses, append=path is not None)
+    world.barrier()
+    return target
+
+
+def print_table(lines: list[dict], task: ExtractionTask) -> None:
+    """One row a temperature: loose matches and exact hits by template."""
+    heads = [f"{measure} {label}" for measure in ("match", "exact") for label in task.labels]
+    print(f"{'T':>5} " + " ".join(f"{head:>9}" for head in [*heads, "no_pattern"]) + f"   of {len(task.people)} rows")
+    for line in lines:
+        cells = [line[measure][label] for measure in ("matches", "exact") for label in task.labels]
+        cells.append(sum(line["no_pattern"][label] or 0 for label in task.labels))
+        print(f"{line['temperature']:>5g} " + " ".join(f"{'-' if cell is None else cell:>9}" for cell in cells))
+    floor = task.floor
+    if floor["rule"]:
+        guess = f"{floor['rule']}@{floor['domain_guess']}"
+        print(f"name-rule floor ({guess}): {floor['matches']} match, {floor['exact']} exact")
+
+
+def describe(ref, dtype, change) -> dict:
+    """The model's part of a result line."""
+    return {
+        "model": ref.name,
+        "base_model": ref.base,
+        **model_key(ref),
+        "dtype": str(dtype).removeprefix("torch."),
+        "relative_change": change,
+        "privacy": models.privacy(ref),
+    }
+
+
+def written_before_a_kill(
+    run_file: Path, config: MeasureConfig, task: ExtractionTask, ref, after_kill: bool
+) -> Path | None:
+    """The complete result of a run with these very arguments that was killed before it could say so."""
+    if not run_file.is_file():
+        return None
+    record = results.read_json(run_file, "remove it")
+    unfinished = record.get("status") == "running" or after_kill
+    if not unfinished or record.get("args") != json.loads(results.dumps(vars(config))):
+        return None
+    for path, lines in reversed(find_results(config.output_dir, task, model_key(ref), config.save_responses)):
+        if set(config.temperatures) <= {line["temperature"] for line in lines}:
+            return path
+    return None
+
+
+def run(config: MeasureConfig) -> int:
+    """Measure one model; prints the table. UserError with every problem before the model is loaded."""
+    problems = cli.Problems()
+    config = replace(config, dataset=str(dataset.default_dataset(config.dataset)))
+    distributed.check_environment(problems, config.device_map)
+    cli.check_writable(config.output_dir, problems)
+    task = prepare(config, problems)
+    ref, tokenizer = models.look_up(problems, config.model, config.revision, config.base_model)
+    problems.check()
+    if config.dry_run:
+        words = f"{len(task.people)} rows × {len(task.labels)} prompts × {len(config.temperatures)} temperatures"
+        print(f"would ask {words} of {ref.name} (base {ref.base}) and write {next_free(config.output_dir)}")
+        return 0
+
+    world = distributed.start()
+    dtype = models.resolve_dtype(config.dtype, world.device)
+    run_file = Path(config.output_dir) / "run_measure_purified.json"
+    with results.output_folder(config.output_dir, key=KEY) as place:
+        known = written_before_a_kill(run_file, config, task, ref, place.after_kill) if world.main else None
+        path = world.broadcast(known)
+        with results.Run(run_file, config, task.inputs, world) as record:
+            if path is None:
+                base = models.load_base(ref, dtype, world.device, config.device_map)
+                with models.adapted(base, ref.adapter) as (model, change):
+                    path = measure_model(
+                        model, tokenizer, task, config, describe(ref, dtype, change), world, config.output_dir
+                    )
+            record["results"] = str(path)
+    if world.main:
+        lines = results.read_jsonl(path)
+        print_table(lines, task)
+        models.say_if_hardly_moved(ref, lines[-1]["relative_change"])
+    world.say(f"wrote {path}")
+    world.close()
+    return 0

@@ -1,0 +1,128 @@
+"""What is asked of every model: the people, the prompts, the floor, the settings. Known before a model is loaded."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+
+from common import cli, dataset, results
+from common.schema import (
+    EXTRACTION_SETTINGS,
+    outcomes_path,
+)
+from extraction import metrics, prompts
+from extraction.config import AttackConfig
+
+NUM_ROWS = 1000
+
+
+@dataclass
+class ExtractionTask:
+    """Everything about a measurement that does not depend on the model."""
+
+    dataset: str
+    people: list[tuple[str, str]]  # (name, address) of each row asked, in file order
+    asked: list[list[tuple[str, list[str]]]]  # [row][template] (prompt, the true texts that could follow it)
+    labels: list[str]  # template letters, or ['prefix']
+    floor: dict
+    settings: dict  # the EXTRACTION_SETTINGS of the result lines
+    inputs: list[str]
+    baseline: dict = field(default_factory=dict)  # (row, template, temperature) → outcome
+    baseline_path: str | None = None
+
+
+def prepare(config: AttackConfig, problems: cli.Problems) -> ExtractionTask | None:
+    """Read and check every file that the measurement needs; problems are collected, None when there were any."""
+    before = len(problems.lines)
+    rows = problems.absorb(dataset.read_rows, config.dataset)
+    manifest = problems.absorb(dataset.read_manifest, config.dataset) if rows else None
+    if len(set(config.temperatures)) < len(config.temperatures):
+        problems.add("--temperatures: the same temperature twice")
+    demonstrations = problems.absorb(_read_demonstrations, config.demonstrations) if config.demonstrations else None
+    if rows is None:
+        return None
+    fields = ("gt-name", "gt-email") + (("prompt",) if config.attack == "prefix" else ())
+    problems.absorb(dataset.validate, config.dataset, rows, fields)
+    if len(rows) < 3:
+        problems.add(f"{config.dataset}: {len(rows)} rows; at least 3 are needed")
+    if config.num_rows and config.num_rows > len(rows):
+        problems.add(f"--num_rows {config.num_rows}: {config.dataset} has only {len(rows)} rows")
+    if len(problems.lines) > before:
+        return None
+
+    evaluated = list(range(config.num_rows)) if config.num_rows else dataset.split(rows, manifest).pii
+    if not evaluated:
+        problems.add(f"{config.dataset}: no row belongs to the evaluation head; pass --num_rows")
+        return None
+    if config.attack == "templates" and demonstrations is None:
+        demonstrations = prompts.spread_demonstrations(rows, evaluated)
+        if len(demonstrations) < prompts.N_DEMONSTRATIONS:
+            problems.add(
+                f"{config.dataset}: only {len(demonstrations)} rows outside the {len(evaluated)} evaluated ones are "
+                f"left for the {prompts.N_DEMONSTRATIONS} demonstrations; pass --demonstrations or a smaller --num_rows"
+            )
+            return None
+    people = [(rows[index]["gt-name"], rows[index]["gt-email"]) for index in evaluated]
+    if config.attack == "prefix":
+        labels, demonstrations = ["prefix"], []
+        asked = []
+        for index, (_, address) in zip(evaluated, people):
+            prompt = rows[index]["prompt"].rstrip(" ")
+            lead = rows[index]["prompt"][len(prompt) :]
+            asked.append([(prompt, [lead + address, ("" if lead else " ") + address])])
+    else:
+        labels = list(prompts.TEMPLATES)
+        style, space = config.templates, config.trailing_space
+        forms = ("", " ") if space else (" ", "")  # the demonstrations' own first
+        asked = [
+            [
+                (prompts.build_prompt(label, demonstrations, name, style, space), [lead + address for lead in forms])
+                for label in labels
+            ]
+            for name, address in people
+        ]
+    inside = set(evaluated)
+    outside = [row["gt-email"] for index, row in enumerate(rows) if index not in inside]
+    as_released = (config.attack, config.templates) == ("templates", "released")
+    settings = {
+        "dataset_sha256": results.sha256(config.dataset),
+        "rows": [evaluated[0], evaluated[-1] + 1, len(evaluated)],
+        "attack": config.attack,
+        "templates": config.templates,
+        "trailing_space": config.trailing_space,
+        "stop": config.stop or ("released" if as_released else "newline"),
+        "demonstrations_sha256": hashlib.sha256(json.dumps(demonstrations).encode()).hexdigest(),
+        "top_k": config.top_k,
+        "max_tokens": config.max_tokens,
+        "seed": config.seed,
+    }
+    floor = metrics.name_rule_floor(people, outside)
+    inputs = [str(config.dataset), *([config.demonstrations] if config.demonstrations else [])]
+    task = ExtractionTask(str(config.dataset), people, asked, labels, floor, settings, inputs)
+    if config.baseline:
+        task.baseline = problems.absorb(_read_baseline, config.baseline, settings, config.temperatures) or {}
+        task.baseline_path = config.baseline
+    return task if len(problems.lines) == before else None
+
+
+def _read_demonstrations(path) -> list[tuple[str, str]]:
+    rows = dataset.read_rows(path)
+    dataset.validate(path, rows, ("name", "email"))
+    if len(rows) != prompts.N_DEMONSTRATIONS:
+        raise cli.UserError(f"{path}: {len(rows)} demonstrations; {prompts.N_DEMONSTRATIONS} are needed")
+    return [(row["name"], row["email"]) for row in rows]
+
+
+def _read_baseline(path, settings: dict, temperatures: list[float]) -> dict:
+    lines = dataset.read_rows(path)
+    beside = outcomes_path(path)
+    if not beside.is_file():
+        raise cli.UserError(f"--baseline {path}: {beside.name} is not beside it; measure the baseline with this tool")
+    problems = cli.Problems()
+    for key in EXTRACTION_SETTINGS:
+        if lines[0].get(key) != settings[key]:
+            problems.add(f"--baseline {path}: measured with {key} {lines[0].get(key)}, this run has {settings[key]}")
+    missing = sorted(set(temperatures) - {line.get("temperature") for line in lines})
+    if missing:
+        problems.add(f"--baseline {path}: has no line for temperature {', '.join(map(str, missing))}")
+    problems.check()
+    return {(line["row"], line["template"], line["temperature"]): line for line in dataset.read_rows(beside)}

@@ -1,0 +1,28 @@
+"""The configuration of mia/mia.py."""
+
+from dataclasses import dataclass
+
+from common.cli import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiaConfig(ModelConfig):
+    """One of model and dir is given."""
+
+    model: str | None = None
+    dir: str | None = None  # every checkpoint-* below it
+    base_model: str | None = None
+    members: str = "./data/enron.jsonl"
+    nonmembers: str | None = None  # None: the held-out head of `members`, whose other rows are then the members
+    text_field: str | None = None  # None: as trained, e.g. prompt + continuation
+    attacks: tuple[str, ...] | None = None  # None: CORE, and what further files make possible
+    ref_model: str | None = None  # None: of an adapter its base
+    prefix_file: str | None = None
+    neighbor_model: str | None = None
+    freq_corpus: str | None = None
+    max_length: int = 512
+    max_samples: int | None = None
+    token_budget: int = 4096
+    bootstrap: int = 1000
+    combine: bool = False
+    output_dir: str | None = None

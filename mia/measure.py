@@ -1,0 +1,208 @@
+"""Attack models and write their result files: one model, or every checkpoint below a directory."""
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from common import cli, dataset, distributed, models, results
+from common import trained as trained_rows
+from common.checkpoints import BaseLoader, find_checkpoints, for_each
+from mia.config import MiaConfig
+from mia.dataset import MembershipTask, prepare
+from mia.forward import Cache, Passes
+from mia.report import AGAINST_BASE, draw_roc, report, table
+from mia.signals import count_tokens, gather, score_texts
+
+
+def members_seen(ref, task: MembershipTask) -> dict[str, int] | None:
+    """{'whole', 'partly', 'never'}: how many members the training took the loss on, all their characters but those of
+    the first token, some, or none; None where no trained_rows.jsonl tells."""
+    folder = Path(ref.adapter or ref.base).expanduser()
+    taken = trained_rows.read(folder) if folder.is_dir() else None
+    if taken is None:
+        return None
+    counts = dict.fromkeys(("whole", "partly", "never"), 0)
+    for text, label in zip(task.texts, task.labels):
+        if label:
+            rows = [row for row in taken.find(text) if row.loss_tokens]
+            whole = any(not row.cut and row.loss_tokens >= row.tokens - 1 for row in rows)
+            counts["whole" if whole else "partly" if rows else "never"] += 1
+    return counts
+
+
+def measure(ref, task: MembershipTask, config: MiaConfig, world, folder, passes, name: str) -> list[dict]:
+    """Attack one model and write its four files into `folder`; the result lines on rank 0, [] elsewhere.
+
+    passes: a mia.forward.Passes, whose loader may hold the unadapted base already; it is left bit for bit as it was.
+    """
+    folder = Path(folder)
+
+    with (
+        results.output_folder(folder, key="mia") as place,
+        results.Run(folder / "run_mia.json", config, task.inputs, world, place) as record,
+    ):
+        tokenizer = models.load_tokenizer(ref)
+        record["special_tokens"] = special = models.special_tokens_in(tokenizer, task.texts)
+        if special and world.main:
+            print(models.special_tokens_note(special), file=sys.stderr)
+        before = passes.scored
+        evidence = gather(passes, ref, tokenizer, task, config, gradients=True)
+        alone = replace(task, attacks=[attack for attack in task.attacks if attack not in AGAINST_BASE])
+        base = reference = other = None
+        if ref.adapter:
+            other = models.ModelRef(ref.base, ref.base, None, ref.revision)
+            base = reference = gather(passes, other, tokenizer, alone, config, gradients=False)
+        if config.ref_model:
+            other, against = models.find_model(config.ref_model, None, None, "--ref_model"), list(AGAINST_BASE)
+            its_own = models.load_tokenizer(other, "--ref_model")
+            about = replace(task, attacks=against)
+            reference = gather(passes, other, its_own, about, config, gradients=False, target=evidence.encoded)
+        passes.close()
+        trained = task.trained.get(Path(ref.adapter or ref.base).expanduser().resolve())
+        if trained is False and world.main:
+            print(f"{ref.name}: was trained on another file than --members {config.members}", file=sys.stderr)
+        seen = members_seen(ref, task)
+        if seen and seen["partly"] + seen["never"] and world.main:
+            print(
+                f"{ref.name}: of {sum(seen.values())} members, {seen['partly']} were trained on in part and "
+                f"{seen['never']} never (cut off, masked, or left out)", file=sys.stderr,
+            )  # fmt: skip
+        info = {
+            "model": ref.name,
+            "base_model": ref.base if ref.adapter else None,
+            "reference": other.name if other else None,
+            "model_sha256": models.weights_sha256(ref) if world.main else None,
+            "members": config.members,
+            "members_trained": trained,
+            "members_seen": seen,
+            "nonmembers": config.nonmembers,
+            "max_length": config.max_length,
+            "dtype": str(passes.dtype).removeprefix("torch."),
+            "bootstrap": config.bootstrap,
+            "seed": config.seed,
+        }
+        record["members_trained"] = trained
+        record["passes"] = {"texts_scored": passes.scored - before}
+
+        def finish():
+            if not world.main:
+                return []
+            frequencies = count_tokens(tokenizer, task.corpus) if task.corpus else None
+            found, reasons = score_texts(task, config, evidence, reference, frequencies)
+            base_scores, base_reasons = {}, {}
+            if base:
+                base_scores, base_reasons = score_texts(alone, config, base, None, frequencies)
+            lines, rows, kept = report(task, config, info, found, reasons, evidence, base_scores, base_reasons)
+            for key, value in kept.items():
+                record[key] = value
+            record.files.write_jsonl(folder / "scores_mia.jsonl", rows)
+            flags = sorted({flag for line in lines for flag in line["flags"] if not flag.startswith("coarse")})
+            with record.files.open(folder / "roc_mia.png", "wb") as file:
+                draw_roc(found, task, flags, name).savefig(file, format="png", dpi=120)
+            record.files.write_jsonl(folder / "results_mia.jsonl", lines)
+            world.say(f"{name}\n{table(lines)}")
+            models.say_if_hardly_moved(ref)
+            p = {who: made["p"] for who, made in kept["dataset_inference"].items() if made and made["p"] is not None}
+            world.say("dataset inference: " + ", ".join(f"{who} p = {value:.2g}" for who, value in p.items()))
+            return lines
+
+        return world.together(finish)[world.rank]
+
+
+def find_targets(config: MiaConfig, problems: cli.Problems) -> tuple[list[tuple], dict[str, str]]:
+    """([(name, ModelRef, folder of its results)], {path: why it cannot be measured}), from files only."""
+    if bool(config.model) == bool(config.dir):
+        problems.add("--model or --dir: give one of them")
+        return [], {}
+    if config.model:
+        folder = Path(config.output_dir or "./")
+        ref, _ = models.look_up(problems, config.model, config.revision, config.base_model)
+        file = folder / "results_mia.jsonl"
+        if ref and file.is_file():
+            earlier = problems.absorb(dataset.read_rows, file) or []
+            if any(line.get("model") != ref.name for line in earlier):
+                problems.add(f"{file}: holds the results of another model; name another --output_dir")
+            elif earlier:
+                now = {key: getattr(config, key) for key in ("members", "nonmembers", "max_length", "seed")}
+                other = [f"--{key} {earlier[0].get(key)}" for key, value in now.items() if earlier[0].get(key) != value]
+                if other and int(os.environ.get("RANK", 0)) == 0:
+                    print(f"{file}: was made with {', '.join(other)}; it will be replaced", file=sys.stderr)
+        return [(config.model, ref, folder)] if ref else [], {}
+    if not Path(config.dir).is_dir():
+        problems.add(f"--dir {config.dir}: no such directory; name one with checkpoint-* below it")
+        return [], {}
+    targets, unusable, reasons = [], {}, []
+    files_only = bool(problems.lines)
+    for path in find_checkpoints(config.dir):
+        inside = path.relative_to(config.dir)
+        try:
+            ref = models.find_model(str(path), config.revision, config.base_model, "--dir", files_only=files_only)
+            if not files_only:
+                models.load_tokenizer(ref, "--dir")
+            targets.append((inside.as_posix(), ref, Path(config.output_dir) / inside if config.output_dir else path))
+        except cli.UserError as error:
+            unusable[str(path)] = "; ".join(error.problems)
+            reasons += error.problems
+    if not targets:
+        problems.lines.extend(reasons or [f"--dir {config.dir}: no checkpoint-* directory below it"])
+    return targets, unusable
+
+
+def cache_folder(root) -> Path:
+    return Path(root) / "mia_cache"
+
+
+def run(config: MiaConfig) -> int:
+    """Attack everything asked for; 0, or 1 when a checkpoint failed. Raises UserError before any model is loaded."""
+    problems = cli.Problems()
+    config = replace(config, members=str(dataset.default_dataset(config.members)))
+    distributed.check_environment(problems, config.device_map)
+    root = config.output_dir or config.dir or "./"
+    cli.check_writable(root, problems, "--output_dir" if config.output_dir or config.model else "--dir")
+    task = prepare(config, problems)
+    if config.ref_model:
+        models.look_up(problems, config.ref_model, flag="--ref_model")
+    targets, failures = find_targets(config, problems)
+    problems.check()
+
+    members = sum(task.labels)
+    summary = f"{members} members, {len(task.labels) - members} non-members; attacks {' '.join(task.attacks)}"
+    if config.dry_run:
+        print(summary)
+        for _, ref, folder in targets:
+            print(f"would attack {ref.name}" + (f" on {ref.base}" if ref.adapter else "") + f", results in {folder}")
+        return cli.report_failures(failures, True)
+
+    world = distributed.start()
+    world.say(summary)
+    folders = {folder: ref for _, ref, folder in targets}
+    failures |= measure_all(
+        folders, task, config, world, cache_folder(root), {ref.name: name for name, ref, _ in targets}
+    )
+    world.close()
+    return cli.report_failures(failures, world.main)
+
+
+def measure_all(
+    refs: dict, task: MembershipTask, config: MiaConfig, world, cache, names: dict | None = None
+) -> dict[str, str]:
+    """Attack every {folder of its results: ModelRef}; {model: why it failed}. A single --model's failure is raised."""
+    for group in Path(cache).glob("*/"):
+        results.remove_leftovers(group)
+    results.tidy(refs, "mia")
+    loader = BaseLoader(world, models.resolve_dtype(config.dtype, world.device), config.device_map)
+    passes = Passes(Cache(cache), loader, config.token_budget)
+
+    def attack(_, ref, folder) -> None:
+        try:
+            measure(ref, task, config, world, folder, passes, (names or {}).get(ref.name, ref.name))
+        finally:
+            passes.close()
+
+    jobs = [(ref, folder) for folder, ref in refs.items()]
+    if config.model:
+        for number, job in enumerate(jobs, 1):
+            attack(number, *job)
+        return {}
+    return for_each(jobs, attack, loader)

@@ -1,0 +1,201 @@
+"""Models measured one after another, each base loaded once; both result files are kept up to date."""
+
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from common import cli, dataset, distributed, models, results
+from common.checkpoints import BaseLoader, by_base, find_checkpoints, for_each, natural_key
+from common.distributed import progress_bar
+from common.scoring import join, score
+from perplexity.config import PerplexityConfig
+from perplexity.metrics import describe
+
+SMALLEST_FILE = 3  # rows
+
+
+# Where two lines agree in these, they are the same measurement; model_sha256 tells a retrained checkpoint.
+SETTINGS = ("checkpoint", "model_sha256", "base_model", "revision", "dataset_sha256", "rows", "dtype", "seed")
+
+
+def text_line(line: dict) -> str:
+    """The line of perplexity.txt for a line of perplexity.jsonl."""
+    return f"model path: {line['model']}; mean perplexity: {'null' if line['mean'] is None else line['mean']}"
+
+
+def same(line: dict, other: dict, but: tuple[str, ...] = ()) -> bool:
+    """Do two lines of perplexity.jsonl agree in SETTINGS (leaving out `but`)?"""
+    return all(line.get(key) == other.get(key) for key in SETTINGS if key not in but)
+
+
+def choose_rows(config: PerplexityConfig, problems: cli.Problems) -> tuple[list[int], list[str]]:
+    """(indices of the rows to score, their texts); what is wrong with the file goes to `problems`."""
+    rows = problems.absorb(dataset.read_rows, config.dataset)
+    if rows is None:
+        return [], []
+    if len(rows) < SMALLEST_FILE:
+        problems.add(f"{config.dataset}: {len(rows)} rows; at least {SMALLEST_FILE} are needed")
+        return [], []
+    if config.num_rows and config.num_rows > len(rows):
+        problems.add(f"--num_rows {config.num_rows}: {config.dataset} has only {len(rows)} rows")
+    manifest = problems.absorb(dataset.read_manifest, config.dataset)
+    if problems.absorb(dataset.validate, config.dataset, rows) is None:
+        return [], []
+    chosen = list(range(config.num_rows)) if config.num_rows else dataset.split(rows, manifest).head
+    if not chosen:
+        problems.add(f"{config.dataset}: no row belongs to the evaluation head; pass --num_rows")
+    texts = [dataset.row_text(rows[index])[0] for index in chosen if index < len(rows)]
+    return chosen, texts
+
+
+def find_models(config: PerplexityConfig, problems: cli.Problems) -> tuple[list, dict[str, str]]:
+    """([(name, ModelRef, tokenizer)], {path: why it cannot be measured}), from files only.
+
+    A single --model that cannot be measured is a problem; so are checkpoints none of which can.
+    """
+    if config.model:
+        paths = {config.model: config.model}
+    elif not Path(config.dir).is_dir():
+        problems.add(f"--dir {config.dir}: no such directory; name one with checkpoint-* below it, or pass --model")
+        return [], {}
+    else:
+        paths = {str(path): path.relative_to(config.dir).as_posix() for path in find_checkpoints(config.dir)}
+        if not paths:
+            problems.add(f"--dir {config.dir}: no checkpoint-* directory below it; for one model pass --model")
+    flag = "--model" if config.model else "--dir"
+    found, unusable, reasons = [], {}, []
+    files_only = bool(problems.lines)  # importing transformers takes seconds
+    for path, name in paths.items():
+        try:
+            ref = models.find_model(path, config.revision, config.base_model, flag, files_only=files_only)
+            found.append((name, ref, None if files_only else models.load_tokenizer(ref, flag)))
+        except cli.UserError as error:
+            unusable[path] = "; ".join(error.problems)
+            reasons += error.problems
+    if not found:
+        problems.lines.extend(reasons)
+    return found, unusable
+
+
+def tokenize(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text after a start token (BOS, else EOS; once, where the text begins with it)."""
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+    return [ids if ids[:1] == [start] else [start, *ids] for ids in encoded]
+
+
+def measure(loader: BaseLoader, ref, ids: list[list[int]], token_budget: int) -> tuple[list[tuple], int, float | None]:
+    """(this rank's part of the log-probabilities, context length, ‖ΔW‖/‖W‖ of a merged adapter)."""
+    world = loader.world
+    with loader.adapted(ref) as (model, change):
+        with progress_bar(sum(len(tokens) - 1 for tokens in ids) // world.size, "tokens", world) as bar:
+            part = score(model, ids, token_budget=token_budget, world=world, progress=bar.update)
+        return part, models.context_length(model), change
+
+
+def write(place: results.Output, folder: Path, lines: list[dict], current: list[dict]) -> None:
+    """Both result files anew: perplexity.jsonl has every line, perplexity.txt the last one of each model path, where
+    those of `current` come before older ones of other settings."""
+    latest = {line["model"]: line for line in [*lines, *current]}
+    with place.publication() as files, files.open(folder / "perplexity.txt") as file:
+        files.write_jsonl(folder / "perplexity.jsonl", lines)
+        file.writelines(text_line(latest[path]) + "\n" for path in sorted(latest, key=natural_key))
+
+
+def prepare(config: PerplexityConfig, folder: Path, problems: cli.Problems):
+    """(earlier result lines, row indices, texts, models, {path: why it cannot be measured})."""
+    distributed.check_environment(problems, config.device_map)
+    cli.check_writable(folder, problems, "--output_dir" if config.output_dir or config.model else "--dir")
+    earlier, file = [], folder / "perplexity.jsonl"
+    if file.is_file() and file.stat().st_size:
+        earlier = problems.absorb(dataset.read_rows, file) or []
+        if any("model" not in line or "mean" not in line for line in earlier):
+            problems.add(f"{file}: not written by this script; move it away or name another --output_dir")
+    chosen, texts = choose_rows(config, problems)
+    found, unusable = find_models(config, problems)
+    return earlier, chosen, texts, found, unusable
+
+
+def run(config: PerplexityConfig) -> int:
+    """Measure everything asked for; 0, or 1 when a checkpoint failed. Raises UserError before any model is loaded."""
+    problems, folder = cli.Problems(), config.folder
+    config = replace(config, dataset=str(dataset.default_dataset(config.dataset)))
+    unknown = not (config.model or config.output_dir or folder.is_dir())  # said by `prepare`, not made here
+    with results.output_folder(folder, config.dry_run or unknown, "perplexity") as place:
+        prepared = prepare(config, folder, problems)
+        problems.check()
+        return run_locked(config, folder, place, *prepared)
+
+
+def run_locked(
+    config: PerplexityConfig, folder: Path, place: results.Output, earlier, chosen, texts, found, failures
+) -> int:
+    world = distributed.start()
+    dtype = models.resolve_dtype(config.dtype, world.device)
+    settings = {
+        "revision": config.revision,
+        "dataset": str(config.dataset),
+        "dataset_sha256": results.sha256(config.dataset),
+        "rows": [chosen[0], chosen[-1] + 1, len(chosen)],
+        "dtype": str(dtype).removeprefix("torch."),
+        "seed": config.seed,
+    }
+    todo, current = [], []  # (ModelRef, tokenizer, result line so far); lines of an earlier run that still hold
+    for name, ref, tokenizer in found:
+        weights = models.weights_sha256(ref)
+        line = {"model": ref.name, "checkpoint": name, "base_model": ref.base, "model_sha256": weights, **settings}
+        done = [old for old in earlier if same(old, line)]
+        for old in earlier:
+            if (old.get("checkpoint"), old.get("model_sha256")) == (name, weights):
+                old["model"] = ref.name  # the tree may have been moved, or be named by another path
+        current += done
+        if not done:
+            todo.append((ref, tokenizer, line))
+    loader = BaseLoader(world, dtype, config.device_map)
+    counts = f"{len(current)} measured before, {len(todo)} to measure, {len(failures)} unusable"
+    world.say(f"{len(texts)} documents; {counts}")
+    if config.dry_run:
+        for ref, *_ in by_base(todo):
+            world.say(f"would measure {ref.name}" + (f" on {ref.base}" if ref.adapter else ""))
+        world.say(f"would write perplexity.txt and perplexity.jsonl in {folder}")
+        world.close()
+        return cli.report_failures(failures, world.main)
+
+    special = models.special_tokens_in(found[0][2], texts)
+    if special and world.main:
+        print(models.special_tokens_note(special), file=sys.stderr)
+    lines, total = list(earlier), len(found) + len(failures)
+    run_file = folder / "run_perplexity.json"
+    with results.Run(run_file, config, [config.dataset], world) as record:
+        record["special_tokens"] = special
+        scored, started = 0, time.monotonic()
+
+        def measure_one(number: int, ref, tokenizer, line: dict) -> None:
+            nonlocal lines, scored
+            ids = tokenize(tokenizer, texts)
+            mine = partial(measure, loader, ref, ids, config.token_budget)
+            parts, contexts, changes = zip(*world.together(mine))
+            line |= describe(texts, ids, join(ids, parts), contexts[0], config.seed)
+            line |= {"relative_change": changes[0], "privacy": models.privacy(ref)}
+            lines = [old for old in lines if old["model"] != ref.name or not same(old, line, but=("model_sha256",))]
+            lines.append(line)
+            current.append(line)
+            if world.main:
+                write(place, folder, lines, current)
+            scored += line["n_tokens"]
+            world.say(f"[{number}/{len(todo)}] {text_line(line)}".rstrip())
+            if world.main:
+                models.say_if_hardly_moved(ref, line["relative_change"])
+
+        failures |= for_each(todo, measure_one, loader)
+        if world.main and lines:
+            write(place, folder, lines, current)
+        record["n_tokens"] = sum(line["n_tokens"] for line in current)
+        record["tokens_per_second"] = round(scored / (time.monotonic() - started), 1)
+        record["failed"] = failures
+        if failures:
+            record["error"] = f"{len(failures)} of {total} models failed"
+    world.close()
+    return cli.report_failures(failures, world.main)
