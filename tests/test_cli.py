@@ -12,8 +12,8 @@ from conftest import ROOT, kill_when_written, make_rows, read_lines, run_script,
 
 MODEL = {"--dtype", "--device_map", "--revision", "--dry_run", "--seed"}
 MEASURE = {
-    "-d", "--dataset", "--top_k", "-mt", "--max_tokens", "--num_rows", "--temperatures", "--attack", "--templates",
-    "--trailing_space", "--stop", "--demonstrations", "--batch_size", "--save_responses", "--baseline",
+    "-d", "--dataset", "--data", "--top_k", "-mt", "--max_tokens", "--num_rows", "--temperatures", "--attack",
+    "--templates", "--trailing_space", "--stop", "--demonstrations", "--batch_size", "--save_responses", "--baseline",
 }  # fmt: skip
 FLAGS = {
     "run_peft.py": MODEL | {
@@ -33,10 +33,11 @@ FLAGS = {
         "-m", "--model", "-t", "--temp", "--is_opt", "--base_model", "--save_merged", "--mia",
     },
     "perplexity/perplexity.py": MODEL | {
-        "--dir", "-d", "--dataset", "--model", "--base_model", "--output_dir", "--num_rows", "--token_budget",
+        "--dir", "-d", "--dataset", "--data", "--model", "--base_model", "--output_dir", "--num_rows", "--token_budget",
     },
     "mia/mia.py": MODEL | {
-        "--model", "--dir", "--base_model", "--members", "--nonmembers", "--text_field", "--attacks", "--ref_model",
+        "--model", "--dir", "--base_model", "--members", "--data", "--num_rows", "--nonmembers",
+        "--text_field", "--attacks", "--ref_model",
         "--prefix_file", "--neighbor_model", "--freq_corpus", "--max_length", "--max_samples", "--token_budget",
         "--bootstrap", "--combine", "--output_dir",
     },
@@ -160,9 +161,9 @@ def test_defaults_of_the_contract():
     }  # fmt: skip
     assert "(default: 3407; with --dp" in " ".join(run_peft.make_parser().format_help().split())
     assert {key: getattr(args, key) for key in contract} == contract
-    args = measure_purified.make_parser().parse_args([])
+    args = measure_purified.make_parser().parse_args(["m", "o"])
     assert (args.top_k, args.max_tokens, args.dataset, args.seed) == (100, 15, "./data/enron.jsonl", 3407)
-    assert args.temperatures == [0.01, 0.1, 0.2, 0.5, 0.75, 1.0, 1.25, 1.5]
+    assert args.temperatures == (0.01, 0.1, 0.2, 0.5, 0.75, 1.0, 1.25, 1.5)
 
 
 def readme_blocks() -> list[list[str]]:

@@ -17,8 +17,10 @@ from safetensors.torch import load_file, save_file
 
 import evaluate_purified
 import measure_purified
+from common import models as common_models
 from common.checkpoints import find_checkpoints
 from common.cli import UserError
+from common.models import encode_prompt
 from extraction import prompts
 from extraction.attack import _forms
 from extraction.measure import KEY
@@ -176,8 +178,6 @@ def evaluate(root, dataset, *extra):
 
 
 def test_tree_equals_one_by_one(tree, dataset, tmp_path, monkeypatch):
-    from common import models as common_models
-
     loads, load_base = [], common_models.load_base
     monkeypatch.setattr(common_models, "load_base", lambda ref, *rest: loads.append(ref.base) or load_base(ref, *rest))
     assert evaluate(tree, dataset) == 0
@@ -352,7 +352,7 @@ def test_expected_hits_are_those_drawn_whatever_comes_before_the_address(models,
     model, tokenizer = loading.load_base(ref, torch.float32, "cpu"), loading.load_tokenizer(ref)
     people = [("Ada Moss", "ada@a.example"), ("Bo Lund", "bo@b.example")]
     prompt = build_prompt(template, people, "Cy Dahl")
-    ids = measure_purified.encode_prompt(tokenizer, prompt)
+    ids = encode_prompt(tokenizer, prompt)
     forms = _forms(tokenizer, prompt, ids, [" c", "c"], 100)
     assert len(forms) == 2 and all(len(form) == 1 for form in forms)  # one token each, for many hits
     with torch.no_grad():  # a large, equal bias towards both, through the last state
@@ -409,7 +409,7 @@ def test_killed_after_its_result_was_written_measures_nothing_again(models, data
     (out / "run_measure_purified.json").write_text(json.dumps(record | {"status": "running", "end": None}))
     before = (out / "results_purified.jsonl").read_bytes()
     with monkeypatch.context() as patched:
-        patched.setattr(measure_purified.models, "load_base", lambda *_: pytest.fail("a model was loaded"))
+        patched.setattr(common_models, "load_base", lambda *_: pytest.fail("a model was loaded"))
         measure(models["llama"], out, dataset, *QUICK)
     assert (out / "results_purified.jsonl").read_bytes() == before
     assert not (out / "results_purified1.jsonl").exists()

@@ -1,0 +1,91 @@
+"""The floor plan: scripts → rooms → common. Read from the source, so that it is checked and not remembered."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+ROOMS = (
+    "canary", "data", "extraction", "fidelity", "mia", "perplexity", "reporting", "training", "utility",
+)  # fmt: skip
+ORCHESTRATORS = {  # what may import another room, or a script
+    "evaluate_purified.py": {"extraction", "mia"},
+    "quickstart.py": {"studies", "plot_results"},
+    "utility/downstream.py": {"training"},
+}
+SCRIPTS = sorted(
+    path
+    for path in ROOT.rglob("*.py")
+    if "entry(main))" in path.read_text(encoding="utf-8") and "tests" not in path.parts
+)
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for place in (*ROOMS, "common", "studies", ".")
+    for path in (ROOT.glob("*.py") if place == "." else (ROOT / place).rglob("*.py"))
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of this repository's modules that a file imports, also inside functions; not for types alone."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for_types = {
+        node
+        for test in ast.walk(tree)
+        if isinstance(test, ast.If) and "TYPE_CHECKING" in ast.unparse(test.test)
+        for node in ast.walk(test)
+    }
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if node in for_types:
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= inner & set(MODULES) or {node.module}
+    return names & set(MODULES)
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[0]
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_arrows_point_down(module):
+    """common imports common alone; a room imports itself and common; a script imports one room, and no script."""
+    path = MODULES[module]
+    name = path.relative_to(ROOT).as_posix()
+    if name.startswith("studies/"):
+        return
+    room = room_of(module)
+    allowed = {"common"} | ORCHESTRATORS.get(name, set())
+    if room != "common":
+        allowed |= {room} if room in ROOMS else set(ROOMS)
+    beyond = {other for other in imported(path) if room_of(other) not in allowed}
+    assert beyond == set()
+    if room not in ROOMS and room != "common" and name not in ORCHESTRATORS:
+        assert len({room_of(other) for other in imported(path)} - {"common"}) <= 1, "a script calls one room"
+    scripts = {".".join(script.relative_to(ROOT).with_suffix("").parts) for script in SCRIPTS} - {module}
+    if name not in ORCHESTRATORS:
+        assert imported(path) & scripts == set()
+
+
+def test_no_import_circle():
+    """At the top of files or inside functions."""
+    arrows = {module: imported(path) - {module} for module, path in MODULES.items()}
+    left = dict(arrows)
+    while left:
+        free = [module for module, others in left.items() if not others & set(left)]
+        assert free, f"in a circle: {sorted(left)}"
+        for module in free:
+            del left[module]
+
+
+def test_nothing_is_put_on_the_path_but_where_a_folder_bears_its_script_name():
+    changing = {
+        path.relative_to(ROOT).as_posix()
+        for path in ROOT.rglob("*.py")
+        if "sys.path" in path.read_text(encoding="utf-8") and "tests" not in path.parts
+    }
+    assert changing == {"mia/mia.py", "perplexity/perplexity.py", "fidelity/fidelity.py"}
