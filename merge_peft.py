@@ -8,6 +8,7 @@ Writes the model (safetensors), its tokenizer, its generation config and run_mer
 not at all, and prints ‖ΔW‖/‖W‖ over the adapted matrices.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -78,7 +79,7 @@ def run(args) -> Path:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     inputs = [Path(ref.adapter) / "adapter_model.safetensors"]
     with (
-        results.output_file(target),  # whose start removes what a killed merge left
+        results.output_file(os.path.realpath(target)),  # whose start removes what a killed merge left
         results.atomic_folder(target) as folder,
         results.Run(folder / RECORD, args, inputs) as record,
     ):

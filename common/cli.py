@@ -8,7 +8,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
-import json
+import errno
 import math
 import os
 import re
@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import __version__
+from common import __version__, strict_json
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room for what a script writes
 SHOWN_BROKEN = 3  # broken rows of an input that are spelled out
 
 
@@ -134,9 +135,13 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         """The configuration (a Namespace where the parser has none). UserError with every problem."""
-        self._problems = []
         words = list(sys.argv[1:] if args is None else args)
-        parsed, extras = self.parse_known_args([*self._config_words(words), *words], namespace)
+        self._problems = no_names(words)
+        if self._problems:
+            raise UserError(*self._problems)
+        words = [*self._config_words(words), *words]
+        self._problems += no_names(words)
+        parsed, extras = self.parse_known_args(words, namespace)
         for extra in extras:
             near = difflib.get_close_matches(extra.partition("=")[0], self._flags, 1) if extra[:2] == "--" else []
             hint = f"did you mean {near[0]}?" if near else "see --help"
@@ -180,25 +185,50 @@ class Parser(argparse.ArgumentParser):
         raise UserError(*dict.fromkeys([*self._problems, message]))
 
 
+def no_names(words) -> list[str]:
+    """A problem for each word that can be no name of a file: not UTF-8 (records and manifests are, and could not name
+    such a file), with a NUL (from a --config file), or too long. Also for a working directory that is not UTF-8."""
+    lines = []
+    for word in map(str, words):
+        if not is_utf8(word):
+            lines.append(f"{word}: not UTF-8; rename the file or folder")
+        elif "\0" in word:
+            lines.append(f"{word}: has a NUL character in it")
+        elif not word.startswith("{") and max(map(len, os.fsencode(word).split(b"/"))) > 255:
+            lines.append(f"{word[:40]}…: longer than any name of a file can be")
+    if not is_utf8(os.getcwd()):
+        lines.append(f"{os.getcwd()}: this working directory's name is not UTF-8; rename it, or work elsewhere")
+    return lines
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text has no lone surrogate, as which Python reads a byte of a name that is not UTF-8."""
+    return not any("\ud800" <= sign <= "\udfff" for sign in text)
+
+
+def one_line(text: str) -> str:
+    """`text` with its control characters (a name may have a line break or a terminal's escapes) spelled out."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+
+
 def read_config(path) -> dict:
     """The keys and values of a JSON or YAML file. UserError when it is neither, or no mapping."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        if not os.path.isfile(path):  # of a pipe nobody may ever write the end
+            raise UserError(f"--config {path}: {'not a file' if os.path.exists(path) else 'no such file'}")
+        raw = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"--config {path}: not text ({error})") from None
+    kind = "JSON" if Path(path).suffix == ".json" else "YAML"
     try:
-        if Path(path).suffix == ".json":
-            content = json.loads(text)
+        if kind == "JSON":
+            content = strict_json.parse(raw)
         else:
             import yaml
 
-            content = yaml.safe_load(text)
-    except ValueError as error:
-        raise UserError(f"--config {path}: not JSON ({error})") from None
+            content = yaml.safe_load(raw.decode())
     except Exception as error:  # yaml's errors share no class with json's
-        raise UserError(f"--config {path}: not YAML ({' '.join(str(error).split())})") from None
+        raise UserError(f"--config {path}: not {kind} ({' '.join(str(error).split())})") from None
     content = {} if content is None else content  # an empty YAML file
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError(f"--config {path}: keys with values were expected")
@@ -291,16 +321,39 @@ def add_model_flags(parser: Parser, seed_help: str = "seed of everything random"
     add("--seed", type=seed, default=defaults["seed"], help=seed_help)
 
 
+NAME_BYTES = 200  # of a file or folder; hidden names beside it are longer, and 255 is what file systems take
+
+
 def check_writable(folder, problems: Problems, flag: str = "--output_dir") -> None:
     """Add a problem unless `folder` exists and is writable, or can be made. Makes nothing."""
-    path = Path(folder).absolute()
-    existing = path
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
+    existing = Path(folder).absolute()
+    while True:
+        try:
+            os.stat(existing)
+            break
+        except (FileNotFoundError, NotADirectoryError):
+            if existing.is_symlink():
+                problems.add(f"{flag} {folder}: {existing} is a symbolic link to nothing; make its target or remove it")
+                return
+            if check_name(existing, problems, flag):
+                return
+            existing = existing.parent
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            problems.add(f"{flag} {folder}: cannot be used ({reason}); name another place")
+            return
     if not existing.is_dir():
         problems.add(f"{flag} {folder}: {existing} is a file, not a directory; name another place")
     elif not _can_write(existing):
         problems.add(f"{flag} {folder}: no permission to write in {existing}; name another place or mend its mode")
+
+
+def check_name(path: Path, problems: Problems, flag: str) -> bool:
+    """Add a problem, and return True, when the last part of a path is too long for the hidden names beside it."""
+    if len(os.fsencode(path.name)) <= NAME_BYTES:
+        return False
+    problems.add(f"{flag}: the name {path.name[:20]}… has more than {NAME_BYTES} bytes; choose a shorter one")
+    return True
 
 
 def add_dry_run(parser: argparse.ArgumentParser) -> None:
@@ -318,10 +371,13 @@ def check_output_file(output: Path, suffix: str | None, problems: Problems, inpu
     """
     if suffix and output.suffix != suffix:
         problems.add(f"{flag} {output}: the name must end in {suffix}")
-    if output.resolve() in {Path(file).resolve() for file in inputs if file}:
+    if os.path.realpath(output) in {os.path.realpath(file) for file in inputs if file}:
         problems.add(f"{flag} {output}: is an input too; name another file")
-    elif output.is_dir():
+    elif os.path.isdir(output):
         problems.add(f"{flag} {output}: is a directory; name a file")
+    elif os.path.islink(output):  # a file that is renamed to it would take the link's place
+        problems.add(f"{flag} {output}: is a symbolic link; name the file {os.path.realpath(output)} itself")
+    check_name(output, problems, flag)
     check_writable(output.parent, problems, flag)
 
 
@@ -340,7 +396,7 @@ def report_broken(what: str, lines: list[str], n: int, strict: bool) -> None:
 def report_failures(failures: dict[str, str], main: bool) -> int:
     """Name on stderr what failed among many, {what: why}, where `main` (rank 0); the exit status."""
     for what, why in failures.items() if main else ():
-        print(f"failed: {what}: {why}", file=sys.stderr)
+        print(f"failed: {one_line(f'{what}: {why}')}", file=sys.stderr)
     return 1 if failures else 0
 
 
@@ -392,7 +448,8 @@ def _terminate(number, frame):
 
 
 def entry(main) -> int:
-    """Run `main()`; a UserError becomes one stderr line a problem and status 2, Ctrl-C one line and 130, SIGTERM 143.
+    """Run `main()`; a UserError becomes one stderr line a problem and status 2, as does a full disk (of any rank);
+    Ctrl-C one line and 130, SIGTERM 143.
 
     Other exceptions stay tracebacks. A process of torchrun's ends with it. Of several processes SIGTERM ends each at
     once: one that waits for a dead rank would not come to handle it.
@@ -406,7 +463,13 @@ def entry(main) -> int:
     except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0:
             for line in error.problems:
-                print(line, file=sys.stderr)
+                print(one_line(line), file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        place = error.filename if isinstance(error.filename, str | bytes) else "a file"
+        print(one_line(f"{os.fsdecode(place)}: {error.strerror}; make room there and start again"), file=sys.stderr)
         return 2
     except Interrupted as reason:
         print(reason, file=sys.stderr)

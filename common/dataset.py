@@ -390,7 +390,7 @@ def evaluated_rows(rows: list[dict], manifest: dict | None) -> list[int]:
 
 def manifest_path(path) -> Path:
     path = Path(path)
-    return path.with_name(path.name + ".meta.json")
+    return path.parent / f"{path.name}.meta.json"
 
 
 MANIFEST_TYPES = {

@@ -14,6 +14,7 @@ together. `atomic`, `atomic_folder`, `write_json` and `write_jsonl` publish one 
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -42,6 +43,7 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenize
 
 
 LEFTOVER = re.compile(r"\.(?P<name>.+)\.[0-9a-z_]{8}\.(tmp|old)", re.DOTALL)  # hidden name of a file or folder of ours
+NO_ROOM = 1 << 16  # free bytes below which a library's error is put down to the full disk
 JOURNAL_WAIT = 60  # seconds that other ranks wait for rank 0 to finish the publication of a killed run
 
 _locked: dict[Path, int] = {}  # lock file → descriptor, of this process
@@ -146,6 +148,25 @@ def atomic(path, mode: str = "w", permissions: int = 0o644):
         yield file
 
 
+@contextlib.contextmanager
+def naming(path):
+    """Within the block an OSError that names no file names `path`; so does whatever a library raises on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+    except UserError:
+        raise
+    except Exception as error:
+        with contextlib.suppress(FileNotFoundError):
+            full = os.strerror(errno.ENOSPC) in str(error)  # safetensors' own error, DuckDB's
+            if full or shutil.disk_usage(Path(path).parent).free < NO_ROOM:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
+
+
 def csv_rows(rows) -> list[list]:
     """`rows` for csv.writer: a text that a spreadsheet would compute begins with ', numbers stay what they are."""
 
@@ -177,11 +198,15 @@ def temporary_folder(parent, name: str):
 
 @contextlib.contextmanager
 def atomic_folder(folder):
-    """Yield a temporary sibling directory; on success fsync its files and rename it to `folder` (replacing one)."""
-    folder = Path(folder)
+    """Yield a temporary sibling directory; on success fsync its files and rename it to `folder` (replacing one).
+
+    `folder` may be a symbolic link: it stays, and what it leads to is replaced.
+    """
+    folder = Path(os.path.realpath(folder))
     temporary, held = _make_hidden_folder(folder, 0o777)
     try:
-        yield temporary
+        with naming(folder):
+            yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
                 sync_folder(file)
@@ -238,7 +263,7 @@ class Publication:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         hidden, handle, held = _make_hidden(path, lambda hidden: os.open(hidden, flags, permissions))
         try:
-            with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
+            with naming(path), os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -449,14 +474,15 @@ def _take(path: Path, place: Path) -> tuple[int, bool]:
             if os.path.samestat(os.stat(path), os.fstat(descriptor)):  # else its last holder has just removed it
                 left = os.fstat(descriptor).st_size > 0
                 words = shlex.join(sys.argv)[:2000]
+                holder = f"process {os.getpid()} on {socket.gethostname()} since {now()}: {words}"
                 os.ftruncate(descriptor, 0)
-                os.pwrite(
-                    descriptor,
-                    f"process {os.getpid()} on {socket.gethostname()} since {now()}: {words}".encode(
-                        "utf-8", "replace"
-                    ),
-                    0,
-                )
+                try:
+                    with naming(path):
+                        os.pwrite(descriptor, holder.encode("utf-8", "replace"), 0)
+                except OSError:
+                    os.unlink(path)
+                    os.close(descriptor)
+                    raise
                 return descriptor, left
         os.close(descriptor)
     raise OSError(f"{path}: cannot be locked; another process removes it all the time")
@@ -479,16 +505,20 @@ def write_json(path, item, permissions: int = 0o644) -> None:
         file.write(_pretty(item))
 
 
-def read_json(path, remedy: str) -> dict:
-    """The JSON object in a file; UserError with `remedy` when it is damaged or another thing."""
+def read_json(path, remedy: str, kind: type = dict):
+    """The JSON object (or what else `kind` says) in a file; UserError with `remedy` when it is damaged or another
+    thing."""
     try:
+        if not os.path.isfile(path):  # of a pipe nobody may ever write the end
+            raise UserError(f"{path}: {'not a file' if os.path.exists(path) else 'no such file'}")
         item = strict_json.parse(Path(path).read_bytes())
     except ValueError as error:
         raise UserError(f"{path}: {error}; {remedy}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); mend its mode") from None
-    if not isinstance(item, dict):
-        raise UserError(f"{path}: a JSON object was expected; {remedy}")
+    if not isinstance(item, kind):
+        what = {dict: "object", list: "array"}[kind]
+        raise UserError(f"{path}: a JSON {what} was expected; {remedy}")
     return item
 
 
@@ -506,9 +536,10 @@ def read_jsonl(path) -> list[dict]:
 
 def append_line(file, item) -> None:
     """Write a line to an open text file so that a power cut does not lose it."""
-    file.write(dumps(item) + "\n")
-    file.flush()
-    os.fsync(file.fileno())
+    with naming(file.name):
+        file.write(dumps(item) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_partial(file, settings: dict, overwrite: bool) -> list[dict]:

@@ -210,7 +210,7 @@ def parse(path: Path, study: Study) -> list[tuple[int, dict]]:
             continue
         try:
             item = json.loads(piece, parse_constant=_constant)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             torn = number == len(pieces) and path.name == "metrics.jsonl"
             study.damage.append(Damage(shown, number, f"not JSON ({error})", torn))
             continue

@@ -779,7 +779,7 @@ def test_bad_input_is_reported_at_once(models, adapters, sets, tmp_path, monkeyp
         (["--model", model, *both, "--ref_model", tmp_path], ["--ref_model"]),
         (["--model", model, *both, "--bootstrap", "0", "--max_length", "x"], ["--bootstrap", "--max_length"]),
         (["--config", config, *both], ["unknown key 'modle'", "unknown key 'attack'"]),
-        (["--config", tmp_path / "none.json"], ["cannot be read"]),
+        (["--config", tmp_path / "none.json"], ["none.json: no such file"]),
         (["--model", model, *both, "--output_dir", foreign], ["results of another model"]),
         (["--model", model, *both, "--output_dir", members], ["is a file, not a directory"]),
     ]  # fmt: skip

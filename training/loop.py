@@ -62,8 +62,9 @@ def train(training: Trainer, run: results.Run, trackers: list) -> None:
 
     def log(record: dict) -> None:
         if world.main:
-            file.write(results.dumps(record | {"time": results.now()}) + "\n")
-            file.flush()
+            with results.naming(file.name):
+                file.write(results.dumps(record | {"time": results.now()}) + "\n")
+                file.flush()
             for tracker in trackers:
                 tracker.log({key: item for key, item in record.items() if key != "step"}, step=record["step"])
 

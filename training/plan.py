@@ -3,6 +3,7 @@
 import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,7 +79,7 @@ def choose_rows(config: TrainConfig, path, rows: list[dict], manifest: dict | No
     return train, held
 
 
-def boundaries(path, rows: list[dict], indices: list[int]) -> None:
+def boundaries(path, rows: list[dict], indices: Sequence[int]) -> None:
     """UserError naming the first rows without a prompt part (--loss_on completion needs one)."""
     bare = [index for index in indices if dataset.row_text(rows[index])[1] is None]
     if bare:
@@ -163,6 +164,9 @@ def make_plan(config: TrainConfig) -> Plan:
     if (config.scheduler, config.scheduler_kwargs) != (TrainConfig.scheduler, TrainConfig.scheduler_kwargs):
         problems.absorb(check_scheduler, config, steps)
     public = problems.absorb(dataset.read_rows, config.suggest_max_grad_norm) if config.suggest_max_grad_norm else None
+    whole = public and problems.absorb(dataset.validate, config.suggest_max_grad_norm, public)
+    if whole and config.loss_on == "completion":
+        problems.absorb(boundaries, config.suggest_max_grad_norm, public, range(len(public))[:PUBLIC_ROWS])
     if public and rows and results.sha256(config.suggest_max_grad_norm) == results.sha256(path):
         problems.add(
             f"--suggest_max_grad_norm {config.suggest_max_grad_norm}: is the private --input; name a public file"

@@ -13,7 +13,6 @@ it was in. Rows: `instruction`, `input`, `output` (alpaca); also `task`, `classi
 or `prompt`, `generation`, `text` = prompt + generation + EOS (text). Also written: manifest, run_generate.json.
 """
 
-import json
 import random
 import sys
 from collections import Counter
@@ -67,14 +66,10 @@ def read_seed_tasks(path, strict: bool = False) -> tuple[list[dict], int]:
     """(the whole tasks of seedTasks.json, number of broken ones, which are said on stderr); UserError when `strict` or
     when too few are left."""
     path = Path(path)
-    if not path.is_file():
-        raise cli.UserError(f"--seed_tasks {path}: no such file")
     try:
-        tasks = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise cli.UserError(f"--seed_tasks {path}: not JSON ({error})") from None
-    if not isinstance(tasks, list):
-        raise cli.UserError(f"--seed_tasks {path}: a JSON array of tasks is needed, not {type(tasks).__name__}")
+        tasks = results.read_json(path, "give an array of tasks", list)
+    except cli.UserError as error:
+        raise cli.UserError(*(f"--seed_tasks {line}" for line in error.problems)) from None
     whole = [is_whole(task) for task in tasks]
     lines = [
         f"--seed_tasks {path}: task {number}: needs an instruction and examples of input and output, all text"
