@@ -57,7 +57,7 @@ def place(rows: list[dict], plan, space: canaries.Space, rng: random.Random) -> 
     """
     users: dict = {}
     for index, row in enumerate(rows):
-        users.setdefault(row["user_id"] if plan.privacy_unit == "user" else index, []).append(index)
+        users.setdefault(dataset.user_of(row) if plan.privacy_unit == "user" else index, []).append(index)
     units = list(users.values())
     rng.shuffle(units)
     audited, free = units[: plan.audit], [index for unit in units[plan.audit :] for index in unit]
@@ -136,11 +136,11 @@ def check(args) -> tuple[list[dict], dict | None, bool]:
     rows = problems.absorb(reviews.read_reviews, args.input) or []
     if rows:
         needed = args.canaries * sum(args.repetitions)
-        bare = [index for index, row in enumerate(rows) if row.get("user_id") in (None, "")]
+        bare = [index for index, row in enumerate(rows) if dataset.user_of(row) is None]
         by_user = args.privacy_unit == "user"
         if by_user and bare:
             problems.add(f"--privacy_unit user: {args.input}: row {bare[0]} (and {len(bare) - 1} more) has no user_id")
-        units = len({row.get("user_id") for row in rows}) if by_user else len(rows)
+        units = len(set(map(dataset.user_of, rows))) if by_user else len(rows)
         if args.audit > units:
             problems.add(f"--audit {args.audit}: {args.input} has only {units} {args.privacy_unit}s")
         elif args.audit + needed > len(rows):

@@ -32,13 +32,17 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from canary.canaries import Space
+from canary.canaries import SECRETS, Space
 from common import cli, dataset, distributed, models, results, reviews, stats, trained
 from common.distributed import progress_bar
 from common.stats import clopper_pearson
 
 FILE, ROWS_FILE = "results_canary.jsonl", "results_canary_rows.jsonl"
-FIELDS = ("id", "kind", "repetitions", "included", "context", "sentence", "before", "secret", "parts", "rows")
+HEADER = {"schema": int, "secret": str, "words": list, "privacy_unit": str}
+FIELDS = {"id": int, "kind": str, "repetitions": int, "included": bool, "context": str, "sentence": str, "before": str,
+          "secret": str, "parts": dict, "rows": list}  # fmt: skip
+NOT_OURS = "is not what canary/inject.py writes; make the key again"
+KINDS = ("audit", "ladder", "share", "held_out")
 LEVELS = {"95": 0.05, "99.9": 0.001}
 SIGNALS = ("2-gram", "similarity")
 HEADLINE = "2-gram"  # the text signal whose bound is reported: the larger of two 95 % bounds would be no 95 % bound
@@ -68,14 +72,40 @@ def read_key(path) -> tuple[dict, list[dict]]:
     """(header, canaries) of a key file; UserError when it is none."""
     lines = dataset.read_rows(path)
     header, canaries = lines[0], lines[1:]
-    if not {"schema", "secret", "words", "privacy_unit"} <= set(header):
+    if not set(HEADER) <= set(header):
         raise cli.UserError(f"{path}: its first line is no header; name the key file that canary/inject.py wrote")
+    wrong = [name for name, kind in HEADER.items() if type(header[name]) is not kind]
+    wrong += ["training"] if not isinstance(header.get("training"), str | None) else []
+    wrong += ["secret"] if not wrong and header["secret"] not in SECRETS else []
+    words = header["words"]
+    if not wrong and not (all(isinstance(word, str) for word in words) and len(set(words)) == len(words)):
+        wrong = ["words"]
+    if wrong or (header["secret"] == "text" and not words):
+        raise cli.UserError(f"{path}: the {', '.join(wrong or ['words'])} of its first line {NOT_OURS}")
     for number, canary in enumerate(canaries):
         if missing := [field for field in FIELDS if canary.get(field) is None]:
             raise cli.UserError(f"{path}: canary {number}: no {', '.join(missing)}; make the key again")
+        wrong = [field for field, kind in FIELDS.items() if type(canary[field]) is not kind] or _odd(canary)
+        if wrong:
+            raise cli.UserError(f"{path}: canary {number}: its {', '.join(wrong)} {NOT_OURS}")
     if len(canaries) != header.get("canaries", len(canaries)) or not canaries:
         raise cli.UserError(f"{path}: {len(canaries)} of {header.get('canaries', 'its')} canaries; the file was cut")
     return header, canaries
+
+
+def _odd(canary: dict) -> list[str]:
+    """Fields of the right type that canary/inject.py never writes so."""
+    rows, starts = canary["rows"], canary.get("starts") or []
+    places = (starts or rows) if isinstance(starts, list) else [None]
+    odd = {
+        "kind": canary["kind"] not in KINDS,
+        "repetitions": canary["repetitions"] < 0,
+        "rows": not all(map(dataset.is_count, rows)),
+        "starts": len(places) != len(rows) or not all(map(dataset.is_count, places)),
+        "parts": not all(isinstance(part, str) for part in canary["parts"].values()),
+        "secret": not canary["sentence"].startswith(canary["before"] + canary["secret"]),
+    }
+    return [field for field, is_odd in odd.items() if is_odd]
 
 
 def check(args) -> SimpleNamespace:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 
 from common.cli import Problems, UserError
-from common.dataset import read_rows, validate
+from common.dataset import read_rows, user_of, validate
 
 ARM = re.compile(r"[A-Za-z][\w-]*")
 REAL, GENERATED = "Review", "generated_text"  # the field of the text
@@ -41,7 +41,7 @@ def read_reviews(path, field: str = REAL) -> list[dict]:
     if wrong:
         raise UserError(f"{path}: row {wrong[0]}: Rating must be 1 to 5 ({len(wrong)} such rows)")
     for index, row in enumerate(rows):
-        odd = [key for key in ("row_id", "user_id", "Product Title") if isinstance(row.get(key), (list, dict))]
+        odd = [key for key in ("row_id", "user_id", "Product Title") if isinstance(row.get(key), (list, dict, bool))]
         if odd:
             raise UserError(f"{path}: row {index}: {odd[0]} must be text or a number")
     return rows
@@ -76,16 +76,15 @@ def shared_rows(rows: list[dict], others: list[dict]) -> int:
 
 def _origin(row: dict) -> tuple | None:
     """What stays of a row when a canary enters its text; None without row_id or user_id."""
-    if row.get("row_id") is None or row.get("user_id") in (None, ""):
-        return None
-    return row["user_id"], *source_key(row)
+    user = user_of(row)
+    return None if row.get("row_id") is None or user is None else (user, *source_key(row))
 
 
 def halve(rows: list[dict], seed: int) -> tuple[list[dict], list[dict]]:
     """Two halves of `rows`, each in random order, no user in both (a row without user_id stands alone)."""
     users: dict[object, list[dict]] = {}
     for index, row in enumerate(rows):
-        users.setdefault(row.get("user_id") or index, []).append(row)
+        users.setdefault(user_of(row) or index, []).append(row)
     rng = random.Random(seed)
     order = list(users.values())
     rng.shuffle(order)

@@ -1,6 +1,8 @@
 """Bad input to every script: status 2, one line that says what to do, no model loaded, nothing written."""
 
+import errno
 import json
+import os
 import shutil
 
 import pytest
@@ -10,8 +12,11 @@ import evaluate_purified
 import measure_purified
 import merge_peft
 import run_peft
-from common import dataset
+from common import cli, dataset, results
 from common.cli import UserError
+from data import replace_pii
+from data.self_instruct import generate as self_instruct
+from mia import mia
 from perplexity import perplexity
 
 
@@ -88,11 +93,23 @@ def files(tmp_path, models, adapters):
     paths["adapter"] = adapters["llama", "lora"]
     paths["out"] = tmp_path / "out"
     paths["nothing"] = tmp_path / "nothing-there"
+    paths["text"] = write_rows(tmp_path / "text.jsonl", [{"text": "words"}] * 3)
+    paths["nowhere"], paths["loop"], paths["link"] = (tmp_path / name for name in ("nowhere", "loop", "link.arrow"))
+    for name, target in (("nowhere", tmp_path / "gone"), ("loop", paths["loop"]), ("link", tmp_path / "data.arrow")):
+        paths[name].symlink_to(target)
+    paths["pipe"] = tmp_path / "pipe.jsonl"
+    os.mkfifo(paths["pipe"])
+    paths["deep"] = tmp_path / "deep.json"
+    paths["deep"].write_text("[" * 100_000)
+    paths["nul"] = tmp_path / "nul.json"
+    paths["nul"].write_text('{"members": "a\\u0000b"}')
     return paths
 
 
 MEASURE = ["--model", "{model}", "--output_dir", "{out}"]
 TRAIN = ["-m", "{model}", "--output_root", "{out}"]
+PUBLIC = [*TRAIN, "-i", "{good}", "--train_rows", "8", "--dp", "--noise_multiplier", "1", "--logical_batch_size", "2",
+          "--suggest_max_grad_norm"]  # fmt: skip
 TABLE = [
     # script, arguments, what the (only) line says
     (measure_purified, [*MEASURE, "-d", "{nothing}.jsonl"], "nothing-there.jsonl: no such file"),
@@ -149,6 +166,20 @@ TABLE = [
     (run_peft, [*TRAIN, "-i", "{good}", "-e", "0"], "epochs"),
     (run_peft, [*TRAIN, "-i", "{good}", "--train_rows", "12"], "--allow_overlap"),
     (run_peft, [*TRAIN, "-i", "{good}", "--train_rows", "99"], "99"),
+    (run_peft, [*PUBLIC, "{types}"], "types.jsonl: row 5: field 'gt-email' must be text, not int"),
+    (run_peft, [*PUBLIC, "{text}", "--loss_on", "completion"], "text.jsonl: row 0 (and 2 more) has no prompt part"),
+    (run_peft, ["-m", "{model}", "-i", "{good}", "--output_root", "{nowhere}"], "is a symbolic link to nothing"),
+    (run_peft, ["-m", "{model}", "-i", "{good}", "--output_root", "{loop}"], "Too many levels of symbolic links"),
+    (merge_peft, ["--model", "{adapter}", "--save_dir", "{out}/" + 230 * "n"], "has more than 200 bytes"),
+    (measure_purified, [*MEASURE, "-d", "/"], "/: is a directory, not a file"),
+    (measure_purified, [*MEASURE, "-d", "{pipe}"], "pipe.jsonl: not a file"),
+    (mia, ["--config", "{pipe}"], "pipe.jsonl: not a file"),
+    (mia, ["--config", "{deep}"], "deep.json: nested more than 100 deep"),
+    (mia, ["--config", "{list}"], "a JSON object was expected"),
+    (mia, ["--config", "{nul}"], "has a NUL character"),
+    (self_instruct, ["-m", "{model}", "--seed_tasks", "{deep}", "--output", "{out}.jsonl"], "nested more than 100"),
+    (self_instruct, ["-m", "{model}", "--seed_tasks", "{pipe}", "--output", "{out}.jsonl"], "not a file"),
+    (replace_pii, ["--input", "{good}", "--output", "{link}"], "link.arrow: is a symbolic link; name the file"),
     (run_peft, ["-m", "{no_eos}", "--output_root", "{out}", "-i", "{good}"], "no EOS token"),
     (run_peft, ["-m", "{model}", "--output_root", "{read_only}", "-i", "{good}"], "no permission"),
     (perplexity, ["--model", "{model}", "-d", "{broken}", "--output_dir", "{out}"], "broken.jsonl:4: not JSON"),
@@ -159,8 +190,6 @@ TABLE = [
 
 @pytest.mark.parametrize(("script", "words", "expected"), TABLE, ids=lambda value: getattr(value, "__name__", None))
 def test_one_line_exit_2_nothing_written(script, words, expected, files, no_models, tmp_path, capsys):
-    from common import cli
-
     before = sorted(path for path in tmp_path.rglob("*"))
     words = [word.format(**files) for word in words]
     status = cli.entry(lambda: script.main(words))
@@ -244,8 +273,6 @@ def test_a_privacy_file_without_its_numbers(text, adapters, tmp_path):
 
 
 def test_control_c_is_one_line(capsys):
-    from common import cli
-
     def stopped():
         raise KeyboardInterrupt
 
@@ -253,8 +280,6 @@ def test_control_c_is_one_line(capsys):
 
 
 def test_an_output_is_no_input(tmp_path):
-    from common import cli
-
     (tmp_path / "sub").mkdir()
     data = write_rows(tmp_path / "rows.jsonl", make_rows(3))
     (tmp_path / "link.jsonl").symlink_to(data)
@@ -295,7 +320,9 @@ def test_a_damaged_unfinished_run(text, tmp_path):
 
 
 @pytest.mark.parametrize(("field", "value", "said"), [
-    ("user_id", ["u"], "user_id must be text or a number"), ("Rating", 10**400, "Rating must be 1 to 5"),
+    ("user_id", ["u"], "user_id must be text or a number"), ("user_id", True, "user_id must be text or a number"),
+    ("Rating", "five", "field 'Rating' must be a number, not str"), ("Rating", 6, "Rating must be 1 to 5"),
+    ("Rating", 10**400, "must be a number, not one of hundreds of digits"),
     ("Review", "half \ud800", "half of a surrogate pair"),
 ])  # fmt: skip
 def test_reviews_of_other_types(field, value, said, tmp_path):
@@ -328,3 +355,105 @@ def test_rows_that_lost_their_manifest_are_told(tmp_path, capsys):
     write_manifest(moved, tag="replaced", script="x", argv=[], rows=8, split_start=3)
     dataset.validate(moved, dataset.read_rows(moved))
     assert capsys.readouterr().err == ""
+
+
+# ---------------------------------------------------------------- names, links, full disks
+
+
+@pytest.mark.parametrize(("word", "said"), [
+    (os.fsdecode(b"a\xff.jsonl"), "not UTF-8; rename the file or folder"), ("x" * 300, "longer than any name"),
+    ("a/" + "x" * 256 + "/b", "longer than any name"), ("a\0b", "has a NUL character in it"),
+])  # fmt: skip
+def test_words_that_name_no_file(word, said):
+    parser = cli.Parser("x", "x")
+    parser.add_argument("--input", default="x")
+    with pytest.raises(UserError, match=said):
+        parser.parse_args(["--input", word])
+    assert parser.parse_args(["--input", "ä?*[1]'%\n"]).input == "ä?*[1]'%\n"
+
+
+def test_a_working_directory_that_is_not_utf8(tmp_path, monkeypatch):
+    folder = tmp_path / os.fsdecode(b"a\xff")
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    with pytest.raises(UserError, match="working directory's name is not UTF-8"):
+        cli.Parser("x", "x").parse_args([])
+
+
+def test_a_problem_is_one_line_whatever_the_name(tmp_path, capsys):
+    assert cli.entry(lambda: dataset.read_rows(tmp_path / "a\nb\x1b[31m.jsonl")) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["a?b*[1]", "it's %s", "a\nb", "ä😀"])
+def test_a_merge_goes_where_it_was_asked_to(name, adapters, tmp_path):
+    """Through a symbolic link, which stays, and into folders of odd names."""
+    target, link = tmp_path / name, tmp_path / "link"
+    target.mkdir()
+    link.symlink_to(target)
+    for _ in range(2):
+        assert merge_peft.main(["--model", str(adapters["llama", "lora"]), "--save_dir", str(link)]) == 0
+        assert link.is_symlink() and (target / "model.safetensors").is_file()
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "link"])
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("write", ["json", "line", "folder", "lock"])
+def test_a_full_disk_is_one_line_that_names_the_file(write, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "out" / "x.json"
+    file.parent.mkdir()
+
+    def main():
+        if write == "json":
+            results.write_json(file, {})
+        elif write == "line":
+            with open(file, "w") as opened:
+                results.append_line(opened, {})
+        elif write == "folder":
+            with results.atomic_folder(file):
+                raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+        else:
+            with results.output_file(file):
+                pass
+
+    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "pwrite", full)
+    assert cli.entry(main) == 2
+    name = file.with_name(".x.json.lock") if write == "lock" else file
+    assert capsys.readouterr().err == f"{name}: No space left on device; make room there and start again\n"
+    assert [path.name for path in file.parent.iterdir()] == (["x.json"] if write == "line" else [])
+
+
+def test_other_errors_stay_what_they_are(tmp_path):
+    def main():
+        with results.atomic_folder(tmp_path / "x"):
+            raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.entry(main)
+
+
+# ---------------------------------------------------------------- who wrote a row
+
+
+@pytest.mark.parametrize(("given", "user"), [
+    ("u", "u"), (" u\n", "u"), (5, "5"), (5.0, "5"), ("5", "5"), (0, "0"), ("", None), ("  ", None), (None, None),
+    (True, None), (2.5, None), (["u"], None),
+])  # fmt: skip
+def test_one_rule_tells_users_apart(given, user):
+    assert dataset.user_of({"user_id": given}) == user
+
+
+def test_a_user_written_in_two_ways_is_one_unit():
+    """ε would be that of half the noise: in the histogram a user adds to one cell, by one."""
+    import numpy as np
+
+    from common.reviews import halve
+    from data.synthetic.histogram import one_row_a_user
+
+    rows = [{"user_id": one, "Review": "a"} for one in ("5", 5, " 5", 5.0)]
+    assert len(one_row_a_user(rows, np.random.default_rng(0))) == 1
+    assert sorted(map(len, halve([*rows, *({"Review": "b"} for _ in range(4))], 0))) == [4, 4]

@@ -5,7 +5,7 @@ import os
 import sys
 from dataclasses import dataclass
 
-from common import cli
+from common import cli, dataset
 from common.cli import UserError
 from training.config import TrainConfig
 
@@ -114,9 +114,8 @@ def make_privacy(config: TrainConfig, path, rows: list[dict], train: list[int]) 
     """The plan of a DP run over rows[train]; chooses σ for --target_epsilon. UserError names what cannot be."""
     units, left_out = [[place] for place in range(len(train))], 0
     if config.privacy_unit == "user":
-        names = [rows[index].get("user_id") for index in train]
-        names = [str(name).strip() if isinstance(name, (str, int)) else "" for name in names]
-        bare = [index for index, name in zip(train, names) if not name]
+        names = [dataset.user_of(rows[index]) for index in train]
+        bare = [index for index, name in zip(train, names) if name is None]
         if bare:
             raise UserError(f"--privacy_unit user: {path}: row {bare[0]} (and {len(bare) - 1} more) has no user_id")
         users: dict = {}

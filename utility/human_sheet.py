@@ -172,8 +172,8 @@ def read_sheet(path, key: list[dict]) -> dict[int, str]:
         )
     for line in lines:
         number, label = line["number"] or "", (line["label"] or "").strip().casefold()
-        if not number.isdecimal() or int(number) not in numbers:
-            problems.add(f"{path}: row number {number!r} is not in the key")
+        if not number.isdecimal() or len(number) > 18 or int(number) not in numbers:
+            problems.add(f"{path}: row number {number[:20]!r} is not in the key")
             continue
         if int(number) in seen:
             problems.add(f"{path}: row {number} stands there twice")

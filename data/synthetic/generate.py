@@ -106,7 +106,7 @@ def check(args) -> SimpleNamespace:
     ref, tokenizer = models.look_up(problems, args.model, args.revision)
     block = models.privacy(ref) if ref else None
     unit = (block or {}).get("unit", "record")
-    if args.condition == "sampled" and unit == "user" and any(not row.get("user_id") for row in training):
+    if args.condition == "sampled" and unit == "user" and any(dataset.user_of(row) is None for row in training):
         problems.add(f"{args.training}: rows without user_id; the model's privacy unit is the user")
     histogram = Path(args.histogram) if args.histogram else output.with_name("metadata_histogram.json")
     source = problems.absorb(training_source, args.training, len(training), ref) if ref and training else None
@@ -144,7 +144,7 @@ def release_histogram(args, task) -> dict:
     """The released histogram: read when it is there with the same settings, else made (noise from the system)."""
     from data.synthetic import histogram
 
-    units = len({row.get("user_id") for row in task.training}) if task.unit == "user" else len(task.training)
+    units = len(set(map(dataset.user_of, task.training))) if task.unit == "user" else len(task.training)
     delta = args.metadata_delta or (task.privacy or {}).get("delta") or 1 / (10 * units)
     wanted = {
         "training": task.source["sha256"], "fields": args.metadata_fields, "epsilon": args.metadata_epsilon,

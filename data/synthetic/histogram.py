@@ -13,12 +13,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from common import dataset
+
 
 def one_row_a_user(rows: list[dict], rng: np.random.Generator) -> list[dict]:
     """A row of each user, drawn without regard to its content: then a user adds to one cell, by one."""
     users: dict = {}
     for row in rows:
-        users.setdefault(row["user_id"], []).append(row)
+        users.setdefault(dataset.user_of(row), []).append(row)
     return [own[int(rng.integers(len(own)))] for own in users.values()]
 
 
