@@ -72,6 +72,8 @@ def _read_jsonl(path: Path, broken: dict[int, str] | None = None) -> list[dict]:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
+                if number == 1 and line.startswith(strict_json.UTF16):
+                    raise UserError(f"{path}: UTF-16 text; save the file as UTF-8")
                 try:
                     row = strict_json.parse(line)
                 except ValueError as error:

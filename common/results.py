@@ -162,7 +162,7 @@ def naming(path):
     except Exception as error:
         with contextlib.suppress(FileNotFoundError):
             full = os.strerror(errno.ENOSPC) in str(error)  # safetensors' own error, DuckDB's
-            if full or shutil.disk_usage(Path(path).parent).free < NO_ROOM:
+            if full or shutil.disk_usage(path if os.path.isdir(path) else Path(path).parent).free < NO_ROOM:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
 
@@ -190,7 +190,8 @@ def temporary_folder(parent, name: str):
     """Yield a new hidden directory in `parent` (mode 0700), removed at the end, or by the next run after a kill."""
     path, held = _make_hidden_folder(Path(parent) / name, 0o700)
     try:
-        yield path
+        with naming(path.parent):
+            yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
         _let_go(held)

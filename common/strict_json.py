@@ -5,6 +5,7 @@ import math
 import re
 
 MAX_DEPTH = 100  # of nested lists and objects; no file of ours comes near it
+UTF16 = (b"\xff\xfe", b"\xfe\xff")  # its byte order marks
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -47,7 +48,7 @@ def parse(text: str | bytes):
     of surrogate pairs.
     """
     if isinstance(text, bytes):
-        if text.startswith((b"\xff\xfe", b"\xfe\xff")):
+        if text.startswith(UTF16):
             raise ValueError("UTF-16 text; save the file as UTF-8")
         try:
             text = text.decode("utf-8-sig")

@@ -74,7 +74,7 @@ WRONG = {
     "cut": (PLAIN[:-40], "r.jsonl:12: not JSON (Unterminated string"),
     "raw nul": (with_line(4, '{"text": "a\0b"}'), "r.jsonl:4: not JSON (Invalid control character"),
     "latin-1": ('{"text": "J\xf6rg"}\n'.encode("latin-1"), "r.jsonl:1: not UTF-8 (byte 11)"),
-    "utf-16": ('{"text": "a"}'.encode("utf-16"), "r.jsonl:1: UTF-16 text; save the file as UTF-8"),
+    "utf-16": ('{"text": "a"}\n{"text": "b"}'.encode("utf-16"), "r.jsonl: UTF-16 text; save the file as UTF-8"),
     "cr alone": (PLAIN.replace(b"\n", b"\r"), "its lines end in CR alone"),
     "blank": (b"\n\n \n", "r.jsonl: the file has no rows"),
     "gzip: bad checksum": (PACKED[:-8] + b"\0\0\0\0" + PACKED[-4:], "r.jsonl: cannot be read"),
