@@ -1,0 +1,329 @@
+"""Golden outputs: what the smallest run of every script writes and what --help prints, frozen while the code moves.
+
+UPDATE_GOLDENS=1 pytest tests/test_goldens.py -m "slow or not slow"      writes them anew; read the diff before you commit
+
+tests/goldens/CASE.json holds every file that a run of the case left or changed, without times, paths, hashes and
+versions. Content, not its hash alone, for two reasons: a failure names the file, the key and both values, and numbers
+are compared with a tolerance (another CPU rounds other last bits, and a rounded number may straddle). A file too long
+to read is the hash of its text without decimals, and the sum of these. Weights are names, types, shapes and norms; of
+figures only the name counts. help/ holds the text of every --help.
+
+The cases are those of test_kill.py and a few more. They run in this process, with the randomness of the operating
+system replaced by a fixed stream. What a script prints is not compared: its words may change.
+"""
+
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import secrets
+import sys
+
+import kill
+import pytest
+from conftest import ROOT, write_rows
+from test_cli import FLAGS
+from test_kill import CASES, arms, have, long_model, membership, rows, synthetic, training, tree  # noqa: F401 (fixtures)
+
+FOLDER = ROOT / "tests/goldens"
+EMBEDDED = ROOT / "data/embedded"
+UPDATE = os.environ.get("UPDATE_GOLDENS") == "1"
+VOLATILE = re.compile(rf"{kill.TIMES.pattern}|python|packages|dirty|.*_version")
+HEX = re.compile(r"(?<![0-9a-zA-Z.])[0-9a-f]{12,}(?![0-9a-zA-Z])(?: \(changed\))?")
+QUOTED = re.compile(rf"(&quot;(?:{VOLATILE.pattern}|cpu_bytes)&quot;: ).*")  # a record within the report
+DECIMAL = re.compile(r"-?\d+\.\d+(?:e[+-]?\d{1,3}(?!\w))?|(?<![\w.])-?\d{1,3}e[+-]?\d{1,3}(?!\w)")
+NOISY = ("audit_signal",)  # small differences of large numbers: 0.001 either way
+COPIED = ("tokenizer.json", "tokenizer_config.json")  # a model's own; long, and the same in every case
+SCRIPTS = sorted(
+    {*FLAGS}
+    | {
+        str(path.relative_to(ROOT))
+        for folder in ("bench", "data")
+        for path in ROOT.joinpath(folder).rglob("*.py")
+        if "__main__" in path.read_text(encoding="utf-8")
+    }
+)
+
+
+def embedded(start, have):
+    """A trained model on rows of its own corpus: the tiny random ones hit nothing."""
+    for name in ("enron", "outsiders"):
+        lines = (EMBEDDED / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        write_rows(start / f"{name}.jsonl", [json.loads(line) for line in lines[:45]])
+
+
+def measure_embedded(start, have):
+    embedded(start, have)
+    few = "-mt 16 --temperatures 0 0.2 --num_rows 8"
+    return f"--model {EMBEDDED}/mini-pythia --output_dir WORK/out --dataset WORK/enron.jsonl {few}"
+
+
+def perplexity_model(start, have):
+    tree(start, have)
+    return "--model WORK/tree/run/checkpoint-1 --dataset WORK/enron.jsonl --num_rows 10 --output_dir WORK/out"
+
+
+def scored_sheet(start, have):
+    import csv
+
+    arms(start)
+    words = f"make --synthetic a={start}/a.jsonl --num_rows 10 --output_dir {start}/out"
+    assert kill.load(ROOT / "utility/human_sheet.py").main(words.split()) == 0
+    with open(start / "out/sheet.csv", newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    labels = ("good", "repetition", "gibberish")
+    with open(start / "anna.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, lines[0])
+        writer.writeheader()
+        writer.writerows(line | {"label": labels[index % 3]} for index, line in enumerate(lines))
+    return "score --sheets WORK/anna.csv --key WORK/out/key.jsonl --output_dir WORK/out"
+
+
+MORE = {
+    "measure embedded": ("measure_purified.py", measure_embedded, "--save_responses"),
+    "measure baseline": ("measure_purified.py", measure_embedded, ""),
+    "perplexity model": ("perplexity/perplexity.py", perplexity_model, ""),
+    "mia combine": ("mia/mia.py", membership, "--combine"),
+    "run_peft dora packed": (
+        "run_peft.py", training, "-pt dora --packing --scheduler cosine -w 1 -wd 0.1 --gradient_checkpointing"
+    ),
+    "run_peft full": ("run_peft.py", training, "-pt full --loss_on completion --eval_rows 4"),
+    "human_sheet score": ("utility/human_sheet.py", scored_sheet, ""),
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------- normalising
+
+
+def plain(item, paths: dict[str, str]):
+    """A JSON value without times, paths, hashes and versions; floats to six digits."""
+    if isinstance(item, dict):
+        return {
+            plain(str(key), paths): "*" if VOLATILE.fullmatch(str(key)) else plain(value, paths)
+            for key, value in item.items()
+        }
+    if isinstance(item, (list, tuple)):
+        return [plain(one, paths) for one in item]
+    if isinstance(item, float):
+        return float(f"{item:.6g}") if math.isfinite(item) else str(item)
+    if isinstance(item, str):
+        for path, name in paths.items():
+            item = item.replace(path, name)
+        return HEX.sub("<hex>", item)
+    return item
+
+
+def tensors(item):
+    """Tensors anywhere in `item` as type, shape and, of floats, norm; arrays (a cache's, in any order) without one."""
+    import numpy as np
+    import torch
+
+    if isinstance(item, dict):
+        return {key: tensors(value) for key, value in item.items()}
+    if isinstance(item, (list, tuple)):
+        return [tensors(one) for one in item]
+    if isinstance(item, torch.Tensor):
+        norm = [float(item.double().norm())] if item.is_floating_point() else []
+        return [str(item.dtype), list(item.shape), *norm]
+    if isinstance(item, np.ndarray):
+        return [str(item.dtype), list(item.shape)]
+    return item if isinstance(item, (bool, int, float, str, type(None))) else type(item).__name__
+
+
+def content(path, paths: dict[str, str], long: int):
+    """What a golden holds of a result file."""
+    if path.suffix in (".png", ".pdf"):
+        return "figure"
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        item = tensors(dict(sorted(load_file(path).items())))
+    elif path.suffix == ".pt":
+        import torch
+
+        item = tensors(torch.load(path, weights_only=False))
+    elif path.suffix == ".npz":
+        import numpy as np
+
+        with np.load(path) as arrays:
+            item = tensors(dict(arrays))
+    elif path.suffix == ".arrow":
+        import datasets
+
+        item = datasets.Dataset.from_file(str(path)).to_list()
+    elif path.suffix == ".json":
+        item = json.loads(path.read_text(encoding="utf-8"))
+    elif path.suffix == ".jsonl":
+        item = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    else:
+        text = QUOTED.sub(r"\1*", path.read_text(encoding="utf-8"))
+        item = kill.CLOCK.sub("T", text).splitlines()
+    item = plain(item, paths)
+    text = json.dumps(item)
+    if len(text) <= long and path.name not in COPIED:
+        return item
+    digest = hashlib.sha256(DECIMAL.sub("#", text).encode()).hexdigest()
+    return {"sha256 without decimals": digest, "sum": math.fsum(abs(float(one)) for one in DECIMAL.findall(text))}
+
+
+def snapshot(work) -> dict[str, tuple]:
+    return {str(path.relative_to(work)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files(work)}
+
+
+def files(work):
+    return (path for path in sorted(work.rglob("*")) if path.is_file())
+
+
+def results_of(work, before: dict, paths: dict[str, str], long: int) -> dict:
+    """{file: content} of what was written since `before`; files named by a hash are numbered."""
+    found = {}
+    for path in files(work):
+        name = str(path.relative_to(work))
+        if before.get(name) != (path.read_bytes(), path.stat().st_mtime_ns):
+            name, number = HEX.sub("<hex>", name), 1
+            name += " (private)" * (path.stat().st_mode & 0o77 == 0)
+            while f"{name} {number}".removesuffix(" 1") in found:
+                number += 1
+            found[f"{name} {number}".removesuffix(" 1")] = content(path, paths, long)
+    return found
+
+
+# ---------------------------------------------------------------- comparing
+
+
+def same_text(one: str, other: str) -> bool:
+    """Equal but for decimals, which may differ by a thousandth or by one in their last place."""
+    if DECIMAL.sub("#", one) != DECIMAL.sub("#", other):
+        return False
+    for a, b in zip(DECIMAL.findall(one), DECIMAL.findall(other)):
+        last = 0 if "e" in a else 1.01 * 10.0 ** -len(a.partition(".")[2])
+        if not math.isclose(float(a), float(b), rel_tol=1e-3, abs_tol=max(1e-9, last)):
+            return False
+    return True
+
+
+def differences(want, have, where: str) -> list[str]:
+    """A line for every value that is not as the golden says."""
+    if isinstance(want, dict) and isinstance(have, dict):
+        found = [f"{where}: lost {key!r}" for key in want.keys() - have.keys()]
+        found += [f"{where}: new {key!r}" for key in have.keys() - want.keys()]
+        return found + [
+            line for key in want if key in have for line in differences(want[key], have[key], f"{where} › {key}")
+        ]
+    if isinstance(want, list) and isinstance(have, list):
+        found = [] if len(want) == len(have) else [f"{where}: {len(want)} items, now {len(have)}"]
+        pairs = enumerate(zip(want, have))
+        return found + [line for index, (a, b) in pairs for line in differences(a, b, f"{where} › {index}")]
+    if type(want) is type(have):
+        noise = 1e-3 if where.endswith(NOISY) else 1e-9
+        if isinstance(want, float) and math.isclose(want, have, rel_tol=1e-3, abs_tol=noise):
+            return []
+        if want == have or (isinstance(want, str) and same_text(want, have)):
+            return []
+    return [f"{where}: {want!r}, now {have!r}"]
+
+
+def layout(golden: dict) -> str:
+    """JSON with a line for every record of a file."""
+    blocks = []
+    for name, item in golden.items():
+        if isinstance(item, list):
+            item = "[\n  " + ",\n  ".join(json.dumps(one, ensure_ascii=False) for one in item) + "\n ]"
+        elif isinstance(item, dict):
+            pairs = (f"{json.dumps(key)}: {json.dumps(one, ensure_ascii=False)}" for key, one in item.items())
+            item = "{\n  " + ",\n  ".join(pairs) + "\n }"
+        else:
+            item = json.dumps(item)
+        blocks.append(f" {json.dumps(name)}: {item}")
+    return "{\n" + ",\n".join(blocks) + "\n}\n"
+
+
+def check(name: str, found: dict) -> None:
+    """Against tests/goldens/`name`.json, or into it."""
+    file = FOLDER / f"{name.replace(' ', '_')}.json"
+    if UPDATE:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(layout(found), encoding="utf-8")
+        return
+    lines = differences(json.loads(file.read_text(encoding="utf-8")), json.loads(layout(found)), name)
+    more = [f"… {len(lines) - 20} more"] if len(lines) > 20 else []
+    assert not lines, "\n".join([f"not as {file.relative_to(ROOT)} says:", *lines[:20], *more])
+
+
+# ---------------------------------------------------------------- running
+
+
+@pytest.fixture
+def run(tmp_path, tmp_path_factory, monkeypatch):
+    """run(script, words, work): what the script wrote in `work`; files of more than `long` characters as hash and sum."""
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("goldens are of a CPU")
+    stream = random.Random(0)
+    monkeypatch.setattr(secrets, "token_bytes", lambda n=32: stream.randbytes(n))
+    monkeypatch.setattr(secrets, "randbits", stream.getrandbits)
+    monkeypatch.setattr(secrets, "token_hex", lambda n=32: os.urandom(n).hex())  # names of temporary files
+    monkeypatch.setenv("COLUMNS", "80")
+    umask = os.umask(0o022)
+
+    def run(script: str, words: list[str], work, long: int = 20_000):
+        monkeypatch.chdir(work)
+        monkeypatch.setattr(sys, "argv", [script, *words])
+        before = snapshot(work)
+        assert not kill.load(work / script.removeprefix("WORK/") if "driver" in script else ROOT / script).main(words)
+        paths = {str(work): "WORK", str(tmp_path_factory.getbasetemp()): "TMP", str(ROOT): "REPO"}
+        return results_of(work, before, paths, long)
+
+    yield run
+    os.umask(umask)
+
+
+@pytest.mark.parametrize("case", [*CASES, *MORE])
+def test_results_are_as_they_were(case, tmp_path, have, run):  # noqa: F811
+    script, prepare, more = (CASES | MORE)[case]
+    words = f"{prepare(tmp_path, have)} {more}".replace("WORK", str(tmp_path)).split()
+    if case == "measure baseline":
+        larger = ["--model", f"{EMBEDDED}/mini-pythia-xl", "--output_dir", str(tmp_path / "base")]
+        run(script, [*words, *larger], tmp_path)
+        words += ["--baseline", str(tmp_path / "base/results_purified.jsonl")]
+    check(case, run(script, words, tmp_path))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_as_it_was(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script])
+    monkeypatch.setenv("COLUMNS", "80")
+    module = kill.load(ROOT / script)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        module.main(["--help"])
+    assert not end.value.code
+    text = capsys.readouterr().out.replace(str(ROOT), "REPO")
+    file = FOLDER / "help" / f"{script.replace('/', '.').removesuffix('.py')}.txt"
+    if UPDATE:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    assert text == file.read_text(encoding="utf-8")
+
+
+# ---------------------------------------------------------------- the quickstart
+
+QUICK = ["-e", 1, "-pdbs", 8, "-gas", 1, "--lora_r", 2, "-mt", 8, "--generated_tokens", 8]
+SIZES = {"PUBLIC": 60, "PUBLIC_EPOCHS": 1, "TRAIN": 160, "TEST": 58, "REVIEWS": 500, "PRODUCTS": 20}
+SIZES |= {"LADDER": (1, 2), "CANARIES": 3, "AUDIT": 20, "LOGICAL_BATCH": 16}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("study", ("mail", "privacy", "reviews"))
+def test_the_quickstart_gives_what_it_gave(study, tmp_path, monkeypatch, run):
+    from studies import reviews
+
+    for name, value in SIZES.items():
+        monkeypatch.setattr(reviews, name, value)
+    embedded(tmp_path, {})
+    words = ["--study", study, "--output", tmp_path / "out", "-d", tmp_path / "enron.jsonl", *QUICK]
+    words += ["--outsiders", tmp_path / "outsiders.jsonl"]
+    check(f"quickstart {study}", run("quickstart.py", [str(word) for word in words], tmp_path, long=5000))
