@@ -39,6 +39,9 @@ QUOTED = re.compile(rf"(&quot;(?:{VOLATILE.pattern}|cpu_bytes)&quot;: ).*")  # a
 DECIMAL = re.compile(r"-?\d+\.\d+(?:e[+-]?\d{1,3}(?!\w))?|(?<![\w.])-?\d{1,3}e[+-]?\d{1,3}(?!\w)")
 SPEED = re.compile(r'(?:<td data-v="[\d.]+">[\d,]+</td>\s*){1,2}<td data-v="\d{7,}">[\d.]+</td>')  # seconds and memory
 NOISY = ("audit_signal",)  # small differences of large numbers: 0.001 either way
+# of the study of reviews: an audit of barely trained models ranks canaries by differences near zero, and on another CPU
+# two of them change places. Without any number here; results_canary_rows.jsonl and the case `canary` have theirs.
+CHAOTIC = ("out/canary/results_canary.jsonl", "out/report/results.csv", "out/summary.json")
 COPIED = ("tokenizer.json", "tokenizer_config.json")  # a model's own; long, and the same in every case
 SCRIPTS = sorted(
     {*FLAGS}
@@ -136,7 +139,7 @@ def tensors(item):
     return item if isinstance(item, (bool, int, float, str, type(None))) else type(item).__name__
 
 
-def content(path, paths: dict[str, str], long: int):
+def content(path, paths: dict[str, str], long: int, chaotic: bool = False):
     """What a golden holds of a result file."""
     if path.suffix in (".png", ".pdf"):
         return "figure"
@@ -166,6 +169,8 @@ def content(path, paths: dict[str, str], long: int):
         item = kill.CLOCK.sub("T", text).splitlines()
     item = plain(item, paths)
     text = json.dumps(item)
+    if chaotic:
+        return {"sha256 without numbers": hashlib.sha256(re.sub(r"-?\d[\d.e+-]*", "#", text).encode()).hexdigest()}
     if len(text) <= (20_000 if path.stem == "summary" else long) and path.name not in COPIED:
         return item
     digest = hashlib.sha256(DECIMAL.sub("#", text).encode()).hexdigest()
@@ -180,7 +185,7 @@ def files(work):
     return (path for path in sorted(work.rglob("*")) if path.is_file())
 
 
-def results_of(work, before: dict, paths: dict[str, str], long: int) -> dict:
+def results_of(work, before: dict, paths: dict[str, str], long: int, chaotic=()) -> dict:
     """{file: content} of what was written since `before`; files named by a hash are numbered."""
     found = {}
     for path in files(work):
@@ -190,7 +195,7 @@ def results_of(work, before: dict, paths: dict[str, str], long: int) -> dict:
             name += " (private)" * (path.stat().st_mode & 0o77 == 0)
             while f"{name} {number}".removesuffix(" 1") in found:
                 number += 1
-            found[f"{name} {number}".removesuffix(" 1")] = content(path, paths, long)
+            found[f"{name} {number}".removesuffix(" 1")] = content(path, paths, long, name in chaotic)
     return found
 
 
@@ -278,13 +283,13 @@ def run(tmp_path, tmp_path_factory, monkeypatch):
     results.commit.cache_clear()
     umask = os.umask(0o022)
 
-    def run(script: str, words: list[str], work, long: int = 20_000):
+    def run(script: str, words: list[str], work, long: int = 20_000, chaotic=()):
         monkeypatch.chdir(work)
         monkeypatch.setattr(sys, "argv", [script, *words])
         before = snapshot(work)
         assert not kill.load(work / script.removeprefix("WORK/") if "driver" in script else ROOT / script).main(words)
         paths = {str(work): "WORK", str(tmp_path_factory.getbasetemp()): "TMP", str(ROOT): "REPO"}
-        return results_of(work, before, paths, long)
+        return results_of(work, before, paths, long, chaotic)
 
     yield run
     os.umask(umask)
@@ -337,7 +342,8 @@ def test_the_quickstart_gives_what_it_gave(study, tmp_path, monkeypatch, run):
     embedded(tmp_path, {})
     words = ["--study", study, "--output", tmp_path / "out", "-d", tmp_path / "enron.jsonl", *QUICK]
     words += ["--outsiders", tmp_path / "outsiders.jsonl"]
-    check(f"quickstart {study}", run("quickstart.py", [str(word) for word in words], tmp_path, long=2500))
+    chaotic = CHAOTIC if study == "reviews" else ()
+    check(f"quickstart {study}", run("quickstart.py", [str(word) for word in words], tmp_path, 2500, chaotic))
 
 
 def test_every_golden_has_a_case():
