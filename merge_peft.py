@@ -10,6 +10,7 @@ not at all, and prints ‖ΔW‖/‖W‖ over the adapted matrices.
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from common import cli, models, results
@@ -18,16 +19,27 @@ from common.cli import Problems
 RECORD = "run_merge_peft.json"
 
 
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig(cli.ModelConfig):
+    """The flags of merge_peft.py."""
+
+    model: str
+    save_dir: str = "./tempMerged"
+    base_model: str | None = None
+    is_opt: bool = False
+
+
 def make_parser() -> cli.Parser:
     parser = cli.Parser(
         "Merge a LoRA, DoRA or PiSSA checkpoint into its base model. --dtype is that of the saved weights, and auto "
         "means float32 on every device: half precision rounds a small update away.",
         "python merge_peft.py --model pythia-1.4b/original-lora/0e+00_2e-06/checkpoint-276 --save_dir merged",
+        MergeConfig,
     )
     add = parser.add_argument
-    add("--model", required=True, default=None, help="an adapter checkpoint (directory)")
-    add("--save_dir", default="./tempMerged", help="where the model goes; an earlier merge there is replaced")
-    add("--base_model", default=None, help="base model instead of the one that the adapter's config names")
+    add("--model", required=True, help="an adapter checkpoint (directory)")
+    add("--save_dir", help="where the model goes; an earlier merge there is replaced")
+    add("--base_model", help="base model instead of the one that the adapter's config names")
     add(
         "--is_opt",
         action="store_true",
@@ -37,16 +49,18 @@ def make_parser() -> cli.Parser:
     return parser
 
 
-def check(args) -> models.ModelRef:
+def check(config: MergeConfig) -> models.ModelRef:
     """The adapter and its base, from their files. UserError with every problem."""
     problems = Problems()
-    target = Path(args.save_dir).expanduser()
+    target = Path(config.save_dir).expanduser()
     cli.check_writable(target, problems, "--save_dir")
     if target.is_dir() and any(target.iterdir()) and not (target / RECORD).is_file():
-        problems.add(f"--save_dir {args.save_dir}: holds something else than an earlier merge; name an empty directory")
-    ref, _ = models.look_up(problems, args.model, args.revision, args.base_model, is_opt=args.is_opt)
+        problems.add(
+            f"--save_dir {config.save_dir}: holds something else than an earlier merge; name an empty directory"
+        )
+    ref, _ = models.look_up(problems, config.model, config.revision, config.base_model, is_opt=config.is_opt)
     if ref and not ref.adapter:
-        problems.add(f"--model {args.model}: no adapter_config.json in it; it is a full model already")
+        problems.add(f"--model {config.model}: no adapter_config.json in it; it is a full model already")
     problems.check()
     return ref
 
@@ -66,24 +80,24 @@ def rounding(model, modules: list[str], dtype, change: float) -> float | None:
     return (error / total) ** 0.5 / change
 
 
-def run(args) -> Path:
+def run(config: MergeConfig) -> Path:
     """Merge as `args` (make_parser) says; returns the directory of the merged model. UserError when it does not fit."""
-    ref = check(args)
-    target = Path(args.save_dir).expanduser()
+    ref = check(config)
+    target = Path(config.save_dir).expanduser()
     print(f"adapter  {ref.adapter}\nbase     {ref.base}\nsave to  {target}", flush=True)
-    if args.dry_run:
+    if config.dry_run:
         return target
     import torch
 
-    dtype = torch.float32 if args.dtype == "auto" else getattr(torch, args.dtype)
+    dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     inputs = [Path(ref.adapter) / "adapter_model.safetensors"]
     with (
         results.output_file(os.path.realpath(target)),  # whose start removes what a killed merge left
         results.atomic_folder(target) as folder,
-        results.Run(folder / RECORD, args, inputs) as record,
+        results.Run(folder / RECORD, config, inputs) as record,
     ):
-        base = models.load_base(ref, torch.float32, device, args.device_map)
+        base = models.load_base(ref, torch.float32, device, config.device_map)
         record["base"], record["base_commit"] = ref.base, getattr(base.config, "_commit_hash", None)
         with models.adapted(base, ref.adapter, merge=True) as (merged, change):
             record["relative_change"] = change
@@ -92,7 +106,7 @@ def run(args) -> Path:
                 modules = sorted({models.module_of(tensor) for tensor in models.adapter_shapes(ref.adapter)})
                 cost = record["rounding"] = rounding(merged, modules, dtype, change)
                 if cost is not None:
-                    words = f"saved as {args.dtype}, the adapted weights are rounded by {cost:.2g} times the update"
+                    words = f"saved as {config.dtype}, the adapted weights are rounded by {cost:.2g} times the update"
                     print(f"warning: {words}; float32 keeps it", file=sys.stderr)
             merged.to(dtype).save_pretrained(folder)
         models.load_tokenizer(ref).save_pretrained(folder)

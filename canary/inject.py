@@ -18,6 +18,7 @@ Writes --output (rows), its manifest, and --key_file (mode 0600: where each cana
 
 import random
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from canary import canaries
@@ -26,26 +27,47 @@ from common import cli, dataset, results, reviews
 KEY_SCHEMA = 1
 
 
+@dataclass(frozen=True, kw_only=True)
+class InjectConfig:
+    """The flags of canary/inject.py."""
+
+    input: str = "./data/amazon/train.jsonl"
+    output: str | None = None
+    key_file: str | None = None
+    share: float | None = None
+    repetitions: tuple[int, ...] = ()
+    canaries: int = 10
+    audit: int = 0
+    privacy_unit: str = "record"
+    secret: str = "phone"
+    within: int = 400
+    condition: str = "metadata"
+    overwrite: bool = False
+    seed: int = 3407
+    dry_run: bool = False
+
+
 def make_parser() -> cli.Parser:
     parser = cli.Parser(
         "Place canaries in a training file of reviews.",
         "python canary/inject.py --input data/amazon/train.jsonl --repetitions 1 2 4 8 16",
+        InjectConfig,
     )
     add = parser.add_argument
-    add("-i", "--input", default="./data/amazon/train.jsonl", help="review rows to train on")
-    add("--output", default=None, help="the .jsonl file to train on (default: <input>_canaries.jsonl)")
-    add("--key_file", default=None, help="the .jsonl key (default: <output>_key.jsonl)")
-    add("--share", type=cli.positive_float, default=None, help="one canary in this share of the rows: 0.01, 0.1, 1")
-    add("--repetitions", nargs="+", type=cli.positive_int, default=[], help="ladder: rows that hold a canary")
-    add("--canaries", type=cli.positive_int, default=10, help="canaries of each count in --repetitions")
-    add("--audit", type=cli.positive_int, default=0, help="canaries placed once or not at all, by a fair coin")
-    add("--privacy_unit", choices=("record", "user"), default="record", help="what --audit adds or leaves out")
-    add("--secret", choices=canaries.SECRETS, default="phone", help="what varies; text: words alone, no person")
-    add("--within", type=cli.non_negative_int, default=400, help="first characters of the review; 0: anywhere")
-    add("--condition", choices=("metadata", "title"), default="metadata", help="title: prompts have the review's title")
+    add("-i", "--input", help="review rows to train on")
+    add("--output", help="the .jsonl file to train on (default: <input>_canaries.jsonl)")
+    add("--key_file", help="the .jsonl key (default: <output>_key.jsonl)")
+    add("--share", type=cli.positive_float, help="one canary in this share of the rows: 0.01, 0.1, 1")
+    add("--repetitions", nargs="+", type=cli.positive_int, help="ladder: rows that hold a canary")
+    add("--canaries", type=cli.positive_int, help="canaries of each count in --repetitions")
+    add("--audit", type=cli.positive_int, help="canaries placed once or not at all, by a fair coin")
+    add("--privacy_unit", choices=("record", "user"), help="what --audit adds or leaves out")
+    add("--secret", choices=canaries.SECRETS, help="what varies; text: words alone, no person")
+    add("--within", type=cli.non_negative_int, help="first characters of the review; 0: anywhere")
+    add("--condition", choices=("metadata", "title"), help="title: prompts have the review's title")
     add("--overwrite", action="store_true", help="replace existing files")
     cli.add_dry_run(parser)
-    add("--seed", type=cli.seed, default=3407, help="seed of everything random, the coins too")
+    add("--seed", type=cli.seed, help="seed of everything random, the coins too")
     return parser
 
 
@@ -112,119 +134,125 @@ def place(rows: list[dict], plan, space: canaries.Space, rng: random.Random) -> 
     return [changed.get(index, rows[index]) for index in kept_rows], key
 
 
-def destinations(args) -> tuple[Path, Path]:
+def destinations(config: InjectConfig) -> tuple[Path, Path]:
     """(output, key file)."""
-    source = Path(args.input)
-    output = Path(args.output or source.with_name(f"{source.name.split('.')[0]}_canaries.jsonl"))
-    return output, Path(args.key_file or output.with_name(f"{output.stem}_key.jsonl"))
+    source = Path(config.input)
+    output = Path(config.output or source.with_name(f"{source.name.split('.')[0]}_canaries.jsonl"))
+    return output, Path(config.key_file or output.with_name(f"{output.stem}_key.jsonl"))
 
 
-def check(args) -> tuple[list[dict], dict | None, bool]:
+def check(config: InjectConfig) -> tuple[list[dict], dict | None, bool]:
     """(rows, settings for the manifest, whether the files stand already); UserError with all problems."""
     problems = cli.Problems()
-    output, key = destinations(args)
+    output, key = destinations(config)
     cli.check_output_file(output, ".jsonl", problems)
     cli.check_output_file(key, ".jsonl", problems, flag="--key_file")
-    if len({path.resolve() for path in (Path(args.input), output, key)}) < 3:
+    if len({path.resolve() for path in (Path(config.input), output, key)}) < 3:
         problems.add("--input, --output and --key_file must be three files")
-    if not (args.share or args.repetitions or args.audit):
+    if not (config.share or config.repetitions or config.audit):
         problems.add("nothing to place: give --share, --repetitions or --audit")
-    if (args.share or 0) > 1:
-        problems.add(f"--share {args.share:g}: a share of the rows, at most 1")
-    if len(set(args.repetitions)) < len(args.repetitions):
+    if (config.share or 0) > 1:
+        problems.add(f"--share {config.share:g}: a share of the rows, at most 1")
+    if len(set(config.repetitions)) < len(config.repetitions):
         problems.add("--repetitions: a count is given twice")
-    rows = problems.absorb(reviews.read_reviews, args.input) or []
+    rows = problems.absorb(reviews.read_reviews, config.input) or []
     if rows:
-        needed = args.canaries * sum(args.repetitions)
+        needed = config.canaries * sum(config.repetitions)
         bare = [index for index, row in enumerate(rows) if dataset.user_of(row) is None]
-        by_user = args.privacy_unit == "user"
+        by_user = config.privacy_unit == "user"
         if by_user and bare:
-            problems.add(f"--privacy_unit user: {args.input}: row {bare[0]} (and {len(bare) - 1} more) has no user_id")
+            problems.add(
+                f"--privacy_unit user: {config.input}: row {bare[0]} (and {len(bare) - 1} more) has no user_id"
+            )
         units = len(set(map(dataset.user_of, rows))) if by_user else len(rows)
-        if args.audit > units:
-            problems.add(f"--audit {args.audit}: {args.input} has only {units} {args.privacy_unit}s")
-        elif args.audit + needed > len(rows):
-            problems.add(f"{args.input}: {len(rows)} rows; the canaries asked for need {args.audit + needed}")
-        if args.condition == "title" and any(not row.get("Review Title") for row in rows):
-            problems.add(f"--condition title: {args.input} has rows without a Review Title")
+        if config.audit > units:
+            problems.add(f"--audit {config.audit}: {config.input} has only {units} {config.privacy_unit}s")
+        elif config.audit + needed > len(rows):
+            problems.add(f"{config.input}: {len(rows)} rows; the canaries asked for need {config.audit + needed}")
+        if config.condition == "title" and any(not row.get("Review Title") for row in rows):
+            problems.add(f"--condition title: {config.input} has rows without a Review Title")
         if any(not row["Review"].strip() for row in rows):
-            problems.add(f"{args.input}: has rows whose Review is empty; remove them")
+            problems.add(f"{config.input}: has rows whose Review is empty; remove them")
     settings = None
     if not problems.lines:
-        settings = dataset.settings_of(args, ("output", "key_file"), input=results.sha256(args.input))
+        settings = dataset.settings_of(config, ("output", "key_file"), input=results.sha256(config.input))
     others = [("--key_file", key)]
-    finished = problems.absorb(dataset.finished, [("--output", output)], settings, args.overwrite, others)
+    finished = problems.absorb(dataset.finished, [("--output", output)], settings, config.overwrite, others)
     problems.check()
     return rows, settings, finished
 
 
-def run(args) -> dict:
+def run(config: InjectConfig) -> dict:
     """Write rows, manifest and key; returns the counts, {} when there is nothing to do."""
-    output, key_file = destinations(args)
-    with results.output_file(output, key_file, dry_run=args.dry_run) as place:
-        rows, settings, finished = check(args)
+    output, key_file = destinations(config)
+    with results.output_file(output, key_file, dry_run=config.dry_run) as place:
+        rows, settings, finished = check(config)
         if finished:
             dataset.say_finished(output, key_file)
             return {}
-        made, key, space = place_all(args, rows)
-        counts = count(args, rows, made, key, space)
-        if not args.dry_run:
+        made, key, space = place_all(config, rows)
+        counts = count(config, rows, made, key, space)
+        if not config.dry_run:
             with place.publication() as files:
-                write(files, args, settings, made, key, counts, space)
-    words = "rows would stand in" if args.dry_run else "rows in"
+                write(files, config, settings, made, key, counts, space)
+    words = "rows would stand in" if config.dry_run else "rows in"
     print(f"{len(made):>9,}  {words} {output}, {counts['rows_with_canary']:,} of them with a canary")
     print(f"{counts['placed']:>9,}  canaries placed, {counts['held_out']:,} held out")
-    if args.audit:
-        print(f"{args.audit:>9,}  audit canaries, {counts['audit_included']:,} of them in the file")
+    if config.audit:
+        print(f"{config.audit:>9,}  audit canaries, {counts['audit_included']:,} of them in the file")
     print(f"          key: {key_file}")
     return counts
 
 
-def place_all(args, rows: list[dict]) -> tuple[list[dict], list[dict], canaries.Space]:
+def place_all(config: InjectConfig, rows: list[dict]) -> tuple[list[dict], list[dict], canaries.Space]:
     """(rows of the output, canaries of the key, the space of their secrets)."""
-    rng = random.Random(args.seed)
-    if args.condition == "title":
+    rng = random.Random(config.seed)
+    if config.condition == "title":
         rows = [row | {"condition": "title"} for row in rows]
     texts = [row["Review"] for row in rows]
-    space = canaries.Space(args.secret, canaries.vocabulary(texts, rng) if args.secret == "text" else ())
-    if args.secret == "text" and len(space.words) < 2:
-        raise cli.UserError(f"{args.input}: too few words for --secret text")
-    if (2 * args.canaries * len(args.repetitions) + 2 + args.audit) * 2 > space.size:
-        raise cli.UserError(f"--secret {args.secret}: only {space.size} secrets; ask for fewer canaries, or for phone")
-    return *place(rows, args, space, rng), space
+    space = canaries.Space(config.secret, canaries.vocabulary(texts, rng) if config.secret == "text" else ())
+    if config.secret == "text" and len(space.words) < 2:
+        raise cli.UserError(f"{config.input}: too few words for --secret text")
+    if (2 * config.canaries * len(config.repetitions) + 2 + config.audit) * 2 > space.size:
+        raise cli.UserError(
+            f"--secret {config.secret}: only {space.size} secrets; ask for fewer canaries, or for phone"
+        )
+    return *place(rows, config, space, rng), space
 
 
-def count(args, rows: list[dict], made: list[dict], key: list[dict], space: canaries.Space) -> dict:
+def count(config: InjectConfig, rows: list[dict], made: list[dict], key: list[dict], space: canaries.Space) -> dict:
     return {
-        "secret": args.secret,
+        "secret": config.secret,
         "space": space.size,
         "placed": sum(one["kind"] in ("ladder", "share") for one in key),
         "held_out": sum(one["kind"] == "held_out" for one in key),
-        "audit": args.audit,
+        "audit": config.audit,
         "audit_included": sum(one["kind"] == "audit" and one["included"] for one in key),
-        "privacy_unit": args.privacy_unit,
+        "privacy_unit": config.privacy_unit,
         "rows_left_out": len(rows) - len(made),
         "rows_with_canary": len({index for one in key for index in one["rows"]}),
     }
 
 
-def write(files: results.Publication, args, settings: dict, made: list[dict], key: list[dict], counts, space) -> None:
-    output, key_file = destinations(args)
+def write(
+    files: results.Publication, config: InjectConfig, settings: dict, made: list[dict], key: list[dict], counts, space
+) -> None:
+    output, key_file = destinations(config)
     files.write_jsonl(output, made, permissions=0o600)
     header = {
-        "schema": KEY_SCHEMA, "secret": args.secret, "words": space.words, "privacy_unit": args.privacy_unit,
-        "training": results.sha256(files.hidden(output)), "seed": args.seed, "canaries": len(key),
+        "schema": KEY_SCHEMA, "secret": config.secret, "words": space.words, "privacy_unit": config.privacy_unit,
+        "training": results.sha256(files.hidden(output)), "seed": config.seed, "canaries": len(key),
     }  # fmt: skip
     files.write_jsonl(key_file, [header, *key], permissions=0o600)
     dataset.write_manifest(
         files,
         output,
-        tag=f"{dataset.data_tag(args.input, dataset.read_manifest(args.input))}-canaries",
+        tag=f"{dataset.data_tag(config.input, dataset.read_manifest(config.input))}-canaries",
         script="canary/inject.py",
         argv=sys.argv,
         rows=len(made),
-        source=[(args.input, counts["rows_left_out"] + len(made))],
-        sampling={"seed": args.seed, "within": args.within, "condition": args.condition},
+        source=[(config.input, counts["rows_left_out"] + len(made))],
+        sampling={"seed": config.seed, "within": config.within, "condition": config.condition},
         settings=settings,
         more={"canaries": counts},
     )

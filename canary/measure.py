@@ -29,6 +29,7 @@ results_canary_rows.jsonl has a line a canary and arm (no text), run_canary.json
 import math
 import random
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,18 +49,32 @@ SIGNALS = ("2-gram", "similarity")
 HEADLINE = "2-gram"  # the text signal whose bound is reported: the larger of two 95 % bounds would be no 95 % bound
 
 
+@dataclass(frozen=True, kw_only=True)
+class CanaryConfig(cli.ModelConfig):
+    """The flags of canary/measure.py."""
+
+    canaries: str
+    models: tuple[str, ...] | None = None
+    synthetic: tuple[str, ...] | None = None
+    ref_model: str | None = None
+    references: int = 1000
+    output_dir: str = "./"
+    overwrite: bool = False
+
+
 def make_parser() -> cli.Parser:
     parser = cli.Parser(
         "Leakage and exposure of canaries, and lower bounds of ε.",
         "python canary/measure.py --canaries key.jsonl --models dp=run/checkpoint-276 --synthetic dp=dp.jsonl",
+        CanaryConfig,
     )
     add = parser.add_argument
     add("--canaries", required=True, metavar="KEY", help="key file of canary/inject.py (default: none, required)")
-    add("--models", nargs="+", action="extend", metavar="ARM=MODEL", default=None, help="adapter or model of each arm")
-    add("--synthetic", nargs="+", action="extend", metavar="ARM=FILE", default=None, help="generated rows of each arm")
-    add("--ref_model", default=None, help="the model before training (default: the base of an adapter)")
-    add("--references", type=cli.positive_int, default=1000, help="other secrets; all of them when there are no more")
-    add("--output_dir", default="./", help="where the results are written")
+    add("--models", nargs="+", action="extend", metavar="ARM=MODEL", help="adapter or model of each arm")
+    add("--synthetic", nargs="+", action="extend", metavar="ARM=FILE", help="generated rows of each arm")
+    add("--ref_model", help="the model before training (default: the base of an adapter)")
+    add("--references", type=cli.positive_int, help="other secrets; all of them when there are no more")
+    add("--output_dir", help="where the results are written")
     add("--overwrite", action="store_true", help="replace existing results")
     cli.add_model_flags(parser)
     return parser
@@ -108,24 +123,24 @@ def _odd(canary: dict) -> list[str]:
     return [field for field, is_odd in odd.items() if is_odd]
 
 
-def check(args) -> SimpleNamespace:
+def check(config: CanaryConfig) -> SimpleNamespace:
     """Everything that is known before a model is loaded; UserError with all problems."""
     problems = cli.Problems()
-    distributed.check_environment(problems, args.device_map)
-    cli.check_writable(args.output_dir, problems)
-    if not (args.models or args.synthetic):
+    distributed.check_environment(problems, config.device_map)
+    cli.check_writable(config.output_dir, problems)
+    if not (config.models or config.synthetic):
         problems.add("nothing to measure: give --models, --synthetic or both")
-    header, canaries = problems.absorb(read_key, args.canaries) or ({}, [])
+    header, canaries = problems.absorb(read_key, config.canaries) or ({}, [])
     given = cli.Problems()
-    named = reviews.split_arms(args.models or [], (), given)
+    named = reviews.split_arms(config.models or [], (), given)
     for line in given.lines:
         problems.add(line.replace("--synthetic", "--models"))
-    files = reviews.split_arms(args.synthetic or [], (), problems)
+    files = reviews.split_arms(config.synthetic or [], (), problems)
     generated = {arm: problems.absorb(reviews.read_reviews, file, reviews.GENERATED) for arm, file in files.items()}
     refs, tokenizers = {}, {}
     for arm, name in named.items():
-        refs[arm], tokenizers[arm] = models.look_up(problems, name, args.revision, None, f"--models {arm}=")
-    ref_model = models.look_up(problems, args.ref_model, flag="--ref_model")[0] if args.ref_model else None
+        refs[arm], tokenizers[arm] = models.look_up(problems, name, config.revision, None, f"--models {arm}=")
+    ref_model = models.look_up(problems, config.ref_model, flag="--ref_model")[0] if config.ref_model else None
     taken_by_text = {}
     texts, spent = {}, {arm: models.privacy(ref) for arm, ref in refs.items() if ref}
     for arm, file in files.items():
@@ -139,7 +154,7 @@ def check(args) -> SimpleNamespace:
             taken_by_text[arm] = None if problems.lines else problems.absorb(Taken.of, model, None)
         if header and problems.absorb(text_trained_on, manifest, header.get("training") or "") is False:
             problems.add(
-                f"--synthetic {arm}={file}: its generator was trained on another file than {args.canaries} belongs to"
+                f"--synthetic {arm}={file}: its generator was trained on another file than {config.canaries} belongs to"
             )
     taken = {}
     for arm, ref in refs.items():
@@ -147,23 +162,23 @@ def check(args) -> SimpleNamespace:
             continue
         taken[arm] = None if problems.lines else problems.absorb(Taken.of, ref.adapter or ref.base, tokenizers[arm])
         if problems.absorb(trained.trained_on, ref.adapter or ref.base, header.get("training") or "") is False:
-            problems.add(f"--models {arm}={ref.name}: was trained on another file than {args.canaries} belongs to")
+            problems.add(f"--models {arm}={ref.name}: was trained on another file than {config.canaries} belongs to")
     audited = any(canary["kind"] == "audit" for canary in canaries)
     for name, block in spent.items():
         unit, arm = (block or {}).get("unit"), name if isinstance(name, str) else name[0]
         if audited and unit and unit != header.get("privacy_unit"):
             problems.add(
-                f"--canaries {args.canaries}: its audit adds or leaves out a {header['privacy_unit']}, the privacy "
+                f"--canaries {config.canaries}: its audit adds or leaves out a {header['privacy_unit']}, the privacy "
                 f"unit of {arm} is the {unit}; inject with --privacy_unit {unit}"
             )
-    folder = Path(args.output_dir)
-    inputs = [args.canaries, *files.values()] if not problems.lines else []
+    folder = Path(config.output_dir)
+    inputs = [config.canaries, *files.values()] if not problems.lines else []
     weights = {arm: models.weights_sha256(ref) for arm, ref in refs.items() if ref}
     if ref_model:
         weights["--ref_model"] = models.weights_sha256(ref_model)
     outputs = [folder / FILE, folder / ROWS_FILE]
     finished = problems.absorb(
-        results.finished, folder / "run_canary.json", outputs, args, inputs, args.overwrite, weights=weights
+        results.finished, folder / "run_canary.json", outputs, config, inputs, config.overwrite, weights=weights
     )
     problems.check()
     return SimpleNamespace(
@@ -305,14 +320,14 @@ def exposures(model, tokenizer, task, n: int, seed: int, world) -> dict[int, dic
     return dict(sorted(item for part in world.together(mine) for item in part))
 
 
-def measure_model(args, task, arm: str, dtype, world) -> tuple[dict[int, dict], list[float], str]:
+def measure_model(config: CanaryConfig, task, arm: str, dtype, world) -> tuple[dict[int, dict], list[float], str]:
     """(exposures, signal of each audit canary, name of the signal)."""
     ref, tokenizer = task.refs[arm], task.tokenizers[arm]
     audit = [canary for canary in task.canaries if canary["kind"] == "audit"]
     before = None
-    base = models.load_base(ref, dtype, world.device, args.device_map)
+    base = models.load_base(ref, dtype, world.device, config.device_map)
     if audit and task.ref_model:
-        other = models.load_base(task.ref_model, dtype, world.device, args.device_map)
+        other = models.load_base(task.ref_model, dtype, world.device, config.device_map)
         own = models.load_tokenizer(task.ref_model, "--ref_model")
         with models.adapted(other, task.ref_model.adapter) as (model, _):
             before = sentence_logps(model, own, audit, world)
@@ -320,7 +335,7 @@ def measure_model(args, task, arm: str, dtype, world) -> tuple[dict[int, dict], 
     elif audit and ref.adapter:
         before = sentence_logps(base, tokenizer, audit, world)
     with models.adapted(base, ref.adapter) as (model, _):
-        bits = exposures(model, tokenizer, task, args.references, args.seed, world)
+        bits = exposures(model, tokenizer, task, config.references, config.seed, world)
         after = sentence_logps(model, tokenizer, audit, world) if audit else []
     if before is None:
         return bits, after, "log-probability"
@@ -496,25 +511,25 @@ def text_lines(task, arm: str, signals: dict[str, list[float]]) -> list[dict]:
 # ---------------------------------------------------------------- the run
 
 
-def run(args) -> dict:
+def run(config: CanaryConfig) -> dict:
     """Write the results; {'lines': all result lines, 'violations': lines whose lower bound exceeds ε at 99.9 %}."""
-    with results.output_folder(args.output_dir, args.dry_run, "canary") as place:
-        task = check(args)
+    with results.output_folder(config.output_dir, config.dry_run, "canary") as place:
+        task = check(config)
         if task.finished:
-            return {"lines": results.read_jsonl(Path(args.output_dir) / FILE), "violations": []}
-        if args.dry_run:
+            return {"lines": results.read_jsonl(Path(config.output_dir) / FILE), "violations": []}
+        if config.dry_run:
             words = f"{len(task.canaries)} canaries in models {list(task.refs)} and files {list(task.files)}"
             print(f"would measure {words}")
             return {"lines": [], "violations": []}
-        return measure(args, task, place)
+        return measure(config, task, place)
 
 
-def measure(args, task, place: results.Output) -> dict:
+def measure(config: CanaryConfig, task, place: results.Output) -> dict:
     import torch
 
     world = distributed.start()
-    dtype = models.resolve_dtype(args.dtype, "cuda" if torch.cuda.is_available() else "cpu")
-    folder = Path(args.output_dir)
+    dtype = models.resolve_dtype(config.dtype, "cuda" if torch.cuda.is_available() else "cpu")
+    folder = Path(config.output_dir)
     for arm in task.refs:
         if task.taken.get(arm) is None and world.main:
             print(
@@ -522,10 +537,10 @@ def measure(args, task, place: results.Output) -> dict:
             )
     lines, per_canary = [], []
     audited = [index for index, canary in enumerate(task.canaries) if canary["kind"] == "audit"]
-    with results.Run(folder / "run_canary.json", args, task.inputs, world, place, weights=task.weights) as record:
+    with results.Run(folder / "run_canary.json", config, task.inputs, world, place, weights=task.weights) as record:
         for arm in task.refs:
-            bits, signal, name = measure_model(args, task, arm, dtype, world)
-            lines += exposure_lines(task, arm, bits, args.references)
+            bits, signal, name = measure_model(config, task, arm, dtype, world)
+            lines += exposure_lines(task, arm, bits, config.references)
             scores = dict(zip(audited, signal))
             if audited:
                 lines.append(audit_line(task, arm, "audit", name, signal, task.spent[arm], task.taken.get(arm)))

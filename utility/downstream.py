@@ -20,7 +20,7 @@ import argparse
 import os
 import random
 import sys
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from common import cli, dataset, distributed, models, results, reviews
@@ -37,31 +37,56 @@ MARGIN = 4  # tokens that cutting a review may add, and the EOS
 FREE = ("output_dir", "dry_run", "allow_overlap", "real", "heldout", "synthetic")  # of the files the content counts
 
 
+@dataclass(frozen=True, kw_only=True)
+class DownstreamConfig(cli.ModelConfig):
+    """The flags of utility/downstream.py."""
+
+    real: str
+    heldout: str
+    model: str = TrainConfig.model
+    synthetic: tuple[str, ...] | None = None
+    num_rows: int | None = None
+    num_heldout: int = 2000
+    num_seeds: int = 3
+    allow_overlap: bool = False
+    output_dir: str = "./utility-out"
+    epochs: int = TrainConfig.epochs
+    learning_rate: float = TrainConfig.learning_rate
+    per_device_batch_size: int = TrainConfig.per_device_batch_size
+    gradient_accumulation_steps: int = TrainConfig.gradient_accumulation_steps
+    warmup_steps: int = TrainConfig.warmup_steps
+    peft_type: str = TrainConfig.peft_type
+    lora_r: int = TrainConfig.lora_r
+    lora_alpha: float = TrainConfig.lora_alpha
+    max_length: int = TrainConfig.max_length
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(
         "Fine-tune one base on real and on synthetic reviews, rate held-out real ones.",
         "python utility/downstream.py -m MODEL --real train.jsonl --heldout test.jsonl --synthetic dp=dp.jsonl",
+        DownstreamConfig,
     )
     add = parser.add_argument
-    add("-m", "--model", default=TrainConfig.model, help="hub name or directory of a causal LM")
+    add("-m", "--model", help="hub name or directory of a causal LM")
     add("--real", required=True, metavar="FILE", help="review rows to train on (default: none, required)")
     add("--heldout", required=True, metavar="FILE", help="review rows to rate (default: none, required)")
     add("--synthetic", nargs="+", action="extend", metavar="ARM=FILE", help="generated rows an arm (default: none)")
-    add("--num_rows", type=cli.positive_int, default=None, help="training rows an arm; None: as many as all have")
-    add("--num_heldout", type=cli.positive_int, default=2000, help="held-out rows at most")
-    add("--num_seeds", type=cli.positive_int, default=3, help="seeds: --seed, --seed + 1, …")
+    add("--num_rows", type=cli.positive_int, help="training rows an arm; None: as many as all have")
+    add("--num_heldout", type=cli.positive_int, help="held-out rows at most")
+    add("--num_seeds", type=cli.positive_int, help="seeds: --seed, --seed + 1, …")
     add("--allow_overlap", action="store_true", help="allow arms made from the metadata of held-out rows")
-    add("--output_dir", default="./utility-out", help="where models and results are written")
-    for short, name, kind in (
-        ("-e", "epochs", cli.positive_int), ("-lr", "learning_rate", cli.non_negative_float),
-        ("-pdbs", "per_device_batch_size", cli.positive_int), ("-gas", "gradient_accumulation_steps", cli.positive_int),
-        ("-w", "warmup_steps", cli.non_negative_int), ("-pt", "peft_type", str), ("--lora_r", None, cli.positive_int),
-        ("--lora_alpha", None, cli.positive_float), ("--max_length", None, cli.positive_int),
-    ):  # fmt: skip
-        flags = [short] + ([f"--{name}"] if name else [])
-        choices = ("lora", "dora", "pissa") if name == "peft_type" else None
-        default = getattr(TrainConfig, flags[-1].removeprefix("--"))
-        add(*flags, type=kind, choices=choices, default=default, help="as run_peft.py's")
+    add("--output_dir", help="where models and results are written")
+    with parser.section("training, as run_peft.py's"):
+        add("-e", "--epochs", type=cli.positive_int, help="passes over the rows")
+        add("-lr", "--learning_rate", type=cli.non_negative_float, help="peak learning rate")
+        add("-pdbs", "--per_device_batch_size", type=cli.positive_int, help="rows held at once")
+        add("-gas", "--gradient_accumulation_steps", type=cli.positive_int, help="batches of a step")
+        add("-w", "--warmup_steps", type=cli.non_negative_int, help="steps until the full learning rate")
+        add("-pt", "--peft_type", choices=("lora", "dora", "pissa"), help="kind of adapter")
+        add("--lora_r", type=cli.positive_int, help="rank")
+        add("--lora_alpha", type=cli.positive_float, help="the update is scaled by alpha / r")
+        add("--max_length", type=cli.positive_int, help="tokens of a row; the rest is cut off")
     cli.add_model_flags(parser)
     return parser
 
@@ -140,13 +165,13 @@ def rate(base, adapter, tokenizer, prompts: list[str]) -> list[int]:
     return [1 + max(range(5), key=lambda label: values[label]) for values in found]
 
 
-def training_config(args, file: Path, seed: int) -> TrainConfig:
+def training_config(config: DownstreamConfig, file: Path, seed: int) -> TrainConfig:
     """run_peft.py's configuration of one arm and seed; they differ in --input and --seed alone."""
     same = {field.name for field in fields(TrainConfig)} - {"output_dir", "allow_overlap"}
     return replace(
-        TrainConfig(**{key: value for key, value in vars(args).items() if key in same}),
+        TrainConfig(**{key: value for key, value in vars(config).items() if key in same}),
         input=str(file),
-        output_root=str(Path(args.output_dir) / "models"),
+        output_root=str(Path(config.output_dir) / "models"),
         seed=seed,
         loss_on="completion",
         logging_steps=10,
@@ -170,9 +195,9 @@ def settings(args: dict, contents: list[str]) -> dict[str, object]:
     return flags | dict(zip(["--real", "--heldout", *arms], contents))
 
 
-def check_earlier(args, inputs: list, problems: cli.Problems) -> None:
+def check_earlier(config: DownstreamConfig, inputs: list, problems: cli.Problems) -> None:
     """A problem when --output_dir holds a run, finished or not, with other settings: it would be replaced."""
-    folder, advice = Path(args.output_dir), "name another place, or remove this one"
+    folder, advice = Path(config.output_dir), "name another place, or remove this one"
     file = folder / "run_downstream.json"
     if not file.is_file():
         if (folder / "results_utility.jsonl").exists():
@@ -182,7 +207,7 @@ def check_earlier(args, inputs: list, problems: cli.Problems) -> None:
     if record is None:
         return
     then = settings(record.get("args", {}), [one["sha256"] for one in record.get("inputs", [])])
-    now = settings(cli.plain(vars(args)), [results.sha256(path) for path in inputs])
+    now = settings(cli.plain(vars(config)), [results.sha256(path) for path in inputs])
     different = [
         f"{key} {str(then.get(key))[:40]} there, {str(now.get(key))[:40]} here"
         for key in sorted(then.keys() | now.keys())
@@ -192,53 +217,53 @@ def check_earlier(args, inputs: list, problems: cli.Problems) -> None:
         problems.add(f"--output_dir {folder}: holds a run with other settings ({'; '.join(different)}); {advice}")
 
 
-def input_files(args) -> list[str]:
-    return [args.real, args.heldout, *(word.partition("=")[2] for word in args.synthetic or [])]
+def input_files(config: DownstreamConfig) -> list[str]:
+    return [config.real, config.heldout, *(word.partition("=")[2] for word in config.synthetic or [])]
 
 
-def prepare(args, problems: cli.Problems):
+def prepare(config: DownstreamConfig, problems: cli.Problems):
     """(model reference, tokenizer, tokens a row may have, {arm: rows}, held-out rows, training rows an arm, blank rows
     left out of each)."""
     from types import SimpleNamespace
 
     if int(os.environ.get("WORLD_SIZE", "1") or 1) > 1:
         problems.add("WORLD_SIZE: runs as one process; start it without torchrun")
-    cli.check_writable(args.output_dir, problems)
-    if args.seed + args.num_seeds > 1 << 32:
-        problems.add(f"--num_seeds {args.num_seeds}: the last of --seed {args.seed}, … is above 4294967295")
-    files = reviews.split_arms(args.synthetic or [], ("real", "base", "majority"), problems)
-    arms = {"real": problems.absorb(reviews.read_reviews, args.real)}
+    cli.check_writable(config.output_dir, problems)
+    if config.seed + config.num_seeds > 1 << 32:
+        problems.add(f"--num_seeds {config.num_seeds}: the last of --seed {config.seed}, … is above 4294967295")
+    files = reviews.split_arms(config.synthetic or [], ("real", "base", "majority"), problems)
+    arms = {"real": problems.absorb(reviews.read_reviews, config.real)}
     arms |= {arm: problems.absorb(reviews.read_reviews, file, reviews.GENERATED) for arm, file in files.items()}
-    heldout = problems.absorb(reviews.read_reviews, args.heldout)
-    ref, tokenizer = models.look_up(problems, args.model, args.revision)
+    heldout = problems.absorb(reviews.read_reviews, config.heldout)
+    ref, tokenizer = models.look_up(problems, config.model, config.revision)
     if ref and ref.adapter:
-        problems.add(f"--model {args.model}: is an adapter; merge it into its base first (merge_peft.py)")
-    max_length = args.max_length
+        problems.add(f"--model {config.model}: is an adapter; merge it into its base first (merge_peft.py)")
+    max_length = config.max_length
     if tokenizer:
         from transformers import AutoConfig
 
-        config = AutoConfig.from_pretrained(ref.base, revision=ref.revision)
-        max_length = min(max_length, models.context_length(SimpleNamespace(config=config)))
+        architecture = AutoConfig.from_pretrained(ref.base, revision=ref.revision)
+        max_length = min(max_length, models.context_length(SimpleNamespace(config=architecture)))
         lacking = 1 - review_room(tokenizer, max_length)
         if lacking > 0:
             problems.add(
-                f"--max_length {args.max_length}: no token is left for the review; at least {max_length + lacking} are "
-                "needed, in the model's context too"
+                f"--max_length {config.max_length}: no token is left for the review; at least {max_length + lacking} "
+                "are needed, in the model's context too"
             )
     problems.check()
-    check_earlier(args, input_files(args), problems)
-    check_overlap(arms, heldout, args.allow_overlap, problems)
+    check_earlier(config, input_files(config), problems)
+    check_overlap(arms, heldout, config.allow_overlap, problems)
     dropped = {arm: len(rows) - len(reviews.with_text(rows)) for arm, rows in [*arms.items(), ("heldout", heldout)]}
     arms = {arm: reviews.with_text(rows) for arm, rows in arms.items()}
     heldout = reviews.with_text(heldout)
-    n = args.num_rows or min(map(len, arms.values()))
+    n = config.num_rows or min(map(len, arms.values()))
     for arm, rows in arms.items():
         if len(rows) < max(n, 1):
             problems.add(f"--num_rows {n}: {arm} has only {len(rows)} rows with text")
     if not heldout:
-        problems.add(f"--heldout {args.heldout}: no row has text")
+        problems.add(f"--heldout {config.heldout}: no row has text")
     problems.check()
-    heldout = random.Random(f"{args.seed} heldout").sample(heldout, min(args.num_heldout, len(heldout)))
+    heldout = random.Random(f"{config.seed} heldout").sample(heldout, min(config.num_heldout, len(heldout)))
     return ref, tokenizer, max_length, arms, heldout, n, dropped
 
 
@@ -270,27 +295,27 @@ def summary(arm: str, lines: list[dict]) -> dict:
     return found
 
 
-def run(args) -> list[dict]:
+def run(config: DownstreamConfig) -> list[dict]:
     """Train, rate, write; returns the lines of results_utility.jsonl. UserError before a model is loaded."""
-    data = Path(args.output_dir) / "data"
-    with results.output_folder(args.output_dir, args.dry_run, "downstream") as place:
-        if not args.dry_run and data.is_dir():
+    data = Path(config.output_dir) / "data"
+    with results.output_folder(config.output_dir, config.dry_run, "downstream") as place:
+        if not config.dry_run and data.is_dir():
             results.tidy([data])
-        return run_locked(args, place)
+        return run_locked(config, place)
 
 
-def run_locked(args, place: results.Output) -> list[dict]:
+def run_locked(config: DownstreamConfig, place: results.Output) -> list[dict]:
     problems = cli.Problems()
-    ref, tokenizer, max_length, arms, heldout, n, dropped = prepare(args, problems)
-    folder = Path(args.output_dir)
-    print(f"{n} rows an arm ({', '.join(arms)}), {len(heldout)} held-out rows, {args.num_seeds} seeds", flush=True)
-    if args.dry_run:
+    ref, tokenizer, max_length, arms, heldout, n, dropped = prepare(config, problems)
+    folder = Path(config.output_dir)
+    print(f"{n} rows an arm ({', '.join(arms)}), {len(heldout)} held-out rows, {config.num_seeds} seeds", flush=True)
+    if config.dry_run:
         print(f"would write results_utility.jsonl in {folder}")
         return []
     world = distributed.start()
-    with results.Run(folder / "run_downstream.json", args, input_files(args), world, place) as record:
+    with results.Run(folder / "run_downstream.json", config, input_files(config), world, place) as record:
         record["dropped_blank"] = dropped
-        lines, rows, record["steps"] = measure(args, ref, tokenizer, max_length, arms, heldout, n, world)
+        lines, rows, record["steps"] = measure(config, ref, tokenizer, max_length, arms, heldout, n, world)
         record.files.write_jsonl(folder / "results_utility_rows.jsonl", rows)
         record.files.write_jsonl(folder / "results_utility.jsonl", lines)
     for line in lines:
@@ -303,20 +328,22 @@ def run_locked(args, place: results.Output) -> list[dict]:
     return lines
 
 
-def measure(args, ref, tokenizer, max_length, arms, heldout, n, world) -> tuple[list[dict], list[dict], int]:
+def measure(
+    config: DownstreamConfig, ref, tokenizer, max_length, arms, heldout, n, world
+) -> tuple[list[dict], list[dict], int]:
     from utility.metrics import majority
 
-    dtype = models.resolve_dtype(args.dtype, world.device)
+    dtype = models.resolve_dtype(config.dtype, world.device)
     asked, n_cut = instruction_rows(heldout, tokenizer, max_length)
     prompts, truth = [dataset.instruction_prompt(row) for row in asked], [reviews.rating(row) for row in heldout]
     runs, found, lines = {}, {}, []
-    for seed in range(args.seed, args.seed + args.num_seeds):
+    for seed in range(config.seed, config.seed + config.num_seeds):
         for arm, rows in arms.items():
             chosen = random.Random(f"{seed} {arm}").sample(rows, n)
-            file = Path(args.output_dir) / "data" / f"{arm}-seed{seed}.jsonl"
+            file = Path(config.output_dir) / "data" / f"{arm}-seed{seed}.jsonl"
             made, arm_cut = instruction_rows(chosen, tokenizer, max_length)
             results.write_jsonl(file, made, permissions=0o600)
-            last = checkpoints(fine_tune(training_config(args, file, seed)))[-1]
+            last = checkpoints(fine_tune(training_config(config, file, seed)))[-1]
             runs[arm, seed] = {
                 "checkpoint": str(last),
                 "steps": int(last.name.rpartition("-")[2]),
@@ -326,7 +353,7 @@ def measure(args, ref, tokenizer, max_length, arms, heldout, n, world) -> tuple[
     steps = {one["steps"] for one in runs.values()}
     if len(steps) != 1:
         raise RuntimeError(f"the arms took different numbers of optimiser steps: {runs}")
-    base = models.load_base(ref, dtype, world.device, args.device_map)
+    base = models.load_base(ref, dtype, world.device, config.device_map)
     for (arm, seed), one in runs.items():  # the real arm comes first
         predicted = found[arm, seed] = rate(base, one["checkpoint"], tokenizer, prompts)
         against = paired(truth, found["real", seed], predicted) if arm != "real" else None

@@ -16,6 +16,7 @@ rows than enter is the same in each, and its `sd` shows the draw of the real hal
 import argparse
 import random
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from common import cli, results, reviews
@@ -25,23 +26,41 @@ TOPS = (10, 20, 50)
 FEWEST = 20  # rows of an arm
 
 
+@dataclass(frozen=True, kw_only=True)
+class ImportanceConfig:
+    """The flags of utility/feature_importance.py."""
+
+    real: str
+    heldout: str
+    synthetic: tuple[str, ...] | None = None
+    num_rows: int | None = None
+    num_heldout: int = 2000
+    min_rows: int = 5
+    num_seeds: int = 5
+    output_dir: str = "./utility-out"
+    overwrite: bool = False
+    seed: int = 3407
+    dry_run: bool = False
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(
         "Consistency of word importance between models trained on synthetic and on real reviews.",
         "python utility/feature_importance.py --real train.jsonl --heldout test.jsonl --synthetic dp=dp.jsonl",
+        ImportanceConfig,
     )
     add = parser.add_argument
     add("--real", required=True, metavar="FILE", help="review rows to train on (default: none, required)")
     add("--heldout", required=True, metavar="FILE", help="review rows to measure on (default: none, required)")
     add("--synthetic", nargs="+", action="extend", metavar="ARM=FILE", help="generated rows an arm (default: none)")
-    add("--num_rows", type=cli.positive_int, default=None, help="rows an arm; None: as many as all have")
-    add("--num_heldout", type=cli.positive_int, default=2000, help="held-out rows at most")
-    add("--min_rows", type=cli.positive_int, default=5, help="held-out rows that a word must stand in")
-    add("--num_seeds", type=cli.positive_int, default=5, help="draws of rows: --seed, --seed + 1, …")
-    add("--output_dir", default="./utility-out", help="where the results are written")
+    add("--num_rows", type=cli.positive_int, help="rows an arm; None: as many as all have")
+    add("--num_heldout", type=cli.positive_int, help="held-out rows at most")
+    add("--min_rows", type=cli.positive_int, help="held-out rows that a word must stand in")
+    add("--num_seeds", type=cli.positive_int, help="draws of rows: --seed, --seed + 1, …")
+    add("--output_dir", help="where the results are written")
     add("--overwrite", action="store_true", help="replace an existing feature_importance.json")
     cli.add_dry_run(parser)
-    add("--seed", type=cli.seed, default=3407, help="seed of everything random")
+    add("--seed", type=cli.seed, help="seed of everything random")
     return parser
 
 
@@ -88,17 +107,17 @@ def compare(reference, other) -> dict:
     return found | {f"jaccard@{k}": None if trivial[k] else top_jaccard(reference, other, k) for k in TOPS}
 
 
-def run(args) -> dict:
+def run(config: ImportanceConfig) -> dict:
     """Measure and write feature_importance.json; returns its content."""
-    target = Path(args.output_dir) / "feature_importance.json"
-    with results.output_folder(args.output_dir, args.dry_run, "feature_importance") as place:
-        samples, words, heldout, n, inputs, finished = prepare(args, target)
+    target = Path(config.output_dir) / "feature_importance.json"
+    with results.output_folder(config.output_dir, config.dry_run, "feature_importance") as place:
+        samples, words, heldout, n, inputs, finished = prepare(config, target)
         if finished:
             return results.read_json(target, "remove it")
-        if args.dry_run:
-            print(f"would compare {args.num_seeds} draws of {n} rows an arm and write {target}")
+        if config.dry_run:
+            print(f"would compare {config.num_seeds} draws of {n} rows an arm and write {target}")
             return {}
-        with results.Run(target.with_name(RECORD), args, inputs, output=place) as record:
+        with results.Run(target.with_name(RECORD), config, inputs, output=place) as record:
             content = measure(samples, words, heldout, n)
             record.files.write_json(target, content)
     for arm, one in content["arms"].items():
@@ -106,42 +125,42 @@ def run(args) -> dict:
     return content
 
 
-def prepare(args, target: Path) -> tuple:
+def prepare(config: ImportanceConfig, target: Path) -> tuple:
     """(samples by seed, words, held-out rows, rows of a sample, input files, whether the results stand already)."""
     problems = cli.Problems()
-    cli.check_writable(args.output_dir, problems)
-    if args.seed + args.num_seeds > 1 << 32:
-        problems.add(f"--num_seeds {args.num_seeds}: the last of --seed {args.seed}, … is above 4294967295")
-    sources = reviews.split_arms(args.synthetic or [], ("real", "null", "reference"), problems)
+    cli.check_writable(config.output_dir, problems)
+    if config.seed + config.num_seeds > 1 << 32:
+        problems.add(f"--num_seeds {config.num_seeds}: the last of --seed {config.seed}, … is above 4294967295")
+    sources = reviews.split_arms(config.synthetic or [], ("real", "null", "reference"), problems)
     arms = {arm: problems.absorb(reviews.read_reviews, file, reviews.GENERATED) for arm, file in sources.items()}
-    real = problems.absorb(reviews.read_reviews, args.real)
-    heldout = problems.absorb(reviews.read_reviews, args.heldout)
+    real = problems.absorb(reviews.read_reviews, config.real)
+    heldout = problems.absorb(reviews.read_reviews, config.heldout)
     if real and heldout and (shared := reviews.shared_rows(real, heldout)):
-        problems.add(f"--real {args.real}: {shared} of its rows are held-out rows; give other ones")
-    inputs = [args.real, args.heldout, *sources.values()]
+        problems.add(f"--real {config.real}: {shared} of its rows are held-out rows; give other ones")
+    inputs = [config.real, config.heldout, *sources.values()]
     record, hashed = target.with_name(RECORD), [] if problems.lines else inputs
-    finished = problems.absorb(results.finished, record, [target], args, hashed, args.overwrite)
+    finished = problems.absorb(results.finished, record, [target], config, hashed, config.overwrite)
     problems.check()
     real, heldout, arms = (
         reviews.with_text(real),
         reviews.with_text(heldout),
         {arm: reviews.with_text(rows) for arm, rows in arms.items()},
     )
-    draws = [reviews.halve(real, seed) for seed in range(args.seed, args.seed + args.num_seeds)]
+    draws = [reviews.halve(real, seed) for seed in range(config.seed, config.seed + config.num_seeds)]
     smallest = min(*(len(half) for halves in draws for half in halves), *map(len, arms.values()), len(real))
-    n = args.num_rows or smallest
+    n = config.num_rows or smallest
     if n > smallest:
         problems.add(f"--num_rows {n}: only {smallest} rows are there (an arm's rows, or half of --real)")
-    measured = min(args.num_heldout, len(heldout))
+    measured = min(config.num_heldout, len(heldout))
     if n < FEWEST:
         problems.add(f"{n} rows with text of an arm (or half of --real); at least {FEWEST} are needed")
     if measured < FEWEST:
         problems.add(f"{measured} held-out rows (--num_heldout, and those with text); at least {FEWEST} are needed")
     problems.check()
-    heldout = random.Random(f"{args.seed} heldout").sample(heldout, measured)
-    samples = {seed: draw(halves, arms, n, seed) for seed, halves in enumerate(draws, args.seed)}
+    heldout = random.Random(f"{config.seed} heldout").sample(heldout, measured)
+    samples = {seed: draw(halves, arms, n, seed) for seed, halves in enumerate(draws, config.seed)}
     check_ratings(samples, problems)
-    words = problems.absorb(vocabulary, heldout, args.min_rows)
+    words = problems.absorb(vocabulary, heldout, config.min_rows)
     problems.check()
     return samples, words, heldout, n, inputs, finished
 

@@ -19,6 +19,7 @@ import itertools
 import random
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 from common import cli, dataset, results, reviews
@@ -38,23 +39,40 @@ RUBRIC = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class SheetConfig:
+    """The flags of utility/human_sheet.py."""
+
+    action: str | None = None
+    synthetic: tuple[str, ...] | None = None
+    real: str | None = None
+    num_rows: int = 500
+    sheets: tuple[str, ...] | None = None
+    key: str | None = None
+    output_dir: str = "./human"
+    overwrite: bool = False
+    seed: int = 3407
+    dry_run: bool = False
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(
         "Make a blinded sheet of reviews for human raters, or score the sheets that come back.",
         "python utility/human_sheet.py make --synthetic no_dp=no_dp.jsonl dp=dp.jsonl --output_dir human",
+        SheetConfig,
     )
     parser.add_argument("action", choices=("make", "score"), help="make a sheet, or score returned ones")
     parser.add_argument(
         "--synthetic", nargs="+", action="extend", metavar="ARM=FILE", help="make: generated rows (default: none)"
     )
-    parser.add_argument("--real", metavar="FILE", default=None, help="make: review rows as one more arm, `real`")
-    parser.add_argument("--num_rows", type=cli.positive_int, default=500, help="make: rows of the sheet")
+    parser.add_argument("--real", metavar="FILE", help="make: review rows as one more arm, `real`")
+    parser.add_argument("--num_rows", type=cli.positive_int, help="make: rows of the sheet")
     parser.add_argument("--sheets", nargs="+", metavar="FILE", help="score: filled sheets (default: none)")
-    parser.add_argument("--key", metavar="FILE", default=None, help="score: the key.jsonl of make")
-    parser.add_argument("--output_dir", default="./human", help="where the files are written")
+    parser.add_argument("--key", metavar="FILE", help="score: the key.jsonl of make")
+    parser.add_argument("--output_dir", help="where the files are written")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     cli.add_dry_run(parser)
-    parser.add_argument("--seed", type=cli.seed, default=3407, help="seed of the choice and the order of the rows")
+    parser.add_argument("--seed", type=cli.seed, help="seed of the choice and the order of the rows")
     return parser
 
 
@@ -70,33 +88,33 @@ def arrange(arms: dict[str, list[dict]], num_rows: int, seed: int) -> list[tuple
     return chosen
 
 
-def make(args, place: results.Output) -> Path:
+def make(config: SheetConfig, place: results.Output) -> Path:
     """Write sheet.csv, rubric.md and key.jsonl; return the sheet's path."""
     problems, arms = cli.Problems(), {}
-    files = reviews.split_arms(args.synthetic or [], ("real",), problems)
+    files = reviews.split_arms(config.synthetic or [], ("real",), problems)
     sources = [(arm, file, reviews.GENERATED) for arm, file in files.items()]
-    if args.real:
-        sources.append(("real", args.real, reviews.REAL))
-    if not args.synthetic and not args.real:
+    if config.real:
+        sources.append(("real", config.real, reviews.REAL))
+    if not config.synthetic and not config.real:
         problems.add("--synthetic: give ARM=FILE of at least one arm (or --real)")
     for arm, file, field in sources:
         rows = problems.absorb(reviews.read_reviews, file, field)
         arms[arm] = reviews.with_text(rows or [])
-    folder = Path(args.output_dir)
+    folder = Path(config.output_dir)
     cli.check_writable(folder, problems)
     inputs = [] if problems.lines else [file for _, file, _ in sources]
     record, outputs = folder / "run_human_sheet_make.json", [folder / name for name in ("sheet.csv", "key.jsonl")]
-    finished = problems.absorb(results.finished, record, outputs, args, inputs, args.overwrite)
+    finished = problems.absorb(results.finished, record, outputs, config, inputs, config.overwrite)
     problems.check()
     if finished:
         return folder / "sheet.csv"
-    chosen = arrange(arms, args.num_rows, args.seed)
-    if args.dry_run:
+    chosen = arrange(arms, config.num_rows, config.seed)
+    if config.dry_run:
         counts = Counter(arm for arm, _ in chosen)
         shares = ", ".join(f"{counts[arm]} of {arm}" for arm in arms)
         print(f"would write sheet.csv of {len(chosen)} rows ({shares}), rubric.md and key.jsonl in {folder}")
         return folder / "sheet.csv"
-    with results.Run(record, args, inputs, output=place) as run:
+    with results.Run(record, config, inputs, output=place) as run:
         write_sheet(run.files, folder, arms, chosen)
     print(f"{len(chosen)} rows in {folder / 'sheet.csv'}; the key is {folder / 'key.jsonl'}")
     return folder / "sheet.csv"
@@ -189,16 +207,16 @@ def read_sheet(path, key: list[dict]) -> dict[int, str]:
     return found
 
 
-def score(args, place: results.Output) -> dict:
+def score(config: SheetConfig, place: results.Output) -> dict:
     """Counts an arm and label over all sheets, and agreement; writes human_evaluation.json and returns it."""
     problems = cli.Problems()
-    if not args.sheets or not args.key:
+    if not config.sheets or not config.key:
         problems.add("score: --sheets and --key are needed")
-    target = Path(args.output_dir) / "human_evaluation.json"
-    cli.check_writable(args.output_dir, problems)
-    key = problems.absorb(read_key, args.key) if args.key else None
+    target = Path(config.output_dir) / "human_evaluation.json"
+    cli.check_writable(config.output_dir, problems)
+    key = problems.absorb(read_key, config.key) if config.key else None
     first: dict[str, str] = {}
-    for path in args.sheets or []:
+    for path in config.sheets or []:
         if not Path(path).is_file():
             problems.add(f"--sheets {path}: no such file")
         elif (content := results.sha256(path)) in first:
@@ -206,20 +224,20 @@ def score(args, place: results.Output) -> dict:
         else:
             first[content] = path
     problems.check()
-    sheets = [problems.absorb(read_sheet, path, key) for path in args.sheets]
-    record, inputs = target.with_name("run_human_sheet_score.json"), [args.key, *args.sheets]
-    finished = problems.absorb(results.finished, record, [target], args, inputs, args.overwrite)
+    sheets = [problems.absorb(read_sheet, path, key) for path in config.sheets]
+    record, inputs = target.with_name("run_human_sheet_score.json"), [config.key, *config.sheets]
+    finished = problems.absorb(results.finished, record, [target], config, inputs, config.overwrite)
     problems.check()
     if finished:
         return results.read_json(target, "remove it")
-    if args.dry_run:
+    if config.dry_run:
         print(f"would score {len(sheets)} sheets of {len(key)} rows and write {target}")
         return {}
-    with results.Run(record, args, inputs, output=place) as run:
-        content = evaluate(args.sheets, sheets, key)
+    with results.Run(record, config, inputs, output=place) as run:
+        content = evaluate(config.sheets, sheets, key)
         run.files.write_json(target, content)
     for arm, one in content["arms"].items():
-        for path, counts in zip(args.sheets, one["sheets"]):
+        for path, counts in zip(config.sheets, one["sheets"]):
             words = ", ".join(f"{label} {counts[label]['count']}" for label in LABELS)
             print(f"{arm} ({Path(path).name}): {words}; {one['n_scored']} rows")
     print(f"agreement: {content['agreement']}")
@@ -261,15 +279,15 @@ def evaluate(names: list[str], sheets: list[dict[int, str]], key: list[dict]) ->
     return content
 
 
-def run(args):
+def run(config: SheetConfig):
     """make: the path of the sheet; score: the content of human_evaluation.json."""
-    with results.output_folder(args.output_dir, args.dry_run, "human_sheet") as place:
-        return make(args, place) if args.action == "make" else score(args, place)
+    with results.output_folder(config.output_dir, config.dry_run, "human_sheet") as place:
+        return make(config, place) if config.action == "make" else score(config, place)
 
 
 def main(argv=None) -> int:
-    args = make_parser().parse_args(argv)
-    run(args)
+    config = make_parser().parse_args(argv)
+    run(config)
     return 0
 
 
