@@ -37,13 +37,12 @@ def make_parser() -> cli.Parser:
 
 
 def settle_positionals(parsed: argparse.Namespace, problems: list[str]) -> None:
-    """MODEL and OUTPUT_DIR become --model and --output_dir, both of which are required."""
+    """MODEL and OUTPUT_DIR become --model and --output_dir."""
     for value, name in zip(parsed.positional, ("model", "output_dir")):
         if getattr(parsed, name) not in (None, value):
             problems.append(f"--{name}: given twice, as {getattr(parsed, name)} and {value}")
         setattr(parsed, name, value)
     problems += [f"{extra}: unknown argument (see --help)" for extra in parsed.positional[2:]]
-    problems += [f"--{name}: required" for name in ("model", "output_dir") if getattr(parsed, name) is None]
     del parsed.positional
 
 

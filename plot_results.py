@@ -78,7 +78,7 @@ def run(args) -> int:
                 write(args, study, output, record)
     broken = damage(study)
     for line in broken:
-        print(f"not read: {line}", file=sys.stderr)
+        print(cli.one_line(f"not read: {line}"), file=sys.stderr)
     if not args.dry_run:
         print(f"{len(study.rows):,} numbers, {len(record['figures'])} figures: {output / 'report.html'}")
     return 1 if broken else 0

@@ -16,6 +16,7 @@ two files differ by one added or removed unit, as the accountant's ε means it. 
 Writes --output (rows), its manifest, and --key_file (mode 0600: where each canary stands, its secret and its context).
 """
 
+import os
 import random
 import sys
 from dataclasses import dataclass
@@ -147,7 +148,7 @@ def check(config: InjectConfig) -> tuple[list[dict], dict | None, bool]:
     output, key = destinations(config)
     cli.check_output_file(output, ".jsonl", problems)
     cli.check_output_file(key, ".jsonl", problems, flag="--key_file")
-    if len({path.resolve() for path in (Path(config.input), output, key)}) < 3:
+    if len(set(map(os.path.realpath, (config.input, output, key)))) < 3:
         problems.add("--input, --output and --key_file must be three files")
     if not (config.share or config.repetitions or config.audit):
         problems.add("nothing to place: give --share, --repetitions or --audit")

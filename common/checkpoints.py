@@ -8,24 +8,29 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from common import models
-from common.cli import UserError
+from common.cli import UserError, is_utf8
 from common.distributed import World
 
 
 def find_checkpoints(folder) -> list[Path]:
-    """Every directory checkpoint-* below `folder` (or itself), in natural order: checkpoint-9 before checkpoint-10."""
+    """Every directory checkpoint-* below `folder` (or itself), in natural order: checkpoint-9 before checkpoint-10.
+
+    UserError for names that are not UTF-8, which no record could hold.
+    """
     folder = Path(folder)
     found = [folder] if folder.name.startswith("checkpoint-") else folder.rglob("checkpoint-*")
     # an unfinished checkpoint stands in a hidden directory until it is complete
     found = [
         path for path in found if path.is_dir() and not any(x.startswith(".") for x in path.relative_to(folder).parts)
     ]
+    if odd := [path for path in found if not is_utf8(str(path))]:
+        raise UserError(*(f"{path}: not UTF-8; rename the folder" for path in odd))
     return sorted(found, key=natural_key)
 
 
 def natural_key(path) -> list:
     """Sort key of a path in which numbers count as numbers."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]
+    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", str(path)))]
 
 
 class BaseLoader:

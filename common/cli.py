@@ -395,7 +395,7 @@ def report_broken(what: str, lines: list[str], n: int, strict: bool) -> None:
         raise UserError(*shown)
     if int(os.environ.get("RANK", 0)) == 0:
         for line in shown:
-            print(line, file=sys.stderr)
+            print(one_line(line), file=sys.stderr)
 
 
 def report_failures(failures: dict[str, str], main: bool) -> int:

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from common import strict_json
-from common.cli import UserError, plain
+from common.cli import UserError, one_line, plain
 from common.results import ROOT, Publication, commit, now, read_json, sha256
 
 HEAD_ROWS = 1110  # evaluation head of the published split (perplexity)
@@ -312,9 +312,13 @@ def is_count(value) -> bool:
 
 
 def read_with_broken(path, fields: tuple[str, ...]) -> tuple[list[dict], dict[int, str]]:
-    """(all rows, {index of a broken one: why}) for builders that leave broken rows out; Arrow takes all others."""
+    """(all rows, {index of a broken one: why}) for builders that leave broken rows out; Arrow takes all others.
+
+    UserError when the file is not the one that its manifest describes."""
     broken = {}
     rows = read_rows(path, broken)
+    check_manifest(path, len(rows))
+    note_lost_manifest(path, rows)
     for index, row in enumerate(rows):
         problem = broken.get(index) or next(row_problems(row, fields), None)
         if problem:
@@ -469,7 +473,7 @@ def check_manifest(path, n: int) -> None:
 
 @cache
 def _say_once(line: str) -> None:
-    print(line, file=sys.stderr)
+    print(one_line(line), file=sys.stderr)
 
 
 def note_lost_manifest(path, rows: list[dict]) -> None:

@@ -72,16 +72,49 @@ def find_model(
     return ref
 
 
+def read_config(name: str, revision, flag: str):
+    """The configuration of a model of any kind; UserError when it is not there or damaged."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision)
+    except Exception as error:  # what a damaged config.json raises has no common class
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if Path(name).expanduser().is_dir():
+            raise UserError(f"{flag} {name}: its config.json is damaged ({reason}); copy it there again") from None
+        raise UserError(
+            f"{flag} {name}: not a model here or on the hub ({reason}); check the name and the network"
+        ) from None
+
+
+def check_weights(folder: Path, flag: str) -> None:
+    """UserError unless a model directory has whole weights."""
+    if not any((folder / file).is_file() for file in WEIGHT_FILES):
+        raise UserError(f"{flag} {folder}: config.json but no weights ({WEIGHT_FILES[0]}, …); copy them there")
+    for file in sorted(folder.glob("*.safetensors")):
+        tensor_shapes(file, "copy it there again")
+
+
+def read_tokenizer(source: str, revision, whose: str):
+    """A tokenizer that turns a text into tokens; UserError, beginning with `whose`, when its files do not make one."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        tokenizer("a")
+    except Exception as error:  # what damaged files raise has no common class: tokenizers' own is Exception itself
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{whose}: no usable tokenizer in {source} ({reason})") from None
+    return tokenizer
+
+
 def _check_files(name: str, flag: str, remedy: str = "give a model directory or a hub name") -> bool:
     """True, or UserError: what a full model's directory lacks. remedy: what to do when it is not there."""
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"{flag} {name}: neither config.json nor adapter_config.json in it; not a model directory")
-        if not any((path / file).is_file() for file in WEIGHT_FILES):
-            raise UserError(f"{flag} {name}: config.json but no weights ({WEIGHT_FILES[0]}, …); copy them there")
-        for file in sorted(path.glob("*.safetensors")):
-            tensor_shapes(file, "copy it there again")
+        check_weights(path, flag)
     elif looks_local(name):
         raise UserError(f"{flag} {name}: no such directory; {remedy}")
     return True
@@ -89,15 +122,10 @@ def _check_files(name: str, flag: str, remedy: str = "give a model directory or 
 
 def _check_config(name: str, revision, flag: str) -> bool:
     """True, or UserError: what in its configuration keeps a full model from being loaded."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{flag} {name}: not a model here or on the hub ({reason}); check the name and the network"
-        ) from None
+    config = read_config(name, revision, flag)
+    if isinstance(getattr(config, "dtype", None), int | float | list | dict):
+        raise UserError(f"{flag} {name}: its config.json is damaged (dtype); copy it there again")
+    _check_generation(Path(name).expanduser())
     from transformers import AutoModelForCausalLM
 
     if type(config) not in AutoModelForCausalLM._model_mapping:
@@ -110,12 +138,24 @@ def _check_config(name: str, revision, flag: str) -> bool:
     return True
 
 
+def _check_generation(folder: Path) -> None:
+    """UserError when a model directory's generation_config.json cannot be loaded with the model."""
+    file, remedy = folder / "generation_config.json", "copy it there again, or remove it"
+    if not file.is_file():
+        return
+    for key, value in read_json(file, remedy).items():
+        tokens = [one for one in (value if isinstance(value, list) else [value]) if one is not None]
+        if key.endswith("_token_id") and not all(type(one) is int and abs(one) < 1 << 63 for one in tokens):
+            raise UserError(f"{file}: {key} is no number of a token; {remedy}")
+
+
 # What peft trains besides low-rank matrices of whole layers, and is not put on a base here.
 OTHER_THAN_LAYERS = {
     "trainable_token_indices": "trains the embeddings of single tokens",
     "lora_bias": "has a bias in its low-rank matrices",
     "alora_invocation_tokens": "works only behind its invocation tokens (aLoRA)",
     "layer_replication": "repeats layers of its base",
+    "megatron_config": "needs Megatron's parallel layers",  # peft would import what megatron_core names
 }
 ENDLESS = re.compile(r"\([^()]*[+*}][^()]*\)[+*{]")  # a repeated group with a repetition in it
 
@@ -136,12 +176,46 @@ def _check_kind(path: Path, config: dict) -> None:
     for key in ("r", "lora_alpha"):
         if kind == "LORA" and (isinstance(config.get(key), bool) or not isinstance(config.get(key), int | float)):
             raise UserError(f"{path}: {key} in its adapter_config.json is {config.get(key)!r}, not a number; mend it")
+    if wrong := _other_types(kind, config):
+        raise UserError(f"{path}: {', '.join(wrong)} in its adapter_config.json is of another type than peft writes")
     patterns = [config.get(key) for key in ("target_modules", "exclude_modules")]
     for key in ("rank_pattern", "alpha_pattern"):
         patterns += config.get(key) if isinstance(config.get(key), dict) else []
     for pattern in patterns:
         if isinstance(pattern, str) and ENDLESS.search(pattern):
             raise UserError(f"{path}: {pattern!r} in its adapter_config.json may never end as a regular expression")
+
+
+NAMES_OF_MODULES = ("target_modules", "exclude_modules", "modules_to_save")
+
+
+def _other_types(kind: str, config: dict) -> list[str]:
+    """Keys of an adapter_config.json whose values peft would stumble over: of another type than its default's."""
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    try:
+        defaults = vars(PEFT_TYPE_TO_CONFIG_MAPPING[kind]())
+    except (KeyError, TypeError, ValueError):  # a kind without a configuration, or without defaults
+        return []
+    wrong = []
+    for key, value in config.items():
+        default = defaults.get(key)
+        if key in NAMES_OF_MODULES:
+            names = [value] if isinstance(value, str) else value or []
+            right = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        elif value is None:
+            right = key not in ("bias", "rank_pattern", "alpha_pattern")
+        elif key == "init_lora_weights":
+            right = isinstance(value, bool | str)
+        elif type(default) in (str, dict):
+            right = isinstance(value, type(default))
+        elif type(default) in (int, float):
+            right = isinstance(value, int | float)
+        else:  # what is None by default may be many things: peft itself says when it cannot take one
+            right = True
+        if not right:
+            wrong.append(key)
+    return wrong
 
 
 def _check_embeddings(path: Path, base: str, revision) -> None:
@@ -333,13 +407,7 @@ def special_tokens_note(found: dict[str, int]) -> str:
 
 def load_tokenizer(ref: ModelRef, flag: str = "--model"):
     """The tokenizer of a model, pad falling back to EOS (every mask here is an attention mask). Needs an EOS."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(ref.tokenizer_source, revision=ref.revision)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{flag} {ref.name}: no usable tokenizer in {ref.tokenizer_source} ({reason})") from None
+    tokenizer = read_tokenizer(ref.tokenizer_source, ref.revision, f"{flag} {ref.name}")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{flag} {ref.name}: its tokenizer has no EOS token; set eos_token in tokenizer_config.json")
     if not tokenizer.is_fast:
@@ -430,7 +498,7 @@ def attach(model, adapter):
     try:
         with without_peft_warning():
             attached = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=True).eval()
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError, ImportError) as error:
         import torch
 
         if isinstance(error, torch.OutOfMemoryError):

@@ -233,9 +233,15 @@ def run(config: MeasureConfig) -> int:
     problems = cli.Problems()
     config = replace(config, dataset=str(dataset.default_dataset(config.dataset)))
     distributed.check_environment(problems, config.device_map)
-    cli.check_writable(config.output_dir, problems)
+    for name in ("model", "output_dir"):
+        if getattr(config, name) is None:
+            problems.add(f"--{name}: required")
+    if config.output_dir:
+        cli.check_writable(config.output_dir, problems)
     task = prepare(config, problems)
-    ref, tokenizer = models.look_up(problems, config.model, config.revision, config.base_model)
+    ref = tokenizer = None
+    if config.model:
+        ref, tokenizer = models.look_up(problems, config.model, config.revision, config.base_model)
     problems.check()
     if config.dry_run:
         words = f"{len(task.people)} rows × {len(task.labels)} prompts × {len(config.temperatures)} temperatures"

@@ -326,13 +326,10 @@ def check_embedder(config: FidelityConfig, files_only: bool = False) -> None:
         raise cli.UserError(f"--embedder {name}: no directory with a config.json; give one, or a hub name")
     if files_only:
         return
-    from transformers import AutoConfig
-
-    try:
-        architecture = AutoConfig.from_pretrained(name, revision=config.revision)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise cli.UserError(f"--embedder {name}: not a model here or on the hub ({reason})") from None
+    architecture = models.read_config(name, config.revision, "--embedder")
+    if os.path.isdir(name):
+        models.check_weights(Path(name), "--embedder")
+    models.read_tokenizer(name, config.revision, f"--embedder {name}")
     positions = models.context_length(SimpleNamespace(config=architecture))
     if any(family in architecture.model_type for family in ("roberta", "camembert", "mpnet")):
         positions -= architecture.pad_token_id + 1  # they count positions from the padding token's id on

@@ -1,5 +1,6 @@
 """The two sets of texts and what goes with them: reading, sampling, shots, what must not be scored."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def read_trainings(config: MiaConfig, problems: cli.Problems) -> dict[Path, dict
     """{folder: the run.json that run_peft.py left beside it, or None} of --model, or of every checkpoint-* in --dir."""
     found = {}
     for target in [config.model] if config.model else find_checkpoints(config.dir) if config.dir else []:
-        folder = Path(target).expanduser().resolve()
+        folder = Path(os.path.realpath(Path(target).expanduser()))
         is_checkpoint = folder.name.startswith("checkpoint-")
         record = (problems.absorb(models.training_record, folder) if is_checkpoint else None) or {}
         found[folder] = record if "train_rows" in record.get("args", {}) and record.get("inputs") else None
@@ -235,15 +236,12 @@ def check_masked(folder, files_only: bool) -> None:
         raise cli.UserError(f"--neighbor_model {folder}: no directory with a config.json; name a local masked LM")
     if files_only:
         return
-    from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
+    from transformers import AutoModelForMaskedLM
 
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise cli.UserError(f"--neighbor_model {folder}: not a usable model directory ({reason})") from None
+    config = models.read_config(folder, None, "--neighbor_model")
+    models.check_weights(Path(folder), "--neighbor_model")
     if type(config) not in AutoModelForMaskedLM._model_mapping:
         raise cli.UserError(f"--neighbor_model {folder}: not a masked language model")
+    tokenizer = models.read_tokenizer(folder, None, f"--neighbor_model {folder}")
     if not tokenizer.is_fast or tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
         raise cli.UserError(f"--neighbor_model {folder}: needs a fast tokenizer with a mask and a pad token")

@@ -59,7 +59,7 @@ def measure(ref, task: MembershipTask, config: MiaConfig, world, folder, passes,
             about = replace(task, attacks=against)
             reference = gather(passes, other, its_own, about, config, gradients=False, target=evidence.encoded)
         passes.close()
-        trained = task.trained.get(Path(ref.adapter or ref.base).expanduser().resolve())
+        trained = task.trained.get(Path(os.path.realpath(Path(ref.adapter or ref.base).expanduser())))
         if trained is False and world.main:
             print(f"{ref.name}: was trained on another file than --members {config.members}", file=sys.stderr)
         seen = members_seen(ref, task)

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from common.cli import is_utf8, one_line
+
 HEADLINE_TEMPERATURE = 0.2  # fixed in advance; greedy stands beside it
 GREEDY_BELOW = 0.01
 HEADLINE_ATTACK = "ref"
@@ -167,6 +169,16 @@ def literal(text: str) -> str:
 # ---------------------------------------------------------------- files
 
 
+def readable(path: Path, study: Study) -> bool:
+    """Whether a result file is a file, with a name that can be shown; what is not goes to study.damage."""
+    reason = None if path.is_file() else "not a file"
+    if not is_utf8(str(path)):
+        reason = "its name, or a folder's above it, is not UTF-8; rename it"
+    if reason:
+        study.damage.append(Damage(one_line(study.shown(path)), 1, reason))
+    return not reason
+
+
 def find(directories: list[Path], output: Path | None = None) -> dict[str, list[Path]]:
     """{kind: sorted paths} of the result files below `directories`; nothing below `output`, nothing hidden."""
     from common.checkpoints import natural_key
@@ -178,12 +190,12 @@ def find(directories: list[Path], output: Path | None = None) -> dict[str, list[
             folders[:] = sorted(
                 name
                 for name in folders
-                if not name.startswith(".") and name not in LEFT_OUT and (inside / name).resolve() != output
+                if not name.startswith(".") and name not in LEFT_OUT and Path(os.path.realpath(inside / name)) != output
             )
             for name in names:
                 for kind, pattern in KINDS.items():
                     if pattern.fullmatch(name):
-                        path, true = inside / name, (inside / name).resolve()
+                        path, true = inside / name, Path(os.path.realpath(inside / name))
                         found[kind][true] = true if path == true else found[kind].get(true, path)
 
     def order(path: Path) -> tuple:  # results_purified.jsonl before results_purified1.jsonl, the newer one
@@ -506,7 +518,8 @@ def read(directories: list[Path], output: Path | None = None) -> Study:
 
     directories = [Path(directory).resolve() for directory in directories]  # however it is called, a run is read once
     study = Study(Path(os.path.commonpath(directories)))
-    study.files = find(directories, output.resolve() if output else None)
+    found = find(directories, Path(os.path.realpath(output)) if output else None)
+    study.files = {kind: [path for path in paths if readable(path, study)] for kind, paths in found.items()}
     for path in study.files["run"]:
         for number, content in parse(path, study):
             with study.guard(study.shown(path), number):

@@ -81,7 +81,12 @@ def refused(models, adapters, tmp_path_factory):
             "base_model_name_or_path .* not text",
         ),
         "a word as rank": (changed(plain, at("rank"), r="eight"), "r in its adapter_config.json is 'eight'"),
+        "other types": (
+            changed(plain, at("types"), bias=None, alpha_pattern="x", target_modules=5, init_lora_weights=7),
+            r"(target_modules|bias|alpha_pattern|init_lora_weights|, ){7} in its .* another type than peft writes",
+        ),
         "an endless pattern": (changed(plain, at("endless"), target_modules="(a+)+$"), "may never end"),
+        "Megatron": (changed(plain, at("megatron"), megatron_config={"a": 1}), "needs Megatron's parallel layers"),
         "aLoRA": (changed(plain, at("alora"), alora_invocation_tokens=[5]), "only behind its invocation tokens"),
         "a moved base": (changed(plain, at("moved"), base_model_name_or_path="/gone/base"), "pass --base_model"),
         "an empty tokenizer": (broken, "no usable tokenizer|makes no tokens|no EOS token|no fast version"),
@@ -89,7 +94,7 @@ def refused(models, adapters, tmp_path_factory):
 
 
 KINDS = ("prompt tuning", "prefix tuning", "single tokens", "biases", "resized", "an unknown kind", "no kind",
-         "a number as base", "a word as rank", "an endless pattern", "aLoRA", "a moved base",
+         "a number as base", "a word as rank", "other types", "an endless pattern", "Megatron", "aLoRA", "a moved base",
          "an empty tokenizer")  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import run_peft
 from common import cli, dataset, results
 from common.cli import UserError
 from data import replace_pii
+from data.continuation import generate as continuation
 from data.self_instruct import generate as self_instruct
 from mia import mia
 from perplexity import perplexity
@@ -92,6 +93,18 @@ def files(tmp_path, models, adapters):
     paths["model"] = models["llama"]
     paths["adapter"] = adapters["llama", "lora"]
     paths["out"] = tmp_path / "out"
+    tokenizer = (models["llama"] / "tokenizer.json").read_text()
+    deep_config = '{"a": ' + "[" * 5000 + "]" * 5000 + "}"
+    for name, file, text in (
+        ("null_config", "config.json", "null"), ("deep_config", "config.json", deep_config),
+        ("null_generation", "generation_config.json", "null"),
+        ("odd_generation", "generation_config.json", '{"eos_token_id": [0, "x"]}'),
+        ("odd_tokenizer", "tokenizer.json", tokenizer.replace('"padding": null', '"padding": 7')),
+        ("deep_tokenizer", "tokenizer_config.json", deep_config),
+    ):  # fmt: skip
+        paths[name] = shutil.copytree(models["llama"], tmp_path / name)
+        assert (paths[name] / file).read_text() != text
+        (paths[name] / file).write_text(text)
     paths["nothing"] = tmp_path / "nothing-there"
     paths["text"] = write_rows(tmp_path / "text.jsonl", [{"text": "words"}] * 3)
     paths["nowhere"], paths["loop"], paths["link"] = (tmp_path / name for name in ("nowhere", "loop", "link.arrow"))
@@ -148,6 +161,8 @@ TABLE = [
     (measure_purified, [*MEASURE, "-d", "{cut_arrow}"], "the file was cut"),
     (measure_purified, [*MEASURE, "-d", "{short}"], "has 11 rows, its manifest says 12"),
     (run_peft, [*TRAIN, "-i", "{short}"], "has 11 rows, its manifest says 12"),
+    (replace_pii, ["--input", "{short}", "--output", "{out}.arrow"], "has 11 rows, its manifest says 12"),
+    (continuation, ["-m", "{model}", "-d", "{short}", "--output", "{out}.arrow"], "has 11 rows, its manifest says 12"),
     (measure_purified, [*MEASURE, "-d", "{good}", "--seed", "-1"], "--seed: must be 0 to 4294967295"),
     (measure_purified, [*MEASURE, "-d", "{good}", "--device_map", "none"], "--device_map: auto, balanced"),
     (measure_purified, ["--model", "{no_eos}", "--output_dir", "{out}", "-d", "{good}"], "no EOS token"),
@@ -171,6 +186,12 @@ TABLE = [
     (run_peft, ["-m", "{model}", "-i", "{good}", "--output_root", "{nowhere}"], "is a symbolic link to nothing"),
     (run_peft, ["-m", "{model}", "-i", "{good}", "--output_root", "{loop}"], "Too many levels of symbolic links"),
     (merge_peft, ["--model", "{adapter}", "--save_dir", "{out}/" + 230 * "n"], "has more than 200 bytes"),
+    (run_peft, ["-m", "{null_config}", "-i", "{good}", "--output_root", "{out}"], "its config.json is damaged"),
+    (measure_purified, ["--model", "{deep_config}", "--output_dir", "{out}", "-d", "{good}"], "config.json is damaged"),
+    (perplexity, ["--model", "{odd_tokenizer}", "-d", "{good}", "--output_dir", "{out}"], "no usable tokenizer"),
+    (run_peft, ["-m", "{null_generation}", "-i", "{good}", "--output_root", "{out}"], "generation_config.json: a JSON"),
+    (perplexity, ["--model", "{odd_generation}", "-d", "{good}", "--output_dir", "{out}"], "eos_token_id is no number"),
+    (run_peft, ["-m", "{deep_tokenizer}", "-i", "{good}", "--output_root", "{out}"], "no usable tokenizer"),
     (measure_purified, [*MEASURE, "-d", "/"], "/: is a directory, not a file"),
     (measure_purified, [*MEASURE, "-d", "{pipe}"], "pipe.jsonl: not a file"),
     (mia, ["--config", "{pipe}"], "pipe.jsonl: not a file"),
@@ -434,6 +455,19 @@ def test_other_errors_stay_what_they_are(tmp_path):
 
     with pytest.raises(RuntimeError, match="a bug"):
         cli.entry(main)
+
+
+def test_checkpoints_of_odd_names(tmp_path):
+    from common.checkpoints import find_checkpoints
+
+    for name in ("checkpoint-10", "checkpoint-9", "checkpoint-1²3", "a\nb/checkpoint-2"):
+        (tmp_path / name).mkdir(parents=True)
+    names = [path.name for path in find_checkpoints(tmp_path)]
+    assert sorted(names) == ["checkpoint-10", "checkpoint-1²3", "checkpoint-2", "checkpoint-9"]
+    assert names.index("checkpoint-9") < names.index("checkpoint-10")
+    (tmp_path / os.fsdecode(b"a\xff") / "checkpoint-3").mkdir(parents=True)
+    with pytest.raises(UserError, match="not UTF-8; rename the folder"):
+        find_checkpoints(tmp_path)
 
 
 # ---------------------------------------------------------------- who wrote a row

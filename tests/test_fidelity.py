@@ -356,11 +356,15 @@ def test_bad_input_is_told_at_once_and_writes_nothing(files, tmp_path):
         call(files, out, "--without", "embedding", real="unrated", arms=("blank", "garbled", "garbled"))
     assert len(error.value.problems) == 2
     assert "Rating must be 1 to 5 (240 such rows)" in error.value.problems[0] or "garbled" in error.value.problems[0]
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "config.json").write_text("null")
     table = (
         ({"arms": ("few",)}, (), "at least 40 are needed"),
         ({"arms": ("blank",)}, (), "blank: only 0 usable rows"),
         ({"train": "real"}, (), "240 of its rows are in --train"),
         ({}, ("--embedder", str(tmp_path / "none")), "no directory with a config.json"),
+        ({}, ("--embedder", str(damaged)), "its config.json is damaged"),
         ({}, ("--max_tokens", "513"), "--max_tokens 513: the embedder has 512 positions"),  # the packaged MiniLM
         ({}, ("--synthetic", "real=x.jsonl"), "the name real is taken"),
         ({}, ("--synthetic", "x.jsonl"), "give ARM=FILE"),

@@ -757,6 +757,10 @@ def test_bad_input_is_reported_at_once(models, adapters, sets, tmp_path, monkeyp
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     write_rows(foreign / "results_mia.jsonl", [{"attack": "loss", "model": "x"}])
+    damaged, no_weights = tmp_path / "damaged", tmp_path / "no-weights"
+    for folder, text in ((damaged, "null"), (no_weights, '{"model_type": "bert"}')):
+        folder.mkdir()
+        (folder / "config.json").write_text(text)
     both = ["--members", members, "--nonmembers", nonmembers]
     table = [
         ([*both], ["--model or --dir"]),
@@ -777,6 +781,8 @@ def test_bad_input_is_reported_at_once(models, adapters, sets, tmp_path, monkeyp
         (["--model", model, *both, "--neighbor_model", model], ["not a masked language model"]),
         (["--model", model, *both, "--neighbor_model", tmp_path], ["--neighbor_model"]),
         (["--model", model, *both, "--ref_model", tmp_path], ["--ref_model"]),
+        (["--model", model, *both, "--neighbor_model", no_weights], ["config.json but no weights"]),
+        (["--model", model, *both, "--neighbor_model", damaged], ["its config.json is damaged"]),
         (["--model", model, *both, "--bootstrap", "0", "--max_length", "x"], ["--bootstrap", "--max_length"]),
         (["--config", config, *both], ["unknown key 'modle'", "unknown key 'attack'"]),
         (["--config", tmp_path / "none.json"], ["none.json: no such file"]),

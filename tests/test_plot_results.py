@@ -4,6 +4,7 @@ import csv
 import html
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -685,6 +686,7 @@ def test_a_damaged_line_is_named_and_the_rest_is_shown(tmp_path, capsys):
         ("checkpoint-20/results_mia.jsonl", lambda text: text.replace("400", '"400"', 1), ":1", "TypeError("),
         ("checkpoint-20/results_purified.jsonl", lambda text: text.replace("0.02", '"0.02"', 1), ":1",
          "TypeError('relative_change: a str where a float belongs')"),
+        ("checkpoint-20/results_mia.jsonl", lambda text: "[" * 100_000, ":1", "not JSON (maximum recursion depth"),
     ],
 )  # fmt: skip
 def test_a_damaged_file_is_named_beside_the_report(tmp_path, capsys, name, change, place, words):
@@ -699,6 +701,20 @@ def test_a_damaged_file_is_named_beside_the_report(tmp_path, capsys, name, chang
     assert "1 line could not be read" in page and rows_with(rows, area="perplexity", metric="mean")
     if name.endswith("scores_mia.jsonl"):
         assert "mia_roc" not in page and rows_with(rows, area="mia", metric="auc", attack="ref")
+
+
+def test_what_is_no_file_or_has_no_name_to_show_is_named(tmp_path, capsys):
+    """A pipe (nobody may ever write to it), a link to itself, a folder that is not UTF-8."""
+    tree = small_tree(tmp_path / "tree")
+    odd = tree / os.fsdecode(b"a\xff\nb")
+    shutil.copytree(tree / "base", odd)
+    os.mkfifo(tree / "results_mia.jsonl")
+    (tree / "perplexity.jsonl").symlink_to(tree / "perplexity.jsonl")
+    status, rows, page = report(tree, "--output", tmp_path / "out")
+    lines = capsys.readouterr().err.splitlines()
+    assert status == 1 and rows and "lines could not be read" in page
+    assert sum("not a file" in line for line in lines) == 2
+    assert sum("is not UTF-8; rename it" in line for line in lines) == len(lines) - 2 > 0
 
 
 def test_text_in_place_of_a_number_of_canaries_and_answers_without_response(tmp_path, capsys):

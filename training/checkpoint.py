@@ -97,7 +97,7 @@ def load_state(trainer: "Trainer", state: dict) -> None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """checkpoint-<step> directories of a run, by step."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 

@@ -30,6 +30,7 @@ import contextlib
 import html
 import itertools
 import json
+import os
 import re
 import sys
 import time
@@ -177,17 +178,19 @@ def check(args) -> tuple[dict, bool]:
             is_gzip(path)
         except OSError as error:
             problems.add(f"{flag} {path}: cannot be read ({error.strerror})")
-    if inputs["--reviews"].resolve() == inputs["--meta"].resolve():
+    if os.path.realpath(inputs["--reviews"]) == os.path.realpath(inputs["--meta"]):
         problems.add(f"--meta {args.meta}: the same file as --reviews; name the meta_… file of the category")
     amount = MEMORY.fullmatch(args.memory_limit.strip())
     if not amount or float(amount[1]) == 0:
         problems.add(f"--memory_limit {args.memory_limit}: a number and a unit are expected, as 800MB or 1.2GB")
     outputs = destinations(args)
     for path in outputs.values():
-        if any(path.resolve() == source.resolve() for source in inputs.values()):
+        if any(os.path.realpath(path) == os.path.realpath(source) for source in inputs.values()):
             problems.add(f"--output_dir {args.output_dir}: {path} is also an input; name another place")
         elif path.is_dir():
             problems.add(f"--output_dir {args.output_dir}: {path} is a directory; remove it, or name another place")
+    if "?" in str(Path(args.output_dir).absolute()):
+        problems.add(f"--output_dir {args.output_dir}: DuckDB cannot work in a path with '?'; name another place")
     cli.check_writable(args.output_dir, problems)
     settings = None
     if not problems.lines:
