@@ -1,104 +1,68 @@
-"""The check of replaced rows: does an old full name, an old address or a pair of them still stand in them?
+#!/usr/bin/env python3
+"""Check replaced rows against the originals: does an old full name, an old address or a pair of them still stand there?
 
-It shares with data/replacement.py only how a name is read (`parse_name`, `spelled`), nothing of how one is replaced.
+python data/leak_check.py --input data/enron.jsonl --replaced data/replaced_data.arrow
+
+Prints, for each kind, how many rows and their numbers (from 0), never a value. Exit status 1: there is a leak.
+data/replace_pii.py makes this check itself before it writes; here it runs on any file, also one edited by hand.
 """
 
-import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+import sys
+from dataclasses import dataclass
 
-from data.replacement import TOKEN, parse_name, spelled
+from common import cli, dataset
 
-
-def texts_in(value) -> Iterator[str]:
-    """Every string in a row: its values, what lists and dicts hold, and the keys of dicts within it."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        for item in value:
-            yield from texts_in(item)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield key
-            yield from texts_in(item)
+SHOWN = 20  # row numbers
 
 
-def leaks(rows: Iterable[dict], people) -> dict[str, list[int]]:
-    """Numbers of the rows that still hold an old full name, an old address, or one of each that were a pair.
+@dataclass(frozen=True, kw_only=True)
+class LeakConfig:
+    """The flags of data/leak_check.py."""
 
-    people: the `replacement.People` of the file before its replacement.
-    """
-    names = [name for person in people.of_name.values() for name in person.spellings]
-    check = LeakCheck(names, people.of_address)
-    found = {"full names": [], "addresses": [], "pairs": []}
-    for index, row in enumerate(rows):
-        texts = list(texts_in(row))
-        old_names = set().union(*map(check.names_in, texts))
-        old_addresses = set().union(*map(check.addresses_in, texts))
-        owners = {people.of_address.get(address) for address in old_addresses} - {None}
-        pair = old_names and any(
-            not old_names.isdisjoint(check.forms(name)) for owner in owners for name in owner.spellings
-        )
-        for kind, leak in zip(found, (old_names, old_addresses, pair)):
-            if leak:
-                found[kind].append(index)
-    return found
+    input: str = "./data/enron.jsonl"
+    replaced: str
+    dry_run: bool = False
+    seed: int = 3407
 
 
-class LeakCheck:
-    """Finds old names and addresses in texts; knows nothing of how they were replaced.
+def make_parser() -> cli.Parser:
+    parser = cli.Parser(
+        "Look for names and addresses of the original rows in replaced ones. Exit status 1: some are left.",
+        "python data/leak_check.py --input data/enron.jsonl --replaced data/replaced_data.arrow",
+        LeakConfig,
+    )
+    add = parser.add_argument
+    add("--input", "--data", metavar="FILE", help="the original Enron rows (.jsonl, .arrow)")
+    add("--replaced", required=True, metavar="FILE", help="the rows made from them (default: none, required)")
+    cli.add_dry_run(parser)
+    add("--seed", type=cli.seed, help="seed of the stand-ins, which the check does not read")
+    return parser
 
-    names: as written, two words or more (one word alone is no evidence); addresses. Case is ignored, and so is what
-    surrounds an address; a name's words may be wrapped over a line break, with an initial between them.
-    """
 
-    def __init__(self, names: Iterable[str], addresses: Iterable[str]):
-        self.names, self.locals = defaultdict(set), defaultdict(set)
-        for name in names:
-            for form in self.forms(name):
-                opening = TOKEN.search(form)
-                self.names[opening[0]].add(form[opening.start() :])
-        for address in addresses:
-            local, _, domain = address.strip().casefold().rpartition("@")
-            self.locals[domain].add(local)
-        self.domain_lengths = sorted({len(domain) for domain in self.locals})
-        self.local_lengths = {domain: sorted(set(map(len, known))) for domain, known in self.locals.items()}
+def run(config: LeakConfig) -> int:
+    """0, or 1 when something leaks. UserError with every problem of the files."""
+    problems = cli.Problems()
+    source = dataset.default_dataset(config.input)
+    rows, broken = problems.absorb(dataset.read_with_broken, source, dataset.REQUIRED["enron"]) or ([], {})
+    replaced = problems.absorb(dataset.read_rows, config.replaced)
+    rows = [row for index, row in enumerate(rows) if index not in broken]
+    problems.check()
+    if config.dry_run:
+        print(f"would look for the people of {len(rows):,} rows in {len(replaced):,} rows of {config.replaced}")
+        return 0
+    from data import leaks, replacement
 
-    @staticmethod
-    def forms(name: str) -> set[str]:
-        """What counts as `name`: as written, First Last, First M. Last, `Last, First`, First.Last (also _ and -)."""
-        full = " ".join(name.casefold().split())
-        parsed = parse_name(full)
-        if parsed is None or not parsed[2] or (full.isascii() and max(map(len, parsed[0] + parsed[2])) < 2):
-            return set()  # one word, or initials alone
-        words = spelled(full).split()
-        first, last = words[0], words[-1]
-        forms = {full, " ".join(words), f"{first} {last}", f"{last}, {first}", f"{last}, {' '.join(words[:-1])}"}
-        return forms | {f"{first.strip('.')}{mark}{last}" for mark in "._-"}
+    people, _ = replacement.meet(rows, config.seed)
+    found = leaks.leaks(replaced, people)
+    for kind, numbers in found.items():
+        shown = ", ".join(map(str, numbers[:SHOWN])) + (", …" if len(numbers) > SHOWN else "")
+        print(f"old {kind} in {len(numbers):,} of {len(replaced):,} rows" + (f": {shown}" if numbers else ""))
+    return 1 if any(found.values()) else 0
 
-    def addresses_in(self, text: str) -> set[str]:
-        """Old addresses anywhere in `text`, inside longer ones too."""
-        text, found = text.casefold(), set()
-        at = text.find("@")
-        while at >= 0:
-            for length in self.domain_lengths:
-                domain = text[at + 1 : at + 1 + length]
-                for size in self.local_lengths.get(domain, ()):
-                    if text[max(0, at - size) : at] in self.locals[domain]:
-                        found.add(text[at - size : at + 1 + length])
-            at = text.find("@", at + 1)
-        return found
 
-    def names_in(self, text: str) -> set[str]:
-        """Forms of old names that stand in `text` as words of their own."""
-        found = set()
-        for block in re.split(r"\n[^\S\n]*(?:[>|][^\S\n]*)*(?=\n)", text.casefold()):
-            line = re.sub(r"[^\S\n]*\n[\s>|]*|\s+", " ", block).replace(" ,", ",").replace(",", ", ")
-            line = re.sub(r" {2,}", " ", line)
-            for version in (line, re.sub(r"(?<=[^\W_] )[^\W_]\.? (?=[^\W_])", "", line)):
-                for match in TOKEN.finditer(version):
-                    for form in self.names.get(match[0], ()):
-                        after = match.start() + len(form)
-                        if version.startswith(form, match.start()) and not version[after : after + 1].isalnum():
-                            found.add(form)
-        return found
+def main(argv: list[str] | None = None) -> int:
+    return run(make_parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.entry(main))

@@ -22,7 +22,6 @@ import argparse
 import json
 import sys
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,38 +102,6 @@ def check(args) -> Task:
     return Task(source, output, save_map, kept, start, len(broken), settings, finished)
 
 
-def strings(row: dict) -> list[str]:
-    """Every string of a row, in the order in which `replace` meets them."""
-    from data import replacement
-
-    found = []
-    replacement.map_strings(row, lambda text: found.append(text) or text)
-    return found
-
-
-def meet(rows: list[dict], seed: int):
-    """(People with their stand-ins, the Scan that replaces them) of a file."""
-    from data import replacement
-
-    pairs = [(row["gt-name"], row["gt-email"]) for row in rows]
-    people = replacement.People(pairs)
-    pattern = replacement.scan_pattern(people.truths)
-    words, lower, addresses = Counter(), Counter(), set(people.truths)
-    for row in rows:
-        for text in strings(row):
-            for name, address in replacement.find_names(text):
-                people.add(name, address)
-            for match in pattern.finditer(text):
-                if match.lastgroup != "token":
-                    addresses.add(replacement.address_of(match))
-                    continue
-                words[match[0].casefold()] += 1
-                lower[match[0].casefold()] += match[0].islower()
-    people.adopt(addresses)
-    people.settle(seed)
-    return people, replacement.Scan(people, pattern, words, lower)
-
-
 def replace(rows: list[dict], people, scan) -> list[dict]:
     """The rows with every string replaced; gt-name and gt-email by their owner whatever they look like."""
     from data import replacement
@@ -143,7 +110,7 @@ def replace(rows: list[dict], people, scan) -> list[dict]:
     for row in rows:
         first, _, last = replacement.parse_name(row["gt-name"])
         person = people.of_name[first, last]
-        texts = iter(scan.replace(strings(row)))
+        texts = iter(scan.replace(replacement.strings(row)))
         new = replacement.map_strings(row, lambda _, texts=texts: next(texts))
         replaced.append(new | {"gt-name": person.rename(row["gt-name"])})
     return replaced
@@ -164,12 +131,13 @@ def run(args) -> int:
 
 
 def build(args, task: Task, place: results.Output) -> int:
-    from data.leak_check import leaks
+    from data import replacement
+    from data.leaks import leaks
 
     rows, output, broken = task.rows, task.output, task.n_broken
     with results.Run(output.parent / "run_replace_pii.json", args, inputs=[task.source], output=place) as record:
         started = time.monotonic()
-        people, scan = meet(rows, args.seed)
+        people, scan = replacement.meet(rows, args.seed)
         replaced = replace(rows, people, scan)
         seconds = time.monotonic() - started
         with record.files.open(output, "wb") as file:

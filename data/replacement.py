@@ -1,7 +1,7 @@
 """Replacing people and addresses in text: who is in it, their stand-ins, and one scan a text.
 
 Text in, text out: no paths, no options. A *token* is a run of letters and digits, compared case-folded. What checks the
-result is apart: data/leak_check.py.
+result is apart: data/leaks.py.
 
 What is rewritten:
 * addresses, everywhere and in any case, also `jane (at) x (dot) example` and `jane at x dot example` (no other
@@ -19,6 +19,7 @@ What is rewritten:
 A row mentions a person by a full name or an address. Last names alone elsewhere stay: most are towns and companies.
 """
 
+import bisect
 import itertools
 import random
 import re
@@ -27,6 +28,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from importlib import import_module
+from typing import NamedTuple
 
 from common.text import name_rule_guesses
 from data.enron import mail
@@ -58,12 +60,17 @@ FAKER_WORD = re.compile(r"[A-Z][a-z]{2,}")
 
 # ---------------------------------------------------------------- patterns
 
+LOCAL_RUN = re.compile(r"[\w.+%=&'#$!*~^-]+")
 LOCAL = r"\w[\w.+%=&'#$!*~^-]*"
 AT, DOT = r"(?:\s*[(\[]\s*at\s*[)\]]\s*|\s+at\s+)", r"(?:\s*[(\[]\s*dot\s*[)\]]\s*|\s+dot\s+)"
 ADDRESS = re.compile(rf"(?<!\w){LOCAL}@[\w-]+(?:\.[\w-]+)+")
 DISGUISED = re.compile(rf"(?<!\w)(\w[\w.+-]*)({AT})([\w-]+(?:{DOT}[\w-]+)+)", re.I)
+DISGUISED_RUN = re.compile(r"[\w.+-]+")
+DISGUISED_REST = re.compile(rf"(?:{AT})[\w-]+(?:{DOT}[\w-]+)+", re.I)
+DOMAIN_REST = re.compile(r"@[\w-]+(?:\.[\w-]+)+")
 DOTS = re.compile(DOT, re.I)
 TOKEN = re.compile(r"[^\W_]+")
+MAY_BEGIN = re.compile(r"(?<!\w)_|[^\W_]")  # an address or a token
 SPACE = r"[^\S\n]*(?:\n[^\S\n]*(?:[>|][^\S\n]*)*)?"
 BLANK = re.compile(rf"(\.?)({SPACE})")
 COMMA = re.compile(rf"{SPACE},{SPACE}")
@@ -73,33 +80,98 @@ GREETING = re.compile(
     re.I,
 )
 HEADER = re.compile(r"^[>| \t]*(?:from|to|cc|bcc|sender|sent by)[ \t]*:[ \t]*(\S.*)$", re.I | re.M)
-CAPITAL_NAME = r"[^\W\d_a-z][\w.'’-]*(?:[^\S\n]+[\w.'’-]+){1,3}?"
+# No name has longer words or wider gaps; without a bound a line of capitals is read once for each of them.
+CAPITAL_NAME = r"[^\W\d_a-z][\w.'’-]{0,63}(?:[^\S\n]{1,16}[\w.'’-]{1,64}){1,3}?"
+WIDEST = 200  # characters between two words of one name
 NAMED = re.compile(
     rf"(?i:forwarded by|created by)[^\S\n]+({CAPITAL_NAME})[^\S\n]*(?:/|<|\bon\b)"
     rf"|,[^\S\n]+({CAPITAL_NAME})[^\S\n]*(?:<|wrote:)|({CAPITAL_NAME})/\w+/\w+@"
 )
 
 
-def scan_pattern(addresses: Iterable[str]) -> re.Pattern:
-    """One pattern for reading and replacing: 'odd' (those of `addresses` in no usual form), 'address', 'disguised'
-    or 'token' is the `lastgroup` of each match."""
-    odd = sorted({a for a in addresses if not ADDRESS.fullmatch(a)}, key=lambda a: (-len(a), a))
-    literal = "|".join(map(re.escape, odd)) or "(?!)"
-    usual = rf"(?P<address>{ADDRESS.pattern})|(?P<disguised>{DISGUISED.pattern})|(?P<token>{TOKEN.pattern})"
-    return re.compile(rf"(?P<odd>{literal})|{usual}", re.I)
+class Found(NamedTuple):
+    """A piece of a text. kind: 'odd' (a known address in no usual form), 'address', 'disguised' or 'token'."""
+
+    kind: str
+    start: int
+    end: int
+    text: str
+
+    @property
+    def address(self) -> str:
+        """The address, case-folded, that the piece stands for."""
+        if self.kind == "disguised":
+            local, _, labels = DISGUISED.fullmatch(self.text).groups()
+            return f"{local}@{'.'.join(DOTS.split(labels))}".casefold()
+        return self.text.casefold()
 
 
-def address_of(match: re.Match) -> str:
-    """The address, case-folded, that a match of the scan pattern stands for."""
-    if match.lastgroup == "disguised":
-        local, _, labels = DISGUISED.fullmatch(match[0]).groups()
-        return f"{local}@{'.'.join(DOTS.split(labels))}".casefold()
-    return match[0].casefold()
+class Scanner:
+    """Reads texts for the reading and the replacing alike: pieces from left to right, in time linear in the text.
+
+    addresses: known ones; those in no usual form are found too.
+    """
+
+    def __init__(self, addresses: Iterable[str]):
+        odd = sorted({a for a in addresses if not ADDRESS.fullmatch(a)}, key=lambda a: (-len(a), a))
+        self.odd = re.compile("|".join(map(re.escape, odd)), re.I) if odd else None
+
+    def __call__(self, text: str) -> Iterator[Found]:
+        place, odd = 0, self.odd.search(text) if self.odd else None
+        local, disguised = _Rest(text, LOCAL_RUN, DOMAIN_REST), _Rest(text, DISGUISED_RUN, DISGUISED_REST)
+        while True:
+            begin = MAY_BEGIN.search(text, place)
+            start = begin.start() if begin else len(text)
+            if odd and odd.start() <= start:
+                yield Found("odd", *odd.span(), odd[0])
+                place = odd.end()
+                odd = self.odd.search(text, place)
+                continue
+            if not begin:
+                return
+            kind, end = "token", 0
+            if start == 0 or not _is_word(text[start - 1]):
+                if end := local.end(start):
+                    kind = "address"
+                elif end := disguised.end(start):
+                    kind = "disguised"
+            if not end and begin[0] == "_":
+                place = start + 1
+                continue
+            end = end or TOKEN.match(text, start).end()
+            yield Found(kind, start, end, text[start:end])
+            place = end
+            if odd and odd.start() < place:
+                odd = self.odd.search(text, place)
+
+
+class _Rest:
+    """Where an address that begins within a run of characters ends: what follows the run is read once for the run."""
+
+    def __init__(self, text: str, run: re.Pattern, rest: re.Pattern):
+        self.text, self.run, self.rest = text, run, rest
+        self.run_end = self.address_end = 0
+
+    def end(self, start: int) -> int:
+        """The end of the address that begins at `start`; 0: none does."""
+        if start >= self.run_end:
+            self.run_end = self.run.match(self.text, start).end()
+            rest = self.rest.match(self.text, self.run_end)
+            self.address_end = rest.end() if rest else 0
+        return self.address_end
+
+
+def _is_word(sign: str) -> bool:
+    return sign.isalnum() or sign == "_"
+
+
+def joined(between: str, after_initial: bool) -> str | None:
+    """How two tokens with `between` between them stand together: 'glue', 'space', 'comma' or None (they do not)."""
+    return _joined(between, after_initial) if len(between) <= WIDEST else None
 
 
 @lru_cache(1 << 14)
-def joined(between: str, after_initial: bool) -> str | None:
-    """How two tokens with `between` between them stand together: 'glue', 'space', 'comma' or None (they do not)."""
+def _joined(between: str, after_initial: bool) -> str | None:
     if between and not between.strip("._-+'’"):
         return "glue"
     blank = BLANK.fullmatch(between)
@@ -393,10 +465,10 @@ class Scan:
     `ordinary`: tokens in Faker's English word list, in ORDINARY, or in lower case more often than not.
     """
 
-    def __init__(self, people: People, pattern: re.Pattern, words: Counter, lower: Counter):
+    def __init__(self, people: People, scanner: Scanner, words: Counter, lower: Counter):
         from faker.providers.lorem.en_US import Provider
 
-        self.people, self.pattern, self.words = people, pattern, words
+        self.people, self.scanner, self.words = people, scanner, words
         self.ordinary = ORDINARY | {word.casefold() for word in Provider.word_list}
         self.ordinary |= {word for word, n in lower.items() if n >= 3 and 2 * n > words[word]}
         self.forward, self.backward, self.longest = {}, {}, Counter()
@@ -444,6 +516,8 @@ class Scan:
                     mentions[person].append(offset + start)
                 addresses.add(address)
             offset += len(text) + 1
+        for places in mentions.values():
+            places.sort()
         guesses = {guess: new for person in mentions for guess, new in person.guesses.items()}
         offset, results = 0, []
         for text, (fixed, loose) in zip(texts, found):
@@ -460,20 +534,19 @@ class Scan:
     def _find(self, text: str) -> tuple[list[tuple], list[tuple[int, int, str]]]:
         """([(start, end, new, person, address or None)] of addresses and full names, the other tokens)."""
         fixed, found, loose = [], [], []
-        for match in self.pattern.finditer(text):
-            start, end = match.span()
-            kind = match.lastgroup
+        for piece in self.scanner(text):
+            kind, start, end, written = piece
             if kind == "token":
-                found.append((start, end, match[0].casefold()))
+                found.append((start, end, written.casefold()))
                 continue
-            address = address_of(match)
+            address = piece.address
             local, _, domain = self.people.new_address[address].rpartition("@")
             if kind == "disguised":
-                _, at, labels = DISGUISED.fullmatch(match[0]).groups()
+                _, at, labels = DISGUISED.fullmatch(written).groups()
                 dots = [*DOTS.findall(labels), ""]
                 new = local + at + "".join(label + dot for label, dot in zip(domain.split("."), dots))
             else:
-                old_local, _, old_domain = match[0].rpartition("@")
+                old_local, _, old_domain = written.rpartition("@")
                 new = f"{address_case(old_local, local)}@{address_case(old_domain, domain)}"
             fixed.append((start, end, new, self.people.of_address[address], address))
         i = 0
@@ -574,7 +647,7 @@ class Scan:
             return None
         if owners:
             place = offset + start
-            owner = min(owners, key=lambda person: min(abs(place - mention) for mention in mentions[person]))
+            owner = min(owners, key=lambda person: distance(place, mentions[person]))
             return owner.new[token]
         return self.people.stand_in(token)
 
@@ -587,12 +660,23 @@ def address_case(old: str, new: str) -> str:
     return TOKEN.sub(lambda word: word[0].capitalize() if next(capitals, False) else word[0], new)
 
 
+def distance(place: int, places: list[int]) -> int:
+    """From `place` to the nearest of the sorted `places`, of which there is one at least."""
+    after = bisect.bisect(places, place)
+    return min(abs(place - other) for other in places[max(0, after - 1) : after + 1])
+
+
 def in_name_position(text: str, start: int, end: int) -> bool:
     """Whether the word stands after a greeting or title, alone on its line, or first on it before a comma."""
-    line_start, line_end = text.rfind("\n", 0, start) + 1, text.find("\n", end)
-    before, after = text[line_start:start].strip(" \t>|*-"), text[end : line_end if line_end >= 0 else None]
-    if not before and (not after.strip(" \t\r,.:;!*-") or after[:1] in (",", ":")):
-        return True
+    begin = start
+    while begin and text[begin - 1] in " \t>|*-":
+        begin -= 1
+    if not begin or text[begin - 1] == "\n":
+        after = end
+        while after < len(text) and text[after] in " \t\r,.:;!*-":
+            after += 1
+        if after == len(text) or text[after] == "\n" or text[end] in (",", ":"):
+            return True
     return GREETING.search(text[max(0, start - 24) : start]) is not None
 
 
@@ -605,3 +689,32 @@ def map_strings(value, function: Callable[[str], str]):
     if isinstance(value, dict):
         return {key: map_strings(item, function) for key, item in value.items()}
     return value
+
+
+def strings(row: dict) -> list[str]:
+    """Every string of a row, in the order in which `map_strings` meets them."""
+    found: list[str] = []
+    map_strings(row, lambda text: found.append(text) or text)
+    return found
+
+
+def meet(rows: list[dict], seed: int) -> tuple[People, Scan]:
+    """The people of a file with their stand-ins, and the scan that replaces them."""
+    people = People([(row["gt-name"], row["gt-email"]) for row in rows])
+    scanner = Scanner(people.truths)
+    words: Counter = Counter()
+    lower: Counter = Counter()
+    addresses = set(people.truths)
+    for row in rows:
+        for text in strings(row):
+            for name, address in find_names(text):
+                people.add(name, address)
+            for piece in scanner(text):
+                if piece.kind != "token":
+                    addresses.add(piece.address)
+                    continue
+                words[piece.text.casefold()] += 1
+                lower[piece.text.casefold()] += piece.text.islower()
+    people.adopt(addresses)
+    people.settle(seed)
+    return people, Scan(people, scanner, words, lower)

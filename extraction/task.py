@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from common import cli, dataset, results
 from common.schema import (
     EXTRACTION_SETTINGS,
+    MEASURES,
     outcomes_path,
 )
 from extraction import metrics, prompts
@@ -121,8 +122,18 @@ def _read_baseline(path, settings: dict, temperatures: list[float]) -> dict:
     for key in EXTRACTION_SETTINGS:
         if lines[0].get(key) != settings[key]:
             problems.add(f"--baseline {path}: measured with {key} {lines[0].get(key)}, this run has {settings[key]}")
-    missing = sorted(set(temperatures) - {line.get("temperature") for line in lines})
+    known = [line.get("temperature") for line in lines]
+    missing = sorted(one for one in set(temperatures) if one not in known)
     if missing:
         problems.add(f"--baseline {path}: has no line for temperature {', '.join(map(str, missing))}")
     problems.check()
-    return {(line["row"], line["template"], line["temperature"]): line for line in dataset.read_rows(beside)}
+    outcomes = dataset.read_rows(beside)
+    for number, line in enumerate(outcomes):
+        types = [type(line.get(key)) for key in ("row", "template", "temperature")]
+        told = [line.get("match" if measure == "matches" else measure, "") for measure in MEASURES]
+        right = types in ([int, str, float], [int, str, int])
+        if not right or not all(one is None or isinstance(one, bool | int) for one in told):
+            problems.add(f"--baseline {path}: row {number} of {beside.name} is damaged; measure the baseline again")
+            break
+    problems.check()
+    return {(line["row"], line["template"], line["temperature"]): line for line in outcomes}

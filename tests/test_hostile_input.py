@@ -11,7 +11,9 @@ from conftest import make_rows, write_rows
 from common import cli, dataset, results, reviews, strict_json
 from common.cli import UserError
 from common.text import emails, first_email
+from data import replacement
 from data.continuation.text_statistics import address_counts
+from data.leaks import leaks
 from data.self_instruct import filters
 from fidelity.metrics import count_sentences, words
 
@@ -232,6 +234,16 @@ def test_the_same_line_is_said_by_the_process(tmp_path, capsys):
 # ---------------------------------------------------------------- long texts that say nothing
 
 PIECES = (
+    "a-",
+    "Aa ",
+    "Aa, ",
+    "a at b dot ",
+    "from: ",
+    "hi, ",
+    ", ",
+    "\n> ",
+    "created by Aa ",
+    f"{ROWS[0]['gt-name']} ",
     "A",
     "a+",
     "a.",
@@ -282,7 +294,16 @@ def filter_all(text: str) -> None:
     filters.filter_instances([(text, text + "a"), ("a", text)])
 
 
+def replace_all(text: str) -> None:
+    """All of data/replace_pii.py that reads texts: people, stand-ins, the scan, the leak check."""
+    rows = [dict(row, notes=text if row is ROWS[0] else "") for row in ROWS]
+    people, scan = replacement.meet(rows, 1)
+    replaced = scan.replace(replacement.strings(rows[0]))
+    leaks([{"text": text} for text in replaced], people)
+
+
 READERS = {
+    "replacement": replace_all,
     "emails": lambda text: list(emails(text)),
     "address counts": lambda text: address_counts([text], {ADDRESS}),
     "sentences": count_sentences,

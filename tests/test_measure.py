@@ -137,6 +137,11 @@ def test_baseline_counts_pairs(models, adapters, dataset, tmp_path):
     )
     with pytest.raises(UserError, match="top_k"):
         measure(models["llama"], tmp_path / "x", dataset, "--top_k", "7", "--baseline", str(file))
+    for change in ({"template": {}}, {"row": None}, {"temperature": [0]}, {"exact": "yes"}):
+        damaged = [outcomes[0], outcomes[1] | change, *outcomes[2:]]
+        (base / "outcomes_purified.jsonl").write_text("".join(json.dumps(line) + "\n" for line in damaged))
+        with pytest.raises(UserError, match=r"row 1 of outcomes_purified\.jsonl is damaged"):
+            measure(models["llama"], tmp_path / "x", dataset, *QUICK, "--baseline", str(file))
 
 
 def test_prefix_attack_uses_the_rows_own_text(models, dataset, tmp_path):

@@ -14,7 +14,7 @@ from common import dataset as data_files
 from common.cli import UserError
 from common.results import sha256
 from common.text import follows_name_rule, name_rule_guesses
-from data import leak_check, replace_pii, replacement
+from data import leaks, replace_pii, replacement
 from data.enron import mail
 
 PEOPLE = [
@@ -408,10 +408,10 @@ def test_map_only_on_request_and_for_the_owner_only(tmp_path):
 )
 def test_leaks(leak, kinds, tmp_path):
     rows = [make_row(index) | {"row_id": index} for index in range(6)]
-    people, scan = replace_pii.meet(rows, 3407)
+    people, scan = replacement.meet(rows, 3407)
     replaced = replace_pii.replace(rows, people, scan)
     replaced[2]["continuation"] += f" {leak}"
-    assert leak_check.leaks(replaced, people) == {"full names": [], "addresses": [], "pairs": []} | kinds
+    assert leaks.leaks(replaced, people) == {"full names": [], "addresses": [], "pairs": []} | kinds
 
 
 def test_the_check_reads_every_text_of_the_written_file(tmp_path, monkeypatch, capsys):
@@ -478,11 +478,11 @@ written = st.sampled_from([str, str.upper, str.title, str.lower])
 def test_no_address_survives_any_surroundings(before, index, case, after):
     rows = [dict(row) for row in ROWS]
     rows[(index + 1) % 6]["prompt"] = before + case(PEOPLE[index][1]) + after
-    people, scan = replace_pii.meet(rows, 3407)
+    people, scan = replacement.meet(rows, 3407)
     replaced = replace_pii.replace(rows, people, scan)
-    everything = "\0".join(text for row in replaced for text in replace_pii.strings(row)).casefold()
+    everything = "\0".join(text for row in replaced for text in replacement.strings(row)).casefold()
     assert not [address for _, address in PEOPLE if address.casefold() in everything]
-    assert not any(leak_check.leaks(replaced, people).values())
+    assert not any(leaks.leaks(replaced, people).values())
 
 
 name_forms = st.sampled_from(
@@ -495,8 +495,8 @@ name_forms = st.sampled_from(
 def test_no_full_name_survives_any_surroundings(before, name, form, case, after):
     rows = [dict(row) for row in ROWS]
     rows[1]["prompt"] = f"{before} {case(form.format(*name))} {after}"
-    people, scan = replace_pii.meet(rows, 3407)
-    assert not any(leak_check.leaks(replace_pii.replace(rows, people, scan), people).values())
+    people, scan = replacement.meet(rows, 3407)
+    assert not any(leaks.leaks(replace_pii.replace(rows, people, scan), people).values())
 
 
 @given(
@@ -509,8 +509,8 @@ def test_no_full_name_survives_any_mixture(words):
     for glue in (" ", ""):
         rows = [dict(row) for row in ROWS]
         rows[2]["prompt"] = glue.join(words)
-        people, scan = replace_pii.meet(rows, 3407)
-        assert not any(leak_check.leaks(replace_pii.replace(rows, people, scan), people).values())
+        people, scan = replacement.meet(rows, 3407)
+        assert not any(leaks.leaks(replace_pii.replace(rows, people, scan), people).values())
 
 
 # ---------------------------------------------------------------- bad input
@@ -584,3 +584,24 @@ def test_as_a_user_runs_it(tmp_path):
     again = run_script("data/replace_pii.py", "--input", source, "--seed", 1)
     assert (again.returncode, again.stdout) == (2, "")
     assert again.stderr.startswith(f"--output {tmp_path / 'replaced_data.arrow'}: exists; give --overwrite")
+
+
+def test_leak_check_by_path(tmp_path):
+    """The replaced rows pass; one of them with an old name put back is named; a missing file is one line."""
+    rows = make_rows(12)
+    source = write_rows(tmp_path / "rows.jsonl", rows)
+    assert replace_pii.main(["--input", str(source), "--output", str(tmp_path / "r.arrow")]) == 0
+    words = ["data/leak_check.py", "--input", source, "--replaced"]
+    done = run_script(*words, tmp_path / "r.arrow")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"old {kind} in 0 of 12 rows" for kind in ("full names", "addresses", "pairs")]
+    replaced = [dict(row) for row in data_files.read_rows(tmp_path / "r.arrow")]
+    replaced[3]["prompt"] += f" {rows[5]['gt-name']}"
+    replaced[7]["prompt"] += f" {rows[5]['gt-name']} <{rows[5]['gt-email']}>"
+    found = run_script(*words, write_rows(tmp_path / "edited.jsonl", replaced))
+    assert found.returncode == 1 and rows[5]["gt-name"] not in found.stdout + found.stderr
+    assert found.stdout.splitlines() == [
+        "old full names in 2 of 12 rows: 3, 7", "old addresses in 1 of 12 rows: 7", "old pairs in 1 of 12 rows: 7",
+    ]  # fmt: skip
+    missing = run_script(*words, tmp_path / "none.jsonl")
+    assert missing.returncode == 2 and missing.stderr.count("\n") == 1 and "none.jsonl" in missing.stderr
