@@ -17,6 +17,7 @@ summary.md, summary.json, report/report.html.
 
 import sys
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import plot_results
@@ -28,32 +29,54 @@ STUDIES = {"mail": mail, "privacy": privacy, "reviews": reviews}
 MAY_DIFFER = {"output", "arms", "full", "dry_run"}  # when a study is continued
 
 
+@dataclass(frozen=True, kw_only=True)
+class QuickstartConfig(cli.ModelConfig):
+    """The flags of quickstart.py."""
+
+    study: str = "mail"
+    model: str = str(EMBEDDED / "mini-pythia")
+    dataset: str = str(EMBEDDED / "enron.jsonl")
+    outsiders: str | None = None
+    generator: str | None = None
+    generated_tokens: int = 120
+    arms: tuple[str, ...] | None = None
+    output: str = "./quickstart-out"
+    learning_rate: float | None = None
+    epochs: int | None = None
+    per_device_batch_size: int = 8
+    gradient_accumulation_steps: int = 4
+    lora_r: int | None = None
+    max_tokens: int = 24
+    full: bool = False
+
+
 def make_parser() -> cli.Parser:
     parser = cli.Parser(
         "Run a whole study in miniature and print its table.",
         "python quickstart.py --model EleutherAI/pythia-1.4b --dataset ./data/enron.jsonl --learning_rate 2e-6",
+        QuickstartConfig,
     )
     add = parser.add_argument
-    add("--study", choices=sorted(STUDIES), default="mail", help="System P; DP-SGD's price; System S")
-    add("-m", "--model", default=str(EMBEDDED / "mini-pythia"), help="base model: directory or hub name")
-    add("-d", "--dataset", default=str(EMBEDDED / "enron.jsonl"), help="rows in the Enron format")
+    add("--study", choices=sorted(STUDIES), help="System P; DP-SGD's price; System S")
+    add("-m", "--model", help="base model: directory or hub name")
+    add("-d", "--dataset", help="rows in the Enron format")
     add("--outsiders", help="rows of people that no training text names, a control (default: the embedded ones)")
     add("--generator", help="model that writes the generated arm (default: mini-pythia-xl for mini-pythia, else none)")
-    add("--generated_tokens", type=cli.positive_int, default=120, help="tokens of a generated continuation")
+    add("--generated_tokens", type=cli.positive_int, help="tokens of a generated continuation")
     add("--arms", nargs="+", choices=mail.ARMS, help="training sets (default: all; generated only with a generator)")
-    add("--output", default="./quickstart-out", help="directory for everything the study writes")
+    add("--output", help="directory for everything the study writes")
     add("-lr", "--learning_rate", type=cli.positive_float, help="of fine-tuning (default: 1e-3; study reviews 3e-3)")
     add("-e", "--epochs", type=cli.positive_int, help="epochs (default: 2; studies privacy 10, reviews 5)")
-    add("-pdbs", "--per_device_batch_size", type=cli.positive_int, default=8, help="rows a forward pass")
-    add("-gas", "--gradient_accumulation_steps", type=cli.positive_int, default=4, help="as run_peft.py's")
+    add("-pdbs", "--per_device_batch_size", type=cli.positive_int, help="rows a forward pass")
+    add("-gas", "--gradient_accumulation_steps", type=cli.positive_int, help="as run_peft.py's")
     add("--lora_r", type=cli.positive_int, help="rank (default: 64; embedded model 16; studies privacy, reviews 8)")
-    add("-mt", "--max_tokens", type=cli.positive_int, default=24, help="tokens of an answer")
+    add("-mt", "--max_tokens", type=cli.positive_int, help="tokens of an answer")
     add("--full", action="store_true", help="attack every epoch of every arm, at all eight temperatures")
     cli.add_model_flags(parser)
     return parser
 
 
-def check_same(out: Path, args) -> None:
+def check_same(out: Path, config: QuickstartConfig) -> None:
     """UserError when `out` holds a study of other settings or input files, whose results this one would keep."""
     file, remedy = out / "run_quickstart.json", "name another place"
     if not file.exists():
@@ -63,47 +86,51 @@ def check_same(out: Path, args) -> None:
         earlier, inputs = dict(record["args"]), {one["path"]: one["sha256"] for one in record["inputs"]}
     except (cli.UserError, OSError, KeyError, TypeError, ValueError):
         raise cli.UserError(f"--output {out}: its run_quickstart.json cannot be read; {remedy}") from None
-    now = {key: value for key, value in cli.plain(vars(args)).items() if key not in MAY_DIFFER}
+    now = {key: value for key, value in cli.plain(vars(config)).items() if key not in MAY_DIFFER}
     other = [f"--{key} {earlier.get(key)} then, {value} now" for key, value in now.items() if earlier.get(key) != value]
-    files = [str(path) for path in STUDIES[args.study].inputs(args) if Path(path).is_file()]
+    files = [str(path) for path in STUDIES[config.study].inputs(config) if Path(path).is_file()]
     other += [f"{path} has changed since" for path in files if path in inputs and inputs[path] != results.sha256(path)]
     if other:
         raise cli.UserError(f"--output {out}: holds a study of other settings ({'; '.join(other)}); {remedy}")
 
 
-def run(args) -> int:
-    own = args.model == str(EMBEDDED / "mini-pythia")
-    study = STUDIES[args.study]
+def run(config: QuickstartConfig) -> int:
+    own = config.model == str(EMBEDDED / "mini-pythia")
+    study = STUDIES[config.study]
     if own:
-        args.outsiders = args.outsiders or str(EMBEDDED / "outsiders.jsonl")
-        args.generator = args.generator or str(EMBEDDED / "mini-pythia-xl")
-    args.epochs = args.epochs or study.EPOCHS
-    args.learning_rate = args.learning_rate or study.RATE
-    args.lora_r = args.lora_r or (study.RANK if own or args.study != "mail" else 64)
-    args.arms = args.arms or [arm for arm in mail.ARMS if arm != "generated" or args.generator]
+        outsiders = config.outsiders or str(EMBEDDED / "outsiders.jsonl")
+        generator = config.generator or str(EMBEDDED / "mini-pythia-xl")
+        config = replace(config, outsiders=outsiders, generator=generator)
+    config = replace(
+        config,
+        epochs=config.epochs or study.EPOCHS,
+        learning_rate=config.learning_rate or study.RATE,
+        lora_r=config.lora_r or (study.RANK if own or config.study != "mail" else 64),
+        arms=config.arms or tuple(arm for arm in mail.ARMS if arm != "generated" or config.generator),
+    )
     problems = cli.Problems()
-    if args.study == "mail" and "generated" in args.arms and not args.generator:
+    if config.study == "mail" and "generated" in config.arms and not config.generator:
         problems.add("--arms generated: give --generator, the model that writes it")
-    cli.check_writable(args.output, problems, "--output")
-    problems.absorb(study.check, args)
-    out = Path(args.output).absolute()
-    with results.output_folder(out, args.dry_run) as place:
-        problems.absorb(check_same, out, args)
+    cli.check_writable(config.output, problems, "--output")
+    problems.absorb(study.check, config)
+    out = Path(config.output).absolute()
+    with results.output_folder(out, config.dry_run) as place:
+        problems.absorb(check_same, out, config)
         problems.check()
-        if args.dry_run:
-            words = f"{args.model} on {args.dataset}, {args.epochs} epochs"
-            print(f"study {args.study}: would fine-tune {words}, write {out}")
+        if config.dry_run:
+            words = f"{config.model} on {config.dataset}, {config.epochs} epochs"
+            print(f"study {config.study}: would fine-tune {words}, write {out}")
             return 0
-        return run_locked(args, study, out, place)
+        return run_locked(config, study, out, place)
 
 
-def run_locked(args, study, out: Path, place: results.Output) -> int:
+def run_locked(config: QuickstartConfig, study, out: Path, place: results.Output) -> int:
     started = time.monotonic()
-    with results.Run(out / "run_quickstart.json", args, study.inputs(args), output=place) as record:
-        text = study.run(args, out, record)
+    with results.Run(out / "run_quickstart.json", config, study.inputs(config), output=place) as record:
+        text = study.run(config, out, record)
         with record.files.open(out / "summary.md") as file:
             file.write(text + "\n")
-    call(plot_results, out, "--output", out / "report", *([] if args.full else ["--no_figures"]))
+    call(plot_results, out, "--output", out / "report", *([] if config.full else ["--no_figures"]))
     print("\n" + text)
     print(f"\n{time.monotonic() - started:.0f} s; everything is in {out}, to look at: {out / 'report' / 'report.html'}")
     return 0

@@ -31,22 +31,36 @@ DEFAULT_NAME = "replaced_data.arrow"
 SHOWN_LEAKS = 20  # row numbers
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReplaceConfig:
+    """The flags of data/replace_pii.py."""
+
+    input: str = "./data/enron.jsonl"
+    output: str | None = None
+    save_map: str | None = None
+    strict: bool = False
+    overwrite: bool = False
+    seed: int = 3407
+    dry_run: bool = False
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(
         "The same rows with every person and e-mail address replaced consistently, checked for leaks.",
         "python data/replace_pii.py --input data/enron.jsonl --output data/replaced_data.arrow",
+        ReplaceConfig,
     )
-    parser.add_argument("--input", default="./data/enron.jsonl", metavar="FILE", help="Enron rows (.jsonl, .arrow)")
+    parser.add_argument("--input", metavar="FILE", help="Enron rows (.jsonl, .arrow)")
     parser.add_argument(
-        "--output", default=None, metavar="FILE", help=f"the .arrow file to write; None: {DEFAULT_NAME} beside --input"
+        "--output", metavar="FILE", help=f"the .arrow file to write; None: {DEFAULT_NAME} beside --input"
     )
     parser.add_argument(
-        "--save_map", default=None, metavar="FILE", help="also write old → new as JSON, mode 0600 (it undoes the work)"
+        "--save_map", metavar="FILE", help="also write old → new as JSON, mode 0600 (it undoes the work)"
     )
     parser.add_argument("--strict", action="store_true", help="fail when a row is broken; else it is left out")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --output and --save_map")
     cli.add_dry_run(parser)
-    parser.add_argument("--seed", type=cli.seed, default=3407, help="seed of the stand-ins")
+    parser.add_argument("--seed", type=cli.seed, help="seed of the stand-ins")
     return parser
 
 
@@ -64,17 +78,17 @@ class Task:
     finished: bool
 
 
-def destinations(args) -> tuple[Path, Path, Path | None]:
+def destinations(config: ReplaceConfig) -> tuple[Path, Path, Path | None]:
     """(source, output, map)."""
-    source = dataset.default_dataset(args.input)
-    output = Path(args.output) if args.output else source.with_name(DEFAULT_NAME)
-    return source, output, Path(args.save_map) if args.save_map else None
+    source = dataset.default_dataset(config.input)
+    output = Path(config.output) if config.output else source.with_name(DEFAULT_NAME)
+    return source, output, Path(config.save_map) if config.save_map else None
 
 
-def check(args) -> Task:
+def check(config: ReplaceConfig) -> Task:
     """UserError with all problems."""
     problems = cli.Problems()
-    source, output, save_map = destinations(args)
+    source, output, save_map = destinations(config)
     rows, broken = problems.absorb(dataset.read_with_broken, source, dataset.REQUIRED["enron"]) or ([], {})
     manifest = problems.absorb(dataset.read_manifest, source)
     cli.check_output_file(output, ".arrow", problems, [source])
@@ -84,20 +98,20 @@ def check(args) -> Task:
         if index not in broken and not any(c.isalpha() for c in row["gt-name"]):
             broken[index] = "gt-name has no letters"
     lines = [f"{source}: row {index}: {reason}" for index, reason in sorted(broken.items())]
-    problems.absorb(cli.report_broken, "rows", lines, len(lines), args.strict)
+    problems.absorb(cli.report_broken, "rows", lines, len(lines), config.strict)
     start = None
     if rows:
         rows, _, start = dataset.split_source(rows, broken, manifest)
     columns = dict.fromkeys(column for row in rows for column in row)  # Arrow has the same ones in every row
     kept = [{column: row.get(column) for column in columns} for index, row in enumerate(rows) if index not in broken]
-    if rows and len(kept) < 3 and not (broken and args.strict):
+    if rows and len(kept) < 3 and not (broken and config.strict):
         problems.add(f"{source}: {len(kept)} whole rows with gt-name, gt-email, prompt, continuation; 3 are needed")
     problems.absorb(dataset.check_columns, source, kept)
     settings = None
     if not problems.lines:
-        settings = dataset.settings_of(args, ("output", "save_map"), input=results.sha256(source))
+        settings = dataset.settings_of(config, ("output", "save_map"), input=results.sha256(source))
     others = [("--save_map", save_map)] if save_map else []
-    finished = problems.absorb(dataset.finished, [("--output", output)], settings, args.overwrite, others)
+    finished = problems.absorb(dataset.finished, [("--output", output)], settings, config.overwrite, others)
     problems.check()
     return Task(source, output, save_map, kept, start, len(broken), settings, finished)
 
@@ -116,28 +130,28 @@ def replace(rows: list[dict], people, scan) -> list[dict]:
     return replaced
 
 
-def run(args) -> int:
+def run(config: ReplaceConfig) -> int:
     """Build the file. Returns 0, or 1 when the leak check fails (then nothing is written under the final names)."""
-    _, output, save_map = destinations(args)
-    with results.output_file(output, *([save_map] if save_map else []), dry_run=args.dry_run) as place:
-        task = check(args)
+    _, output, save_map = destinations(config)
+    with results.output_file(output, *([save_map] if save_map else []), dry_run=config.dry_run) as place:
+        task = check(config)
         if task.finished:
             dataset.say_finished(output, *([save_map] if save_map else []))
             return 0
-        if args.dry_run:
+        if config.dry_run:
             print(f"would replace names and addresses in {len(task.rows):,} rows of {task.source}, to {output}")
             return 0
-        return build(args, task, place)
+        return build(config, task, place)
 
 
-def build(args, task: Task, place: results.Output) -> int:
+def build(config: ReplaceConfig, task: Task, place: results.Output) -> int:
     from data import replacement
     from data.leaks import leaks
 
     rows, output, broken = task.rows, task.output, task.n_broken
-    with results.Run(output.parent / "run_replace_pii.json", args, inputs=[task.source], output=place) as record:
+    with results.Run(output.parent / "run_replace_pii.json", config, inputs=[task.source], output=place) as record:
         started = time.monotonic()
-        people, scan = replacement.meet(rows, args.seed)
+        people, scan = replacement.meet(rows, config.seed)
         replaced = replace(rows, people, scan)
         seconds = time.monotonic() - started
         with record.files.open(output, "wb") as file:
@@ -168,7 +182,7 @@ def build(args, task: Task, place: results.Output) -> int:
             rows=len(rows),
             source=[(task.source, len(rows) + broken)],
             split_start=task.split_start,
-            sampling={"seed": args.seed},
+            sampling={"seed": config.seed},
             settings=task.settings,
         )
         if task.save_map:

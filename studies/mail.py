@@ -32,59 +32,59 @@ RANK = 16  # of the embedded model, which is 128 wide
 ARMS = ("original", "generated", "replaced")
 
 
-def check(args) -> None:
+def check(config) -> None:
     """UserError with every problem of the study's inputs."""
     problems = cli.Problems()
-    check_rows(args, problems)
-    if args.outsiders:
-        problems.absorb(dataset.read_rows, args.outsiders)
-    if "generated" in args.arms and args.generator:  # without one quickstart.py has a problem of its own
-        problems.absorb(models.find_model, args.generator, None, flag="--generator")
+    check_rows(config, problems)
+    if config.outsiders:
+        problems.absorb(dataset.read_rows, config.outsiders)
+    if "generated" in config.arms and config.generator:  # without one quickstart.py has a problem of its own
+        problems.absorb(models.find_model, config.generator, None, flag="--generator")
     problems.check()
 
 
-def inputs(args) -> list:
-    return [args.dataset, *([args.outsiders] if args.outsiders else [])]
+def inputs(config) -> list:
+    return [config.dataset, *([config.outsiders] if config.outsiders else [])]
 
 
-def run(args, out, record) -> str:
+def run(config, out, record) -> str:
     """All arms; returns the text of summary.md."""
-    flags = ["--seed", args.seed, *device_flags(args)]
-    asked = ["-mt", args.max_tokens, *([] if args.full else ["--temperatures", "0", str(TEMPERATURE)]), *flags]
-    attack(args.model, out / "base", args.dataset, *asked)
+    flags = ["--seed", config.seed, *device_flags(config)]
+    asked = ["-mt", config.max_tokens, *([] if config.full else ["--temperatures", "0", str(TEMPERATURE)]), *flags]
+    attack(config.model, out / "base", config.dataset, *asked)
     base_results = result_files(out / "base")[0]
-    call(perplexity, "--model", args.model, "-d", args.dataset, "--output_dir", out / "base", *flags)
+    call(perplexity, "--model", config.model, "-d", config.dataset, "--output_dir", out / "base", *flags)
 
-    data = {"original": args.dataset}
-    if "generated" in args.arms:
-        words = ["-m", args.generator, "-d", args.dataset, "-mt", args.generated_tokens, "--seed", args.seed]
+    data = {"original": config.dataset}
+    if "generated" in config.arms:
+        words = ["-m", config.generator, "-d", config.dataset, "-mt", config.generated_tokens, "--seed", config.seed]
         data["generated"] = build(generate, out / "generated" / "data.arrow", *words)
-    if "replaced" in args.arms:
-        words = ["--input", args.dataset, "--seed", args.seed]
+    if "replaced" in config.arms:
+        words = ["--input", config.dataset, "--seed", config.seed]
         data["replaced"] = build(replace_pii, out / "replaced" / "replaced_data.arrow", *words)
     rows = [row_of("base", out / "base", results.read_jsonl(out / "base" / "perplexity.jsonl")[-1]["mean"])]
     last, trees = {}, {}
-    for arm in args.arms:
+    for arm in config.arms:
         tree = trees[arm] = train(
-            "-m", args.model, "-i", data[arm], "--output_root", out, "-lr", args.learning_rate, "-e", args.epochs,
-            "-pdbs", args.per_device_batch_size, "-gas", args.gradient_accumulation_steps, "-l", 10,
-            "--lora_r", args.lora_r, *flags,
+            "-m", config.model, "-i", data[arm], "--output_root", out, "-lr", config.learning_rate, "-e", config.epochs,
+            "-pdbs", config.per_device_batch_size, "-gas", config.gradient_accumulation_steps, "-l", 10,
+            "--lora_r", config.lora_r, *flags,
         )  # fmt: skip
-        every = arm == "original" or args.full
+        every = arm == "original" or config.full
         chosen = find_checkpoints(tree) if every else find_checkpoints(tree)[-1:]
         place = tree if every else chosen[-1]
-        call(evaluate_purified, "--model", place, "-d", args.dataset, "--baseline", base_results, *asked)
-        call(perplexity, "--dir", place, "-d", args.dataset, "--output_dir", tree, *flags)
+        call(evaluate_purified, "--model", place, "-d", config.dataset, "--baseline", base_results, *asked)
+        call(perplexity, "--dir", place, "-d", config.dataset, "--output_dir", tree, *flags)
         means = {line["model"]: line["mean"] for line in results.read_jsonl(tree / "perplexity.jsonl")}
         for checkpoint in chosen:
             epoch = find_checkpoints(tree).index(checkpoint) + 1
             rows.append(row_of(f"{arm}, epoch {epoch}", checkpoint, means.get(str(checkpoint))))
         last[arm] = rows[-1]
     record["trees"] = {arm: str(tree) for arm, tree in trees.items()}
-    if "original" in args.arms:
+    if "original" in config.arms:
         newest = find_checkpoints(trees["original"])[-1]
         call(merge_peft, "--model", newest, "--save_dir", out / "merged")
-    aucs = membership(args, out, trees, flags)
+    aucs = membership(config, out, trees, flags)
     floor = measured(out / "base")[0]["floor"]
     text = [
         f"Addresses given away at temperature {TEMPERATURE}, of {rows[0]['rows']} people asked by four prompts (A–D): "
@@ -99,10 +99,10 @@ def run(args, out, record) -> str:
     if "generated" in last:
         text += ["", said_in_generated(data["generated"])]
     control = []
-    if args.outsiders and "original" in args.arms:
-        few = [*asked, "--num_rows", len(dataset.read_rows(args.outsiders)) - 10]
-        attack(args.model, out / "outsiders-base", args.outsiders, *few)
-        attack(newest, out / "outsiders-tuned", args.outsiders, *few)
+    if config.outsiders and "original" in config.arms:
+        few = [*asked, "--num_rows", len(dataset.read_rows(config.outsiders)) - 10]
+        attack(config.model, out / "outsiders-base", config.outsiders, *few)
+        attack(newest, out / "outsiders-tuned", config.outsiders, *few)
         for name in ("base", "tuned"):
             control.append(row_of(f"{name}, outsiders", out / f"outsiders-{name}", None))
         text += ["", "The control: people whom no training text names.", ""]
@@ -114,14 +114,14 @@ def run(args, out, record) -> str:
     return "\n".join(text)
 
 
-def membership(args, out, trees: dict, flags: list) -> dict:
+def membership(config, out, trees: dict, flags: list) -> dict:
     """{table row: {auc, ci}} of mia.py's `ref` on the last checkpoint of each arm: original rows against the head."""
-    aucs, few = {}, [] if args.full else ["--attacks", "loss", "ref", "--max_samples", 500]
+    aucs, few = {}, [] if config.full else ["--attacks", "loss", "ref", "--max_samples", 500]
     for arm, tree in trees.items():
         checkpoint = find_checkpoints(tree)[-1]
         folder = out / f"mia-{arm}"
         if not stands(folder / "results_mia.jsonl", checkpoint):
-            call(mia, "--model", checkpoint, "--members", args.dataset, "--output_dir", folder, *few, *flags)
+            call(mia, "--model", checkpoint, "--members", config.dataset, "--output_dir", folder, *few, *flags)
         line = next(line for line in results.read_jsonl(folder / "results_mia.jsonl") if line["attack"] == "ref")
         name = f"{arm}, epoch {len(find_checkpoints(tree))}"
         aucs[name] = {"auc": line["auc"], "ci": line["auc_ci"], "flags": line["flags"]}

@@ -30,37 +30,38 @@ LOGICAL_BATCH = 256
 RANK = 8  # a small adapter: the noise grows with the root of its parameters
 
 
-def check(args) -> None:
+def check(config) -> None:
     """UserError with every problem of the study's inputs."""
     problems = cli.Problems()
-    check_rows(args, problems)
+    check_rows(config, problems)
     problems.check()
 
 
-def inputs(args) -> list:
-    return [args.dataset]
+def inputs(config) -> list:
+    return [config.dataset]
 
 
-def run(args, out, record) -> str:
+def run(config, out, record) -> str:
     """All arms; returns the text of summary.md."""
-    device = device_flags(args)
-    flags = ["--seed", args.seed, *device]
-    asked = ["-mt", args.max_tokens, "--temperatures", "0", str(TEMPERATURE), *flags]
-    trained_people = put_trained_first(args.dataset, out / "trained_people.jsonl")
+    device = device_flags(config)
+    flags = ["--seed", config.seed, *device]
+    asked = ["-mt", config.max_tokens, "--temperatures", "0", str(TEMPERATURE), *flags]
+    trained_people = put_trained_first(config.dataset, out / "trained_people.jsonl")
     arms = {"no noise, no clipping": ["--noise_multiplier", 0, "--max_grad_norm", "inf"]}
     arms |= {f"ε = {epsilon}": ["--target_epsilon", epsilon] for epsilon in EPSILONS}
     folders = []
-    rows = [row_for("base", args.model, None, out / "base", args, trained_people, asked, flags)]
+    rows = [row_for("base", config.model, None, out / "base", config, trained_people, asked, flags)]
     for name, words in arms.items():
         tree = train(
-            "-m", args.model, "-i", args.dataset, "--output_root", out, "-lr", args.learning_rate, "-e", args.epochs,
-            "-pdbs", 2 * args.per_device_batch_size, "--lora_r", args.lora_r, "-l", 10, "--dp", "--logical_batch_size",
-            min(LOGICAL_BATCH, len(dataset.read_rows(args.dataset)) // 4), *words, *device,
+            "-m", config.model, "-i", config.dataset, "--output_root", out, "-lr", config.learning_rate,
+            "-e", config.epochs, "-pdbs", 2 * config.per_device_batch_size, "--lora_r", config.lora_r, "-l", 10,
+            "--dp", "--logical_batch_size",
+            min(LOGICAL_BATCH, len(dataset.read_rows(config.dataset)) // 4), *words, *device,
         )  # fmt: skip
         checkpoint = find_checkpoints(tree)[-1]
         spent = models.privacy(models.find_model(str(checkpoint)))
         folders.append(tree / "measured")
-        rows.append(row_for(name, checkpoint, spent, folders[-1], args, trained_people, asked, flags))
+        rows.append(row_for(name, checkpoint, spent, folders[-1], config, trained_people, asked, flags))
     changes = {row["model"]: change(out / "base", folder) for row, folder in zip(rows[1:], folders)}
     results.write_json(out / "summary.json", {"temperature": TEMPERATURE, "rows": rows, "against_base": changes})
     record["epsilons"] = [row["epsilon"] for row in rows]
@@ -117,16 +118,16 @@ def put_trained_first(data, file):
     return file
 
 
-def row_for(name: str, model, spent: dict | None, folder, args, trained_people, asked: list, flags: list) -> dict:
+def row_for(name: str, model, spent: dict | None, folder, config, trained_people, asked: list, flags: list) -> dict:
     """Everything measured on one model."""
-    attack(model, folder / "others", args.dataset, *asked)
+    attack(model, folder / "others", config.dataset, *asked)
     attack(model, folder / "trained", trained_people, *asked)
-    call(perplexity, "--model", model, "-d", args.dataset, "--output_dir", folder, *flags)
+    call(perplexity, "--model", model, "-d", config.dataset, "--output_dir", folder, *flags)
     row = {"model": name, "epsilon": spent and spent["epsilon"], "delta": spent and spent["delta"]}
     row |= {"steps": spent and spent["steps"], "ref": None, "loss": None}
     if spent:
         if not stands(folder / "results_mia.jsonl", model):
-            words = ["--members", args.dataset, "--attacks", "loss", "ref", "--output_dir", folder, *flags]
+            words = ["--members", config.dataset, "--attacks", "loss", "ref", "--output_dir", folder, *flags]
             call(mia, "--model", model, *words)
         for line in results.read_jsonl(folder / "results_mia.jsonl"):
             if line["attack"] in ("ref", "loss"):

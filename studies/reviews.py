@@ -34,25 +34,25 @@ LADDER, CANARIES, AUDIT = (1, 8, 32), 5, 200
 LOGICAL_BATCH = 64
 
 
-def check(args) -> None:
+def check(config) -> None:
     """UserError with every problem of the study's inputs."""
     problems = cli.Problems()
-    problems.absorb(models.find_model, args.model, args.revision)
+    problems.absorb(models.find_model, config.model, config.revision)
     problems.check()
 
 
-def inputs(args) -> list:
+def inputs(config) -> list:
     return []
 
 
-def run(args, out, record) -> str:
+def run(config, out, record) -> str:
     """All arms; returns the text of summary.md."""
-    device = device_flags(args)
-    seed = ["--seed", args.seed]
-    model = args.model
+    device = device_flags(config)
+    seed = ["--seed", config.seed]
+    model = config.model
     if model == str(EMBEDDED / "mini-pythia"):
-        model = public_base(args, out, device)
-    real = make_split(out / "reviews", REVIEWS, TRAIN, TEST, PRIVATE, args.seed)
+        model = public_base(config, out, device)
+    real = make_split(out / "reviews", REVIEWS, TRAIN, TEST, PRIVATE, config.seed)
     placed = out / "train_canaries.jsonl"
     ladder = ["--repetitions", *LADDER, "--canaries", CANARIES, "--audit", AUDIT]
     build(inject, placed, "--input", real / "train.jsonl", *ladder, *seed)
@@ -66,8 +66,8 @@ def run(args, out, record) -> str:
     checkpoints, written = {}, {}
     for arm, words in ARMS.items():
         tree = train(
-            "-m", model, "-i", placed, "--output_root", out, "-lr", args.learning_rate, "-e", args.epochs,
-            "-pdbs", 2 * args.per_device_batch_size, "--lora_r", args.lora_r, "--lora_dropout", 0, "-l", 20,
+            "-m", model, "-i", placed, "--output_root", out, "-lr", config.learning_rate, "-e", config.epochs,
+            "-pdbs", 2 * config.per_device_batch_size, "--lora_r", config.lora_r, "--lora_dropout", 0, "-l", 20,
             "--loss_on", "completion", "--dp", "--logical_batch_size", LOGICAL_BATCH, *words, *device,
         )  # fmt: skip
         checkpoints[arm] = find_checkpoints(tree)[-1]
@@ -93,7 +93,7 @@ def run(args, out, record) -> str:
         "downstream": (
             downstream,
             ["-m", model, "--real", clean, "--heldout", held_out, "--synthetic", *texts, "--num_rows", TEST,
-             "--num_heldout", 500, "--num_seeds", 1, "-e", 6, "-lr", args.learning_rate, "-pdbs", 4, "-gas", 1,
+             "--num_heldout", 500, "--num_seeds", 1, "-e", 6, "-lr", config.learning_rate, "-pdbs", 4, "-gas", 1,
              "--lora_r", 16],
         ),
     }  # fmt: skip
@@ -134,13 +134,13 @@ def make_split(folder: Path, n: int, train_rows: int, test_rows: int, department
     return folder
 
 
-def public_base(args, out: Path, device: list) -> Path:
+def public_base(config, out: Path, device: list) -> Path:
     """The embedded model after PUBLIC_EPOCHS over public reviews."""
     departments = [name for name in make_reviews.DEPARTMENTS for _ in range(1 if name in PRIVATE else COMMON)]
-    public = make_split(out / "public", 2 * PUBLIC, PUBLIC, 10, departments, args.seed + 1)
+    public = make_split(out / "public", 2 * PUBLIC, PUBLIC, 10, departments, config.seed + 1)
     tree = train(
-        "-m", args.model, "-i", public / "train.jsonl", "--output_root", out, "-pt", "full", "-e", PUBLIC_EPOCHS,
-        "-lr", PUBLIC_RATE, "-pdbs", 8, "-gas", 1, "-l", 50, "--loss_on", "completion", "--seed", args.seed, *device,
+        "-m", config.model, "-i", public / "train.jsonl", "--output_root", out, "-pt", "full", "-e", PUBLIC_EPOCHS,
+        "-lr", PUBLIC_RATE, "-pdbs", 8, "-gas", 1, "-l", 50, "--loss_on", "completion", "--seed", config.seed, *device,
     )  # fmt: skip
     base, newest = out / "public-base", find_checkpoints(tree)[-1]
     new, old = (models.weights_sha256(models.find_model(str(one))) if one.is_dir() else None for one in (newest, base))

@@ -13,16 +13,16 @@ EMBEDDED = Path(__file__).resolve().parents[1] / "data" / "embedded"
 TEMPERATURE = HEADLINE_TEMPERATURE
 
 
-def check_rows(args, problems: cli.Problems) -> None:
+def check_rows(config, problems: cli.Problems) -> None:
     """Problems of --dataset and --model, which the studies of mail share."""
-    rows = problems.absorb(dataset.read_rows, args.dataset)
+    rows = problems.absorb(dataset.read_rows, config.dataset)
     if rows:
-        problems.absorb(dataset.validate, args.dataset, rows, ("gt-name", "gt-email", "prompt", "continuation"))
-    models.look_up(problems, args.model, args.revision)
+        problems.absorb(dataset.validate, config.dataset, rows, ("gt-name", "gt-email", "prompt", "continuation"))
+    models.look_up(problems, config.model, config.revision)
 
 
-def device_flags(args) -> list:
-    return ["--dtype", args.dtype, *(["--device_map", args.device_map] if args.device_map else [])]
+def device_flags(config) -> list:
+    return ["--dtype", config.dtype, *(["--device_map", config.device_map] if config.device_map else [])]
 
 
 def show(script, words: list[str]) -> None:

@@ -21,6 +21,7 @@ import gzip
 import random
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 from common import cli, dataset, results
@@ -100,29 +101,43 @@ SYLLABLES = ("bar", "del", "fen", "gor", "hal", "kin", "lum", "mor", "nel", "pra
 GOOD_PARTS = {5: (1, 1), 4: (1, 0), 3: (1, 0), 2: (0, 0), 1: (0, 0)}  # which of the two parts spoken of is good
 
 
+@dataclass(frozen=True, kw_only=True)
+class MakeReviewsConfig:
+    """The flags of data/amazon/make_reviews.py."""
+
+    output_dir: str = "./data/amazon/fictional"
+    category: str = "Fictional_Goods"
+    reviews: int = 10000
+    products: int = 600
+    departments: tuple[str, ...] = tuple(DEPARTMENTS)
+    users: int = 0
+    gzip: bool = False
+    overwrite: bool = False
+    seed: int = 3407
+    dry_run: bool = False
+
+
 def make_parser() -> cli.Parser:
     parser = cli.Parser(
         "Write fictional reviews and products in the Amazon Reviews 2023 format.",
         "python data/amazon/make_reviews.py --output_dir fictional --reviews 10000 --products 600",
+        MakeReviewsConfig,
     )
-    parser.add_argument("--output_dir", default="./data/amazon/fictional", help="where the two files are written")
-    parser.add_argument(
-        "--category", type=category, default="Fictional_Goods", help="the main category and name of the files"
-    )
-    parser.add_argument("--reviews", type=cli.positive_int, default=10000, help="review lines")
-    parser.add_argument("--products", type=cli.positive_int, default=600, help="product lines")
+    parser.add_argument("--output_dir", help="where the two files are written")
+    parser.add_argument("--category", type=category, help="the main category and name of the files")
+    parser.add_argument("--reviews", type=cli.positive_int, help="review lines")
+    parser.add_argument("--products", type=cli.positive_int, help="product lines")
     parser.add_argument(
         "--departments",
         nargs="+",
         choices=DEPARTMENTS,
-        default=DEPARTMENTS,
         help="departments that have products; one named twice has twice as many",
     )
-    parser.add_argument("--users", type=cli.non_negative_int, default=0, help="people; 0: one for two reviews")
+    parser.add_argument("--users", type=cli.non_negative_int, help="people; 0: one for two reviews")
     parser.add_argument("--gzip", action="store_true", help="write .jsonl.gz")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     cli.add_dry_run(parser)
-    parser.add_argument("--seed", type=cli.seed, default=3407, help="seed of everything random")
+    parser.add_argument("--seed", type=cli.seed, help="seed of everything random")
     return parser
 
 
@@ -205,39 +220,41 @@ def pack(file) -> gzip.GzipFile:
     return gzip.GzipFile(filename="", mode="wb", fileobj=file, compresslevel=6, mtime=0)
 
 
-def run(args) -> dict:
+def run(config: MakeReviewsConfig) -> dict:
     """Write both files. Returns {'reviews': path, 'meta': path, 'counts': what was put into them}."""
-    ending = ".jsonl.gz" if args.gzip else ".jsonl"
-    reviews, meta = (Path(args.output_dir) / f"{prefix}{args.category}{ending}" for prefix in ("", "meta_"))
-    with results.output_file(reviews, meta, dry_run=args.dry_run) as place:
+    ending = ".jsonl.gz" if config.gzip else ".jsonl"
+    reviews, meta = (Path(config.output_dir) / f"{prefix}{config.category}{ending}" for prefix in ("", "meta_"))
+    with results.output_file(reviews, meta, dry_run=config.dry_run) as place:
         problems = cli.Problems()
-        settings = dataset.settings_of(args, ("output_dir",))
+        settings = dataset.settings_of(config, ("output_dir",))
         named = [("--output_dir", path) for path in (reviews, meta)]
-        finished = problems.absorb(dataset.finished, named, settings, args.overwrite)
-        cli.check_writable(args.output_dir, problems)
+        finished = problems.absorb(dataset.finished, named, settings, config.overwrite)
+        cli.check_writable(config.output_dir, problems)
         problems.check()
         counts = None
         if finished:
             dataset.say_finished(reviews, meta)
-        elif args.dry_run:
-            print(f"would write {args.reviews:,} lines to {reviews}, {args.products:,} to {meta}")
+        elif config.dry_run:
+            print(f"would write {config.reviews:,} lines to {reviews}, {config.products:,} to {meta}")
         else:
             with place.publication() as files:
-                counts = write(files, args, reviews, meta, settings)
-            print(f"{args.products:>12,}  lines in {meta}\n{args.reviews:>12,}  lines in {reviews}")
+                counts = write(files, config, reviews, meta, settings)
+            print(f"{config.products:>12,}  lines in {meta}\n{config.reviews:>12,}  lines in {reviews}")
     return {"reviews": reviews, "meta": meta, "counts": counts}
 
 
-def write(files: results.Publication, args, reviews: Path, meta: Path, settings: dict) -> dict:
+def write(files: results.Publication, config: MakeReviewsConfig, reviews: Path, meta: Path, settings: dict) -> dict:
     """Write both files and their manifests; returns what was put into the reviews."""
-    rng = random.Random(args.seed)
-    kinds = [kind for kind in KINDS for _ in range(args.departments.count(kind[1].split("|")[0]))]
-    products = [make_product(rng, number, args.category, kinds[number % len(kinds)]) for number in range(args.products)]
-    users = [f"A{code(rng, 27)}" for _ in range(args.users or max(1, args.reviews // 2))]
+    rng = random.Random(config.seed)
+    kinds = [kind for kind in KINDS for _ in range(config.departments.count(kind[1].split("|")[0]))]
+    products = [
+        make_product(rng, number, config.category, kinds[number % len(kinds)]) for number in range(config.products)
+    ]
+    users = [f"A{code(rng, 27)}" for _ in range(config.users or max(1, config.reviews // 2))]
     counts, last = Counter(), None
-    for path, rows in ((meta, args.products), (reviews, args.reviews)):
+    for path, rows in ((meta, config.products), (reviews, config.reviews)):
         with files.open(path, "wb") as file:
-            with pack(file) if args.gzip else contextlib.nullcontext(file) as out:
+            with pack(file) if config.gzip else contextlib.nullcontext(file) as out:
                 for number in range(rows):
                     if path == meta:
                         line = results.dumps(products[number])
@@ -256,7 +273,7 @@ def write(files: results.Publication, args, reviews: Path, meta: Path, settings:
             argv=sys.argv,
             rows=rows,
             generator="templates",
-            sampling={"seed": args.seed, "put in": dict(counts) if path == reviews else None},
+            sampling={"seed": config.seed, "put in": dict(counts) if path == reviews else None},
             settings=settings,
         )
     return dict(counts)

@@ -35,6 +35,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -51,10 +52,28 @@ REVIEW_COLUMNS = ("rating", "title", "text", "parent_asin", "user_id")
 PRODUCT_COLUMNS = ("parent_asin", "title", "main_category", "categories")
 
 
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """The flags of data/amazon/prepare.py."""
+
+    reviews: str
+    meta: str
+    output_dir: str = "./data/amazon"
+    train: int = 100000
+    test: int = 10000
+    memory_limit: str = "1.2GB"
+    threads: int = 0
+    strict: bool = False
+    overwrite: bool = False
+    seed: int = 3407
+    dry_run: bool = False
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(
         "Amazon Reviews 2023: reviews and product metadata to train, test and validation files, split by user.",
         "python data/amazon/prepare.py --reviews Office_Products.jsonl.gz --meta meta_Office_Products.jsonl.gz",
+        PrepareConfig,
     )
     parser.add_argument(
         "--reviews", required=True, metavar="FILE", help="<Category>.jsonl or .jsonl.gz (default: none, required)"
@@ -62,15 +81,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--meta", required=True, metavar="FILE", help="meta_<Category>.jsonl or .jsonl.gz (default: none, required)"
     )
-    parser.add_argument("--output_dir", default="./data/amazon", help="where the three files are written")
-    parser.add_argument("--train", type=cli.positive_int, default=100000, help="rows of train.jsonl")
-    parser.add_argument("--test", type=cli.positive_int, default=10000, help="rows of test.jsonl; the rest validates")
-    parser.add_argument("--memory_limit", default="1.2GB", help="what DuckDB may hold; beyond it works on disk")
-    parser.add_argument("--threads", type=cli.non_negative_int, default=0, help="threads; 0: one a core")
+    parser.add_argument("--output_dir", help="where the three files are written")
+    parser.add_argument("--train", type=cli.positive_int, help="rows of train.jsonl")
+    parser.add_argument("--test", type=cli.positive_int, help="rows of test.jsonl; the rest validates")
+    parser.add_argument("--memory_limit", help="what DuckDB may hold; beyond it works on disk")
+    parser.add_argument("--threads", type=cli.non_negative_int, help="threads; 0: one a core")
     parser.add_argument("--strict", action="store_true", help="fail when a line of an input is broken")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     cli.add_dry_run(parser)
-    parser.add_argument("--seed", type=cli.seed, default=3407, help="seed of the split, the order and the user hashes")
+    parser.add_argument("--seed", type=cli.seed, help="seed of the split, the order and the user hashes")
     return parser
 
 
@@ -157,18 +176,18 @@ def broken_line(path: Path, wanted: list[int]) -> list[str]:
     return lines
 
 
-def destinations(args) -> dict[str, Path]:
+def destinations(config: PrepareConfig) -> dict[str, Path]:
     """{split: output path}."""
-    return {split: Path(args.output_dir) / f"{split}.jsonl" for split in SPLITS}
+    return {split: Path(config.output_dir) / f"{split}.jsonl" for split in SPLITS}
 
 
-def check(args) -> tuple[dict, bool]:
+def check(config: PrepareConfig) -> tuple[dict, bool]:
     """(settings for the manifests, whether all files stand already); UserError with every problem of the arguments and
     files, then with every damaged .gz."""
     from concurrent.futures import ThreadPoolExecutor
 
     problems = cli.Problems()
-    inputs = {"--reviews": Path(args.reviews), "--meta": Path(args.meta)}
+    inputs = {"--reviews": Path(config.reviews), "--meta": Path(config.meta)}
     for flag, path in inputs.items():
         if not path.is_file():
             what = "is a directory, not a file" if path.is_dir() else "no such file"
@@ -179,25 +198,25 @@ def check(args) -> tuple[dict, bool]:
         except OSError as error:
             problems.add(f"{flag} {path}: cannot be read ({error.strerror})")
     if os.path.realpath(inputs["--reviews"]) == os.path.realpath(inputs["--meta"]):
-        problems.add(f"--meta {args.meta}: the same file as --reviews; name the meta_… file of the category")
-    amount = MEMORY.fullmatch(args.memory_limit.strip())
+        problems.add(f"--meta {config.meta}: the same file as --reviews; name the meta_… file of the category")
+    amount = MEMORY.fullmatch(config.memory_limit.strip())
     if not amount or float(amount[1]) == 0:
-        problems.add(f"--memory_limit {args.memory_limit}: a number and a unit are expected, as 800MB or 1.2GB")
-    outputs = destinations(args)
+        problems.add(f"--memory_limit {config.memory_limit}: a number and a unit are expected, as 800MB or 1.2GB")
+    outputs = destinations(config)
     for path in outputs.values():
         if any(os.path.realpath(path) == os.path.realpath(source) for source in inputs.values()):
-            problems.add(f"--output_dir {args.output_dir}: {path} is also an input; name another place")
+            problems.add(f"--output_dir {config.output_dir}: {path} is also an input; name another place")
         elif path.is_dir():
-            problems.add(f"--output_dir {args.output_dir}: {path} is a directory; remove it, or name another place")
-    if "?" in str(Path(args.output_dir).absolute()):
-        problems.add(f"--output_dir {args.output_dir}: DuckDB cannot work in a path with '?'; name another place")
-    cli.check_writable(args.output_dir, problems)
+            problems.add(f"--output_dir {config.output_dir}: {path} is a directory; remove it, or name another place")
+    if "?" in str(Path(config.output_dir).absolute()):
+        problems.add(f"--output_dir {config.output_dir}: DuckDB cannot work in a path with '?'; name another place")
+    cli.check_writable(config.output_dir, problems)
     settings = None
     if not problems.lines:
         hashes = {flag.removeprefix("--"): results.sha256(path) for flag, path in inputs.items()}
-        settings = dataset.settings_of(args, ("output_dir", "threads", "memory_limit"), **hashes)
+        settings = dataset.settings_of(config, ("output_dir", "threads", "memory_limit"), **hashes)
     named = [("--output_dir", path) for path in outputs.values()]
-    finished = problems.absorb(dataset.finished, named, settings, args.overwrite)
+    finished = problems.absorb(dataset.finished, named, settings, config.overwrite)
     problems.check()  # a mistyped flag is told before gigabytes are read
     if finished:
         return settings, True
@@ -213,18 +232,18 @@ def check(args) -> tuple[dict, bool]:
 # ---------------------------------------------------------------- the steps in DuckDB
 
 
-def connect(folder: Path, args):
+def connect(folder: Path, config: PrepareConfig):
     """A connection to a new database in `folder`, with the functions and variables that the statements use."""
     import duckdb
     import pyarrow as pa
 
-    config = {"memory_limit": args.memory_limit, "temp_directory": str(folder / "spill")}
-    config |= {"threads": args.threads} if args.threads else {}
-    connection = duckdb.connect(folder / "work.duckdb", config=config)
+    options = {"memory_limit": config.memory_limit, "temp_directory": str(folder / "spill")}
+    options |= {"threads": config.threads} if config.threads else {}
+    connection = duckdb.connect(folder / "work.duckdb", config=options)
     connection.execute("SET autoinstall_known_extensions = false")
     connection.execute("SET enable_progress_bar = false")
     connection.execute("SET force_compression = 'uncompressed'")  # of tables that live for a minute
-    for name, value in {"seed": str(args.seed), "system_prompt": SYSTEM_PROMPT}.items():
+    for name, value in {"seed": str(config.seed), "system_prompt": SYSTEM_PROMPT}.items():
         connection.execute(f"SET VARIABLE {name} = ?", [value])
     connection.create_function(
         "clean_in_python",
@@ -282,9 +301,9 @@ def report_broken(connection, path: Path, table: str, broken: int, strict: bool)
     cli.report_broken(f"lines in {path}", lines, broken, strict)
 
 
-def load_inputs(connection, args) -> dict[str, int]:
+def load_inputs(connection, config: PrepareConfig) -> dict[str, int]:
     """Tables `review` (cleaned, with a reason where a row is dropped) and `product` (one row a parent_asin); counts."""
-    reviews, meta = Path(args.reviews), Path(args.meta)
+    reviews, meta = Path(config.reviews), Path(config.meta)
     lines, broken = load(
         connection,
         "--reviews",
@@ -299,7 +318,7 @@ def load_inputs(connection, args) -> dict[str, int]:
                 WHEN stars IS NULL OR stars NOT BETWEEN 1 AND 5 OR stars <> floor(stars) THEN 'without a rating'
                 WHEN body = '' THEN 'empty text' END AS reason""",
     )
-    report_broken(connection, reviews, "review", broken, args.strict)
+    report_broken(connection, reviews, "review", broken, config.strict)
     products, broken_products = load(
         connection,
         "--meta",
@@ -311,7 +330,7 @@ def load_inputs(connection, args) -> dict[str, int]:
                 THEN [name FOR name IN [one_line(raw) FOR raw IN categories->>'$[*]'] IF name <> ''] ELSE []
                 END AS categories""",
     )
-    report_broken(connection, meta, "meta", broken_products, args.strict)
+    report_broken(connection, meta, "meta", broken_products, config.strict)
     # of several lines about a product the first counts
     connection.execute(
         """CREATE TABLE product AS
@@ -406,44 +425,44 @@ def write_split(connection, split: str, file) -> int:
 # ---------------------------------------------------------------- the run
 
 
-def run(args) -> dict:
+def run(config: PrepareConfig) -> dict:
     """Build the three files. Returns the counts that are also printed and kept in run_prepare.json; {} with nothing to
     do."""
     started = time.monotonic()
-    folder, outputs = Path(args.output_dir), destinations(args)
-    with results.output_file(*outputs.values(), dry_run=args.dry_run) as place:
-        settings, finished = check(args)
+    folder, outputs = Path(config.output_dir), destinations(config)
+    with results.output_file(*outputs.values(), dry_run=config.dry_run) as place:
+        settings, finished = check(config)
         if finished:
             dataset.say_finished(*outputs.values())
             return {}
-        if args.dry_run:
-            print(f"would read {args.reviews} and {args.meta} and write {', '.join(map(str, outputs.values()))}")
+        if config.dry_run:
+            print(f"would read {config.reviews} and {config.meta} and write {', '.join(map(str, outputs.values()))}")
             return {}
-        return build(args, started, folder, outputs, settings, place)
+        return build(config, started, folder, outputs, settings, place)
 
 
-def build(args, started: float, folder: Path, outputs: dict[str, Path], settings: dict, place) -> dict:
+def build(config: PrepareConfig, started: float, folder: Path, outputs: dict[str, Path], settings: dict, place) -> dict:
     import duckdb
 
-    inputs = [Path(args.reviews), Path(args.meta)]
+    inputs = [Path(config.reviews), Path(config.meta)]
     run_file = folder / "run_prepare.json"
-    with results.Run(run_file, args, inputs=inputs, output=place) as record, contextlib.ExitStack() as stack:
+    with results.Run(run_file, config, inputs=inputs, output=place) as record, contextlib.ExitStack() as stack:
         record["packages"]["duckdb"] = duckdb.__version__
         work = stack.enter_context(results.temporary_folder(folder, "prepare"))
         try:
-            connection = stack.enter_context(connect(Path(work), args))
-            counts = load_inputs(connection, args)
+            connection = stack.enter_context(connect(Path(work), config))
+            counts = load_inputs(connection, config)
             counts |= keep_rows(connection)
-            if counts["rows"] < args.train + args.test:
+            if counts["rows"] < config.train + config.test:
                 raise cli.UserError(
-                    f"--train {args.train} --test {args.test}: only {counts['rows']} of {counts['review lines']} "
+                    f"--train {config.train} --test {config.test}: only {counts['rows']} of {counts['review lines']} "
                     f"reviews are left after cleaning; ask for fewer"
                 )
-            lacking = assign(connection, [args.train, args.test])
+            lacking = assign(connection, [config.train, config.test])
             splits = stratification(connection)
             if not splits["train"]["rows"]:
                 raise cli.UserError(
-                    f"--train {args.train}: each of the {splits['all']['users']} users left has more reviews than "
+                    f"--train {config.train}: each of the {splits['all']['users']} users left has more reviews than "
                     "that, and none is divided; ask for more, or name a file with more users"
                 )
             for split, path in outputs.items():
@@ -451,9 +470,9 @@ def build(args, started: float, folder: Path, outputs: dict[str, Path], settings
                     assert write_split(connection, split, file) == splits[split]["rows"], split
         except duckdb.OutOfMemoryException as error:
             reason = str(error).splitlines()[0]
-            raise cli.UserError(f"--memory_limit {args.memory_limit}: not enough ({reason}); give more") from None
+            raise cli.UserError(f"--memory_limit {config.memory_limit}: not enough ({reason}); give more") from None
         source = [(inputs[0], counts["review lines"]), (inputs[1], counts["product lines"])]
-        sampling = {"seed": args.seed, "split": "whole users in the order of a seeded hash"}
+        sampling = {"seed": config.seed, "split": "whole users in the order of a seeded hash"}
         for split, path in outputs.items():
             dataset.write_manifest(
                 record.files,
@@ -471,15 +490,15 @@ def build(args, started: float, folder: Path, outputs: dict[str, Path], settings
         result["peak_bytes"] = results.peak_memory()["cpu_bytes"]
         record["counts"] = result
         record["stratification"] = splits
-    report(result, splits, args)
+    report(result, splits, config)
     return {**result, "splits": splits}
 
 
-def report(result: dict, splits: dict, args) -> None:
+def report(result: dict, splits: dict, config: PrepareConfig) -> None:
     def line(key: str, words: str) -> None:
         print(f"{result[key]:>12,}  {words}")
 
-    line("review lines", f"reviews in {args.reviews}")
+    line("review lines", f"reviews in {config.reviews}")
     for reason in (*REASONS, "without their product", "duplicates"):
         line(reason, f"dropped: {reason}")
     line("rows", "rows")

@@ -15,7 +15,7 @@ that are printed.
 
 import sys
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,22 +29,36 @@ SAMPLED = ("temperature", "top_k", "max_tokens", "seed")
 MAX_PROMPT_TOKENS = 2048  # prompts are shorter than this
 
 
+@dataclass(frozen=True, kw_only=True)
+class ContinuationConfig(cli.ModelConfig):
+    """The flags of data/continuation/generate.py."""
+
+    model: str = "EleutherAI/pythia-12b"
+    data_set: str = "./data/enron.jsonl"
+    top_k: int = 100
+    max_tokens: int = 1000
+    temperature: float = 0.75
+    output: str | None = None
+    batch_size: int = 0
+    strict: bool = False
+    overwrite: bool = False
+
+
 def make_parser() -> cli.Parser:
     parser = cli.Parser(
         "Let a model continue the prompts of the training rows: the LLM-generated training data.",
         "python data/continuation/generate.py --model EleutherAI/pythia-12b --data_set ./data/enron.jsonl",
+        ContinuationConfig,
     )
-    parser.add_argument("-m", "--model", default="EleutherAI/pythia-12b", help="the generator: directory or hub name")
-    parser.add_argument("-d", "--data_set", "--dataset", default="./data/enron.jsonl", help="rows in the Enron format")
-    parser.add_argument("--top_k", type=cli.positive_int, default=100, help="tokens kept before sampling")
-    parser.add_argument("-mt", "--max_tokens", type=cli.positive_int, default=1000, help="tokens of a generation")
-    parser.add_argument("--temperature", type=cli.non_negative_float, default=0.75, help="0 is greedy")
+    parser.add_argument("-m", "--model", help="the generator: directory or hub name")
+    parser.add_argument("-d", "--data_set", "--dataset", help="rows in the Enron format")
+    parser.add_argument("--top_k", type=cli.positive_int, help="tokens kept before sampling")
+    parser.add_argument("-mt", "--max_tokens", type=cli.positive_int, help="tokens of a generation")
+    parser.add_argument("--temperature", type=cli.non_negative_float, help="0 is greedy")
     parser.add_argument(
         "--output", help="the .arrow file to write (default: data/<generator>-continuations/data.arrow)"
     )
-    parser.add_argument(
-        "--batch_size", type=cli.non_negative_int, default=0, help="rows decoded together; 0: by memory"
-    )
+    parser.add_argument("--batch_size", type=cli.non_negative_int, help="rows decoded together; 0: by memory")
     parser.add_argument("--strict", action="store_true", help="fail when a row is broken; else it is left out")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --output or unfinished run")
     cli.add_model_flags(parser)
@@ -72,53 +86,53 @@ class Task:
     dropped: dict[str, int] = field(default_factory=dict)
 
 
-def destination(args) -> Path:
-    return Path(args.output or f"data/{Path(args.model).name}-continuations/data.arrow")
+def destination(config: ContinuationConfig) -> Path:
+    return Path(config.output or f"data/{Path(config.model).name}-continuations/data.arrow")
 
 
-def check(args) -> Task:
+def check(config: ContinuationConfig) -> Task:
     """Read and check every argument and file; UserError with all problems."""
     from common import models
 
     problems = cli.Problems()
-    distributed.check_environment(problems, args.device_map)
-    args.data_set = str(dataset.default_dataset(args.data_set))
-    output = destination(args)
-    cli.check_output_file(output, ".arrow", problems, (args.data_set,))
-    rows, broken = problems.absorb(dataset.read_with_broken, args.data_set, FIELDS) or ([], {})
-    manifest = problems.absorb(dataset.read_manifest, args.data_set) if rows else None
+    distributed.check_environment(problems, config.device_map)
+    output = destination(config)
+    cli.check_output_file(output, ".arrow", problems, (config.data_set,))
+    rows, broken = problems.absorb(dataset.read_with_broken, config.data_set, FIELDS) or ([], {})
+    manifest = problems.absorb(dataset.read_manifest, config.data_set) if rows else None
     if any("text" in row for row in rows[:1]):
-        problems.add(f"{args.data_set}: has a `text` already (generated rows); name the rows it was made from")
+        problems.add(f"{config.data_set}: has a `text` already (generated rows); name the rows it was made from")
     elif rows:
-        lines = [f"{args.data_set}: row {index}: {reason}" for index, reason in sorted(broken.items())]
-        problems.absorb(cli.report_broken, "rows", lines, len(lines), args.strict)
+        lines = [f"{config.data_set}: row {index}: {reason}" for index, reason in sorted(broken.items())]
+        problems.absorb(cli.report_broken, "rows", lines, len(lines), config.strict)
         if len(rows) - len(broken) < 3:
             problems.add(
-                f"{args.data_set}: {len(rows) - len(broken)} whole rows with {', '.join(FIELDS)}; at least 3 are needed"
+                f"{config.data_set}: {len(rows) - len(broken)} whole rows with {', '.join(FIELDS)}; "
+                "at least 3 are needed"
             )
-        problems.absorb(dataset.check_columns, args.data_set, [r for i, r in enumerate(rows) if i not in broken])
-    ref, tokenizer = models.look_up(problems, args.model, args.revision)
+        problems.absorb(dataset.check_columns, config.data_set, [r for i, r in enumerate(rows) if i not in broken])
+    ref, tokenizer = models.look_up(problems, config.model, config.revision)
     settings = None
     if not problems.lines:
-        data_set = results.sha256(args.data_set)
-        settings = generation.settings_of(args, ref, (*SAMPLED, "batch_size", "strict"), data_set=data_set)
-    finished = problems.absorb(dataset.finished, [("--output", output)], settings, args.overwrite)
+        data_set = results.sha256(config.data_set)
+        settings = generation.settings_of(config, ref, (*SAMPLED, "batch_size", "strict"), data_set=data_set)
+    finished = problems.absorb(dataset.finished, [("--output", output)], settings, config.overwrite)
     problems.check()
 
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(ref.base, revision=ref.revision)
+    architecture = AutoConfig.from_pretrained(ref.base, revision=ref.revision)
     rows, split, start = dataset.split_source(rows, broken, manifest)
     if not split.train:
-        raise cli.UserError(f"{args.data_set}: every row belongs to the evaluation head; none is left to continue")
-    task = Task(ref, tokenizer, config, rows, [], [], [], split.head, start, settings, finished)
-    context = models.context_length(SimpleNamespace(config=config))
-    least = min(generation.MIN_ROOM, args.max_tokens)
+        raise cli.UserError(f"{config.data_set}: every row belongs to the evaluation head; none is left to continue")
+    task = Task(ref, tokenizer, architecture, rows, [], [], [], split.head, start, settings, finished)
+    context = models.context_length(SimpleNamespace(config=architecture))
+    least = min(generation.MIN_ROOM, config.max_tokens)
     counts = Counter({"broken": len(broken)} if broken else {})
     for index in split.train:
         # a trailing space would be cut off the word that follows it; the generation brings its own
         prompt = encode_prompt(tokenizer, rows[index]["prompt"].rstrip(" "))
-        room = min(args.max_tokens, context - len(prompt))
+        room = min(config.max_tokens, context - len(prompt))
         if not prompt:
             counts["empty prompt"] += 1
         elif len(prompt) >= MAX_PROMPT_TOKENS:
@@ -130,7 +144,7 @@ def check(args) -> Task:
             task.prompts.append(prompt)
             task.rooms.append(room)
     if not task.asked:
-        raise cli.UserError(f"{args.data_set}: no prompt is left to continue ({dict(counts)})")
+        raise cli.UserError(f"{config.data_set}: no prompt is left to continue ({dict(counts)})")
     task.dropped = dict(counts)
     return task
 
@@ -147,38 +161,39 @@ def as_columns(task: Task, item: dict) -> dict:
 # ---------------------------------------------------------------- the run
 
 
-def run(args) -> dict:
+def run(config: ContinuationConfig) -> dict:
     """Write the file; returns the statistics, which are also printed and kept in run_generate.json; {} with nothing to
     do."""
-    output = destination(args)
-    with results.output_file(output, dry_run=args.dry_run) as place:
-        task = check(args)
+    config = replace(config, data_set=str(dataset.default_dataset(config.data_set)))
+    output = destination(config)
+    with results.output_file(output, dry_run=config.dry_run) as place:
+        task = check(config)
         if task.finished:
             dataset.say_finished(output)
             return {}
-        generation.read_partials(output, task.settings, args.overwrite)  # refuses another run's
-        if args.dry_run:
+        generation.read_partials(output, task.settings, config.overwrite)  # refuses another run's
+        if config.dry_run:
             print(
-                f"would continue {len(task.asked)} prompts ({sum(task.dropped.values())} dropped) of {args.data_set} "
-                f"with {args.model}, at most {args.max_tokens} tokens each, and write {output}"
+                f"would continue {len(task.asked)} prompts ({sum(task.dropped.values())} dropped) of {config.data_set} "
+                f"with {config.model}, at most {config.max_tokens} tokens each, and write {output}"
             )
             return {}
-        return generate(args, task, output, place)
+        return generate(config, task, output, place)
 
 
-def generate(args, task: Task, output: Path, place: results.Output) -> dict:
+def generate(config: ContinuationConfig, task: Task, output: Path, place: results.Output) -> dict:
     from common import models
 
     settings = task.settings
     world = distributed.start()
-    with results.Run(output.parent / "run_generate.json", args, [args.data_set], world, place) as record:
-        dtype = models.resolve_dtype(args.dtype, world.device)
-        base = models.load_base(task.ref, dtype, world.device, args.device_map)
+    with results.Run(output.parent / "run_generate.json", config, [config.data_set], world, place) as record:
+        dtype = models.resolve_dtype(config.dtype, world.device)
+        base = models.load_base(task.ref, dtype, world.device, config.device_map)
         with models.adapted(base, task.ref.adapter) as (model, _):
             made = generation.continue_prompts(
                 model, task.tokenizer, task.prompts, task.rooms, [(index, 0) for index in task.asked],
-                output=output, settings=settings, overwrite=args.overwrite, temperature=args.temperature,
-                top_k=args.top_k, seed=args.seed, batch_size=args.batch_size, world=world,
+                output=output, settings=settings, overwrite=config.overwrite, temperature=config.temperature,
+                top_k=config.top_k, seed=config.seed, batch_size=config.batch_size, world=world,
             )  # fmt: skip
         eos = task.tokenizer.eos_token
         rows = []
@@ -193,11 +208,11 @@ def generate(args, task: Task, output: Path, place: results.Output) -> dict:
             dataset.write_manifest(
                 record.files,
                 output,
-                tag=f"self-generated-{Path(args.model).name}",
+                tag=f"self-generated-{Path(config.model).name}",
                 script="data/continuation/generate.py",
                 argv=sys.argv,
                 rows=len(rows),
-                source=[(args.data_set, len(task.rows))],
+                source=[(config.data_set, len(task.rows))],
                 split_start=task.split_start,
                 generator={key: settings[key] for key in ("model", "revision", "weights")},
                 sampling={key: settings[key] for key in (*SAMPLED, "dtype")},

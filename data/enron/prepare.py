@@ -33,6 +33,7 @@ import time
 import zlib
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from common import cli, dataset, results
@@ -49,10 +50,25 @@ TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz"
 OTHER_ENDING = re.compile(r"\.[A-Za-z]{1,5}\d?$")  # .json, .html, .mp3: not a mail's
 
 
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """The flags of data/enron/prepare.py."""
+
+    input: tuple[str, ...]
+    output: str = "./data/enron.jsonl"
+    tokenizer: str = "gpt2"
+    workers: int = 0
+    strict: bool = False
+    overwrite: bool = False
+    seed: int = 3407
+    dry_run: bool = False
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(
         "Raw mail (Enron maildir or its tar.gz, mbox, folders of messages) to rows of name, address and text.",
         "python data/enron/prepare.py --input enron_mail_20150507.tar.gz --output data/enron.jsonl",
+        PrepareConfig,
     )
     parser.add_argument(
         "--input",
@@ -62,18 +78,17 @@ def make_parser() -> argparse.ArgumentParser:
         required=True,
         help="folders, tar archives, mbox files, single messages; also several times (default: none, required)",
     )
-    parser.add_argument("--output", default="./data/enron.jsonl", metavar="FILE", help="the .jsonl file to write")
+    parser.add_argument("--output", metavar="FILE", help="the .jsonl file to write")
     parser.add_argument(
         "--tokenizer",
-        default="gpt2",
         help=f"cuts prompts to {PROMPT_TOKENS} tokens: a hub name found in the local cache or a folder with "
         f"tokenizer.json; gpt2 when not cached, and 'none': cut to {PROMPT_CHARACTERS} characters",
     )
-    parser.add_argument("--workers", type=cli.non_negative_int, default=0, help="processes; 0: one a core")
+    parser.add_argument("--workers", type=cli.non_negative_int, help="processes; 0: one a core")
     parser.add_argument("--strict", action="store_true", help="fail when a message is broken")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --output")
     cli.add_dry_run(parser)
-    parser.add_argument("--seed", type=cli.seed, default=3407, help="seed of the choice of occurrences and the order")
+    parser.add_argument("--seed", type=cli.seed, help="seed of the choice of occurrences and the order")
     return parser
 
 
@@ -353,21 +368,21 @@ def last_tokens(prompts: list[str], tokenizer) -> list[str]:
 # ---------------------------------------------------------------- the run
 
 
-def check(args) -> tuple[list[tuple[Path, str]], object, dict, bool]:
+def check(config: PrepareConfig) -> tuple[list[tuple[Path, str]], object, dict, bool]:
     """([(input, kind)], tokenizer, settings for the manifest, whether the output stands already); UserError with every
     problem of the arguments and files."""
     problems = cli.Problems()
-    inputs = [(Path(path), problems.absorb(kind_of, Path(path))) for path in args.input]
-    output = Path(args.output)
-    cli.check_output_file(output, ".jsonl", problems, args.input)
-    tokenizer = problems.absorb(load_tokenizer, args.tokenizer)
+    inputs = [(Path(path), problems.absorb(kind_of, Path(path))) for path in config.input]
+    output = Path(config.output)
+    cli.check_output_file(output, ".jsonl", problems, config.input)
+    tokenizer = problems.absorb(load_tokenizer, config.tokenizer)
     settings = None
     if not problems.lines:
-        known = output.exists() and not args.overwrite  # else nothing is compared, and nothing need be read
+        known = output.exists() and not config.overwrite  # else nothing is compared, and nothing need be read
         hashes = [input_sha256(path, kind) for path, kind in inputs] if known else None
         cut = None if tokenizer is None else hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
-        settings = dataset.settings_of(args, ("output", "workers"), input=hashes, tokenizer=cut)
-    finished = problems.absorb(dataset.finished, [("--output", output)], settings, args.overwrite)
+        settings = dataset.settings_of(config, ("output", "workers"), input=hashes, tokenizer=cut)
+    finished = problems.absorb(dataset.finished, [("--output", output)], settings, config.overwrite)
     problems.check()
     return inputs, tokenizer, settings, finished
 
@@ -458,31 +473,33 @@ def write_rows(file, pairs: Pairs, keys: list[bytes], head: int, tokenizer) -> i
     return len(head_addresses & seen)
 
 
-def run(args) -> dict:
+def run(config: PrepareConfig) -> dict:
     """Build the file. Returns the counts that are also printed and kept in run_prepare.json; {} with nothing to do."""
-    output = Path(args.output)
-    with results.output_file(output, dry_run=args.dry_run) as place:
-        inputs, tokenizer, settings, finished = check(args)
+    output = Path(config.output)
+    with results.output_file(output, dry_run=config.dry_run) as place:
+        inputs, tokenizer, settings, finished = check(config)
         if finished:
             dataset.say_finished(output)
             return {}
-        if args.dry_run:
+        if config.dry_run:
             print(f"would read {', '.join(f'{path} ({kind})' for path, kind in inputs)} and write {output}")
             return {}
-        return build(args, inputs, tokenizer, settings, place)
+        return build(config, inputs, tokenizer, settings, place)
 
 
-def build(args, inputs: list[tuple[Path, str]], tokenizer, settings: dict, place: results.Output) -> dict:
-    output = Path(args.output)
-    workers = args.workers or (os.cpu_count() or 1)
+def build(
+    config: PrepareConfig, inputs: list[tuple[Path, str]], tokenizer, settings: dict, place: results.Output
+) -> dict:
+    output = Path(config.output)
+    workers = config.workers or (os.cpu_count() or 1)
     files = [path for path, kind in inputs if kind != "folder"]
-    cut = f"{PROMPT_CHARACTERS} characters" if tokenizer is None else f"{PROMPT_TOKENS} tokens of {args.tokenizer}"
+    cut = f"{PROMPT_CHARACTERS} characters" if tokenizer is None else f"{PROMPT_TOKENS} tokens of {config.tokenizer}"
     run_file = output.parent / "run_prepare.json"
-    with results.Run(run_file, args, inputs=files, output=place) as record, Pairs(output.parent) as pairs:
+    with results.Run(run_file, config, inputs=files, output=place) as record, Pairs(output.parent) as pairs:
         started = time.monotonic()
-        counts, broken, sources = collect(inputs, pairs, workers, args.seed)
+        counts, broken, sources = collect(inputs, pairs, workers, config.seed)
         lines = [f"broken message {label}: {reason}" for label, reason in broken]
-        cli.report_broken("messages", lines, len(lines), args.strict)
+        cli.report_broken("messages", lines, len(lines), config.strict)
         people = {key: pairs.read(key)[:2] for key in pairs.held}
         shared = shared_addresses(people.values())
         kept = {key: pair for key, pair in people.items() if pair[1].lower() not in shared}
@@ -492,13 +509,13 @@ def build(args, inputs: list[tuple[Path, str]], tokenizer, settings: dict, place
             )
         head = min(dataset.HEAD_ROWS, len(kept) // 3)
         groups = group_people(kept)
-        keys = shuffled(groups, args.seed, head)
+        keys = shuffled(groups, config.seed, head)
         place = {key: index for index, key in enumerate(keys)}
         both = sum(min(map(place.get, group)) < head <= max(map(place.get, group)) for group in groups)
         with record.files.open(output, permissions=0o600) as file:
             overlap = write_rows(file, pairs, keys, head, tokenizer)
         sampling = {
-            "seed": args.seed,
+            "seed": config.seed,
             "prompt": f"at most {mail.MAX_PROMPT_CHARACTERS} characters, then {cut}",
             "continuation": f"at most {mail.MAX_CONTINUATION_CHARACTERS} characters",
         }

@@ -16,6 +16,7 @@ or `prompt`, `generation`, `text` = prompt + generation + EOS (text). Also writt
 import random
 import sys
 from collections import Counter
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,29 +34,46 @@ SAMPLED = ("temperature", "instance_temperature", "top_k", "max_tokens", "seed",
 STAGES = ("instructions", "kind", "instances")  # the position is the noise's template
 
 
+@dataclass(frozen=True, kw_only=True)
+class SelfInstructConfig(cli.ModelConfig):
+    """The flags of data/self_instruct/generate.py."""
+
+    model: str = "EleutherAI/pythia-12b"
+    seed_tasks: str = "./data/seedTasks.json"
+    output: str | None = None
+    format: str = "instances"
+    num_rows: int = 2220
+    top_k: int = 100
+    max_tokens: int = 400
+    temperature: float = 0.75
+    instance_temperature: float = 0.0
+    round_size: int = 32
+    batch_size: int = 16
+    strict: bool = False
+    overwrite: bool = False
+
+
 def make_parser() -> cli.Parser:
     parser = cli.Parser(
         "Let a model make up instructions with inputs and outputs from seed tasks (self-instruct).",
         "python data/self_instruct/generate.py --model EleutherAI/pythia-12b --output data/self-instruct.jsonl",
+        SelfInstructConfig,
     )
-    parser.add_argument("-m", "--model", default="EleutherAI/pythia-12b", help="the generator: directory or hub name")
-    parser.add_argument("--seed_tasks", default="./data/seedTasks.json", help="JSON array of instruction and examples")
+    parser.add_argument("-m", "--model", help="the generator: directory or hub name")
+    parser.add_argument("--seed_tasks", help="JSON array of instruction and examples")
     parser.add_argument("--output", help="the .jsonl file to write (default: data/self-instruct-<generator>.jsonl)")
     parser.add_argument(
         "--format",
         choices=("instances", "alpaca", "text"),
-        default="instances",
         help="instances: all fields; alpaca: instruction, input and output only; text: whole training texts",
     )
-    parser.add_argument("--num_rows", type=cli.positive_int, default=2220, help="instances wanted")
-    parser.add_argument("--top_k", type=cli.positive_int, default=100, help="tokens kept before sampling")
-    parser.add_argument("-mt", "--max_tokens", type=cli.positive_int, default=400, help="tokens of a completion")
-    parser.add_argument("--temperature", type=cli.non_negative_float, default=0.75, help="of new instructions")
-    parser.add_argument(
-        "--instance_temperature", type=cli.non_negative_float, default=0.0, help="of instances; 0 is greedy"
-    )
-    parser.add_argument("--round_size", type=cli.positive_int, default=32, help="prompts of a round")
-    parser.add_argument("--batch_size", type=cli.positive_int, default=16, help="prompts decoded together")
+    parser.add_argument("--num_rows", type=cli.positive_int, help="instances wanted")
+    parser.add_argument("--top_k", type=cli.positive_int, help="tokens kept before sampling")
+    parser.add_argument("-mt", "--max_tokens", type=cli.positive_int, help="tokens of a completion")
+    parser.add_argument("--temperature", type=cli.non_negative_float, help="of new instructions")
+    parser.add_argument("--instance_temperature", type=cli.non_negative_float, help="of instances; 0 is greedy")
+    parser.add_argument("--round_size", type=cli.positive_int, help="prompts of a round")
+    parser.add_argument("--batch_size", type=cli.positive_int, help="prompts decoded together")
     parser.add_argument("--strict", action="store_true", help="fail when a seed task is broken; else it is left out")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --output or unfinished run")
     cli.add_model_flags(parser)
@@ -96,7 +114,7 @@ def is_whole(task) -> bool:
 
 
 def complete(
-    model, tokenizer, prompts: list[str], stage: str, first: int, args, world
+    model, tokenizer, prompts: list[str], stage: str, first: int, config: SelfInstructConfig, world
 ) -> list[tuple[str, bool] | None]:
     """(completion, the model ended it) of every prompt, on every rank; None for one that the context cannot hold.
 
@@ -106,13 +124,13 @@ def complete(
 
     from common import models, sampling
 
-    temperature = {"instructions": args.temperature, "kind": 0.0, "instances": args.instance_temperature}[stage]
-    max_tokens = KIND_TOKENS if stage == "kind" else args.max_tokens
+    temperature = {"instructions": config.temperature, "kind": 0.0, "instances": config.instance_temperature}[stage]
+    max_tokens = KIND_TOKENS if stage == "kind" else config.max_tokens
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     room = models.context_length(base) - max_tokens
     ids = models.encode_texts(tokenizer, prompts)
     fit = sorted((i for i in range(len(ids)) if len(ids[i]) <= room), key=lambda i: (len(ids[i]), i))
-    batches = [fit[start : start + args.batch_size] for start in range(0, len(fit), args.batch_size)]
+    batches = [fit[start : start + config.batch_size] for start in range(0, len(fit), config.batch_size)]
     stop = torch.zeros(base.config.get_text_config().vocab_size, dtype=torch.bool)
     stop[tokenizer.eos_token_id] = True
     stop[len(tokenizer) :] = True  # ids that pad the vocabulary and have no text
@@ -125,9 +143,9 @@ def complete(
                 [ids[i] for i in batch],
                 [(first + i, STAGES.index(stage)) for i in batch],
                 [temperature],
-                top_k=args.top_k,
+                top_k=config.top_k,
                 max_tokens=max_tokens,
-                seed=args.seed,
+                seed=config.seed,
                 stop=stop,
                 batch_size=len(batch),
             )
@@ -235,12 +253,14 @@ def formatted(rows: list[dict], style: str, eos: str) -> list[dict]:
     ]
 
 
-def make_rounds(model, tokenizer, seeds, args, settings: dict, partial: Path, world) -> list[dict]:
+def make_rounds(
+    model, tokenizer, seeds, config: SelfInstructConfig, settings: dict, partial: Path, world
+) -> list[dict]:
     """Rounds until there are --num_rows instances, each appended to the partial file as it ends."""
     from common.distributed import progress_bar
     from data.self_instruct import filters
 
-    rounds = world.broadcast(results.read_partial(partial, settings, args.overwrite)[1:])
+    rounds = world.broadcast(results.read_partial(partial, settings, config.overwrite)[1:])
     if world.main:
         results.write_jsonl(partial, [{"settings": settings}, *rounds])
     pool = filters.RougePool()
@@ -248,23 +268,23 @@ def make_rounds(model, tokenizer, seeds, args, settings: dict, partial: Path, wo
     for instruction in [task["instruction"] for task in seeds] + machine:
         pool.add(instruction)
     made = len(rows_of(rounds))
-    with progress_bar(args.num_rows, "rows", world) as bar:
+    with progress_bar(config.num_rows, "rows", world) as bar:
         bar.update(made)
-        while made < args.num_rows:
+        while made < config.num_rows:
             if len(rounds) >= PATIENCE and not rows_of(rounds[-PATIENCE:]):
                 lost = sum((Counter(one["counts"]) for one in rounds), Counter())
                 raise cli.UserError(
-                    f"--model {args.model}: {PATIENCE} rounds in a row gave no instance ({made} of {args.num_rows} so "
-                    f"far; {dict(lost)}); use a stronger generator or other settings"
+                    f"--model {config.model}: {PATIENCE} rounds in a row gave no instance ({made} of {config.num_rows} "
+                    f"so far; {dict(lost)}); use a stronger generator or other settings"
                 )
             number, n_machine = len(rounds), len(machine)
 
             def ask(prompts, stage, number=number, n_machine=n_machine):
-                first = number * args.round_size if stage == "instructions" else n_machine
-                return complete(model, tokenizer, prompts, stage, first, args, world)
+                first = number * config.round_size if stage == "instructions" else n_machine
+                return complete(model, tokenizer, prompts, stage, first, config, world)
 
-            rng = random.Random(f"{args.seed}/{number}")
-            one = one_round(ask, seeds, pool, machine, rng, args.round_size)
+            rng = random.Random(f"{config.seed}/{number}")
+            one = one_round(ask, seeds, pool, machine, rng, config.round_size)
             rounds.append(one)
             machine += [task["instruction"] for task in one["tasks"]]
             made += len(rows_of([one]))
@@ -288,60 +308,60 @@ def report(counts: Counter, rows: int, output: Path) -> str:
     return "\n".join(lines)
 
 
-def destination(args) -> Path:
-    return Path(args.output or f"data/self-instruct-{Path(args.model).name}.jsonl")
+def destination(config: SelfInstructConfig) -> Path:
+    return Path(config.output or f"data/self-instruct-{Path(config.model).name}.jsonl")
 
 
-def check(args) -> SimpleNamespace:
+def check(config: SelfInstructConfig) -> SimpleNamespace:
     """Read and check every argument and file; UserError with all problems."""
     from common import models
 
     problems = cli.Problems()
-    distributed.check_environment(problems, args.device_map)
-    args.seed_tasks = str(dataset.default_dataset(args.seed_tasks))
-    output = destination(args)
-    cli.check_output_file(output, ".jsonl", problems, (args.seed_tasks,))
-    seeds, broken = problems.absorb(read_seed_tasks, args.seed_tasks, args.strict) or ([], 0)
-    ref, tokenizer = models.look_up(problems, args.model, args.revision)
+    distributed.check_environment(problems, config.device_map)
+    output = destination(config)
+    cli.check_output_file(output, ".jsonl", problems, (config.seed_tasks,))
+    seeds, broken = problems.absorb(read_seed_tasks, config.seed_tasks, config.strict) or ([], 0)
+    ref, tokenizer = models.look_up(problems, config.model, config.revision)
     settings = whole = None
     if not problems.lines:
-        settings = generation.settings_of(args, ref, SAMPLED, seed_tasks=results.sha256(args.seed_tasks))
-        whole = settings | {key: getattr(args, key) for key in ("num_rows", "format", "strict")}
-    finished = problems.absorb(dataset.finished, [("--output", output)], whole, args.overwrite)
+        settings = generation.settings_of(config, ref, SAMPLED, seed_tasks=results.sha256(config.seed_tasks))
+        whole = settings | {key: getattr(config, key) for key in ("num_rows", "format", "strict")}
+    finished = problems.absorb(dataset.finished, [("--output", output)], whole, config.overwrite)
     problems.check()
     return SimpleNamespace(
         seeds=seeds, broken=broken, ref=ref, tokenizer=tokenizer, settings=settings, whole=whole, finished=finished
     )
 
 
-def run(args) -> dict:
+def run(config: SelfInstructConfig) -> dict:
     """Write the file; returns the counts by filter, which are also printed and kept in run_generate.json; {} with
     nothing to do."""
-    output = destination(args)
+    config = replace(config, seed_tasks=str(dataset.default_dataset(config.seed_tasks)))
+    output = destination(config)
     partial = output.with_name(f".{output.name}.partial.jsonl")
-    with results.output_file(output, dry_run=args.dry_run) as place:
-        task = check(args)
+    with results.output_file(output, dry_run=config.dry_run) as place:
+        task = check(config)
         if task.finished:
             dataset.say_finished(output)
             return {}
-        results.read_partial(partial, task.settings, args.overwrite)  # refuses another run's
-        if args.dry_run:
-            print(f"would make {args.num_rows} rows from {len(task.seeds)} seed tasks with {args.model}: {output}")
+        results.read_partial(partial, task.settings, config.overwrite)  # refuses another run's
+        if config.dry_run:
+            print(f"would make {config.num_rows} rows from {len(task.seeds)} seed tasks with {config.model}: {output}")
             return {}
-        return generate(args, task, output, partial, place)
+        return generate(config, task, output, partial, place)
 
 
-def generate(args, task, output: Path, partial: Path, place: results.Output) -> dict:
+def generate(config: SelfInstructConfig, task, output: Path, partial: Path, place: results.Output) -> dict:
     from common import models
 
     settings = task.settings
     world = distributed.start()
-    with results.Run(output.parent / "run_generate.json", args, [args.seed_tasks], world, place) as record:
-        dtype = models.resolve_dtype(args.dtype, world.device)
-        base = models.load_base(task.ref, dtype, world.device, args.device_map)
+    with results.Run(output.parent / "run_generate.json", config, [config.seed_tasks], world, place) as record:
+        dtype = models.resolve_dtype(config.dtype, world.device)
+        base = models.load_base(task.ref, dtype, world.device, config.device_map)
         with models.adapted(base, task.ref.adapter) as (model, _):
-            rounds = make_rounds(model, task.tokenizer, task.seeds, args, settings, partial, world)
-        rows = formatted(rows_of(rounds)[: args.num_rows], args.format, task.tokenizer.eos_token)
+            rounds = make_rounds(model, task.tokenizer, task.seeds, config, settings, partial, world)
+        rows = formatted(rows_of(rounds)[: config.num_rows], config.format, task.tokenizer.eos_token)
         counts = sum((Counter(one["counts"]) for one in rounds), Counter({"broken seed tasks": task.broken}))
         record["counts"], record["rounds"] = counts, len(rounds)
         record["keep_rate"] = {
@@ -353,11 +373,11 @@ def generate(args, task, output: Path, partial: Path, place: results.Output) -> 
             dataset.write_manifest(
                 record.files,
                 output,
-                tag=f"self-instruct-{Path(args.model).name}",
+                tag=f"self-instruct-{Path(config.model).name}",
                 script="data/self_instruct/generate.py",
                 argv=sys.argv,
                 rows=len(rows),
-                source=[(args.seed_tasks, len(task.seeds) + task.broken)],
+                source=[(config.seed_tasks, len(task.seeds) + task.broken)],
                 generator={key: settings[key] for key in ("model", "revision", "weights")},
                 sampling={key: settings[key] for key in (*SAMPLED, "dtype")},
                 settings=task.whole,

@@ -24,6 +24,7 @@ import math
 import secrets
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,28 +40,52 @@ RESUMED = ("arm", "num", "condition", "temperature", "top_k", "max_new_tokens", 
 SAMPLED = ("condition", "temperature", "top_k", "max_new_tokens", "seed")
 
 
+@dataclass(frozen=True, kw_only=True)
+class SyntheticConfig(cli.ModelConfig):
+    """The flags of data/synthetic/generate.py."""
+
+    model: str
+    input: str = "./data/amazon/test.jsonl"
+    arm: str = "with_dp"
+    num: int | None = None
+    condition: str = "metadata"
+    training: str | None = None
+    metadata_epsilon: float | None = None
+    metadata_delta: float | None = None
+    metadata_fields: tuple[str, ...] = tuple(FIELDS)
+    histogram: str | None = None
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_k: int = 50
+    filter: tuple[str, ...] = ()
+    batch_size: int = 0
+    output: str | None = None
+    overwrite: bool = False
+
+
 def make_parser() -> cli.Parser:
     parser = cli.Parser(
         "Write synthetic reviews with a fine-tuned model, from metadata alone.",
         "python data/synthetic/generate.py --model run/checkpoint-276 --input test.jsonl --arm with_dp",
+        SyntheticConfig,
     )
     add = parser.add_argument
     add("-m", "--model", required=True, help="adapter or model directory, or hub name (default: none, required)")
-    add("-i", "--input", default="./data/amazon/test.jsonl", help="review rows whose metadata is used")
-    add("--arm", default="with_dp", help="name of what is compared: with_dp, no_dp, …")
-    add("--num", "--num_rows", type=cli.positive_int, default=None, help="rows to write; None: one a row of --input")
-    add("--condition", choices=CONDITIONS, default="metadata", help="what the prompt is made from")
-    add("--training", default=None, help="the generator's training rows: near-copies, and --condition sampled")
-    add("--metadata_epsilon", type=cli.positive_float, default=None, help="ε of the histogram of --condition sampled")
-    add("--metadata_delta", type=cli.positive_float, default=None, help="its δ; None: the model's, or 1/(10 · units)")
-    add("--metadata_fields", nargs="+", choices=FIELDS, default=list(FIELDS), help="fields that are drawn together")
-    add("--histogram", default=None, help="the released histogram (default: metadata_histogram.json beside --output)")
-    add("--max_new_tokens", type=cli.positive_int, default=256, help="tokens of a review")
-    add("--temperature", type=cli.non_negative_float, default=1.0, help="0 is greedy")
-    add("--top_k", type=cli.non_negative_int, default=50, help="tokens kept before sampling; 0: all")
-    add("--filter", nargs="+", choices=FILTERS, default=[], help="leave out empty reviews, or those cut at the length")
-    add("--batch_size", type=cli.non_negative_int, default=0, help="rows decoded together; 0: by memory")
-    add("--output", default=None, help="the .jsonl file (default: generated_sequences_<arm>.jsonl)")
+    add("-i", "--input", help="review rows whose metadata is used")
+    add("--arm", help="name of what is compared: with_dp, no_dp, …")
+    add("--num", "--num_rows", type=cli.positive_int, help="rows to write; None: one a row of --input")
+    add("--condition", choices=CONDITIONS, help="what the prompt is made from")
+    add("--training", help="the generator's training rows: near-copies, and --condition sampled")
+    add("--metadata_epsilon", type=cli.positive_float, help="ε of the histogram of --condition sampled")
+    add("--metadata_delta", type=cli.positive_float, help="its δ; None: the model's, or 1/(10 · units)")
+    add("--metadata_fields", nargs="+", choices=FIELDS, help="fields that are drawn together")
+    add("--histogram", help="the released histogram (default: metadata_histogram.json beside --output)")
+    add("--max_new_tokens", type=cli.positive_int, help="tokens of a review")
+    add("--temperature", type=cli.non_negative_float, help="0 is greedy")
+    add("--top_k", type=cli.non_negative_int, help="tokens kept before sampling; 0: all")
+    add("--filter", nargs="+", choices=FILTERS, help="leave out empty reviews, or those cut at the length")
+    add("--batch_size", type=cli.non_negative_int, help="rows decoded together; 0: by memory")
+    add("--output", help="the .jsonl file (default: generated_sequences_<arm>.jsonl)")
     add("--overwrite", action="store_true", help="replace an existing --output or unfinished run")
     cli.add_model_flags(parser)
     return parser
@@ -69,58 +94,62 @@ def make_parser() -> cli.Parser:
 # ---------------------------------------------------------------- before the model is loaded
 
 
-def destination(args) -> Path:
-    return Path(args.output or f"generated_sequences_{args.arm}.jsonl")
+def destination(config: SyntheticConfig) -> Path:
+    return Path(config.output or f"generated_sequences_{config.arm}.jsonl")
 
 
-def check(args) -> SimpleNamespace:
+def check(config: SyntheticConfig) -> SimpleNamespace:
     """Every argument and file; UserError with all problems."""
     problems = cli.Problems()
-    distributed.check_environment(problems, args.device_map)
-    if not reviews.ARM.fullmatch(args.arm):
-        problems.add(f"--arm {args.arm}: letters, digits, _ and - only, a letter first")
-    output = destination(args)
-    cli.check_output_file(output, ".jsonl", problems, (args.input, args.training, args.histogram))
-    if (args.condition == "sampled") != (args.metadata_epsilon is not None):
+    distributed.check_environment(problems, config.device_map)
+    if not reviews.ARM.fullmatch(config.arm):
+        problems.add(f"--arm {config.arm}: letters, digits, _ and - only, a letter first")
+    output = destination(config)
+    cli.check_output_file(output, ".jsonl", problems, (config.input, config.training, config.histogram))
+    if (config.condition == "sampled") != (config.metadata_epsilon is not None):
         problems.add("--metadata_epsilon: goes with --condition sampled, which needs it")
-    if args.condition == "sampled" and not args.training:
+    if config.condition == "sampled" and not config.training:
         problems.add("--condition sampled: give the rows that the histogram counts as --training")
-    if "Rating" not in args.metadata_fields:
+    if "Rating" not in config.metadata_fields:
         problems.add("--metadata_fields: Rating must be among them, every review has one")
-    if args.metadata_delta is not None and args.metadata_delta >= 1:
-        problems.add(f"--metadata_delta {args.metadata_delta:g}: must be below 1")
-    if args.metadata_epsilon == math.inf:
+    if config.metadata_delta is not None and config.metadata_delta >= 1:
+        problems.add(f"--metadata_delta {config.metadata_delta:g}: must be below 1")
+    if config.metadata_epsilon == math.inf:
         problems.add("--metadata_epsilon inf: must be finite")
-    rows = problems.absorb(reviews.read_reviews, args.input) or []
-    training = (problems.absorb(reviews.read_reviews, args.training) or []) if args.training else []
-    if args.condition == "title" and rows and any(not row.get("Review Title") for row in rows):
+    rows = problems.absorb(reviews.read_reviews, config.input) or []
+    training = (problems.absorb(reviews.read_reviews, config.training) or []) if config.training else []
+    if config.condition == "title" and rows and any(not row.get("Review Title") for row in rows):
         count = sum(not row.get("Review Title") for row in rows)
-        problems.add(f"{args.input}: {count} rows have no Review Title, which --condition title puts into the prompt")
-    if args.condition == "sampled" and len({row.get("System prompt") for row in rows}) > 1:
-        problems.add(f"{args.input}: the System prompt differs between rows; --condition sampled needs one for all")
-    if args.condition != "sampled" and (shared := reviews.shared_rows(rows, training)):
+        problems.add(f"{config.input}: {count} rows have no Review Title, which --condition title puts into the prompt")
+    if config.condition == "sampled" and len({row.get("System prompt") for row in rows}) > 1:
+        problems.add(f"{config.input}: the System prompt differs between rows; --condition sampled needs one for all")
+    if config.condition != "sampled" and (shared := reviews.shared_rows(rows, training)):
         problems.add(
-            f"{args.input}: {shared} of its rows are training rows, whose metadata would stand unprotected in the "
+            f"{config.input}: {shared} of its rows are training rows, whose metadata would stand unprotected in the "
             "output; name other rows, or draw metadata with --condition sampled"
         )
-    ref, tokenizer = models.look_up(problems, args.model, args.revision)
+    ref, tokenizer = models.look_up(problems, config.model, config.revision)
     block = models.privacy(ref) if ref else None
     unit = (block or {}).get("unit", "record")
-    if args.condition == "sampled" and unit == "user" and any(dataset.user_of(row) is None for row in training):
-        problems.add(f"{args.training}: rows without user_id; the model's privacy unit is the user")
-    histogram = Path(args.histogram) if args.histogram else output.with_name("metadata_histogram.json")
-    source = problems.absorb(training_source, args.training, len(training), ref) if ref and training else None
+    if config.condition == "sampled" and unit == "user" and any(dataset.user_of(row) is None for row in training):
+        problems.add(f"{config.training}: rows without user_id; the model's privacy unit is the user")
+    histogram = Path(config.histogram) if config.histogram else output.with_name("metadata_histogram.json")
+    source = problems.absorb(training_source, config.training, len(training), ref) if ref and training else None
     settings = whole = None
     if not problems.lines:
-        settings = generation.settings_of(args, ref, RESUMED, input=results.sha256(args.input))
-        if args.condition == "sampled":
-            settings |= {"metadata_epsilon": args.metadata_epsilon, "metadata_fields": args.metadata_fields}
-        told = {"filter": args.filter, "metadata_delta": args.metadata_delta, "training": source and source["sha256"]}
-        drawn = args.condition == "sampled" and histogram.is_file()
+        settings = generation.settings_of(config, ref, RESUMED, input=results.sha256(config.input))
+        if config.condition == "sampled":
+            settings |= {"metadata_epsilon": config.metadata_epsilon, "metadata_fields": list(config.metadata_fields)}
+        told = {
+            "filter": config.filter,
+            "metadata_delta": config.metadata_delta,
+            "training": source and source["sha256"],
+        }
+        drawn = config.condition == "sampled" and histogram.is_file()
         whole = settings | told | {"histogram": results.sha256(histogram) if drawn else None}
         if source and source["sha256"] is None:
             whole = None  # nothing could tell whether the output stands for these training rows
-    finished = problems.absorb(dataset.finished, [("--output", output)], whole, args.overwrite)
+    finished = problems.absorb(dataset.finished, [("--output", output)], whole, config.overwrite)
     problems.check()
     return SimpleNamespace(
         output=output, rows=rows, training=training, ref=ref, tokenizer=tokenizer, privacy=block, unit=unit,
@@ -140,14 +169,14 @@ def training_source(path: str, rows: int, ref) -> dict:
     return entry | {"sha256": trained.salted(entry["sha256"], salt) if salt else None, "salted": True}
 
 
-def release_histogram(args, task) -> dict:
+def release_histogram(config: SyntheticConfig, task) -> dict:
     """The released histogram: read when it is there with the same settings, else made (noise from the system)."""
     from data.synthetic import histogram
 
     units = len(set(map(dataset.user_of, task.training))) if task.unit == "user" else len(task.training)
-    delta = args.metadata_delta or (task.privacy or {}).get("delta") or 1 / (10 * units)
+    delta = config.metadata_delta or (task.privacy or {}).get("delta") or 1 / (10 * units)
     wanted = {
-        "training": task.source["sha256"], "fields": args.metadata_fields, "epsilon": args.metadata_epsilon,
+        "training": task.source["sha256"], "fields": list(config.metadata_fields), "epsilon": config.metadata_epsilon,
         "delta": delta, "unit": task.unit,
     }  # fmt: skip
     made = results.read_json(task.histogram, "name another file") if task.histogram.is_file() else None
@@ -166,21 +195,21 @@ def release_histogram(args, task) -> dict:
 
         rng = np.random.default_rng(secrets.randbits(256))
         rows = histogram.one_row_a_user(task.training, rng) if task.unit == "user" else task.training
-        cells = [tuple(row.get(field) or "" for field in args.metadata_fields) for row in rows]
+        cells = [tuple(row.get(field) or "" for field in config.metadata_fields) for row in rows]
         made = {
             **wanted,
             "mechanism": "two-sided geometric noise, L1 sensitivity 1 (one cell a unit), add/remove adjacency; noisy "
             "counts below the threshold are not released",
-            "threshold": histogram.threshold(args.metadata_epsilon, delta),
+            "threshold": histogram.threshold(config.metadata_epsilon, delta),
             "cells": [
-                [*cell, count] for cell, count in histogram.release(cells, args.metadata_epsilon, delta, rng).items()
+                [*cell, count] for cell, count in histogram.release(cells, config.metadata_epsilon, delta, rng).items()
             ],
         }
         results.write_json(task.histogram, made)  # an empty release too has spent its ε: it is not drawn again
     if not made["cells"]:
         raise cli.UserError(
-            f"--metadata_epsilon {args.metadata_epsilon:g}: no cell of {' × '.join(args.metadata_fields)} reaches the "
-            f"threshold of {made['threshold']}; raise ε or name fewer --metadata_fields, with another --histogram "
+            f"--metadata_epsilon {config.metadata_epsilon:g}: no cell of {' × '.join(config.metadata_fields)} reaches "
+            f"the threshold of {made['threshold']}; raise ε or name fewer --metadata_fields, with another --histogram "
             f"(the ε of {task.histogram} is spent: the two add up)"
         )
     return made
@@ -207,27 +236,27 @@ def privacy_block(model: dict | None, released: dict | None) -> dict:
     }
 
 
-def make_rows(args, task, released: dict | None) -> list[dict]:
+def make_rows(config: SyntheticConfig, task, released: dict | None) -> list[dict]:
     """The rows to write, in order, without their text: prompt fields, row_id, arm, seed; `key` identifies their noise.
 
     --num below the number of rows takes as many, drawn by --seed, in the order of the file; above it goes round again.
     """
     import random
 
-    n = args.num or len(task.rows)
-    common = {"arm": args.arm, "condition": args.condition}
+    n = config.num or len(task.rows)
+    common = {"arm": config.arm, "condition": config.condition}
     if released:
         from data.synthetic import histogram
 
         system = task.rows[0].get("System prompt") or ""
         cells = {tuple(cell): count for *cell, count in released["cells"]}
-        drawn = histogram.draw(cells, n, args.seed)
+        drawn = histogram.draw(cells, n, config.seed)
         empty = dict.fromkeys(dataset.REVIEW_FIELDS[1:], "") | {"System prompt": system}
-        fields = [{**empty, **dict(zip(args.metadata_fields, cell))} for cell in drawn]
+        fields = [{**empty, **dict(zip(config.metadata_fields, cell))} for cell in drawn]
         picked = [(i, 0, None, row) for i, row in enumerate(fields)]
     else:
         order = list(range(len(task.rows)))
-        random.Random(args.seed).shuffle(order)
+        random.Random(config.seed).shuffle(order)
         rest = set(order[: n % len(order)])
         rounds = n // len(order)
         picked = [
@@ -237,7 +266,7 @@ def make_rows(args, task, released: dict | None) -> list[dict]:
             if sample < rounds or i in rest
         ]
     names = [name for name in dataset.REVIEW_FIELDS if name != "Review"]
-    if args.condition != "title":
+    if config.condition != "title":
         names.remove("Review Title")
     return [
         {"row_id": row_id, **common, **{name: row.get(name) for name in names}, "sample": sample, "key": (i, sample)}
@@ -266,44 +295,46 @@ def near_copies(texts: list[str], training: list[str], held_out: list[str]) -> d
     }
 
 
-def run(args) -> dict:
+def run(config: SyntheticConfig) -> dict:
     """Write the file; returns what is also printed and kept in run_generate_<arm>.json; {} with nothing to do."""
-    output = destination(args)
-    with results.output_file(output, dry_run=args.dry_run) as place:
-        task = check(args)
+    output = destination(config)
+    with results.output_file(output, dry_run=config.dry_run) as place:
+        task = check(config)
         if task.finished:
             dataset.say_finished(output)
             return {}
-        generation.read_partials(output, task.settings, args.overwrite)  # refuses another run's
-        if args.dry_run:
-            n = args.num or len(task.rows)
-            print(f"would write {n} reviews of arm {args.arm} with {args.model} from {args.condition}, to {output}")
+        generation.read_partials(output, task.settings, config.overwrite)  # refuses another run's
+        if config.dry_run:
+            n = config.num or len(task.rows)
+            print(
+                f"would write {n} reviews of arm {config.arm} with {config.model} from {config.condition}, to {output}"
+            )
             return {}
-        return generate(args, task, place)
+        return generate(config, task, place)
 
 
-def generate(args, task, place: results.Output) -> dict:
+def generate(config: SyntheticConfig, task, place: results.Output) -> dict:
     settings = task.settings
     world = distributed.start()
-    run_file = task.output.parent / f"run_generate_{args.arm}.json"
-    with results.Run(run_file, args, [args.input], world, place) as record:
+    run_file = task.output.parent / f"run_generate_{config.arm}.json"
+    with results.Run(run_file, config, [config.input], world, place) as record:
         if task.source:
             record["inputs"].append({key: value for key, value in task.source.items() if key != "rows"})
-        dtype = models.resolve_dtype(args.dtype, world.device)
+        dtype = models.resolve_dtype(config.dtype, world.device)
         released = None
-        if args.condition == "sampled":
-            released = world.together(lambda: release_histogram(args, task) if world.main else None)[0]
+        if config.condition == "sampled":
+            released = world.together(lambda: release_histogram(config, task) if world.main else None)[0]
             settings["histogram"] = results.sha256(task.histogram)
             if task.whole:
                 task.whole["histogram"] = settings["histogram"]
-        rows = make_rows(args, task, released)
+        rows = make_rows(config, task, released)
         dropped, filtered = Counter(), Counter()
-        base = models.load_base(task.ref, dtype, world.device, args.device_map)
+        base = models.load_base(task.ref, dtype, world.device, config.device_map)
         prompts, rooms, kept = [], [], []
-        context, least = models.context_length(base), min(generation.MIN_ROOM, args.max_new_tokens)
+        context, least = models.context_length(base), min(generation.MIN_ROOM, config.max_new_tokens)
         for row in rows:
             prompt = encode_prompt(task.tokenizer, dataset.review_prompt(row))
-            room = min(args.max_new_tokens, context - len(prompt))
+            room = min(config.max_new_tokens, context - len(prompt))
             if room < least:
                 dropped[f"prompt leaves fewer than {least} of the context's {context:,} tokens"] += 1
                 continue
@@ -311,24 +342,24 @@ def generate(args, task, place: results.Output) -> dict:
             rooms.append(room)
             kept.append(row)
         if not kept:
-            raise cli.UserError(f"{args.input}: every prompt is too long for the model's {context} tokens")
+            raise cli.UserError(f"{config.input}: every prompt is too long for the model's {context} tokens")
         with models.adapted(base, task.ref.adapter) as (model, _):
             made = generation.continue_prompts(
                 model, task.tokenizer, prompts, rooms, [row["key"] for row in kept], output=task.output,
-                settings=settings, overwrite=args.overwrite, temperature=args.temperature, top_k=args.top_k,
-                seed=args.seed, batch_size=args.batch_size, world=world,
+                settings=settings, overwrite=config.overwrite, temperature=config.temperature, top_k=config.top_k,
+                seed=config.seed, batch_size=config.batch_size, world=world,
             )  # fmt: skip
         if world.main:
-            answer = finish(args, task, record, kept, made, released, settings, dropped, filtered)
+            answer = finish(config, task, record, kept, made, released, settings, dropped, filtered)
         answer = world.broadcast(answer if world.main else None)
         world.barrier()
     if world.main:
-        report(args, task, answer)
+        report(config, task, answer)
     world.close()
     return answer
 
 
-def finish(args, task, record, kept, made, released, settings, dropped, filtered) -> dict:
+def finish(config: SyntheticConfig, task, record, kept, made, released, settings, dropped, filtered) -> dict:
     """Rank 0: filter, count, write the rows and their manifest."""
     rows = []
     for row, item in zip(kept, made):
@@ -336,21 +367,21 @@ def finish(args, task, record, kept, made, released, settings, dropped, filtered
         del row["key"]
         ended = "eos" if item["ended"] else "length"
         text = item["generation"].removeprefix(" ")
-        if "empty" in args.filter and not text.strip():
+        if "empty" in config.filter and not text.strip():
             filtered["empty"] += 1
-        elif "length" in args.filter and ended == "length":
+        elif "length" in config.filter and ended == "length":
             filtered["length"] += 1
         else:
             made_here = {"finish_reason": ended, "generated_tokens": item["generated_tokens"]}
-            rows.append({**row, "generated_text": text, **made_here, "seed": args.seed, "sample": sample})
+            rows.append({**row, "generated_text": text, **made_here, "seed": config.seed, "sample": sample})
     texts = [row["generated_text"] for row in rows]
     held_out, trained = ([row["Review"] for row in one] for one in (task.rows, task.training))
     answer = {
-        "n_requested": args.num or len(task.rows),
+        "n_requested": config.num or len(task.rows),
         "n_scored": len(rows),
         "n_dropped": sum(dropped.values()) + sum(filtered.values()),
         "dropped": dict(dropped),
-        "filtered": {name: filtered[name] for name in args.filter},
+        "filtered": {name: filtered[name] for name in config.filter},
         "ended": sum(row["finish_reason"] == "eos" for row in rows),
         "empty": sum(not text.strip() for text in texts),
         "near_copies": near_copies(texts, trained, held_out),
@@ -362,11 +393,11 @@ def finish(args, task, record, kept, made, released, settings, dropped, filtered
     dataset.write_manifest(
         record.files,
         task.output,
-        tag=f"synthetic-{args.arm}",
+        tag=f"synthetic-{config.arm}",
         script="data/synthetic/generate.py",
         argv=sys.argv,
         rows=len(rows),
-        source=[(args.input, len(task.rows)), *([task.source] if task.source else [])],
+        source=[(config.input, len(task.rows)), *([task.source] if task.source else [])],
         generator={key: settings[key] for key in ("model", "revision", "weights")},
         sampling={key: settings[key] for key in (*SAMPLED, "dtype")},
         settings=task.whole,
@@ -377,8 +408,8 @@ def finish(args, task, record, kept, made, released, settings, dropped, filtered
     return answer | {"privacy": privacy}
 
 
-def report(args, task, answer: dict) -> None:
-    print(f"{answer['n_scored']:>9,}  reviews of arm {args.arm} in {task.output}")
+def report(config: SyntheticConfig, task, answer: dict) -> None:
+    print(f"{answer['n_scored']:>9,}  reviews of arm {config.arm} in {task.output}")
     for reason, count in (answer["dropped"] | {f"--filter {k}": n for k, n in answer["filtered"].items()}).items():
         print(f"{count:>9,}  left out: {reason}")
     print(f"{answer['ended']:>9,}  ended by themselves, {answer['empty']:,} empty")
