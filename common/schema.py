@@ -1,5 +1,6 @@
 """Names that stand in result files, and the files' own names: each has one owner, this one."""
 
+import re
 from pathlib import Path
 
 TEMPERATURES = (0.01, 0.1, 0.2, 0.5, 0.75, 1.0, 1.25, 1.5)
@@ -17,6 +18,23 @@ MEASURES = ("matches", "exact", "local_part", "domain", "no_pattern")
 CORE = ("loss", "zlib", "lowercase", "ref", "min_k", "min_k_pp", "surp", "ez", "wbc")
 FAMILIES = ("loss", "zlib", "lowercase", "ref", "min_k", "min_k_pp", "surp", "recall", "con_recall", "dc_pdd",
             "neighborhood", "grad_norm", "ez", "wbc")  # fmt: skip
+# Result files by what a report reads of them.
+KINDS = {
+    "extraction": re.compile(r"results_purified\d*\.?jsonl$"),  # the released tool writes results_purified1jsonl too
+    "perplexity": re.compile(r"perplexity\.jsonl$"),
+    "perplexity_text": re.compile(r"perplexity\.txt$"),
+    "mia": re.compile(r"results_mia\.jsonl$"),
+    "canary": re.compile(r"results_canary\.jsonl$"),
+    "fidelity": re.compile(r"results_fidelity\.json$"),
+    "utility": re.compile(r"results_utility\.jsonl$"),
+    "importance": re.compile(r"feature_importance\.json$"),
+    "human": re.compile(r"human_evaluation\.json$"),
+    "run": re.compile(r"run(_(?!plot_results)\w+)?\.json$"),
+    "metrics": re.compile(r"metrics\.jsonl$"),
+    "privacy": re.compile(r"privacy\.json$"),
+    "adapter": re.compile(r"adapter_config\.json$"),
+    "responses": re.compile(r"results_purified\d*_rows\.jsonl$"),
+}
 
 
 def outcomes_path(results_file) -> Path:

@@ -4,7 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.models import HARDLY
-from reporting.load import HEADLINE_TEMPERATURE, Study, choose
+from common.schema import HEADLINE_TEMPERATURE
+from reporting.load import choose
+from reporting.table import Study
 
 LEVELS = ("wrong", "careful", "note")  # a number is not what it says | read it with this in mind | good to know
 MUCH_CUT = 0.05  # share of generated rows that hit the token limit

@@ -4,9 +4,11 @@ import math
 from pathlib import Path
 
 from reporting import figures_extraction, figures_synthetic
-from reporting.load import Model, Study, choose, literal
+from reporting.figures_mia import heat_maps, roc_curves
+from reporting.load import choose
 from reporting.style import Look, short
 from reporting.svg import BASE, Figure, Panel, label_ends
+from reporting.table import Model, Study, literal
 
 
 def training(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
@@ -71,8 +73,8 @@ BUILDERS = (
     figures_extraction.extraction_curves,
     figures_extraction.plane,
     figures_extraction.perplexity_curves,
-    figures_extraction.roc_curves,
-    figures_extraction.heat_maps,
+    roc_curves,
+    heat_maps,
     figures_synthetic.epsilon_bounds,
     figures_synthetic.exposure,
     figures_synthetic.canary_counts,

@@ -4,10 +4,10 @@ Every function takes a Study, the Look and the compared models and returns the f
 is read but the membership scores behind a ROC curve.
 """
 
-import json
 import math
 
-from reporting.load import HEADLINE_ATTACK, HEADLINE_TEMPERATURE, Model, Row, Study, check
+from common.schema import HEADLINE_TEMPERATURE
+from reporting.figures_mia import MOST_COLUMNS
 from reporting.style import (
     MOST_GROUPS,
     MOST_LINES,
@@ -24,14 +24,9 @@ from reporting.style import (
     styles_of,
     sweeps,
 )
-from reporting.svg import AXIS, BASE, COLOURS, GRID, INK, MUTED, Figure, Panel, errors, percent
+from reporting.svg import AXIS, BASE, INK, MUTED, Figure, Panel, errors, percent
 from reporting.svg import line as plot_line
-
-MOST_ROCS = 6
-MOST_COLUMNS = 24  # checkpoints of a heat map
-ATTACKS = ("ref", "loss", "zlib", "lowercase", "min_k_20", "min_k_pp_20", "surp", "recall", "con_recall", "dc_pdd",
-           "neighborhood", "neighborhood_self", "grad_norm", "ez", "wbc", "combine")  # fmt: skip
-
+from reporting.table import Model, Row, Study
 
 # ---------------------------------------------------------------- extraction
 
@@ -350,156 +345,3 @@ def _plane(pairs, kept, look):
 
 
 # ---------------------------------------------------------------- membership inference
-
-
-def roc_curves(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
-    """ROC on logarithmic axes: the headline attack, others in grey, blind baselines dashed, chance dotted."""
-    files, panels, told = {}, [], []
-    for row in study.select("mia", "auc", role="target", attack=HEADLINE_ATTACK):
-        if row.file in study.scores and row.model in chosen:
-            files[row.model.key] = row
-    if not files:  # without the headline attack
-        for row in study.select("mia", "auc", role="target", attack="loss"):
-            if row.file in study.scores and row.model in chosen:
-                files[row.model.key] = row
-    flags = {file: set(line.get("flags", [])) for file, _, line in study.lines.get("mia", [])}
-    drawn = look.sort(row.model for row in files.values())[:MOST_ROCS]
-    measured = {row.model.key: row.model for row in study.select("mia", "auc", role="target")}
-    named = names(drawn)
-    for model in drawn:
-        row = files[model.key]
-        curves, n = None, 0
-        with study.guard(study.shown(study.scores[row.file])):
-            curves, n = curves_of(study.scores[row.file])
-        if curves is None:
-            continue
-        bad = sorted(flag for flag in flags[row.file] if flag.startswith(("blind", "near")))
-        panels.append(Panel(short(named[model.key], 40), _roc(curves, n, look.of[model.arm][0], bad), (3.45, 3.3)))
-        told.append(f"{model.label}: AUC of {row.attack} {interval_text(row, False)}")
-        told += [f"flagged: {', '.join(bad)}"] if bad else []
-    if not panels:
-        return []
-    keys = [(f"{HEADLINE_ATTACK} (headline), in its arm's colour", INK, None, "-"), ("other attacks", AXIS, None, "-"),
-            ("blind baselines", INK, None, "--"), ("chance", MUTED, None, ":"),
-            ("1 % FPR", GRID, None, "-")]  # fmt: skip
-    caption = (
-        "True against false positive rate, both logarithmic. Blind baselines never see the model: where they leave the "
-        "diagonal, so may an attack for the same reason."
-        + left_out((model for model in measured.values() if model in chosen), drawn)
-    )
-    return [Figure("mia_roc", "Membership inference: ROC", caption, "; ".join(told), panels, keys, 3, "mia")]
-
-
-def curves_of(path) -> tuple[dict, int]:
-    """({score: (false, true positive rates)}, number of non-members) of a scores_mia.jsonl."""
-    from common.stats import roc
-
-    with open(path, encoding="utf-8") as file:
-        lines = [json.loads(text) for text in file if text.strip()]
-    curves = {}
-    scored = [name for name in (*ATTACKS, "blind_length", "blind_zlib", "blind_bow", "blind_tfidf") if name in lines[0]]
-    labels = [line["label"] for line in lines]
-    if set(labels) - {0, 1}:
-        raise ValueError("label: neither 0 nor 1")
-    for name in scored:
-        values = [line[name] for line in lines]
-        for value in values:
-            check({name: value}, (name,))
-        members, others = ([value for value, its in zip(values, labels) if its == label and value is not None]
-                           for label in (1, 0))  # fmt: skip
-        if members and others:
-            curves[name] = thin(*roc(members, others))
-    return curves, labels.count(0)
-
-
-def thin(x, y, most: int = 300):
-    """At most about `most` points of a staircase, even on a logarithm of x; first and last stay."""
-    import numpy as np
-
-    if len(x) <= most:
-        return x, y
-    at = np.unique(np.searchsorted(x, np.geomspace(max(x[x > 0].min(), 1e-6), 1, most)))
-    at = np.unique(np.concatenate([[0], at.clip(0, len(x) - 1), [len(x) - 1]]))
-    return x[at], y[at]
-
-
-def _roc(curves, n, colour, bad):
-    def draw(axes):
-        smallest = 1 / (2 * max(1, n))
-        axes.axvline(0.01, color=GRID, linewidth=1.5, zorder=0)
-        axes.plot([smallest, 1], [smallest, 1], ":", color=MUTED, linewidth=1.3)
-        for name, (false, true) in curves.items():
-            style = {"color": AXIS, "linewidth": 0.9, "zorder": 2}
-            if name.startswith("blind"):
-                style = {"color": INK, "linewidth": 1.0, "linestyle": "--", "zorder": 3}
-            elif name == HEADLINE_ATTACK:
-                style = {"color": colour, "linewidth": 2.4, "zorder": 4}
-            axes.step(false.clip(smallest), true.clip(smallest), where="post", **style)
-        axes.set(xscale="log", yscale="log", xlim=(smallest, 1.02), ylim=(smallest, 1.1))
-        axes.set(xlabel="false positive rate", ylabel="true positive rate")
-        if bad:
-            axes.text(0.03, 0.97, "flagged: " + ", ".join(bad), transform=axes.transAxes, va="top", fontsize=8,
-                      color=COLOURS["vermillion"][0], fontweight="bold")  # fmt: skip
-        axes.minorticks_off()
-
-    return draw
-
-
-def heat_maps(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
-    """AUC and TPR at 1 % FPR, attack × checkpoint."""
-    made = []
-    every = study.select("mia", role="target", attack=lambda name: name in ATTACKS)
-    sets = groups(every)
-    for place, group in enumerate(sets[:MOST_GROUPS]):
-        rows = [row for row in every if row.group == group]
-        models = look.sort({row.model.key: row.model for row in rows}.values())
-        every_model = models
-        if len(models) > MOST_COLUMNS:
-            models = [model for model in models if model in chosen][:MOST_COLUMNS]
-        attacks = [name for name in ATTACKS if any(row.attack == name for row in rows)]
-        at = {(row.model.key, row.attack, row.metric): row for row in rows if row.level in (None, "0.01")}
-        size = (max(3.45, 1.3 + 0.62 * len(models)), 1.75 + 0.27 * len(attacks))
-        panels = [
-            Panel("AUC", _heat(models, attacks, at, "auc", look), size),
-            Panel("TPR at 1 % FPR", _heat(models, attacks, at, "tpr", look), size),
-        ]
-        best = [row for row in rows if row.metric == "auc" and row.attack == HEADLINE_ATTACK and row.model in models]
-        told = "; ".join(f"{row.model.label} {HEADLINE_ATTACK} AUC {interval_text(row, False)}" for row in best)
-        caption = f"{group}. AUC 0.5 and a true positive rate of 1 % are chance."
-        caption += left_out(every_model, models) + more_groups(sets, place)
-        made.append(Figure(name_of("mia_heatmap", place), "Attack × checkpoint", caption, told, panels, [], 2, "mia"))
-    return made
-
-
-def _heat(models, attacks, at, metric, look):
-    def draw(axes):
-        import numpy as np
-        from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
-
-        def value(model, attack):
-            row = at.get((model.key, attack, metric))
-            return math.nan if row is None or row.value is None else row.value
-
-        values = np.array([[value(model, attack) for model in models] for attack in attacks])
-        chance, least, most = (0.5, 0.3, 0.7) if metric == "auc" else (0.01, 0.0, 0.05)
-        norm = TwoSlopeNorm(chance, least, max(most, np.nanmax(values, initial=chance)))
-        scale = [(0, "#5b86bd"), (0.5, "#f3f3f1"), (0.75, "#f0a468"), (1, "#b23c00")]  # chance is neutral
-        colours = LinearSegmentedColormap.from_list("", scale)
-        axes.pcolormesh(np.ma.masked_invalid(values), cmap=colours, norm=norm, edgecolors="face", linewidth=0.5)
-        for i, j in np.ndindex(values.shape):
-            if math.isnan(values[i, j]):
-                axes.text(j + 0.5, i + 0.5, "–", ha="center", va="center", color=MUTED, fontsize=8.5)
-                continue
-            r, g, b, _ = colours(norm(values[i, j]))
-            text = f"{values[i, j]:.3f}" if metric == "auc" else f"{values[i, j]:.1%}"
-            tint = "#101214" if 0.299 * r + 0.587 * g + 0.114 * b > 0.5 else "#ffffff"
-            axes.text(j + 0.5, i + 0.5, text, ha="center", va="center", color=tint, fontsize=8.5)
-        axes.set_yticks(np.arange(len(attacks)) + 0.5, attacks)
-        labels = [short(name, 22) for name in names(models).values()]
-        axes.set_xticks(np.arange(len(models)) + 0.5, labels, rotation=30, ha="right", rotation_mode="anchor")
-        axes.invert_yaxis()
-        axes.tick_params(length=0, labelcolor=INK)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
-
-    return draw

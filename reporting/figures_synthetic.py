@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from reporting.load import Model, Row, Study
 from reporting.style import MOST_GROUPS, Look, interval_text, more_groups, name_of, names, short
 from reporting.svg import AXIS, BASE, COLOURS, GRID, INK, MARKERS, MUTED, SERIES, Figure, Panel, errors, percent
+from reporting.table import Model, Row, Study
 
 
 def who(rows: list[Row]):

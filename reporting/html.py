@@ -6,10 +6,12 @@ from html import escape
 from pathlib import Path
 
 from common import models
+from common.schema import GREEDY_BELOW, HEADLINE_ATTACK, HEADLINE_TEMPERATURE
 from reporting import svg
 from reporting.caveats import LEVELS, Caution, script_of
-from reporting.load import GREEDY_BELOW, HEADLINE_ATTACK, HEADLINE_TEMPERATURE, Row, Study, choose, literal
+from reporting.load import choose
 from reporting.style import Look
+from reporting.table import Row, Study, literal
 
 HERE = Path(__file__).resolve().parent
 STATIC_ROWS = 100  # a longer detail table is built when it is opened

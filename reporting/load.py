@@ -5,165 +5,32 @@ What cannot be read is kept as Damage, never skipped in silence. No text of a da
 """
 
 import json
-import math
 import os
-import re
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from common.cli import is_utf8, one_line
+from common.schema import KINDS
+from reporting.labels import CHECKPOINT, Models, fixed_models, name_models
+from reporting.table import (
+    COLUMNS,
+    MODEL_COLUMNS,
+    MODEL_TEXTS,
+    ROW_TEXTS,
+    Damage,
+    Model,
+    Row,
+    Study,
+    check,
+    check_line,
+    check_row,
+    check_run,
+    literal,
+    make_literal,
+    need,
+)
 
-HEADLINE_TEMPERATURE = 0.2  # fixed in advance; greedy stands beside it
-GREEDY_BELOW = 0.01
-HEADLINE_ATTACK = "ref"
-MEASURES = ("matches", "exact", "local_part", "domain", "no_pattern")
-TREE = re.compile(r"(?P<tag>[^/]+)/(?P<decay>[0-9.e+-]+)_(?P<rate>[0-9.]+(?:e[+-]?\d+)?)(?:-(?P<name>[^/]+))?$")
-TAG = re.compile(r"(?P<data>.+?)-(?P<peft>lora|dora|pissa|full)(?:-dp-(?P<noise>eps|sigma)(?P<amount>[^/]+))?$")
-CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
-KINDS = {
-    "extraction": re.compile(r"results_purified\d*\.?jsonl$"),  # the released tool writes results_purified1jsonl too
-    "perplexity": re.compile(r"perplexity\.jsonl$"),
-    "perplexity_text": re.compile(r"perplexity\.txt$"),
-    "mia": re.compile(r"results_mia\.jsonl$"),
-    "canary": re.compile(r"results_canary\.jsonl$"),
-    "fidelity": re.compile(r"results_fidelity\.json$"),
-    "utility": re.compile(r"results_utility\.jsonl$"),
-    "importance": re.compile(r"feature_importance\.json$"),
-    "human": re.compile(r"human_evaluation\.json$"),
-    "run": re.compile(r"run(_(?!plot_results)\w+)?\.json$"),
-    "metrics": re.compile(r"metrics\.jsonl$"),
-    "privacy": re.compile(r"privacy\.json$"),
-    "adapter": re.compile(r"adapter_config\.json$"),
-    "responses": re.compile(r"results_purified\d*_rows\.jsonl$"),
-}
 LEFT_OUT = {"mia_cache", "private", "__pycache__"}  # folders that hold no results
-UNEXPECTED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)  # of content of another form
 CURVES = ("loss", "eval_loss", "grad_norm")
-
-
-@dataclass
-class Model:
-    """One measured model. `key` is its path; `label` is unique in a study and set when all files are read."""
-
-    key: str
-    arm: str = ""
-    run: str = ""  # its run directory, as a path
-    base: str = ""
-    peft_type: str | None = None
-    learning_rate: float | None = None
-    weight_decay: float | None = None
-    step: int | None = None
-    epoch: float | None = None
-    run_name: str | None = None
-    last: bool = True  # the last checkpoint of its run
-    change: float | None = None  # ‖ΔW‖/‖W‖
-    origin: str = ""  # key of the checkpoint whose weights it has: itself, or what was merged
-    label: str = ""
-
-    @property
-    def is_base(self) -> bool:
-        return self.arm == "base"
-
-
-@dataclass(slots=True)
-class Row:
-    """One number. `low`, `high` are the ends of `interval`; `n` what it is over; `file`, `line` where it stands."""
-
-    area: str
-    metric: str
-    value: float | None
-    low: float | None = None
-    high: float | None = None
-    interval: str | None = None
-    count: int | None = None
-    n: int | None = None
-    n_requested: int | None = None
-    n_dropped: int | None = None
-    undefined: str | None = None
-    model: Model | None = None
-    arm: str | None = None
-    role: str = "target"  # target | base | blind | floor | baseline
-    group: str | None = None  # numbers of one group may be compared: same rows, prompts and settings
-    template: str | None = None
-    temperature: float | None = None
-    attack: str | None = None
-    level: str | None = None
-    repetitions: int | None = None
-    seed: int | None = None
-    headline: bool = False
-    settings: dict = field(default_factory=dict)
-    file: str = ""
-    line: int = 1
-    shown: bool = False  # a table of the page has it
-
-    @property
-    def source(self) -> str:
-        return f"{self.file}:{self.line}"
-
-
-COLUMNS = [one.name for one in fields(Row) if one.name != "shown"]
-ROW_NUMBERS = ("value", "low", "high", "count", "n", "n_requested", "n_dropped", "temperature", "repetitions")
-ROW_TEXTS = ("arm", "interval", "undefined", "template", "attack", "level")
-MODEL_TEXTS = ("arm", "base", "peft_type", "run_name")
-MODEL_COLUMNS = [one.name for one in fields(Model) if one.name not in ("label", "arm", "key", "last", "origin")]
-
-
-@dataclass
-class Damage:
-    """A line or file that could not be read. `torn`: the unfinished last line of a file that is still appended to."""
-
-    file: str
-    line: int
-    reason: str
-    torn: bool = False
-
-
-@dataclass
-class Study:
-    """All that was found. Paths are shown relative to `root`."""
-
-    root: Path
-    rows: list[Row] = field(default_factory=list)
-    models: dict[str, Model] = field(default_factory=dict)
-    runs: dict[str, dict] = field(default_factory=dict)  # path of run.json → content
-    curves: dict[str, list[dict]] = field(default_factory=dict)  # run directory → lines of metrics.jsonl
-    scores: dict[str, Path] = field(default_factory=dict)  # results_mia.jsonl, shown → its scores_mia.jsonl
-    lines: dict[str, list[tuple[str, int, dict]]] = field(default_factory=dict)  # kind → (file, line, content)
-    files: dict[str, list[Path]] = field(default_factory=dict)
-    groups: dict[str, dict[str, dict]] = field(default_factory=dict)  # area → label → settings
-    damage: list[Damage] = field(default_factory=list)
-    index: dict = field(default_factory=dict)
-
-    def shown(self, path) -> str:
-        return literal(os.path.relpath(path, self.root))
-
-    @contextmanager
-    def guard(self, file: str, line: int = 1):
-        """What the content of this file raises inside becomes Damage with the exception's type and message."""
-        try:
-            yield
-        except UNEXPECTED as error:
-            self.damage.append(Damage(file, line, f"not of the expected form ({error!r})"))
-
-    def select(self, area: str, metric: str | None = None, **wanted) -> list[Row]:
-        """Rows of an area (and metric) whose attributes equal `wanted`; a callable value is a test."""
-        if not self.index:
-            for row in self.rows:
-                self.index.setdefault((row.area, None), []).append(row)
-                self.index.setdefault((row.area, row.metric), []).append(row)
-        found = self.index.get((area, metric), [])
-        for name, value in wanted.items():
-            test = value if callable(value) else value.__eq__
-            found = [row for row in found if test(getattr(row, name)) is True]
-        return found
-
-
-def literal(text: str) -> str:
-    """`text` on one line: control characters, halves of surrogate pairs and what turns the reading direction as \\x07,
-    \\ud800, …: no font has them, and UTF-8 not all of them."""
-    odd = r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
-    return re.sub(odd, lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 # ---------------------------------------------------------------- files
@@ -233,71 +100,6 @@ def parse(path: Path, study: Study) -> list[tuple[int, dict]]:
     return found
 
 
-def check(content, names, kind=float) -> None:
-    """TypeError where `content`, an object or a Row, has something but null or a `kind` at one of `names`.
-
-    float: any number; ValueError for an infinite one, which no figure has a place for.
-    """
-    for name in names:
-        value = content.get(name) if isinstance(content, dict) else getattr(content, name)
-        number = kind is float and isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value is not None and not number and (kind is float or not isinstance(value, kind)):
-            raise TypeError(f"{name}: a {type(value).__name__} where a {kind.__name__} belongs")
-        if number and not math.isfinite(value):
-            raise ValueError(f"{name}: {value}")
-
-
-def need(content: dict, *names: str, kind=float) -> None:
-    """As `check`; null is a TypeError too, and absence a KeyError."""
-    check(content, names, kind)
-    for name in names:
-        if content[name] is None:
-            raise TypeError(f"{name}: null where a {kind.__name__} belongs")
-
-
-def check_run(run: dict) -> None:
-    """UNEXPECTED where a run file holds another form of what a report uses of it."""
-    args = run.get("args", {})
-    check(run, ("status", "commit", "data_tag"), str)
-    check(run, ("steps", "seconds", "tokens_per_second", "relative_change"))
-    check(run, ("peak_memory", "packages", "dataset_inference"), dict)
-    check(run, ("argv",), list)
-    check(run.get("peak_memory") or {}, ("cpu_bytes", "gpu_bytes"))
-    check(args, args.keys() & {"peft_type", "run_name"}, str)
-    if run.get("steps") is not None:  # a training run
-        check(args, ("epochs",))
-    for found in (run.get("dataset_inference") or {}).values():
-        if found:
-            need(found, "n_members")
-            check({name: found[name] for name in ("p", "t")}, ("p", "t"))
-
-
-def check_line(line: dict) -> None:
-    """UNEXPECTED where a result line holds another form of what stands beside its numbers."""
-    check(line, ("relative_change", "ceiling", "sample_rate", "delta", "upper"))
-    check(line, ("model", "base_model", "model_sha256", "void"), str)
-    for flag in line.get("flags", []):
-        need({"flag": flag}, "flag", kind=str)
-    need(line, *(line.keys() & {"arm", "attack"}), kind=str)
-    if line.get("mcnemar_against_real"):
-        need(line["mcnemar_against_real"], "gained", "lost", "p")
-
-
-def make_literal(item: Model | Row, names) -> None:
-    """The texts of `item` that tables and figures show, each as `literal` has it."""
-    for name in names:
-        text = getattr(item, name)
-        if text:
-            setattr(item, name, literal(text))
-
-
-def check_row(row: Row) -> None:
-    check(row, ROW_NUMBERS)
-    check(row, ROW_TEXTS, str)
-    if (row.low is None) != (row.high is None):
-        raise ValueError(f"{row.metric}: an interval with one end")
-
-
 def curve(path: Path, study: Study) -> list[dict]:
     """The lines of a metrics.jsonl; one with another thing where a number belongs is damage, an infinity is a gap."""
     lines = []
@@ -325,146 +127,6 @@ def scores_of(path: Path, study: Study) -> Path | None:
 
 
 # ---------------------------------------------------------------- models
-
-
-class Models:
-    """Finds the Model of a result line. `folders`: the checkpoint directories that exist below the directories."""
-
-    def __init__(self, study: Study, folders: set[Path]):
-        self.study, self.bases = study, set()
-        self.siblings: dict[Path, list[Path]] = {}
-        for folder in sorted(folders, key=lambda path: int(CHECKPOINT.search(path.name)[1])):
-            self.siblings.setdefault(folder.parent, []).append(folder)
-        self.by_tail: dict[tuple, list[Path]] = {}
-        for folder in folders:
-            self.by_tail.setdefault(folder.parts[-4:], []).append(folder)
-        for path, content in study.runs.items():
-            if Path(path).name == "run.json" and content.get("args", {}).get("model"):
-                self.bases.add(str(content["args"]["model"]))
-        for run in self.siblings:
-            self.bases.add(run.parent.parent.name)
-
-    def resolve(self, name, file: Path) -> Path | str:
-        """The checkpoint directory that a line means: the one it lies in, or the one named, also in a moved tree."""
-        if CHECKPOINT.fullmatch(file.parent.name):
-            return file.parent
-        if name is None:
-            return file.parent
-        path = Path(str(name))
-        same = self.by_tail.get(path.absolute().parts[-4:], [])
-        if not CHECKPOINT.fullmatch(path.name) or not same:
-            return str(name)
-        return max(same, key=lambda folder: len(os.path.commonpath([folder.absolute(), file.absolute()])))
-
-    def of(self, name, file: Path, base=None) -> Model:
-        target = self.resolve(name, file)
-        key = str(target)
-        if key in self.study.models:
-            return self.study.models[key]
-        model = Model(key, origin=key)
-        if CHECKPOINT.fullmatch(Path(key).name):
-            self.describe(model, Path(key))
-        else:
-            last = Path(key).name
-            known = {one for base in self.bases for one in (base, Path(base).name)}
-            model.arm = "base" if key == str(base) or key in self.bases or last in known else last
-            model.base = last if model.arm == "base" else Path(str(base)).name if base else ""
-            model.run = key
-            merge = self.study.runs.get(str(Path(key) / "run_merge_peft.json"), {})
-            if merge.get("args", {}).get("model"):
-                model.origin = str(self.resolve(merge["args"]["model"], Path(key) / "run_merge_peft.json"))
-                model.change = merge.get("relative_change")
-        self.study.models[key] = model
-        return model
-
-    def describe(self, model: Model, folder: Path) -> None:
-        """Everything that the run's run.json or, without one, its place in the tree says."""
-        run = folder.parent
-        model.run, model.step = str(run), int(CHECKPOINT.search(folder.name)[1])
-        content = self.study.runs.get(str(run / "run.json"), {})
-        args = content.get("args", {})
-        place = TREE.search(run.as_posix())
-        tag = TAG.fullmatch(place["tag"]) if place else None
-        data = content.get("data_tag") or (tag["data"] if tag else place["tag"] if place else run.name)
-        noise = f", DP {'ε' if tag['noise'] == 'eps' else 'σ'} = {tag['amount']}" if tag and tag["noise"] else ""
-        model.arm = data + noise
-        model.base = Path(str(args["model"])).name if args.get("model") else run.parent.parent.name if place else ""
-        model.peft_type = args.get("peft_type") or (tag["peft"] if tag else None)
-        rate, decay = (place["rate"], place["decay"]) if place else (None, None)
-        model.learning_rate = as_float(rate if args.get("learning_rate") is None else args["learning_rate"])
-        model.weight_decay = as_float(decay if args.get("weight_decay") is None else args["weight_decay"])
-        model.run_name = args.get("run_name") or (place["name"] if place else None)
-        siblings = self.siblings.get(run, [folder])
-        model.last = folder == siblings[-1] if folder in siblings else True
-        model.change = content.get("relative_change") if model.last else None
-        if content.get("steps") and args.get("epochs"):
-            model.epoch = round(model.step * args["epochs"] / content["steps"], 2)
-        elif folder in siblings:
-            model.epoch = float(siblings.index(folder) + 1)  # one checkpoint an epoch
-
-
-def as_float(value) -> float | None:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return None
-
-
-def short_arm(arm: str, arms: set[str]) -> str:
-    """'self-generated-pythia-12b' → 'generated', where no other generator's arm stands beside it."""
-    for long, short in (("self-generated-", "generated"), ("self-instruct-", "self-instruct")):
-        if arm.startswith(long):
-            data, comma, noise = arm.partition(",")
-            others = {one.partition(",")[0] for one in arms if one.startswith(long)}
-            return (short if len(others) == 1 else f"{short} ({data.removeprefix(long)})") + comma + noise
-    return arm
-
-
-def name_models(models: list[Model]) -> None:
-    """Set `label`: arm, then only what differs between models; unique."""
-    arms = {model.arm for model in models}
-
-    def differ(name: str) -> bool:
-        return len({getattr(model, name) for model in models if not model.is_base} - {None, ""}) > 1
-
-    shown = {name: differ(name) for name in ("base", "peft_type", "learning_rate", "weight_decay", "run_name")}
-    shown["base"] = len({model.base for model in models} - {""}) > 1
-    for model in models:
-        model.arm = short_arm(model.arm, arms)
-    for model in models:
-        parts = [model.arm]
-        if shown["base"] and model.base and model.base != model.arm:
-            parts.insert(0, model.base)
-        if not model.is_base:
-            parts += [model.peft_type] if shown["peft_type"] and model.peft_type else []
-            parts += [f"lr {model.learning_rate:g}"] if shown["learning_rate"] and model.learning_rate else []
-            parts += [f"wd {model.weight_decay:g}"] if shown["weight_decay"] and model.weight_decay is not None else []
-            parts += [model.run_name] if shown["run_name"] and model.run_name else []
-            parts += [f"epoch {model.epoch:g}"] if model.epoch is not None else []
-        model.label = " · ".join(parts)
-    taken: dict[str, list[Model]] = {}
-    for model in models:
-        taken.setdefault(model.label, []).append(model)
-    for label, same in taken.items():
-        for model in same if len(same) > 1 else ():
-            model.label = f"{label} · {literal(model.key)}"
-
-
-def fixed_models(models: list[Model]) -> tuple[list[Model], float | None]:
-    """(of each arm the last checkpoint at one learning rate: that of most runs, the smallest of equals; the rate, None
-    where all have the same). An arm without a run there: its smallest rate. Nothing measured enters the choice.
-    """
-    last = [model for model in models if model.last]
-    rates = [model.learning_rate for model in last if model.learning_rate is not None]
-    fixed = min(set(rates), key=lambda rate: (-rates.count(rate), rate)) if rates else None
-    arms: dict[tuple, list[Model]] = {}
-    for model in last:
-        arms.setdefault((model.base, model.arm, model.peft_type, model.run_name), []).append(model)
-    chosen = []
-    for runs in arms.values():
-        own = [model for model in runs if model.learning_rate == fixed]
-        chosen += own or [min(runs, key=lambda model: model.learning_rate or 0)]
-    return chosen, fixed if len(set(rates)) > 1 else None
 
 
 def side_by_side(study: Study) -> dict[tuple, dict[str, Model]]:
@@ -514,7 +176,7 @@ def choose(study: Study) -> tuple[list[Model], str, list[str]]:
 
 def read(directories: list[Path], output: Path | None = None) -> Study:
     """The Study below `directories` (existing); nothing below `output` is read."""
-    from reporting import canary, parsers
+    from reporting import parsers
 
     directories = [Path(directory).resolve() for directory in directories]  # however it is called, a run is read once
     study = Study(Path(os.path.commonpath(directories)))
@@ -531,7 +193,7 @@ def read(directories: list[Path], output: Path | None = None) -> Study:
         "extraction": parsers.extraction_rows,
         "perplexity": parsers.perplexity_rows,
         "mia": parsers.mia_rows,
-        "canary": canary.rows,
+        "canary": parsers.canary_rows,
         "fidelity": parsers.fidelity_rows,
         "utility": parsers.utility_rows,
         "importance": parsers.importance_rows,

@@ -3,7 +3,9 @@
 import re
 from html import escape
 
-from reporting.load import HEADLINE_TEMPERATURE, Study, parse
+from common.schema import HEADLINE_TEMPERATURE
+from reporting.load import parse
+from reporting.table import Study
 
 MOST_ROWS = 200  # of a file
 

@@ -3,8 +3,8 @@
 import math
 from collections.abc import Callable
 
-from reporting.load import Model, Row, Study
 from reporting.svg import BASE, COLOURS, MARKERS, SERIES
+from reporting.table import Model, Row, Study
 
 MOST_GROUPS = 3  # sets of people or texts that get figures of their own; tables have all
 MOST_LINES = 8

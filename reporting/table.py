@@ -1,0 +1,203 @@
+"""The types of a report: models, rows of numbers, what was damaged; and the checks of what files hold."""
+
+import math
+import os
+import re
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+UNEXPECTED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)  # of content of another form
+
+
+@dataclass
+class Model:
+    """One measured model. `key` is its path; `label` is unique in a study and set when all files are read."""
+
+    key: str
+    arm: str = ""
+    run: str = ""  # its run directory, as a path
+    base: str = ""
+    peft_type: str | None = None
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+    step: int | None = None
+    epoch: float | None = None
+    run_name: str | None = None
+    last: bool = True  # the last checkpoint of its run
+    change: float | None = None  # ‖ΔW‖/‖W‖
+    origin: str = ""  # key of the checkpoint whose weights it has: itself, or what was merged
+    label: str = ""
+
+    @property
+    def is_base(self) -> bool:
+        return self.arm == "base"
+
+
+@dataclass(slots=True)
+class Row:
+    """One number. `low`, `high` are the ends of `interval`; `n` what it is over; `file`, `line` where it stands."""
+
+    area: str
+    metric: str
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    interval: str | None = None
+    count: int | None = None
+    n: int | None = None
+    n_requested: int | None = None
+    n_dropped: int | None = None
+    undefined: str | None = None
+    model: Model | None = None
+    arm: str | None = None
+    role: str = "target"  # target | base | blind | floor | baseline
+    group: str | None = None  # numbers of one group may be compared: same rows, prompts and settings
+    template: str | None = None
+    temperature: float | None = None
+    attack: str | None = None
+    level: str | None = None
+    repetitions: int | None = None
+    seed: int | None = None
+    headline: bool = False
+    settings: dict = field(default_factory=dict)
+    file: str = ""
+    line: int = 1
+    shown: bool = False  # a table of the page has it
+
+    @property
+    def source(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+COLUMNS = [one.name for one in fields(Row) if one.name != "shown"]
+ROW_NUMBERS = ("value", "low", "high", "count", "n", "n_requested", "n_dropped", "temperature", "repetitions")
+
+
+ROW_TEXTS = ("arm", "interval", "undefined", "template", "attack", "level")
+MODEL_TEXTS = ("arm", "base", "peft_type", "run_name")
+
+
+MODEL_COLUMNS = [one.name for one in fields(Model) if one.name not in ("label", "arm", "key", "last", "origin")]
+
+
+@dataclass
+class Damage:
+    """A line or file that could not be read. `torn`: the unfinished last line of a file that is still appended to."""
+
+    file: str
+    line: int
+    reason: str
+    torn: bool = False
+
+
+@dataclass
+class Study:
+    """All that was found. Paths are shown relative to `root`."""
+
+    root: Path
+    rows: list[Row] = field(default_factory=list)
+    models: dict[str, Model] = field(default_factory=dict)
+    runs: dict[str, dict] = field(default_factory=dict)  # path of run.json → content
+    curves: dict[str, list[dict]] = field(default_factory=dict)  # run directory → lines of metrics.jsonl
+    scores: dict[str, Path] = field(default_factory=dict)  # results_mia.jsonl, shown → its scores_mia.jsonl
+    lines: dict[str, list[tuple[str, int, dict]]] = field(default_factory=dict)  # kind → (file, line, content)
+    files: dict[str, list[Path]] = field(default_factory=dict)
+    groups: dict[str, dict[str, dict]] = field(default_factory=dict)  # area → label → settings
+    damage: list[Damage] = field(default_factory=list)
+    index: dict = field(default_factory=dict)
+
+    def shown(self, path) -> str:
+        return literal(os.path.relpath(path, self.root))
+
+    @contextmanager
+    def guard(self, file: str, line: int = 1):
+        """What the content of this file raises inside becomes Damage with the exception's type and message."""
+        try:
+            yield
+        except UNEXPECTED as error:
+            self.damage.append(Damage(file, line, f"not of the expected form ({error!r})"))
+
+    def select(self, area: str, metric: str | None = None, **wanted) -> list[Row]:
+        """Rows of an area (and metric) whose attributes equal `wanted`; a callable value is a test."""
+        if not self.index:
+            for row in self.rows:
+                self.index.setdefault((row.area, None), []).append(row)
+                self.index.setdefault((row.area, row.metric), []).append(row)
+        found = self.index.get((area, metric), [])
+        for name, value in wanted.items():
+            test = value if callable(value) else value.__eq__
+            found = [row for row in found if test(getattr(row, name)) is True]
+        return found
+
+
+def literal(text: str) -> str:
+    """`text` on one line: control characters, halves of surrogate pairs and what turns the reading direction as \\x07,
+    \\ud800, …: no font has them, and UTF-8 not all of them."""
+    odd = r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
+    return re.sub(odd, lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def check(content, names, kind=float) -> None:
+    """TypeError where `content`, an object or a Row, has something but null or a `kind` at one of `names`.
+
+    float: any number; ValueError for an infinite one, which no figure has a place for.
+    """
+    for name in names:
+        value = content.get(name) if isinstance(content, dict) else getattr(content, name)
+        number = kind is float and isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not number and (kind is float or not isinstance(value, kind)):
+            raise TypeError(f"{name}: a {type(value).__name__} where a {kind.__name__} belongs")
+        if number and not math.isfinite(value):
+            raise ValueError(f"{name}: {value}")
+
+
+def need(content: dict, *names: str, kind=float) -> None:
+    """As `check`; null is a TypeError too, and absence a KeyError."""
+    check(content, names, kind)
+    for name in names:
+        if content[name] is None:
+            raise TypeError(f"{name}: null where a {kind.__name__} belongs")
+
+
+def check_run(run: dict) -> None:
+    """UNEXPECTED where a run file holds another form of what a report uses of it."""
+    args = run.get("args", {})
+    check(run, ("status", "commit", "data_tag"), str)
+    check(run, ("steps", "seconds", "tokens_per_second", "relative_change"))
+    check(run, ("peak_memory", "packages", "dataset_inference"), dict)
+    check(run, ("argv",), list)
+    check(run.get("peak_memory") or {}, ("cpu_bytes", "gpu_bytes"))
+    check(args, args.keys() & {"peft_type", "run_name"}, str)
+    if run.get("steps") is not None:  # a training run
+        check(args, ("epochs",))
+    for found in (run.get("dataset_inference") or {}).values():
+        if found:
+            need(found, "n_members")
+            check({name: found[name] for name in ("p", "t")}, ("p", "t"))
+
+
+def check_line(line: dict) -> None:
+    """UNEXPECTED where a result line holds another form of what stands beside its numbers."""
+    check(line, ("relative_change", "ceiling", "sample_rate", "delta", "upper"))
+    check(line, ("model", "base_model", "model_sha256", "void"), str)
+    for flag in line.get("flags", []):
+        need({"flag": flag}, "flag", kind=str)
+    need(line, *(line.keys() & {"arm", "attack"}), kind=str)
+    if line.get("mcnemar_against_real"):
+        need(line["mcnemar_against_real"], "gained", "lost", "p")
+
+
+def make_literal(item: Model | Row, names) -> None:
+    """The texts of `item` that tables and figures show, each as `literal` has it."""
+    for name in names:
+        text = getattr(item, name)
+        if text:
+            setattr(item, name, literal(text))
+
+
+def check_row(row: Row) -> None:
+    check(row, ROW_NUMBERS)
+    check(row, ROW_TEXTS, str)
+    if (row.low is None) != (row.high is None):
+        raise ValueError(f"{row.metric}: an interval with one end")
