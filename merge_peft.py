@@ -38,7 +38,7 @@ def make_parser() -> cli.Parser:
     )
     add = parser.add_argument
     add("--model", required=True, help="an adapter checkpoint (directory)")
-    add("--save_dir", help="where the model goes; an earlier merge there is replaced")
+    add("--save_dir", "--output_dir", help="where the model goes; an earlier merge there is replaced")
     add("--base_model", help="base model instead of the one that the adapter's config names")
     add(
         "--is_opt",

@@ -44,7 +44,7 @@ def make_parser() -> cli.Parser:
     )
     add = parser.add_argument
     add("directories", nargs="+", metavar="DIR", help="searched for result files, at any depth (default: none)")
-    add("--output", help="directory of the page, the figures and the table")
+    add("--output", "--output_dir", help="directory of the page, the figures and the table")
     add("--include_responses", action="store_true", help="show answers of --save_responses, by their shape alone")
     add("--unredacted", action="store_true", help="with --include_responses: as they are; the page gets mode 0600")
     add("--no_figures", action="store_true", help="no PNG and PDF; the page has its figures all the same")

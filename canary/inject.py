@@ -55,7 +55,7 @@ def make_parser() -> cli.Parser:
         InjectConfig,
     )
     add = parser.add_argument
-    add("-i", "--input", help="review rows to train on")
+    add("-i", "--input", "--data", help="review rows to train on")
     add("--output", help="the .jsonl file to train on (default: <input>_canaries.jsonl)")
     add("--key_file", help="the .jsonl key (default: <output>_key.jsonl)")
     add("--share", type=cli.positive_float, help="one canary in this share of the rows: 0.01, 0.1, 1")

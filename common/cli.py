@@ -81,7 +81,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, description: str, example: str, config: type | None = None, settle: Settle | None = None):
-        self._config, self._settle = config, settle
+        self.configuration, self._settle = config, settle
         self.defaults = defaults_of(config) if config else {}
         self._problems: list[str] = []
         self._flags: list[str] = []
@@ -158,9 +158,9 @@ class Parser(argparse.ArgumentParser):
         if self._problems:
             raise UserError(*dict.fromkeys(self._problems))
         del parsed.config
-        if self._config is None:
+        if self.configuration is None:
             return parsed
-        return self._config(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(parsed).items()})
+        return self.configuration(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(parsed).items()})
 
     def _config_words(self, words: list[str]) -> list[str]:
         """The keys of --config as words of a command line, so that both are checked alike."""

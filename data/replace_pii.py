@@ -50,7 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
         "python data/replace_pii.py --input data/enron.jsonl --output data/replaced_data.arrow",
         ReplaceConfig,
     )
-    parser.add_argument("--input", metavar="FILE", help="Enron rows (.jsonl, .arrow)")
+    parser.add_argument("--input", "--data", metavar="FILE", help="Enron rows (.jsonl, .arrow)")
     parser.add_argument(
         "--output", metavar="FILE", help=f"the .arrow file to write; None: {DEFAULT_NAME} beside --input"
     )

@@ -51,7 +51,7 @@ def make_parser() -> cli.Parser:
         ContinuationConfig,
     )
     parser.add_argument("-m", "--model", help="the generator: directory or hub name")
-    parser.add_argument("-d", "--data_set", "--dataset", help="rows in the Enron format")
+    parser.add_argument("-d", "--data_set", "--dataset", "--data", help="rows in the Enron format")
     parser.add_argument("--top_k", type=cli.positive_int, help="tokens kept before sampling")
     parser.add_argument("-mt", "--max_tokens", type=cli.positive_int, help="tokens of a generation")
     parser.add_argument("--temperature", type=cli.non_negative_float, help="0 is greedy")

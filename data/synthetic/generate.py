@@ -71,7 +71,7 @@ def make_parser() -> cli.Parser:
     )
     add = parser.add_argument
     add("-m", "--model", required=True, help="adapter or model directory, or hub name (default: none, required)")
-    add("-i", "--input", help="review rows whose metadata is used")
+    add("-i", "--input", "--data", help="review rows whose metadata is used")
     add("--arm", help="name of what is compared: with_dp, no_dp, …")
     add("--num", "--num_rows", type=cli.positive_int, help="rows to write; None: one a row of --input")
     add("--condition", choices=CONDITIONS, help="what the prompt is made from")
