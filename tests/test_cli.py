@@ -50,7 +50,8 @@ FLAGS = {
     "data/enron/prepare.py": {
         "--input", "--output", "--tokenizer", "--workers", "--strict", "--overwrite", "--dry_run", "--seed",
     },
-    "data/replace_pii.py": {"--input", "--data", "--output", "--save_map", "--strict", "--overwrite", "--dry_run", "--seed"},
+    "data/replace_pii.py": {"--input", "--data", "--output", "--save_map", "--strict", "--overwrite",
+        "--dry_run", "--seed"},
     "data/leak_check.py": {"--input", "--data", "--replaced", "--dry_run", "--seed"},
     "data/amazon/prepare.py": {
         "--reviews", "--meta", "--output_dir", "--train", "--test", "--memory_limit", "--threads", "--strict",
