@@ -93,7 +93,9 @@ FLAGS = {
         "--real", "--heldout", "--synthetic", "--num_rows", "--num_heldout", "--min_rows", "--num_seeds",
         "--output_dir", "--overwrite", "--dry_run", "--seed",
     },
-    "plot_results.py": {"--output", "--output_dir", "--include_responses", "--unredacted", "--no_figures", "--dry_run", "--seed"},
+    "plot_results.py": {
+        "--output", "--output_dir", "--include_responses", "--unredacted", "--no_figures", "--dry_run", "--seed",
+    },
     "utility/human_sheet.py": {
         "--synthetic", "--real", "--num_rows", "--sheets", "--key", "--output_dir", "--overwrite", "--dry_run",
         "--seed",
