@@ -81,7 +81,6 @@ def run(config: EvaluateConfig) -> int:
     membership = sets = None
     if config.mia:
         from mia.config import MiaConfig
-
         from mia.dataset import prepare
 
         membership = MiaConfig(dir=config.model, members=config.dataset, seed=config.seed, dtype=config.dtype)
