@@ -56,3 +56,36 @@ def next_free(folder) -> Path:
         k += 1
         path = Path(folder) / f"results_purified{k}.jsonl"
     return path
+
+
+# Every file that a script leaves for its user: (written by, what it holds). docs/outputs.md is made of it.
+OUTPUTS = {
+    "adapter_config.json, adapter_model.safetensors": ("run_peft.py", "a PEFT adapter for the original base"),
+    "metrics.jsonl": ("run_peft.py", "one line per --logging_steps, and one per held-out loss"),
+    "run.json": ("run_peft.py", "configuration, versions, inputs, status, `trained` and `privacy` blocks"),
+    "trained_rows.jsonl": ("run_peft.py", "one line per training row: hash, tokens, what the loss saw"),
+    "privacy.json": ("run_peft.py --dp", "the ε spent up to this checkpoint"),
+    "run_merge_peft.json": ("merge_peft.py", "what was merged, ‖ΔW‖/‖W‖"),
+    "results_purified.jsonl": ("measure_purified.py, evaluate_purified.py", "one line per temperature"),
+    "outcomes_purified.jsonl": ("the same", "one line per row × template × temperature, no text"),
+    "results_purified_rows.jsonl": ("the same with --save_responses", "every answer (mode 0600)"),
+    "perplexity.jsonl": ("perplexity/perplexity.py", "one line per model"),
+    "results_mia.jsonl": ("mia/mia.py", "one line per attack"),
+    "scores_mia.jsonl": ("mia/mia.py", "one line per text: every score"),
+    "run_mia.json": ("mia/mia.py", "configuration, dataset inference, near-duplicates"),
+    "results_canary.jsonl": ("canary/measure.py", "one line per arm and question: exposure, counts, bounds of ε"),
+    "results_canary_rows.jsonl": ("canary/measure.py", "one line per canary and arm (mode 0600)"),
+    "results_fidelity.json": ("fidelity/fidelity.py", "measures of each arm with their intervals"),
+    "results_utility.jsonl": ("utility/downstream.py", "one line per arm and seed"),
+    "results_utility_rows.jsonl": ("utility/downstream.py", "truth and rating of every row, no text"),
+    "feature_importance.json": ("utility/feature_importance.py", "agreement of word importances"),
+    "human_evaluation.json": ("utility/human_sheet.py score", "scores of the raters"),
+    "results.csv": ("plot_results.py", "every number of the report, one line each"),
+}
+EXIT_STATUSES = {
+    0: "done, or finished already",
+    1: "a checkpoint, a leak check or a bound failed, or a bug (traceback)",
+    2: "problems with arguments, files or a full disk: one line each, nothing was measured",
+    130: "Ctrl-C",
+    143: "SIGTERM: the state is saved where the script can resume",
+}

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# One node, all of its GPUs: the base sharded over them, the adapter replicated.
+set -euo pipefail
+gpus=$(nvidia-smi --list-gpus | wc -l)
+torchrun --standalone --nproc_per_node="$gpus" run_peft.py --model EleutherAI/pythia-12b --input data/enron.jsonl \
+    --distribution_type fsdp --gradient_checkpointing --learning_rate 2e-4
+torchrun --standalone --nproc_per_node="$gpus" evaluate_purified.py --model ./pythia-12b
