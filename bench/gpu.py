@@ -48,7 +48,7 @@ def make_parser() -> cli.Parser:
     add("--runs", type=cli.positive_int, default=3, help="timed repetitions of sweep and score")
     add("--only", nargs="+", choices=WORKERS, default=list(WORKERS), help="which to run")
     add("--peak_tflops", type=cli.positive_float, default=989.0, help="the card's dense bf16 peak (H100, H200: 989)")
-    add("--peer_python", default=sys.executable, help="Python that has trl")
+    add("--peer_python", default=sys.executable, help="Python that has trl (default: this one)")
     add("--seed", type=int, default=0, help="seed of weights and texts")
     add("--worker", choices=WORKERS, default=None, help="one measurement (used by this script)")
     add("--folder", type=Path, default=None, help="where the worker finds its model and rows")

@@ -41,7 +41,7 @@ def make_parser() -> cli.Parser:
         help="batch sizes the peer may choose from",
     )
     parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers", help="the peer")
-    parser.add_argument("--peer_python", default=sys.executable, help="Python that has the peer installed")
+    parser.add_argument("--peer_python", default=sys.executable, help="Python that has the peer (default: this one)")
     parser.add_argument("--runs", type=cli.positive_int, default=3, help="runs of each; the median counts")
     parser.add_argument("--threads", type=cli.positive_int, default=os.cpu_count(), help="threads of each process")
     parser.add_argument(

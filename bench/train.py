@@ -50,7 +50,7 @@ def make_parser() -> cli.Parser:
     add("--gradient_accumulation_steps", type=cli.positive_int, default=4, help="micro-batches of a step")
     add("--threads", type=cli.positive_int, default=os.cpu_count(), help="OMP_NUM_THREADS of every process")
     add("--runs", type=cli.positive_int, default=3, help="runs of each setting, in turns; the median counts")
-    add("--peer_python", default=sys.executable, help="Python that has trl")
+    add("--peer_python", default=sys.executable, help="Python that has trl (default: this one)")
     add("--seed", type=int, default=3407, help="seed of lengths, texts, weights and training")
     add("--worker", choices=("ours", "dynamic", "padded"), default=None, help="one measurement (used by this script)")
     add("--folder", default=None, help="where the worker finds its model and rows")

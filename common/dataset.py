@@ -58,7 +58,8 @@ def read_rows(path, broken: dict[int, str] | None = None) -> list[dict]:
 
 
 def _read_jsonl(path: Path, broken: dict[int, str] | None = None) -> list[dict]:
-    rows, problems = [], []
+    rows: list[dict] = []
+    problems: list[str] = []
 
     def refuse(number: int, reason: str, advice: str, row: dict | None = None) -> None:
         if broken is None:
@@ -237,18 +238,18 @@ def validate(path, rows: list[dict], fields: tuple[str, ...] | None = None) -> s
     """
     check_manifest(path, len(rows))
     note_lost_manifest(path, rows)
-    shape, any_shape = shape_of(rows[0]), fields is not None
+    shape, any_shape = shape_of(rows[0]) or "", fields is not None
     if fields is None:
-        if shape is None:
+        if not shape:
             known = "; ".join(", ".join(names) for names in REQUIRED.values())
             raise UserError(f"{path}: row 0: no known set of fields; expected one of: {known}")
         fields = REQUIRED[shape]
     absent = [field for field in fields if all(row.get(field) is None for row in rows)]
     words = " and ".join(f"'{field}'" for field in absent)
     problems = [f"{path}: no row has the field {words}; name a file that has it"] if absent else []
-    fields = [field for field in fields if field not in absent]
+    fields = tuple(field for field in fields if field not in absent)
     for index, row in enumerate(rows):
-        if not any_shape and (own := shape_of(row)) != shape:
+        if not any_shape and (own := shape_of(row) or "") != shape:
             problems.append(f"{path}: row {index}: has the fields of another kind of rows ({own}, row 0: {shape})")
             continue
         problems += [f"{path}: row {index}: {problem}" for problem in row_problems(row, fields)]
@@ -278,7 +279,7 @@ def row_problems(row: dict, fields: Iterable[str]) -> Iterator[str]:
         elif field == "gt-name" and not value.strip():
             yield "gt-name is empty"
     shape = shape_of(row)
-    for field in OPTIONAL.get(shape, ()):
+    for field in OPTIONAL.get(shape or "", ()):
         value = row.get(field)
         if field not in fields and value is not None and not isinstance(value, str):
             yield f"field '{field}' must be text, not {type(value).__name__}"
@@ -315,7 +316,7 @@ def read_with_broken(path, fields: tuple[str, ...]) -> tuple[list[dict], dict[in
     """(all rows, {index of a broken one: why}) for builders that leave broken rows out; Arrow takes all others.
 
     UserError when the file is not the one that its manifest describes."""
-    broken = {}
+    broken: dict[int, str] = {}
     rows = read_rows(path, broken)
     check_manifest(path, len(rows))
     note_lost_manifest(path, rows)
@@ -331,8 +332,9 @@ def row_text(row: dict) -> tuple[str, int | None]:
     shape = shape_of(row)
     if shape == "text":
         prompt = row.get("prompt")
-        known = isinstance(prompt, str) and isinstance(row.get("generation"), str) and row["text"].startswith(prompt)
-        return row["text"], len(prompt) if known else None
+        if isinstance(prompt, str) and isinstance(row.get("generation"), str) and row["text"].startswith(prompt):
+            return row["text"], len(prompt)
+        return row["text"], None
     if shape in ("enron", "prompt"):
         prompt, completion = row["prompt"], row["continuation"]
     elif shape == "instruction":
@@ -548,8 +550,8 @@ def finished(outputs: list[tuple[str, Path]], settings: dict | None, overwrite: 
     if overwrite:
         return False
     standing = [(flag, path) for flag, path in (*outputs, *others) if path.exists()]
-    whole = len(standing) == len(outputs) + len(others) and settings is not None
-    if standing and whole and all(_made_with(path, settings) for _, path in outputs):
+    whole = len(standing) == len(outputs) + len(others)
+    if standing and whole and settings is not None and all(_made_with(path, settings) for _, path in outputs):
         return True
     if standing:
         raise UserError(
@@ -563,7 +565,7 @@ def _made_with(path: Path, settings: dict) -> bool:
         manifest = read_manifest(path) or {}
     except UserError:
         return False
-    return manifest.get("settings") == settings and manifest.get("sha256") == sha256(path)
+    return manifest.get("settings") == plain(settings) and manifest.get("sha256") == sha256(path)
 
 
 def say_finished(*paths: Path) -> None:

@@ -147,7 +147,7 @@ def start(group_of_one: bool = False) -> World:
             world_size=size,
             store=store,
             timeout=timedelta(hours=6),
-            **({"device_id": torch.device(device)} if cuda else {}),
+            device_id=torch.device(device) if cuda else None,
         )
     return World(rank, size, local_rank, device, backend)
 

@@ -180,7 +180,7 @@ def _check_kind(path: Path, config: dict) -> None:
         raise UserError(f"{path}: {', '.join(wrong)} in its adapter_config.json is of another type than peft writes")
     patterns = [config.get(key) for key in ("target_modules", "exclude_modules")]
     for key in ("rank_pattern", "alpha_pattern"):
-        patterns += config.get(key) if isinstance(config.get(key), dict) else []
+        patterns += list(config.get(key) or ()) if isinstance(config.get(key), dict) else []
     for pattern in patterns:
         if isinstance(pattern, str) and ENDLESS.search(pattern):
             raise UserError(f"{path}: {pattern!r} in its adapter_config.json may never end as a regular expression")
@@ -191,10 +191,10 @@ NAMES_OF_MODULES = ("target_modules", "exclude_modules", "modules_to_save")
 
 def _other_types(kind: str, config: dict) -> list[str]:
     """Keys of an adapter_config.json whose values peft would stumble over: of another type than its default's."""
-    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
 
     try:
-        defaults = vars(PEFT_TYPE_TO_CONFIG_MAPPING[kind]())
+        defaults = vars(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]())
     except (KeyError, TypeError, ValueError):  # a kind without a configuration, or without defaults
         return []
     wrong = []
@@ -223,7 +223,8 @@ def _check_embeddings(path: Path, base: str, revision) -> None:
     from transformers import AutoConfig
 
     vocabulary = AutoConfig.from_pretrained(base, revision=revision).get_text_config().vocab_size
-    folder, known = Path(base).expanduser(), {}
+    folder = Path(base).expanduser()
+    known: dict[str, tuple[int, ...]] = {}
     for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
         known |= tensor_shapes(file, "copy it there again")
     for tensor, shape in adapter_shapes(path).items():
@@ -274,7 +275,7 @@ def _find_adapter(path: Path, revision, base_model, flag: str, is_opt: bool, fil
                     f"take base_sha256 out of {path.parent / 'run.json'})"
                 )
     problems.check()
-    return ModelRef(str(path), base, str(path), revision)
+    return ModelRef(str(path), str(base), str(path), revision)
 
 
 MOVED_BASE = "pass --base_model, or mend base_model_name_or_path in its adapter_config.json"
@@ -391,7 +392,8 @@ def special_tokens_in(tokenizer, texts) -> dict[str, int]:
     """
     special = set(tokenizer.all_special_tokens)
     special |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    start, found = tokenizer.bos_token, {}
+    start = tokenizer.bos_token
+    found: dict[str, int] = {}
     pattern = re.compile("|".join(map(re.escape, sorted(filter(None, special), key=len, reverse=True))) or r"(?!)")
     for text in texts:
         for token in set(pattern.findall(text.removeprefix(start) if start else text)):
@@ -441,7 +443,7 @@ def load_base(ref: ModelRef, dtype, device: str, device_map=None, attn_implement
     model = AutoModelForCausalLM.from_pretrained(
         ref.base, revision=ref.revision, dtype=dtype, device_map=device_map, **extra
     )
-    return (model if device_map else model.to(device)).eval()
+    return (model if device_map else model.to(device)).eval()  # type: ignore[arg-type]
 
 
 def module_of(tensor: str) -> str:
@@ -476,6 +478,7 @@ def check_fit(model, adapter) -> None:
         n_in, n_out = weight.shape[-1], weight.shape[0]
         if type(module).__name__ == "Conv1D":
             n_in, n_out = n_out, n_in
+        wanted: tuple[int, ...]
         if ".lora_A" in tensor:
             wanted = (shape[0], n_in)
         elif ".lora_B" in tensor:
@@ -615,7 +618,8 @@ def check_rope(config, longest: int) -> None:
     (rope_type "dynamic": they grow with the longest sequence yet, and stay)."""
     config = config.get_text_config()
     for one in _rope(config):
-        limit = one.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", longest)
+        limit = one.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", None)
+        limit = longest if limit is None else limit
         if one["rope_type"] == "dynamic" and longest > limit:
             raise UserError(
                 f"{config.name_or_path or config.model_type}: its dynamic rotary embedding makes what it says of "
@@ -628,8 +632,8 @@ def attention_window(config) -> int | None:
     config = config.get_text_config()
     if getattr(config, "use_sliding_window", True) is False:
         return None
-    names = ("sliding_window", "attention_window_size", "attention_chunk_size")
-    names += ("window_size",) if config.model_type == "gpt_neo" else ()
+    names = ["sliding_window", "attention_window_size", "attention_chunk_size"]
+    names += ["window_size"] if config.model_type == "gpt_neo" else []
     found = [getattr(config, name, None) for name in names]
     return min((one for one in found if isinstance(one, int)), default=None)
 

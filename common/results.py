@@ -389,9 +389,9 @@ def output_folder(folder, dry_run: bool = False, key: str = ""):
 @contextlib.contextmanager
 def output_file(*paths, dry_run: bool = False):
     """Lock output files in folders that other runs may write to as well; else as `output_folder`."""
-    paths = [Path(path) for path in dict.fromkeys(map(Path, paths))]
-    places = [(path.with_name(f".{path.name}.lock"), path.with_name(f".{path.name}.publish"), path) for path in paths]
-    with _locked_places(places, list(dict.fromkeys(path.parent for path in paths)), dry_run) as after_kill:
+    files = list(dict.fromkeys(map(Path, paths)))
+    places = [(path.with_name(f".{path.name}.lock"), path.with_name(f".{path.name}.publish"), path) for path in files]
+    with _locked_places(places, list(dict.fromkeys(path.parent for path in files)), dry_run) as after_kill:
         yield Output(places[0][1], after_kill)
 
 
@@ -518,7 +518,7 @@ def read_json(path, remedy: str, kind: type = dict):
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); mend its mode") from None
     if not isinstance(item, kind):
-        what = {dict: "object", list: "array"}[kind]
+        what = "array" if kind is list else "object"
         raise UserError(f"{path}: a JSON {what} was expected; {remedy}")
     return item
 
@@ -554,7 +554,7 @@ def read_partial(file, settings: dict, overwrite: bool) -> list[dict]:
         lines = (
             [dict(strict_json.parse(line)) for line in file.read_bytes().split(b"\n")[:-1]] if file.is_file() else []
         )
-        differ = [key for key, value in settings.items() if lines and lines[0]["settings"].get(key) != value]
+        differ = [key for key, value in plain(settings).items() if lines and lines[0]["settings"].get(key) != value]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         if overwrite:
             return []

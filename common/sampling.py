@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from common import models
 from common.cli import UserError
@@ -304,7 +304,7 @@ class OwnCache:
     def begin(self, prompts: list[list[int]], targets: Forms | None, branches: int, max_tokens: int):
         import torch
 
-        self.cache = {}
+        self.cache: dict = {}
         last = self._next(torch.tensor(prompts, device=self.device))
 
         def predicting(prompt, form):
@@ -470,7 +470,7 @@ def sweep(
             order = order[len(chunk) :]
             if progress:
                 progress(len(chunk))
-    return answers
+    return cast(list[Answers], answers)
 
 
 def _rows_by_memory(engine, prompts, targets, n_temperatures: int, max_tokens: int) -> int:
@@ -533,7 +533,9 @@ def _decode_chunk(engine, prompts, keys, targets, temperatures, top_k, max_token
 
 def _form_sizes(targets: Forms | None) -> list[int]:
     """Tokens of the longest first form, of the longest second form, …"""
-    most = max(map(len, targets), default=0) if targets else 0
+    if not targets:
+        return []
+    most = max(map(len, targets))
     return [max(len(forms[k]) for forms in targets if len(forms) > k) for k in range(most)]
 
 
@@ -559,7 +561,7 @@ def _score_targets(predicting, targets: Forms | None, temperatures, top_k: int, 
 
     if not targets:
         return None
-    scored = []
+    scored: list[tuple[float | None, list[float] | None]] = []
     for forms, logits_of in zip(targets, predicting):
         pairs = [(form, logits) for form, logits in zip(forms, logits_of) if form]
         if not pairs:

@@ -160,12 +160,12 @@ def _score_batch(trunk, head, chunk: int, cut: list[tuple], statistics, device, 
         rows.append(torch.full((len(tokens) - first,), row))
         columns.append(torch.arange(first - 1, len(tokens) - 1))
     states = trunk(input_ids=ids.to(device), use_cache=False)[0]
-    rows, columns, targets = (torch.cat(parts).to(states.device) for parts in (rows, columns, targets))
-    states = states[rows, columns]  # [tokens scored in the batch, hidden size or vocabulary]
+    at_rows, at_columns, wanted = (torch.cat(parts).to(states.device) for parts in (rows, columns, targets))
+    states = states[at_rows, at_columns]  # [tokens scored in the batch, hidden size or vocabulary]
     scored = []
-    for start in range(0, len(targets), chunk):
+    for start in range(0, len(wanted), chunk):
         logits = states[start : start + chunk] if head is None else head(states[start : start + chunk])
-        scored.append(statistics(logits.float(), targets[start : start + chunk].to(logits.device)))
+        scored.append(statistics(logits.float(), wanted[start : start + chunk].to(logits.device)))
     counts = [len(tokens) - first for tokens, first in cut]
     return [values.numpy() for values in torch.cat(scored).cpu().split(counts)]
 

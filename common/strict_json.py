@@ -20,8 +20,11 @@ class HalfPair(ValueError):
 def _object(pairs: list[tuple]) -> dict:
     item = dict(pairs)
     if len(item) < len(pairs):
-        seen = set()
-        double = next(key for key, _ in pairs if key in seen or seen.add(key))
+        seen: set[str] = set()
+        for double, _ in pairs:
+            if double in seen:
+                break
+            seen.add(double)
         raise ValueError(f"the field {double[:40]!r} is given twice")
     return item
 

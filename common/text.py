@@ -138,6 +138,7 @@ def _window_hashes(codes: np.ndarray, length: int) -> np.ndarray:
             if rest:
                 piece = piece[: len(piece) - span] * power + piece[span:] if len(piece) > span else piece[:0]
                 power, span = power * power, 2 * span
+    assert made is not None  # of a length of one or more
     return made
 
 
@@ -167,7 +168,7 @@ def copied_lengths(texts: Sequence[str], source: Sequence[str], steps: Sequence[
     reached, alive, flat = np.zeros(len(texts), np.int64), np.arange(len(texts)), _flatten(source)
     for step in steps:
         held = np.zeros(len(alive), bool)
-        found = _holds(_flatten([texts[index] for index in alive]), flat, step)
+        found = _holds(_flatten([texts[int(index)] for index in alive]), flat, step)
         held[: len(found)] = found
         alive = alive[held]
         reached[alive] = step

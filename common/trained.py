@@ -52,7 +52,7 @@ class TrainedRows:
 
     @cached_property
     def _by_hash(self) -> dict[str, list[TrainedRow]]:
-        found = {}
+        found: dict[str, list[TrainedRow]] = {}
         for row in self.rows:
             found.setdefault(row.sha256, []).append(row)
         return found

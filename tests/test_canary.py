@@ -14,7 +14,6 @@ import pytest
 from conftest import read_lines, run_script, write_manifest, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
-from reporting.canary import rows as canary_rows
 from test_synthetic import make_reviews
 
 import run_peft
@@ -23,6 +22,7 @@ from common import dataset, reviews
 from common import models as common_models
 from common.checkpoints import natural_key
 from common.cli import UserError
+from reporting.parsers import canary_rows
 
 
 def make(path, rows, *more) -> tuple[list[dict], dict, list[dict]]:

@@ -21,7 +21,7 @@ from training.run import run as fine_tune
 SCRIPT = """
 import json, os, signal, sys
 import run_peft
-from common import distributed
+from common import cli, distributed
 from training import model as training_model
 from training.trainer import Trainer
 
@@ -52,7 +52,7 @@ def watched_step(self):
 training_model.shard, Trainer.step = watched_shard, watched_step
 close, distributed.World.close = distributed.World.close, lambda self: None  # one process group for all commands
 for command in json.load(open(sys.argv[1])):
-    status = run_peft.main(command["words"])
+    status = cli.entry(lambda: run_peft.main(command["words"]))
     if status != (143 if command["sigterm"] else 0):
         sys.exit(f"status {{status}}: {{command}}")
 close(distributed.start())
