@@ -1,4 +1,7 @@
-# docker build -t privacy-audit . && docker run --gpus all --rm -v "$PWD/out:/app/quickstart-out" privacy-audit
+# GPU: docker build -t privacy-audit . && docker run --rm --gpus all -v "$PWD/out:/app/quickstart-out" privacy-audit
+# CPU: docker build -t privacy-audit-cpu --build-arg BASE=python:3.11-slim . &&
+#      docker run --rm -v "$PWD/out:/app/quickstart-out" privacy-audit-cpu
+# With mounts for data and the hub's cache: examples/docker.sh
 ARG BASE=pytorch/pytorch:2.13.0-cuda13.0-cudnn9-runtime
 FROM ${BASE}
 ENV PIP_BREAK_SYSTEM_PACKAGES=1 PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false

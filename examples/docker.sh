@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
-# The quickstart in a container, with data, results and the hub's cache on the host. First argument: cpu or gpu.
+# The quickstart in a container: examples/docker.sh cpu, or examples/docker.sh gpu.
+# Mounted from the host: data/ (your data files beside the builders), out/ (results) and the hub's cache.
 set -euo pipefail
+cd "$(dirname "$0")/.."
 cache=${HF_HOME:-$HOME/.cache/huggingface}
+mkdir -p out "$cache"
 mounts=(-v "$PWD/data:/app/data" -v "$PWD/out:/app/quickstart-out" -v "$cache:/root/.cache/huggingface")
 if [ "${1:-cpu}" = gpu ]; then
     docker build -t privacy-audit .

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One node, all of its GPUs: the base sharded over them, the adapter replicated.
+# One node, all of its GPUs: the base sharded over them, the adapter replicated. Run it from the repository's root.
 set -euo pipefail
 gpus=$(nvidia-smi --list-gpus | wc -l)
 torchrun --standalone --nproc_per_node="$gpus" run_peft.py --model EleutherAI/pythia-12b --input data/enron.jsonl \
