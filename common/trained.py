@@ -58,7 +58,7 @@ class TrainedRows:
         return found
 
     def find(self, text: str) -> list[TrainedRow]:
-        """The rows with exactly this text (records.row_text); several where it was repeated, [] where none was."""
+        """The rows with exactly this text (dataset.row_text); several where it was repeated, [] where none was."""
         return self._by_hash.get(text_sha256(text, self.salt), [])
 
 

@@ -1,4 +1,4 @@
-"""mia/scores.py and the token statistics: every formula against a case worked out by hand or by a plain loop."""
+"""mia/attacks.py and the token statistics: every formula against a case worked out by hand or by a plain loop."""
 
 import math
 import zlib

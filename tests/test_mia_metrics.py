@@ -1,4 +1,4 @@
-"""mia/metrics.py and mia/blind.py: against brute force, exact counts and slow routes."""
+"""mia/metrics.py and mia/baselines.py: against brute force, exact counts and slow routes."""
 
 import tracemalloc
 
