@@ -1,6 +1,5 @@
 """Many checkpoints, one base in memory: for each checkpoint the base is loaded once, adapted, and restored."""
 
-import contextlib
 import gc
 import re
 import traceback
@@ -8,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from common import models
-from common.cli import UserError, is_utf8
+from common.cli import Problems, UserError, is_utf8
 from common.distributed import World
 
 
@@ -33,6 +32,26 @@ def natural_key(path) -> list:
     return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", str(path)))]
 
 
+def look_up_all(problems: Problems, paths: Iterable, revision, base_model, flag: str) -> tuple[list, dict[str, str]]:
+    """([(path, ModelRef, tokenizer)], {path: why it cannot be used}) of many models, from their files.
+
+    What keeps some from being used is no problem; where it keeps all, it is. Tokenizers are None, and transformers is
+    not imported, where there are problems already: see `models.look_up`.
+    """
+    found, unusable, reasons = [], {}, []
+    files_only = bool(problems.lines)
+    for path in paths:
+        try:
+            ref = models.find_model(str(path), revision, base_model, flag, files_only=files_only)
+            found.append((path, ref, None if files_only else models.load_tokenizer(ref, flag)))
+        except UserError as error:
+            unusable[str(path)] = "; ".join(error.problems)
+            reasons += error.problems
+    if not found:
+        problems.lines.extend(reasons)
+    return found, unusable
+
+
 class BaseLoader:
     """Holds the base that was asked for last; another one is loaded only after it has gone."""
 
@@ -47,11 +66,9 @@ class BaseLoader:
             self._loaded[ref.base] = models.load_base(ref, self.dtype, self.world.device, self.device_map)
         return self._loaded[ref.base]
 
-    @contextlib.contextmanager
     def adapted(self, ref: models.ModelRef, merge: bool | None = None):
-        """(model with the adapter of `ref`, ‖ΔW‖/‖W‖ or None); `models.adapted` on the base, which is restored."""
-        with models.adapted(self.base(ref), ref.adapter, merge) as (model, change):
-            yield model, change
+        """`models.adapted` with the adapter of `ref` on its base."""
+        return models.adapted(self.base(ref), ref.adapter, merge)
 
     def clear(self) -> None:
         self._loaded.clear()

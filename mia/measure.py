@@ -7,7 +7,7 @@ from pathlib import Path
 
 from common import cli, dataset, distributed, models, results
 from common import trained as trained_rows
-from common.checkpoints import BaseLoader, find_checkpoints, for_each
+from common.checkpoints import BaseLoader, find_checkpoints, for_each, look_up_all
 from mia.config import MiaConfig
 from mia.dataset import MembershipTask, prepare
 from mia.forward import Cache, Passes
@@ -132,20 +132,14 @@ def find_targets(config: MiaConfig, problems: cli.Problems) -> tuple[list[tuple]
     if not Path(config.dir).is_dir():
         problems.add(f"--dir {config.dir}: no such directory; name one with checkpoint-* below it")
         return [], {}
-    targets, unusable, reasons = [], {}, []
-    files_only = bool(problems.lines)
-    for path in find_checkpoints(config.dir):
+    paths = find_checkpoints(config.dir)
+    found, unusable = look_up_all(problems, paths, config.revision, config.base_model, "--dir")
+    if not paths:
+        problems.lines.append(f"--dir {config.dir}: no checkpoint-* directory below it")
+    targets = []
+    for path, ref, _ in found:
         inside = path.relative_to(config.dir)
-        try:
-            ref = models.find_model(str(path), config.revision, config.base_model, "--dir", files_only=files_only)
-            if not files_only:
-                models.load_tokenizer(ref, "--dir")
-            targets.append((inside.as_posix(), ref, Path(config.output_dir) / inside if config.output_dir else path))
-        except cli.UserError as error:
-            unusable[str(path)] = "; ".join(error.problems)
-            reasons += error.problems
-    if not targets:
-        problems.lines.extend(reasons or [f"--dir {config.dir}: no checkpoint-* directory below it"])
+        targets.append((inside.as_posix(), ref, Path(config.output_dir) / inside if config.output_dir else path))
     return targets, unusable
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from common import cli, dataset, distributed, models, results
-from common.checkpoints import BaseLoader, by_base, find_checkpoints, for_each, natural_key
+from common.checkpoints import BaseLoader, by_base, find_checkpoints, for_each, look_up_all, natural_key
 from common.distributed import progress_bar
 from common.scoring import join, score
 from perplexity.config import PerplexityConfig
@@ -55,28 +55,19 @@ def find_models(config: PerplexityConfig, problems: cli.Problems) -> tuple[list,
 
     A single --model that cannot be measured is a problem; so are checkpoints none of which can.
     """
+    names: dict = {}
     if config.model:
-        paths = {config.model: config.model}
+        names = {config.model: config.model}
     elif not Path(config.dir).is_dir():
         problems.add(f"--dir {config.dir}: no such directory; name one with checkpoint-* below it, or pass --model")
         return [], {}
     else:
-        paths = {str(path): path.relative_to(config.dir).as_posix() for path in find_checkpoints(config.dir)}
-        if not paths:
+        names = {path: path.relative_to(config.dir).as_posix() for path in find_checkpoints(config.dir)}
+        if not names:
             problems.add(f"--dir {config.dir}: no checkpoint-* directory below it; for one model pass --model")
     flag = "--model" if config.model else "--dir"
-    found, unusable, reasons = [], {}, []
-    files_only = bool(problems.lines)  # importing transformers takes seconds
-    for path, name in paths.items():
-        try:
-            ref = models.find_model(path, config.revision, config.base_model, flag, files_only=files_only)
-            found.append((name, ref, None if files_only else models.load_tokenizer(ref, flag)))
-        except cli.UserError as error:
-            unusable[path] = "; ".join(error.problems)
-            reasons += error.problems
-    if not found:
-        problems.lines.extend(reasons)
-    return found, unusable
+    found, unusable = look_up_all(problems, names, config.revision, config.base_model, flag)
+    return [(names[path], ref, tokenizer) for path, ref, tokenizer in found], unusable
 
 
 def tokenize(tokenizer, texts: list[str]) -> list[list[int]]:
