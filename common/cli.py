@@ -144,8 +144,9 @@ class Parser(argparse.ArgumentParser):
         self._problems = no_names(words)
         if self._problems:
             raise UserError(*self._problems)
-        words = [*self._config_words(words), *words]
-        self._problems += no_names(words)
+        from_file = self._config_words(words)
+        self._problems += no_names(from_file)
+        words = [*from_file, *words]
         parsed, extras = self.parse_known_args(words, namespace)
         for extra in extras:
             near = difflib.get_close_matches(extra.partition("=")[0], self._flags, 1, 0.75) if extra[:2] == "--" else []
@@ -316,14 +317,13 @@ def _number(kind, text, words):
 def add_model_flags(parser: Parser, seed_help: str = "seed of everything random") -> None:
     """The flags of `ModelConfig`: --dtype --device_map --revision --dry_run --seed."""
     add = parser.add_argument
-    defaults = defaults_of(ModelConfig) | parser.defaults
     words = "auto: float32 on CPU; on a GPU bfloat16 where it has it, else float16"
-    add("--dtype", choices=DTYPES, default=defaults["dtype"], help=words)
+    add("--dtype", choices=DTYPES, help=words)
     words = "passed to transformers ('auto' spreads one model over all GPUs); None: one device a process"
-    add("--device_map", type=device_map, default=defaults["device_map"], help=words)
-    add("--revision", default=defaults["revision"], help="branch, tag or commit of a hub model")
+    add("--device_map", type=device_map, help=words)
+    add("--revision", help="branch, tag or commit of a hub model")
     add("--dry_run", action="store_true", help="check every argument and file, print the plan, load no model")
-    add("--seed", type=seed, default=defaults["seed"], help=seed_help)
+    add("--seed", type=seed, help=seed_help)
 
 
 NAME_BYTES = 200  # of a file or folder; hidden names beside it are longer, and 255 is what file systems take
