@@ -120,8 +120,8 @@ def _check_files(name: str, flag: str, remedy: str = "give a model directory or 
     return True
 
 
-def _check_config(name: str, revision, flag: str) -> bool:
-    """True, or UserError: what in its configuration keeps a full model from being loaded."""
+def _check_config(name: str, revision, flag: str):
+    """Its configuration, or UserError: what in it keeps a full model from being loaded."""
     config = read_config(name, revision, flag)
     if isinstance(getattr(config, "dtype", None), int | float | list | dict):
         raise UserError(f"{flag} {name}: its config.json is damaged (dtype); copy it there again")
@@ -135,7 +135,7 @@ def _check_config(name: str, revision, flag: str) -> bool:
     package = "bitsandbytes" if "bitsandbytes" in method or "bnb" in method else None
     if package and importlib.util.find_spec(package) is None:
         raise UserError(f"{flag} {name}: is quantised by {package}, which is not installed; pip install {package}")
-    return True
+    return config
 
 
 def _check_generation(folder: Path) -> None:
@@ -218,11 +218,9 @@ def _other_types(kind: str, config: dict) -> list[str]:
     return wrong
 
 
-def _check_embeddings(path: Path, base: str, revision) -> None:
+def _check_embeddings(path: Path, base: str, architecture) -> None:
     """UserError when the adapter brings embeddings or an output head of another size than the base has."""
-    from transformers import AutoConfig
-
-    vocabulary = AutoConfig.from_pretrained(base, revision=revision).get_text_config().vocab_size
+    vocabulary = architecture.get_text_config().vocab_size
     folder = Path(base).expanduser()
     known: dict[str, tuple[int, ...]] = {}
     for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
@@ -264,9 +262,9 @@ def _find_adapter(path: Path, revision, base_model, flag: str, is_opt: bool, fil
             base = str(path / base)
         wanted = (base_model and "--base_model") or f"{flag} {path}: base model"
         if problems.absorb(_check_files, base, wanted, MOVED_BASE) and not files_only:
-            known = problems.absorb(_check_config, base, revision, wanted)
-            if known and not problems.lines:
-                problems.absorb(_check_embeddings, path, base, revision)
+            architecture = problems.absorb(_check_config, base, revision, wanted)
+            if architecture and not problems.lines:
+                problems.absorb(_check_embeddings, path, base, architecture)
         if base_model and not problems.lines and (record := training_record(path)):
             told, found = record.get("base_sha256"), weights_sha256(ModelRef(base, base, None, revision))
             if told and found and told != found:

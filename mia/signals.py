@@ -1,7 +1,7 @@
 """From texts to scores with one model: tokens, the passes that the attacks need, the scores they give."""
 
-import argparse
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 from common import models
 from mia.config import MiaConfig
@@ -69,9 +69,7 @@ def make_prefix(tokenizer, shots: list[str], specials: list[int], limit: int, ro
 
 def config_of(ref):
     """Something with the model's configuration, for `models.context_length`, without its weights."""
-    from transformers import AutoConfig
-
-    return argparse.Namespace(config=AutoConfig.from_pretrained(ref.base, revision=ref.revision))
+    return SimpleNamespace(config=models.read_config(ref.base, ref.revision, "--model"))
 
 
 @dataclass

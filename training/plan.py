@@ -176,11 +176,7 @@ def make_plan(config: TrainConfig) -> Plan:
         problems.add(f"--model {config.model}: is an adapter; merge it into its base first (merge_peft.py)")
     state = (config, ref, folder, path, global_batch, world_size, spending)
     start = problems.absorb(run_state, *state) if ref and folder and (spending or not config.dp) else None
-    architecture = None
-    if tokenizer:
-        from transformers import AutoConfig
-
-        architecture = AutoConfig.from_pretrained(ref.base, revision=ref.revision)
+    architecture = models.read_config(ref.base, ref.revision, "--model") if tokenizer else None
     if architecture and config.peft_type != "full":
         problems.absorb(check_targets, config.target_modules, architecture)
     problems.check()

@@ -119,9 +119,7 @@ def check(config: ContinuationConfig) -> Task:
     finished = problems.absorb(dataset.finished, [("--output", output)], settings, config.overwrite)
     problems.check()
 
-    from transformers import AutoConfig
-
-    architecture = AutoConfig.from_pretrained(ref.base, revision=ref.revision)
+    architecture = models.read_config(ref.base, ref.revision, "--model")
     rows, split, start = dataset.split_source(rows, broken, manifest)
     if not split.train:
         raise cli.UserError(f"{config.data_set}: every row belongs to the evaluation head; none is left to continue")
