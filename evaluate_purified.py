@@ -113,7 +113,7 @@ def evaluate(config: EvaluateConfig, asked, found: list[Path], membership, sets,
     failures = jobs.failures
     with results.Run(Path(config.model) / "run_evaluate_purified.json", config, asked.inputs, world, place) as record:
         work = partial(measure_checkpoint, config, asked, loader, len(jobs.todo))
-        failures |= checkpoints.for_each(sorted(jobs.todo, key=lambda job: job[0].base), work, loader)
+        failures |= checkpoints.for_each(jobs.todo, work, loader)
         for checkpoint, ref in jobs.refs.items() if world.main else ():
             key = measure.model_key(ref) | {"dtype": str(loader.dtype).removeprefix("torch.")}
             lines = measure.newest(measure.find_results(checkpoint, asked, key))
