@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 from common import cli, dataset
 
-SHOWN = 20  # row numbers
-
 
 @dataclass(frozen=True, kw_only=True)
 class LeakConfig:
@@ -50,13 +48,16 @@ def run(config: LeakConfig) -> int:
     if config.dry_run:
         print(f"would look for the people of {len(rows):,} rows in {len(replaced):,} rows of {config.replaced}")
         return 0
-    from data import leaks, replacement
+    from data import leaks
+    from data.people import read_people
 
-    people, _ = replacement.meet(rows, config.seed)
+    people, *_ = read_people(rows)
     found = leaks.leaks(replaced, people)
     for kind, numbers in found.items():
-        shown = ", ".join(map(str, numbers[:SHOWN])) + (", …" if len(numbers) > SHOWN else "")
-        print(f"old {kind} in {len(numbers):,} of {len(replaced):,} rows" + (f": {shown}" if numbers else ""))
+        print(
+            f"old {kind} in {len(numbers):,} of {len(replaced):,} rows"
+            + (f": {leaks.shown(numbers)}" if numbers else "")
+        )
     return 1 if any(found.values()) else 0
 
 

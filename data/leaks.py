@@ -1,13 +1,22 @@
 """The check of replaced rows: does an old full name, an old address or a pair of them still stand in them?
 
-It shares with data/replacement.py only how a name is read (`parse_name`, `spelled`), nothing of how one is replaced.
+It shares with the replacement only how a name is read (`parse_name`, `spelled`), nothing of how one is replaced.
 """
 
+import bisect
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
-from data.replacement import TOKEN, parse_name, spelled
+from data.people import parse_name, spelled
+from data.scanner import MAX_ADDRESS, TOKEN
+
+SHOWN = 20  # row numbers in a message
+
+
+def shown(numbers: list[int]) -> str:
+    """The first row numbers as words of a message."""
+    return ", ".join(map(str, numbers[:SHOWN])) + (", …" if len(numbers) > SHOWN else "")
 
 
 def texts_in(value) -> Iterator[str]:
@@ -26,19 +35,17 @@ def texts_in(value) -> Iterator[str]:
 def leaks(rows: Iterable[dict], people) -> dict[str, list[int]]:
     """Numbers of the rows that still hold an old full name, an old address, or one of each that were a pair.
 
-    people: the `replacement.People` of the file before its replacement.
+    people: the `people.People` of the file before its replacement.
     """
-    names = [name for person in people.of_name.values() for name in person.spellings]
-    check = LeakCheck(names, people.of_address)
+    forms = {person: set().union(*map(LeakCheck.forms, person.spellings)) for person in people.of_name.values()}
+    check = LeakCheck(set().union(*forms.values()), people.of_address)
     found = {"full names": [], "addresses": [], "pairs": []}
     for index, row in enumerate(rows):
         texts = list(texts_in(row))
         old_names = set().union(*map(check.names_in, texts))
         old_addresses = set().union(*map(check.addresses_in, texts))
         owners = {people.of_address.get(address) for address in old_addresses} - {None}
-        pair = old_names and any(
-            not old_names.isdisjoint(check.forms(name)) for owner in owners for name in owner.spellings
-        )
+        pair = any(not old_names.isdisjoint(forms[owner]) for owner in owners)
         for kind, leak in zip(found, (old_names, old_addresses, pair)):
             if leak:
                 found[kind].append(index)
@@ -48,16 +55,16 @@ def leaks(rows: Iterable[dict], people) -> dict[str, list[int]]:
 class LeakCheck:
     """Finds old names and addresses in texts; knows nothing of how they were replaced.
 
-    names: as written, two words or more (one word alone is no evidence); addresses. Case is ignored, and so is what
-    surrounds an address; a name's words may be wrapped over a line break, with an initial between them.
+    name_forms: what counts as a name (`forms`); addresses. Case is ignored, and so is what surrounds an address; a
+    name's words may be wrapped over a line break, with an initial between them.
     """
 
-    def __init__(self, names: Iterable[str], addresses: Iterable[str]):
+    def __init__(self, name_forms: Iterable[str], addresses: Iterable[str]):
         self.names, self.locals = defaultdict(set), defaultdict(set)
-        for name in names:
-            for form in self.forms(name):
-                opening = TOKEN.search(form)
-                self.names[opening[0]].add(form[opening.start() :])
+        for form in name_forms:
+            opening = TOKEN.search(form)
+            self.names[opening[0]].add(form[opening.start() :])
+        self.name_lengths = {first: sorted(set(map(len, known))) for first, known in self.names.items()}
         for address in addresses:
             local, _, domain = address.strip().casefold().rpartition("@")
             self.locals[domain].add(local)
@@ -66,7 +73,10 @@ class LeakCheck:
 
     @staticmethod
     def forms(name: str) -> set[str]:
-        """What counts as `name`: as written, First Last, First M. Last, `Last, First`, First.Last (also _ and -)."""
+        """What counts as `name`: as written, First Last, First M. Last, `Last, First`, First.Last (also _ and -).
+
+        Nothing counts as a name of one word.
+        """
         full = " ".join(name.casefold().split())
         parsed = parse_name(full)
         if parsed is None or not parsed[2] or (full.isascii() and max(map(len, parsed[0] + parsed[2])) < 2):
@@ -79,14 +89,18 @@ class LeakCheck:
     def addresses_in(self, text: str) -> set[str]:
         """Old addresses anywhere in `text`, inside longer ones too."""
         text, found = text.casefold(), set()
-        at = text.find("@")
+        previous, at = -1, text.find("@")
         while at >= 0:
-            for length in self.domain_lengths:
+            following = text.find("@", at + 1)
+            after = (following if following >= 0 else len(text)) - at - 1  # characters: no domain has an @
+            before = min(at, max(at - previous, MAX_ADDRESS))  # nor has a longer local part than that of a gt-email
+            for length in self.domain_lengths[: bisect.bisect(self.domain_lengths, after)]:
                 domain = text[at + 1 : at + 1 + length]
-                for size in self.local_lengths.get(domain, ()):
-                    if text[max(0, at - size) : at] in self.locals[domain]:
+                sizes = self.local_lengths.get(domain, ())
+                for size in sizes[: bisect.bisect(sizes, before)]:
+                    if text[at - size : at] in self.locals[domain]:
                         found.add(text[at - size : at + 1 + length])
-            at = text.find("@", at + 1)
+            previous, at = at, following
         return found
 
     def names_in(self, text: str) -> set[str]:
@@ -97,8 +111,9 @@ class LeakCheck:
             line = re.sub(r" {2,}", " ", line)
             for version in (line, re.sub(r"(?<=[^\W_] )[^\W_]\.? (?=[^\W_])", "", line)):
                 for match in TOKEN.finditer(version):
-                    for form in self.names.get(match[0], ()):
-                        after = match.start() + len(form)
-                        if version.startswith(form, match.start()) and not version[after : after + 1].isalnum():
+                    for length in self.name_lengths.get(match[0], ()):
+                        after = match.start() + length
+                        form = version[match.start() : after]
+                        if form in self.names[match[0]] and not version[after : after + 1].isalnum():
                             found.add(form)
         return found

@@ -26,9 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import cli, dataset, results
+from data.scanner import MAX_ADDRESS, MAX_NAME
 
 DEFAULT_NAME = "replaced_data.arrow"
-SHOWN_LEAKS = 20  # row numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +95,11 @@ def check(config: ReplaceConfig) -> Task:
     if save_map:
         cli.check_output_file(save_map, None, problems, [source, output], "--save_map")
     for index, row in enumerate(rows):
-        if index not in broken and not any(c.isalpha() for c in row["gt-name"]):
-            broken[index] = "gt-name has no letters"
+        if index not in broken:
+            if not any(c.isalpha() for c in row["gt-name"]):
+                broken[index] = "gt-name has no letters"
+            elif len(row["gt-name"]) > MAX_NAME or len(row["gt-email"]) > MAX_ADDRESS:
+                broken[index] = f"gt-name or gt-email is longer than any ({MAX_NAME} and {MAX_ADDRESS} characters)"
     lines = [f"{source}: row {index}: {reason}" for index, reason in sorted(broken.items())]
     problems.absorb(cli.report_broken, "rows", lines, len(lines), config.strict)
     start = None
@@ -118,14 +121,15 @@ def check(config: ReplaceConfig) -> Task:
 
 def replace(rows: list[dict], people, scan) -> list[dict]:
     """The rows with every string replaced; gt-name and gt-email by their owner whatever they look like."""
-    from data import replacement
+    from data.people import parse_name
+    from data.scanner import map_strings, strings
 
     replaced = []
     for row in rows:
-        first, _, last = replacement.parse_name(row["gt-name"])
+        first, _, last = parse_name(row["gt-name"])
         person = people.of_name[first, last]
-        texts = iter(scan.replace(replacement.strings(row)))
-        new = replacement.map_strings(row, lambda _, texts=texts: next(texts))
+        texts = iter(scan.replace(strings(row)))
+        new = map_strings(row, lambda _, texts=texts: next(texts))
         replaced.append(new | {"gt-name": person.rename(row["gt-name"])})
     return replaced
 
@@ -196,11 +200,11 @@ def build(config: ReplaceConfig, task: Task, place: results.Output) -> int:
 
 def report_leaks(found: dict[str, list[int]], output: Path) -> None:
     """Counts and numbers of output rows (from 0), never the text."""
+    from data.leaks import shown
+
     for kind, numbers in found.items():
         if numbers:
-            more = ", …" if len(numbers) > SHOWN_LEAKS else ""
-            shown = ", ".join(map(str, numbers[:SHOWN_LEAKS])) + more
-            print(f"leak check: old {kind} in {len(numbers):,} rows: {shown}", file=sys.stderr)
+            print(f"leak check: old {kind} in {len(numbers):,} rows: {shown(numbers)}", file=sys.stderr)
     print(f"leak check failed: {output} is not written", file=sys.stderr)
 
 

@@ -11,7 +11,7 @@ from conftest import make_rows, write_rows
 from common import cli, dataset, results, reviews, strict_json
 from common.cli import UserError
 from common.text import emails, first_email
-from data import replacement
+from data import replacement, scanner
 from data.continuation.text_statistics import address_counts
 from data.leaks import leaks
 from data.self_instruct import filters
@@ -298,7 +298,7 @@ def replace_all(text: str) -> None:
     """All of data/replace_pii.py that reads texts: people, stand-ins, the scan, the leak check."""
     rows = [dict(row, notes=text if row is ROWS[0] else "") for row in ROWS]
     people, scan = replacement.meet(rows, 1)
-    replaced = scan.replace(replacement.strings(rows[0]))
+    replaced = scan.replace(scanner.strings(rows[0]))
     leaks([{"text": text} for text in replaced], people)
 
 
@@ -317,6 +317,38 @@ READERS = {
 @pytest.mark.parametrize("reader", READERS)
 def test_time_is_linear_in_a_hostile_text(reader, piece):
     assert_linear(READERS[reader], piece)
+
+
+def word(number: int) -> str:
+    """A word of its own for every number: a consonant and a vowel for each of its digits."""
+    syllables = []
+    while number or len(syllables) < 3:
+        number, digit = divmod(number, 20)
+        syllables.append("bcdfghjklmnpqrstvwxz"[digit] + "aeiou"[digit % 5])
+    return "".join(syllables)
+
+
+# What differs from piece to piece is stored and looked up, not only read: each of about `n` characters.
+DISTINCT = {
+    "one domain of many labels": lambda n: "a@" + "a." * (n // 2) + "a",
+    "many top domains": lambda n: " ".join(f"a@{word(i)}.{word(i + 7)}" for i in range(n // 18)),
+    "more one-letter domains than short new ones": lambda n: " ".join(f"a@b.{chr(0x4E00 + i)}" for i in range(n // 6)),
+    "one first name, alone": lambda n: (
+        "\n".join(f"From: Anna {word(i).title()}" for i in range(n // 40)) + "\n" + " Anna," * (n // 12)
+    ),
+    "many spellings with addresses": lambda n: "\n".join(
+        f"Anna {word(i).title()} Smith <a{word(i)}smith@b.example>" for i in range(n // 45)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DISTINCT)
+def test_replacement_is_linear_in_distinct_content(kind):
+    short, long = DISTINCT[kind](20_000), DISTINCT[kind](160_000)
+    replace_all("warm up")
+    taken = max(seconds(replace_all, short, 3), 0.05)
+    assert taken < 5  # and the long one is not tried
+    assert seconds(replace_all, long) < 24 * taken  # linear: 8, quadratic: 64
 
 
 @pytest.mark.parametrize("piece", PIECES)

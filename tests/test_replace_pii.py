@@ -14,8 +14,9 @@ from common import dataset as data_files
 from common.cli import UserError
 from common.results import sha256
 from common.text import follows_name_rule, name_rule_guesses
-from data import leaks, replace_pii, replacement
+from data import leaks, replace_pii, replacement, scanner
 from data.enron import mail
+from data.people import People
 
 PEOPLE = [
     ("Joe Moss", "jmoss@hartwell.example"),
@@ -104,7 +105,7 @@ def test_quoted_forms(index, text, expected, tmp_path):
     name, email = PEOPLE[index]
     words, address = new[name].split(" "), new[email]
     first, last = words[0], " ".join(words[2:] if index == 1 else words[1:])
-    letters = replacement.People([PEOPLE[0]])
+    letters = People([PEOPLE[0]])
     letters.settle(3407)
     wanted = {"F": first, "L": last, "f": first.lower(), "l": last.lower(), "FU": first.upper(), "LU": last.upper()}
     wanted |= {"I": letters.letter["j"].upper(), "Q": letters.letter["q"].upper(), "i": first[0].lower()}
@@ -187,9 +188,9 @@ def test_people_found_in_the_text_only(tmp_path):
     )
     later = "Dana Kell, Nils Ode, Abel Quinn, Olga Brandt, Mona Sund, Peter Zorn, dk@norbeck.example, peter.zorn"
     found, _ = texts_of(tmp_path, text, later)
-    old = {*replacement.TOKEN.findall(later)} - {"example"}
+    old = {*scanner.TOKEN.findall(later)} - {"example"}
     for word in old:
-        assert word not in replacement.TOKEN.findall(" ".join(found)), word
+        assert word not in scanner.TOKEN.findall(" ".join(found)), word
     names = found[1].split(", ")
     assert len(set(names)) == 8
     assert found[0].startswith(f"{names[0]} <{names[6]}> said\nTo: {names[1]}; ")
@@ -226,7 +227,7 @@ RULES = sorted(name_rule_guesses("Anna Maria Roe"))
 def test_every_name_rule_is_kept(name):
     """One person with an address a rule, with and without digits; what a rule makes of the new name is expected."""
     rules = name_rule_guesses(name)
-    people = replacement.People([(name, f"{local}@x{n}.example") for n, local in enumerate(rules.values())])
+    people = People([(name, f"{local}@x{n}.example") for n, local in enumerate(rules.values())])
     people.add(name, "7{firstlast}@y.example".format(**rules))
     people.add(name, "{firstlast}42@z.example".format(**rules))
     people.settle(3407)
@@ -480,7 +481,7 @@ def test_no_address_survives_any_surroundings(before, index, case, after):
     rows[(index + 1) % 6]["prompt"] = before + case(PEOPLE[index][1]) + after
     people, scan = replacement.meet(rows, 3407)
     replaced = replace_pii.replace(rows, people, scan)
-    everything = "\0".join(text for row in replaced for text in replacement.strings(row)).casefold()
+    everything = "\0".join(text for row in replaced for text in scanner.strings(row)).casefold()
     assert not [address for _, address in PEOPLE if address.casefold() in everything]
     assert not any(leaks.leaks(replaced, people).values())
 
@@ -542,6 +543,8 @@ BROKEN = [
     ({"continuation": None}, "field 'continuation' is missing; add it or remove the row"),
     ({"gt-email": "nobody"}, "gt-email must look like local@domain"),
     ({"gt-name": "?!"}, "gt-name has no letters"),
+    ({"gt-name": "Jane " * 50}, "gt-name or gt-email is longer than any (200 and 320 characters)"),
+    ({"gt-email": "j" * 320 + "@x.example"}, "gt-name or gt-email is longer than any (200 and 320 characters)"),
     ({"prompt": "\ud800"}, "half of a surrogate pair in its text"),
 ]
 

@@ -1,0 +1,373 @@
+"""The people of a file, read from its names, addresses and header lines, and a stand-in for each of them."""
+
+import itertools
+import random
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+
+from common.text import name_rule_guesses
+from data.enron import mail
+from data.scanner import TOKEN, Scanner, in_case_of, same_shape, strings, tokens
+
+LOCALES = ("en_US", "en_GB", "en_IE", "en_NZ", "de_DE", "fr_FR", "nl_NL", "it_IT", "es_ES", "sv_SE", "da_DK", "fi_FI")
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+CALENDAR = _words(
+    "january february march april may june july august september october november december "
+    "monday tuesday wednesday thursday friday saturday sunday"
+)
+ORDINARY = CALENDAR | _words(  # words that Faker's English word list lacks
+    "amber banks baker bear berry black blue brook brown bush butler buck case chance chase cherry chip church cook "
+    "cross crystal dale dawn day dean drew duke earl faith fields frank gas grace grant gray guy hunter iris ivy jack "
+    "jasmine joy king lance lane major mark marsh mason miles norm olive page parks pat pope power prince ray rice "
+    "rivers rob rocky rose royal ruby sandy sharp short skip small stone sue summers sunny swift violet waters wise "
+    "woods gold silver star best bond bell ball hill lake forest field north south east west grand bridge london "
+    "paris austin dallas houston virginia georgia carolina washington england holland"
+)
+MIN_USER = 4  # letters of a user name that is known without its owner
+TRIES = 300  # draws from the pool before a name is invented
+MAX_DOMAIN = 253  # characters (RFC 1035, 2.3.4)
+SHARED_LABELS = 8  # of a longer "domain", those that it may share with others
+FAKER_WORD = re.compile(r"[A-Z][a-z]{2,}")
+
+HEADER = re.compile(r"^[>| \t]*(?:from|to|cc|bcc|sender|sent by)[ \t]*:[ \t]*(\S.*)$", re.I | re.M)
+# No name has longer words or wider gaps; without a bound a line of capitals is read once for each of them.
+CAPITAL_NAME = r"[^\W\d_a-z][\w.'’-]{0,63}(?:[^\S\n]{1,16}[\w.'’-]{1,64}){1,3}?"
+NAMED = re.compile(
+    rf"(?i:forwarded by|created by)[^\S\n]+({CAPITAL_NAME})[^\S\n]*(?:/|<|\bon\b)"
+    rf"|,[^\S\n]+({CAPITAL_NAME})[^\S\n]*(?:<|wrote:)|({CAPITAL_NAME})/\w+/\w+@"
+)
+
+
+@dataclass(eq=False)
+class Person:
+    """Everybody called `first` … `last` (tokens). `new` holds the stand-in of each token."""
+
+    first: tuple[str, ...]
+    last: tuple[str, ...]
+    middles: set[str] = field(default_factory=set)
+    spellings: dict[str, None] = field(default_factory=dict)  # names as written, in the order found
+    addresses: dict[str, tuple[str, str] | None] = field(default_factory=dict)  # address → (spelling, rule) or None
+    new: dict[str, str] = field(default_factory=dict)
+    guesses: dict[str, str] = field(default_factory=dict)  # user name → new user name
+
+    def rename(self, text: str) -> str:
+        """`text`, in which every token of this name is replaced in its case (not the O of O'Neil)."""
+
+        def word(match: re.Match) -> str:
+            key = match[0].casefold()
+            if len(key) == 1 and text[match.end() : match.end() + 1] in ("'", "’"):
+                return match[0]
+            return in_case_of(match[0], self.new.get(key, match[0]))
+
+        return TOKEN.sub(word, text)
+
+
+def spelled(name: str) -> str:
+    """A name as First Middle Last: 'Last, First' turned; titles, suffixes and what follows a slash left out."""
+    parts = [part.split() for part in re.sub(r"/.*|[^\w\s.'’+,-]", " ", name).split(",")]
+    parts = [part for part in parts if part and part[0].casefold().strip(".") not in mail.SUFFIXES]
+    words = parts[1] + parts[0] if len(parts) == 2 else [word for part in parts for word in part]
+    words = [word for word in words if any(c.isalpha() for c in word)]
+    while len(words) > 1 and words[0].casefold().strip(".") in mail.TITLES:
+        words = words[1:]
+    while len(words) > 1 and words[-1].casefold().strip(".") in mail.SUFFIXES:
+        words = words[:-1]
+    return " ".join(words)
+
+
+def parse_name(name: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]] | None:
+    """(first, middle, last) tokens of a name, None without letters; particles before the last word belong to it.
+
+    A name of one word has an empty last.
+    """
+    words = [found for found in map(tokens, spelled(name).split()) if found]
+    if not words:
+        return None
+    first, *rest = words
+    last = rest.pop() if rest else ()
+    while rest and rest[-1][-1] in mail.PARTICLES:
+        last = rest.pop() + last
+    return first, tuple(token for word in rest for token in word), last
+
+
+def find_names(text: str) -> Iterator[tuple[str, str | None]]:
+    """(name, its address or None) of everybody named beside an address, in a quoted header or in a forwarding line."""
+    for opening, address, _ in mail.body_addresses(text, 0):
+        name, _ = mail.left_name(text, opening)
+        if name:
+            yield name, address.casefold()
+    fields = [match[1] for match in HEADER.finditer(text)]
+    fields += [match[match.lastindex] for match in NAMED.finditer(text)]
+    for value in fields:
+        items = value.split(";")
+        if len(items) == 1 and "," in value and (all(" " in part.strip() for part in value.split(","))):
+            items = value.split(",")
+        for item in items:
+            name, _ = mail.person(re.split(r"[<\[(]", item)[0])
+            if name and name[0].isupper() and name.split()[-1][0].isupper():
+                yield name, None
+
+
+def holds_one(words: tuple[str, ...], known: set[tuple[str, ...]], lengths: set[int]) -> bool:
+    """Whether a run of the words is one of `known`, which are of these lengths."""
+    return any(words[start : start + n] in known for n in lengths for start in range(len(words) - n + 1))
+
+
+def rules_of(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Local part → (name, name rule) that makes it: the first of `names` for which a rule does."""
+    makers: dict[str, tuple[str, str]] = {}
+    for name in names:
+        for rule, guess in name_rule_guesses(name).items():
+            makers.setdefault(guess, (name, rule))
+    return makers
+
+
+def by_rule(name: str, rule: str, local: str) -> str:
+    """What `rule` makes of `name`, with the digits that `local` begins and ends with (inner ones go to the end)."""
+    leading = re.match(r"\d*", local)[0]
+    return leading + name_rule_guesses(name)[rule] + "".join(re.findall(r"\d", local[len(leading) :]))
+
+
+class People:
+    """Everybody of a file. `add` names and addresses, gt pairs first; then `settle` gives stand-ins to all."""
+
+    def __init__(self, pairs: Iterable[tuple[str, str]]):
+        self.of_name: dict[tuple, Person] = {}
+        self.of_address: dict[str, Person | None] = {}
+        self.truths = {address.strip().casefold() for _, address in pairs}
+        self.new_address: dict[str, str] = {}
+        self.faker_first: frozenset[str] = frozenset(map(str.casefold, _faker("first", LOCALES[:1])))
+        for name, address in pairs:
+            self.add(name, address.strip().casefold())
+
+    def add(self, name: str, address: str | None) -> Person | None:
+        parsed = parse_name(name)
+        if parsed is None:
+            return None
+        first, middle, last = parsed
+        person = self.of_name.setdefault((first, last), Person(first, last))
+        person.middles.update(middle)
+        person.spellings.setdefault(spelled(name))
+        if address is not None and self.of_address.get(address) is None:
+            self.of_address[address] = person
+        return person
+
+    def adopt(self, addresses: Iterable[str]) -> None:
+        """Give addresses that stand beside no name an owner: who alone has a name that makes them, else First.Last."""
+        makers = defaultdict(set)
+        for person in self.of_name.values():
+            for spelling in person.spellings:
+                for guess in name_rule_guesses(spelling).values():
+                    makers[guess].add(person)
+        for address in sorted(set(addresses)):
+            if self.of_address.setdefault(address, None) is not None:
+                continue
+            local = re.sub(r"\d", "", address.rpartition("@")[0])
+            parts = re.split(r"[._]", local)
+            if len(makers[local]) == 1 and len(local) >= MIN_USER and local not in ORDINARY:
+                self.of_address[address] = next(iter(makers[local]))
+            elif len(parts) == 2 and parts[0] in self.faker_first and parts[1].isalpha() and len(parts[1]) > 2:
+                self.add(" ".join(parts).title(), address)
+
+    def settle(self, seed: int) -> None:
+        """Distinct people get distinct names, distinct addresses distinct addresses; no word of an old name is used."""
+        rng = random.Random(seed)
+        self.letter = letter_table(rng)
+        people = [self.of_name[key] for key in sorted(self.of_name)]
+        old = {token for person in people for token in (*person.first, *person.middles, *person.last)}
+        self.firsts = _pool("first", old, len({person.first for person in people}))
+        self.lasts = _pool("last", old, len({person.last for person in people}))
+        self.firsts_by_initial = defaultdict(list)
+        for name in self.firsts:
+            self.firsts_by_initial[name[0]].append(name)
+        self.domains = new_domains({address.rpartition("@")[2] for address in self.of_address}, rng)
+        owned = defaultdict(list)
+        for address, person in sorted(self.of_address.items()):
+            if person is not None:
+                owned[person].append(address)
+        names: set[tuple] = set()
+        taken: set[str] = set()
+        for person in people:
+            makers = rules_of(person.spellings) if person in owned else {}
+            for address in owned[person]:
+                person.addresses[address] = makers.get(re.sub(r"\d", "", address.rpartition("@")[0]))
+            self._name_one(person, names, taken, rng)
+        self._make_addresses(people, taken, rng)
+        self.standins = random.Random(f"{seed}-alone").sample(self.firsts, len(self.firsts))
+
+    def _make_addresses(self, people: list[Person], taken: set[str], rng: random.Random) -> None:
+        """Addresses that no name rule makes of their owner's name: the kept local part of a role, or a random one."""
+        locals_ = {address.rpartition("@")[0] for address in self.of_address}
+        known = {order for p in people if p.last for order in (p.first + p.last, p.last + p.first)}
+        known |= {tokens(guess) for person in people for guess in person.guesses}
+        lengths = {len(run) for run in known}
+        collisions = 0  # the more there were, the longer local parts become
+        for address in sorted(set(self.of_address) - set(self.new_address)):
+            local, _, domain = address.rpartition("@")
+            role = address not in self.truths and mail.address_problem(address) == mail.ROLE_ADDRESS
+            role = role and not holds_one(tokens(local), known, lengths)
+            new = local if role else same_shape(local, rng)
+            while f"{new}@{self.domains[domain]}" in taken or (new in locals_ and not role):
+                new, role = same_shape(local + "ob" * rng.randint(0, 2 + collisions // TRIES), rng), False
+                collisions += 1
+            self.new_address[address] = f"{new}@{self.domains[domain]}"
+            taken.add(self.new_address[address])
+
+    def _name_one(self, person: Person, names: set[tuple], taken: set[str], rng: random.Random) -> None:
+        """Draw a name that is not in `names` and makes no address in `taken`; add what it makes to both."""
+        for attempt in itertools.count():
+            self._draw(person, rng, invent=attempt > TRIES)
+            name = tuple(person.new[token] for token in (*person.first, *person.last))
+            made = {}
+            for address, found in person.addresses.items():
+                if found:
+                    local, _, domain = address.rpartition("@")
+                    made[address] = f"{by_rule(person.rename(found[0]), found[1], local)}@{self.domains[domain]}"
+            if name not in names and (taken.isdisjoint(made.values()) or attempt > 2 * TRIES):
+                break
+        names.add(name)
+        for address, new in made.items():  # of two that a person's name makes alike, the second is random
+            if new not in taken:
+                self.new_address[address] = new
+                taken.add(new)
+        for spelling in person.spellings:
+            new = name_rule_guesses(person.rename(spelling))
+            for rule, guess in name_rule_guesses(spelling).items():
+                if len(guess) >= MIN_USER and guess not in person.first + person.last and rule in new:
+                    person.guesses.setdefault(guess, new[rule])
+
+    def _draw(self, person: Person, rng: random.Random, invent: bool) -> None:
+        """A stand-in for every token: from the pools, or made up; letters by the table, particles as they are."""
+
+        def draw(token: str, pool: list[str]) -> str:
+            return same_shape(token + "a", rng).capitalize() if invent else rng.choice(pool)
+
+        person.new = {letter: new.upper() for letter, new in self.letter.items()}
+        particles = {token for token in person.last[:-1] if token in mail.PARTICLES}
+        for token in person.last:
+            if token not in self.letter:
+                person.new[token] = token if token in particles else draw(token, self.lasts)
+        used = Counter(person.new.values())
+        for token in sorted(person.middles):  # 'Anna M. Roe' and 'Anna Maria Roe' agree
+            if token not in self.letter:
+                initial = self.letter.get(token[0], "e").upper()
+                fitting = [name for name in self.firsts_by_initial[initial] if not used[name]]
+                new = rng.choice(fitting) if fitting else initial + draw(token, self.firsts)[1:]
+                if token in person.new:  # a last name too
+                    used[person.new[token]] -= 1
+                person.new[token] = new
+                used[new] += 1
+        for token in person.first:
+            if token not in self.letter:
+                person.new[token] = draw(token, self.firsts)
+
+    def stand_in(self, token: str) -> str:
+        """The first name put for `token` where it is nobody's of the row; always the same, whatever the order."""
+        return self.standins[random.Random(token).randrange(len(self.standins))]
+
+
+def letter_table(rng: random.Random) -> dict[str, str]:
+    """Letter → another letter, all of them different."""
+    letters = list("abcdefghijklmnopqrstuvwxyz")
+    others = letters[:]
+    while any(a == b for a, b in zip(letters, others)):
+        rng.shuffle(others)
+    return dict(zip(letters, others))
+
+
+@cache
+def _faker(kind: str, locales: tuple[str, ...]) -> list[str]:
+    """First or last names of Faker's locales: one word of ASCII letters, sorted within a locale."""
+    names = {}
+    for locale in locales:
+        provider = import_module(f"faker.providers.person.{locale}").Provider
+        found = {n for key in ("s", "s_male", "s_female") for n in getattr(provider, f"{kind}_name{key}", ())}
+        names.update(dict.fromkeys(name for name in sorted(found) if FAKER_WORD.fullmatch(name)))
+    return list(names)
+
+
+def _pool(kind: str, old: set[str], wanted: int) -> list[str]:
+    """Names none of which is in `old` or an ordinary word: American ones, and others until there are `wanted`."""
+    for n in range(1, len(LOCALES) + 1):
+        names = ((name, name.casefold()) for name in _faker(kind, LOCALES[:n]))
+        pool = [name for name, word in names if word not in old and word not in ORDINARY]
+        if len(pool) >= max(wanted, 100):
+            break
+    return pool
+
+
+def new_domains(domains: Iterable[str], rng: random.Random) -> dict[str, str]:
+    """Domain → invented domain of as many labels below .example; parts of one domain stay parts of one domain."""
+    head_labels = {domain: _head_labels(domain) for domain in domains}
+    suffixes = {
+        ".".join(labels[i:])
+        for domain, n in head_labels.items()
+        for labels in [domain.split(".")[n:]]
+        for i in range(len(labels))
+    }
+    parents = {suffix.partition(".")[2] for suffix in suffixes}
+    taken = {label for domain in head_labels for label in domain.split(".")} | {"example"}
+
+    collisions = 0  # the more there were, the longer labels become
+
+    def invent(label: str) -> str:
+        nonlocal collisions
+        made = same_shape(label, rng)
+        while made in taken:
+            extra = "o" * rng.randint(0, 3 + collisions // TRIES)
+            collisions += 1
+            made = same_shape(label + extra, rng) + rng.choice(["", "", "n", "r"])
+        taken.add(made)
+        return made
+
+    new = {}
+    for suffix in sorted(suffixes, key=lambda s: (s.count("."), s)):
+        label, _, parent = suffix.partition(".")
+        if not parent and suffix in parents:
+            new[suffix] = "example"
+        else:
+            new[suffix] = f"{invent(label)}.{new[parent]}" if parent else invent(label)
+    heads: dict[str, str] = {}
+    for domain, n in sorted(head_labels.items()):
+        if n:
+            *labels, rest = domain.split(".", n)
+            for label in labels:
+                heads[label] = heads.get(label) or invent(label)
+            new[domain] = ".".join([*(heads[label] for label in labels), new[rest]])
+    return new
+
+
+def _head_labels(domain: str) -> int:
+    """How many labels at the front are replaced one by one: none of a domain that can exist."""
+    return max(0, domain.count(".") + 1 - SHARED_LABELS) if len(domain) > MAX_DOMAIN else 0
+
+
+def read_people(rows: list[dict]) -> tuple[People, Scanner, Counter, Counter]:
+    """(people of a file, the scanner that knows their addresses, how often each token is read, how often in lower
+    case)."""
+    people = People([(row["gt-name"], row["gt-email"]) for row in rows])
+    scanner = Scanner(people.truths)
+    words: Counter = Counter()
+    lower: Counter = Counter()
+    addresses = set(people.truths)
+    for row in rows:
+        for text in strings(row):
+            for name, address in find_names(text):
+                people.add(name, address)
+            for piece in scanner(text):
+                if piece.kind != "token":
+                    addresses.add(piece.address)
+                    continue
+                words[piece.text.casefold()] += 1
+                lower[piece.text.casefold()] += piece.text.islower()
+    people.adopt(addresses)
+    return people, scanner, words, lower

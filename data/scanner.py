@@ -1,0 +1,193 @@
+"""One scan of a text: addresses, disguised addresses and tokens from left to right, in linear time.
+
+A *token* is a run of letters and digits, compared case-folded.
+"""
+
+import random
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+MAX_ADDRESS = 320  # characters: 64 of a local part, 255 of a domain (RFC 5321, 4.5.3.1)
+MAX_NAME = 200  # characters of a full name
+
+LOCAL_RUN = re.compile(r"[\w.+%=&'#$!*~^-]+")
+LOCAL = r"\w[\w.+%=&'#$!*~^-]*"
+AT, DOT = r"(?:\s*[(\[]\s*at\s*[)\]]\s*|\s+at\s+)", r"(?:\s*[(\[]\s*dot\s*[)\]]\s*|\s+dot\s+)"
+ADDRESS = re.compile(rf"(?<!\w){LOCAL}@[\w-]+(?:\.[\w-]+)+")
+DISGUISED = re.compile(rf"(?<!\w)(\w[\w.+-]*)({AT})([\w-]+(?:{DOT}[\w-]+)+)", re.I)
+DISGUISED_RUN = re.compile(r"[\w.+-]+")
+DISGUISED_REST = re.compile(rf"(?:{AT})[\w-]+(?:{DOT}[\w-]+)+", re.I)
+DOMAIN_REST = re.compile(r"@[\w-]+(?:\.[\w-]+)+")
+DOTS = re.compile(DOT, re.I)
+TOKEN = re.compile(r"[^\W_]+")
+MAY_BEGIN = re.compile(r"(?<!\w)_|[^\W_]")  # an address or a token
+SPACE = r"[^\S\n]*(?:\n[^\S\n]*(?:[>|][^\S\n]*)*)?"
+BLANK = re.compile(rf"(\.?)({SPACE})")
+COMMA = re.compile(rf"{SPACE},{SPACE}")
+WIDEST = 200  # characters between two words of one name
+
+
+class Found(NamedTuple):
+    """A piece of a text. kind: 'odd' (a known address in no usual form), 'address', 'disguised' or 'token'."""
+
+    kind: str
+    start: int
+    end: int
+    text: str
+
+    @property
+    def address(self) -> str:
+        """The address, case-folded, that the piece stands for."""
+        if self.kind == "disguised":
+            local, _, labels = DISGUISED.fullmatch(self.text).groups()
+            return f"{local}@{'.'.join(DOTS.split(labels))}".casefold()
+        return self.text.casefold()
+
+
+class Scanner:
+    """Splits texts into pieces from left to right, in time linear in the text.
+
+    addresses: known ones; those that `ADDRESS` does not match are found too.
+    """
+
+    def __init__(self, addresses: Iterable[str]):
+        self.odd = KnownAddresses(address for address in addresses if not ADDRESS.fullmatch(address))
+
+    def __call__(self, text: str) -> Iterator[Found]:
+        spans = self.odd.spans(text)
+        place, odd = 0, next(spans, None)
+        local, disguised = _Rest(text, LOCAL_RUN, DOMAIN_REST), _Rest(text, DISGUISED_RUN, DISGUISED_REST)
+        while True:
+            begin = MAY_BEGIN.search(text, place)
+            start = begin.start() if begin else len(text)
+            if odd and odd[0] <= start:
+                yield Found("odd", *odd, text[slice(*odd)])
+                place = odd[1]
+                odd = next((span for span in spans if span[0] >= place), None)
+                continue
+            if not begin:
+                return
+            kind, end = "token", 0
+            if start == 0 or not _is_word(text[start - 1]):
+                if end := local.end(start):
+                    kind = "address"
+                elif end := disguised.end(start):
+                    kind = "disguised"
+            if not end and begin[0] == "_":
+                place = start + 1
+                continue
+            end = end or TOKEN.match(text, start).end()
+            yield Found(kind, start, end, text[start:end])
+            place = end
+            if odd and odd[0] < place:
+                odd = next((span for span in spans if span[0] >= place), None)
+
+
+class KnownAddresses:
+    """Finds known addresses in texts by what stands on either side of an @, however many they are.
+
+    addresses: case-folded, at most `MAX_ADDRESS` characters, which bounds the look-ups at each @.
+    """
+
+    def __init__(self, addresses: Iterable[str]):
+        self.locals: defaultdict[str, set[str]] = defaultdict(set)
+        for address in addresses:
+            local, _, domain = address.rpartition("@")
+            self.locals[domain].add(local)
+        self.domain_lengths = sorted({len(domain) for domain in self.locals})
+        self.local_lengths = {domain: sorted({len(one) for one in known}) for domain, known in self.locals.items()}
+
+    def spans(self, text: str) -> Iterator[tuple[int, int]]:
+        """(start, end) of every known address in `text`, case ignored, also of one within another: by start, longest
+        first."""
+        found = []
+        if self.locals and "@" in text:
+            folded = text.casefold()
+            if len(folded) != len(text):  # 'ß' is folded to two letters: such a character stays as it is
+                folded = "".join(fold if len(fold := sign.casefold()) == 1 else sign for sign in text)
+            at = folded.find("@")
+            while at >= 0:
+                for length in self.domain_lengths:
+                    domain = folded[at + 1 : at + 1 + length]
+                    for size in self.local_lengths.get(domain, ()):
+                        if size <= at and folded[at - size : at] in self.locals[domain]:
+                            found.append((at - size, at + 1 + length))
+                at = folded.find("@", at + 1)
+        return iter(sorted(found, key=lambda span: (span[0], -span[1])))
+
+
+class _Rest:
+    """Where an address that begins within a run of characters ends: what follows the run is read once for the run."""
+
+    def __init__(self, text: str, run: re.Pattern, rest: re.Pattern):
+        self.text, self.run, self.rest = text, run, rest
+        self.run_end = self.address_end = 0
+
+    def end(self, start: int) -> int:
+        """The end of the address that begins at `start`; 0: none does."""
+        if start >= self.run_end:
+            self.run_end = self.run.match(self.text, start).end()
+            rest = self.rest.match(self.text, self.run_end)
+            self.address_end = rest.end() if rest else 0
+        return self.address_end
+
+
+def _is_word(sign: str) -> bool:
+    return sign.isalnum() or sign == "_"
+
+
+def joined(between: str, after_initial: bool) -> str | None:
+    """How two tokens with `between` between them stand together: 'glue', 'space', 'comma' or None (they do not)."""
+    return _joined(between, after_initial) if len(between) <= WIDEST else None
+
+
+@lru_cache(1 << 14)
+def _joined(between: str, after_initial: bool) -> str | None:
+    if between and not between.strip("._-+'’"):
+        return "glue"
+    blank = BLANK.fullmatch(between)
+    if blank and blank[2] and (after_initial or not blank[1]):
+        return "space"
+    return "comma" if COMMA.fullmatch(between) else None
+
+
+def tokens(text: str) -> tuple[str, ...]:
+    return tuple(token.casefold() for token in TOKEN.findall(text))
+
+
+def in_case_of(old: str, new: str) -> str:
+    """`new` in the case of `old`: all upper (of two letters or more), all lower, or as it is."""
+    if old.isupper() and len(old) > 1:
+        return new.upper()
+    return new.lower() if old.islower() else new[0].upper() + new[1:]
+
+
+def same_shape(text: str, rng: random.Random) -> str:
+    """Random text with vowels, consonants and digits where `text` has them; anything else is kept. Lower case."""
+
+    def other(c: str) -> str:
+        kind = "aeiou" if c in "aeiou" else "0123456789" if c.isdigit() else "bcdfghklmnprstvz"
+        return rng.choice(kind) if c.isalnum() else c
+
+    return "".join(map(other, text.lower()))
+
+
+def map_strings(value, function: Callable[[str], str]):
+    """`value` with `function` applied to every string in it (lists and dicts walked; keys kept)."""
+    if isinstance(value, str):
+        return function(value)
+    if isinstance(value, list):
+        return [map_strings(item, function) for item in value]
+    if isinstance(value, dict):
+        return {key: map_strings(item, function) for key, item in value.items()}
+    return value
+
+
+def strings(row: dict) -> list[str]:
+    """Every string of a row, in the order in which `map_strings` meets them."""
+    found: list[str] = []
+    map_strings(row, lambda text: found.append(text) or text)
+    return found
