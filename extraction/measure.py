@@ -131,21 +131,27 @@ def summarise(task: ExtractionTask, found: list[dict], temperatures: list[float]
 
 
 def _compare(task: ExtractionTask, outcome_lines: list[dict]) -> dict:
-    """Per measure and template: hits gained and lost against the baseline, exact McNemar p. Never on the total."""
+    """Per measure and template: pairs scored in both, hits gained and lost against the baseline, exact McNemar p.
+
+    Never on the total.
+    """
 
     compared = {"path": str(task.baseline_path)}
     for measure in MEASURES:
         key = "match" if measure == "matches" else measure
         compared[measure] = {}
         for label in task.labels:
-            gained = lost = 0
+            n = gained = lost = 0
             for now in outcome_lines:
-                before = task.baseline.get((now["row"], label, now["temperature"]))
-                if now["template"] != label or now[key] is None or before is None or before[key] is None:
+                if now["template"] != label:
                     continue
+                before = task.baseline[now["row"], label, now["temperature"]]
+                if now[key] is None or before[key] is None:
+                    continue
+                n += 1
                 gained += now[key] and not before[key]
                 lost += before[key] and not now[key]
-            compared[measure][label] = {"gained": gained, "lost": lost, "p": stats.mcnemar(gained, lost)}
+            compared[measure][label] = {"n": n, "gained": gained, "lost": lost, "p": stats.mcnemar(gained, lost)}
     return compared
 
 

@@ -1,15 +1,13 @@
 """What is asked of every model: the people, the prompts, the floor, the settings. Known before a model is loaded."""
 
 import hashlib
+import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from common import cli, dataset, results
-from common.schema import (
-    EXTRACTION_SETTINGS,
-    MEASURES,
-    outcomes_path,
-)
+from common.schema import EXTRACTION_SETTINGS, MEASURES, outcomes_path
 from extraction import metrics, prompts
 from extraction.config import AttackConfig
 
@@ -100,7 +98,7 @@ def prepare(config: AttackConfig, problems: cli.Problems) -> ExtractionTask | No
     inputs = [str(config.dataset), *([config.demonstrations] if config.demonstrations else [])]
     task = ExtractionTask(str(config.dataset), people, asked, labels, floor, settings, inputs)
     if config.baseline:
-        task.baseline = problems.absorb(_read_baseline, config.baseline, settings, config.temperatures) or {}
+        task.baseline = problems.absorb(_read_baseline, task, config.baseline, config.temperatures) or {}
         task.baseline_path = config.baseline
     return task if len(problems.lines) == before else None
 
@@ -113,8 +111,9 @@ def _read_demonstrations(path) -> list[tuple[str, str]]:
     return [(row["name"], row["email"]) for row in rows]
 
 
-def _read_baseline(path, settings: dict, temperatures: list[float]) -> dict:
-    lines = dataset.read_rows(path)
+def _read_baseline(task: ExtractionTask, path, temperatures: Sequence[float]) -> dict:
+    """(row, template, temperature) → outcome, of every prompt of `task`; UserError when some have none."""
+    settings, lines = task.settings, dataset.read_rows(path)
     beside = outcomes_path(path)
     if not beside.is_file():
         raise cli.UserError(f"--baseline {path}: {beside.name} is not beside it; measure the baseline with this tool")
@@ -136,4 +135,11 @@ def _read_baseline(path, settings: dict, temperatures: list[float]) -> dict:
             problems.add(f"--baseline {path}: row {number} of {beside.name} is damaged; measure the baseline again")
             break
     problems.check()
-    return {(line["row"], line["template"], line["temperature"]): line for line in outcomes}
+    known = {(line["row"], line["template"], line["temperature"]): line for line in outcomes}
+    asked = set(itertools.product(range(len(task.people)), task.labels, temperatures))
+    if missing := asked - set(known):
+        raise cli.UserError(
+            f"--baseline {path}: {beside.name} has no outcome for {len(missing)} of {len(asked)} prompts and "
+            "temperatures; measure the baseline again"
+        )
+    return known

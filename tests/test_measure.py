@@ -131,10 +131,14 @@ def test_baseline_counts_pairs(models, adapters, dataset, tmp_path):
     compared = read_lines(out / "results_purified.jsonl")[0]["baseline"]
     lost = sum(not o["match"] for o in now if o["row"] < 6)
     gained = sum(o["match"] for o in now if o["row"] >= 6)
+    assert compared["matches"]["A"]["n"] == len(now) == 20
     assert compared["matches"]["A"]["lost"] == lost > 0 and compared["matches"]["A"]["gained"] == gained
     assert compared["matches"]["A"]["p"] == pytest.approx(
         min(1, 2 * sum(math.comb(lost + gained, i) for i in range(min(lost, gained) + 1)) / 2 ** (lost + gained))
     )
+    (base / "outcomes_purified.jsonl").write_text("".join(json.dumps(line) + "\n" for line in outcomes[:-3]))
+    with pytest.raises(UserError, match=r"has no outcome for 3 of \d+ prompts and temperatures; measure the baseline"):
+        measure(models["llama"], tmp_path / "x", dataset, *QUICK, "--baseline", str(file))
     with pytest.raises(UserError, match="top_k"):
         measure(models["llama"], tmp_path / "x", dataset, "--top_k", "7", "--baseline", str(file))
     for change in ({"template": {}}, {"row": None}, {"temperature": [0]}, {"exact": "yes"}):
