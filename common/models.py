@@ -126,6 +126,7 @@ def _check_config(name: str, revision, flag: str):
     if isinstance(getattr(config, "dtype", None), int | float | list | dict):
         raise UserError(f"{flag} {name}: its config.json is damaged (dtype); copy it there again")
     _check_generation(Path(name).expanduser())
+    import torch
     from transformers import AutoModelForCausalLM
 
     if type(config) not in AutoModelForCausalLM._model_mapping:
@@ -135,6 +136,18 @@ def _check_config(name: str, revision, flag: str):
     package = "bitsandbytes" if "bitsandbytes" in method or "bnb" in method else None
     if package and importlib.util.find_spec(package) is None:
         raise UserError(f"{flag} {name}: is quantised by {package}, which is not installed; pip install {package}")
+    for key, rate in config.get_text_config().to_dict().items():
+        known = rate is None or (isinstance(rate, int | float) and 0 <= rate <= 1)
+        if key.endswith(("dropout", "pdrop")) and not known:
+            raise UserError(f"{flag} {name}: {key} in its config.json is {rate!r}, not from 0 to 1; mend it")
+    try:
+        with torch.device("meta"):  # its layers without their weights: at most a second for any size
+            AutoModelForCausalLM.from_config(config)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{flag} {name}: its config.json describes no model ({type(error).__name__}: {reason}); copy it there again"
+        ) from None
     return config
 
 

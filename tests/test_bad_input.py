@@ -95,8 +95,11 @@ def files(tmp_path, models, adapters):
     paths["out"] = tmp_path / "out"
     tokenizer = (models["llama"] / "tokenizer.json").read_text()
     deep_config = '{"a": ' + "[" * 5000 + "]" * 5000 + "}"
+    config = json.loads((models["llama"] / "config.json").read_text())
     for name, file, text in (
         ("null_config", "config.json", "null"), ("deep_config", "config.json", deep_config),
+        ("dropout_config", "config.json", json.dumps(config | {"attention_dropout": 7})),
+        ("act_config", "config.json", json.dumps(config | {"hidden_act": "no such function"})),
         ("null_generation", "generation_config.json", "null"),
         ("odd_generation", "generation_config.json", '{"eos_token_id": [0, "x"]}'),
         ("odd_tokenizer", "tokenizer.json", tokenizer.replace('"padding": null', '"padding": 7')),
@@ -188,6 +191,8 @@ TABLE = [
     (merge_peft, ["--model", "{adapter}", "--save_dir", "{out}/" + 230 * "n"], "has more than 200 bytes"),
     (run_peft, ["-m", "{null_config}", "-i", "{good}", "--output_root", "{out}"], "its config.json is damaged"),
     (measure_purified, ["--model", "{deep_config}", "--output_dir", "{out}", "-d", "{good}"], "config.json is damaged"),
+    (run_peft, ["-m", "{dropout_config}", "-i", "{good}", "--output_root", "{out}"], "is 7, not from 0 to 1"),
+    (merge_peft, ["--model", "{act_config}", "--save_dir", "{out}"], "config.json describes no model (KeyError:"),
     (perplexity, ["--model", "{odd_tokenizer}", "-d", "{good}", "--output_dir", "{out}"], "no usable tokenizer"),
     (run_peft, ["-m", "{null_generation}", "-i", "{good}", "--output_root", "{out}"], "generation_config.json: a JSON"),
     (perplexity, ["--model", "{odd_generation}", "-d", "{good}", "--output_dir", "{out}"], "eos_token_id is no number"),
