@@ -1,16 +1,18 @@
 """Measures of how close synthetic text is to real text. Pure functions of texts and arrays; no models, no paths.
 
-A comparison has two samples of n documents. Their documents are dealt to the same GROUPS groups, and every interval is
-a delete-one-group jackknife: the measure is taken on everything and again without each group of both samples (a
-bootstrap repeats documents, which biases divergences, nearest-neighbour measures and distinct-n). `keep` is the boolean
-mask [n] of the documents that stay, the same for both samples; "replicates" are [1 + GROUPS] values, the whole first.
+A comparison has two samples of n documents. The documents of both are dealt to the same GROUPS groups, and every
+interval is a delete-one-group jackknife: the measure is taken on all documents, and again without each group of both
+samples (a bootstrap repeats documents, which biases divergences, nearest-neighbour measures and distinct-n). `keep` is
+the boolean mask [n] of the documents that stay, the same for both samples; "replicates" are the [1 + GROUPS] values,
+that of all documents first.
 """
 
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
 
 GROUPS = 20
@@ -50,20 +52,33 @@ def masks(groups: np.ndarray) -> list[np.ndarray]:
     return [np.ones(len(groups), bool)] + [groups != group for group in range(GROUPS)]
 
 
-def replicate(measure: Callable[[np.ndarray], dict[str, float]], groups: np.ndarray) -> dict[str, np.ndarray]:
-    """{name: replicates} of a function from a mask to {name: value}."""
+Replicates = dict[str, np.ndarray]  # measure → its replicates
+
+
+def replicate(measure: Callable[[np.ndarray], dict[str, float]], groups: np.ndarray) -> Replicates:
+    """The replicates of each value that `measure` gives of a mask."""
     values = [measure(keep) for keep in masks(groups)]
     return {name: np.array([value[name] for value in values], float) for name in values[0]}
 
 
-WIDER = {"Wasserstein-1 words a review": 1.15}  # the jackknife alone covers 91–92 % of it: bench/coverage.py
+class Estimate(TypedDict):
+    """A measure with the ends of its interval; None where one is undefined, with the reason."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    reason: NotRequired[str]
+    sd: NotRequired[float]
 
 
-def interval(replicates: np.ndarray, wider: float = 1.0) -> dict:
-    """{'value', 'low', 'high'}: 95 % interval of a delete-one-group jackknife (Shao & Tu 1995, section 2.3).
+WIDER = {"Wasserstein-1 words a review": 1.15}  # the plain jackknife covers in 91–92 %: bench/coverage.py
 
-    wider: factor on its width, for a measure of which it is known to cover too little (`WIDER`).
-    se² = (G − 1)/G · Σ (θ₍g₎ − mean)², and value ± wider · t(0.975, G − 1) · se. Undefined (NaN): null with the reason.
+
+def interval(replicates: np.ndarray, wider: float = 1.0) -> Estimate:
+    """The value and its 95 % interval by a delete-one-group jackknife (Shao & Tu 1995, section 2.3).
+
+    wider: factor on the width, for a measure whose interval is known to cover too rarely (`WIDER`).
+    se² = (G − 1)/G · Σ (θ₍g₎ − mean)², and value ± wider · t(0.975, G − 1) · se. NaN counts as undefined.
     """
     value, deleted = float(replicates[0]), np.asarray(replicates[1:], float)
     if np.isnan(value):
@@ -83,10 +98,10 @@ def words(text: str) -> list[str]:
     return WORD.findall(text.casefold())
 
 
-def count_of(found: Sequence[str], wordlist: str) -> int:
-    """How many of the words `found` are in a list of words separated by spaces."""
-    wanted = frozenset(wordlist.split())
-    return sum(word in wanted for word in found)
+def count_of(text: Sequence[str], wordlist: str) -> int:
+    """How many words of a text are in a list of words separated by spaces."""
+    listed = frozenset(wordlist.split())
+    return sum(word in listed for word in text)
 
 
 def count_sentences(text: str) -> int:
@@ -104,11 +119,12 @@ class Corpus(NamedTuple):
 
 def make_corpus(texts: Sequence[str], vocabulary: dict[str, int]) -> Corpus:
     """Words of `texts` as ids of `vocabulary`, which grows by the words it lacks."""
-    tokens, lengths = [], []
+    tokens: list[int] = []
+    lengths = []
     for text in texts:
-        found = [vocabulary.setdefault(word, len(vocabulary)) for word in words(text)]
-        tokens += found
-        lengths.append(len(found))
+        ids = [vocabulary.setdefault(word, len(vocabulary)) for word in words(text)]
+        tokens += ids
+        lengths.append(len(ids))
     return Corpus(np.array(tokens, np.int64), np.repeat(np.arange(len(texts)), lengths), len(texts))
 
 
@@ -128,21 +144,21 @@ def ngrams(corpus: Corpus, order: int) -> tuple[np.ndarray, np.ndarray]:
 # ---------------------------------------------------------------- distributions
 
 
-def kl_divergence(real, other, edges: Sequence[float]) -> float:
-    """KL(real ‖ other) in bits of two samples' histograms over [edges[i], edges[i+1]), add-one smoothed."""
+def kl_divergence(real: ArrayLike, other: ArrayLike, edges: Sequence[float]) -> float:
+    """KL(real ‖ other) in bits between the histograms of two samples, bins [edges[i], edges[i+1]), add-one smoothed."""
     p, q = (np.histogram(sample, np.asarray(edges, float))[0] + 1.0 for sample in (real, other))
     p, q = p / p.sum(), q / q.sum()
     return float(np.sum(p * np.log2(p / q)))
 
 
-def jensen_shannon(p, q) -> float:
+def jensen_shannon(p: ArrayLike, q: ArrayLike) -> float:
     """Jensen–Shannon divergence in bits, 0 … 1, of two count vectors over the same words (Lin 1991)."""
-    p, q = np.asarray(p, float) / np.sum(p), np.asarray(q, float) / np.sum(q)
-    middle = (p + q) / 2
-    return float(sum(np.sum(side[side > 0] * np.log2(side[side > 0] / middle[side > 0])) for side in (p, q)) / 2)
+    shares = [np.asarray(counts, float) / np.sum(counts) for counts in (p, q)]
+    middle = (shares[0] + shares[1]) / 2
+    return float(sum(np.sum(x[x > 0] * np.log2(x[x > 0] / middle[x > 0])) for x in shares) / 2)
 
 
-def distinct(document, gram, keep, budget: int) -> float:
+def distinct(document: np.ndarray, gram: np.ndarray, keep: np.ndarray, budget: int) -> float:
     """Different n-grams among the first `budget` n-grams of the kept documents, as a share (Li et al. 2016).
 
     The share falls with the number of n-grams looked at, so samples are compared at the same budget.
@@ -151,8 +167,8 @@ def distinct(document, gram, keep, budget: int) -> float:
     return len(np.unique(kept)) / len(kept) if len(kept) else float("nan")
 
 
-def repetition(document, gram, size: int) -> np.ndarray:
-    """[size] share of a document's n-grams that repeat an earlier one of it (seq-rep-n, Welleck et al. 2020).
+def repetition(document: np.ndarray, gram: np.ndarray, size: int) -> np.ndarray:
+    """[size] share of a document's n-grams that occur earlier in it (seq-rep-n, Welleck et al. 2020).
 
     NaN for a document without n-grams.
     """
@@ -164,45 +180,46 @@ def repetition(document, gram, size: int) -> np.ndarray:
 
 
 class Counts(NamedTuple):
-    """How often which document holds which n-gram, sorted by n-gram, then by falling count; entries [E] each."""
+    """How often a document contains an n-gram, sorted by n-gram, then by falling frequency; [E] entries each."""
 
     document: np.ndarray
     gram: np.ndarray
-    count: np.ndarray
+    frequency: np.ndarray
 
 
 def gram_counts(corpus: Corpus, order: int) -> Counts:
+    """The counts of a corpus's n-grams of one order."""
     document, gram = ngrams(corpus, order)
     if not len(gram):
         return Counts(document, gram, gram)
-    pairs, count = np.unique(gram * corpus.size + document, return_counts=True)
+    pairs, frequency = np.unique(gram * corpus.size + document, return_counts=True)
     gram, document = np.divmod(pairs, corpus.size)
-    sort = np.lexsort((-count, gram))
-    return Counts(document[sort], gram[sort], count[sort])
+    sort = np.lexsort((-frequency, gram))
+    return Counts(document[sort], gram[sort], frequency[sort])
 
 
 def self_bleu(counts: Sequence[Counts], lengths: np.ndarray, keep: np.ndarray) -> float:
     """Mean BLEU-4 of each kept document against all others (Zhu et al. 2018), 0 … 1; higher: less diverse.
 
-    counts   gram_counts of orders 1 … 4;   lengths   [n] words of each document.
-    A document's BLEU is sacrebleu's sentence BLEU: counts clipped at the most that any one reference holds, the closest
-    reference length (the shorter one of two), effective order, exponential smoothing. Exact over all references in
-    linear time: the most among the others is the n-gram's highest count, or the second-highest for its holder.
+    counts: `gram_counts` of orders 1 … 4; lengths: [n] words of each document.
+    A document's BLEU is sacrebleu's sentence BLEU: counts clipped at the highest of any one reference, the closest
+    reference length (the shorter of two), effective order, exponential smoothing. Exact over all references in linear
+    time: the highest among the others is the n-gram's highest count, or the second-highest for the document with it.
     """
     documents = np.flatnonzero(keep & (lengths > 0))
     if len(documents) < 2:
         return float("nan")
     log_precision, orders = np.zeros(len(lengths)), np.zeros(len(lengths))
     smooth, any_hit = np.ones(len(lengths)), np.zeros(len(lengths), bool)
-    for order, (document, gram, count) in enumerate(counts, 1):
+    for order, (document, gram, frequency) in enumerate(counts, 1):
         kept = keep[document]
-        document, gram, count = document[kept], gram[kept], count[kept]
+        document, gram, frequency = document[kept], gram[kept], frequency[kept]
         first = np.append(True, gram[1:] != gram[:-1])[: len(gram)]
-        highest = count[first][np.cumsum(first) - 1]
-        second = np.zeros_like(count)
+        highest = frequency[first][np.cumsum(first) - 1]
+        second = np.zeros_like(frequency)
         follows = np.flatnonzero(first[:-1] & ~first[1:])
-        second[follows] = count[follows + 1]
-        clipped = np.minimum(count, np.where(first, second, highest))
+        second[follows] = frequency[follows + 1]
+        clipped = np.minimum(frequency, np.where(first, second, highest))
         hits = np.bincount(document, clipped, len(lengths))
         total = np.maximum(lengths - order + 1, 0)
         has = total > 0
@@ -221,7 +238,7 @@ def self_bleu(counts: Sequence[Counts], lengths: np.ndarray, keep: np.ndarray) -
 
 
 def _closest_other(lengths: np.ndarray) -> np.ndarray:
-    """[n] the length nearest to each one among the others, the shorter one of two equally near; n ≥ 2."""
+    """[n] of each length the nearest of the others, the shorter of two equally near; n ≥ 2."""
     order = np.argsort(lengths, kind="stable")
     padded = np.concatenate([[-np.inf], lengths[order], [np.inf]])
     below, above = padded[:-2], padded[2:]  # the neighbours in sorted order: the nearest other length is one of them
@@ -236,10 +253,8 @@ def rank_correlations(columns: np.ndarray) -> np.ndarray:
     ranks -= ranks.mean(0)
     scale = np.sqrt((ranks**2).sum(0))
     with np.errstate(divide="ignore", invalid="ignore"):
-        return (ranks.T @ ranks) / np.outer(scale, scale)
-
-
-# ---------------------------------------------------------------- copies
+        correlations: np.ndarray = (ranks.T @ ranks) / np.outer(scale, scale)
+    return correlations
 
 
 # ---------------------------------------------------------------- embeddings
@@ -261,7 +276,8 @@ def frechet_distance(real: np.ndarray, other: np.ndarray) -> float:
 def _distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Euclidean distances [n, m]; squares rounded to 1e-6, so that equal vectors are at exactly 0."""
     squares = (x * x).sum(1)[:, None] + (y * y).sum(1)[None] - 2 * (x @ y.T)
-    return np.sqrt(np.maximum(np.round(squares, 6), 0))
+    distances: np.ndarray = np.sqrt(np.maximum(np.round(squares, 6), 0))
+    return distances
 
 
 def _own_neighbours(x: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
@@ -283,15 +299,16 @@ def _radii(near: np.ndarray, index: np.ndarray, keep: np.ndarray, k: int) -> np.
     rank = np.cumsum(keep[index], axis=1)
     if (rank[:, -1] < k).any():
         raise ValueError(f"a row has fewer than {k} kept neighbours among its {near.shape[1]} nearest")
-    return near[np.arange(len(near)), (rank >= k).argmax(1)]
+    radii: np.ndarray = near[np.arange(len(near)), (rank >= k).argmax(1)]
+    return radii
 
 
-def manifold_measures(real: np.ndarray, other: np.ndarray, groups: np.ndarray, k: int = NEIGHBOURS) -> dict:
-    """{'precision', 'recall', 'density', 'coverage'}: replicates, of two samples [n, d] of the same n.
+def manifold_measures(real: np.ndarray, other: np.ndarray, groups: np.ndarray, k: int = NEIGHBOURS) -> Replicates:
+    """Precision, recall, density and coverage of two samples [n, d] of the same n.
 
-    A ball reaches to the k-th nearest row of its own sample. Precision: share of `other` in a ball of `real`; recall:
-    share of `real` in a ball of `other` (Kynkäänniemi et al. 2019). Density: balls of `real` that a row of `other` lies
-    in, mean over k; coverage: share of `real` whose ball holds a row of `other` (Naeem et al. 2020).
+    A row's ball reaches to the k-th nearest row of its own sample. Precision: share of `other` in a ball of `real`;
+    recall: share of `real` in a ball of `other` (Kynkäänniemi et al. 2019). Density: mean number of balls of `real`
+    around a row of `other`, over k; coverage: share of `real` whose ball contains a row of `other` (Naeem et al. 2020).
     """
     depth = min(DEPTH, len(real) - 1)
     balls = [_own_neighbours(sample, depth) for sample in (real, other)]
@@ -306,21 +323,21 @@ def manifold_measures(real: np.ndarray, other: np.ndarray, groups: np.ndarray, k
         )
         pairs.append((row + start, column, distances[row, column]))
     row, column, distance = (np.concatenate(part) for part in zip(*pairs))
-    found = {name: [] for name in ("precision", "recall", "density", "coverage")}
+    measures: dict[str, list[float]] = {name: [] for name in ("precision", "recall", "density", "coverage")}
     for keep, real_radius, other_radius in zip(kept, *radii):
         n, both = keep.sum(), keep[row] & keep[column]
         in_real, in_other = both & (distance <= real_radius[row]), both & (distance <= other_radius[column])
-        found["precision"].append(len(np.unique(column[in_real])) / n)
-        found["recall"].append(len(np.unique(row[in_other])) / n)
-        found["density"].append(in_real.sum() / (k * n))
-        found["coverage"].append(len(np.unique(row[in_real])) / n)
-    return {name: np.array(values) for name, values in found.items()}
+        measures["precision"].append(len(np.unique(column[in_real])) / n)
+        measures["recall"].append(len(np.unique(row[in_other])) / n)
+        measures["density"].append(in_real.sum() / (k * n))
+        measures["coverage"].append(len(np.unique(row[in_real])) / n)
+    return {name: np.array(values) for name, values in measures.items()}
 
 
 def nearest_cosine(x: np.ndarray, pool: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """[n, GROUPS] highest cosine of each row of x [n, d] (unit rows) to the rows of each group of the pool [m, d].
 
-    −∞ for a group that has no row in the pool: to leave it out leaves nothing out.
+    −∞ for a group without rows in the pool: leaving it out changes nothing.
     """
     order = np.argsort(groups, kind="stable")
     present, starts = np.unique(groups[order], return_index=True)
@@ -333,7 +350,10 @@ def nearest_cosine(x: np.ndarray, pool: np.ndarray, groups: np.ndarray) -> np.nd
 
 
 def mean_nearest(best: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Replicates of the mean highest cosine; `best`: `nearest_cosine`, `groups` [n] of x; one goes from both sides."""
+    """[1 + GROUPS] replicates of the mean highest cosine: each leaves a group out of the rows and of the pool.
+
+    best: [n, GROUPS] of `nearest_cosine`; groups: [n] of its rows.
+    """
     means = [best.max(1).mean()]
     means += [np.delete(best, group, axis=1)[groups != group].max(1).mean() for group in range(GROUPS)]
     return np.array(means, float)

