@@ -1,5 +1,6 @@
-"""Which encoder embeds the reviews, and whether it can: from its files alone, before any weights are loaded."""
+"""Which encoder embeds the reviews, and whether it and MAUVE can be used: checks that load no weights."""
 
+import importlib.util
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,3 +47,11 @@ def check_embedder(config: FidelityConfig, files_only: bool = False) -> None:
         raise UserError(
             f"--max_tokens {config.max_tokens}: the embedder has {positions} positions; give at most {positions}"
         )
+
+
+def check_mauve() -> None:
+    """UserError unless the packages of MAUVE, both extras, are installed."""
+    packages = {"mauve": "mauve-text", "faiss": "faiss-cpu"}
+    missing = [package for module, package in packages.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise UserError(f"MAUVE: needs {' and '.join(missing)}; install it, or leave MAUVE out (--without mauve)")

@@ -19,6 +19,11 @@ from fidelity.samples import Row
 TOKENS_PER_BATCH = 8192
 
 
+def longest_first(texts: list[str]) -> list[str]:
+    """The distinct texts; equally long ones sorted: the batches, and so the last bits, are those of every other run."""
+    return sorted(set(texts), key=lambda text: (-len(text), text))
+
+
 def embed(texts: list[str], config: FidelityConfig, device: str) -> np.ndarray:
     """[n, d] float32 vectors of unit length: the mean of the last hidden states over a text's tokens."""
     name = embedder_source(config)
@@ -30,7 +35,7 @@ def embed(texts: list[str], config: FidelityConfig, device: str) -> np.ndarray:
     tokenizer = AutoTokenizer.from_pretrained(name, revision=config.revision)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    distinct = sorted(set(texts), key=len, reverse=True)
+    distinct = longest_first(texts)
     vectors: dict[str, np.ndarray] = {}
     with torch.no_grad(), progress_bar(len(distinct), "texts embedded") as bar:
         while len(vectors) < len(distinct):

@@ -23,7 +23,7 @@ from fidelity.comparison import (
     word_measures,
 )
 from fidelity.config import FidelityConfig
-from fidelity.embedder import check_embedder
+from fidelity.embedder import check_embedder, check_mauve
 from fidelity.report import draw_lengths, draw_map, table
 from fidelity.samples import Row, Samples, choose
 
@@ -77,6 +77,8 @@ def prepare(config: FidelityConfig, folder: Path, problems: cli.Problems) -> tup
         train = check_train(config, real, train, problems)
     if config.embeds:
         problems.absorb(check_embedder, config, bool(problems.lines))
+    if config.takes_mauve:
+        problems.absorb(check_mauve)
     inputs = [] if problems.lines else config.input_files
     outputs = [folder / RESULTS, folder / TABLE]
     finished = problems.absorb(results.finished, folder / RECORD, outputs, config, inputs, config.overwrite)

