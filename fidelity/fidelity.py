@@ -61,7 +61,7 @@ def make_parser() -> cli.Parser:
 
 def main(argv: list[str] | None = None) -> int:
     config = make_parser().parse_args(argv)
-    from fidelity.measure import run
+    from fidelity.run import run
 
     run(config)
     return 0

@@ -1,0 +1,88 @@
+"""The entry of this room: everything is checked here; what measures is imported once the samples are known."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from common import cli, distributed, results, reviews
+from fidelity.config import FidelityConfig
+from fidelity.embedder import check_embedder, check_mauve
+from fidelity.samples import Row, Samples, choose
+
+RECORD = "run_fidelity.json"
+RESULTS = "results_fidelity.json"
+TABLE = "fidelity.md"
+FEWEST = 40  # rows of a sample: two in each group of the jackknife
+
+
+def run(config: FidelityConfig) -> dict[str, Any]:
+    """Compare, write every file, return the content of results_fidelity.json. UserError before a model is loaded."""
+    folder = Path(config.output_dir)
+    with results.output_folder(folder, config.dry_run, "fidelity") as place:
+        prepared = prepare(config, folder, cli.Problems())
+        if prepared is None:
+            return dict(results.read_json(folder / RESULTS, "remove it"))
+        chosen, train = prepared
+        arms = ", ".join(chosen.arms)
+        print(f"{chosen.size} rows per sample; {arms} against real; paired: {chosen.paired}", flush=True)
+        if config.dry_run:
+            print(f"would write {RESULTS}, {TABLE} and figures in {folder}")
+            return {}
+        from fidelity.measure import Stopwatch, draw, measure
+        from fidelity.report import table
+
+        world = distributed.start() if config.embeds else None
+        with results.Run(folder / RECORD, config, config.input_files, world, place) as record:
+            watch = Stopwatch()
+            content, samples, vectors = measure(config, chosen, train, world.device if world else "cpu", watch)
+            if "figures" not in config.without:
+                draw(record.files, folder, samples, vectors)
+                watch.lap("figures")
+            with record.files.open(folder / TABLE) as file:
+                file.write(table(content["comparisons"]))
+            record.files.write_json(folder / RESULTS, content)
+            record["stage_seconds"] = watch.seconds
+        print(table(content["comparisons"]))
+        return content
+
+
+def prepare(config: FidelityConfig, folder: Path, problems: cli.Problems) -> tuple[Samples, list[Row] | None] | None:
+    """(samples, training rows with text or None); None where the results exist already. UserError with all problems."""
+    if int(os.environ.get("WORLD_SIZE", "1") or 1) > 1:
+        problems.add("WORLD_SIZE: runs as one process; start it without torchrun")
+    cli.check_writable(folder, problems)
+    if config.pool_rows < FEWEST:
+        problems.add(f"--pool_rows {config.pool_rows}: at least {FEWEST} are needed")
+    real = problems.absorb(reviews.read_reviews, config.real)
+    files = reviews.split_arms(config.synthetic, ("real", "against"), problems)
+    arms = {arm: problems.absorb(reviews.read_reviews, file, reviews.GENERATED) for arm, file in files.items()}
+    train = problems.absorb(reviews.read_reviews, config.train) if config.train else None
+    if real and train:
+        train = check_train(config, real, train, problems)
+    if config.embeds:
+        problems.absorb(check_embedder, config, bool(problems.lines))
+    if config.takes_mauve:
+        problems.absorb(check_mauve)
+    inputs = [] if problems.lines else config.input_files
+    outputs = [folder / RESULTS, folder / TABLE]
+    finished = problems.absorb(results.finished, folder / RECORD, outputs, config, inputs, config.overwrite)
+    problems.check()
+    if finished:
+        return None
+    chosen = choose(real, arms, config.num_rows, config.seed)
+    if chosen.size < FEWEST:
+        reason = " (rows made from the metadata of one half of --real)" if chosen.paired else ""
+        problems.add(f"{chosen.smallest}: only {chosen.size} usable rows{reason}; at least {FEWEST} are needed")
+    problems.check()
+    return chosen, train
+
+
+def check_train(config: FidelityConfig, real: list[Row], train: list[Row], problems: cli.Problems) -> list[Row]:
+    """The training rows with text; a problem where they are too few or share rows with --real."""
+    shared = reviews.shared_rows(real, train)
+    if shared:
+        problems.add(f"--real {config.real}: {shared} of its rows are in --train {config.train}; give held-out rows")
+    train = reviews.with_text(train)
+    if len(train) < FEWEST:
+        problems.add(f"--train {config.train}: only {len(train)} rows with text; at least {FEWEST} are needed")
+    return train
