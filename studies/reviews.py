@@ -20,6 +20,7 @@ from data.synthetic import generate
 from fidelity import fidelity
 from studies.steps import EMBEDDED, build, call, device_flags, made_from, table, train
 from utility import downstream, feature_importance
+from utility.metrics import SCORES
 
 EPOCHS = 5
 RATE = 3e-3
@@ -252,7 +253,7 @@ def report(rows: dict) -> str:
     utility = []
     for arm in ("real", *arms, "base", "majority"):
         line = ratings[arm]
-        cells = [line[name]["mean"] if isinstance(line[name], dict) else line[name] for name in downstream.SHOWN]
+        cells = [line[name]["mean"] if isinstance(line[name], dict) else line[name] for name in SCORES]
         words = rows["importance"]["arms"].get(arm)
         means = [words["mean"][name] for name in AGREEMENT] if words else []
         agree = ["–" if mean is None else f"{mean:.3f}" for mean in means] or [""] * len(AGREEMENT)
@@ -282,6 +283,6 @@ def report(rows: dict) -> str:
             "Utility: the base trained on each arm's rows rates held-out real reviews (`real`: without canaries); "
             "agreement of word importance with real.",
             "",
-            table(["", *downstream.SHOWN, *AGREEMENT], utility),
+            table(["", *SCORES, *AGREEMENT], utility),
         ]
     )

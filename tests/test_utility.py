@@ -12,8 +12,13 @@ from scipy import sparse
 
 from common import reviews
 from common.cli import UserError
-from utility import downstream, feature_importance, human_sheet
+from common.dataset import instruction_prompt
+from utility import downstream, feature_importance, human_sheet, rating
 from utility import metrics as m
+from utility.importance import cell
+from utility.rating import LABELS, instruction_rows, label_log_probabilities
+from utility.sheet import COLUMNS
+from utility.words import compare
 
 TONES = {
     1: ("awful", "useless"),
@@ -217,18 +222,36 @@ def test_labels_are_scored_as_the_whole_model_does(models):
 
     model = AutoModelForCausalLM.from_pretrained(models["neox"]).eval()
     tokenizer = AutoTokenizer.from_pretrained(models["neox"])
-    rows = downstream.instruction_rows(make_reviews(5, 1), tokenizer, 400)[0]
-    from common.dataset import instruction_prompt
-    from common.distributed import progress_bar
-
+    rows = instruction_rows(make_reviews(5, 1), tokenizer, 400)[0]
     prompts = [instruction_prompt(row) for row in rows]
-    found = downstream.label_log_probabilities(model, tokenizer, prompts, progress_bar(None, "tokens"))
-    for prompt, values in zip(prompts, found):
-        for label, value in zip(downstream.LABELS, values):
+    scored = label_log_probabilities(model, tokenizer, prompts, lambda n: None)
+    for prompt, values in zip(prompts, scored):
+        for label, value in zip(LABELS, values):
             ids = torch.tensor([tokenizer(prompt + label).input_ids])
             with torch.no_grad():
                 logp = model(ids).logits[0, -2].log_softmax(-1)[ids[0, -1]]
             assert value == pytest.approx(float(logp), abs=1e-4)
+
+
+def test_labels_of_several_tokens_are_scored_whole(models, monkeypatch):
+    """One label of two tokens: every label counts from the first token that tells them apart."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    labels = ("1", "2 and", "3", "4", "5")
+    monkeypatch.setattr(rating, "LABELS", labels)
+    model = AutoModelForCausalLM.from_pretrained(models["neox"]).eval()
+    tokenizer = AutoTokenizer.from_pretrained(models["neox"])
+    prompts = ["the lamp is: ", "a mat? "]
+    scored = label_log_probabilities(model, tokenizer, prompts, lambda n: None)
+    for prompt, values in zip(prompts, scored):
+        encoded = [tokenizer(prompt + label).input_ids for label in labels]
+        assert len({len(ids) for ids in encoded}) == 2
+        start = next(k for k, column in enumerate(zip(*encoded)) if len(set(column)) > 1)
+        for ids, value in zip(encoded, values):
+            with torch.no_grad():
+                logp = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            assert value == pytest.approx(sum(float(logp[k - 1, ids[k]]) for k in range(start, len(ids))), abs=1e-4)
 
 
 def test_long_reviews_are_cut_so_that_the_label_stays(models):
@@ -240,9 +263,9 @@ def test_long_reviews_are_cut_so_that_the_label_stays(models):
     tokenizer = AutoTokenizer.from_pretrained(models["neox"])
     rows = make_reviews(2, 1)
     rows[1]["Review"] = "the kettle leaks " * 200
-    made, n_cut = downstream.instruction_rows(rows, tokenizer, 180)
-    assert n_cut == 1 and made[0]["input"] == rows[0]["Review"]
-    for row in made:
+    instructions, n_cut = instruction_rows(rows, tokenizer, 180)
+    assert n_cut == 1 and instructions[0]["input"] == rows[0]["Review"]
+    for row in instructions:
         (one,) = encode([row], tokenizer, 180, "completion")
         assert one.ids[-1] == tokenizer.eos_token_id and one.labels >= 2  # label and EOS are learned
         assert tokenizer.decode(one.ids[:-1]) == row_text(row)[0]
@@ -293,24 +316,24 @@ def test_feature_importance_twice_the_same_and_in_the_right_order(files, tmp_pat
     assert call_importance(files, tmp_path / "one") == 0  # finished already
     with pytest.raises(UserError, match="exists; give --overwrite"):
         call_importance(files, tmp_path / "one", "--min_rows", 4)
-    with pytest.raises(UserError, match="only 80 rows are there"):
+    with pytest.raises(UserError, match="there are only 80 rows"):
         call_importance(files, tmp_path / "three", "--num_rows", 81)
 
 
 def test_jaccard_says_nothing_where_every_word_is_in_the_top():
     falling, rising = np.arange(20.0)[::-1], np.arange(20.0)
-    found = feature_importance.compare(falling, rising)
-    assert found["jaccard@10"] == 0 and found["jaccard@20"] is None and found["jaccard@50"] is None  # 20 words
-    assert feature_importance.compare(np.arange(21.0), rising_and_one := np.arange(21.0) ** 2)["jaccard@20"] == 1
-    assert set(feature_importance.compare(rising_and_one, np.ones(21)).values()) == {None}  # one is constant
-    assert feature_importance.cell(None) == "–"
+    agreement = compare(falling, rising)
+    assert agreement["jaccard@10"] == 0 and agreement["jaccard@20"] is None and agreement["jaccard@50"] is None
+    assert compare(np.arange(21.0), rising_and_one := np.arange(21.0) ** 2)["jaccard@20"] == 1
+    assert set(compare(rising_and_one, np.ones(21)).values()) == {None}  # one is constant
+    assert cell(None) == "–"
 
 
 def test_a_dry_run_of_feature_importance(files, tmp_path, capsys):
     assert call_importance(files, tmp_path / "out", "--dry_run") == 0
     said = capsys.readouterr().out
     assert said.startswith("would compare 2 draws of ") and "feature_importance.json" in said
-    with pytest.raises(UserError, match="no word stands in so many"):
+    with pytest.raises(UserError, match="no word is in so many"):
         call_importance(files, tmp_path / "out", "--dry_run", "--min_rows", 61)
     assert not (tmp_path / "out").exists()
 
@@ -323,7 +346,7 @@ def test_feature_importance_bad_input(files, tmp_path):
     assert [line.partition(":")[0] for line in error.value.problems] == ["--synthetic flat", "--min_rows 61"]
     same = write_rows(tmp_path / "same.jsonl", [row | {"Rating": 4} for row in read_lines(files["real"])])
     cases = (
-        (("--real", same), "--real: all 80 rows drawn with seed 3407 have one and the same rating (reference)"),
+        (("--real", same), "--real: all 80 rows drawn with seed 3407 have the same rating (reference)"),
         (("--num_heldout", 19), "19 held-out rows (--num_heldout, and those with text); at least 20 are needed"),
         (("--seed", -1), "must be 0 to 4294967295"),
         (("--seed", (1 << 32) - 1), "--num_seeds 2: the last of --seed 4294967295"),
@@ -353,7 +376,7 @@ def fill(sheet: Path, target: Path, label) -> Path:
     for line in lines:
         line["label"] = label(int(line["number"]))
     with open(target, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, human_sheet.COLUMNS)
+        writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(lines)
     return target
@@ -450,7 +473,7 @@ def test_sheets_with_faults_are_refused(files, tmp_path):
     for words in (
         "row 1: label ''",
         "row 2: label 'fine'",
-        "row 1 stands there twice",
+        "row 1 occurs more than once",
         "'99' is not in the key",
         "'²' is not",
     ):
@@ -490,12 +513,14 @@ def test_a_sheet_given_twice_and_a_damaged_key_are_refused(files, tmp_path):
     copy.write_bytes(filled.read_bytes())
     with pytest.raises(UserError) as error:
         human_sheet.main(score_words(tmp_path, filled, filled, copy, tmp_path / "none.csv"))
-    assert [" ".join(line.split(":")[1].split()[:5]) for line in error.value.problems] == [
-        "to the byte the same", "to the byte the same", "no such file",
-    ]  # fmt: skip
+    assert [line.partition(": ")[2].partition(";")[0] for line in error.value.problems] == [
+        f"identical to {filled}",
+        f"identical to {filled}",
+        "no such file",
+    ]
     lines, key = key_of(tmp_path), tmp_path / "damaged.jsonl"
     for change, told in (
-        ({"number": 2}, "number 2 stands there twice"),
+        ({"number": 2}, "number 2 occurs more than once"),
         ({"number": [1]}, "not a key of this script"),
         ({"number": "1"}, "not a key of this script"),
         ({"arm": None}, "not a key of this script"),

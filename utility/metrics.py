@@ -1,25 +1,49 @@
 """Measures of what synthetic rows are good for, and of agreement between raters. Pure functions of arrays."""
 
+import statistics
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
+
+from common.stats import mcnemar
+
+SCORES = ("accuracy", "macro_f1", "mae")
 
 
-def rating_scores(truth: Sequence[int], predicted: Sequence[int]) -> dict[str, float]:
-    """Accuracy, macro-F1 and mean absolute error in stars.
+def rating_scores(truth: ArrayLike, predicted: ArrayLike) -> dict[str, float]:
+    """SCORES of predicted ratings: accuracy, macro-F1 and mean absolute error in stars.
 
     Macro-F1: the unweighted mean of F1 over the ratings that occur in `truth` (0 for one never predicted).
     """
-    truth, predicted = np.asarray(truth), np.asarray(predicted)
+    right, given = np.asarray(truth), np.asarray(predicted)
     f1 = []
-    for label in np.unique(truth):
-        hits = np.sum((truth == label) & (predicted == label))
-        f1.append(2 * hits / (np.sum(truth == label) + np.sum(predicted == label)))
+    for label in np.unique(right):
+        hits = np.sum((right == label) & (given == label))
+        f1.append(2 * hits / (np.sum(right == label) + np.sum(given == label)))
     return {
-        "accuracy": float(np.mean(truth == predicted)),
+        "accuracy": float(np.mean(right == given)),
         "macro_f1": float(np.mean(f1)),
-        "mae": float(np.mean(np.abs(truth - predicted))),
+        "mae": float(np.mean(np.abs(right - given))),
     }
+
+
+def paired(truth: Sequence[int], real: Sequence[int], other: Sequence[int]) -> dict[str, Any]:
+    """Rows that only `other` rates rightly (gained), rows that only `real` does (lost), exact McNemar p."""
+    right = [(a == t, b == t) for t, a, b in zip(truth, real, other)]
+    gained, lost = sum(b and not a for a, b in right), sum(a and not b for a, b in right)
+    return {"gained": gained, "lost": lost, "p": mcnemar(gained, lost)}
+
+
+def seed_summary(arm: str, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean, standard deviation and range of SCORES over the seeds of an arm's lines."""
+    summary: dict[str, Any] = {"arm": arm, "seed": None, "seeds": [line["seed"] for line in lines]}
+    for name in SCORES:
+        values = [line[name] for line in lines]
+        deviation = statistics.stdev(values) if len(values) > 1 else None
+        summary[name] = {"mean": statistics.mean(values), "sd": deviation, "low": min(values), "high": max(values)}
+    return summary
 
 
 def majority(ratings: Sequence[int]) -> int:
@@ -28,10 +52,12 @@ def majority(ratings: Sequence[int]) -> int:
     return int(values[counts.argmax()])
 
 
-def expected_permutation_importance(features, weights: np.ndarray, bias: np.ndarray, truth: np.ndarray) -> np.ndarray:
+def expected_permutation_importance(
+    features: Any, weights: np.ndarray, bias: np.ndarray, truth: np.ndarray
+) -> np.ndarray:
     """[F] rise of the mean log-loss (nats) of a linear softmax model when a feature's column is shuffled over the rows.
 
-    features [n, F] sparse CSC;  weights [F, C], bias [C];  truth [n] class numbers.
+    features: [n, F] sparse CSC; weights: [F, C]; bias: [C]; truth: [n] class numbers.
     The expectation over all permutations, so without sampling noise: a row is equally likely to get the value of each
     of the n rows (Breiman 2001 shuffles once). A column with z distinct values costs one [n, C] × [C, z] product.
     """
@@ -53,29 +79,28 @@ def expected_permutation_importance(features, weights: np.ndarray, bias: np.ndar
     return importance
 
 
-def top_jaccard(first: np.ndarray, second: np.ndarray, k: int) -> float:
+def top_jaccard(first: ArrayLike, second: ArrayLike, k: int) -> float:
     """Jaccard similarity of the k features of highest importance in two vectors [F]; ties: the lower index."""
     tops = [set(np.argsort(-np.asarray(values), kind="stable")[:k].tolist()) for values in (first, second)]
     return len(tops[0] & tops[1]) / len(tops[0] | tops[1])
 
 
-def fleiss_kappa(counts) -> float | None:
-    """Fleiss' κ of [items, categories] counts of ratings, each item rated by the same number of raters ≥ 2.
+def fleiss_kappa(counts: ArrayLike) -> float | None:
+    """Fleiss' κ of [items, categories] counts of ratings; every item has the same number of raters, at least 2.
 
     (P̄ − P̄ₑ) / (1 − P̄ₑ) (Fleiss 1971). None where every rating is of one category: chance explains all agreement.
     """
-    counts = np.asarray(counts, float)
-    raters = counts[0].sum()
-    if raters < 2 or (counts.sum(1) != raters).any():
+    table = np.asarray(counts, float)
+    raters = table[0].sum()
+    if raters < 2 or (table.sum(1) != raters).any():
         raise ValueError("every item needs the same number of ratings, at least 2")
-    observed = np.mean((np.sum(counts**2, 1) - raters) / (raters * (raters - 1)))
-    expected = np.sum((counts.sum(0) / counts.sum()) ** 2)
+    observed = np.mean((np.sum(table**2, 1) - raters) / (raters * (raters - 1)))
+    expected = np.sum((table.sum(0) / table.sum()) ** 2)
     return None if expected == 1 else float((observed - expected) / (1 - expected))
 
 
-def cohen_kappa(first: Sequence, second: Sequence) -> float | None:
-    """Cohen's κ of two raters' labels (Cohen 1960). None where both gave one and the same label throughout."""
-    first, second = np.asarray(first), np.asarray(second)
-    labels = np.union1d(first, second)
-    expected = sum(np.mean(first == label) * np.mean(second == label) for label in labels)
-    return None if expected == 1 else float((np.mean(first == second) - expected) / (1 - expected))
+def cohen_kappa(first: ArrayLike, second: ArrayLike) -> float | None:
+    """Cohen's κ of two raters' labels (Cohen 1960). None where both gave the same label throughout."""
+    one, other = np.asarray(first), np.asarray(second)
+    expected = sum(np.mean(one == label) * np.mean(other == label) for label in np.union1d(one, other))
+    return None if expected == 1 else float((np.mean(one == other) - expected) / (1 - expected))
