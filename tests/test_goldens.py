@@ -20,6 +20,7 @@ import random
 import re
 import secrets
 import sys
+from fnmatch import fnmatch
 
 import kill
 import pytest
@@ -39,9 +40,31 @@ QUOTED = re.compile(rf"(&quot;(?:{VOLATILE.pattern}|cpu_bytes)&quot;: ).*")  # a
 DECIMAL = re.compile(r"-?\d+\.\d+(?:e[+-]?\d{1,3}(?!\w))?|(?<![\w.])-?\d{1,3}e[+-]?\d{1,3}(?!\w)")
 SPEED = re.compile(r'(?:<td data-v="[\d.]+">[\d,]+</td>\s*){1,2}<td data-v="\d{7,}">[\d.]+</td>')  # seconds and memory
 NOISY = ("audit_signal",)  # small differences of large numbers: 0.001 either way
-# of the study of reviews: an audit of barely trained models ranks canaries by differences near zero, and on another CPU
-# two of them change places. Without any number here; results_canary_rows.jsonl and the case `canary` have theirs.
-CHAOTIC = ("out/canary/results_canary.jsonl", "out/report/results.csv", "out/summary.json")
+# Files of a study that another CPU gives other numbers: text sampled from a model after many steps (one token in two
+# thousand is another), what is trained on or computed from it, and ranks of nearly equal scores. Only their structure
+# is compared; the cases `synthetic`, `downstream`, `fidelity`, `canary` and `mia` have their numbers.
+CHAOTIC = {
+    "mail": (),
+    "privacy": ("out/summary.*", "out/report/report.html", "out/report/results.csv"),
+    "reviews": (
+        "out/canary/results_*",
+        "out/downstream/data/*",
+        "out/downstream/models/*.safetensors*",
+        "out/downstream/models/*.pt*",
+        "out/downstream/models/*.jsonl*",
+        "out/downstream/models/*/run.json",
+        "out/downstream/results_*",
+        "out/downstream/run_downstream.json",
+        "out/fidelity/fidelity.md",
+        "out/fidelity/results_*",
+        "out/generated_sequences_*",
+        "out/importance/feature_importance*",
+        "out/report/report.html",
+        "out/report/results.csv",
+        "out/run_generate_*",
+        "out/summary.*",
+    ),
+}
 COPIED = ("tokenizer.json", "tokenizer_config.json")  # a model's own; long, and the same in every case
 SCRIPTS = sorted(
     {*FLAGS}
@@ -72,6 +95,31 @@ def perplexity_model(start, have):
     return "--model WORK/tree/run/checkpoint-1 --dataset WORK/enron.jsonl --num_rows 10 --output_dir WORK/out"
 
 
+def chat_files(start, have):
+    tree(start, have)
+    for name, first in (("chat", 0), ("other", 20)):
+        rows = [
+            [{"role": "user", "content": f"Who is number {n}?"}, {"role": "assistant", "content": f"Ada Quillan {n}."}]
+            for n in range(first, first + 12)
+        ]
+        write_rows(start / f"{name}.jsonl", [{"messages": messages} for messages in rows])
+    return "--model WORK/tree/run/checkpoint-1 --chat_template chatml --output_dir WORK/out"
+
+
+def chat_membership(start, have):
+    attacks = "--attacks loss lowercase recall --bootstrap 20"
+    return f"{chat_files(start, have)} --members WORK/chat.jsonl --nonmembers WORK/other.jsonl {attacks}"
+
+
+def chat_perplexity(start, have):
+    return f"{chat_files(start, have)} --dataset WORK/chat.jsonl"
+
+
+def chat_training(start, have):
+    chat_files(start, have)
+    return training(start, have).replace("enron.jsonl", "chat.jsonl")
+
+
 def scored_sheet(start, have):
     import csv
 
@@ -97,6 +145,9 @@ MORE = {
         "run_peft.py", training, "-pt dora --packing --scheduler cosine -w 1 -wd 0.1 --gradient_checkpointing"
     ),
     "run_peft full": ("run_peft.py", training, "-pt full --loss_on completion --eval_rows 4"),
+    "run_peft chat": ("run_peft.py", chat_training, "--chat_template chatml --loss_on completion"),
+    "mia chat": ("mia/mia.py", chat_membership, ""),
+    "perplexity chat": ("perplexity/perplexity.py", chat_perplexity, ""),
     "human_sheet score": ("utility/human_sheet.py", scored_sheet, ""),
 }  # fmt: skip
 
@@ -170,11 +221,20 @@ def content(path, paths: dict[str, str], long: int, chaotic: bool = False):
     item = plain(item, paths)
     text = json.dumps(item)
     if chaotic:
-        return {"sha256 without numbers": hashlib.sha256(re.sub(r"-?\d[\d.e+-]*", "#", text).encode()).hexdigest()}
+        return structure(item)
     if len(text) <= (20_000 if path.stem == "summary" else long) and path.name not in COPIED:
         return item
     digest = hashlib.sha256(DECIMAL.sub("#", text).encode()).hexdigest()
     return {"sha256 without decimals": digest, "sum": math.fsum(abs(float(one)) for one in DECIMAL.findall(text))}
+
+
+def structure(item):
+    """The keys of an object, or the number of a list's objects and their keys."""
+    if isinstance(item, dict):
+        return {"keys": sorted(item)}
+    if isinstance(item, list) and item and all(isinstance(one, dict) for one in item):
+        return {"items": len(item), "keys": sorted({key for one in item for key in one})}
+    return "*"
 
 
 def snapshot(work) -> dict[str, tuple]:
@@ -195,7 +255,9 @@ def results_of(work, before: dict, paths: dict[str, str], long: int, chaotic=())
             name += " (private)" * (path.stat().st_mode & 0o77 == 0)
             while f"{name} {number}".removesuffix(" 1") in found:
                 number += 1
-            found[f"{name} {number}".removesuffix(" 1")] = content(path, paths, long, name in chaotic)
+            found[f"{name} {number}".removesuffix(" 1")] = content(
+                path, paths, long, any(fnmatch(name, pattern) for pattern in chaotic)
+            )
     return found
 
 
@@ -234,6 +296,17 @@ def differences(want, got, where: str) -> list[str]:
     return [f"{where}: {want!r}, now {got!r}"]
 
 
+def kept(want, got, where: str):
+    """`got` with the values of `want` where these are the same but for noise, so that a diff shows what is not."""
+    if not differences(want, got, where):
+        return want
+    if isinstance(want, dict) and isinstance(got, dict):
+        return {key: kept(want[key], value, f"{where} › {key}") if key in want else value for key, value in got.items()}
+    if isinstance(want, list) and isinstance(got, list) and len(want) == len(got):
+        return [kept(a, b, where) for a, b in zip(want, got)]
+    return got
+
+
 def layout(golden: dict) -> str:
     """JSON with a line for every record of a file."""
     blocks = []
@@ -254,7 +327,8 @@ def check(name: str, found: dict) -> None:
     file = FOLDER / f"{name.replace(' ', '_')}.json"
     if UPDATE:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(layout(found), encoding="utf-8")
+        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        file.write_text(layout(kept(before, found, name)), encoding="utf-8")
         return
     lines = differences(json.loads(file.read_text(encoding="utf-8")), json.loads(layout(found)), name)
     alike: dict[str, list[str]] = {}
@@ -342,8 +416,7 @@ def test_the_quickstart_gives_what_it_gave(study, tmp_path, monkeypatch, run):
     embedded(tmp_path, {})
     words = ["--study", study, "--output", tmp_path / "out", "-d", tmp_path / "enron.jsonl", *QUICK]
     words += ["--outsiders", tmp_path / "outsiders.jsonl"]
-    chaotic = CHAOTIC if study == "reviews" else ()
-    check(f"quickstart {study}", run("quickstart.py", [str(word) for word in words], tmp_path, 2500, chaotic))
+    check(f"quickstart {study}", run("quickstart.py", [str(word) for word in words], tmp_path, 2500, CHAOTIC[study]))
 
 
 def test_every_golden_has_a_case():
