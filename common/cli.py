@@ -326,6 +326,11 @@ def add_model_flags(parser: Parser, seed_help: str = "seed of everything random"
     add("--seed", type=seed, help=seed_help)
 
 
+def add_chat_template(parser: Parser) -> None:
+    words = "for rows of messages: a Jinja file, or chatml (default: the tokenizer's own)"
+    parser.add_argument("--chat_template", metavar="FILE", help=words)
+
+
 NAME_BYTES = 200  # of a file or folder; hidden names beside it are longer, and 255 is what file systems take
 
 

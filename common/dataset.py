@@ -1,6 +1,7 @@
 """Rows of every data file: reading, validating, splitting, prompt templates, manifests.
 
-A row is a dict. Five shapes are known (`shape_of`): 'text', 'enron', 'instruction', 'review' and 'prompt'.
+A row is a dict. Seven shapes are known (`shape_of`): 'text', 'chat', 'enron', 'instruction', 'review', 'completion' and
+'prompt'.
 """
 
 import gzip
@@ -12,8 +13,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-from common import strict_json
+from common import chat, strict_json
 from common.cli import UserError, one_line, plain
 from common.results import ROOT, Publication, commit, now, read_json, sha256
 
@@ -210,22 +212,28 @@ def shape_of(row: dict) -> str | None:
     """The shape of a row, by its fields; None when it is none of the known ones."""
     if "text" in row:
         return "text"
+    if chat.is_chat(row):
+        return "chat"
     if "gt-name" in row or "gt-email" in row:
         return "enron"
     if "instruction" in row and "output" in row:
         return "instruction"
     if "Review" in row and "Rating" in row:
         return "review"
+    if "prompt" in row and "completion" in row:
+        return "completion"
     if "prompt" in row and "continuation" in row:
         return "prompt"
     return None
 
 
-REQUIRED = {
+REQUIRED: dict[str, tuple[str, ...]] = {
     "text": ("text",),
+    "chat": (),  # see `chat.problems_of`
     "enron": ("gt-name", "gt-email", "prompt", "continuation"),
     "instruction": ("instruction", "output"),
     "review": ("Review", "Rating"),
+    "completion": ("prompt", "completion"),
     "prompt": ("prompt", "continuation"),
 }
 
@@ -241,7 +249,7 @@ def validate(path, rows: list[dict], fields: tuple[str, ...] | None = None) -> s
     shape, any_shape = shape_of(rows[0]) or "", fields is not None
     if fields is None:
         if not shape:
-            known = "; ".join(", ".join(names) for names in REQUIRED.values())
+            known = "; ".join(", ".join(names) or "messages" for names in REQUIRED.values())
             raise UserError(f"{path}: row 0: no known set of fields; expected one of: {known}")
         fields = REQUIRED[shape]
     absent = [field for field in fields if all(row.get(field) is None for row in rows)]
@@ -279,6 +287,8 @@ def row_problems(row: dict, fields: Iterable[str]) -> Iterator[str]:
         elif field == "gt-name" and not value.strip():
             yield "gt-name is empty"
     shape = shape_of(row)
+    if shape == "chat":
+        yield from chat.problems_of(row)
     for field in OPTIONAL.get(shape or "", ()):
         value = row.get(field)
         if field not in fields and value is not None and not isinstance(value, str):
@@ -337,6 +347,8 @@ def row_text(row: dict) -> tuple[str, int | None]:
         return row["text"], None
     if shape in ("enron", "prompt"):
         prompt, completion = row["prompt"], row["continuation"]
+    elif shape == "completion":
+        prompt, completion = row["prompt"], row["completion"]
     elif shape == "instruction":
         prompt, completion = instruction_prompt(row), row["output"]
     elif shape == "review":
@@ -344,6 +356,47 @@ def row_text(row: dict) -> tuple[str, int | None]:
     else:
         raise ValueError(f"row of unknown shape: {sorted(row)}")
     return prompt + completion, len(prompt)
+
+
+def has_completion(row: dict) -> bool:
+    """Whether a row tells what of it the model is to write (--loss_on completion)."""
+    return shape_of(row) == "chat" or row_text(row)[1] is not None
+
+
+def read_renderer(rows: Iterable[dict], tokenizer: Any, template: str | None, model: str) -> chat.Renderer | None:
+    """What makes the text of chat rows; None of others, whose text needs no tokenizer.
+
+    template: of --chat_template. UserError where chat rows have no template, or others are given one.
+    """
+    if shape_of(next(iter(rows))) == "chat":
+        return chat.Renderer(tokenizer, chat.read_template(template, tokenizer, model))
+    if template is not None:
+        raise UserError(f"--chat_template {template}: the rows have no messages; leave it out")
+    return None
+
+
+def render(path, rows: list[dict], indices: Iterable[int], renderer: chat.Renderer | None) -> list[chat.Rendered]:
+    """The rows with these indices as trained. UserError naming those that the chat template refuses."""
+    rendered, problems = [], []
+    for index in indices:
+        if renderer is None:
+            text, start = row_text(rows[index])
+            rendered.append(chat.Rendered(text, None if start is None else ((start, len(text)),)))
+            continue
+        try:
+            rendered.append(renderer.render(rows[index]))
+        except ValueError as error:
+            problems.append(f"{path}: row {index}: {error}")
+    if problems:
+        raise UserError(*_shorten(problems))
+    return rendered
+
+
+def written(row: dict) -> str:
+    """What people wrote of a row: its text, of a chat row the contents of its messages without the template."""
+    if shape_of(row) == "chat":
+        return "\n".join(message["content"] for message in chat.messages_of(row))
+    return row_text(row)[0]
 
 
 def instruction_prompt(row: dict) -> str:

@@ -390,9 +390,12 @@ def extra_start(tokenizer, ids) -> int:
     return int(own[:1] == [start] and own[:2] != [start, start])
 
 
-def encode_texts(tokenizer, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text as the tokenizer gives them, with one start token where it would give two."""
-    encoded = tokenizer(texts, verbose=False).input_ids if texts else []
+def encode_texts(tokenizer, texts: list[str], whole: bool = False) -> list[list[int]]:
+    """Token ids of each text as the tokenizer gives them, with one start token where it would give two.
+
+    whole: the texts have all their special tokens (a chat template wrote them).
+    """
+    encoded = tokenizer(texts, add_special_tokens=not whole, verbose=False).input_ids if texts else []
     return [ids[extra_start(tokenizer, ids) :] for ids in encoded]
 
 

@@ -26,19 +26,30 @@ REMEDY = "remove it if it is lost (what was trained on is then unknown)"
 @dataclass(frozen=True)
 class TrainedRow:
     """One training row. row: index in the input file; tokens: kept, EOS included; loss_tokens: those that the loss was
-    taken on; cut: text was cut off at --max_length; kept: [from, to) of the row text's characters that loss_tokens
-    spell. A character that is only partly spelled does not count; the first token of a row is never predicted."""
+    taken on; cut: text was cut off at --max_length; kept: each [from, to) of the row text's characters that
+    loss_tokens spell (in the file a single one stands by itself). A character that is only partly spelled does not
+    count; the first token of a row is never predicted."""
 
     row: int
     sha256: str
     tokens: int
     loss_tokens: int
     cut: bool
-    kept: tuple[int, int]
+    kept: tuple[tuple[int, int], ...]
 
     def covers(self, start: int, end: int) -> bool:
         """Was the loss taken on every character of text[start:end]?"""
-        return self.loss_tokens > 0 and self.kept[0] <= start and end <= self.kept[1]
+        return self.loss_tokens > 0 and any(first <= start and end <= last for first, last in self.kept)
+
+    def line(self) -> dict:
+        """The row as a line of the file."""
+        spans = [list(span) for span in self.kept] or [[0, 0]]
+        return asdict(self) | {"kept": spans[0] if len(spans) == 1 else spans}
+
+    @classmethod
+    def of_line(cls, line: dict) -> "TrainedRow":
+        spans = line["kept"] if line["kept"] and isinstance(line["kept"][0], list) else [line["kept"]]
+        return cls(**line | {"kept": tuple(map(tuple, spans))})
 
 
 @dataclass(frozen=True)
@@ -80,7 +91,7 @@ def write(run_folder, header: TrainedRows, tokens_cut: int, tokens_masked: int) 
     """
     file, rows = Path(run_folder) / FILE, header.rows
     first = {"schema": SCHEMA, "salt": header.salt, "loss_on": header.loss_on, "max_length": header.max_length}
-    results.write_jsonl(file, [first, *map(asdict, rows)], permissions=0o600)
+    results.write_jsonl(file, [first, *(row.line() for row in rows)], permissions=0o600)
     return {
         "rows": len(rows),
         "tokens": sum(row.tokens for row in rows),
@@ -123,11 +134,11 @@ def _parse(path: str, digest: str) -> TrainedRows:
         if header["schema"] != SCHEMA:
             raise ValueError(f"its schema is {header['schema']!r}, not {SCHEMA}")
         bytes.fromhex(header["salt"])
-        rows = tuple(TrainedRow(**line | {"kept": tuple(line["kept"])}) for line in lines)
+        rows = tuple(map(TrainedRow.of_line, lines))
         kinds = {"row": int, "sha256": str, "tokens": int, "loss_tokens": int, "cut": bool}
         for number, row in enumerate(rows):
-            kept = [type(place) for place in row.kept]
-            if any(type(getattr(row, name)) is not kind for name, kind in kinds.items()) or kept != [int, int]:
+            kept = all([type(place) for place in span] == [int, int] for span in row.kept)
+            if any(type(getattr(row, name)) is not kind for name, kind in kinds.items()) or not kept:
                 raise ValueError(f"row {number} has fields of other types")
         if type(header["max_length"]) is not int or not isinstance(header["loss_on"], str):
             raise ValueError("its header has fields of other types")

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from common import cli, dataset, models, results
 from common.checkpoints import find_checkpoints
@@ -22,6 +23,8 @@ class MembershipTask:
     ids: list
     labels: list[int]
     attacks: list[str]  # families, or single sizes as min_k_20
+    written: list[str] | None = None  # what people wrote of each text; None: all of it
+    whole: bool = False  # a chat template wrote the special tokens of every text
     shots: list[str] = field(default_factory=list)  # non-members
     member_shots: list[str] = field(default_factory=list)
     corpus: list[str] | None = None  # of dc_pdd
@@ -33,18 +36,50 @@ class MembershipTask:
     blind_test: dict | None = None  # of the baselines together, likewise
 
 
-def read_texts(path, text_field, problems: cli.Problems, flag: str) -> tuple[list[dict], list[str], dict | None]:
-    """(rows, their texts, manifest) of a data file; what is wrong with it goes to `problems`."""
-    rows = problems.absorb(dataset.read_rows, path)
-    if rows is None:
-        return [], [], None
-    manifest = problems.absorb(dataset.read_manifest, path)
-    before = len(problems.lines)
-    problems.absorb(dataset.validate, path, rows, (text_field,) if text_field else None)
-    if len(problems.lines) > before:
-        return [], [], None
-    texts = [row[text_field] if text_field else dataset.row_text(row)[0] for row in rows]
-    return rows, texts, manifest
+class Reader:
+    """Reads data files as the rows were trained: chat rows by the template of the attacked model's tokenizer.
+
+    tokenizer: None where no model was found, which is a problem of its own.
+    """
+
+    def __init__(self, config: MiaConfig, problems: cli.Problems, tokenizer: Any = None, model: str = "--model"):
+        self.config, self.problems = config, problems
+        self.tokenizer, self.model = tokenizer, model
+        self.chat: dict[str, bool] = {}  # flag → do its rows have messages?
+
+    def read(self, path, flag: str) -> tuple[list[dict], list[str], dict | None]:
+        """(rows, their texts, manifest) of a data file; what is wrong with it goes to `problems`."""
+        problems, field = self.problems, self.config.text_field
+        rows = problems.absorb(dataset.read_rows, path)
+        if rows is None:
+            return [], [], None
+        manifest = problems.absorb(dataset.read_manifest, path)
+        before = len(problems.lines)
+        problems.absorb(dataset.validate, path, rows, (field,) if field else None)
+        if len(problems.lines) > before:
+            return [], [], None
+        self.chat[flag] = not field and dataset.shape_of(rows[0]) == "chat"
+        if field:
+            return rows, [row[field] for row in rows], manifest
+        if self.chat[flag] and self.tokenizer is None:
+            if not problems.lines:
+                problems.add(f"{flag} {path}: rows of messages need a model's chat template; name one model")
+            return [], [], None
+        template = self.config.chat_template if self.chat[flag] else None
+        renderer = problems.absorb(dataset.read_renderer, rows, self.tokenizer, template, self.model)
+        rendered = None
+        if len(problems.lines) == before:
+            rendered = problems.absorb(dataset.render, path, rows, range(len(rows)), renderer)
+        return (rows, [row.text for row in rendered], manifest) if rendered else ([], [], None)
+
+    def check(self) -> bool:
+        """Whether the files hold rows of messages; a problem where only some do, and for a template without a use."""
+        if len(set(self.chat.values())) > 1:
+            told = ", ".join(f"{flag} {'has' if chat else 'has no'} messages" for flag, chat in self.chat.items())
+            self.problems.add(f"the files hold rows of different kinds: {told}")
+        elif self.chat and not any(self.chat.values()) and self.config.chat_template:
+            self.problems.add(f"--chat_template {self.config.chat_template}: the rows have no messages; leave it out")
+        return any(self.chat.values())
 
 
 def read_trainings(config: MiaConfig, problems: cli.Problems) -> dict[Path, dict | None]:
@@ -85,14 +120,16 @@ def trained_on(trainings: dict[Path, dict | None], path, rows, manifest) -> tupl
     return known, chosen
 
 
-def read_sets(config: MiaConfig, problems: cli.Problems) -> tuple[list[tuple], list[tuple], dict, int]:
-    """([(id, text)] of the members, of the non-members, `trained_on` of --members, rows left out as not trained on).
+def read_sets(reader: Reader) -> tuple[list[tuple], list[tuple], dict, int]:
+    """([(id, text, row)] of the members, of the non-members, `trained_on` of --members, rows left out as not trained
+    on).
 
     Where run.json tells what was trained on, members are rows that every such model was trained on, and non-members
     rows that none was.
     """
-    rows, texts, manifest = read_texts(config.members, config.text_field, problems, "--members")
-    known = [(row.get("row_id", index), text) for index, (row, text) in enumerate(zip(rows, texts))]
+    config, problems = reader.config, reader.problems
+    rows, texts, manifest = reader.read(config.members, "--members")
+    known = [(row.get("row_id", index), text, row) for index, (row, text) in enumerate(zip(rows, texts))]
     trainings = read_trainings(config, problems) if rows else {}
     trained, chosen = trained_on(trainings, config.members, rows, manifest) if rows else ({}, [])
 
@@ -101,9 +138,9 @@ def read_sets(config: MiaConfig, problems: cli.Problems) -> tuple[list[tuple], l
         return [known[index] for index in kept], len(indices) - len(kept)
 
     if config.nonmembers and Path(config.nonmembers).absolute() != Path(config.members).absolute():
-        others, texts, manifest = read_texts(config.nonmembers, config.text_field, problems, "--nonmembers")
+        others, texts, manifest = reader.read(config.nonmembers, "--nonmembers")
         _, seen = trained_on(trainings, config.nonmembers, others, manifest) if others else ({}, [])
-        rest = [(row.get("row_id", index), text) for index, (row, text) in enumerate(zip(others, texts))
+        rest = [(row.get("row_id", index), text, row) for index, (row, text) in enumerate(zip(others, texts))
                 if not any(index in one for one in seen)]  # fmt: skip
         kept, left_out = members(range(len(known)))
         return kept, rest, trained, left_out
@@ -129,27 +166,28 @@ def sample(items: list, n: int | None, seed: int) -> list:
 
 
 def without(items: list[tuple], unwanted: list[str]) -> list[tuple]:
-    """Items (id, text) whose text is no near-duplicate of an unwanted one."""
+    """Items (id, text, …) whose text is no near-duplicate of an unwanted one."""
 
-    found = {index for index, _ in near_duplicates([text for _, text in items], unwanted)}
+    found = {index for index, _ in near_duplicates([text for _, text, *_ in items], unwanted)}
     return [item for index, item in enumerate(items) if index not in found]
 
 
-def choose_shots(config: MiaConfig, attacks, members, nonmembers, problems) -> tuple[list[str], list[str]]:
+def choose_shots(reader: Reader, attacks, members, nonmembers) -> tuple[list[str], list[str]]:
     """(non-member shots, member shots) of recall and con_recall."""
+    config, problems = reader.config, reader.problems
     if not {"recall", "con_recall"} & set(attacks):
         return [], []
     shots = member_shots = []
     if config.prefix_file:
-        rows, texts, _ = read_texts(config.prefix_file, config.text_field, problems, "--prefix_file")
+        rows, texts, _ = reader.read(config.prefix_file, "--prefix_file")
         shots = [text for row, text in zip(rows, texts) if row.get("label") != 1][:SHOTS]
         member_shots = [text for row, text in zip(rows, texts) if row.get("label") == 1][:SHOTS]
         if rows and not shots:
             problems.add(f"--prefix_file {config.prefix_file}: every row has label 1; recall needs non-members")
     else:  # at most a quarter of a small set
-        shots = [text for _, text in sample(nonmembers, min(SHOTS, len(nonmembers) // 4), config.seed)]
+        shots = [text for _, text, _ in sample(nonmembers, min(SHOTS, len(nonmembers) // 4), config.seed)]
     if "con_recall" in attacks and not member_shots:
-        member_shots = [text for _, text in sample(members, min(SHOTS, len(members) // 4), config.seed)]
+        member_shots = [text for _, text, _ in sample(members, min(SHOTS, len(members) // 4), config.seed)]
     return shots, member_shots
 
 
@@ -175,15 +213,22 @@ def choose_attacks(config: MiaConfig, problems: cli.Problems) -> list[str]:
     return [name for name in order if name in wanted]
 
 
-def prepare(config: MiaConfig, problems: cli.Problems) -> MembershipTask | None:
-    """Read and check every file that the attacks need, before any model; None when something is wrong."""
+def prepare(
+    config: MiaConfig, problems: cli.Problems, tokenizer: Any = None, model: str = "--model"
+) -> MembershipTask | None:
+    """Read and check every file that the attacks need, before any model; None when something is wrong.
+
+    tokenizer: of the model, whose name is `model`; needed for chat rows alone.
+    """
     before = len(problems.lines)
     attacks = choose_attacks(config, problems)
-    members, nonmembers, trained, not_trained = read_sets(config, problems)
-    shots, member_shots = choose_shots(config, attacks, members, nonmembers, problems)
+    reader = Reader(config, problems, tokenizer, model)
+    members, nonmembers, trained, not_trained = read_sets(reader)
+    shots, member_shots = choose_shots(reader, attacks, members, nonmembers)
     corpus = None
     if config.freq_corpus:
-        _, corpus, _ = read_texts(config.freq_corpus, config.text_field, problems, "--freq_corpus")
+        _, corpus, _ = reader.read(config.freq_corpus, "--freq_corpus")
+    whole = reader.check()
     if config.neighbor_model:
         problems.absorb(check_masked, config.neighbor_model, bool(problems.lines))
     for name, items in (("members", members), ("non-members", nonmembers)):
@@ -201,7 +246,7 @@ def prepare(config: MiaConfig, problems: cli.Problems) -> MembershipTask | None:
     if min(len(members), len(nonmembers)) < 2:
         problems.add(f"{len(members)} members and {len(nonmembers)} non-members are left beside the shots: too few")
         return None
-    texts = [text for _, text in [*members, *nonmembers]]
+    texts = [text for _, text, _ in [*members, *nonmembers]]
     if corpus is not None:
         clean = without(list(enumerate(corpus)), texts)
         counts["freq_corpus_rows_excluded"] = len(corpus) - len(clean)
@@ -214,7 +259,9 @@ def prepare(config: MiaConfig, problems: cli.Problems) -> MembershipTask | None:
     inputs = [config.members, config.nonmembers, config.prefix_file, config.freq_corpus]
     return MembershipTask(
         texts=texts,
-        ids=[key for key, _ in [*members, *nonmembers]],
+        ids=[key for key, _, _ in [*members, *nonmembers]],
+        written=[dataset.written(row) for _, _, row in [*members, *nonmembers]] if whole else None,
+        whole=whole,
         labels=[1] * len(members) + [0] * len(nonmembers),
         attacks=attacks,
         shots=shots,

@@ -197,7 +197,9 @@ class Passes:
 
         return self.run(ref, ("gradient",), sequences, compute, merge=False)
 
-    def neighbours(self, ref, sequences, texts, tokenizer, limit: int, seed: int, neighbor_model: str | None) -> list:
+    def neighbours(
+        self, ref, sequences, texts, tokenizer, limit: int, seed: int, neighbor_model: str | None, whole: bool = False
+    ) -> list:
         """[25] ℓ of each text's neighbours under the model; neighbours by `neighbor_model` or by the model itself.
 
         Neighbours are near-copies of the texts, so they are made anew and only their ℓ is kept.
@@ -213,7 +215,7 @@ class Passes:
             if neighbor_model:
                 proposer = proposer or MaskedProposer(neighbor_model, model.device)
                 made = proposer([texts[index] for index in mine], seed)
-                made = [[ids[:limit] for ids in models.encode_texts(tokenizer, found)] for found in made]
+                made = [[ids[:limit] for ids in models.encode_texts(tokenizer, found, whole)] for found in made]
             else:
                 made = own_neighbours(model, [sequences[index] for index in mine], seed, self.token_budget)
             flat = [ids for found in made for ids in found if len(ids) > 1]

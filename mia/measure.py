@@ -1,11 +1,12 @@
 """Attack models and write their result files: one model, or every checkpoint below a directory."""
 
+import hashlib
 import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-from common import cli, dataset, distributed, models, results
+from common import chat, cli, dataset, distributed, models, results
 from common import trained as trained_rows
 from common.checkpoints import BaseLoader, find_checkpoints, for_each, look_up_all
 from mia.config import MiaConfig
@@ -31,6 +32,11 @@ def members_seen(ref, task: MembershipTask) -> dict[str, int] | None:
     return counts
 
 
+def template_sha256(config: MiaConfig, tokenizer, ref) -> str:
+    template = chat.read_template(config.chat_template, tokenizer, ref.name)
+    return hashlib.sha256(template.encode()).hexdigest()
+
+
 def measure(ref, task: MembershipTask, config: MiaConfig, world, folder, passes, name: str) -> list[dict]:
     """Attack one model and write its four files into `folder`; the result lines on rank 0, [] elsewhere.
 
@@ -43,7 +49,7 @@ def measure(ref, task: MembershipTask, config: MiaConfig, world, folder, passes,
         results.Run(folder / "run_mia.json", config, task.inputs, world, place) as record,
     ):
         tokenizer = models.load_tokenizer(ref)
-        record["special_tokens"] = special = models.special_tokens_in(tokenizer, task.texts)
+        record["special_tokens"] = special = models.special_tokens_in(tokenizer, task.written or task.texts)
         if special and world.main:
             print(models.special_tokens_note(special), file=sys.stderr)
         before = passes.scored
@@ -77,6 +83,7 @@ def measure(ref, task: MembershipTask, config: MiaConfig, world, folder, passes,
             "members_trained": trained,
             "members_seen": seen,
             "nonmembers": config.nonmembers,
+            **({"chat_template_sha256": template_sha256(config, tokenizer, ref)} if task.whole else {}),
             "max_length": config.max_length,
             "dtype": str(passes.dtype).removeprefix("torch."),
             "bootstrap": config.bootstrap,
@@ -110,14 +117,15 @@ def measure(ref, task: MembershipTask, config: MiaConfig, world, folder, passes,
         return world.together(finish)[world.rank]
 
 
-def find_targets(config: MiaConfig, problems: cli.Problems) -> tuple[list[tuple], dict[str, str]]:
-    """([(name, ModelRef, folder of its results)], {path: why it cannot be measured}), from files only."""
+def find_targets(config: MiaConfig, problems: cli.Problems) -> tuple[list[tuple], list, dict[str, str]]:
+    """([(name, ModelRef, folder of its results)], their tokenizers, {path: why it cannot be measured}), from files
+    only."""
     if bool(config.model) == bool(config.dir):
         problems.add("--model or --dir: give one of them")
-        return [], {}
+        return [], [], {}
     if config.model:
         folder = Path(config.output_dir or "./")
-        ref, _ = models.look_up(problems, config.model, config.revision, config.base_model)
+        ref, tokenizer = models.look_up(problems, config.model, config.revision, config.base_model)
         file = folder / "results_mia.jsonl"
         if ref and file.is_file():
             earlier = problems.absorb(dataset.read_rows, file) or []
@@ -128,10 +136,10 @@ def find_targets(config: MiaConfig, problems: cli.Problems) -> tuple[list[tuple]
                 other = [f"--{key} {earlier[0].get(key)}" for key, value in now.items() if earlier[0].get(key) != value]
                 if other and int(os.environ.get("RANK", 0)) == 0:
                     print(f"{file}: was made with {', '.join(other)}; it will be replaced", file=sys.stderr)
-        return [(config.model, ref, folder)] if ref else [], {}
+        return [(config.model, ref, folder)] if ref else [], [tokenizer], {}
     if not Path(config.dir).is_dir():
         problems.add(f"--dir {config.dir}: no such directory; name one with checkpoint-* below it")
-        return [], {}
+        return [], [], {}
     paths = find_checkpoints(config.dir)
     found, unusable = look_up_all(problems, paths, config.revision, config.base_model, "--dir")
     if not paths:
@@ -140,7 +148,7 @@ def find_targets(config: MiaConfig, problems: cli.Problems) -> tuple[list[tuple]
     for path, ref, _ in found:
         inside = path.relative_to(config.dir)
         targets.append((inside.as_posix(), ref, Path(config.output_dir) / inside if config.output_dir else path))
-    return targets, unusable
+    return targets, [tokenizer for _, _, tokenizer in found], unusable
 
 
 def cache_folder(root) -> Path:
@@ -154,10 +162,13 @@ def run(config: MiaConfig) -> int:
     distributed.check_environment(problems, config.device_map)
     root = config.output_dir or config.dir or "./"
     cli.check_writable(root, problems, "--output_dir" if config.output_dir or config.model else "--dir")
-    task = prepare(config, problems)
+    targets, tokenizers, failures = find_targets(config, problems)
+    known = [tokenizer for tokenizer in tokenizers if tokenizer is not None]
+    task = prepare(config, problems, known[0] if known else None, targets[0][0] if targets else "--model")
     if config.ref_model:
         models.look_up(problems, config.ref_model, flag="--ref_model")
-    targets, failures = find_targets(config, problems)
+    if task and task.whole and not config.chat_template and len({str(one.chat_template) for one in known}) > 1:
+        problems.add(f"--dir {config.dir}: its checkpoints have different chat templates; attack them one by one")
     problems.check()
 
     members = sum(task.labels)

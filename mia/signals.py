@@ -1,5 +1,6 @@
 """From texts to scores with one model: tokens, the passes that the attacks need, the scores they give."""
 
+import re
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -19,9 +20,12 @@ class Encoded:
     cut: int  # texts that were cut
 
 
-def encode(tokenizer, texts: list[str], limit: int) -> Encoded:
-    """Tokens as the tokenizer gives them (no start token is added here), at most `limit`; texts cut to the same."""
-    coded = tokenizer(texts, return_offsets_mapping=True, verbose=False)
+def encode(tokenizer, texts: list[str], limit: int, whole: bool = False) -> Encoded:
+    """Tokens as the tokenizer gives them (no start token is added here), at most `limit`; texts cut to the same.
+
+    whole: the texts have all their special tokens.
+    """
+    coded = tokenizer(texts, return_offsets_mapping=True, add_special_tokens=not whole, verbose=False)
     tokens, shown, cut = [], [], 0
     for text, ids, offsets in zip(texts, coded.input_ids, coded.offset_mapping):
         extra = models.extra_start(tokenizer, ids)
@@ -30,20 +34,39 @@ def encode(tokenizer, texts: list[str], limit: int) -> Encoded:
             text, cut = text[: max(end for _, end in offsets[:limit])], cut + 1
         tokens.append(ids[:limit])
         shown.append(text)
-    lower = [ids[:limit] for ids in models.encode_texts(tokenizer, [text.lower() for text in shown])]
-    return Encoded(shown, tokens, lower, leading_specials(tokenizer), cut)
+    lowered = lower_case(tokenizer, shown) if whole else [text.lower() for text in shown]
+    lower = [ids[:limit] for ids in models.encode_texts(tokenizer, lowered, whole)]
+    specials = common_start(tokenizer, tokens) if whole else leading_specials(tokenizer)
+    return Encoded(shown, tokens, lower, specials, cut)
 
 
-def encode_same(tokenizer, texts: list[str], target: Encoded) -> Encoded:
+def lower_case(tokenizer, texts: list[str]) -> list[str]:
+    """The texts in lower case but for the special tokens in them."""
+    special = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values()]
+    pattern = re.compile("(" + "|".join(sorted(special, key=len, reverse=True)) + ")") if special else None
+    if pattern is None:
+        return [text.lower() for text in texts]
+    pieces = [pattern.split(text) for text in texts]
+    return ["".join(piece if place % 2 else piece.lower() for place, piece in enumerate(text)) for text in pieces]
+
+
+def common_start(tokenizer, tokens: list[list[int]]) -> list[int]:
+    """[the start token] where every text begins with it, else []."""
+    start = tokenizer.bos_token_id
+    return [start] if start is not None and all(ids[:1] == [start] for ids in tokens) else []
+
+
+def encode_same(tokenizer, texts: list[str], target: Encoded, whole: bool = False) -> Encoded:
     """A reference's tokens of the stretch of each text that the target saw: the target's where its tokenizer makes the
     same of the whole text, else those of the cut text, however many."""
-    whole = models.encode_texts(tokenizer, texts)
-    tokens = [mine if ids[: len(mine)] == mine else None for ids, mine in zip(whole, target.tokens)]
+    all_tokens = models.encode_texts(tokenizer, texts, whole)
+    tokens = [mine if ids[: len(mine)] == mine else None for ids, mine in zip(all_tokens, target.tokens)]
     others = [index for index, ids in enumerate(tokens) if ids is None]
-    coded = models.encode_texts(tokenizer, [target.texts[index] for index in others])
+    coded = models.encode_texts(tokenizer, [target.texts[index] for index in others], whole)
     for index, ids in zip(others, coded):
         tokens[index] = ids
-    return Encoded(target.texts, tokens, [], leading_specials(tokenizer), target.cut)
+    specials = common_start(tokenizer, tokens) if whole else leading_specials(tokenizer)
+    return Encoded(target.texts, tokens, [], specials, target.cut)
 
 
 def leading_specials(tokenizer) -> list[int]:
@@ -61,6 +84,8 @@ def make_prefix(tokenizer, shots: list[str], specials: list[int], limit: int, ro
     prefix, used = list(specials), 0
     for shot in shots:
         ids = tokenizer(shot, add_special_tokens=False, verbose=False).input_ids[:limit]
+        if specials and ids[: len(specials)] == specials:  # written by a chat template
+            ids = ids[len(specials) :]
         if len(prefix) + len(ids) + len(newline) > room:
             break
         prefix, used = [*prefix, *ids, *newline], used + 1
@@ -94,9 +119,9 @@ def gather(
     """
     context = models.context_length(config_of(ref))
     if target:
-        encoded = encode_same(tokenizer, task.texts, target)
+        encoded = encode_same(tokenizer, task.texts, target, task.whole)
     else:
-        encoded = encode(tokenizer, task.texts, min(config.max_length, context))
+        encoded = encode(tokenizer, task.texts, min(config.max_length, context), task.whole)
     wanted = set(task.attacks)
     scored = [index for index, ids in enumerate(encoded.tokens) if 1 < len(ids) <= context]
     sequences = [encoded.tokens[index] for index in scored]
@@ -120,7 +145,7 @@ def gather(
     if "neighborhood" in wanted:
         chosen = [encoded.texts[index] for index in scored]
         found = passes.neighbours(ref, sequences, chosen, tokenizer, min(config.max_length, context), config.seed,
-                                  config.neighbor_model)  # fmt: skip
+                                  config.neighbor_model, task.whole)  # fmt: skip
         evidence.neighbours = over(scored, found)
     if "grad_norm" in wanted and gradients and ref.adapter:
         evidence.gradient = over(scored, passes.gradient_norms(ref, sequences))

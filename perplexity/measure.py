@@ -1,10 +1,12 @@
 """Models measured one after another, each base loaded once; both result files are kept up to date."""
 
+import hashlib
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from common import cli, dataset, distributed, models, results
 from common.checkpoints import BaseLoader, by_base, find_checkpoints, for_each, look_up_all, natural_key
@@ -17,7 +19,17 @@ SMALLEST_FILE = 3  # rows
 
 
 # Where two lines agree in these, they are the same measurement; model_sha256 tells a retrained checkpoint.
-SETTINGS = ("checkpoint", "model_sha256", "base_model", "revision", "dataset_sha256", "rows", "dtype", "seed")
+SETTINGS = (
+    "checkpoint",
+    "model_sha256",
+    "base_model",
+    "revision",
+    "dataset_sha256",
+    "chat_template_sha256",
+    "rows",
+    "dtype",
+    "seed",
+)
 
 
 def text_line(line: dict) -> str:
@@ -30,8 +42,8 @@ def same(line: dict, other: dict, but: tuple[str, ...] = ()) -> bool:
     return all(line.get(key) == other.get(key) for key in SETTINGS if key not in but)
 
 
-def choose_rows(config: PerplexityConfig, problems: cli.Problems) -> tuple[list[int], list[str]]:
-    """(indices of the rows to score, their texts); what is wrong with the file goes to `problems`."""
+def choose_rows(config: PerplexityConfig, problems: cli.Problems) -> tuple[list[int], list[dict]]:
+    """(indices of the rows to score, all rows); what is wrong with the file goes to `problems`."""
     rows = problems.absorb(dataset.read_rows, config.dataset)
     if rows is None:
         return [], []
@@ -46,8 +58,7 @@ def choose_rows(config: PerplexityConfig, problems: cli.Problems) -> tuple[list[
     chosen = list(range(config.num_rows)) if config.num_rows else dataset.split(rows, manifest).head
     if not chosen:
         problems.add(f"{config.dataset}: no row belongs to the evaluation head; pass --num_rows")
-    texts = [dataset.row_text(rows[index])[0] for index in chosen if index < len(rows)]
-    return chosen, texts
+    return [index for index in chosen if index < len(rows)], rows
 
 
 def find_models(config: PerplexityConfig, problems: cli.Problems) -> tuple[list, dict[str, str]]:
@@ -95,8 +106,44 @@ def write(place: results.Output, folder: Path, lines: list[dict], current: list[
         file.writelines(text_line(latest[path]) + "\n" for path in sorted(latest, key=natural_key))
 
 
+@dataclass(frozen=True)
+class Target:
+    """A model to measure and the texts of the rows, which a chat template of its tokenizer may make.
+
+    template_sha256: of that template, None for rows without messages.
+    """
+
+    name: str
+    ref: models.ModelRef
+    tokenizer: Any
+    texts: list[str]
+    template_sha256: str | None
+
+
+def make_targets(
+    config: PerplexityConfig, found: list[tuple], chosen: list[int], rows: list[dict], problems: cli.Problems
+) -> list[Target]:
+    """The models with their texts; models with the same template share theirs."""
+    targets: list[Target] = []
+    known: dict[tuple, list[str]] = {}
+    for name, ref, tokenizer in found:
+        given = (rows, tokenizer, config.chat_template, ref.name)
+        before = len(problems.lines)
+        renderer = problems.absorb(dataset.read_renderer, *given)
+        if len(problems.lines) > before:
+            continue
+        key = (renderer.template, str(tokenizer.special_tokens_map)) if renderer else ()
+        if key not in known:
+            rendered = problems.absorb(dataset.render, config.dataset, rows, chosen, renderer) or []
+            known[key] = [row.text for row in rendered]
+        digest = hashlib.sha256(renderer.template.encode()).hexdigest() if renderer else None
+        targets.append(Target(name, ref, tokenizer, known[key], digest))
+    return targets
+
+
 def prepare(config: PerplexityConfig, folder: Path, problems: cli.Problems):
-    """(earlier result lines, row indices, texts, models, {path: why it cannot be measured})."""
+    """(earlier result lines, row indices, what people wrote in each of these rows, `Target`s, {path: why it cannot be
+    measured})."""
     distributed.check_environment(problems, config.device_map)
     cli.check_writable(folder, problems, "--output_dir" if config.output_dir or config.model else "--dir")
     earlier, file = [], folder / "perplexity.jsonl"
@@ -104,9 +151,11 @@ def prepare(config: PerplexityConfig, folder: Path, problems: cli.Problems):
         earlier = problems.absorb(dataset.read_rows, file) or []
         if any("model" not in line or "mean" not in line for line in earlier):
             problems.add(f"{file}: not written by this script; move it away or name another --output_dir")
-    chosen, texts = choose_rows(config, problems)
+    chosen, rows = choose_rows(config, problems)
     found, unusable = find_models(config, problems)
-    return earlier, chosen, texts, found, unusable
+    usable = [one for one in found if one[2] is not None] if rows else []  # without a tokenizer there are problems
+    targets = make_targets(config, usable, chosen, rows, problems)
+    return earlier, chosen, [dataset.written(rows[index]) for index in chosen], targets, unusable
 
 
 def run(config: PerplexityConfig) -> int:
@@ -121,7 +170,7 @@ def run(config: PerplexityConfig) -> int:
 
 
 def run_locked(
-    config: PerplexityConfig, folder: Path, place: results.Output, earlier, chosen, texts, found, failures
+    config: PerplexityConfig, folder: Path, place: results.Output, earlier, chosen, written, targets, failures
 ) -> int:
     world = distributed.start()
     dtype = models.resolve_dtype(config.dtype, world.device)
@@ -134,19 +183,22 @@ def run_locked(
         "seed": config.seed,
     }
     todo, current = [], []  # (ModelRef, tokenizer, result line so far); lines of an earlier run that still hold
-    for name, ref, tokenizer in found:
+    for target in targets:
+        name, ref = target.name, target.ref
         weights = models.weights_sha256(ref)
         line = {"model": ref.name, "checkpoint": name, "base_model": ref.base, "model_sha256": weights, **settings}
+        if target.template_sha256:
+            line["chat_template_sha256"] = target.template_sha256
         done = [old for old in earlier if same(old, line)]
         for old in earlier:
             if (old.get("checkpoint"), old.get("model_sha256")) == (name, weights):
                 old["model"] = ref.name  # the tree may have been moved, or be named by another path
         current += done
         if not done:
-            todo.append((ref, tokenizer, line))
+            todo.append((ref, target, line))
     loader = BaseLoader(world, dtype, config.device_map)
     counts = f"{len(current)} measured before, {len(todo)} to measure, {len(failures)} unusable"
-    world.say(f"{len(texts)} documents; {counts}")
+    world.say(f"{len(written)} documents; {counts}")
     if config.dry_run:
         for ref, *_ in by_base(todo):
             world.say(f"would measure {ref.name}" + (f" on {ref.base}" if ref.adapter else ""))
@@ -154,21 +206,21 @@ def run_locked(
         world.close()
         return cli.report_failures(failures, world.main)
 
-    special = models.special_tokens_in(found[0][2], texts)
+    special = models.special_tokens_in(targets[0].tokenizer, written)
     if special and world.main:
         print(models.special_tokens_note(special), file=sys.stderr)
-    lines, total = list(earlier), len(found) + len(failures)
+    lines, total = list(earlier), len(targets) + len(failures)
     run_file = folder / "run_perplexity.json"
     with results.Run(run_file, config, [config.dataset], world) as record:
         record["special_tokens"] = special
         scored, started = 0, time.monotonic()
 
-        def measure_one(number: int, ref, tokenizer, line: dict) -> None:
+        def measure_one(number: int, ref, target: Target, line: dict) -> None:
             nonlocal lines, scored
-            ids = tokenize(tokenizer, texts)
+            ids = tokenize(target.tokenizer, target.texts)
             mine = partial(measure, loader, ref, ids, config.token_budget)
             parts, contexts, changes = zip(*world.together(mine))
-            line |= describe(texts, ids, join(ids, parts), contexts[0], config.seed)
+            line |= describe(target.texts, ids, join(ids, parts), contexts[0], config.seed)
             line |= {"relative_change": changes[0], "privacy": models.privacy(ref)}
             lines = [old for old in lines if old["model"] != ref.name or not same(old, line, but=("model_sha256",))]
             lines.append(line)

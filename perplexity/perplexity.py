@@ -44,6 +44,7 @@ def make_parser() -> cli.Parser:
             type=cli.positive_int,
             help="first N rows of the file (default: its evaluation head, at most 1110 rows)",
         )
+        cli.add_chat_template(parser)
     with parser.section("output"):
         add("--output_dir", help="where the result files go (default: that of --dir; ./ with --model)")
     return parser

@@ -63,7 +63,7 @@ def move(training) -> None:
 
 def random_rows(lengths=LENGTHS, seed=0):
     rng = np.random.default_rng(seed)
-    return [batches.Row(rng.integers(2, 390, size=length).tolist(), 1) for length in lengths]
+    return [batches.whole_row(rng.integers(2, 390, size=length).tolist()) for length in lengths]
 
 
 def one_at_a_time(training, rows) -> list[dict]:

@@ -297,7 +297,7 @@ def test_epoch_batches(n, global_batch, seed, epoch):
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 64), min_size=1, max_size=40))
 def test_pack(lengths):
-    sequences = batches.pack([batches.Row([5] * length, 1) for length in lengths], 64)
+    sequences = batches.pack([batches.whole_row([5] * length) for length in lengths], 64)
     assert sorted(index for sequence in sequences for index in sequence) == list(range(len(lengths)))
     fill = [sum(lengths[index] for index in sequence) for sequence in sequences]
     assert max(fill) <= 64

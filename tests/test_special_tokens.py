@@ -7,6 +7,7 @@ from conftest import make_model, make_rows, read_lines, write_rows
 
 import run_peft
 from common import models
+from common.chat import Rendered
 from common.models import encode_prompt
 from mia import mia as mia_script
 from mia import signals
@@ -48,11 +49,11 @@ def test_a_text_that_begins_with_the_start_token_has_one(tokenizer):
     plain, marked = "From: Ada Quillan", tokenizer.bos_token + "From: Ada Quillan"
     wanted = tokenizer(plain).input_ids
     assert wanted.count(BOS) == 1
-    (row,) = batches.encode([{"text": marked}], tokenizer, 64)
-    (bare,) = batches.encode([{"text": plain}], tokenizer, 64)
+    (row,) = batches.encode([Rendered(marked, None)], tokenizer, 64)
+    (bare,) = batches.encode([Rendered(plain, None)], tokenizer, 64)
     assert row.ids == bare.ids == [*wanted, tokenizer.eos_token_id]
     start = len(tokenizer.bos_token)
-    assert row.kept == (start + bare.kept[0], start + bare.kept[1])
+    assert row.kept == (tuple(start + place for place in bare.kept[0]),)
     assert signals.encode(tokenizer, [marked], 64).tokens == [wanted]
     assert tokenize(tokenizer, [marked, plain]) == [wanted, wanted]
     assert encode_prompt(tokenizer, marked) == wanted

@@ -114,10 +114,10 @@ def test_training_is_on_the_review_alone_and_on_its_end(models):
 
     rows = make_reviews(20) + [{**row, "condition": "title"} for row in make_reviews(5, seed=3)]
     tokenizer = common_models.load_tokenizer(common_models.find_model(str(models["neox"])))
-    for row, item in zip(rows, encode(rows, tokenizer, 512, "completion")):
+    for row, item in zip(rows, encode(dataset.render("", rows, range(len(rows)), None), tokenizer, 512, "completion")):
         assert item.ids[-1] == tokenizer.eos_token_id and item.ids.count(tokenizer.eos_token_id) == 1
-        assert tokenizer.decode(item.ids[item.first : -1]) == " " + row["Review"]
-        assert item.ids[: item.first] == tokenizer(dataset.review_prompt(row)).input_ids
+        assert tokenizer.decode(item.ids[item.spans[0][0] : -1]) == " " + row["Review"]
+        assert item.ids[: item.spans[0][0]] == tokenizer(dataset.review_prompt(row)).input_ids
 
 
 def test_a_model_trained_on_reviews_ends_them(models, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from conftest import read_lines, run_script, write_rows
 from scipy import sparse
 
-from common import reviews
+from common import dataset, reviews
 from common.cli import UserError
 from common.dataset import instruction_prompt
 from utility import downstream, feature_importance, human_sheet, rating
@@ -266,7 +266,7 @@ def test_long_reviews_are_cut_so_that_the_label_stays(models):
     instructions, n_cut = instruction_rows(rows, tokenizer, 180)
     assert n_cut == 1 and instructions[0]["input"] == rows[0]["Review"]
     for row in instructions:
-        (one,) = encode([row], tokenizer, 180, "completion")
+        (one,) = encode(dataset.render("", [row], [0], None), tokenizer, 180, "completion")
         assert one.ids[-1] == tokenizer.eos_token_id and one.labels >= 2  # label and EOS are learned
         assert tokenizer.decode(one.ids[:-1]) == row_text(row)[0]
 

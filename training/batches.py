@@ -2,9 +2,11 @@
 
 import bisect
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from common import dataset
+from common.chat import Rendered
 from common.models import extra_start
 
 CALL_COST = 256  # what a forward and backward call costs beside its tokens, in tokens: cut() weighs padding against it
@@ -12,38 +14,63 @@ CALL_COST = 256  # what a forward and backward call costs beside its tokens, in 
 
 @dataclass(frozen=True)
 class Row:
-    """Token ids of one row and the position of its first label; positions `first` … end are predicted (never 0).
+    """Token ids of one row and which of them are labels, i.e. predicted (never position 0).
 
-    kept: [from, to) of the row text's characters that the labels spell; n_cut: text tokens beyond the maximum.
+    spans: [from, to) of positions, in order; kept: [from, to) of the row text's characters that the labels of each span
+    spell; n_cut: text tokens beyond the maximum.
     """
 
     ids: list[int]
-    first: int
-    kept: tuple[int, int] = (0, 0)
+    spans: tuple[tuple[int, int], ...]
+    kept: tuple[tuple[int, int], ...] = ()
     n_cut: int = 0
 
     @property
     def labels(self) -> int:
-        return max(0, len(self.ids) - self.first)
+        return sum(end - start for start, end in self.spans)
 
 
-def encode(rows: list[dict], tokenizer, max_length: int, loss_on: str = "all") -> list[Row]:
-    """Tokenise whole texts; EOS ends every row that is not cut at `max_length` tokens, once."""
-    if not rows:
+def whole_row(ids: list[int]) -> Row:
+    """A row of which every token but the first is predicted."""
+    return Row(ids, ((1, len(ids)),) if len(ids) > 1 else ())
+
+
+def encode(rendered: Sequence[Rendered], tokenizer: Any, max_length: int, loss_on: str = "all") -> list[Row]:
+    """Tokenise whole texts; EOS ends every row that is not cut at `max_length` tokens, once.
+
+    Not a text that a chat template has made: it ends as the template ends it.
+    """
+    if not rendered:
         return []
-    pairs = [dataset.row_text(row) for row in rows]
-    encoded = tokenizer([text for text, _ in pairs], return_offsets_mapping=True, verbose=False)
+    whole = rendered[0].whole
+    encoded = tokenizer(
+        [row.text for row in rendered], return_offsets_mapping=True, add_special_tokens=not whole, verbose=False
+    )
     eos, encoded_rows = tokenizer.eos_token_id, []
-    for ids, spans, (_, boundary) in zip(encoded["input_ids"], encoded["offset_mapping"], pairs):
-        extra, first = extra_start(tokenizer, ids), 1
-        ids, spans = ids[extra:], spans[extra:]
-        if loss_on == "completion":
-            first = max(1, next((place for place, (_, end) in enumerate(spans) if end > boundary), len(ids)))
-        if not ids or ids[-1] != eos:
+    for ids, places, row in zip(encoded["input_ids"], encoded["offset_mapping"], rendered):
+        extra = extra_start(tokenizer, ids)
+        ids, places = ids[extra:], places[extra:]
+        n_text = len(ids)
+        if not whole and (not ids or ids[-1] != eos):
             ids = [*ids, eos]
-        n_cut = max(0, len(ids) - 1 - max_length)
-        encoded_rows.append(Row(ids[:max_length], first, label_span(spans, first, max_length), n_cut))
+        spans = [(1, len(ids))]
+        if loss_on == "completion":
+            spans = [label_positions(places, *completion) for completion in row.completions or ()]
+            if not whole:  # EOS ends the completion
+                spans = [(spans[0][0] if spans else len(ids), len(ids))]
+        spans = [(max(1, start), min(end, max_length)) for start, end in spans]
+        spans = [(start, end) for start, end in spans if start < end]
+        n_cut = max(0, (n_text if whole else len(ids) - 1) - max_length)
+        kept = tuple(label_span(places, start, end) for start, end in spans)
+        encoded_rows.append(Row(ids[:max_length], tuple(spans), kept, n_cut))
     return encoded_rows
+
+
+def label_positions(places: list[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
+    """[from, to) of the tokens that spell a character of text[start:end], given every token's characters."""
+    first = next((number for number, (_, stop) in enumerate(places) if stop > start), len(places))
+    last = next((number for number, (begin, _) in enumerate(places[first:], first) if begin >= end), len(places))
+    return first, last
 
 
 def label_span(spans: list[tuple[int, int]], first: int, end: int) -> tuple[int, int]:
@@ -176,8 +203,9 @@ def collate(sequences: list[list[Row]], pad: int, packed: bool = False, additive
             input_ids[line, start:end] = torch.tensor(row.ids)
             positions[line, start:end] = torch.arange(len(row.ids))
             document[line, start:end] = number
-            keep[line, start + row.first - 1 : end - 1] = True
-            targets += row.ids[row.first :]
+            for first, last in row.spans:
+                keep[line, start + first - 1 : start + last - 1] = True
+                targets += row.ids[first:last]
             start = end
     batch = {"input_ids": input_ids, "logits_to_keep": keep, "targets": torch.tensor(targets, dtype=torch.long)}
     if packed:

@@ -206,7 +206,7 @@ def fit(config: TrainConfig, plan: Plan, world: World, dtype, record: results.Ru
         "all": sum(parameter.numel() for parameter in training.model.parameters()),
     }
     record["notes"] = []
-    record["special_tokens"] = models.special_tokens_in(plan.tokenizer, plan.texts) if not plan.privacy else None
+    record["special_tokens"] = plan.special_tokens if not plan.privacy else None
     if isinstance(training, DPTrainer):
         record["clip_slack"] = training.clip_slack
     if config.peft_type == "pissa" and world.main and not (plan.folder / "initial_adapter").is_dir():

@@ -81,7 +81,7 @@ def choose_rows(config: TrainConfig, path, rows: list[dict], manifest: dict | No
 
 def boundaries(path, rows: list[dict], indices: Sequence[int]) -> None:
     """UserError naming the first rows without a prompt part (--loss_on completion needs one)."""
-    bare = [index for index in indices if dataset.row_text(rows[index])[1] is None]
+    bare = [index for index in indices if not dataset.has_completion(rows[index])]
     if bare:
         more = f" (and {len(bare) - 1} more)" if len(bare) > 1 else ""
         raise UserError(
@@ -100,6 +100,7 @@ class Plan:
     tokenizer: object
     indices: list[int]  # of the training rows in the input file
     texts: list[str]  # theirs
+    special_tokens: dict[str, int]  # {special token: training rows in which somebody wrote it}
     train: list[Row]
     held: list[Row]
     sequences: list[list[int]]
@@ -177,10 +178,16 @@ def make_plan(config: TrainConfig) -> Plan:
     state = (config, ref, folder, path, global_batch, world_size, spending)
     start = problems.absorb(run_state, *state) if ref and folder and (spending or not config.dp) else None
     architecture = models.read_config(ref.base, ref.revision, "--model") if tokenizer else None
+    renderer = None
+    if tokenizer and rows and chosen:
+        given = (public or rows, tokenizer, config.chat_template, f"--model {config.model}")
+        renderer = problems.absorb(dataset.read_renderer, *given)
     if architecture and config.peft_type != "full":
         problems.absorb(check_targets, config.target_modules, architecture)
     problems.check()
+    source = path
     if public:
+        source = Path(config.suggest_max_grad_norm)
         rows, chosen = public, (list(range(len(public)))[:PUBLIC_ROWS], [])
 
     max_length = min(config.max_length, models.context_length(SimpleNamespace(config=architecture)))
@@ -191,8 +198,11 @@ def make_plan(config: TrainConfig) -> Plan:
             f"for shorter rows of the same batch too; give --max_length {limit}"
         )
     models.check_rope(architecture, max_length)
-    train = encode([rows[index] for index in chosen[0]], tokenizer, max_length, config.loss_on)
-    held = encode([rows[index] for index in chosen[1]], tokenizer, max_length, config.loss_on)
+    if renderer:
+        tokenizer.chat_template = renderer.template  # every checkpoint carries it
+    rendered = dataset.render(source, rows, chosen[0], renderer)
+    train = encode(rendered, tokenizer, max_length, config.loss_on)
+    held = encode(dataset.render(source, rows, chosen[1], renderer), tokenizer, max_length, config.loss_on)
     if not sum(row.labels for row in train):
         raise UserError(f"{path}: no token is left to learn from at --max_length {max_length}; raise it")
     highest = max(max(row.ids) for row in train + held)
@@ -210,7 +220,8 @@ def make_plan(config: TrainConfig) -> Plan:
         folder=folder,
         tokenizer=tokenizer,
         indices=chosen[0],
-        texts=[dataset.row_text(rows[index])[0] for index in chosen[0]],
+        texts=[row.text for row in rendered],
+        special_tokens=models.special_tokens_in(tokenizer, (dataset.written(rows[index]) for index in chosen[0])),
         train=train,
         held=held,
         sequences=sequences,
@@ -305,8 +316,8 @@ def describe(config: TrainConfig, plan: Plan) -> list[str]:
             )
     if config.packing:
         lines.insert(3, f"packing      {len(plan.train)} rows in {len(plan.sequences)} sequences")
-    if special := models.special_tokens_in(plan.tokenizer, plan.texts):
-        lines.insert(3, f"             {models.special_tokens_note(special)}")
+    if plan.special_tokens:
+        lines.insert(3, f"             {models.special_tokens_note(plan.special_tokens)}")
     empty = sum(row.labels == 0 for row in plan.train)
     if empty:
         lines.insert(

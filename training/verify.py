@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.cli import UserError
-from training.batches import Row
+from training.batches import whole_row
 from training.checkpoint import weights
 from training.model import adapter_state, effective_weight, lora_layers
 
@@ -24,7 +24,7 @@ def check_examples(trainer: "DPTrainer") -> None:
 
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(len(trainer.plan.tokenizer), (n,), generator=generator).tolist() for n in (7, 12, 9)]
-    rows, examples = [Row(one, 1) for one in ids], trainer.examples
+    rows, examples = [whole_row(one) for one in ids], trainer.examples
     kept = {name: item.detach().clone() for name, item in examples.named.items() if ".lora_B." in name}
     trainer.model.eval()
     with torch.no_grad():
@@ -65,7 +65,7 @@ def check_packing(trainer: "Trainer") -> None:
     generator, length = torch.Generator().manual_seed(0), trainer.plan.max_length
     sizes = (max(2, 2 * length // 3), max(2, length - 2 * length // 3))
     ids = [torch.randint(len(trainer.plan.tokenizer), (n,), generator=generator).tolist() for n in sizes]
-    rows, tolerance = [Row(one, 1) for one in ids], 1e-3 if trainer.dtype == torch.float32 else 0.1
+    rows, tolerance = [whole_row(one) for one in ids], 1e-3 if trainer.dtype == torch.float32 else 0.1
     refused = UserError("--packing: this model does not keep the rows of a sequence apart; leave it out")
     trainer.model.eval()
     with torch.no_grad():
@@ -85,7 +85,7 @@ def probe(trainer: "Trainer"):
     """Logits (float32, on the CPU) of a few training rows, dropout off."""
     import torch
 
-    rows = [Row(row.ids[:PROBE_TOKENS], 1) for row in trainer.plan.train[:PROBE_ROWS]]
+    rows = [whole_row(row.ids[:PROBE_TOKENS]) for row in trainer.plan.train[:PROBE_ROWS]]
     batch = trainer.batch(rows, [[index] for index in range(len(rows))])
     trainer.model.eval()
     with torch.no_grad(), trainer.autocast():
