@@ -156,6 +156,88 @@ def test_clean(text, expected):
     assert prepare.clean(text) == expected
 
 
+NO_TEXTS = [5, 5.5, True, {"a": "b"}, ["a", None]]
+
+
+@pytest.mark.parametrize("field", ["text", "title", "parent_asin"])
+def test_a_review_with_a_value_that_is_no_text_is_broken(field, tmp_path, capsys):
+    """It was written as the text of its JSON; a parent_asin of 5 found the product "5"."""
+    reviews = [review(f"user {n}", "P1", f"text {n}") for n in range(4)]
+    reviews[2:2] = [review("ann", "P1", "good") | {field: value} for value in NO_TEXTS]
+    products = PRODUCTS + [{"parent_asin": json.dumps(value), "title": "a product"} for value in NO_TEXTS]
+    files = ["--reviews", write(tmp_path / "r.jsonl", reviews), "--meta", write(tmp_path / "m.jsonl", products)]
+    splits = build(tmp_path / "out", files, train=3, test=1)
+    assert sorted(row["row_id"] for part in splits.values() for row in part) == [0, 1, 7, 8]
+    counts = run_record(tmp_path / "out")["counts"]
+    assert (counts["broken"], counts["broken product lines"], counts["rows"]) == (len(NO_TEXTS), 0, 4)
+    assert counts["without their product"] == 0
+    shown = capsys.readouterr().err.splitlines()
+    kinds = ["int", "float", "bool"]
+    assert [line.partition("r.jsonl")[2] for line in shown[:3]] == [
+        f":{number}: field '{field}' must be text, not {kind}" for number, kind in enumerate(kinds, 3)
+    ]
+    assert "field" in refused([*files, "--output_dir", tmp_path / "strict", "--train", 3, "--test", 1, "--strict"])[0]
+
+
+def test_a_product_with_a_value_that_is_no_text_is_broken(tmp_path, capsys):
+    reviews = [review(f"user {n}", asin, "fine") for n, asin in enumerate(["P1", "P2", "P3", "7"])]
+    products = [
+        {"parent_asin": "P1", "title": {"a": "b"}},  # of several lines about a product the first whole one counts
+        {"parent_asin": "P1", "title": "Bardel Kettle"},
+        {"parent_asin": "P2", "title": ["Quillan Lamp"]},
+        {"parent_asin": "P3", "title": None},
+        {"parent_asin": 7, "title": "Tamvel Mat"},
+    ]
+    files = ["--reviews", write(tmp_path / "r.jsonl", reviews), "--meta", write(tmp_path / "m.jsonl", products)]
+    splits = build(tmp_path / "out", files, train=1, test=1)
+    rows = {row["row_id"]: row["Product Title"] for part in splits.values() for row in part}
+    assert rows == {0: "Bardel Kettle", 2: ""}
+    counts = run_record(tmp_path / "out")["counts"]
+    assert (counts["broken product lines"], counts["products"], counts["without their product"]) == (3, 2, 2)
+    assert "m.jsonl:5: field 'parent_asin' must be text, not int" in capsys.readouterr().err
+
+
+def test_a_category_that_is_no_text_is_absent(tmp_path, capsys):
+    products = [
+        {"parent_asin": "P1", "title": "a", "main_category": {"name": "Home"}},
+        {
+            "parent_asin": "P2",
+            "title": "b",
+            "main_category": "Home",
+            "categories": [["Kitchen", "Mugs"], 5, None, "Cups"],
+        },
+        {"parent_asin": "P3", "title": "c", "main_category": "Home", "categories": [{"name": "Mugs"}, True]},
+        {"parent_asin": "P4", "title": "d", "main_category": "Home", "categories": "Kitchen"},
+        {"parent_asin": "P5", "title": "e", "main_category": "null", "categories": []},
+    ]
+    reviews = [review(f"user {n}", product["parent_asin"], "fine") for n, product in enumerate(products)]
+    files = ["--reviews", write(tmp_path / "r.jsonl", reviews), "--meta", write(tmp_path / "m.jsonl", products)]
+    splits = build(tmp_path / "out", files, train=4, test=1)
+    rows = {row["row_id"]: row["Product Categories"] for part in splits.values() for row in part}
+    assert rows == {0: "", 1: "Cups", 2: "Home", 3: "Home", 4: "null"}
+    counts = run_record(tmp_path / "out")["counts"]
+    # the object; the list and the number; the object and the bool; the text in place of a list
+    assert (counts["broken categories"], counts["broken product lines"]) == (1 + 2 + 2 + 1, 0)
+    assert "6  categories left out: no text" in capsys.readouterr().out
+
+
+def test_users_are_told_apart_as_everywhere(tmp_path):
+    """`dataset.user_of` is the rule: a number and its text, with white space or without, are one user."""
+    same = [5, 5.0, "5", " 5", "5\u00a0", 50e-1]
+    large = [12345678901234567890123, "12345678901234567890123"]
+    others = ["5.0", "05", "a b", "né", "\\", '"', "null", "a\u0000", 1e22, -0.0, 2**53 + 1, "x" * 300]
+    nobody, broken = ["", " ", "\t\u2003", None], [5.5, True, {"id": 5}, [5], "NaN", "1e400", "9" * 5000]
+    reviews = [review(user, "P1", f"text {n}") for n, user in enumerate([*same, *large, *others, *nobody, *broken[:4]])]
+    bare = [json.dumps(review("ann", "P1", "x")).replace('"ann"', number) for number in broken[4:]]
+    files = ["--reviews", write(tmp_path / "r.jsonl", reviews + bare), "--meta", write(tmp_path / "m.jsonl", PRODUCTS)]
+    splits = build(tmp_path / "out", files, train=6, test=2)
+    users = {row["row_id"]: row["user_id"] for part in splits.values() for row in part}
+    assert users == {n: user_hash(dataset.user_of(row)) for n, row in enumerate(reviews[: -len(nobody) - 4])}
+    assert len(set(users.values())) == 2 + len(others)
+    counts = run_record(tmp_path / "out")["counts"]
+    assert (counts["without a user"], counts["broken"]) == (len(nobody), len(broken))
+
+
 def test_rows_pass_the_record_checks(goods, tmp_path):
     build_goods(tmp_path, goods)
     for split in prepare.SPLITS:

@@ -16,6 +16,10 @@ Dropped, each counted: lines that are no review, reviews without a user, without
 or without their product (joined on parent_asin), and duplicates: of rows that agree in every published field, whoever
 wrote them, the first one stays. An empty title or an empty category drops nothing.
 
+A number, list, object or bool is no text: a line with one as `text`, `title` or `parent_asin` counts as broken, and a
+category of that kind as absent ('broken categories'). A `user_id` is read as `common.dataset.user_of` reads it: 5, 5.0,
+"5" and " 5" are one user; what is neither text nor a whole number makes the line broken.
+
 Split: users stand in the order of a seeded hash of their id; each goes, with all of their reviews, to train if it still
 has room for them, else to test if that has, else to validation, until both have exactly --train and --test rows. Where
 no user is left that fits, a file stays smaller, and the report says so. Train does not depend on --test. Rows within a
@@ -48,8 +52,15 @@ WHITESPACE = " \t\n\r\v\f\u00a0\u2003\u2028\u2029\u200b\u3000\ufeff"
 LINE_BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
 REFERENCE = re.compile(r"&(?:#\d+|#[xX][0-9a-fA-F]+|[A-Za-z][A-Za-z0-9]*);")
 MEMORY = re.compile(r"(\d+\.?\d*)\s*([KMGT]i?B)", re.IGNORECASE)
-REVIEW_COLUMNS = ("rating", "title", "text", "parent_asin", "user_id")
-PRODUCT_COLUMNS = ("parent_asin", "title", "main_category", "categories")
+REVIEW_COLUMNS = {"rating": "VARCHAR", "title": "JSON", "text": "JSON", "parent_asin": "JSON", "user_id": "JSON"}
+PRODUCT_COLUMNS = {"parent_asin": "JSON", "title": "JSON", "main_category": "JSON", "categories": "JSON"}
+# of a field that makes a line broken where it is neither null nor of its kind: the macro that reads it, and its kind
+READ_BY = {
+    "title": ("text_of", "text"),
+    "text": ("text_of", "text"),
+    "parent_asin": ("text_of", "text"),
+    "user_id": ("user_of", "text or a whole number"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +122,15 @@ def clean(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "").strip(WHITESPACE)
 
 
+def user_key(user_id: str) -> str | None:
+    """Who a user_id, given as JSON, is (`dataset.user_of`): "" for a blank text, None for what names nobody."""
+    try:
+        value = json.loads(user_id)
+    except ValueError:  # a whole number of thousands of digits
+        return None
+    return dataset.user_of({"user_id": value}) or ("" if isinstance(value, str) else None)
+
+
 def take_users(users: Iterable[tuple[int, int]], sizes: list[int]) -> tuple[list[list[int]], list[int]]:
     """Fill sides of `sizes` rows with whole users.
 
@@ -167,13 +187,24 @@ def broken_line(path: Path, wanted: list[int]) -> list[str]:
         filled = ((number, line) for number, line in enumerate(file, 1) if line.strip())
         for position, (number, line) in enumerate(itertools.islice(filled, max(wanted) + 1)):
             if position in wanted:
-                reason = "not one JSON object with the fields of this format"
-                try:
-                    json.loads(line)
-                except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
-                    reason = f"not JSON ({str(error).split(':')[0]})"
-                lines.append(f"broken line {path}:{number}: {reason}")
+                lines.append(f"broken line {path}:{number}: {reason_of(line)}")
     return lines
+
+
+def reason_of(line: bytes) -> str:
+    """Why a line is broken, without its text."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+        return f"not JSON ({str(error).split(':')[0]})"
+    if line.startswith(b"\xef\xbb\xbf"):
+        return "a byte order mark before it; save the file without"
+    for field, (_, kind) in READ_BY.items():
+        value = row.get(field) if isinstance(row, dict) else None
+        known = user_key(json.dumps(value)) is not None if field == "user_id" else isinstance(value, str)
+        if value is not None and not known:
+            return f"field '{field}' must be {kind}, not {type(value).__name__}"
+    return "not one JSON object with the fields of this format"
 
 
 def destinations(config: PrepareConfig) -> dict[str, Path]:
@@ -245,13 +276,19 @@ def connect(folder: Path, config: PrepareConfig):
     connection.execute("SET force_compression = 'uncompressed'")  # of tables that live for a minute
     for name, value in {"seed": str(config.seed), "system_prompt": SYSTEM_PROMPT}.items():
         connection.execute(f"SET VARIABLE {name} = ?", [value])
-    connection.create_function(
-        "clean_in_python",
-        lambda column: pa.array([clean(text) for text in column.to_pylist()], pa.string()),
-        ["VARCHAR"],
-        "VARCHAR",
-        type="arrow",
-    )
+
+    def of_columns(function):
+        return lambda column: pa.array([function(text) for text in column.to_pylist()], pa.string())
+
+    for name, function in {"clean_in_python": clean, "user_in_python": user_key}.items():
+        connection.create_function(
+            name,
+            of_columns(function),
+            ["VARCHAR"],
+            "VARCHAR",
+            type="arrow",
+            null_handling="special",  # None may come out; none goes in
+        )
     # most texts need no Python: no reference, tag, carriage return or NUL, visible ASCII at both ends
     connection.execute(
         r"""CREATE MACRO cleaned(field) AS CASE
@@ -259,19 +296,32 @@ def connect(folder: Path, config: PrepareConfig):
                 ELSE coalesce(field, '') END"""
     )
     connection.execute("CREATE MACRO one_line(field) AS replace(cleaned(field), chr(10), ' ')")
+    # of a column of JSON, where null is NULL; faster than json_type
+    connection.execute("CREATE MACRO is_text(field) AS starts_with(field::VARCHAR, chr(34))")
+    connection.execute("CREATE MACRO text_of(field) AS CASE WHEN is_text(field) THEN field->>'$' END")
+    connection.execute(
+        r"""CREATE MACRO user_of(field) AS CASE
+                WHEN regexp_full_match(field::VARCHAR, '"[!#-\[\]-~]+"') THEN (field::VARCHAR)[2:-2]
+                WHEN field IS NOT NULL THEN user_in_python(field::VARCHAR) END"""
+    )
     return connection
 
 
-def load(connection, flag: str, path: Path, columns: tuple[str, ...], table: str, select: str) -> tuple[int, int]:
+def load(connection, flag: str, path: Path, columns: dict[str, str], table: str, select: str) -> tuple[int, int]:
     """Create `table` from the lines of a file, in their order, `select` applied. Returns (lines, broken lines).
 
-    A line without any of `columns` is broken: DuckDB gives one that is no JSON object a row of NULLs. `select` makes
-    the column `broken` from `nothing`, and must not need a join (a long IN list does): that would lose the order of the
-    lines, and so rowid as the position among the non-blank ones.
+    columns: {field: type}. A line without any of them is broken (DuckDB gives one that is no JSON object a row of
+    NULLs), and so is one with a field of another kind than READ_BY says. `select` keeps the column `broken`, and must
+    not need a join (a long IN list does): that would lose the order of the lines, and so rowid as the position among
+    the non-blank ones.
     """
     import duckdb
 
-    kinds = ", ".join(f"{column}: '{'JSON' if column == 'categories' else 'VARCHAR'}'" for column in columns)
+    kinds = ", ".join(f"{column}: '{kind}'" for column, kind in columns.items())
+    nothing = " AND ".join(f"{column} IS NULL" for column in columns)
+    values = {column: f"{READ_BY[column][0]}({column})" for column in columns if column in READ_BY}
+    of_another_kind = " OR ".join(f"({column} IS NOT NULL AND {value} IS NULL)" for column, value in values.items())
+    replaced = ", ".join(f"{value} AS {column}" for column, value in values.items())
     compression = "gzip" if is_gzip(path) else "none"
     name = str(path.absolute()).replace("'", "''")
     # DuckDB reads * ? [ in a name as a pattern; each in brackets stands for itself
@@ -280,7 +330,7 @@ def load(connection, flag: str, path: Path, columns: tuple[str, ...], table: str
         connection.execute(
             f"""CREATE TABLE {table} AS
                 SELECT {select} FROM (
-                    SELECT *, coalesce({", ".join(f"{column}::VARCHAR" for column in columns)}) IS NULL AS nothing
+                    SELECT * REPLACE ({replaced}), ({nothing}) OR {of_another_kind} AS broken
                     FROM read_json('{name}', format = 'newline_delimited', ignore_errors = true,
                                    compression = '{compression}', columns = {{{kinds}}}))"""
         )
@@ -288,7 +338,8 @@ def load(connection, flag: str, path: Path, columns: tuple[str, ...], table: str
         raise cli.UserError(f"{flag} {path}: cannot be read ({str(error).splitlines()[0]})") from None
     lines, broken = connection.execute(f"SELECT count(*), count(*) FILTER (broken) FROM {table}").fetchall()[0]
     if lines == broken:
-        raise cli.UserError(f"{flag} {path}: no line of it is a row with {', '.join(columns)}")
+        first = f" ({broken_line(path, [0])[0]})" if lines else ""
+        raise cli.UserError(f"{flag} {path}: no line of it is a row with {', '.join(columns)}{first}")
     return lines, broken
 
 
@@ -310,11 +361,11 @@ def load_inputs(connection, config: PrepareConfig) -> dict[str, int]:
         reviews,
         REVIEW_COLUMNS,
         "review",
-        """nothing AS broken,
+        """broken,
            try_cast(rating AS DOUBLE) AS stars, one_line(title) AS headline, cleaned(text) AS body, parent_asin,
            ('0x' || left(md5(getvariable('seed') || ':' || user_id), 16))::UBIGINT AS "user",
-           CASE WHEN nothing THEN 'broken'
-                WHEN trim(coalesce(user_id, '')) = '' THEN 'without a user'
+           CASE WHEN broken THEN 'broken'
+                WHEN coalesce(user_id, '') = '' THEN 'without a user'
                 WHEN stars IS NULL OR stars NOT BETWEEN 1 AND 5 OR stars <> floor(stars) THEN 'without a rating'
                 WHEN body = '' THEN 'empty text' END AS reason""",
     )
@@ -325,10 +376,12 @@ def load_inputs(connection, config: PrepareConfig) -> dict[str, int]:
         meta,
         PRODUCT_COLUMNS,
         "meta",
-        """nothing AS broken, parent_asin, one_line(title) AS title, one_line(main_category) AS main_category,
-           CASE WHEN json_type(categories) = 'ARRAY'
-                THEN [name FOR name IN [one_line(raw) FOR raw IN categories->>'$[*]'] IF name <> ''] ELSE []
-                END AS categories""",
+        """broken, parent_asin, one_line(title) AS title, one_line(text_of(main_category)) AS main_category,
+           CASE WHEN json_type(categories) = 'ARRAY' THEN categories->'$[*]' ELSE [] END AS members,
+           [name FOR name IN [one_line(text_of(member)) FOR member IN members] IF name <> ''] AS categories,
+           ifnull(NOT is_text(main_category), false)::INTEGER
+           + ifnull(json_type(categories) <> 'ARRAY', false)::INTEGER
+           + len([member FOR member IN members IF json_type(member) NOT IN ('VARCHAR', 'NULL')]) AS absent""",
     )
     report_broken(connection, meta, "meta", broken_products, config.strict)
     # of several lines about a product the first counts
@@ -337,8 +390,9 @@ def load_inputs(connection, config: PrepareConfig) -> dict[str, int]:
            SELECT parent_asin, arg_min(title, rowid) AS title,
                   arg_min(CASE WHEN len(categories) > 0 THEN array_to_string(categories, ' > ')
                                ELSE main_category END, rowid) AS categories
-           FROM meta WHERE trim(coalesce(parent_asin, '')) <> '' GROUP BY parent_asin"""
+           FROM meta WHERE NOT broken AND trim(coalesce(parent_asin, '')) <> '' GROUP BY parent_asin"""
     )
+    absent = connection.execute("SELECT coalesce(sum(absent), 0)::BIGINT FROM meta WHERE NOT broken").fetchall()[0][0]
     connection.execute("DROP TABLE meta")
     dropped = dict(connection.execute("SELECT reason, count(*) FROM review WHERE reason <> '' GROUP BY ALL").fetchall())
     return {
@@ -346,6 +400,7 @@ def load_inputs(connection, config: PrepareConfig) -> dict[str, int]:
         **{reason: dropped.get(reason, 0) for reason in REASONS},
         "product lines": products,
         "broken product lines": broken_products,
+        **({"broken categories": absent} if absent else {}),
         "products": connection.execute("SELECT count(*) FROM product").fetchall()[0][0],
     }
 
@@ -503,6 +558,8 @@ def report(result: dict, splits: dict, config: PrepareConfig) -> None:
         line(reason, f"dropped: {reason}")
     line("rows", "rows")
     line("products", f"products in {result['product lines']:,} lines ({result['broken product lines']:,} broken)")
+    if "broken categories" in result:
+        line("broken categories", "categories left out: no text")
     ratings = sorted(splits["all"]["ratings"])
     print(
         f"{'':>12} {'rows':>11} {'users':>11}" + "".join(f" {f'{rating} star':>7}" for rating in ratings) + "  off by"
