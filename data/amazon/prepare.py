@@ -496,55 +496,72 @@ def run(config: PrepareConfig) -> dict:
         return build(config, started, folder, outputs, settings, place)
 
 
+@contextlib.contextmanager
+def enough_memory(config: PrepareConfig):
+    """Within the block it is a UserError when DuckDB needs more than --memory_limit."""
+    import duckdb
+
+    try:
+        yield
+    except duckdb.OutOfMemoryException as error:
+        reason = str(error).splitlines()[0]
+        raise cli.UserError(f"--memory_limit {config.memory_limit}: not enough ({reason}); give more") from None
+
+
+def plan(connection, config: PrepareConfig) -> tuple[dict[str, int], list[int], dict[str, dict]]:
+    """(counts, rows that train and test lack, `stratification`); UserError where the inputs cannot fill the files."""
+    counts = load_inputs(connection, config)
+    counts |= keep_rows(connection)
+    if counts["rows"] < config.train + config.test:
+        raise cli.UserError(
+            f"--train {config.train} --test {config.test}: only {counts['rows']} of {counts['review lines']} "
+            f"reviews are left after cleaning; ask for fewer"
+        )
+    lacking = assign(connection, [config.train, config.test])
+    splits = stratification(connection)
+    if not splits["train"]["rows"]:
+        raise cli.UserError(
+            f"--train {config.train}: each of the {splits['all']['users']} users left has more reviews than "
+            "that, and none is divided; ask for more, or name a file with more users"
+        )
+    return counts, lacking, splits
+
+
 def build(config: PrepareConfig, started: float, folder: Path, outputs: dict[str, Path], settings: dict, place) -> dict:
     import duckdb
 
     inputs = [Path(config.reviews), Path(config.meta)]
-    run_file = folder / "run_prepare.json"
-    with results.Run(run_file, config, inputs=inputs, output=place) as record, contextlib.ExitStack() as stack:
-        record["packages"]["duckdb"] = duckdb.__version__
-        work = stack.enter_context(results.temporary_folder(folder, "prepare"))
-        try:
-            connection = stack.enter_context(connect(Path(work), config))
-            counts = load_inputs(connection, config)
-            counts |= keep_rows(connection)
-            if counts["rows"] < config.train + config.test:
-                raise cli.UserError(
-                    f"--train {config.train} --test {config.test}: only {counts['rows']} of {counts['review lines']} "
-                    f"reviews are left after cleaning; ask for fewer"
-                )
-            lacking = assign(connection, [config.train, config.test])
-            splits = stratification(connection)
-            if not splits["train"]["rows"]:
-                raise cli.UserError(
-                    f"--train {config.train}: each of the {splits['all']['users']} users left has more reviews than "
-                    "that, and none is divided; ask for more, or name a file with more users"
-                )
+    record = results.Run(folder / "run_prepare.json", config, inputs=inputs, output=place)
+    record["packages"]["duckdb"] = duckdb.__version__
+    with (
+        enough_memory(config),
+        results.temporary_folder(folder, "prepare") as work,
+        connect(Path(work), config) as connection,
+    ):
+        counts, lacking, splits = plan(connection, config)
+        with record:  # from here on something is written: a record of refused inputs would replace that of the files
             for split, path in outputs.items():
                 with record.files.open(path, "wb", 0o600) as file:
                     assert write_split(connection, split, file) == splits[split]["rows"], split
-        except duckdb.OutOfMemoryException as error:
-            reason = str(error).splitlines()[0]
-            raise cli.UserError(f"--memory_limit {config.memory_limit}: not enough ({reason}); give more") from None
-        source = [(inputs[0], counts["review lines"]), (inputs[1], counts["product lines"])]
-        sampling = {"seed": config.seed, "split": "whole users in the order of a seeded hash"}
-        for split, path in outputs.items():
-            dataset.write_manifest(
-                record.files,
-                path,
-                tag=f"amazon-{split}",
-                script="data/amazon/prepare.py",
-                argv=sys.argv,
-                rows=splits[split]["rows"],
-                source=source,
-                sampling={**sampling, "users": splits[split]["users"]},
-                settings=settings,
-            )
-        speed = round(counts["review lines"] / (time.monotonic() - started), 1)
-        result = {**counts, "lacking": dict(zip(SPLITS, lacking)), "reviews_per_s": speed}
-        result["peak_bytes"] = results.peak_memory()["cpu_bytes"]
-        record["counts"] = result
-        record["stratification"] = splits
+            source = [(inputs[0], counts["review lines"]), (inputs[1], counts["product lines"])]
+            sampling = {"seed": config.seed, "split": "whole users in the order of a seeded hash"}
+            for split, path in outputs.items():
+                dataset.write_manifest(
+                    record.files,
+                    path,
+                    tag=f"amazon-{split}",
+                    script="data/amazon/prepare.py",
+                    argv=sys.argv,
+                    rows=splits[split]["rows"],
+                    source=source,
+                    sampling={**sampling, "users": splits[split]["users"]},
+                    settings=settings,
+                )
+            speed = round(counts["review lines"] / (time.monotonic() - started), 1)
+            result = {**counts, "lacking": dict(zip(SPLITS, lacking)), "reviews_per_s": speed}
+            result["peak_bytes"] = results.peak_memory()["cpu_bytes"]
+            record["counts"] = result
+            record["stratification"] = splits
     report(result, splits, config)
     return {**result, "splits": splits}
 
