@@ -494,8 +494,8 @@ def build(
     workers = config.workers or (os.cpu_count() or 1)
     files = [path for path, kind in inputs if kind != "folder"]
     cut = f"{PROMPT_CHARACTERS} characters" if tokenizer is None else f"{PROMPT_TOKENS} tokens of {config.tokenizer}"
-    run_file = output.parent / "run_prepare.json"
-    with results.Run(run_file, config, inputs=files, output=place) as record, Pairs(output.parent) as pairs:
+    record = results.Run(output.parent / "run_prepare.json", config, inputs=files, output=place)
+    with Pairs(output.parent) as pairs:
         started = time.monotonic()
         counts, broken, sources = collect(inputs, pairs, workers, config.seed)
         lines = [f"broken message {label}: {reason}" for label, reason in broken]
@@ -512,45 +512,47 @@ def build(
         keys = shuffled(groups, config.seed, head)
         place = {key: index for index, key in enumerate(keys)}
         both = sum(min(map(place.get, group)) < head <= max(map(place.get, group)) for group in groups)
-        with record.files.open(output, permissions=0o600) as file:
-            overlap = write_rows(file, pairs, keys, head, tokenizer)
-        sampling = {
-            "seed": config.seed,
-            "prompt": f"at most {mail.MAX_PROMPT_CHARACTERS} characters, then {cut}",
-            "continuation": f"at most {mail.MAX_CONTINUATION_CHARACTERS} characters",
-        }
-        dataset.write_manifest(
-            record.files,
-            output,
-            tag="original",
-            script="data/enron/prepare.py",
-            argv=sys.argv,
-            rows=len(keys),
-            source=sources,
-            split_start=head,
-            sampling=sampling,
-            settings=settings | {"input": [known[0] if known else results.sha256(path) for path, _, *known in sources]},
-        )
-        seconds = time.monotonic() - started
-        largest_worker = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (
-            1 if sys.platform == "darwin" else 1024
-        )
-        result = {
-            **counts,
-            "duplicates": counts["named"] - len(people),
-            "pairs": len(people),
-            "pairs of shared addresses": len(people) - len(kept),
-            "rows": len(keys),
-            "people": len(groups),
-            "people on both sides of the split": both,
-            "head addresses in training rows": overlap,
-            "prompt cut": cut,
-            "workers": workers,
-            "peak_bytes": results.peak_memory()["cpu_bytes"] + (workers * largest_worker if workers > 1 else 0),
-            "messages_per_s": round(counts["messages"] / seconds, 1),
-        }
-        record["counts"] = result
-        record["sources"] = [{"path": str(path), "messages": n} for path, n, *_ in sources]
+        with record:  # from here on something is written: a record of refused inputs would replace that of the file
+            with record.files.open(output, permissions=0o600) as file:
+                overlap = write_rows(file, pairs, keys, head, tokenizer)
+            sampling = {
+                "seed": config.seed,
+                "prompt": f"at most {mail.MAX_PROMPT_CHARACTERS} characters, then {cut}",
+                "continuation": f"at most {mail.MAX_CONTINUATION_CHARACTERS} characters",
+            }
+            dataset.write_manifest(
+                record.files,
+                output,
+                tag="original",
+                script="data/enron/prepare.py",
+                argv=sys.argv,
+                rows=len(keys),
+                source=sources,
+                split_start=head,
+                sampling=sampling,
+                settings=settings
+                | {"input": [known[0] if known else results.sha256(path) for path, _, *known in sources]},
+            )
+            seconds = time.monotonic() - started
+            largest_worker = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (
+                1 if sys.platform == "darwin" else 1024
+            )
+            result = {
+                **counts,
+                "duplicates": counts["named"] - len(people),
+                "pairs": len(people),
+                "pairs of shared addresses": len(people) - len(kept),
+                "rows": len(keys),
+                "people": len(groups),
+                "people on both sides of the split": both,
+                "head addresses in training rows": overlap,
+                "prompt cut": cut,
+                "workers": workers,
+                "peak_bytes": results.peak_memory()["cpu_bytes"] + (workers * largest_worker if workers > 1 else 0),
+                "messages_per_s": round(counts["messages"] / seconds, 1),
+            }
+            record["counts"] = result
+            record["sources"] = [{"path": str(path), "messages": n} for path, n, *_ in sources]
     report(result, output, head)
     return result
 
