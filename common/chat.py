@@ -130,14 +130,14 @@ def read_template(given: str | None, tokenizer: Any, model: str) -> str:
         except UnicodeDecodeError:
             raise UserError(f"--chat_template {given}: not UTF-8 text") from None
     else:
-        template = getattr(tokenizer, "chat_template", None)
-        if isinstance(template, dict):
-            template = template.get("default")
-        if not template:
+        own = getattr(tokenizer, "chat_template", None)
+        own = own.get("default") if isinstance(own, dict) else own
+        if not own:
             raise UserError(
                 f"{model}: its tokenizer has no chat template, which rows of messages need; pass --chat_template FILE "
                 "(that of its training) or --chat_template chatml"
             )
+        template = str(own)
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -209,13 +209,14 @@ class Renderer:
     def _marked(self, messages: list[dict[str, Any]], tools: Any, text: str) -> list[tuple[int, int]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        rendered, spans = render_jinja_template(
+        result: Any = render_jinja_template(  # annotated as a string, which it is without the mask
             [messages],
             tools=tools,
             chat_template=self.template,
             return_assistant_tokens_mask=True,
             **self.tokenizer.special_tokens_map,
         )
+        rendered, spans = result
         if rendered != [text]:
             raise ValueError("the chat template gives another text each time")
         return [(start, end) for start, end in spans[0] if start < end]
