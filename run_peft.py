@@ -52,7 +52,7 @@ def make_parser() -> cli.Parser:
         seed = f"seed of everything random (default: {SEED}; with --dp the operating system's entropy)"
         cli.add_model_flags(parser, seed)
     with section("data"):
-        add("-i", "--input", "--data", help="training data: .jsonl, .arrow or .parquet")
+        add("-i", "--input", "--data", help="training data: .jsonl, .json, .csv, .tsv, .arrow or .parquet")
         add(
             "--train_rows",
             "--num_rows",

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from common import chat, strict_json
+from common import chat, strict_json, tables
 from common.cli import UserError, one_line, plain
 from common.results import ROOT, Publication, commit, now, read_json, sha256
 
@@ -32,9 +32,13 @@ REVIEW_TEMPLATE = (
 )
 
 
-def read_rows(path, broken: dict[int, str] | None = None) -> list[dict]:
-    """All rows of a .jsonl (gzipped or not, whatever its name), .arrow (stream or file format) or .parquet file.
+FORMATS = ".jsonl, .json, .csv, .tsv, .arrow or .parquet"
 
+
+def read_rows(path, broken: dict[int, str] | None = None) -> list[dict]:
+    """All rows of a .jsonl, .json, .csv or .tsv (gzipped or not), .arrow (stream or file format) or .parquet file.
+
+    A .json file is one list of objects, {"data": that list}, or an object per line.
     Raises UserError naming the file (and the line of broken JSON) when it is missing, empty or unreadable. With a dict
     `broken` a line that cannot be used is no error: {} stands in its place, and `broken[index]` says why. What JSON
     lacks becomes what it has: NaN in a column of Arrow is None, dates and decimals are text.
@@ -44,16 +48,21 @@ def read_rows(path, broken: dict[int, str] | None = None) -> list[dict]:
         what = (
             "is a directory, not a file" if path.is_dir() else "not a file" if os.path.exists(path) else "no such file"
         )
-        raise UserError(f"{path}: {what}; name a .jsonl, .arrow or .parquet file")
+        raise UserError(f"{path}: {what}; name a {FORMATS} file")
     name = path.name.removesuffix(".gz")
-    if name.endswith((".jsonl", ".json")):
+    listed = tables.read_json_list(path, is_gzip(path)) if name.endswith(".json") else None
+    if listed is not None:
+        rows = listed
+    elif name.endswith((".jsonl", ".json")):
         rows = _read_jsonl(path, broken)
+    elif name.endswith((".csv", ".tsv")):
+        rows = tables.read_csv(path, "\t" if name.endswith(".tsv") else ",", is_gzip(path))
     elif name.endswith(".arrow"):
         rows = read_arrow(path)
     elif name.endswith(".parquet"):
         rows = _read_parquet(path)
     else:
-        raise UserError(f"{path}: unknown ending; the formats are .jsonl, .arrow and .parquet")
+        raise UserError(f"{path}: unknown ending; name a {FORMATS} file")
     if not rows:
         raise UserError(f"{path}: the file has no rows")
     return rows

@@ -42,7 +42,7 @@ def make_parser() -> cli.Parser:
         add("--neighbor_model", help="directory of a masked LM (default: proposals of the target itself)")
         cli.add_model_flags(parser)
     with parser.section("data"):
-        add("--members", "--data", help="texts trained on (.jsonl, .arrow, .parquet)")
+        add("--members", "--data", help="texts trained on (.jsonl, .json, .csv, .arrow, .parquet)")
         add(
             "--nonmembers",
             help="texts not trained on (default: the held-out head of --members, whose other rows are the members)",

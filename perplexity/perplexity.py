@@ -38,7 +38,7 @@ def make_parser() -> cli.Parser:
         cli.add_model_flags(parser)
         add("--token_budget", type=cli.positive_int, help="positions a forward pass")
     with parser.section("data"):
-        add("-d", "--dataset", "--data", help="data file (.jsonl, .arrow, .parquet)")
+        add("-d", "--dataset", "--data", help="data file (.jsonl, .json, .csv, .arrow, .parquet)")
         add(
             "--num_rows",
             type=cli.positive_int,

@@ -52,6 +52,8 @@ def files(tmp_path, models, adapters):
     paths["list"].write_text("[1, 2]\n")
     paths["csv"] = tmp_path / "rows.csv"
     paths["csv"].write_text("a,b\n")
+    paths["xls"] = tmp_path / "rows.xls"
+    paths["xls"].write_text("a,b\n")
     paths["arrow"] = tmp_path / "rows.arrow"
     paths["arrow"].write_bytes(b"not arrow at all, but long enough to be read")
 
@@ -136,7 +138,8 @@ TABLE = [
     (measure_purified, [*MEASURE, "-d", "{types}"], "row 5: field 'gt-email' must be text, not int"),
     (measure_purified, [*MEASURE, "-d", "{not_address}"], "row 5: gt-email must look like local@domain"),
     (measure_purified, [*MEASURE, "-d", "{list}"], "list.jsonl:1: a JSON object was expected"),
-    (measure_purified, [*MEASURE, "-d", "{csv}"], "unknown ending"),
+    (measure_purified, [*MEASURE, "-d", "{xls}"], "unknown ending"),
+    (measure_purified, [*MEASURE, "-d", "{csv}"], "rows.csv: the file has no rows"),
     (measure_purified, [*MEASURE, "-d", "{arrow}"], "not an Arrow file"),
     (measure_purified, [*MEASURE, "-d", "{two}"], "2 rows; at least 3 are needed"),
     (measure_purified, [*MEASURE, "-d", "{good}", "--num_rows", "13"], "--num_rows 13"),

@@ -1,0 +1,84 @@
+"""Tables and lists as others save them: .csv, .tsv, and .json files that hold one list of rows."""
+
+import csv
+import gzip
+import io
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from common import strict_json
+from common.cli import UserError
+
+COUNTS = ("row_id",)  # columns that are whole numbers in every other format
+
+
+def read_csv(path: Path, delimiter: str, gzipped: bool) -> list[dict[str, Any]]:
+    """The rows of a table with a header line, every value text but for `row_id`; an empty field is an empty text.
+
+    UserError for a file that is not UTF-8, a header that names a column twice or not at all, and lines with more or
+    fewer fields than the header, by their number.
+    """
+    csv.field_size_limit(sys.maxsize)
+    raw = _content(path, gzipped)
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 (byte {error.start}); save the file as UTF-8") from None
+    if "\0" in text:
+        raise UserError(f"{path}: has a NUL character in it; save the file as text")
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        header = next(lines, [])
+        if len(set(header)) < len(header) or not all(header):
+            raise UserError(f"{path}:1: the header names a column twice, or one has no name; mend it")
+        return list(_rows(path, header, lines))
+    except csv.Error as error:
+        raise UserError(f"{path}:{lines.line_num}: not a table ({error}); mend the line") from None
+
+
+def _content(path: Path, gzipped: bool) -> bytes:
+    try:
+        raw = path.read_bytes()
+        return gzip.decompress(raw) if gzipped else raw
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read ({error}); copy or download it again") from None
+
+
+def _rows(path: Path, header: list[str], lines: Any) -> Iterator[dict[str, Any]]:
+    for values in lines:
+        if not values:
+            continue
+        if len(values) != len(header):
+            told = f"{len(values)} fields, the header has {len(header)}"
+            raise UserError(f"{path}:{lines.line_num}: {told}; mend the line")
+        row: dict[str, Any] = dict(zip(header, values))
+        for name in COUNTS:
+            if row.get(name, "").isascii() and row.get(name, "").isdigit():
+                row[name] = int(row[name])
+        yield row
+
+
+def read_json_list(path: Path, gzipped: bool) -> list[dict[str, Any]] | None:
+    """The rows of a JSON document that is a list, or an object with a list as `data`; None where it is neither.
+
+    UserError naming the first item that is no object.
+    """
+    raw = _content(path, gzipped)
+    if raw.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"[", b"{"):
+        return None
+    try:
+        document = strict_json.parse(raw)
+    except ValueError as error:
+        if raw.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":  # no lines of objects either
+            raise UserError(f"{path}: not a JSON list ({error})") from None
+        return None
+    items = document.get("data") if isinstance(document, dict) else document
+    if not isinstance(items, list):
+        return None
+    for number, item in enumerate(items):
+        if not isinstance(item, dict):
+            raise UserError(f"{path}: item {number} is a {type(item).__name__}, not an object")
+    return items
