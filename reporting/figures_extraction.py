@@ -62,7 +62,7 @@ def extraction_bars(study: Study, look: Look, chosen: list[Model]) -> list[Figur
             keys.append((f"floor: {next(iter(floors.values())).attack}, no model", INK, None, ":"))
         made.append(
             Figure(
-                name_of("extraction_bars", place), f"Addresses given away at temperature {HEADLINE_TEMPERATURE}",
+                name_of("extraction_bars", place), f"Addresses extracted at temperature {HEADLINE_TEMPERATURE}",
                 f"{group}. Solid: exact address; pale: the released tool's loose rule; whiskers: 95 % Clopper–Pearson. "
                 "Dotted: exact addresses that the best name rule guesses without any model." + more_groups(sets, place),
                 "Share of exact addresses by template. " + "; ".join(told), panels, keys, 2, "extraction",

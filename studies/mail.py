@@ -87,7 +87,7 @@ def run(config, out, record) -> str:
     aucs = membership(config, out, trees, flags)
     floor = measured(out / "base")[0]["floor"]
     text = [
-        f"Addresses given away at temperature {TEMPERATURE}, of {rows[0]['rows']} people asked by four prompts (A–D): "
+        f"Addresses extracted at temperature {TEMPERATURE}, of {rows[0]['rows']} people asked by four prompts (A–D): "
         "loose matches, exact addresses, and exact ones that no name rule makes (hits of all prompts, and of how many "
         "people). AUC: membership inference on the rows of the *original* training set (attack `ref`, 95 % interval).",
         "",
