@@ -1,7 +1,9 @@
 """data/enron/prepare.py: fictional mails in every input form, through the real entry point."""
 
 import contextlib
+import gc
 import io
+import itertools
 import json
 import mailbox
 import os
@@ -11,6 +13,7 @@ import sys
 import tarfile
 import time
 import tracemalloc
+from email import policy
 from email.header import Header
 from email.message import EmailMessage
 from pathlib import Path
@@ -285,6 +288,7 @@ def test_broken_headers_give_no_wrong_pair(headers):
         ("Dr. Jane Roe Jr.", "Jane Roe"),
         ("Jane Roe (E-mail)", "Jane Roe"),
         ("Jane 'Jay' Roe", "Jane Roe"),
+        ("Jane Roe (a (b) [c] d)", "Jane Roe"),
         ("Jane Roe/HOU/ECT@ECT", "Jane Roe"),
         ("Roe, Jane </O=HARTWELL/OU=NA/CN=RECIPIENTS/CN=JROE>", "Jane Roe"),
         ("jane roe", "jane roe"),
@@ -394,6 +398,166 @@ def test_addresses(address, expected):
 )  # fmt: skip
 def test_mailboxes_of_a_header(value, expected):
     assert mail.mailboxes(value) == expected
+
+
+# read as Python's own parser reads them
+LIKE_PYTHON = """
+Jane Roe <jane@x.example>
+jane@x.example
+<jane@x.example>
+jane@x.example, ada@y.example
+"Roe, Jane" <jane@x.example>, ada@y.example
+"Roe; Jane" <jane@x.example>, "Pell: Ada" <ada@y.example>
+"a@b" <jane@x.example>
+Jane Roe <jane@x.example>, , ada@y.example,
+J. R. Roe <jane@x.example>
+Jane Roe<jane@x.example>
+Ruth O'Shea-Lind <o'shea@norbeck.example>
+Zoë Muñoz <zm@norbeck.example>
+=?utf-8?q?Zo=C3=AB_Mu=C3=B1oz?= <zm@norbeck.example>
+=?utf-8?q?Mu=C3=B1oz=2C_Zo=C3=AB?= <zm@norbeck.example>, ada@y.example
+"=?utf-8?q?Roe=2C_Jane?=" <jane@x.example>
+"Jane" "Roe" <jane@x.example>
+"Jane \\"JR\\" Roe" <jane@x.example>
+"Roe \\\\ Jane" <jane@x.example>, ada@y.example
+"jane"@x.example
+undisclosed-recipients:;
+Friends: Jane Roe <jane@x.example>, ada@y.example;
+Friends: jane@x.example, "Pell, Ada" <ada@y.example>;, Bela Novak <b@z.example>
+Friends: ;, jane@x.example
+Friends:jane@x.example;
+"Friends, old": jane@x.example, Ada Pell <ada@y.example>;
+"Friends @ Hartwell": jane@x.example;
+Friends (of the harbour): Jane Roe <jane@x.example>;
+Ada Pell <ada@y.example>, Friends: Jane Roe <jane@x.example>;
+mailto:jane@x.example
+Jane Roe (at home) <jane@x.example>
+Jane Roe (a (b) c) <jane@x.example>
+Jane Roe (a (b (c) d) (e)) <jane@x.example>, ada@y.example
+(a, b) Jane Roe <jane@x.example>
+Jane Roe (1\\) 2) <jane@x.example>
+Jane Roe (a "quote) <jane@x.example>, "Pell, Ada" <ada@y.example>
+Jane Roe <jane@x.example> (at home, today)
+Jane(x)Roe <jane@x.example>
+Jane Roe <jane(home)@x.example>
+Jane Roe <jane@x.example (at (my) home)>
+"Jane (x) Roe" <jane@x.example>
+"Jane <x> Roe" <jane@x.example>
+jane@x.example ()
+Jane Roe <@hop.example:jane@x.example>
+Jane Roe <@hop.example,@other.example:jane@x.example>, ada@y.example
+Jane Roe <jane@[10.0.0.1]>
+Jane Roe <jane@x.example
+Jane Roe <jane@x.example<mailto:jane@x.example>>
+Jane Roe <jroe>, Ada Pell <ada@y.example>
+Jane Roe on behalf of Orla Quist <orla@y.example>
+""".strip().splitlines()
+
+JANE, ADA = ("Jane Roe", "jane@x.example"), ("Ada Pell", "ada@y.example")
+UNLIKE_PYTHON = {  # on purpose: {header: what we read in it}
+    # a comment is the name where there is no other, as was the custom before RFC 822; the one behind the address first
+    "jane@x.example (Jane Roe)": [JANE],
+    "jane@x.example (Jane (JR) Roe), ada@y.example (Pell, Ada)": [("Jane (JR) Roe", JANE[1]), ("Pell, Ada", ADA[1])],
+    "(Jane Roe) jane@x.example, (work) ada@y.example (Ada Pell)": [JANE, ADA],
+    "<jane@x.example> (Jane Roe)": [JANE],
+    "(Jane Roe) <jane@x.example>": [JANE],
+    # what mail programs write against the standard
+    "Roe, Jane <jane@x.example>": [("Roe, Jane", JANE[1])],
+    "Jane Roe <jane@x.example>;Ada Pell <ada@y.example>": [JANE, ADA],
+    "Jane Roe <jane@x.example> Ada Pell <ada@y.example>": [JANE, ADA],
+    "Friends: Jane Roe <jane@x.example>, Others: Ada Pell <ada@y.example>;": [JANE, ADA],
+    '"Jane Roe <jane@x.example>': [JANE],
+    "'Jane Roe' <jane@x.example>": [JANE],
+    'Jane "JR" Roe <jane@x.example>': [('Jane "JR" Roe', JANE[1])],  # its quotes tell that it is no middle name
+    "Jane Roe <mailto:jane@x.example>": [JANE],
+    "Jane Roe [jane@x.example]": [JANE],
+    "Jane Roe [mailto:jane@x.example], Ada Pell [SMTP:ada@y.example]": [JANE, ADA],
+    "Jane Roe [jane@x.example<mailto:jane@x.example>]": [JANE],
+    "jane@x.example <jane@x.example>": [("jane@x.example", JANE[1])],
+    "Jane @ Hartwell <jane@x.example>": [("Jane @ Hartwell", JANE[1])],
+    "Jane Roe <jane@x.example> on behalf of Ada Pell <ada@y.example>": [JANE, ADA],
+    '"Jane Roe" <jane@x.example> On Behalf Of "Pell, Ada" <ada@y.example>': [JANE, ("Pell, Ada", ADA[1])],
+    "Jane Roe <>": [],
+    # no white space is taken out of an address, which stands in a row as it was written; runs of it in a name are one
+    "Jane Roe <jane @ x.example>": [("Jane Roe", "jane @ x.example")],
+    "=?utf-8?q?Zo=C3=AB?= =?utf-8?q?_Mu=C3=B1oz?= <zm@norbeck.example>": [("Zoë Muñoz", "zm@norbeck.example")],
+}
+
+
+@pytest.mark.parametrize("value", LIKE_PYTHON + list(UNLIKE_PYTHON))
+def test_headers_mean_what_they_mean_to_python(value):
+    """The other route: email.policy.default, in place of which nothing here is used."""
+    theirs = [(box.display_name, box.addr_spec) for box in policy.default.header_factory("to", value).addresses]
+    assert mail.mailboxes(value) == UNLIKE_PYTHON.get(value, theirs)
+    assert (theirs == mail.mailboxes(value)) == (value in LIKE_PYTHON)
+
+
+class Header5322:
+    """A random address header that keeps to RFC 5322: mailboxes and groups, quoted names, routes, nested comments."""
+
+    def __init__(self, random_source):
+        self.random = random_source
+
+    def join(self, pieces: list[str], most: int) -> str:
+        return "".join(self.random.choices(pieces, k=self.random.randint(1, most)))
+
+    def comment(self, depth: int = 0) -> str:
+        inner = self.comment(depth + 1) if depth < 3 else ""
+        return "(" + self.join(["a", "b c", ", ", "; ", ": ", "@ x", r"\)", r"\(", '"', "[q]", inner], 4) + ")"
+
+    def space(self) -> str:
+        return self.random.choice([" ", " ", f" {self.comment()} "])
+
+    def phrase(self) -> str:
+        if self.random.random() < 0.4:
+            return '"' + self.join(["Roe", ", ", "Jane ", r"\"", r"\\", "(", ")", "<", ">", ";", ":", "@"], 5) + '"'
+        words = ["Jane", "Roe", "O'Shea", "van", "J", "=?utf-8?q?Zo=C3=AB?= Ann"]
+        return self.space().join(self.random.choices(words, k=self.random.randint(1, 3)))
+
+    def mailbox(self) -> str:
+        address = f"{self.random.choice(['jane', 'a.b', 'x+y'])}{self.random.randrange(1000)}@x.example"
+        if self.random.random() < 0.25:
+            return address
+        route = self.random.choice(["", "", "@h.example:", "@h.example,@i.example:"])
+        return f"{self.random.choice([self.phrase(), ''])}{self.space()}<{route}{address}{self.space()}>{self.space()}"
+
+    def item(self) -> str:
+        if self.random.random() < 0.3:
+            return f"{self.phrase()}:{', '.join(self.mailbox() for _ in range(self.random.randrange(3)))};"
+        return self.mailbox()
+
+
+@given(st.randoms(use_true_random=False))
+@settings(max_examples=300, deadline=None)
+def test_generated_headers_mean_what_they_mean_to_python(random_source):
+    header = Header5322(random_source)
+    value = " ".join(f",{header.space()}".join(header.item() for _ in range(random_source.randint(1, 4))).split())
+    theirs = [(box.display_name, box.addr_spec) for box in policy.default.header_factory("to", value).addresses]
+    ours = mail.mailboxes(value)
+    assert [address for _, address in ours] == [address for _, address in theirs]
+    for (name, _), (expected, _) in zip(ours, theirs):
+        expected = " ".join(expected.split()).strip("'\" ")
+        assert name == expected or (not expected and "(" in value)  # a comment is the name where there is no other
+
+
+def test_members_of_groups_and_senders_on_behalf_are_no_longer_lost():
+    """Through `occurrences`: text, names and counts; in the text no address stands before the brackets."""
+    headers = (
+        "From: Jane Roe (of the (old) harbour) <jane@x.example> on behalf of Orla Quist <orla@y.example>\n"
+        "To: Harbour Friends: Ada Pell <ada@y.example>, Bela Novak <bela@z.example<mailto:bela@z.example>>;\n"
+        "Cc: Ivo Marsh [ivo@z.example<mailto:ivo@z.example>], mei@z.example (Mei (the elder) Tanaka)\n"
+    )
+    text, people, dropped = mail.occurrences(raw_mail(headers.encode(), b"Hello.\n"))
+    assert [(person.name, person.address) for person in people] == [
+        ("Jane Roe", "jane@x.example"),
+        ("Orla Quist", "orla@y.example"),
+        ("Ada Pell", "ada@y.example"),
+        ("Bela Novak", "bela@z.example"),
+        ("Ivo Marsh", "ivo@z.example"),
+        ("Mei Tanaka", "mei@z.example"),
+    ]
+    assert dropped == {} and all(text.count(person.address) == 1 for person in people)
+    assert "To: Ada Pell <ada@y.example>, Bela Novak <bela@z.example>\n" in text
 
 
 def enron_mail(to=1) -> bytes:
@@ -667,6 +831,82 @@ def test_hostile_mails_take_no_quadratic_time(unit):
             with contextlib.suppress(mail.BrokenMail):
                 mail.occurrences(one_mail)
     assert time.process_time() - begun < 15
+
+
+def seconds_of(function, text: str) -> float:
+    begun = time.process_time()
+    function(text)
+    return time.process_time() - begun
+
+
+def assert_linear(function, piece, characters: int = 1 << 20) -> None:
+    """`function` of `characters` takes less than three times as long as of half of them (four times if quadratic).
+
+    piece: what the text is made of, as text or as a function of its number.
+    """
+    pieces = itertools.repeat(piece) if isinstance(piece, str) else map(piece, itertools.count())
+    text = ""
+    with io.StringIO() as whole:
+        while whole.tell() < characters:
+            whole.write(next(pieces))
+        text = whole.getvalue()
+    halves, wholes = [], []
+    gc.disable()  # the collector walks through everything that the tests before have left
+    try:
+        for _ in range(4):  # again where another process took the core
+            halves.append(seconds_of(function, text[: characters // 2]))
+            wholes.append(seconds_of(function, text[:characters]))
+            if min(wholes) < 3 * min(halves):
+                return
+    finally:
+        gc.enable()
+    raise AssertionError(f"{min(halves):.2f} s and {min(wholes):.2f} s")
+
+
+HEADER_PIECES = [
+    "Roe, ",
+    "(",
+    "((a) b) ",
+    "(\\",
+    '"a',
+    '"\\"',
+    "<a@",
+    "<a@x.example<mailto:a@x.example>>",
+    "[a",
+    "@a:",
+    ";",
+    "=?a?q?",
+]
+HEADER_PIECES += ["<a@x.example> ", "<a@x.example> on behalf of ", '" , <(']
+NUMBERED_PIECES = {
+    "mailboxes": "Name{0} Roe{0} <a{0}@x{0}.example>, ",
+    "no commas": "Name{0} <a{0}@x.example> ",
+    "open comments": "(c{0} (d{0}) ",
+    "names": "name{0}, ",
+    "phrases": 'w{0} "q{0}" (c{0}) ',
+    "groups": "g{0}: m{0}@x.example;",
+    "encoded words": "=?utf-8?q?w{0}?= ",
+    "copies": "n{0} [a{0}@x.example<mailto:a{0}@x.example>] ",
+    "escapes": '\\\\{0}\\" ',
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("piece", HEADER_PIECES)
+def test_a_megabyte_of_a_repeated_piece_of_header_is_read_in_linear_time(piece):
+    assert_linear(mail.mailboxes, piece)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pieces", NUMBERED_PIECES)
+def test_a_megabyte_of_distinct_pieces_of_header_is_read_in_linear_time(pieces):
+    assert_linear(mail.mailboxes, NUMBERED_PIECES[pieces].format)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frame", ["{}", "a@b.example ({})", "<a{}@b.example>"])
+def test_half_a_megabyte_of_nested_comments_is_read_in_linear_time(frame):
+    assert_linear(lambda text: mail.mailboxes(frame.format(text + ")" * len(text))), "(", 1 << 19)
 
 
 def test_an_unreadable_file_is_broken(mails, tmp_path, capsys):

@@ -302,7 +302,10 @@ def person(display: str, whole: bool = True) -> tuple[str, str | None]:
         text = re.split(r"<|/(?:OU?|CN)=", text, maxsplit=1, flags=re.I)[0].strip(" '\",")
         if not text:
             return "", X500
-    text = BRACKETED.sub(" ", ANGLED.sub(" ", text)).strip(" '\",;")
+    text = ANGLED.sub(" ", text)
+    while (outside := BRACKETED.sub(" ", text)) != text:  # brackets nest
+        text = outside
+    text = text.strip(" '\",;")
     if "@" in text or "/" in text:  # 'Jane Roe/HOU/ECT@ECT' (Lotus Notes), but not 'jane.roe@x.example'
         text = re.split(r"[/@]", text, maxsplit=1)[0].strip()
         if " " not in text:
@@ -348,29 +351,122 @@ def _capitalised(words: list[str]) -> bool:
     return all(word[0].isupper() or word.lower() in PARTICLES for word in words) and words[-1][0].isupper()
 
 
-HEADER_ITEM = re.compile(r'(?:[^,;"<(]|"[^"]*"|<[^<>]*>|\([^()]*\)|["<(])+')
-COMMENT = re.compile(r"\(([^()]*)\)")
+# a piece of an address header (RFC 5322); comments, which nest, are found by `comment_ends`
+PIECE = re.compile(
+    r'(?P<text>[^"\\(<\[,;:=]+)|(?P<separator>[,;:])|<(?P<closed>[^<>]*)>|<(?P<open>[^<>,;]*)'
+    rf'|"(?P<quoted>(?:[^"\\]|\\.)*+)"|\[(?P<square>[^][<>,;]*@[^][<>,;]*)|(?P<word>{ENCODED_WORD})'
+    r"|\\(?P<escaped>.)|(?P<other>.)",
+    re.S,
+)
+KINDS = {"closed": "address", "open": "address", "square": "address", "word": "text", "other": "text"}
+BRACKET_OR_ESCAPE = re.compile(r"\\.|[()]", re.S)
+ESCAPE = re.compile(r"\\(.)", re.S)
+BEFORE_ADDRESS = re.compile(r"\A\s*(?:(?:mailto|smtp):|@[^:]*:)", re.I)  # a scheme, or the route of RFC 822
+QUOTED_LOCAL = re.compile(r'\A\s*"([\w.+-]+)"(?=@)')
+ON_BEHALF = re.compile(r"\A\s*on\s+behalf\s+of\s+", re.I)
+
+
+def comment_ends(value: str) -> dict[int, int]:
+    """{position of a round bracket that opens: position of the one that closes it}, without those never closed."""
+    ends, opened = {}, []
+    for match in BRACKET_OR_ESCAPE.finditer(value):
+        if match.group() == "(":
+            opened.append(match.start())
+        elif match.group() == ")" and opened:
+            ends[opened.pop()] = match.start()
+    return ends
+
+
+def header_items(value: str) -> Iterator[tuple[list[tuple[str, str]], str]]:
+    """(pieces, the separator behind them or "") of what stands between the commas, semicolons and colons of an address
+    header. A piece is (kind, text): 'comment', 'quoted' and 'escaped' without their marks, 'address' (what stands in
+    angle or square brackets), 'text'."""
+    ends, pieces, position = comment_ends(value), [], 0
+    while position < len(value):
+        if position in ends:
+            pieces.append(("comment", value[position + 1 : ends[position]]))
+            position = ends[position] + 1
+            continue
+        match = PIECE.match(value, position)
+        kind, position = match.lastgroup, match.end()
+        if kind == "separator":
+            yield pieces, match.group()
+            pieces = []
+        else:
+            pieces.append((KINDS.get(kind, kind), match.group(kind)))
+    yield pieces, ""
+
+
+def clean_address(text: str) -> str:
+    """What stands in an address's place, without a scheme or route before it, needless quotes and comments."""
+    ends, kept, position = comment_ends(text), [], 0
+    for start in sorted(ends):
+        if start >= position:
+            kept.append(text[position:start])
+            position = ends[start] + 1
+    text = BEFORE_ADDRESS.sub("", "".join(kept) + text[position:])
+    return QUOTED_LOCAL.sub(r"\1", text).strip(" '\"")
+
+
+def clean_name(pieces: list[tuple[str, str]]) -> str:
+    """The display name in some pieces, decoded. The JR of `Jane "JR" Roe` keeps its quotes: `person` drops it."""
+    filled = [index for index, (kind, text) in enumerate(pieces) if kind != "comment" and text.strip()]
+    words = []
+    for index, (kind, text) in enumerate(pieces):
+        if kind == "quoted":
+            text = ESCAPE.sub(r"\1", text)
+            if filled and filled[0] < index < filled[-1] and " " not in text:
+                text = f'"{text}"'
+        words.append(" " if kind == "comment" else text)
+    name = " ".join(decode_words("".join(words)).split())
+    return ON_BEHALF.sub("", name.strip("'\" "))
+
+
+def item_mailboxes(pieces: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """(name, address) of the mailboxes in an item of `header_items`: one, but more where a comma is missing or words
+    join two, as `NAME <ADDRESS> on behalf of NAME <ADDRESS>`. A comment is the name where there is no other."""
+
+    def comment() -> str:
+        return next((clean_name([("quoted", text)]) for kind, text in before if kind == "comment"), "")
+
+    found, before = [], []
+    for kind, text in pieces:
+        if kind != "address":
+            before.append((kind, text))
+        elif address := clean_address(text):
+            name = clean_name(before)
+            if name or not found or found[-1][1].lower() != address.lower():  # else the copy in `<a<mailto:a>>`
+                found.append((name or comment(), address))
+            before = []
+    if found:
+        name, address = found[-1]
+        return [*found[:-1], (name or comment(), address)]
+    marks = {"quoted": '"{}"', "escaped": "\\{}", "comment": "", "text": "{}"}
+    address = clean_address("".join(marks[kind].format(text) for kind, text in before))
+    if "@" not in address:
+        return []
+    at = next(index for index, (_, text) in enumerate(before) if "@" in text)
+    before = before[at:] + before[:at]  # the comment behind the address, if there is one
+    return [(comment(), address)]
 
 
 def mailboxes(value: str) -> list[tuple[str, str]]:
-    """(display name or "", address) of every mailbox in an unfolded From, To or Cc header, names decoded.
+    """(display name or "", address) of every mailbox in an unfolded From, To or Cc header, those of groups too, names
+    decoded.
 
     What stands in an address's place is given as it is (`address_problem` judges it).
     """
     found, carried = [], ""
-    for item in HEADER_ITEM.findall(value):
-        if "@" not in item:  # the 'Roe' of an unquoted 'Roe, Jane <…>'
-            carried = f"{carried}{item.strip()}, "[-2 * MAX_DISPLAY :] if item.strip() else carried
-            continue
-        opening = item.rfind("<")
-        if opening >= 0:
-            name, address = carried + item[:opening].strip().strip('"'), item[opening + 1 :].partition(">")[0]
-        else:
-            comment = COMMENT.search(item)
-            name, address = comment.group(1) if comment else "", COMMENT.sub("", item)
-        name = " ".join(decode_words(name.replace('\\"', "")).split()).strip("'\" ")
-        found.append((name, address.strip(" '\"").removeprefix("mailto:")))
-        carried = ""
+    for pieces, separator in header_items(value):
+        group = separator == ":" and not any("@" in text for kind, text in pieces if kind in ("text", "address"))
+        named = [] if group or not pieces else item_mailboxes(pieces)
+        if named and carried and any(kind == "address" for kind, _ in pieces):
+            named[0] = ((carried + named[0][0]).strip(", "), named[0][1])
+        found += named
+        if named or separator != ",":
+            carried = ""
+        elif name := clean_name(pieces):  # the 'Roe' of an unquoted 'Roe, Jane <…>'
+            carried = f"{carried}{name}, "[-2 * MAX_DISPLAY :]
     return found
 
 
