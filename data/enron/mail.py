@@ -441,6 +441,8 @@ def item_mailboxes(pieces: list[tuple[str, str]]) -> list[tuple[str, str]]:
     if found:
         name, address = found[-1]
         return [*found[:-1], (name or comment(), address)]
+    if any(kind == "address" for kind, _ in pieces):  # empty: what stands around it is no address
+        return []
     marks = {"quoted": '"{}"', "escaped": "\\{}", "comment": "", "text": "{}"}
     address = clean_address("".join(marks[kind].format(text) for kind, text in before))
     if "@" not in address:
