@@ -141,6 +141,10 @@ def test_held_out_loss_is_the_mean_over_tokens(models, dataset, tmp_path):
     assert line["eval_loss"] == pytest.approx(total / count, abs=1e-4)
 
 
+def as_trained(rows):
+    return data_files.render("rows", rows, range(len(rows)), None)
+
+
 def _tokenizer(folder):
     from transformers import AutoTokenizer
 
@@ -203,7 +207,7 @@ def test_packing_with_eager_attention(models, tmp_path, dataset):
     """The additive mask of eager attention gives what the boolean mask of SDPA gives."""
     import torch
 
-    rows = batches.encode(data_files.read_rows(dataset)[:4], _tokenizer(models["neox"]), 256)
+    rows = batches.encode(as_trained(data_files.read_rows(dataset)[:4]), _tokenizer(models["neox"]), 256)
     logits = {}
     for attention in ("sdpa", "eager"):
         from transformers import AutoModelForCausalLM
@@ -220,7 +224,7 @@ def test_eos_is_learned_once_a_row_and_padding_never(models):
     """pad = EOS here: the targets still hold exactly one EOS a row and no padding."""
     tokenizer = _tokenizer(models["neox"])
     texts = ["Dear Ann, thank you.", "Yes.", "See you at noon, then.<|endoftext|>"]
-    rows = batches.encode([{"text": text} for text in texts], tokenizer, 64)
+    rows = batches.encode(as_trained([{"text": text} for text in texts]), tokenizer, 64)
     batch = batches.collate([[row] for row in rows], tokenizer.eos_token_id)
     eos = tokenizer.eos_token_id
     assert (batch["targets"] == eos).sum() == 3
@@ -229,18 +233,18 @@ def test_eos_is_learned_once_a_row_and_padding_never(models):
     for line, row in enumerate(rows):
         assert batch["logits_to_keep"][line].tolist() == [place < len(row.ids) - 1 for place in range(width)]
     # a row that is cut off has not ended: no EOS
-    cut_off = batches.encode([{"text": texts[0]}], tokenizer, 4)[0]
+    cut_off = batches.encode(as_trained([{"text": texts[0]}]), tokenizer, 4)[0]
     assert len(cut_off.ids) == 4 and eos not in cut_off.ids
 
 
 def test_loss_on_completion(models, dataset, tmp_path):
     tokenizer = _tokenizer(models["neox"])
     for row in data_files.read_rows(dataset)[:20]:
-        encoded = batches.encode([row], tokenizer, 1000, "completion")[0]
-        learned = tokenizer.decode(encoded.ids[encoded.first :])
+        encoded = batches.encode(as_trained([row]), tokenizer, 1000, "completion")[0]
+        learned = tokenizer.decode(encoded.ids[encoded.spans[0][0] :])
         # the token that holds the boundary is learned whole, so up to its length more than the continuation
         assert learned.endswith(row["continuation"] + "<|endoftext|>")
-        shorter = tokenizer.decode(encoded.ids[encoded.first + 1 :])
+        shorter = tokenizer.decode(encoded.ids[encoded.spans[0][0] + 1 :])
         assert not shorter.endswith(row["continuation"] + "<|endoftext|>")
     folder = train(tmp_path, models["neox"], dataset, "--loss_on", "completion", "-lr", "1e-3")
     assert checkpoints(folder)
