@@ -39,25 +39,41 @@ class MembershipTask:
 class Reader:
     """Reads data files as the rows were trained: chat rows by the template of the attacked model's tokenizer.
 
-    tokenizer: None where no model was found, which is a problem of its own.
+    Made before any model is looked at, it reads and validates every file of `config`; what is wrong goes to `problems`.
     """
 
-    def __init__(self, config: MiaConfig, problems: cli.Problems, tokenizer: Any = None, model: str = "--model"):
+    def __init__(self, config: MiaConfig, problems: cli.Problems):
         self.config, self.problems = config, problems
-        self.tokenizer, self.model = tokenizer, model
+        self.tokenizer, self.model = None, ""
         self.chat: dict[str, bool] = {}  # flag → do its rows have messages?
+        self.files: dict[str, tuple[list[dict], dict | None]] = {}  # path → rows and manifest, where both are usable
+        before = len(problems.lines)
+        for path in dict.fromkeys((config.members, config.nonmembers, config.prefix_file, config.freq_corpus)):
+            if path:
+                self._open(path)
+        self.readable = len(problems.lines) == before
 
-    def read(self, path, flag: str) -> tuple[list[dict], list[str], dict | None]:
-        """(rows, their texts, manifest) of a data file; what is wrong with it goes to `problems`."""
+    def _open(self, path: str) -> None:
         problems, field = self.problems, self.config.text_field
         rows = problems.absorb(dataset.read_rows, path)
         if rows is None:
-            return [], [], None
+            return
         manifest = problems.absorb(dataset.read_manifest, path)
         before = len(problems.lines)
         problems.absorb(dataset.validate, path, rows, (field,) if field else None)
-        if len(problems.lines) > before:
+        if len(problems.lines) == before:
+            self.files[path] = rows, manifest
+
+    def use(self, tokenizer: Any, model: str) -> None:
+        """Render chat rows with the tokenizer of `model`; None where none was found, which is a problem of its own."""
+        self.tokenizer, self.model = tokenizer, model
+
+    def read(self, path: str, flag: str) -> tuple[list[dict], list[str], dict | None]:
+        """(rows, their texts, manifest) of one of the files; all empty where it has problems."""
+        if path not in self.files:
             return [], [], None
+        problems, field = self.problems, self.config.text_field
+        rows, manifest = self.files[path]
         self.chat[flag] = not field and dataset.shape_of(rows[0]) == "chat"
         if field:
             return rows, [row[field] for row in rows], manifest
@@ -65,6 +81,7 @@ class Reader:
             if not problems.lines:
                 problems.add(f"{flag} {path}: rows of messages need a model's chat template; name one model")
             return [], [], None
+        before = len(problems.lines)
         template = self.config.chat_template if self.chat[flag] else None
         renderer = problems.absorb(dataset.read_renderer, rows, self.tokenizer, template, self.model)
         rendered = None
@@ -213,16 +230,10 @@ def choose_attacks(config: MiaConfig, problems: cli.Problems) -> list[str]:
     return [name for name in order if name in wanted]
 
 
-def prepare(
-    config: MiaConfig, problems: cli.Problems, tokenizer: Any = None, model: str = "--model"
-) -> MembershipTask | None:
-    """Read and check every file that the attacks need, before any model; None when something is wrong.
-
-    tokenizer: of the model, whose name is `model`; needed for chat rows alone.
-    """
+def prepare(config: MiaConfig, problems: cli.Problems, reader: Reader) -> MembershipTask | None:
+    """Read and check everything that the attacks need, before any model is loaded; None when something is wrong."""
     before = len(problems.lines)
     attacks = choose_attacks(config, problems)
-    reader = Reader(config, problems, tokenizer, model)
     members, nonmembers, trained, not_trained = read_sets(reader)
     shots, member_shots = choose_shots(reader, attacks, members, nonmembers)
     corpus = None
@@ -232,9 +243,9 @@ def prepare(
     if config.neighbor_model:
         problems.absorb(check_masked, config.neighbor_model, bool(problems.lines))
     for name, items in (("members", members), ("non-members", nonmembers)):
-        if len(items) < 2 and len(problems.lines) == before:
+        if len(items) < 2 and len(problems.lines) == before and reader.readable:
             problems.add(f"{len(items)} {name}: at least 2 are needed")
-    if len(problems.lines) > before:
+    if len(problems.lines) > before or not reader.readable:
         return None
 
     counts = {"members_in_files": len(members), "nonmembers_in_files": len(nonmembers)}

@@ -10,7 +10,7 @@ from common import chat, cli, dataset, distributed, models, results
 from common import trained as trained_rows
 from common.checkpoints import BaseLoader, find_checkpoints, for_each, look_up_all
 from mia.config import MiaConfig
-from mia.dataset import MembershipTask, prepare
+from mia.dataset import MembershipTask, Reader, prepare
 from mia.forward import Cache, Passes
 from mia.report import AGAINST_BASE, draw_roc, report, table
 from mia.signals import count_tokens, gather, score_texts
@@ -162,9 +162,11 @@ def run(config: MiaConfig) -> int:
     distributed.check_environment(problems, config.device_map)
     root = config.output_dir or config.dir or "./"
     cli.check_writable(root, problems, "--output_dir" if config.output_dir or config.model else "--dir")
+    reader = Reader(config, problems)
     targets, tokenizers, failures = find_targets(config, problems)
     known = [tokenizer for tokenizer in tokenizers if tokenizer is not None]
-    task = prepare(config, problems, known[0] if known else None, targets[0][0] if targets else "--model")
+    reader.use(known[0] if known else None, targets[0][0] if targets else "--model")
+    task = prepare(config, problems, reader)
     if config.ref_model:
         models.look_up(problems, config.ref_model, flag="--ref_model")
     if task and task.whole and not config.chat_template and len({str(one.chat_template) for one in known}) > 1:

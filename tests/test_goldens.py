@@ -246,19 +246,19 @@ def files(work):
 
 
 def results_of(work, before: dict, paths: dict[str, str], long: int, chaotic=()) -> dict:
-    """{file: content} of what was written since `before`; files named by a hash are numbered."""
-    found = {}
+    """{file: content} of what was written since `before`; files named by a hash are numbered, by their content."""
+    found: dict[str, list] = {}
     for path in files(work):
         name = str(path.relative_to(work))
         if before.get(name) != (path.read_bytes(), path.stat().st_mtime_ns):
-            name, number = HEX.sub("<hex>", name), 1
-            name += " (private)" * (path.stat().st_mode & 0o77 == 0)
-            while f"{name} {number}".removesuffix(" 1") in found:
-                number += 1
-            found[f"{name} {number}".removesuffix(" 1")] = content(
-                path, paths, long, any(fnmatch(name, pattern) for pattern in chaotic)
-            )
-    return found
+            name = HEX.sub("<hex>", name) + " (private)" * (path.stat().st_mode & 0o77 == 0)
+            item = content(path, paths, long, any(fnmatch(name, pattern) for pattern in chaotic))
+            found.setdefault(name, []).append(item)
+    return {
+        f"{name} {number}".removesuffix(" 1"): item
+        for name, items in found.items()
+        for number, item in enumerate(sorted(items, key=json.dumps) if len(items) > 1 else items, 1)
+    }
 
 
 # ---------------------------------------------------------------- comparing

@@ -96,9 +96,9 @@ def test_one_line_for_a_broken_file(kind, tmp_path):
 
 
 def test_an_array_in_one_line(tmp_path):
-    (tmp_path / "r.json").write_text(json.dumps(ROWS))
-    with pytest.raises(UserError, match=r"r\.json:1: .* write one object per line"):
-        dataset.read_rows(tmp_path / "r.json")
+    (tmp_path / "r.jsonl").write_text(json.dumps(ROWS))
+    with pytest.raises(UserError, match=r"r\.jsonl:1: .* write one object per line"):
+        dataset.read_rows(tmp_path / "r.jsonl")
 
 
 ODD_ROWS = [

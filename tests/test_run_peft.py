@@ -699,7 +699,7 @@ def test_as_a_user_runs_it(models, dataset, tmp_path):
     words[3] = tmp_path / "none.jsonl"
     done = run_script("run_peft.py", *words)
     assert done.returncode == 2
-    assert done.stderr == f"{tmp_path}/none.jsonl: no such file; name a .jsonl, .arrow or .parquet file\n"
+    assert done.stderr == f"{tmp_path}/none.jsonl: no such file; name a {data_files.FORMATS} file\n"
 
 
 def test_a_finished_run_of_a_base_that_has_changed_is_refused(models, dataset, tmp_path):
