@@ -560,6 +560,49 @@ def test_members_of_groups_and_senders_on_behalf_are_no_longer_lost():
     assert "To: Ada Pell <ada@y.example>, Bela Novak <bela@z.example>\n" in text
 
 
+COPIES = {  # a body in which each address stands twice, as links become in text: {text: (name, prompt's end)}
+    "ask [2001] Jane Roe [jane@x.example<mailto:jane@x.example>] now": ("Jane Roe", "Jane Roe ["),
+    "From: Jane Roe <jane@x.example<mailto:jane@x.example>>\n": ("Jane Roe", "Jane Roe <"),
+    "From: Jane Roe <jane@x.example <mailto:Jane@X.example?subject=hi>>\n": ("Jane Roe", "Jane Roe <"),
+    "> From: Roe, Jane [mailto:jane@x.example\n> <mailto:jane@x.example>]\n": ("Jane Roe", "Roe, Jane [mailto:"),
+    "Jane Roe <jane@x.example>, Jane Roe <jane@x.example>": ("Jane Roe", "Jane Roe <"),
+    "Jane Roe/HOU/ECT@ect.example <jane@x.example>": ("Jane Roe", "ect.example <"),
+    "Jane Roe jane@x.example<mailto:jane@x.example>": None,  # no bracket before the first: it has no name of its own
+    "Jane Roe JRoe@x.example <mailto:jane@x.example>": None,
+    "Jane Roe <jane@x.example <mailto:other@x.example>>": None,
+    "Jane Roe [jane@x.example<mailto:jane@x.example>": None,
+}
+
+
+@pytest.mark.parametrize("body", COPIES)
+def test_the_text_before_an_address_in_a_body_does_not_hold_its_copy(body):
+    text, people, _ = mail.occurrences(raw_mail(b"From: x@y.example\n", body.encode()))
+    expected = COPIES[body]
+    assert {(person.name, person.address) for person in people} == (
+        {(expected[0], "jane@x.example")} if expected else set()
+    )
+    if expected:
+        prompt, continuation = mail.cut(text, people[0].position)
+        assert prompt.endswith(expected[1]) and "jane@" not in prompt
+        assert continuation.startswith("jane@x.example")
+
+
+@pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("box", [False, True])
+def test_a_byte_order_mark_is_no_part_of_a_mail(box, newline, tmp_path):
+    one = b"From: Jane Roe <jane@x.example>\nSubject: Plans\n\nHello.\n"
+    content = b"".join(b"From a Mon May 14 10:10:00 2001\n" + one + b"\n" for _ in range(2)) if box else one
+    content = content.replace(b"\n", newline)
+    files = []
+    for name, start in (("plain", b""), ("marked", b"\xef\xbb\xbf")):
+        (tmp_path / name).write_bytes(start + content)
+        files.append(tmp_path / name)
+        assert prepare.kind_of(tmp_path / name) == ("mbox" if box else "mail")
+    plain, marked = ([raw for _, raw in mail.read_mails(io.BytesIO(file.read_bytes()), "x")] for file in files)
+    assert marked == plain and len(plain) == 1 + box
+    assert [person.name for person in mail.occurrences(marked[0])[1]] == ["Jane Roe"]
+
+
 def enron_mail(to=1) -> bytes:
     """The headers of the CMU corpus: addresses and names in different fields."""
     names = ["Quist, Orla </O=HARTWELL/OU=NA/CN=RECIPIENTS/CN=OQUIST>", "Pell, Ada </O=HARTWELL/OU=EU/CN=APELL>"]
@@ -816,7 +859,7 @@ def test_a_mail_that_the_library_cannot_read_is_broken(monkeypatch, tmp_path, ma
 
 
 HOSTILE = """ "|\\"|<|(|a<|a@|<a@|@|=?a?q?|=?|<!--|<title|<script>|&|[mailto:a@b.c|,"""
-HOSTILE += "|a.|a-|From a 10:10 2001|Jane Roe <|Roe, |\n\nFrom |\n"
+HOSTILE += "|a.|a-|[a@b.cc<mailto:a@b.cc>]|<a@b.cc <|From a 10:10 2001|Jane Roe <|Roe, |\n\nFrom |\n"
 
 
 @pytest.mark.parametrize("unit", HOSTILE[1:].split("|"))
@@ -1086,7 +1129,7 @@ def test_without_a_tokenizer_the_last_800_characters():
 FRAGMENTS = (
     """Jane|Roe|van|O'Shea|, | |<|>|[mailto:|]|"|'|(|)|@|jane@x.example|;|From: |To: |\n|> |=?utf-8?q?Zo=C3=AB?=|"""
 )
-FRAGMENTS += """=?x?b?!?=|/O=X/CN=Y|Jr.|7|list|\\|é|\t|Quist"""
+FRAGMENTS += """=?x?b?!?=|/O=X/CN=Y|Jr.|7|list|\\|é|\t|Quist|<jane@x.example>|Jane Roe"""
 fragments = st.sampled_from(FRAGMENTS.split("|"))
 texts = st.one_of(st.text(max_size=80), st.lists(fragments, max_size=25).map("".join))
 
@@ -1140,6 +1183,8 @@ def test_any_mail_is_read_or_broken(fields, body, charset, junk):
         assert prompt + continuation in text
         assert mail.address_problem(person.address) is None
         assert mail.person(person.name) == (person.name, None)
+        before = prompt.rstrip("<[ \n").removesuffix("mailto:").rstrip("<[ \n").lower()
+        assert not before.endswith(person.address.lower())
 
 
 @given(st.binary(max_size=300))

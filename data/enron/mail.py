@@ -7,7 +7,8 @@ first text/html part without its tags). An *occurrence* is an e-mail address in 
   trailing comment, RFC 2047 encoded words). The Enron corpus keeps its names in X-From, X-To and X-cc: they are used
   where the header gives an address alone, lists only when both have the same length;
 * in the body, `NAME [mailto:ADDRESS]`, `NAME [SMTP:ADDRESS]` and `NAME <ADDRESS>`, on one line or wrapped before the
-  bracket, behind any quote marks.
+  bracket, behind any quote marks; `NAME [ADDRESS<mailto:ADDRESS>]`, as links become in text, is one occurrence, at the
+  first address: the text before the second holds the answer.
 """
 
 import email.message
@@ -15,6 +16,7 @@ import hashlib
 import html
 import itertools
 import re
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
 from email.errors import MessageError
 from email.header import decode_header
@@ -189,8 +191,8 @@ def split_mbox(file: Iterable[bytes]) -> Iterator[bytes]:
 
 def read_mails(file: BinaryIO, label: str) -> Iterator[tuple[str, bytes]]:
     """(label, bytes) of the mails of an open file: those of an mbox (it begins with `From `; their labels are numbered
-    from the second on), else the one mail it is. Reads forward only."""
-    first = file.readline(MAX_BYTES)
+    from the second on), else the one mail it is. Reads forward only; a UTF-8 byte order mark is no part of a mail."""
+    first = file.readline(MAX_BYTES).removeprefix(BOM_UTF8)
     if not first.startswith(b"From "):
         yield label, first + file.read(MAX_BYTES - len(first))
         return
@@ -207,6 +209,8 @@ LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 DOMAIN = re.compile(rf"(?:{LABEL}\.)+[A-Za-z]{{2,24}}(?![\w.-])")
 LOCAL = r"[A-Za-z0-9_](?:[\w.+%=&'/-]{0,62}[\w+])?"
 ADDRESS = re.compile(rf"({LOCAL})@({DOMAIN.pattern})", re.A)
+MAX_ADDRESS = 320  # characters (RFC 5321: 64 before the @ and 255 behind it)
+CLOSING = (">", "]")  # of an address in brackets
 LAST_LOCAL = re.compile(rf"(?<![\w.@-]){LOCAL}$", re.A)
 OPENED_LOCAL = re.compile(rf"[<\[]\s?(?:mailto:|smtp:)?({LOCAL})$", re.A | re.I)
 
@@ -482,6 +486,11 @@ def names_apart(value: str, n: int) -> list[str]:
     return [name.strip(" ,") for name in names] if len(names) == n else []
 
 
+# behind an address in brackets: itself again, as in `[a@x.example<mailto:a@x.example>]`
+COPY = re.compile(
+    rf"(?:\s+[>|\s]*)?[<\[]\s?(?:mailto:|smtp:)?({LOCAL}@{DOMAIN.pattern})(?:\?[^<>\s]*)?\s?[>\]]", re.A | re.I
+)
+ENDS_IN_ADDRESS = re.compile(rf"(?<![\w/])({LOCAL})@{DOMAIN.pattern}[>\]]?$", re.A)
 DELIMITER = re.compile(r"[;:>\]\[|()*=]|--+|\s-\s|(?:^|\s)(?:by|from|and|or|to|contact|quoting)\s", re.I)
 FIELD_CHARACTERS = 120
 QUOTED_NAME = re.compile(r'"([^"]*)"$')
@@ -500,6 +509,9 @@ def left_name(text: str, opening: int, start: int = 0) -> tuple[str, str | None]
     quoted = QUOTED_NAME.search(field)
     if quoted:
         return person(quoted.group(1))
+    written = ENDS_IN_ADDRESS.search(field)
+    if written and "/" not in written.group(1):  # Lotus Notes: Jane Roe/HOU/ECT@ect.example
+        return "", IS_ADDRESS
     field = DELIMITER.split(field)[-1]
     before, _, after = field.rpartition(",")
     return person(after if "@" in before else field, whole=False)
@@ -573,8 +585,14 @@ def body_addresses(text: str, start: int) -> Iterator[tuple[int, str, int]]:
     while at >= 0:
         local = OPENED_LOCAL.search(text, max(start, at - 80), at)
         domain = DOMAIN.match(text, at + 1, at + 256) if local else None
-        if domain and text[domain.end() : domain.end() + 1] in (">", "]"):
-            yield local.start(), text[local.start(1) : domain.end()], local.start(1)
+        if domain:
+            address, end = text[local.start(1) : domain.end()], domain.end()
+            copy = COPY.match(text, end, end + 2 * MAX_ADDRESS)
+            if copy and copy.group(1).lower() == address.lower() and text[copy.end() : copy.end() + 1] in CLOSING:
+                end = copy.end()
+            if text[end : end + 1] in CLOSING:
+                yield local.start(), address, local.start(1)
+                at = end - 1
         at = text.find("@", at + 1)
 
 

@@ -31,6 +31,7 @@ import tarfile
 import tempfile
 import time
 import zlib
+from codecs import BOM_UTF8
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -113,7 +114,7 @@ def kind_of(path: Path) -> str:
         raise cli.UserError(f"--input {path}: no such file or folder")
     try:
         with open(path, "rb") as file:
-            start = file.read(5)
+            start = file.read(8).removeprefix(BOM_UTF8)[:5]
         with contextlib.suppress(EOFError, zlib.error):
             if tarfile.is_tarfile(path):
                 return "tar"
