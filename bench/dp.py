@@ -146,8 +146,10 @@ def main(argv=None) -> int:
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
         size = make_inputs(folder, args)
-        print(f"GPT-NeoX of {size / 1e6:.1f} M parameters, batch {args.batch} × {args.length}, {args.threads} threads",
-              flush=True)  # fmt: skip
+        print(
+            f"GPT-NeoX of {size / 1e6:.1f} M parameters, batch {args.batch} × {args.length}, {args.threads} threads",
+            flush=True,
+        )
         for kind in args.types:
             runs = {way: [] for way in WAYS}
             for _ in range(args.runs):

@@ -71,10 +71,16 @@ def make_inputs(folder: Path, args) -> int:
     tokenizer.save_pretrained(folder)
     torch.manual_seed(args.seed)
     config = GPTNeoXConfig(
-        vocab_size=args.vocabulary, hidden_size=args.hidden_size, intermediate_size=4 * args.hidden_size,
-        num_hidden_layers=args.layers, num_attention_heads=max(1, args.hidden_size // 128), rotary_pct=0.25,
-        max_position_embeddings=2048, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
+        vocab_size=args.vocabulary,
+        hidden_size=args.hidden_size,
+        intermediate_size=4 * args.hidden_size,
+        num_hidden_layers=args.layers,
+        num_attention_heads=max(1, args.hidden_size // 128),
+        rotary_pct=0.25,
+        max_position_embeddings=2048,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.save_pretrained(folder)
@@ -152,10 +158,15 @@ def work_sweep(args) -> dict:
             batch = tokenizer(flat[first : first + size], return_tensors="pt", padding=True).to(device)
             with torch.inference_mode():
                 model.generate(
-                    input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], do_sample=True,
-                    temperature=1.0, top_k=100, max_new_tokens=15, eos_token_id=ends,
+                    input_ids=batch["input_ids"],
+                    attention_mask=batch["attention_mask"],
+                    do_sample=True,
+                    temperature=1.0,
+                    top_k=100,
+                    max_new_tokens=15,
+                    eos_token_id=ends,
                     pad_token_id=tokenizer.pad_token_id,
-                )  # fmt: skip
+                )
 
     found["peer_seconds"] = {size: timed(lambda size=size: peer(size), 1) for size in args.peer_batches}
     return found | {"peer_peak_bytes": peak_bytes()}
@@ -281,20 +292,41 @@ def work_trl(args) -> dict:
     rows = [json.loads(line) for line in (args.folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
     with tempfile.TemporaryDirectory() as out:
         config = SFTConfig(
-            output_dir=out, per_device_train_batch_size=8, gradient_accumulation_steps=4, num_train_epochs=1,
-            learning_rate=1e-4, max_length=2048, packing=False, gradient_checkpointing=False,
-            bf16=dtype == torch.bfloat16, use_cpu=dtype == torch.float32, seed=args.seed, report_to="none",
-            save_strategy="no", logging_steps=1000, disable_tqdm=True,
-        )  # fmt: skip
+            output_dir=out,
+            per_device_train_batch_size=8,
+            gradient_accumulation_steps=4,
+            num_train_epochs=1,
+            learning_rate=1e-4,
+            max_length=2048,
+            packing=False,
+            gradient_checkpointing=False,
+            bf16=dtype == torch.bfloat16,
+            use_cpu=dtype == torch.float32,
+            seed=args.seed,
+            report_to="none",
+            save_strategy="no",
+            logging_steps=1000,
+            disable_tqdm=True,
+        )
         lora = LoraConfig(r=64, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
         model = AutoModelForCausalLM.from_pretrained(args.folder, dtype=dtype)
         data = Dataset.from_list(rows)
-        SFTTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=lora,
-                   callbacks=[Watch()]).train()  # fmt: skip
+        SFTTrainer(
+            model=model,
+            args=config,
+            train_dataset=data,
+            processing_class=tokenizer,
+            peft_config=lora,
+            callbacks=[Watch()],
+        ).train()
     lengths = [min(2048, len(tokenizer(row["text"]).input_ids) + 1) for row in rows]
     share = (len(times) - 2) / len(times)  # of the rows, drawn at random
-    return {"seconds": times[-1] - times[1], "tokens": sum(lengths) * share, "steps": len(times) - 2,
-            "peak_bytes": peak_bytes()}  # fmt: skip
+    return {
+        "seconds": times[-1] - times[1],
+        "tokens": sum(lengths) * share,
+        "steps": len(times) - 2,
+        "peak_bytes": peak_bytes(),
+    }
 
 
 def measure(args, name: str, folder: Path) -> dict | None:

@@ -201,11 +201,13 @@ def main(argv=None) -> int:
         of["peer"] *= n_tokens / peer_tokens
         of["shared"] *= n_tokens / peer_tokens
         print(f"{clock}: " + ", ".join(f"{kind} {seconds:.2f} s" for kind, seconds in of.items()))
-        print(f"{clock}: ours / bare {of['ours'] / of['bare']:.3f} (at most {MOST_OVERHEAD}); peer / ours "
-              f"{of['peer'] / of['ours']:.2f} (at least {LEAST_GAIN}), with shared sizes "
-              f"{of['shared'] / of['ours']:.2f}; with the control pass ours / bare "
-              f"{(of['ours'] + of['control']) / of['bare']:.3f}; bootstrap {of['bootstrap']:.2f} s "
-              f"(at most {MOST_SECONDS})")  # fmt: skip
+        print(
+            f"{clock}: ours / bare {of['ours'] / of['bare']:.3f} (at most {MOST_OVERHEAD}); peer / ours "
+            f"{of['peer'] / of['ours']:.2f} (at least {LEAST_GAIN}), with shared sizes "
+            f"{of['shared'] / of['ours']:.2f}; with the control pass ours / bare "
+            f"{(of['ours'] + of['control']) / of['bare']:.3f}; bootstrap {of['bootstrap']:.2f} s "
+            f"(at most {MOST_SECONDS})"
+        )
     return 0
 
 

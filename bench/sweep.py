@@ -111,8 +111,12 @@ def work_transformers(job: dict) -> dict:
 def work_vllm(job: dict) -> dict:
     from vllm import LLM, SamplingParams
 
-    engine = LLM(job["model"], dtype="float32" if job.get("cpu", True) else "bfloat16", enable_prefix_caching=True,
-                 max_model_len=2048)  # fmt: skip
+    engine = LLM(
+        job["model"],
+        dtype="float32" if job.get("cpu", True) else "bfloat16",
+        enable_prefix_caching=True,
+        max_model_len=2048,
+    )
     flat = [prompt for cells in job["prompts"] for prompt, _ in cells]
     engine.generate(["warm up"], SamplingParams(max_tokens=MAX_TOKENS), use_tqdm=False)
     asked = [(prompt, heat) for prompt in flat for heat in TEMPERATURES]
@@ -162,12 +166,16 @@ def main(argv=None) -> int:
     heats = 1 if args.engine == "transformers" else len(TEMPERATURES)  # that the peer was asked
     scale = len(TEMPERATURES) / heats * args.names / args.peer_names
     print(f"model {args.model}, {args.threads} threads, median of {args.runs}")
-    print(f"ours: {args.names} names x 4 templates x {len(TEMPERATURES)} temperatures in {mine:.1f} s, "
-          f"{ours[0]['tokens']} tokens, peak {max(run['peak_mb'] for run in ours)} MB")  # fmt: skip
+    print(
+        f"ours: {args.names} names x 4 templates x {len(TEMPERATURES)} temperatures in {mine:.1f} s, "
+        f"{ours[0]['tokens']} tokens, peak {max(run['peak_mb'] for run in ours)} MB"
+    )
     for batch, found in peers.items():
         seconds = statistics.median(run["seconds"] for run in found)
-        print(f"{args.engine} batch {batch or 'its own'}: {args.peer_names} names x 4 templates x {heats} heats in "
-              f"{seconds:.1f} s, peak {max(run['peak_mb'] for run in found)} MB")  # fmt: skip
+        print(
+            f"{args.engine} batch {batch or 'its own'}: {args.peer_names} names x 4 templates x {heats} heats in "
+            f"{seconds:.1f} s, peak {max(run['peak_mb'] for run in found)} MB"
+        )
     print(f"{args.engine} at its best, scaled x{scale:g} to the same sweep: {part * scale:.1f} s")
     print(f"ratio: {part * scale / mine:.1f}x")
     for names in args.memory_names:

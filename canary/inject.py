@@ -241,9 +241,14 @@ def write(
     output, key_file = destinations(config)
     files.write_jsonl(output, made, permissions=0o600)
     header = {
-        "schema": KEY_SCHEMA, "secret": config.secret, "words": space.words, "privacy_unit": config.privacy_unit,
-        "training": results.sha256(files.hidden(output)), "seed": config.seed, "canaries": len(key),
-    }  # fmt: skip
+        "schema": KEY_SCHEMA,
+        "secret": config.secret,
+        "words": space.words,
+        "privacy_unit": config.privacy_unit,
+        "training": results.sha256(files.hidden(output)),
+        "seed": config.seed,
+        "canaries": len(key),
+    }
     files.write_jsonl(key_file, [header, *key], permissions=0o600)
     dataset.write_manifest(
         files,

@@ -40,8 +40,18 @@ from common.stats import clopper_pearson
 
 FILE, ROWS_FILE = "results_canary.jsonl", "results_canary_rows.jsonl"
 HEADER = {"schema": int, "secret": str, "words": list, "privacy_unit": str}
-FIELDS = {"id": int, "kind": str, "repetitions": int, "included": bool, "context": str, "sentence": str, "before": str,
-          "secret": str, "parts": dict, "rows": list}  # fmt: skip
+FIELDS = {
+    "id": int,
+    "kind": str,
+    "repetitions": int,
+    "included": bool,
+    "context": str,
+    "sentence": str,
+    "before": str,
+    "secret": str,
+    "parts": dict,
+    "rows": list,
+}
 NOT_OURS = "is not what canary/inject.py writes; make the key again"
 KINDS = ("audit", "ladder", "share", "held_out")
 LEVELS = {"95": 0.05, "99.9": 0.001}
@@ -182,11 +192,20 @@ def check(config: CanaryConfig) -> SimpleNamespace:
     )
     problems.check()
     return SimpleNamespace(
-        inputs=inputs, weights=weights, finished=finished,
-        header=header, canaries=canaries, space=Space(header["secret"], tuple(header["words"])), refs=refs,
-        tokenizers=tokenizers, ref_model=ref_model, files=files, texts=texts, spent=spent,
+        inputs=inputs,
+        weights=weights,
+        finished=finished,
+        header=header,
+        canaries=canaries,
+        space=Space(header["secret"], tuple(header["words"])),
+        refs=refs,
+        tokenizers=tokenizers,
+        ref_model=ref_model,
+        files=files,
+        texts=texts,
+        spent=spent,
         taken=taken | {(arm, "text"): taken_by_text.get(arm) or taken.get(arm) for arm in texts},
-    )  # fmt: skip
+    )
 
 
 class Taken:
@@ -277,9 +296,16 @@ def secret_nlls(model, tokenizer, context: str, secrets: list[str]) -> list[floa
     for before, indices in together.items():
         targets = [split[index][1] for index in indices]
         answers = sampling.sweep(
-            model, [list(before)] * len(indices), [(0, 0)] * len(indices), [0.0], top_k=1, max_tokens=1, seed=0,
-            stop=never, targets=[[target] for target in targets],
-        )  # fmt: skip
+            model,
+            [list(before)] * len(indices),
+            [(0, 0)] * len(indices),
+            [0.0],
+            top_k=1,
+            max_tokens=1,
+            seed=0,
+            stop=never,
+            targets=[[target] for target in targets],
+        )
         for index, target, answer in zip(indices, targets, answers):
             nlls[index] = -answer.truth_logprob * len(target)
     return nlls
@@ -367,9 +393,12 @@ def count_lines(task) -> list[dict]:
                     theirs = int(hits[other, (kind, repetitions), part][how].any(0).sum())
                     against[other] = metrics.fisher(rows, n, theirs, len(task.texts[other]))
             line[how] = {
-                "rows": rows, "canaries": int(cell.any(1).sum()), "rate": rows / n, "ci": clopper_pearson(rows, n),
+                "rows": rows,
+                "canaries": int(cell.any(1).sum()),
+                "rate": rows / n,
+                "ci": clopper_pearson(rows, n),
                 "fisher_p": against,
-            }  # fmt: skip
+            }
         lines.append(line | {"fisher": "compares these two models, one training each"})
     return lines
 
@@ -391,20 +420,31 @@ def exposure_lines(task, arm: str, bits: dict[int, dict], references: int) -> li
         fits = [bits[index] for index in members if "ks_p" in bits[index]]
         lines.append(
             {
-                "measure": "exposure", "arm": arm, "kind": kind, "repetitions": repetitions,
-                "n_requested": asked, "n_scored": len(values), "n_dropped": asked - len(values),
-                "dropped": {NEVER: asked - len(values)} if asked > len(values) else {}, "copies_trained": copies,
+                "measure": "exposure",
+                "arm": arm,
+                "kind": kind,
+                "repetitions": repetitions,
+                "n_requested": asked,
+                "n_scored": len(values),
+                "n_dropped": asked - len(values),
+                "dropped": {NEVER: asked - len(values)} if asked > len(values) else {},
+                "copies_trained": copies,
                 "undefined": None if values else f"{asked} of {asked} canaries were {NEVER}",
-                "bits": metrics.quantiles(values) if values else None, "chance": metrics.CHANCE, "references": n,
-                "ceiling": math.log2(n + 1), "space_bits": math.log2(task.space.size),
+                "bits": metrics.quantiles(values) if values else None,
+                "chance": metrics.CHANCE,
+                "references": n,
+                "ceiling": math.log2(n + 1),
+                "space_bits": math.log2(task.space.size),
                 "p_above_held_out": None if kind == "held_out" or not values else metrics.p_above(values, held),
                 "extrapolated": {
                     "note": "skew-normal extrapolation, capped at space_bits; void where ks_p is small",
                     "bits": metrics.quantiles([fit["bits"] for fit in fits]),
                     "ks_p": metrics.quantiles([fit["ks_p"] for fit in fits]),
-                } if fits else None,
+                }
+                if fits
+                else None,
             }
-        )  # fmt: skip
+        )
     return lines
 
 
@@ -437,21 +477,32 @@ def audit_line(
         bounds = {level: found | {"epsilon": None, "guesses": []} for level, found in bounds.items()}
     above = {level: upper is not None and (found["epsilon"] or 0) > upper for level, found in bounds.items()}
     return {
-        "measure": measure, "arm": arm, "signal": signal, "n_requested": asked, "n_scored": len(scores),
+        "measure": measure,
+        "arm": arm,
+        "signal": signal,
+        "n_requested": asked,
+        "n_scored": len(scores),
         "n_dropped": asked - len(scores),
         "dropped": {"cut off at --max_length": asked - len(scores)} if asked > len(scores) else {},
-        "placed": placed, "placed_trained": copies, "included": sum(included),
+        "placed": placed,
+        "placed_trained": copies,
+        "included": sum(included),
         **_auc([] if constant or never else scores, included),
         "power": {level: found["most"] for level, found in bounds.items()},
-        "lower": {level: found["epsilon"] for level, found in bounds.items()}, "guesses": bounds["95"]["guesses"],
-        "upper": upper, "upper_unknown": unknown, "delta": delta, "unit": task.header["privacy_unit"],
-        "void": (block or {}).get("void"), "undefined": undefined,
+        "lower": {level: found["epsilon"] for level, found in bounds.items()},
+        "guesses": bounds["95"]["guesses"],
+        "upper": upper,
+        "upper_unknown": unknown,
+        "delta": delta,
+        "unit": task.header["privacy_unit"],
+        "void": (block or {}).get("void"),
+        "undefined": undefined,
         "above_upper": above,
         "heuristic": {
             "note": "TPR/FPR bound, heuristic: canaries of one run are not independent",
             "bound": None if constant or never else metrics.heuristic_bound(scores, included, delta),
         },
-    }  # fmt: skip
+    }
 
 
 CONSTANT = "the signal is the same for all canaries"
@@ -472,9 +523,11 @@ def _auc(scores, included) -> dict:
         return {"auc": None, "auc_ci": None, "auc_ci_method": stats.AUC_METHOD, "direction": None}
     bounds = stats.auc_interval(members, others)
     return {
-        "auc": auc(members, others), "auc_ci": bounds, "auc_ci_method": stats.AUC_METHOD,
+        "auc": auc(members, others),
+        "auc_ci": bounds,
+        "auc_ci_method": stats.AUC_METHOD,
         "direction": stats.direction(bounds, "placed canaries"),
-    }  # fmt: skip
+    }
 
 
 def text_signals(task, arm: str) -> dict[str, list[float]]:

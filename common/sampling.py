@@ -340,9 +340,12 @@ def _generated(model, prompt: list[int]) -> tuple[list[int], torch.Tensor]:
     ids = torch.tensor([prompt], device=model.get_input_embeddings().weight.device)
     config = GenerationConfig(max_new_tokens=PROBE_STEPS, do_sample=False, pad_token_id=0, use_cache=True)
     found = model.generate(
-        ids, attention_mask=torch.ones_like(ids), generation_config=config, output_logits=True,
+        ids,
+        attention_mask=torch.ones_like(ids),
+        generation_config=config,
+        output_logits=True,
         return_dict_in_generate=True,
-    )  # fmt: skip
+    )
     return found.sequences[0, len(prompt) :].tolist(), torch.stack([one[0].float() for one in found.logits])
 
 

@@ -157,15 +157,20 @@ def read_sets(reader: Reader) -> tuple[list[tuple], list[tuple], dict, int]:
     if config.nonmembers and Path(config.nonmembers).absolute() != Path(config.members).absolute():
         others, texts, manifest = reader.read(config.nonmembers, "--nonmembers")
         _, seen = trained_on(trainings, config.nonmembers, others, manifest) if others else ({}, [])
-        rest = [(row.get("row_id", index), text, row) for index, (row, text) in enumerate(zip(others, texts))
-                if not any(index in one for one in seen)]  # fmt: skip
+        rest = [
+            (row.get("row_id", index), text, row)
+            for index, (row, text) in enumerate(zip(others, texts))
+            if not any(index in one for one in seen)
+        ]
         kept, left_out = members(range(len(known)))
         return kept, rest, trained, left_out
     if not rows:
         return [], [], {}, 0
     if dataset.shape_of(rows[0]) != "enron":
-        problems.add(f"{config.members}: only files with gt-name are split into trained and held-out rows; "
-                     "pass another file as --nonmembers")  # fmt: skip
+        problems.add(
+            f"{config.members}: only files with gt-name are split into trained and held-out rows; "
+            "pass another file as --nonmembers"
+        )
         return [], [], {}, 0
     split = dataset.split(rows, manifest)
     head = [known[index] for index in split.head if not any(index in one for one in chosen)]
@@ -214,8 +219,11 @@ def choose_attacks(config: MiaConfig, problems: cli.Problems) -> list[str]:
 
     asked = config.attacks
     if asked is None:
-        extra = [("--prefix_file", ("recall", "con_recall")), ("--freq_corpus", ("dc_pdd",)),
-                 ("--neighbor_model", ("neighborhood",))]  # fmt: skip
+        extra = [
+            ("--prefix_file", ("recall", "con_recall")),
+            ("--freq_corpus", ("dc_pdd",)),
+            ("--neighbor_model", ("neighborhood",)),
+        ]
         asked = ["core", *(name for flag, names in extra if getattr(config, flag[2:]) for name in names)]
     sizes = {f"{family}_{k}": family for family in ("min_k", "min_k_pp") for k in PERCENTS}
     for name in asked:

@@ -171,8 +171,15 @@ class Passes:
 
             def compute(model, indices):
                 chosen = [sequences[index] for index in indices]
-                part = score(model, chosen, token_budget=self.token_budget, world=self.world, statistics=reduce,
-                             context=max(map(len, chosen)), progress=bar.update)  # fmt: skip
+                part = score(
+                    model,
+                    chosen,
+                    token_budget=self.token_budget,
+                    world=self.world,
+                    statistics=reduce,
+                    context=max(map(len, chosen)),
+                    progress=bar.update,
+                )
                 return [(indices[place], values) for place, _, values in part]
 
             return self.run(ref, (name,), sequences, compute)
@@ -223,8 +230,10 @@ class Passes:
             if flat:
                 part = score(model, flat, token_budget=self.token_budget, context=max(map(len, flat)))
                 values = {tuple(flat[place]): logp.mean(dtype="float64") for place, _, logp in part}
-            return [(index, _array([values[tuple(ids)] for ids in found if len(ids) > 1]))
-                    for index, found in zip(mine, made)]  # fmt: skip
+            return [
+                (index, _array([values[tuple(ids)] for ids in found if len(ids) > 1]))
+                for index, found in zip(mine, made)
+            ]
 
         return self.run(ref, name, sequences, compute, keys=list(zip(texts, sequences)))
 

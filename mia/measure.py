@@ -72,8 +72,9 @@ def measure(ref, task: MembershipTask, config: MiaConfig, world, folder, passes,
         if seen and seen["partly"] + seen["never"] and world.main:
             print(
                 f"{ref.name}: of {sum(seen.values())} members, {seen['partly']} were trained on in part and "
-                f"{seen['never']} never (cut off, masked, or left out)", file=sys.stderr,
-            )  # fmt: skip
+                f"{seen['never']} never (cut off, masked, or left out)",
+                file=sys.stderr,
+            )
         info = {
             "model": ref.name,
             "base_model": ref.base if ref.adapter else None,

@@ -32,8 +32,9 @@ def own_neighbours(model, sequences, seed: int, token_budget: int) -> list[list[
         return logits.topk(min(most, logits.shape[-1]), -1).indices.float()  # exact below 2^24 tokens
 
     made = [[] for _ in sequences]
-    for index, _, found in score(model, sequences, token_budget=token_budget, statistics=proposals,
-                                 context=max(map(len, sequences))):  # fmt: skip
+    for index, _, found in score(
+        model, sequences, token_budget=token_budget, statistics=proposals, context=max(map(len, sequences))
+    ):
         ids = list(sequences[index])
         where = places(len(ids) - 1, ids, seed)
         for place, rank in deal(len(where)):
@@ -59,8 +60,14 @@ class MaskedProposer:
         """At most 25 neighbours of each text."""
         import torch
 
-        encoded = self.tokenizer(texts, return_offsets_mapping=True, return_special_tokens_mask=True, truncation=True,
-                                 max_length=self.longest, verbose=False)  # fmt: skip
+        encoded = self.tokenizer(
+            texts,
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+            truncation=True,
+            max_length=self.longest,
+            verbose=False,
+        )
         jobs = []  # (text, position in its tokens, ranks of the proposals wanted there)
         for index in range(len(texts)):
             marks = zip(encoded["special_tokens_mask"][index], encoded["offset_mapping"][index])
@@ -92,8 +99,9 @@ class MaskedProposer:
                 index, place, wanted = jobs[job]
                 start, end = encoded["offset_mapping"][index][place]
                 words = self._words(proposals, texts[index][start:end])
-                made[index] += [texts[index][:start] + words[rank] + texts[index][end:] for rank in wanted
-                                if rank < len(words)]  # fmt: skip
+                made[index] += [
+                    texts[index][:start] + words[rank] + texts[index][end:] for rank in wanted if rank < len(words)
+                ]
         return made
 
     def _words(self, tokens: list[int], instead_of: str) -> list[str]:

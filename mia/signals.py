@@ -144,8 +144,16 @@ def gather(
                 evidence.after[name] = over(scored, passes.after_prefix(ref, sequences, prefix, skip))
     if "neighborhood" in wanted:
         chosen = [encoded.texts[index] for index in scored]
-        found = passes.neighbours(ref, sequences, chosen, tokenizer, min(config.max_length, context), config.seed,
-                                  config.neighbor_model, task.whole)  # fmt: skip
+        found = passes.neighbours(
+            ref,
+            sequences,
+            chosen,
+            tokenizer,
+            min(config.max_length, context),
+            config.seed,
+            config.neighbor_model,
+            task.whole,
+        )
         evidence.neighbours = over(scored, found)
     if "grad_norm" in wanted and gradients and ref.adapter:
         evidence.gradient = over(scored, passes.gradient_norms(ref, sequences))
@@ -225,8 +233,12 @@ def score_texts(
             if family == "min_k":
                 apply(keys, lambda i, ks=ks: attacks.min_k(logp(i), ks))
             else:
-                apply(keys, lambda i, ks=ks: attacks.min_k_pp(
-                    logp(i), evidence.tokens[i][:, MEAN], evidence.tokens[i][:, DEVIATION], ks))  # fmt: skip
+                apply(
+                    keys,
+                    lambda i, ks=ks: attacks.min_k_pp(
+                        logp(i), evidence.tokens[i][:, MEAN], evidence.tokens[i][:, DEVIATION], ks
+                    ),
+                )
         else:
             apply([neighbours if attack == "neighborhood" else attack], functions[attack])
     return found, reasons

@@ -48,8 +48,10 @@ def runs(study: Study):
     ):
         bad = {path: run for path, run in study.runs.items() if run.get("status") == status}
         if bad:
-            places = [f"{study.shown(path)} ({run.get('error') or 'started ' + str(run.get('start'))})"
-                      for path, run in bad.items()]  # fmt: skip
+            places = [
+                f"{study.shown(path)} ({run.get('error') or 'started ' + str(run.get('start'))})"
+                for path, run in bad.items()
+            ]
             yield Caution("wrong", f"{_n(bad, 'run')} {title}", text, places)
     overlap = [study.shown(path) for path, run in study.runs.items() if run.get("args", {}).get("allow_overlap")]
     if overlap:
@@ -58,8 +60,12 @@ def runs(study: Study):
     dirty = [study.shown(path) for path, run in study.runs.items() if run.get("dirty")]
     commits = {run["commit"] for run in study.runs.values() if run.get("commit")}
     if len(commits) > 1:
-        yield Caution("note", f"{len(commits)} commits", "Runs come from different versions of the code.",
-                      sorted(commit[:12] for commit in commits))  # fmt: skip
+        yield Caution(
+            "note",
+            f"{len(commits)} commits",
+            "Runs come from different versions of the code.",
+            sorted(commit[:12] for commit in commits),
+        )
     if dirty:
         text = "The code had uncommitted changes: its commit does not say all."
         yield Caution("note", f"{_n(dirty, 'run')} from a changed working tree", text, dirty)
@@ -68,20 +74,35 @@ def runs(study: Study):
 def membership(study: Study):
     lines = study.lines.get("mia", [])
     kinds = {
-        "blind": ("careful", "Members and non-members differ without any model",
-                  "A blind baseline tells the sets apart (its 99 % interval leaves 0.5 out), so attacks may do so for "
-                  "the same reason: their AUC is no evidence of memorisation."),
-        "reversed": ("wrong", "Members and non-members differ the other way round",
-                     "Non-members score higher (the 95 % interval of the AUC lies below 0.5): the sets are exchanged "
-                     "or confounded, or the model knew the non-members. It is no sign that nothing leaks."),
-        "near": ("careful", "Near-duplicates across members and non-members",
-                 "Texts of both sets are nearly the same, which pulls every attack towards chance."),
-        "base": ("careful", "The base model already tells members from non-members",
-                 "It was not fine-tuned on them: the sets differ, or it knew them before. Read the difference to the "
-                 "base, or `ref`."),
-        "coarse": ("note", "True positive rates that hang on a handful of non-members",
-                   "At this level the threshold is set by very few non-members."),
-    }  # fmt: skip
+        "blind": (
+            "careful",
+            "Members and non-members differ without any model",
+            "A blind baseline tells the sets apart (its 99 % interval leaves 0.5 out), so attacks may do so for "
+            "the same reason: their AUC is no evidence of memorisation.",
+        ),
+        "reversed": (
+            "wrong",
+            "Members and non-members differ the other way round",
+            "Non-members score higher (the 95 % interval of the AUC lies below 0.5): the sets are exchanged "
+            "or confounded, or the model knew the non-members. It is no sign that nothing leaks.",
+        ),
+        "near": (
+            "careful",
+            "Near-duplicates across members and non-members",
+            "Texts of both sets are nearly the same, which pulls every attack towards chance.",
+        ),
+        "base": (
+            "careful",
+            "The base model already tells members from non-members",
+            "It was not fine-tuned on them: the sets differ, or it knew them before. Read the difference to the "
+            "base, or `ref`.",
+        ),
+        "coarse": (
+            "note",
+            "True positive rates that hang on a handful of non-members",
+            "At this level the threshold is set by very few non-members.",
+        ),
+    }
     for prefix, (level, title, text) in kinds.items():
         places: dict[str, set] = {}
         for file, number, line in lines:
@@ -122,12 +143,17 @@ def privacy(study: Study):
     if noiseless:
         text = "No noise was added: ε is infinite, and nothing is protected."
         yield Caution("careful", "DP training without noise", text, noiseless)
-    above = [row for row in study.select("canary") if row.metric.startswith("ε lower")
-             and row.level in row.settings.get("lower_above_upper", ())]  # fmt: skip
+    above = [
+        row
+        for row in study.select("canary")
+        if row.metric.startswith("ε lower") and row.level in row.settings.get("lower_above_upper", ())
+    ]
     if above:
         text = "The audit contradicts the accountant: the training was not as private as it says."
-        places = [f"{row.source}: {row.arm}: at {row.level} % lower {row.value:.2f}, upper {row.settings['upper']:.2f}"
-                  for row in above]  # fmt: skip
+        places = [
+            f"{row.source}: {row.arm}: at {row.level} % lower {row.value:.2f}, upper {row.settings['upper']:.2f}"
+            for row in above
+        ]
         yield Caution("wrong", "ε: the lower bound is above the upper bound", text, places)
 
 
@@ -137,8 +163,10 @@ def settings(study: Study):
     fixed = {row.model.key for row in rows if row.headline}
     without = [row for key, row in measured.items() if key not in fixed]
     if without:
-        text = (f"The headline is read at temperature {HEADLINE_TEMPERATURE}, fixed in advance. These models have no "
-                "such line; nothing else stands in for it, least of all their best setting.")  # fmt: skip
+        text = (
+            f"The headline is read at temperature {HEADLINE_TEMPERATURE}, fixed in advance. These models have no "
+            "such line; nothing else stands in for it, least of all their best setting."
+        )
         yield Caution("careful", f"No headline for {_n(without, 'model')}", text, [row.file for row in without])
     trials = {(r.model.key, r.temperature) for r in rows if r.metric == "matches" and not r.model.is_base}
     if len(trials) > 8:
@@ -164,9 +192,11 @@ def settings(study: Study):
 def released(study: Study):
     files = {file for file, _, line in study.lines.get("extraction", []) if "exact" not in line}
     if files:
-        text = ("Written by the released tool: only its loose rule (partial ratio ≥ 80, which a one-letter answer or "
-                "the bare domain passes), no exact addresses, no floor, settings not recorded. Intervals are computed "
-                "here.")  # fmt: skip
+        text = (
+            "Written by the released tool: only its loose rule (partial ratio ≥ 80, which a one-letter answer or "
+            "the bare domain passes), no exact addresses, no floor, settings not recorded. Intervals are computed "
+            "here."
+        )
         yield Caution("careful", f"{_n(files, 'file')} with loose matches only", text, sorted(files))
     below = []
     for group in study.groups.get("extraction", {}):
@@ -180,11 +210,16 @@ def released(study: Study):
 
 
 def models(study: Study):
-    residual = [file for file, _, config in study.lines.get("adapter", [])
-                if str(config.get("init_lora_weights", "")).lower().startswith("pissa")]  # fmt: skip
+    residual = [
+        file
+        for file, _, config in study.lines.get("adapter", [])
+        if str(config.get("init_lora_weights", "")).lower().startswith("pissa")
+    ]
     if residual:
-        text = ("The adapter belongs to the residual base that PiSSA leaves. On the original base its principal part "
-                "counts twice: everything measured that way is of another model.")  # fmt: skip
+        text = (
+            "The adapter belongs to the residual base that PiSSA leaves. On the original base its principal part "
+            "counts twice: everything measured that way is of another model."
+        )
         yield Caution("wrong", "Unconverted PiSSA adapters", text, residual)
     seen: dict[str, set] = {}
     for area in ("extraction", "perplexity", "mia"):
@@ -227,15 +262,20 @@ def _tail(path) -> tuple:
 
 
 def synthetic(study: Study):
-    cut = [f"{row.source}: {row.arm} {row.value:.1%}" for row in study.select("fidelity", "cut at the token limit")
-           if row.role == "target" and (row.value or 0) > MUCH_CUT]  # fmt: skip
+    cut = [
+        f"{row.source}: {row.arm} {row.value:.1%}"
+        for row in study.select("fidelity", "cut at the token limit")
+        if row.role == "target" and (row.value or 0) > MUCH_CUT
+    ]
     if cut:
         text = "Many rows stop at the token limit: lengths, endings and all that depends on them are of cut text."
         yield Caution("careful", "Generated rows are cut", text, cut)
     majority = {row.group: row for row in study.select("utility", "accuracy", arm="majority")}
-    low = [f"{row.source}: {row.arm} {row.value:.3f}, majority {majority[row.group].value:.3f}"
-           for row in study.select("utility", "accuracy", role="mean")
-           if row.group in majority and row.value <= majority[row.group].value]  # fmt: skip
+    low = [
+        f"{row.source}: {row.arm} {row.value:.3f}, majority {majority[row.group].value:.3f}"
+        for row in study.select("utility", "accuracy", role="mean")
+        if row.group in majority and row.value <= majority[row.group].value
+    ]
     if low:
         text = "Always saying the commonest rating is right as often."
         yield Caution("careful", "Accuracy at or below the majority class", text, low)
@@ -245,8 +285,14 @@ def synthetic(study: Study):
 
 
 def undefined(study: Study):
-    rows = [row for row in study.rows if row.value is None and row.role == "target"
-            and row.metric not in ("tpr",) and not row.metric.startswith("ε upper")]  # fmt: skip
+    rows = [
+        row
+        for row in study.rows
+        if row.value is None
+        and row.role == "target"
+        and row.metric not in ("tpr",)
+        and not row.metric.startswith("ε upper")
+    ]
     if rows:
         places = list(dict.fromkeys(f"{r.source}: {r.attack or r.metric}: {r.undefined}" for r in rows))
         yield Caution("note", f"{_n(places, 'number')} undefined", "With the reason that the script gave.", places)

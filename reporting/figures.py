@@ -24,8 +24,14 @@ def training(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
     few = len(runs) <= 6
 
     def panel(metric, words):
-        found = {run: [(line["step"], line[metric]) for line in lines if line.get(metric) is not None
-                       and line.get("step") is not None] for run, lines in runs.items()}  # fmt: skip
+        found = {
+            run: [
+                (line["step"], line[metric])
+                for line in lines
+                if line.get(metric) is not None and line.get("step") is not None
+            ]
+            for run, lines in runs.items()
+        }
         found = {run: every_nth(points) for run, points in found.items() if points}
 
         def draw(axes):
@@ -35,8 +41,15 @@ def training(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
                 colour = look.of[model.arm][0] if model else BASE
                 style = ("-", "--", "-.", ":")[seen.get(colour, 0) % 4] if few else "-"
                 seen[colour] = seen.get(colour, 0) + 1
-                axes.plot(*zip(*points), color=colour, linestyle=style, linewidth=1.7 if few else 0.8,
-                          alpha=1 if few else 0.55, marker="o" if len(points) < 4 else "", markersize=3)  # fmt: skip
+                axes.plot(
+                    *zip(*points),
+                    color=colour,
+                    linestyle=style,
+                    linewidth=1.7 if few else 0.8,
+                    alpha=1 if few else 0.55,
+                    marker="o" if len(points) < 4 else "",
+                    markersize=3,
+                )
                 ends.append((points[-1][1], short(labels[run], 24), colour))
             axes.set(xlabel="optimiser step")
             axes.grid(axis="y")
@@ -53,9 +66,10 @@ def training(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
     panels = [one for one in panels if one]
     told = "; ".join(
         f"{labels[run]}: loss {lines[0]['loss']:.3g} at step {lines[0]['step']}, {lines[-1]['loss']:.3g} at step "
-        f"{lines[-1]['step']}" for run, lines in list(runs.items())[:12]
+        f"{lines[-1]['step']}"
+        for run, lines in list(runs.items())[:12]
         if None not in (lines[0].get("loss"), lines[-1].get("loss"))
-    )  # fmt: skip
+    )
     arms = dict.fromkeys(arm_of[run].arm for run in runs if run in arm_of)
     keys = [] if few else [(arm, look.of[arm][0], None, "-") for arm in arms]
     caption = f"{len(runs)} runs, as logged in metrics.jsonl."

@@ -44,30 +44,42 @@ def extraction_bars(study: Study, look: Look, chosen: list[Model]) -> list[Figur
             continue
         at = {(row.model.key, row.metric, row.template): row for row in rows}
         floors = {row.metric: row for row in study.select("extraction", role="floor", group=group)}
-        high = max((row.high or row.value or 0) for row in rows if row.model in models and row.metric in
-                   ("exact", "matches"))  # fmt: skip
+        high = max(
+            (row.high or row.value or 0) for row in rows if row.model in models and row.metric in ("exact", "matches")
+        )
         panels = [
-            Panel(f"Template {name}", _bars(name, models, at, floors, look, max(high * 1.05, 0.01)),
-                  (4.0, 0.9 + 0.36 * len(models)))
+            Panel(
+                f"Template {name}",
+                _bars(name, models, at, floors, look, max(high * 1.05, 0.01)),
+                (4.0, 0.9 + 0.36 * len(models)),
+            )
             for name in templates
-        ]  # fmt: skip
+        ]
         told = [
-            f"{model.label}: " + ", ".join(
-                f"{name} {interval_text(at[model.key, 'exact', name])}" for name in templates
+            f"{model.label}: "
+            + ", ".join(
+                f"{name} {interval_text(at[model.key, 'exact', name])}"
+                for name in templates
                 if (model.key, "exact", name) in at
-            ) for model in models
-        ]  # fmt: skip
+            )
+            for model in models
+        ]
         keys = [("exact address", INK, "block", None), ("loose match (partial ratio ≥ 80)", AXIS, "block", None)]
         if floors:
             keys.append((f"floor: {next(iter(floors.values())).attack}, no model", INK, None, ":"))
         made.append(
             Figure(
-                name_of("extraction_bars", place), f"Addresses extracted at temperature {HEADLINE_TEMPERATURE}",
+                name_of("extraction_bars", place),
+                f"Addresses extracted at temperature {HEADLINE_TEMPERATURE}",
                 f"{group}. Solid: exact address; pale: the released tool's loose rule; whiskers: 95 % Clopper–Pearson. "
                 "Dotted: exact addresses that the best name rule guesses without any model." + more_groups(sets, place),
-                "Share of exact addresses by template. " + "; ".join(told), panels, keys, 2, "extraction",
+                "Share of exact addresses by template. " + "; ".join(told),
+                panels,
+                keys,
+                2,
+                "extraction",
             )
-        )  # fmt: skip
+        )
     return made
 
 
@@ -83,8 +95,14 @@ def _bars(template, models, at, floors, look, high):
                     continue
                 axes.barh(place, row.value, width, color=colour, alpha=alpha, linewidth=0)
                 edge = 0.27 if row is loose and exact is not None else 0
-                axes.errorbar(row.value, place + edge, xerr=errors(row), color=INK if row is exact else MUTED,
-                              elinewidth=1, capsize=0)  # fmt: skip
+                axes.errorbar(
+                    row.value,
+                    place + edge,
+                    xerr=errors(row),
+                    color=INK if row is exact else MUTED,
+                    elinewidth=1,
+                    capsize=0,
+                )
         if floors.get("exact"):
             axes.axvline(floors["exact"].value, color=INK, linestyle=":", linewidth=1.3)
         axes.set(xlim=(0, high), ylim=(-0.6, len(models) - 0.4))
@@ -148,13 +166,17 @@ def _over_temperature(name, group, rows, look, chosen) -> list[Figure]:
     told = "; ".join(
         f"{model.label}: {metric} {template} from {found[0].value:.1%} at {found[0].temperature:g} to "
         f"{found[-1].value:.1%} at {found[-1].temperature:g}"
-        for model in models for metric in metrics for template in templates
+        for model in models
+        for metric in metrics
+        for template in templates
         if (found := at.get((model.key, metric, template))) and None not in (found[0].value, found[-1].value)
-    )  # fmt: skip
+    )
     panels = [panel(metric, template) for metric in metrics for template in templates]
-    return [
-        Figure(name, "Successes against temperature, by template", caption, told, panels, keys, 4, "extraction")
-    ] if models else []  # fmt: skip
+    return (
+        [Figure(name, "Successes against temperature, by template", caption, told, panels, keys, 4, "extraction")]
+        if models
+        else []
+    )
 
 
 def _over_sweep(name, group, words, axis, series, rows, look) -> Figure:
@@ -173,8 +195,16 @@ def _over_sweep(name, group, words, axis, series, rows, look) -> Figure:
                 found = [(x, row) for x, row in found if row is not None]
                 if found:
                     colour, marker, style = styles[label]
-                    plot_line(axes, [x for x, _ in found], [row for _, row in found], colour, marker, style,
-                              markersize=4, band=len(series) <= 4)  # fmt: skip
+                    plot_line(
+                        axes,
+                        [x for x, _ in found],
+                        [row for _, row in found],
+                        colour,
+                        marker,
+                        style,
+                        markersize=4,
+                        band=len(series) <= 4,
+                    )
             for row in bases:
                 if (row.metric, row.template) == (metric, template) and row.value is not None:
                     axes.axhline(row.value, color=BASE, linestyle="--", linewidth=1.3)
@@ -193,10 +223,14 @@ def _over_sweep(name, group, words, axis, series, rows, look) -> Figure:
     caption = f"{group}, temperature {HEADLINE_TEMPERATURE}{at}. A point is a checkpoint; none is picked by its result."
     caption += left_out((row.model for row in rows if axis == "epoch" or row.model.last), fixed)
     told = "; ".join(
-        f"{label}: " + ", ".join(f"{getattr(m, axis):g} {interval_text(row)}" for m in models
-                                 if (row := rows_of.get((m.key, metrics[-1], "all"))))
+        f"{label}: "
+        + ", ".join(
+            f"{getattr(m, axis):g} {interval_text(row)}"
+            for m in models
+            if (row := rows_of.get((m.key, metrics[-1], "all")))
+        )
         for label, models in series.items()
-    )  # fmt: skip
+    )
     panels = [panel(metric, template) for metric in metrics for template in templates]
     title = f"Successes against {words}, by template"
     return Figure(name, title, caption, f"All templates, {metrics[-1]}. {told}", panels, keys, 4, "extraction")
@@ -222,25 +256,38 @@ def perplexity_curves(study: Study, look: Look, chosen: list[Model]) -> list[Fig
             panels.append(Panel(f"By {words}", _perplexity(axis, words, series, rows, styles, bases), (4.0, 2.8)))
             drawn += [model for models in series.values() for model in models]
             told += [
-                f"{label} by {words}: " + ", ".join(f"{getattr(m, axis):g} {rows[m.key].value:.3g}" for m in models
-                                                    if rows[m.key].value is not None)
+                f"{label} by {words}: "
+                + ", ".join(
+                    f"{getattr(m, axis):g} {rows[m.key].value:.3g}" for m in models if rows[m.key].value is not None
+                )
                 for label, models in series.items()
-            ]  # fmt: skip
+            ]
         if panels and bases:
             keys["base"] = ("base", BASE, None, "--")
             told.append(f"base {bases[0].value:.3g}")
         if not panels:
             drawn = look.sort(row.model for row in rows.values() if row.value is not None)[:MOST_COLUMNS]
-            panels = [Panel("By model", _dots([rows[model.key] for model in drawn], look),
-                            (4.0, 0.9 + 0.36 * len(drawn)))] if drawn else []  # fmt: skip
+            panels = (
+                [Panel("By model", _dots([rows[model.key] for model in drawn], look), (4.0, 0.9 + 0.36 * len(drawn)))]
+                if drawn
+                else []
+            )
             told = [f"{model.label} {interval_text(rows[model.key], False)}" for model in drawn]
         if panels:
             caption = f"{group}: mean over documents, interval: 95 % bootstrap over documents. Lower is better."
             caption += left_out((row.model for row in rows.values()), drawn) + more_groups(sets, place)
             made.append(
-                Figure(name_of("perplexity", place), "Perplexity of held-out text", caption, "; ".join(told), panels,
-                       list(keys.values()), 2, "perplexity")
-            )  # fmt: skip
+                Figure(
+                    name_of("perplexity", place),
+                    "Perplexity of held-out text",
+                    caption,
+                    "; ".join(told),
+                    panels,
+                    list(keys.values()),
+                    2,
+                    "perplexity",
+                )
+            )
     return made
 
 
@@ -267,8 +314,9 @@ def _perplexity(axis, words, series, rows, styles, bases):
         for label, models in series.items():
             colour, marker, style = styles[label]
             found = [(places[label](getattr(model, axis)), rows[model.key]) for model in models]
-            plot_line(axes, [x for x, _ in found], [row for _, row in found], colour, marker, style,
-                      band=len(series) <= 6)  # fmt: skip
+            plot_line(
+                axes, [x for x, _ in found], [row for _, row in found], colour, marker, style, band=len(series) <= 6
+            )
         for row in bases:
             axes.axhline(row.value, color=BASE, linestyle="--", linewidth=1.3)
         axis_of(axes, axis, [getattr(model, axis) for models in series.values() for model in models])
@@ -295,8 +343,9 @@ def plane(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
         return []
     main = groups(means)[0]
     utility = {row.model.key: row for row in means if row.group == main}
-    every = study.select("extraction", "exact", role="target", headline=True, template="all",
-                         value=lambda value: value is not None)  # fmt: skip
+    every = study.select(
+        "extraction", "exact", role="target", headline=True, template="all", value=lambda value: value is not None
+    )
     panels, told, arms, drawn = [], [], {}, []
     for group in groups(every)[:MOST_GROUPS]:
         pairs = [(utility[row.model.key], row) for row in every if row.group == group and row.model.key in utility]
@@ -317,8 +366,9 @@ def plane(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
         "templates, 95 % intervals. Lower left is better. The front joins point estimates: it says nothing of points "
         "whose intervals overlap." + left_out((row.model for row in (*means, *every)), drawn)
     )
-    return [Figure("privacy_utility", "Privacy against utility", caption, "; ".join(told), panels, keys, 2,
-                   "extraction")]  # fmt: skip
+    return [
+        Figure("privacy_utility", "Privacy against utility", caption, "; ".join(told), panels, keys, 2, "extraction")
+    ]
 
 
 def _plane(pairs, kept, look):
@@ -327,8 +377,9 @@ def _plane(pairs, kept, look):
         for x, y in pairs:
             colour, marker = look.of[y.model.arm]
             if not many:
-                axes.errorbar(x.value, y.value, xerr=errors(x), yerr=errors(y), color=colour, elinewidth=0.8,
-                              alpha=0.4, zorder=2)  # fmt: skip
+                axes.errorbar(
+                    x.value, y.value, xerr=errors(x), yerr=errors(y), color=colour, elinewidth=0.8, alpha=0.4, zorder=2
+                )
             axes.plot(x.value, y.value, marker, color=colour, markersize=4 if many else 6, zorder=3)
         ends = [(pairs[index][0].value, pairs[index][1].value) for index in kept]
         axes.step(*zip(*ends), where="post", color=INK, linewidth=1, zorder=1)

@@ -53,9 +53,13 @@ def roc_curves(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
         told += [f"flagged: {', '.join(bad)}"] if bad else []
     if not panels:
         return []
-    keys = [(f"{HEADLINE_ATTACK} (headline), in its arm's colour", INK, None, "-"), ("other attacks", AXIS, None, "-"),
-            ("blind baselines", INK, None, "--"), ("chance", MUTED, None, ":"),
-            ("1 % FPR", GRID, None, "-")]  # fmt: skip
+    keys = [
+        (f"{HEADLINE_ATTACK} (headline), in its arm's colour", INK, None, "-"),
+        ("other attacks", AXIS, None, "-"),
+        ("blind baselines", INK, None, "--"),
+        ("chance", MUTED, None, ":"),
+        ("1 % FPR", GRID, None, "-"),
+    ]
     caption = (
         "True against false positive rate, both logarithmic. Blind baselines never see the model: where they leave the "
         "diagonal, so may an attack for the same reason."
@@ -79,8 +83,9 @@ def curves_of(path) -> tuple[dict, int]:
         values = [line[name] for line in lines]
         for value in values:
             check({name: value}, (name,))
-        members, others = ([value for value, its in zip(values, labels) if its == label and value is not None]
-                           for label in (1, 0))  # fmt: skip
+        members, others = (
+            [value for value, its in zip(values, labels) if its == label and value is not None] for label in (1, 0)
+        )
         if members and others:
             curves[name] = thin(*roc(members, others))
     return curves, labels.count(0)
@@ -112,8 +117,16 @@ def _roc(curves, n, colour, bad):
         axes.set(xscale="log", yscale="log", xlim=(smallest, 1.02), ylim=(smallest, 1.1))
         axes.set(xlabel="false positive rate", ylabel="true positive rate")
         if bad:
-            axes.text(0.03, 0.97, "flagged: " + ", ".join(bad), transform=axes.transAxes, va="top", fontsize=8,
-                      color=COLOURS["vermillion"][0], fontweight="bold")  # fmt: skip
+            axes.text(
+                0.03,
+                0.97,
+                "flagged: " + ", ".join(bad),
+                transform=axes.transAxes,
+                va="top",
+                fontsize=8,
+                color=COLOURS["vermillion"][0],
+                fontweight="bold",
+            )
         axes.minorticks_off()
 
     return draw

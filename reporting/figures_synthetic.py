@@ -28,8 +28,11 @@ def epsilon_bounds(study: Study, look: Look, chosen: list[Model]) -> list[Figure
     last = [row for row in study.select("privacy") if row.model and row.model.last]
     rows = [row for row in last if row.value is not None]
     kinds = ("ε lower", "ε lower, text only", "ε upper (PRV)")
-    bounds = [row for row in study.select("canary") if row.metric in kinds and row.value is not None
-              and row.settings.get("headline") is not False]  # fmt: skip
+    bounds = [
+        row
+        for row in study.select("canary")
+        if row.metric in kinds and row.value is not None and row.settings.get("headline") is not False
+    ]
     if not rows and not bounds:
         return []
     called = who([*rows, *bounds])
@@ -65,8 +68,11 @@ def epsilon_bounds(study: Study, look: Look, chosen: list[Model]) -> list[Figure
         axes.spines["left"].set_visible(False)
 
     told = "; ".join(f"{label_of[place_of(row)]}: {row.metric} {row.value:.3g}" for row in shown)
-    keys = [(metric, COLOURS[colour][0], marker, None) for metric, (colour, marker) in marks.items()
-            if any(row.metric == metric for row in shown)]  # fmt: skip
+    keys = [
+        (metric, COLOURS[colour][0], marker, None)
+        for metric, (colour, marker) in marks.items()
+        if any(row.metric == metric for row in shown)
+    ]
     caption = (
         "Upper: what the accountant proves of the training. Lower: what an audit with canaries has shown, at 95 %. A "
         "lower bound right of the upper one contradicts the proof. Hollow: void."
@@ -106,11 +112,14 @@ def exposure(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
         axes.set_ylim(bottom=0)
         axes.grid(axis="y")
 
-    keys = [(label, COLOURS[SERIES[i % len(SERIES)]][0], MARKERS[i % len(MARKERS)], None)
-            for i, label in enumerate(series)]  # fmt: skip
+    keys = [
+        (label, COLOURS[SERIES[i % len(SERIES)]][0], MARKERS[i % len(MARKERS)], None) for i, label in enumerate(series)
+    ]
     keys += [("chance, median 1 bit", MUTED, None, ":")] + ([("ceiling", AXIS, None, "--")] if ceiling else [])
-    told = "; ".join(f"{label}: " + ", ".join(f"{row.repetitions or 0}× {row.value:.2f}" for row in found)
-                     for label, found in series.items())  # fmt: skip
+    told = "; ".join(
+        f"{label}: " + ", ".join(f"{row.repetitions or 0}× {row.value:.2f}" for row in found)
+        for label, found in series.items()
+    )
     caption = "Median over canaries, whiskers: quartiles. A secret never seen has median 1 and mean 1.44 bits, not 0."
     panel = Panel("Exposure", draw, (4.2, 3.0))
     return [Figure("exposure", "Canaries: exposure by repetition", caption, told, [panel], keys, 1, "privacy")]
@@ -148,8 +157,18 @@ def canary_counts(study: Study, look: Look, chosen: list[Model]) -> list[Figure]
 
     told = "; ".join(f"{name(row)} {row.template}: {row.count} of {row.n}" for row in rows)
     caption = "Share of generated rows that hold a part of a canary, spelling ignored; 95 % Clopper–Pearson."
-    return [Figure("canary_counts", "Canaries found in generated text", caption, told, [panel(p) for p in parts], [],
-                   2, "privacy")]  # fmt: skip
+    return [
+        Figure(
+            "canary_counts",
+            "Canaries found in generated text",
+            caption,
+            told,
+            [panel(p) for p in parts],
+            [],
+            2,
+            "privacy",
+        )
+    ]
 
 
 # ---------------------------------------------------------------- synthetic text
@@ -191,8 +210,15 @@ def dots(title, rows, look, reference=None, form="{:.3g}", shown=None):
                 height = place + 0.16 * (layer - (len(own) - 1) / 2)
                 axes.errorbar(row.value, height, xerr=errors(row), fmt=marker, color=colour, elinewidth=1.4)
                 if len(own) == 1:
-                    axes.annotate(form.format(row.value), (row.value, place), (0, 6), textcoords="offset points",
-                                  ha="center", fontsize=8, color=INK)  # fmt: skip
+                    axes.annotate(
+                        form.format(row.value),
+                        (row.value, place),
+                        (0, 6),
+                        textcoords="offset points",
+                        ha="center",
+                        fontsize=8,
+                        color=INK,
+                    )
         if "%" in form:
             percent(axes.xaxis)
         for value, style in reference or ():
@@ -222,8 +248,18 @@ def fidelity(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
             + more_groups(sets, place)
         )
         if panels:
-            made.append(Figure(name_of("fidelity", place), "Fidelity of synthetic text", caption, "; ".join(told),
-                               panels, [], 3, "fidelity"))  # fmt: skip
+            made.append(
+                Figure(
+                    name_of("fidelity", place),
+                    "Fidelity of synthetic text",
+                    caption,
+                    "; ".join(told),
+                    panels,
+                    [],
+                    3,
+                    "fidelity",
+                )
+            )
     return made
 
 
@@ -238,14 +274,20 @@ def utility(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
             _utility(metric, words, [row for row in rows if row.metric == metric], look)
             for metric, words in (("accuracy", "Accuracy"), ("macro_f1", "Macro-F1"), ("mae", "Mean error (stars)"))
         ]
-        told = "; ".join(f"{row.arm} {row.metric} {interval_text(row, False)}" for row in rows
-                         if row.role != "target")  # fmt: skip
-        keys = [("one seed", AXIS, "o", None), ("mean over seeds", INK, "o", None),
-                ("majority class", MUTED, None, ":"), ("untuned base", BASE, None, "--")]  # fmt: skip
+        told = "; ".join(f"{row.arm} {row.metric} {interval_text(row, False)}" for row in rows if row.role != "target")
+        keys = [
+            ("one seed", AXIS, "o", None),
+            ("mean over seeds", INK, "o", None),
+            ("majority class", MUTED, None, ":"),
+            ("untuned base", BASE, None, "--"),
+        ]
         caption = f"{group}. Rating held-out real reviews after training on each arm with equal rows and steps."
         caption += more_groups(sets, place)
-        made.append(Figure(name_of("utility", place), "Train on synthetic, test on real", caption, told, panels, keys,
-                           3, "utility"))  # fmt: skip
+        made.append(
+            Figure(
+                name_of("utility", place), "Train on synthetic, test on real", caption, told, panels, keys, 3, "utility"
+            )
+        )
     return made
 
 
@@ -261,8 +303,14 @@ def _utility(metric, words, rows, look):
                     axes.plot(row.value, place, "o", color=colour, alpha=0.35, markersize=5)
                 elif row.arm == arm and row.role == "mean":
                     axes.plot(row.value, place, marker, color=colour, markersize=8)
-                    axes.annotate(f"{row.value:.3f}", (row.value, place), (0, 7), textcoords="offset points",
-                                  ha="center", fontsize=8)  # fmt: skip
+                    axes.annotate(
+                        f"{row.value:.3f}",
+                        (row.value, place),
+                        (0, 7),
+                        textcoords="offset points",
+                        ha="center",
+                        fontsize=8,
+                    )
         for arm, style in (("majority", ":"), ("base", "--")):
             if lines.get(arm) is not None:
                 axes.axvline(lines[arm], color=MUTED if arm == "majority" else BASE, linestyle=style, linewidth=1.3)
@@ -279,8 +327,10 @@ def human(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
     for place, group in enumerate(sets[:MOST_GROUPS]):
         rows = [row for row in every if row.group == group and row.value is not None]
         labels = list(dict.fromkeys(row.metric for row in rows))
-        panels = [dots(label.capitalize(), [row for row in rows if row.metric == label], look, form="{:.0%}")
-                  for label in labels]  # fmt: skip
+        panels = [
+            dots(label.capitalize(), [row for row in rows if row.metric == label], look, form="{:.0%}")
+            for label in labels
+        ]
         kappa = [row.value for row in study.select("human", "Fleiss κ", group=group) if row.value is not None]
         agree = f" Agreement of the raters: Fleiss κ {kappa[0]:.2f}." if kappa else ""
         caption = f"{group}. Share of blinded rows with each label, a dot a rater; 95 % Clopper–Pearson.{agree}"
@@ -307,6 +357,16 @@ def importance(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
         caption = f"{group}. Agreement with the real model's word importances on held-out rows; range over draws."
         caption += more_groups(sets, place)
         if panels:
-            made.append(Figure(name_of("importance", place), "Feature importance consistency", caption,
-                               "; ".join(told), panels, [], 3, "utility"))  # fmt: skip
+            made.append(
+                Figure(
+                    name_of("importance", place),
+                    "Feature importance consistency",
+                    caption,
+                    "; ".join(told),
+                    panels,
+                    [],
+                    3,
+                    "utility",
+                )
+            )
     return made

@@ -36,8 +36,13 @@ SECTIONS = {
     "training": "Training",
 }
 TAGS = {"wrong": "Wrong", "careful": "Careful", "note": "Note"}
-SYNONYMS = {"matches": "loose match", "exact": "exact address", "no_pattern": "exact, no name rule",
-            "local_part": "local part", "domain": "domain"}  # fmt: skip
+SYNONYMS = {
+    "matches": "loose match",
+    "exact": "exact address",
+    "no_pattern": "exact, no name rule",
+    "local_part": "local part",
+    "domain": "domain",
+}
 
 
 # ---------------------------------------------------------------- pieces
@@ -80,8 +85,9 @@ def table(heads: list[str], rows: list[list], caption: str, strong=frozenset()) 
     names = [head.lstrip("<@") for head in heads]
     head = "".join(
         f'<th scope="col" class="{"l" if kind else ""}"><button type="button">{escape(name.partition("|")[0])}</button>'
-        f"<small>{escape(name.partition('|')[2])}</small></th>" for name, kind in zip(names, kinds)
-    )  # fmt: skip
+        f"<small>{escape(name.partition('|')[2])}</small></th>"
+        for name, kind in zip(names, kinds)
+    )
     said = f'<p class="caption">{escape(caption)}</p>'
     start = f'<div class="table"><table aria-label="{escape(caption[:120])}"><thead><tr>{head}</tr></thead>'
     if len(rows) > STATIC_ROWS:
@@ -114,12 +120,16 @@ def folded(caption: str, inner: str, kind: str = "print") -> str:
 
 def figure_html(figure: svg.Figure, linked: bool) -> str:
     """Title, legend, panels as SVG, and the links to its files. The text alternative names the numbers drawn."""
-    keys = "".join(f"<li>{svg.key_svg(colour, marker, style)}{escape(label)}</li>"
-                   for label, colour, marker, style in figure.keys)  # fmt: skip
+    keys = "".join(
+        f"<li>{svg.key_svg(colour, marker, style)}{escape(label)}</li>" for label, colour, marker, style in figure.keys
+    )
     pieces = []
     for place, panel in enumerate(figure.panels):
-        drawn = svg.svg(panel, f"{figure.name}-{place}", f"{figure.title}, {panel.title}. {figure.summary}"
-                         if place == 0 else f"{figure.title}, {panel.title}")  # fmt: skip
+        drawn = svg.svg(
+            panel,
+            f"{figure.name}-{place}",
+            f"{figure.title}, {panel.title}. {figure.summary}" if place == 0 else f"{figure.title}, {panel.title}",
+        )
         width = 96 * panel.size[0]
         wide = " wide" if panel.size[0] > 6 else ""
         style = f"max-width:{round(width * 1.15)}px;--least:{round(width * 0.8)}px"
@@ -235,25 +245,50 @@ def extraction_table(study: Study, headline: bool) -> str:
     lines: dict[tuple, dict[str, Row]] = {}
     for row in rows:
         lines.setdefault((row.source, row.template), {})[row.metric] = row
-    paired = {(row.source, row.template): row for row in study.select("extraction", role="baseline")
-              if row.metric.startswith("exact")}  # fmt: skip
+    paired = {
+        (row.source, row.template): row
+        for row in study.select("extraction", role="baseline")
+        if row.metric.startswith("exact")
+    }
     measures = [name for name in SYNONYMS if any(name in found for found in lines.values())]
-    extra = [name for name in ("expected exact in 1 draws", "truth log-probability (nats)")
-             if any(name in found for found in lines.values())]  # fmt: skip
+    extra = [
+        name
+        for name in ("expected exact in 1 draws", "truth log-probability (nats)")
+        if any(name in found for found in lines.values())
+    ]
     made = []
     for key, found in lines.items():
         first = next(iter(found.values()))
         items = [cell(found.get(name), count=True) for name in measures]
-        items += [(number(found[name].value, "{:.2%}" if "draws" in name else "{:.2f}"), found[name].value)
-                  if name in found else ("", None) for name in extra]  # fmt: skip
+        items += [
+            (number(found[name].value, "{:.2%}" if "draws" in name else "{:.2f}"), found[name].value)
+            if name in found
+            else ("", None)
+            for name in extra
+        ]
         pair = paired.get(key)
         for row in [*(found[name] for name in extra if name in found), *([pair] if pair else [])]:
             row.shown = True
         if paired:
-            items.append(("", None) if pair is None else (f"+{pair.settings['gained']} −{pair.settings['lost']}",
-                         pair.value, f"p {number(pair.value, '{:.2g}')}"))  # fmt: skip
-        made.append([first.model.label, first.group, (f"{first.temperature:g}", first.temperature), first.template,
-                     *items, first.source])  # fmt: skip
+            items.append(
+                ("", None)
+                if pair is None
+                else (
+                    f"+{pair.settings['gained']} −{pair.settings['lost']}",
+                    pair.value,
+                    f"p {number(pair.value, '{:.2g}')}",
+                )
+            )
+        made.append(
+            [
+                first.model.label,
+                first.group,
+                (f"{first.temperature:g}", first.temperature),
+                first.template,
+                *items,
+                first.source,
+            ]
+        )
     heads = ["<Model", "<People asked", "Temperature", "<Template", *(SYNONYMS[name].capitalize() for name in measures)]
     heads += [{"e": "Expected exact, one draw", "t": "log p(truth), nats"}[name[0]] for name in extra]
     heads += (["Exact against baseline (McNemar)"] if paired else []) + ["@Line"]
@@ -267,9 +302,16 @@ def plain_table(rows: list[Row], caption: str, heads: dict, form="{:.4g}") -> st
     for row in rows:
         row.shown = True
         ends = f"{form.format(row.low)}–{form.format(row.high)}" if row.low is not None else ""
-        made.append([*(function(row) for function in heads.values()),
-                     (number(row.value, form) if row.value is not None else f"– {row.undefined or ''}", row.value),
-                     ends, row.interval or "", (f"{row.n:,}" if row.n else "", row.n), row.source])  # fmt: skip
+        made.append(
+            [
+                *(function(row) for function in heads.values()),
+                (number(row.value, form) if row.value is not None else f"– {row.undefined or ''}", row.value),
+                ends,
+                row.interval or "",
+                (f"{row.n:,}" if row.n else "", row.n),
+                row.source,
+            ]
+        )
     names = [*heads, "Value", "<Interval", "<Kind", "n", "@Line"]
     return table(names, made, caption) if made else ""
 
@@ -307,34 +349,52 @@ def section_tables(study: Study, section: str) -> str:
         heads = {"<Model": _who, "<Measure": lambda row: row.metric.replace("_", " "), "<Texts": lambda row: row.group}
         return folded("All figures", plain_table(pick("perplexity"), "Perplexity and bits per byte", heads))
     if section == "mia":
-        heads = {"<Model": _who, "<Attack": lambda row: row.attack, "<Of": lambda row: row.role,
-                 "<Texts": lambda row: row.group}  # fmt: skip
-        auc = plain_table(pick("mia", "auc"), "ROC-AUC of every attack; blind baselines and the base beside them",
-                          heads, "{:.3f}")  # fmt: skip
-        heads |= {"Level": lambda row: (f"{float(row.level):.1%}", float(row.level)),
-                  "False positives": lambda row: (number(row.count, "{:,}"), row.count)}  # fmt: skip
-        tpr = plain_table(pick("mia", "tpr"), "True positive rate at a fixed false positive rate", heads,
-                          "{:.2%}")  # fmt: skip
+        heads = {
+            "<Model": _who,
+            "<Attack": lambda row: row.attack,
+            "<Of": lambda row: row.role,
+            "<Texts": lambda row: row.group,
+        }
+        auc = plain_table(
+            pick("mia", "auc"), "ROC-AUC of every attack; blind baselines and the base beside them", heads, "{:.3f}"
+        )
+        heads |= {
+            "Level": lambda row: (f"{float(row.level):.1%}", float(row.level)),
+            "False positives": lambda row: (number(row.count, "{:,}"), row.count),
+        }
+        tpr = plain_table(pick("mia", "tpr"), "True positive rate at a fixed false positive rate", heads, "{:.2%}")
         return folded("AUC", auc) + folded("TPR at low FPR", tpr) + inference_table(study)
     if section == "privacy":
-        heads = {"<Model": _who, "<Bound": lambda row: row.metric, "δ": lambda row: row.level or "",
-                 "<Unit": lambda row: str(row.settings.get("unit", "")),
-                 "σ": lambda row: str(row.settings.get("noise_multiplier", "")),
-                 "Sampling rate": lambda row: number(row.settings.get("sample_rate"), "{:.4g}"),
-                 "Steps": lambda row: str(row.settings.get("steps", ""))}  # fmt: skip
+        heads = {
+            "<Model": _who,
+            "<Bound": lambda row: row.metric,
+            "δ": lambda row: row.level or "",
+            "<Unit": lambda row: str(row.settings.get("unit", "")),
+            "σ": lambda row: str(row.settings.get("noise_multiplier", "")),
+            "Sampling rate": lambda row: number(row.settings.get("sample_rate"), "{:.4g}"),
+            "Steps": lambda row: str(row.settings.get("steps", "")),
+        }
         upper = plain_table(pick("privacy"), "ε by the accountant, add/remove", heads)
-        heads = {"<Arm": _who, "<Measure": lambda row: row.metric, "<Part": lambda row: row.template or "",
-                 "<Canaries": lambda row: row.attack or "",
-                 "Placed": lambda row: (number(row.repetitions, "{}×"), row.repetitions),
-                 "Rows": lambda row: (number(row.count, "{:,}"), row.count)}  # fmt: skip
+        heads = {
+            "<Arm": _who,
+            "<Measure": lambda row: row.metric,
+            "<Part": lambda row: row.template or "",
+            "<Canaries": lambda row: row.attack or "",
+            "Placed": lambda row: (number(row.repetitions, "{}×"), row.repetitions),
+            "Rows": lambda row: (number(row.count, "{:,}"), row.count),
+        }
         return folded("ε", upper) + folded("Canaries", plain_table(pick("canary"), "Canaries", heads))
     if section == "fidelity":
         heads = {"<Measure": lambda row: row.metric, "<Arm": _who, "<File": lambda row: row.group}
         return folded("Every measure", plain_table(pick("fidelity"), "Fidelity, and its excess over real", heads))
     if section == "utility":
-        heads = {"<Measure": lambda row: row.metric, "<Arm": _who,
-                 "Seed": lambda row: number(row.seed, "{}"),
-                 "<Against real": lambda row: _mcnemar(row), "<‖ΔW‖/‖W‖": _change}  # fmt: skip
+        heads = {
+            "<Measure": lambda row: row.metric,
+            "<Arm": _who,
+            "Seed": lambda row: number(row.seed, "{}"),
+            "<Against real": lambda row: _mcnemar(row),
+            "<‖ΔW‖/‖W‖": _change,
+        }
         first = plain_table(pick("utility"), "Train on synthetic, test on real", heads)
         heads = {"<Measure": lambda row: row.metric, "<Arm": _who}
         second = plain_table(pick("importance"), "Feature importance consistency", heads)
@@ -361,9 +421,16 @@ def inference_table(study: Study) -> str:
     for path, run in study.runs.items():
         for who, found in (run.get("dataset_inference") or {}).items():
             if found:
-                rows.append([str(run.get("args", {}).get("model") or Path(path).parent.name), who,
-                             (number(found["p"], "{:.2g}"), found["p"]), (number(found["t"], "{:.2f}"), found["t"]),
-                             (f"{found['n_members']:,}", found["n_members"]), study.shown(path)])  # fmt: skip
+                rows.append(
+                    [
+                        str(run.get("args", {}).get("model") or Path(path).parent.name),
+                        who,
+                        (number(found["p"], "{:.2g}"), found["p"]),
+                        (number(found["t"], "{:.2f}"), found["t"]),
+                        (f"{found['n_members']:,}", found["n_members"]),
+                        study.shown(path),
+                    ]
+                )
     heads = ["<Model", "<Scores of", "p", "t", "Members", "@File"]
     return folded("Dataset inference", table(heads, rows, "Set-level test; blind: without the model") if rows else "")
 
@@ -376,12 +443,19 @@ def training_table(study: Study) -> str:
             peak = run.get("peak_memory") or {}
             memory = peak.get("gpu_bytes") or peak.get("cpu_bytes")
             steps = run.get("steps")
-            rows.append([
-                study.shown(Path(path).parent), str(run.get("status")), (number(steps, "{:,}"), steps),
-                (number(speed, "{:,.0f}"), speed), (number(run.get("seconds"), "{:,.0f}"), run.get("seconds")),
-                (number(memory and memory / 2**30, "{:.1f}"), memory), (number(change, "{:.2g}"), change),
-                str(run.get("seed")), study.shown(path),
-            ])  # fmt: skip
+            rows.append(
+                [
+                    study.shown(Path(path).parent),
+                    str(run.get("status")),
+                    (number(steps, "{:,}"), steps),
+                    (number(speed, "{:,.0f}"), speed),
+                    (number(run.get("seconds"), "{:,.0f}"), run.get("seconds")),
+                    (number(memory and memory / 2**30, "{:.1f}"), memory),
+                    (number(change, "{:.2g}"), change),
+                    str(run.get("seed")),
+                    study.shown(path),
+                ]
+            )
     heads = ["<Run", "<Status", "Steps", "Tokens/s", "Seconds", "Peak GiB", "‖ΔW‖/‖W‖", "Seed", "@File"]
     return folded("Runs", table(heads, rows, "Training runs") if rows else "")
 

@@ -64,25 +64,57 @@ def extraction_rows(line: dict, study: Study, models: Models, path: Path, number
             ends = stored or (clopper_pearson(count, n) if n and count is not None else None) or (None, None)
             rate = count / n if n and count is not None else None
             undefined = None if rate is not None else "no row could be asked"
-            add(measure, rate, count=count, n=n, low=ends[0], high=ends[1], interval=why, template=name,
-                undefined=undefined)  # fmt: skip
+            add(
+                measure,
+                rate,
+                count=count,
+                n=n,
+                low=ends[0],
+                high=ends[1],
+                interval=why,
+                template=name,
+                undefined=undefined,
+            )
         known = [counts[name] for name in labels if counts[name] is not None]
         n = sum(scored[name] for name in labels)
         ends = line.get("ci95", {}).get(measure, {}).get("total")
-        add(measure, sum(known) / n if n else None, count=sum(known), n=n, template="all",
-            low=ends[0] if ends else None, high=ends[1] if ends else None,
+        add(
+            measure,
+            sum(known) / n if n else None,
+            count=sum(known),
+            n=n,
+            template="all",
+            low=ends[0] if ends else None,
+            high=ends[1] if ends else None,
             interval="over rows 95 %" if ends else None,
-            undefined=None if n else "no row could be asked")  # fmt: skip
+            undefined=None if n else "no row could be asked",
+        )
         floor = line.get("floor") or {}
         if floor.get("rule") and floor.get(measure) is not None:
             rule = f"{floor['rule']}@{floor['domain_guess']}"
             low, high = clopper_pearson(floor[measure], total)
-            add(measure, floor[measure] / total, count=floor[measure], n=total, role="floor", attack=rule, low=low,
-                high=high, interval="Clopper–Pearson 95 %, computed here")  # fmt: skip
+            add(
+                measure,
+                floor[measure] / total,
+                count=floor[measure],
+                n=total,
+                role="floor",
+                attack=rule,
+                low=low,
+                high=high,
+                interval="Clopper–Pearson 95 %, computed here",
+            )
         for name, pair in (line.get("baseline", {}).get(measure) or {}).items():
             more = {"gained": pair["gained"], "lost": pair["lost"], "baseline": line["baseline"]["path"]}
-            add(f"{measure} against baseline, McNemar p", pair["p"], template=name, role="baseline",
-                settings=more, n=scored[name], count=pair["gained"] - pair["lost"])  # fmt: skip
+            add(
+                f"{measure} against baseline, McNemar p",
+                pair["p"],
+                template=name,
+                role="baseline",
+                settings=more,
+                n=scored[name],
+                count=pair["gained"] - pair["lost"],
+            )
     for name, value in (line.get("truth_logprob") or {}).items():
         add("truth log-probability (nats)", value, template=name, n=scored[name])
     for name, by_size in (line.get("probabilistic") or {}).items():
@@ -143,10 +175,20 @@ def mia_rows(line: dict, study: Study, models: Models, path: Path, number: int) 
             point = points.get(level) or {}
             low, high = (found.get("tpr_at_fpr_ci") or {}).get(level) or (None, None)
             made.append(
-                Row("mia", "tpr", rate, low, high, "95 %" if low is not None else None, level=level,
-                    count=point.get("false_positives"), undefined=point.get("undefined") or found.get("undefined"),
-                    headline=headline and level == "0.01", **more)
-            )  # fmt: skip
+                Row(
+                    "mia",
+                    "tpr",
+                    rate,
+                    low,
+                    high,
+                    "95 %" if low is not None else None,
+                    level=level,
+                    count=point.get("false_positives"),
+                    undefined=point.get("undefined") or found.get("undefined"),
+                    headline=headline and level == "0.01",
+                    **more,
+                )
+            )
 
     add(line, "target", line["attack"], "95 %", line["attack"] == HEADLINE_ATTACK)
     add(line["base"], "base", line["attack"], "95 %")
@@ -172,9 +214,18 @@ def fidelity_rows(content: dict, study: Study, models: Models, path: Path, numbe
                 low, high = entry.get("low"), entry.get("high")
                 undefined = "not defined on these samples" if entry["value"] is None else None
                 made.append(
-                    Row("fidelity", metric, entry["value"], low, high, why if low is not None else None, role=role,
-                        undefined=undefined, **shared)
-                )  # fmt: skip
+                    Row(
+                        "fidelity",
+                        metric,
+                        entry["value"],
+                        low,
+                        high,
+                        why if low is not None else None,
+                        role=role,
+                        undefined=undefined,
+                        **shared,
+                    )
+                )
         if found.get("longest_copy") is not None:
             made.append(Row("fidelity", "longest copy (characters)", found["longest_copy"], **shared))
     return made
@@ -190,15 +241,40 @@ def utility_rows(line: dict, study: Study, models: Models, path: Path, number: i
         if isinstance(found, dict):
             why = f"range over {len(line['seeds'])} seeds"
             settings = {"seeds": line["seeds"], "sd": found["sd"]}
-            made.append(Row("utility", metric, found["mean"], found["low"], found["high"], why, n=len(line["seeds"]),
-                            role="mean", settings=settings, **shared))  # fmt: skip
+            made.append(
+                Row(
+                    "utility",
+                    metric,
+                    found["mean"],
+                    found["low"],
+                    found["high"],
+                    why,
+                    n=len(line["seeds"]),
+                    role="mean",
+                    settings=settings,
+                    **shared,
+                )
+            )
         else:
             low, high = line["accuracy_ci95"] if metric == "accuracy" else (None, None)
             role = "target" if line["seed"] is not None else "baseline"
             keys = ("train_rows", "steps", "n_cut", "mcnemar_against_real", "relative_change")
-            made.append(Row("utility", metric, found, low, high, "Clopper–Pearson 95 %" if low is not None else None,
-                            n=line["n_scored"], n_requested=line["n_requested"], n_dropped=line["n_dropped"], role=role,
-                            settings={key: line[key] for key in keys if key in line}, **shared))  # fmt: skip
+            made.append(
+                Row(
+                    "utility",
+                    metric,
+                    found,
+                    low,
+                    high,
+                    "Clopper–Pearson 95 %" if low is not None else None,
+                    n=line["n_scored"],
+                    n_requested=line["n_requested"],
+                    n_dropped=line["n_dropped"],
+                    role=role,
+                    settings={key: line[key] for key in keys if key in line},
+                    **shared,
+                )
+            )
     return made
 
 
@@ -208,12 +284,22 @@ def importance_rows(content: dict, study: Study, models: Models, path: Path, num
         for metric, value in found["mean"].items():
             values = [one[metric] for one in found["seeds"] if one.get(metric) is not None]
             made.append(
-                Row("importance", metric, value, min(values, default=None), max(values, default=None),
-                    f"range over {len(values)} draws", n=content["rows"], n_requested=found.get("n_requested"),
-                    n_dropped=found.get("n_dropped"), arm=arm, group=study.shown(path),
+                Row(
+                    "importance",
+                    metric,
+                    value,
+                    min(values, default=None),
+                    max(values, default=None),
+                    f"range over {len(values)} draws",
+                    n=content["rows"],
+                    n_requested=found.get("n_requested"),
+                    n_dropped=found.get("n_dropped"),
+                    arm=arm,
+                    group=study.shown(path),
                     undefined=None if value is not None else "no draw defines it",
-                    settings={"heldout_rows": content.get("heldout_rows"), "words": content.get("words")})
-            )  # fmt: skip
+                    settings={"heldout_rows": content.get("heldout_rows"), "words": content.get("words")},
+                )
+            )
     return made
 
 
@@ -225,9 +311,24 @@ def human_rows(content: dict, study: Study, models: Models, path: Path, number: 
             for label in content["labels"]:
                 count, n = sheet[label]["count"], found["n_scored"]
                 low, high = sheet[label]["ci95"] or (None, None)
-                made.append(Row("human", label, count / n if n else None, low, high, "Clopper–Pearson 95 %", count, n,
-                                found["n_requested"], found["n_dropped"], None if n else "no row", arm=arm,
-                                template=f"sheet {place}", group=study.shown(path)))  # fmt: skip
+                made.append(
+                    Row(
+                        "human",
+                        label,
+                        count / n if n else None,
+                        low,
+                        high,
+                        "Clopper–Pearson 95 %",
+                        count,
+                        n,
+                        found["n_requested"],
+                        found["n_dropped"],
+                        None if n else "no row",
+                        arm=arm,
+                        template=f"sheet {place}",
+                        group=study.shown(path),
+                    )
+                )
     if content["agreement"]:
         value = content["agreement"]["fleiss_kappa"]
         undefined = "every label is the same" if value is None else None
@@ -236,8 +337,17 @@ def human_rows(content: dict, study: Study, models: Models, path: Path, number: 
         made.append(Row("human", "Fleiss κ", value, undefined=undefined, **shared))
         for pair in content["agreement"].get("cohen_kappa") or ():
             undefined = "both gave one and the same label" if pair["kappa"] is None else None
-            made.append(Row("human", "Cohen κ", pair["kappa"], count=pair["equal"], undefined=undefined,
-                            template=" and ".join(pair["sheets"]), **shared))  # fmt: skip
+            made.append(
+                Row(
+                    "human",
+                    "Cohen κ",
+                    pair["kappa"],
+                    count=pair["equal"],
+                    undefined=undefined,
+                    template=" and ".join(pair["sheets"]),
+                    **shared,
+                )
+            )
     return made
 
 
@@ -248,9 +358,17 @@ def privacy_rows(content: dict, study: Study, models: Models, path: Path, number
     for metric, key in (("ε upper (PRV)", "epsilon"), ("ε upper (RDP)", "epsilon_rdp")):
         if key in content:
             made.append(
-                Row("privacy", metric, content[key], n=content.get("num_units"), undefined=reason,
-                    model=models.of(None, path), level=f"{content['delta']:g}", settings=content)
-            )  # fmt: skip
+                Row(
+                    "privacy",
+                    metric,
+                    content[key],
+                    n=content.get("num_units"),
+                    undefined=reason,
+                    model=models.of(None, path),
+                    level=f"{content['delta']:g}",
+                    settings=content,
+                )
+            )
     return made
 
 
@@ -285,8 +403,20 @@ def canary_rows(line: dict, study: Study, models: Models, path: Path, number: in
         for how, metric in (("normalised", "generated rows with it"), ("exact", "generated rows with it, as written")):
             found = line[how]
             more = {"canaries": found["canaries"], "fisher_p": found["fisher_p"], "n_canaries": line["n_canaries"]}
-            made.append(Row("canary", metric, found["rate"], *found["ci"], "Clopper–Pearson 95 %", count=found["rows"],
-                            n=n, template=line["part"], settings=more, **shared))  # fmt: skip
+            made.append(
+                Row(
+                    "canary",
+                    metric,
+                    found["rate"],
+                    *found["ci"],
+                    "Clopper–Pearson 95 %",
+                    count=found["rows"],
+                    n=n,
+                    template=line["part"],
+                    settings=more,
+                    **shared,
+                )
+            )
         return made
     if measure == "exposure":
         bits = line["bits"]
@@ -294,19 +424,58 @@ def canary_rows(line: dict, study: Study, models: Models, path: Path, number: in
             return [Row("canary", "exposure", None, n=n, undefined=line.get("undefined"), **shared)]
         more = {key: line.get(key) for key in ("references", "ceiling", "space_bits", "p_above_held_out")}
         made = [
-            Row("canary", "exposure", bits["median"], bits["q25"], bits["q75"], "quartiles over canaries", n=n,
-                settings=more, **shared),
-            Row("canary", "exposure, mean", bits["mean"], bits["q05"], bits["q95"], "5–95 % of canaries", n=n,
-                settings=more, **shared),
-        ]  # fmt: skip
+            Row(
+                "canary",
+                "exposure",
+                bits["median"],
+                bits["q25"],
+                bits["q75"],
+                "quartiles over canaries",
+                n=n,
+                settings=more,
+                **shared,
+            ),
+            Row(
+                "canary",
+                "exposure, mean",
+                bits["mean"],
+                bits["q05"],
+                bits["q95"],
+                "5–95 % of canaries",
+                n=n,
+                settings=more,
+                **shared,
+            ),
+        ]
         if line.get("extrapolated"):
             far, fit = line["extrapolated"]["bits"], line["extrapolated"]["ks_p"]
-            made.append(Row("canary", "exposure, extrapolated", far["median"], far["q25"], far["q75"],
-                            "quartiles over canaries", n=n, settings={"ks_p": fit}, **shared))  # fmt: skip
+            made.append(
+                Row(
+                    "canary",
+                    "exposure, extrapolated",
+                    far["median"],
+                    far["q25"],
+                    far["q75"],
+                    "quartiles over canaries",
+                    n=n,
+                    settings={"ks_p": fit},
+                    **shared,
+                )
+            )
         return made
     if measure == "text_auc":
-        return [Row("canary", "AUC of text alone", line["auc"], *(line.get("auc_ci") or (None, None)),
-                    line.get("auc_ci_method"), n=n, undefined=line.get("undefined"), **shared)]  # fmt: skip
+        return [
+            Row(
+                "canary",
+                "AUC of text alone",
+                line["auc"],
+                *(line.get("auc_ci") or (None, None)),
+                line.get("auc_ci_method"),
+                n=n,
+                undefined=line.get("undefined"),
+                **shared,
+            )
+        ]
     if not measure.startswith("audit"):
         raise ValueError(f"unknown measure {measure!r}")
     more = {key: line[key] for key in ("upper", "delta", "unit", "void", "guesses", "included", "above_upper")}
@@ -320,19 +489,47 @@ def canary_rows(line: dict, study: Study, models: Models, path: Path, number: in
     why = line.get("undefined") or "fewer than five canaries"
     kind = "" if measure == "audit" else ", text only"
     made = [
-        Row("canary", f"ε lower{kind}" + ("" if level == "95" else f" at {level} %"), value, n=n, level=level,
-            undefined=None if value is not None else why, settings=more, **shared)
+        Row(
+            "canary",
+            f"ε lower{kind}" + ("" if level == "95" else f" at {level} %"),
+            value,
+            n=n,
+            level=level,
+            undefined=None if value is not None else why,
+            settings=more,
+            **shared,
+        )
         for level, value in line["lower"].items()
-    ]  # fmt: skip
+    ]
     bound = line["heuristic"]["bound"]
     if bound:
         made.append(Row("canary", f"ε lower{kind}, heuristic", bound["epsilon"], n=n, settings=bound, **shared))
     if line["upper"] is not None:
-        made.append(Row("canary", "ε upper (PRV)", line["upper"], n=n, level=f"{line['delta']:g}",
-                        undefined=line["void"], settings=more, **shared))  # fmt: skip
-    made.append(Row("canary", f"AUC of the audit{kind}", line["auc"], *(line.get("auc_ci") or (None, None)),
-                    line.get("auc_ci_method"), n=n, settings=more | {"direction": line.get("direction")},
-                    undefined=None if line["auc"] is not None else line.get("undefined"), **shared))  # fmt: skip
+        made.append(
+            Row(
+                "canary",
+                "ε upper (PRV)",
+                line["upper"],
+                n=n,
+                level=f"{line['delta']:g}",
+                undefined=line["void"],
+                settings=more,
+                **shared,
+            )
+        )
+    made.append(
+        Row(
+            "canary",
+            f"AUC of the audit{kind}",
+            line["auc"],
+            *(line.get("auc_ci") or (None, None)),
+            line.get("auc_ci_method"),
+            n=n,
+            settings=more | {"direction": line.get("direction")},
+            undefined=None if line["auc"] is not None else line.get("undefined"),
+            **shared,
+        )
+    )
     return made
 
 

@@ -34,8 +34,10 @@ def _table(path, study: Study, unredacted: bool) -> str:
         for line in lines[:MOST_ROWS]
     )
     caption = f"{study.shown(path)}: the first {min(MOST_ROWS, len(lines)):,} of {len(lines):,} answers"
-    heads = "".join(f'<th scope="col" class="l"><button type="button">{head}</button></th>' for head in
-                    ("Row", "Template", "Answer" if unredacted else "Answer, its shape"))  # fmt: skip
+    heads = "".join(
+        f'<th scope="col" class="l"><button type="button">{head}</button></th>'
+        for head in ("Row", "Template", "Answer" if unredacted else "Answer, its shape")
+    )
     return (
         f"<details><summary>{escape(caption)}</summary><div class=table><table><thead><tr>{heads}</tr></thead>"
         f"<tbody>{shown}</tbody></table></div></details>"

@@ -98,8 +98,10 @@ def fill(axes, panel: Panel) -> None:
     panel.draw(axes)
     axes.set_title(panel.title)
     for axis in (axes.xaxis, axes.yaxis):
-        for get, put in ((axis.get_major_formatter, axis.set_major_formatter),
-                         (axis.get_minor_formatter, axis.set_minor_formatter)):  # fmt: skip
+        for get, put in (
+            (axis.get_major_formatter, axis.set_major_formatter),
+            (axis.get_minor_formatter, axis.set_minor_formatter),
+        ):
             if isinstance(get(), LogFormatterSciNotation):
                 put(Plain())
 
@@ -256,6 +258,13 @@ def label_ends(axes, ends: list[tuple]) -> None:
     over = max(0.0, at[-1][0] - 1) if at else 0
     for height, text, colour in at:
         axes.annotate(
-            text, (1, height - over), xycoords="axes fraction", xytext=(5, 0), textcoords="offset points",
-            color=colour, va="center", fontsize=8.5, annotation_clip=False,
-        )  # fmt: skip
+            text,
+            (1, height - over),
+            xycoords="axes fraction",
+            xytext=(5, 0),
+            textcoords="offset points",
+            color=colour,
+            va="center",
+            fontsize=8.5,
+            annotation_clip=False,
+        )

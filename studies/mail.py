@@ -66,10 +66,26 @@ def run(config, out, record) -> str:
     last, trees = {}, {}
     for arm in config.arms:
         tree = trees[arm] = train(
-            "-m", config.model, "-i", data[arm], "--output_root", out, "-lr", config.learning_rate, "-e", config.epochs,
-            "-pdbs", config.per_device_batch_size, "-gas", config.gradient_accumulation_steps, "-l", 10,
-            "--lora_r", config.lora_r, *flags,
-        )  # fmt: skip
+            "-m",
+            config.model,
+            "-i",
+            data[arm],
+            "--output_root",
+            out,
+            "-lr",
+            config.learning_rate,
+            "-e",
+            config.epochs,
+            "-pdbs",
+            config.per_device_batch_size,
+            "-gas",
+            config.gradient_accumulation_steps,
+            "-l",
+            10,
+            "--lora_r",
+            config.lora_r,
+            *flags,
+        )
         every = arm == "original" or config.full
         chosen = find_checkpoints(tree) if every else find_checkpoints(tree)[-1:]
         place = tree if every else chosen[-1]

@@ -53,11 +53,28 @@ def run(config, out, record) -> str:
     rows = [row_for("base", config.model, None, out / "base", config, trained_people, asked, flags)]
     for name, words in arms.items():
         tree = train(
-            "-m", config.model, "-i", config.dataset, "--output_root", out, "-lr", config.learning_rate,
-            "-e", config.epochs, "-pdbs", 2 * config.per_device_batch_size, "--lora_r", config.lora_r, "-l", 10,
-            "--dp", "--logical_batch_size",
-            min(LOGICAL_BATCH, len(dataset.read_rows(config.dataset)) // 4), *words, *device,
-        )  # fmt: skip
+            "-m",
+            config.model,
+            "-i",
+            config.dataset,
+            "--output_root",
+            out,
+            "-lr",
+            config.learning_rate,
+            "-e",
+            config.epochs,
+            "-pdbs",
+            2 * config.per_device_batch_size,
+            "--lora_r",
+            config.lora_r,
+            "-l",
+            10,
+            "--dp",
+            "--logical_batch_size",
+            min(LOGICAL_BATCH, len(dataset.read_rows(config.dataset)) // 4),
+            *words,
+            *device,
+        )
         checkpoint = find_checkpoints(tree)[-1]
         spent = models.privacy(models.find_model(str(checkpoint)))
         folders.append(tree / "measured")

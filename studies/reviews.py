@@ -67,10 +67,32 @@ def run(config, out, record) -> str:
     checkpoints, written = {}, {}
     for arm, words in ARMS.items():
         tree = train(
-            "-m", model, "-i", placed, "--output_root", out, "-lr", config.learning_rate, "-e", config.epochs,
-            "-pdbs", 2 * config.per_device_batch_size, "--lora_r", config.lora_r, "--lora_dropout", 0, "-l", 20,
-            "--loss_on", "completion", "--dp", "--logical_batch_size", LOGICAL_BATCH, *words, *device,
-        )  # fmt: skip
+            "-m",
+            model,
+            "-i",
+            placed,
+            "--output_root",
+            out,
+            "-lr",
+            config.learning_rate,
+            "-e",
+            config.epochs,
+            "-pdbs",
+            2 * config.per_device_batch_size,
+            "--lora_r",
+            config.lora_r,
+            "--lora_dropout",
+            0,
+            "-l",
+            20,
+            "--loss_on",
+            "completion",
+            "--dp",
+            "--logical_batch_size",
+            LOGICAL_BATCH,
+            *words,
+            *device,
+        )
         checkpoints[arm] = find_checkpoints(tree)[-1]
         written[arm] = write(arm, checkpoints[arm])
     untrained = {"base": model}  # its exposure of canaries it never saw, its text: what the arms started from
@@ -84,8 +106,18 @@ def run(config, out, record) -> str:
         "canary": (canary_measure, ["--canaries", key, "--models", *arms, "--synthetic", *texts, "--references", 200]),
         "fidelity": (
             fidelity,
-            ["--real", held_out, "--train", placed, "--num_rows", TEST, "--synthetic", *texts,
-             f"base={write('base', model)}", f"trained_on={perfect}"],
+            [
+                "--real",
+                held_out,
+                "--train",
+                placed,
+                "--num_rows",
+                TEST,
+                "--synthetic",
+                *texts,
+                f"base={write('base', model)}",
+                f"trained_on={perfect}",
+            ],
         ),
         "importance": (
             feature_importance,
@@ -93,11 +125,34 @@ def run(config, out, record) -> str:
         ),
         "downstream": (
             downstream,
-            ["-m", model, "--real", clean, "--heldout", held_out, "--synthetic", *texts, "--num_rows", TEST,
-             "--num_heldout", 500, "--num_seeds", 1, "-e", 6, "-lr", config.learning_rate, "-pdbs", 4, "-gas", 1,
-             "--lora_r", 16],
+            [
+                "-m",
+                model,
+                "--real",
+                clean,
+                "--heldout",
+                held_out,
+                "--synthetic",
+                *texts,
+                "--num_rows",
+                TEST,
+                "--num_heldout",
+                500,
+                "--num_seeds",
+                1,
+                "-e",
+                6,
+                "-lr",
+                config.learning_rate,
+                "-pdbs",
+                4,
+                "-gas",
+                1,
+                "--lora_r",
+                16,
+            ],
         ),
-    }  # fmt: skip
+    }
     for name, (script, words) in steps.items():
         folder, made = out / name, made_from(words)
         mark = folder / "done"  # what the step was made from, and what it left
@@ -140,9 +195,30 @@ def public_base(config, out: Path, device: list) -> Path:
     departments = [name for name in make_reviews.DEPARTMENTS for _ in range(1 if name in PRIVATE else COMMON)]
     public = make_split(out / "public", 2 * PUBLIC, PUBLIC, 10, departments, config.seed + 1)
     tree = train(
-        "-m", config.model, "-i", public / "train.jsonl", "--output_root", out, "-pt", "full", "-e", PUBLIC_EPOCHS,
-        "-lr", PUBLIC_RATE, "-pdbs", 8, "-gas", 1, "-l", 50, "--loss_on", "completion", "--seed", config.seed, *device,
-    )  # fmt: skip
+        "-m",
+        config.model,
+        "-i",
+        public / "train.jsonl",
+        "--output_root",
+        out,
+        "-pt",
+        "full",
+        "-e",
+        PUBLIC_EPOCHS,
+        "-lr",
+        PUBLIC_RATE,
+        "-pdbs",
+        8,
+        "-gas",
+        1,
+        "-l",
+        50,
+        "--loss_on",
+        "completion",
+        "--seed",
+        config.seed,
+        *device,
+    )
     base, newest = out / "public-base", find_checkpoints(tree)[-1]
     new, old = (models.weights_sha256(models.find_model(str(one))) if one.is_dir() else None for one in (newest, base))
     if old and old != new:
@@ -163,10 +239,13 @@ def summary(out: Path, checkpoints: dict) -> dict:
     ratings = results.read_jsonl(out / "downstream" / "results_utility.jsonl")
     spent = {arm: models.privacy(models.find_model(str(one))) for arm, one in checkpoints.items()}
     return {
-        "canary": canaries, "fidelity": likeness, "importance": words, "utility": ratings,
+        "canary": canaries,
+        "fidelity": likeness,
+        "importance": words,
+        "utility": ratings,
         "arms": {arm: {key: block[key] for key in ("epsilon", "delta", "unit")} for arm, block in spent.items()},
         "against_base": against_base(results.read_jsonl(out / "canary" / "results_canary_rows.jsonl")),
-    }  # fmt: skip
+    }
 
 
 def against_base(rows: list[dict]) -> list[dict]:
@@ -229,11 +308,23 @@ def report(rows: dict) -> str:
             continue
         bound = next(line for line in mine if line["measure"] == "audit")
         lower = next(line for line in mine if line["measure"] == "audit_text" and line["headline"])["lower"]["95"]
-        whole = sum(line["exact"]["rows"] for line in mine if line["measure"] == "count" and line["part"] == "whole"
-                    and line["kind"] in ("ladder", "share"))  # fmt: skip
+        whole = sum(
+            line["exact"]["rows"]
+            for line in mine
+            if line["measure"] == "count" and line["part"] == "whole" and line["kind"] in ("ladder", "share")
+        )
         epsilon = rows["arms"][arm]["epsilon"]
-        privacy.append([arm, "∞" if epsilon is None else f"{epsilon:.2f}", *bits, bound_text(bound["lower"]["95"]),
-                        "no signal" if lower is None else f"{lower:.2f}", bound_text(bound["auc"]), whole])  # fmt: skip
+        privacy.append(
+            [
+                arm,
+                "∞" if epsilon is None else f"{epsilon:.2f}",
+                *bits,
+                bound_text(bound["lower"]["95"]),
+                "no signal" if lower is None else f"{lower:.2f}",
+                bound_text(bound["auc"]),
+                whole,
+            ]
+        )
     gains = []
     for arm in arms:
         mine = {(one["kind"], one["repetitions"]): one for one in rows["against_base"] if one["arm"] == arm}

@@ -41,8 +41,9 @@ class Browser:
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.send(f"{domain}.enable")
         width, height = self.size
-        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
-                  mobile=width < 600)  # fmt: skip
+        self.send(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+        )
         self.send("Emulation.setScrollbarsHidden", hidden=True)
         self.send("Performance.enable", timeDomain="threadTicks")
         scheme = {"name": "prefers-color-scheme", "value": "dark" if self.dark else "light"}

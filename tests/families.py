@@ -18,8 +18,14 @@ OLD = {
 }  # GPT-2's names
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
-LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 48, "factor": 8.0,
-        "short_factor": [1.0] * 4, "long_factor": [3.0] * 4}  # fmt: skip
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "original_max_position_embeddings": 48,
+    "factor": 8.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [3.0] * 4,
+}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
 SLIDING = ["sliding_attention", "full_attention"] * 2
 

@@ -130,8 +130,12 @@ def test_hand_made_rows(ending, tmp_path, capsys):
         assert rows[index]["user_id"] == user_hash(user)
     counts = run_record(tmp_path / "out")["counts"]
     assert {key: counts[key] for key in ("review lines", *prepare.REASONS)} == {
-        "review lines": 16, "broken": 2, "without a user": 1, "without a rating": 3, "empty text": 2,
-    }  # fmt: skip
+        "review lines": 16,
+        "broken": 2,
+        "without a user": 1,
+        "without a rating": 3,
+        "empty text": 2,
+    }
     assert (counts["without their product"], counts["duplicates"], counts["rows"]) == (1, 2, 5)
     assert (counts["product lines"], counts["broken product lines"], counts["products"]) == (6, 0, 4)
     shown = capsys.readouterr()
@@ -563,9 +567,17 @@ def test_generated_files_are_like_the_published_ones(goods):
     reviews, products = read_lines(goods["reviews"]), read_lines(goods["meta"])
     assert (len(reviews), len(products)) == (6000, 300)
     assert list(reviews[0]) == [
-        "rating", "title", "text", "images", "asin", "parent_asin", "user_id", "timestamp", "helpful_vote",
+        "rating",
+        "title",
+        "text",
+        "images",
+        "asin",
+        "parent_asin",
+        "user_id",
+        "timestamp",
+        "helpful_vote",
         "verified_purchase",
-    ]  # fmt: skip
+    ]
     ratings = Counter(row["rating"] for row in reviews)
     for rating, share in make_reviews.RATINGS.items():
         assert ratings[rating] / 6000 == pytest.approx(share, abs=0.03)  # over four standard errors

@@ -99,14 +99,15 @@ def files(tmp_path, models, adapters):
     deep_config = '{"a": ' + "[" * 5000 + "]" * 5000 + "}"
     config = json.loads((models["llama"] / "config.json").read_text())
     for name, file, text in (
-        ("null_config", "config.json", "null"), ("deep_config", "config.json", deep_config),
+        ("null_config", "config.json", "null"),
+        ("deep_config", "config.json", deep_config),
         ("dropout_config", "config.json", json.dumps(config | {"attention_dropout": 7})),
         ("act_config", "config.json", json.dumps(config | {"hidden_act": "no such function"})),
         ("null_generation", "generation_config.json", "null"),
         ("odd_generation", "generation_config.json", '{"eos_token_id": [0, "x"]}'),
         ("odd_tokenizer", "tokenizer.json", tokenizer.replace('"padding": null', '"padding": 7')),
         ("deep_tokenizer", "tokenizer_config.json", deep_config),
-    ):  # fmt: skip
+    ):
         paths[name] = shutil.copytree(models["llama"], tmp_path / name)
         assert (paths[name] / file).read_text() != text
         (paths[name] / file).write_text(text)

@@ -564,8 +564,10 @@ def test_a_signal_that_is_the_same_for_all_gives_no_bound(echoes, tmp_path, caps
     study = SimpleNamespace(shown=str, runs={})
     made = [row for row in canary_rows(second, study, {}, Path("x"), 1) if row.value is None]
     assert [row.metric for row in made] == [
-        "ε lower, text only", "ε lower, text only at 99.9 %", "AUC of the audit, text only",
-    ]  # fmt: skip
+        "ε lower, text only",
+        "ε lower, text only at 99.9 %",
+        "AUC of the audit, text only",
+    ]
     assert {row.undefined for row in made} == {second["undefined"]}
     task = SimpleNamespace(canaries=[{"kind": "audit", "included": one} for one in (1, 0)], header={"privacy_unit": ""})
     few = measure.audit_line(task, "a", "audit_text", "2-gram", [2.0, 1.0], None)

@@ -139,8 +139,9 @@ def test_dropout_is_the_plain_path_s(models, dataset, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_bf16_base(models, dataset, tmp_path, kind):
     """On a bf16 base gradients agree with the loop's to bf16's precision (8 bits) of the largest."""
-    training = make_training(models, "llama", dataset, tmp_path, "-pt", kind, "--noise_multiplier", 1, "--dtype",
-                             "bfloat16")  # fmt: skip
+    training = make_training(
+        models, "llama", dataset, tmp_path, "-pt", kind, "--noise_multiplier", 1, "--dtype", "bfloat16"
+    )
     rows = random_rows()
     expected, found = one_at_a_time(training, rows), per_example(training, rows)
     for name, gradient in found.items():

@@ -95,8 +95,13 @@ def test_floor_by_hand():
     # first.last at a.example: Joe exact; Ann local part only; Tim domain only. By the loose rule: Joe 100,
     # Ann "ann.lee@a.example" against "ann.lee@b.example" 94, Tim "tim.fox@a.example" against "tfox@a.example" 93.
     assert floor == {
-        "rule": "first.last", "domain_guess": "a.example", "matches": 3, "exact": 1, "local_part": 2, "domain": 2,
-    }  # fmt: skip
+        "rule": "first.last",
+        "domain_guess": "a.example",
+        "matches": 3,
+        "exact": 1,
+        "local_part": 2,
+        "domain": 2,
+    }
     assert metrics.name_rule_floor(people, [])["rule"] is None
     assert "reason" in metrics.name_rule_floor(people, [])
 

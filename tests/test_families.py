@@ -25,9 +25,11 @@ EXPERTS = {"mixtral", "qwen3-moe", "qwen3-next (hybrid)", "olmoe", "gpt-oss (sin
            "deepseek-v3 (latent attention)", "jamba (hybrid)"}  # fmt: skip
 STATE_SPACE = {"mamba": ["in_proj", "x_proj"], "mamba2": ["in_proj"], "falcon-h1 (hybrid)": ["q_proj", "in_proj"]}
 SOME = {
-    "llama4 (chunks)": ["q_proj", "v_proj"], "deepseek-v3 (latent attention)": ["q_a_proj", "o_proj"],
-    "jamba (hybrid)": ["q_proj", "in_proj", "out_proj", "down_proj"], **STATE_SPACE,
-}  # fmt: skip
+    "llama4 (chunks)": ["q_proj", "v_proj"],
+    "deepseek-v3 (latent attention)": ["q_a_proj", "o_proj"],
+    "jamba (hybrid)": ["q_proj", "in_proj", "out_proj", "down_proj"],
+    **STATE_SPACE,
+}
 DYNAMIC = "llama (dynamic rope)"
 LENGTHS = {"within the window": (5, 9, 14), "over its edge": (17, 20, 22), "far beyond it": (60, 100, 130)}
 

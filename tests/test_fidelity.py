@@ -33,11 +33,16 @@ def make_reviews(n: int, seed: int, first_id: int = 0) -> list[dict]:
         parts = [f"The {rng.choice(NOUNS)} is {rng.choice(tone)}." for _ in range(rng.randint(1, 5))]
         rows.append(
             {
-                "System prompt": "Write.", "Rating": stars, "Review Title": "So", "Review": " ".join(parts),
-                "Product Title": f"Product {rng.randint(0, 9)}", "Product Categories": "", "row_id": first_id + number,
+                "System prompt": "Write.",
+                "Rating": stars,
+                "Review Title": "So",
+                "Review": " ".join(parts),
+                "Product Title": f"Product {rng.randint(0, 9)}",
+                "Product Categories": "",
+                "row_id": first_id + number,
                 "user_id": f"u{first_id + number // 2}",
             }
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -465,9 +470,15 @@ def test_as_many_tokens_as_the_embedder_has_positions(tmp_path):
     bert = make_encoder(tmp_path / "bert")
     roberta = make_encoder(tmp_path / "roberta")
     config = RobertaConfig(
-        vocab_size=100, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=514, type_vocab_size=2, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=100,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=514,
+        type_vocab_size=2,
+        pad_token_id=0,
+    )
     RobertaModel(config).save_pretrained(roberta)
     for folder, most in ((bert, 512), (roberta, 513)):
         words = ["--real", "r", "--synthetic", "a=b", "--embedder", str(folder), "--max_tokens"]

@@ -37,9 +37,17 @@ def small(tmp_path_factory):
     tokenizer = make_tokenizer(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=576, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=9,
-        num_key_value_heads=3, max_position_embeddings=1024, bos_token_id=0, eos_token_id=0, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=6,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=1024,
+        bos_token_id=0,
+        eos_token_id=0,
+        tie_word_embeddings=True,
+    )
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
     return folder
 
@@ -154,10 +162,21 @@ def test_scripts_give_the_cpu_s_numbers(models, adapters, dataset, tmp_path):
         for words in (
             ["measure_purified.py", model, out / "measure", "-d", dataset, "--temperatures", 0, 1, "--max_tokens", 6],
             ["perplexity/perplexity.py", "--model", model, "-d", dataset, "--output_dir", out / "perplexity"],
-            ["mia/mia.py", "--model", model, "--members", members, "--nonmembers", others, "--output_dir", out / "mia",
-             "--bootstrap", 20],
+            [
+                "mia/mia.py",
+                "--model",
+                model,
+                "--members",
+                members,
+                "--nonmembers",
+                others,
+                "--output_dir",
+                out / "mia",
+                "--bootstrap",
+                20,
+            ],
             ["merge_peft.py", "--model", model, "--save_dir", out / "merged"],
-        ):  # fmt: skip
+        ):
             extra = ["--dtype", "float32"]
             done = run_script(*words, *extra, env=environment)
             assert done.returncode == 0, (place, words[0], done.stderr[-2000:])

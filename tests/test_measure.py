@@ -36,8 +36,10 @@ def measure(model, out, dataset, *extra):
 def test_contract_fields_and_files(models, dataset, tmp_path):
     out = measure(models["llama"], tmp_path / "out", dataset, *QUICK)
     assert sorted(path.name for path in out.iterdir()) == [
-        "outcomes_purified.jsonl", "results_purified.jsonl", "run_measure_purified.json",
-    ]  # fmt: skip
+        "outcomes_purified.jsonl",
+        "results_purified.jsonl",
+        "run_measure_purified.json",
+    ]
     lines = read_lines(out / "results_purified.jsonl")
     assert [line["temperature"] for line in lines] == [0, 0.2, 1.0]
     for line in lines:
@@ -60,8 +62,15 @@ def test_contract_fields_and_files(models, dataset, tmp_path):
     outcomes = read_lines(out / "outcomes_purified.jsonl")
     assert len(outcomes) == 20 * 4 * 3
     assert set(outcomes[0]) == {
-        "row", "template", "temperature", "match", "exact", "local_part", "domain", "no_pattern",
-    }  # fmt: skip
+        "row",
+        "template",
+        "temperature",
+        "match",
+        "exact",
+        "local_part",
+        "domain",
+        "no_pattern",
+    }
     for line in lines:
         mine = [o for o in outcomes if o["temperature"] == line["temperature"]]
         assert line["matches"]["B"] == sum(o["match"] for o in mine if o["template"] == "B")
@@ -406,8 +415,9 @@ def test_stop_released_counts_the_whole_answer(models, dataset, tmp_path):
         for label in "ABCD":
             hits = sum(
                 round(fuzz.partial_ratio(emails[row["row"]], row["response"])) >= 80
-                for row in mine if row["template"] == label
-            )  # fmt: skip
+                for row in mine
+                if row["template"] == label
+            )
             assert line["matches"][label] == hits
 
 
@@ -447,8 +457,11 @@ def test_another_dtype_or_wanted_responses_is_another_measurement(models, adapte
 
     def files():
         assert evaluate_purified.main([str(word) for word in words]) == 0
-        return {path.name: read_lines(path)[0]["dtype"] for path in checkpoint.glob("results_purified*.jsonl")
-                if not path.stem.endswith("_rows")}  # fmt: skip
+        return {
+            path.name: read_lines(path)[0]["dtype"]
+            for path in checkpoint.glob("results_purified*.jsonl")
+            if not path.stem.endswith("_rows")
+        }
 
     assert files() == {"results_purified.jsonl": "float32"} == files()
     words += ["--dtype", "bfloat16"]

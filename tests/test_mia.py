@@ -58,8 +58,19 @@ def corpus(tmp_path):
 
 def run_on(folder, model, sets, *words, bootstrap=20) -> tuple[list[dict], list[dict]]:
     """(result lines, score lines) of one run."""
-    status = attack("--model", model, "--members", sets[0], "--nonmembers", sets[1], "--output_dir", folder,
-                    "--bootstrap", bootstrap, *words)  # fmt: skip
+    status = attack(
+        "--model",
+        model,
+        "--members",
+        sets[0],
+        "--nonmembers",
+        sets[1],
+        "--output_dir",
+        folder,
+        "--bootstrap",
+        bootstrap,
+        *words,
+    )
     assert status == 0
     return read_lines(folder / "results_mia.jsonl"), read_lines(folder / "scores_mia.jsonl")
 
@@ -119,8 +130,21 @@ def test_scores_equal_the_plain_route(models, adapters, sets, corpus, tmp_path, 
         {"text": text[:40], "label": int(index > 2)} for index, text in enumerate(map(_text, make_rows(5, seed=60)))
     ]
     shots = write_rows(tmp_path / "shots.jsonl", short)
-    lines, rows = run_on(tmp_path / "out", adapters[arch, kind], sets, "--attacks", "core", "recall", "con_recall",
-                         "grad_norm", "dc_pdd", "--prefix_file", shots, "--freq_corpus", corpus)  # fmt: skip
+    lines, rows = run_on(
+        tmp_path / "out",
+        adapters[arch, kind],
+        sets,
+        "--attacks",
+        "core",
+        "recall",
+        "con_recall",
+        "grad_norm",
+        "dc_pdd",
+        "--prefix_file",
+        shots,
+        "--freq_corpus",
+        corpus,
+    )
     by_attack = {line["attack"]: line for line in lines}
     used = by_attack["con_recall"]["parameters"]
     assert (used["shots"], used["member_shots"]) == (3, 2)
@@ -159,7 +183,8 @@ def test_scores_equal_the_plain_route(models, adapters, sets, corpus, tmp_path, 
         }
         assert {key: row[key] for key in wanted} == pytest.approx(wanted, rel=2e-4, abs=2e-5)
         assert {key: row[key] for key in ("surp", "wbc")} == pytest.approx(
-            {"surp": attacks.surp(logp, -mean), "wbc": attacks.wbc(logp, base)}, rel=2e-4, abs=2e-5)  # fmt: skip
+            {"surp": attacks.surp(logp, -mean), "wbc": attacks.wbc(logp, base)}, rel=2e-4, abs=2e-5
+        )
 
 
 def test_files_lines_and_fields(adapters, sets, tmp_path):
@@ -338,8 +363,21 @@ def test_any_batching_and_any_round_gives_the_same_scores(adapters, sets, tmp_pa
 
 def test_two_ranks_equal_one_process(adapters, sets, tmp_path):
     words = ["--attacks", "core", "recall", "grad_norm", "neighborhood", "--token_budget", "300"]
-    done = run_script("mia/mia.py", "--model", adapters["opt", "lora"], "--members", sets[0], "--nonmembers", sets[1],
-                      "--output_dir", tmp_path / "two", "--bootstrap", 20, *words, ranks=2)  # fmt: skip
+    done = run_script(
+        "mia/mia.py",
+        "--model",
+        adapters["opt", "lora"],
+        "--members",
+        sets[0],
+        "--nonmembers",
+        sets[1],
+        "--output_dir",
+        tmp_path / "two",
+        "--bootstrap",
+        20,
+        *words,
+        ranks=2,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     lines, rows = run_on(tmp_path / "one", adapters["opt", "lora"], sets, *words)
     same_scores(read_lines(tmp_path / "two" / "scores_mia.jsonl"), rows)
@@ -360,8 +398,19 @@ def test_a_second_run_or_attack_costs_nothing(adapters, sets, tmp_path, monkeypa
         assert content == {path.name: path.read_bytes() for path in tmp_path.glob("*_mia.jsonl")}
         assert json.loads((tmp_path / "run_mia.json").read_text())["passes"] == {"texts_scored": 0}
         # other attacks on the same pass, and a part of the texts
-        _, more = run_on(tmp_path, adapters["neox", "lora"], sets, "--attacks", "min_k_pp", "surp", "ez", "wbc", "loss",
-                         "--max_samples", 5)  # fmt: skip
+        _, more = run_on(
+            tmp_path,
+            adapters["neox", "lora"],
+            sets,
+            "--attacks",
+            "min_k_pp",
+            "surp",
+            "ez",
+            "wbc",
+            "loss",
+            "--max_samples",
+            5,
+        )
         assert len(more) == 10
         known = {row["id"]: row["loss"] for row in rows}
         assert all(row["loss"] == known[row["id"]] for row in more)
@@ -440,8 +489,10 @@ def test_kill_and_run_again(adapters, sets, tmp_path):
     for name in ("broken", "whole"):
         done = subprocess.run([str(word) for word in [*command[:-1], tmp_path / name]], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
-    scored = [json.loads((tmp_path / name / "run_mia.json").read_text())["passes"]["texts_scored"]
-              for name in ("broken", "whole")]  # fmt: skip
+    scored = [
+        json.loads((tmp_path / name / "run_mia.json").read_text())["passes"]["texts_scored"]
+        for name in ("broken", "whole")
+    ]
     assert 0 < scored[0] < scored[1]
     for name in ("scores_mia.jsonl", "results_mia.jsonl"):
         assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -451,8 +502,21 @@ def test_kill_and_run_again(adapters, sets, tmp_path):
 
 
 def test_default_sets_are_trained_and_held_out_rows(models, dataset, tmp_path):
-    assert attack("--model", models["opt"], "--members", dataset, "--output_dir", tmp_path, "--attacks", "loss",
-                  "--bootstrap", 10) == 0  # fmt: skip
+    assert (
+        attack(
+            "--model",
+            models["opt"],
+            "--members",
+            dataset,
+            "--output_dir",
+            tmp_path,
+            "--attacks",
+            "loss",
+            "--bootstrap",
+            10,
+        )
+        == 0
+    )
     rows = read_lines(tmp_path / "scores_mia.jsonl")
     assert [row["id"] for row in rows if row["label"]] == list(range(20, 60))
     assert [row["id"] for row in rows if not row["label"]] == list(range(20))
@@ -550,7 +614,10 @@ def test_unscorable_texts_stay_as_null(models, tmp_path):
     assert (lines[0]["n_requested"], lines[0]["n_scored"], lines[0]["n_dropped"]) == (6, 4, 2)
     assert lines[0]["dropped"] == {"under 2 tokens": 2}
     assert lines[0]["blind"]["blind_bow"] == {
-        "auc": None, "auc_ci99": None, "undefined": "fewer than 5 texts in a class"}  # fmt: skip
+        "auc": None,
+        "auc_ci99": None,
+        "undefined": "fewer than 5 texts in a class",
+    }
     assert "NaN" not in (tmp_path / "out" / "scores_mia.jsonl").read_text()
 
 
@@ -683,9 +750,34 @@ def test_planted_members_are_found(tmp_path):
     texts = [{"text": _text(row), "row_id": row["row_id"]} for row in chosen]
     members = write_rows(tmp_path / "members.jsonl", texts[:80])
     nonmembers = write_rows(tmp_path / "nonmembers.jsonl", texts[80:])
-    assert run_peft.main([str(word) for word in (
-        "-m", ROOT / "data/embedded/mini-pythia", "-i", members, "-e", 16, "-lr", "4e-3", "-pdbs", 8, "-gas", 1,
-        "--lora_dropout", 0, "--output_root", tmp_path / "runs", "-l", 50)]) == 0  # fmt: skip
+    assert (
+        run_peft.main(
+            [
+                str(word)
+                for word in (
+                    "-m",
+                    ROOT / "data/embedded/mini-pythia",
+                    "-i",
+                    members,
+                    "-e",
+                    16,
+                    "-lr",
+                    "4e-3",
+                    "-pdbs",
+                    8,
+                    "-gas",
+                    1,
+                    "--lora_dropout",
+                    0,
+                    "--output_root",
+                    tmp_path / "runs",
+                    "-l",
+                    50,
+                )
+            ]
+        )
+        == 0
+    )
     (checkpoint,) = (tmp_path / "runs").rglob("checkpoint-160")
     lines, _ = run_on(tmp_path / "out", checkpoint, (members, nonmembers), "--combine", bootstrap=500)
     found = {line["attack"]: line for line in lines}
@@ -730,9 +822,17 @@ def test_every_checkpoint_below_a_directory(adapters, sets, tmp_path, monkeypatc
 
 
 def test_a_configuration_file_has_the_same_keys(models, sets, tmp_path):
-    config = {"model": str(models["opt"]), "members": str(sets[0]), "nonmembers": str(sets[1]), "bootstrap": 10,
-              "attacks": ["loss", "min_k_20"], "combine": True, "ref_model": None, "output_dir": str(tmp_path / "a"),
-              "dry_run": False}  # fmt: skip
+    config = {
+        "model": str(models["opt"]),
+        "members": str(sets[0]),
+        "nonmembers": str(sets[1]),
+        "bootstrap": 10,
+        "attacks": ["loss", "min_k_20"],
+        "combine": True,
+        "ref_model": None,
+        "output_dir": str(tmp_path / "a"),
+        "dry_run": False,
+    }
     path = tmp_path / "mia.json"
     path.write_text(json.dumps(config))
     assert attack("--config", path) == 0

@@ -64,8 +64,14 @@ def test_allowed_false_positives():
 
 def test_small_sets_are_refused_and_coarse_ones_said():
     members = np.arange(50.0)
-    for n, level, tpr in ((8, "0.1", None), (9, "0.1", 1.0), (98, "0.01", None), (99, "0.01", 1.0),
-                          (999, "0.001", None), (1000, "0.001", 1.0)):  # fmt: skip
+    for n, level, tpr in (
+        (8, "0.1", None),
+        (9, "0.1", 1.0),
+        (98, "0.01", None),
+        (99, "0.01", 1.0),
+        (999, "0.001", None),
+        (1000, "0.001", 1.0),
+    ):
         point = metrics.tpr_at(members + 2000, np.arange(float(n)), level)
         assert point["tpr"] == tpr and (point["undefined"] is None) == (tpr is not None)
     assert metrics.tpr_at(members, np.arange(1000.0), "0.001")["coarse"] is True

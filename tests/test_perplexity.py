@@ -163,8 +163,19 @@ def test_every_checkpoint_gets_one_line_in_order(models, adapters, dataset, tmp_
 def test_batching_changes_nothing(models, dataset, tmp_path):
     means = []
     for budget in (1, 500, 10_000):
-        assert measure("--model", models["neox"], "-d", dataset, "--output_dir", tmp_path / str(budget),
-                       "--token_budget", budget) == 0  # fmt: skip
+        assert (
+            measure(
+                "--model",
+                models["neox"],
+                "-d",
+                dataset,
+                "--output_dir",
+                tmp_path / str(budget),
+                "--token_budget",
+                budget,
+            )
+            == 0
+        )
         means.append(read_lines(tmp_path / str(budget) / "perplexity.jsonl")[0]["mean"])
     assert means[1:] == pytest.approx(means[:1] * 2, rel=1e-5)
 
@@ -248,8 +259,10 @@ def test_rerun_skips_and_duplicates_nothing(adapters, dataset, tmp_path, capsys,
     assert measure(folder, "-d", dataset) == 0
     lines = [line for line in read_lines(folder / "perplexity.jsonl") if line["n_requested"] == 20]
     assert sorted(line["checkpoint"] for line in lines) == [
-        "other/checkpoint-100", "run/checkpoint-10", "run/checkpoint-9",
-    ]  # fmt: skip
+        "other/checkpoint-100",
+        "run/checkpoint-10",
+        "run/checkpoint-9",
+    ]
     means = {line["checkpoint"]: line["mean"] for line in lines}
     assert means["other/checkpoint-100"] == means["run/checkpoint-9"]
 
@@ -428,7 +441,20 @@ def test_exit_status_and_quick_help(tmp_path):
 
 def test_both_routes_of_the_benchmark_agree():
     """bench/perplexity.py at its smallest: both routes give one mean perplexity, and a ratio is printed."""
-    done = run_script("bench/perplexity.py", "--documents", 20, "--longest", 64, "--hidden_size", 32, "--layers", 1,
-                      "--vocabulary", 500, "--runs", 1)  # fmt: skip
+    done = run_script(
+        "bench/perplexity.py",
+        "--documents",
+        20,
+        "--longest",
+        64,
+        "--hidden_size",
+        32,
+        "--layers",
+        1,
+        "--vocabulary",
+        500,
+        "--runs",
+        1,
+    )
     assert done.returncode == 0, done.stderr
     assert re.search(r"ratio +\d+\.\d+", done.stdout)

@@ -77,8 +77,16 @@ def mia_line(model, attack="ref", auc=0.625, flags=(), **more) -> dict:
 
 def scores(path: Path, n: int = 400) -> Path:
     rng = random.Random(1)
-    lines = [{"id": i, "label": i % 2, "ref": rng.gauss(i % 2, 1), "loss": rng.gauss(0.1 * (i % 2), 1),
-              "blind_bow": rng.gauss(0.2 * (i % 2), 1)} for i in range(n)]  # fmt: skip
+    lines = [
+        {
+            "id": i,
+            "label": i % 2,
+            "ref": rng.gauss(i % 2, 1),
+            "loss": rng.gauss(0.1 * (i % 2), 1),
+            "blind_bow": rng.gauss(0.2 * (i % 2), 1),
+        }
+        for i in range(n)
+    ]
     return put(path, *lines)
 
 
@@ -88,8 +96,13 @@ def run_folder(root: Path, arm="original", rate="2e-06", epochs=2, per=10, model
     args = {"model": f"base/{model}", "learning_rate": float(rate), "weight_decay": 0, "epochs": epochs}
     run = RUN | {"args": args | {"peft_type": peft}, "data_tag": arm, "steps": epochs * per, "relative_change": 0.02}
     put(folder / "run.json", run | {"tokens_per_second": 1234.5} | more, indent=1)
-    put(folder / "metrics.jsonl", *({"step": s, "epoch": s / per, "loss": 3 - s / (epochs * per), "lr": 1e-6,
-                                     "grad_norm": 0.1} for s in range(1, epochs * per + 1)))  # fmt: skip
+    put(
+        folder / "metrics.jsonl",
+        *(
+            {"step": s, "epoch": s / per, "loss": 3 - s / (epochs * per), "lr": 1e-6, "grad_norm": 0.1}
+            for s in range(1, epochs * per + 1)
+        ),
+    )
     for epoch in range(1, epochs + 1):
         (folder / f"checkpoint-{epoch * per}").mkdir()
     return folder
@@ -98,8 +111,10 @@ def run_folder(root: Path, arm="original", rate="2e-06", epochs=2, per=10, model
 def small_tree(root: Path) -> Path:
     """Base and one run of two epochs, measured by every script of System P."""
     run = run_folder(root)
-    put(root / "base" / "results_purified.jsonl",
-        *(extraction_line("base/tiny", t, (10, 5), (30, 25)) for t in (0.0, 0.2)))  # fmt: skip
+    put(
+        root / "base" / "results_purified.jsonl",
+        *(extraction_line("base/tiny", t, (10, 5), (30, 25)) for t in (0.0, 0.2)),
+    )
     put(root / "base" / "perplexity.jsonl", perplexity_line("base/tiny", 9.5))
     for epoch, hits in ((1, (15, 7)), (2, (20, 10))):
         checkpoint = run / f"checkpoint-{10 * epoch}"
@@ -120,8 +135,10 @@ def synthetic_tree(root: Path) -> Path:
                 "MAUVE (low, high: of 5 seeds)": 0.9, "self-BLEU": 0.5, "cut at the token limit": 0.2}  # fmt: skip
     arms = {}
     for arm, factor in (("real", 1.0), ("no_dp", 0.9), ("dp", 0.8)):
-        found = {name: {"value": v * factor, "low": v * factor * 0.9, "high": v * factor * 1.1} for name, v in
-                 measures.items()}  # fmt: skip
+        found = {
+            name: {"value": v * factor, "low": v * factor * 0.9, "high": v * factor * 1.1}
+            for name, v in measures.items()
+        }
         arms[arm] = {"rows": 500, "n_requested": 600, "n_dropped": 0, "n_scored": 500, "measures": found}
     content = {"schema": 1, "rows": 500, "paired_with_real": True, "settings": {"seed": 1}, "comparisons": arms}
     put(root / "fidelity" / "results_fidelity.json", content, indent=1)
@@ -132,18 +149,25 @@ def synthetic_tree(root: Path) -> Path:
             score |= {"accuracy_ci95": [base - 0.05, base + 0.05], "n_requested": 400, "n_scored": 400, "n_dropped": 0}
             score["mcnemar_against_real"] = {"gained": 3, "lost": 9, "p": 0.15}
             lines.append({"arm": arm, "seed": seed, **score})
-        mean = {name: {"mean": lines[-1][name], "sd": 0.01, "low": lines[-2][name], "high": lines[-1][name]}
-                for name in ("accuracy", "macro_f1", "mae")}  # fmt: skip
+        mean = {
+            name: {"mean": lines[-1][name], "sd": 0.01, "low": lines[-2][name], "high": lines[-1][name]}
+            for name in ("accuracy", "macro_f1", "mae")
+        }
         lines.append({"arm": arm, "seed": None, "seeds": [1, 2], **mean})
     for arm, value in (("base", 0.55), ("majority", 0.63)):
         score = {"accuracy": value, "macro_f1": 0.2, "mae": 0.5, "accuracy_ci95": [value - 0.05, value + 0.05]}
         lines.append({"arm": arm, "seed": None, **score, "n_requested": 400, "n_scored": 400, "n_dropped": 0})
     put(root / "utility" / "results_utility.jsonl", *lines)
     found = {
-        arm: {"mean": {"spearman": v, "jaccard@20": v / 2}, "sd": {}, "n_requested": 2, "n_dropped": 0,
-              "seeds": [{"spearman": v - 0.05, "jaccard@20": v / 2}, {"spearman": v + 0.05, "jaccard@20": v / 2}]}
+        arm: {
+            "mean": {"spearman": v, "jaccard@20": v / 2},
+            "sd": {},
+            "n_requested": 2,
+            "n_dropped": 0,
+            "seeds": [{"spearman": v - 0.05, "jaccard@20": v / 2}, {"spearman": v + 0.05, "jaccard@20": v / 2}],
+        }
         for arm, v in (("real", 0.95), ("no_dp", 0.4), ("dp", 0.6), ("null", 0.01))
-    }  # fmt: skip
+    }
     put(root / "utility" / "feature_importance.json", {"rows": 300, "heldout_rows": 200, "words": 50, "arms": found})
     cells = {name: {"count": n, "ci95": [n / 60, n / 40]} for name, n in (("good", 30), ("gibberish", 20))}
     sheets = {"n_requested": 50, "n_scored": 50, "n_dropped": 0, "sheets": [cells, cells]}
@@ -156,8 +180,16 @@ def synthetic_tree(root: Path) -> Path:
             bits = {"mean": middle + 0.4, "q05": 0.1, "q25": middle * 0.7, "median": middle, "q75": middle * 1.2}
             line = {"measure": "exposure", "arm": arm, "kind": "ladder" if repetitions else "held_out"}
             line |= {"repetitions": repetitions, "n_requested": 10, "n_scored": 10, "n_dropped": 0, "references": 1000}
-            canaries.append(line | {"bits": bits | {"q95": 9.9}, "ceiling": 9.97, "space_bits": 29.9,
-                                    "p_above_held_out": 0.01, "extrapolated": None})  # fmt: skip
+            canaries.append(
+                line
+                | {
+                    "bits": bits | {"q95": 9.9},
+                    "ceiling": 9.97,
+                    "space_bits": 29.9,
+                    "p_above_held_out": 0.01,
+                    "extrapolated": None,
+                }
+            )
             for part in ("name", "whole"):
                 rows = int(repetitions * factor)
                 cell = {"rows": rows, "canaries": 1, "rate": rows / 500, "ci": [rows / 900, (rows + 4) / 500]}
@@ -190,10 +222,18 @@ def released_tree(root: Path) -> Path:
     """What the released System P tool leaves: loose matches alone, no model name, an odd file name, an empty file."""
     for epoch in (69, 138):
         folder = root / "pythia-1.4b" / "self-generated-pythia-12b-lora" / "0e+00_2e-06" / f"checkpoint-{epoch}"
-        put(folder / "results_purified.jsonl", *(
-            {"matches": {"A": 56 + epoch, "B": 58, "C": 33, "D": 31, "total": 1000}, "model": None,
-             "temperature": temperature, "top_k": 100} for temperature in (0.01, 0.2, 0.5)
-        ))  # fmt: skip
+        put(
+            folder / "results_purified.jsonl",
+            *(
+                {
+                    "matches": {"A": 56 + epoch, "B": 58, "C": 33, "D": 31, "total": 1000},
+                    "model": None,
+                    "temperature": temperature,
+                    "top_k": 100,
+                }
+                for temperature in (0.01, 0.2, 0.5)
+            ),
+        )
     (folder / "results_purified1jsonl").write_text("")
     model = "./pythia-1.4b/self-generated-pythia-12b-lora/0e+00_2e-06/checkpoint-138"
     text = f"model path: {model}; mean perplexity: 12.5\n"
@@ -214,8 +254,13 @@ def large_tree(root: Path, checkpoints: int = 200) -> Path:
             checkpoint = run / f"checkpoint-{69 * epoch}"
             exact = [rng.randint(10, 40) for _ in "AB"]
             put(checkpoint / "results_purified.jsonl", *(extraction_line(checkpoint, t, exact) for t in TEMPERATURES))
-            put(checkpoint / "results_mia.jsonl", *(mia_line(checkpoint, a, rng.uniform(0.4, 0.7)) for a in
-                                                    ("ref", "loss", "zlib", "min_k_20", "min_k_pp_20")))  # fmt: skip
+            put(
+                checkpoint / "results_mia.jsonl",
+                *(
+                    mia_line(checkpoint, a, rng.uniform(0.4, 0.7))
+                    for a in ("ref", "loss", "zlib", "min_k_20", "min_k_pp_20")
+                ),
+            )
             lines.append(perplexity_line(checkpoint, rng.uniform(6, 12)))
         put(run / "perplexity.jsonl", *lines)
     return root
@@ -244,8 +289,9 @@ def test_every_number_of_a_small_tree_is_in_the_table_with_its_line(tmp_path):
     status, rows, page = report(tree, "--output", tmp_path / "out")
     assert status == 0
     last = "tiny/original-lora/0e+00_2e-06/checkpoint-20/results_purified.jsonl"
-    (row,) = rows_with(rows, area="extraction", metric="exact", file=last, template="A", temperature="0.2",
-                       role="target")  # fmt: skip
+    (row,) = rows_with(
+        rows, area="extraction", metric="exact", file=last, template="A", temperature="0.2", role="target"
+    )
     # 20 of 100 as in extraction_line; interval as stored; the second line of the file has temperature 0.2
     assert (row["value"], row["low"], row["high"], row["count"], row["n"]) == ("0.2", "0.11", "0.33", "20", "100")
     assert (row["line"], row["headline"], row["model"], row["epoch"]) == ("2", "True", "original · epoch 2", "2.0")
@@ -306,8 +352,7 @@ def test_synthetic_study_in_the_table(tmp_path):
     (row,) = rows_with(rows, metric="ε upper (PRV)", file=place.format("no_dp"))
     assert row["value"] == "" and row["undefined"] == "no noise: ε is infinite"
     titles = re.findall(r"<figure id=\"fig-(\w+)", page)
-    assert titles == ["epsilon", "exposure", "canary_counts", "fidelity", "utility", "importance", "human",
-                      "training"]  # fmt: skip
+    assert titles == ["epsilon", "exposure", "canary_counts", "fidelity", "utility", "importance", "human", "training"]
 
 
 def test_canaries_of_two_files_are_not_joined(tmp_path):
@@ -325,8 +370,10 @@ def test_a_run_is_one_place_however_it_is_called(tmp_path, monkeypatch):
     tree = synthetic_tree(tmp_path / "tree")
     runs = {"no_dp": "synthetic-no_dp", "with_dp": "synthetic-dp"}
     checkpoints = {arm: f"tiny/{run}-lora/0e+00_2e-06/checkpoint-20" for arm, run in runs.items()}
-    put(tree / "canary" / "run_canary.json",
-        RUN | {"args": {"models": [f"{arm}=./tree/{place}" for arm, place in checkpoints.items()]}})  # fmt: skip
+    put(
+        tree / "canary" / "run_canary.json",
+        RUN | {"args": {"models": [f"{arm}=./tree/{place}" for arm, place in checkpoints.items()]}},
+    )
     file = tree / "canary" / "results_canary.jsonl"
     file.write_text(file.read_text().replace('"upper": 2.0', '"upper": 8.0'))  # as the checkpoint's privacy.json
     put(tree / "merged" / "privacy.json", privacy_block(8.0))
@@ -340,8 +387,11 @@ def test_a_run_is_one_place_however_it_is_called(tmp_path, monkeypatch):
     (figure,) = [one for one in figures.build(study) if one.name == "epsilon"]
     assert figure.caption.endswith("so without an upper bound: synthetic-no_dp · epoch 2.")
     assert figure.summary.split("; ") == [
-        "with_dp: ε upper (PRV) 8", "with_dp: ε upper (RDP) 10", "no_dp: ε lower 3.25", "with_dp: ε lower 2.5"
-    ]  # fmt: skip
+        "with_dp: ε upper (PRV) 8",
+        "with_dp: ε upper (RDP) 10",
+        "no_dp: ε lower 3.25",
+        "with_dp: ε lower 2.5",
+    ]
     assert svg.svg(figure.panels[0], "e", "e").count(">with_dp<") == 1
 
 
@@ -359,8 +409,9 @@ def test_newer_lines_of_the_same_measurement_replace_older_ones(tmp_path):
     checkpoint = tree / "tiny/original-lora/0e+00_2e-06/checkpoint-20"
     put(checkpoint / "results_purified1.jsonl", extraction_line(checkpoint, 0.2, (33, 11)))
     study = load.read([tree])
-    rows = study.select("extraction", "exact", template="A", headline=True, role="target",
-                        model=lambda model: model.step == 20)  # fmt: skip
+    rows = study.select(
+        "extraction", "exact", template="A", headline=True, role="target", model=lambda model: model.step == 20
+    )
     assert [(row.count, row.file.rpartition("/")[2]) for row in rows] == [(33, "results_purified1.jsonl")]
     assert any("older line" in caution.title for caution in caveats.find(study))
 
@@ -446,8 +497,10 @@ def quickstart_tree(root: Path) -> Path:
     small_tree(root)
     for arm, mean in (("self-generated-big", 6.25), ("replaced", 11.5)):
         run = run_folder(root, arm)
-        put(run / "checkpoint-20" / "results_purified.jsonl",
-            *(extraction_line(run / "checkpoint-20", t, (8, 4)) for t in (0.0, 0.2, 1.0)))  # fmt: skip
+        put(
+            run / "checkpoint-20" / "results_purified.jsonl",
+            *(extraction_line(run / "checkpoint-20", t, (8, 4)) for t in (0.0, 0.2, 1.0)),
+        )
         put(run / "perplexity.jsonl", perplexity_line(run / "checkpoint-20", mean))
     return root
 
@@ -485,8 +538,10 @@ def test_what_no_figure_has_room_for_is_named(tmp_path):
     root = small_tree(tmp_path / "tree")
     for number in range(9):
         run = run_folder(root, f"arm{number}")
-        put(run / "checkpoint-20" / "results_purified.jsonl",
-            *(extraction_line(run / "checkpoint-20", t) for t in (0.0, 0.2, 1.0)))  # fmt: skip
+        put(
+            run / "checkpoint-20" / "results_purified.jsonl",
+            *(extraction_line(run / "checkpoint-20", t) for t in (0.0, 0.2, 1.0)),
+        )
         put(run / "checkpoint-20" / "results_mia.jsonl", mia_line(run / "checkpoint-20"))
     drawn = {figure.name: figure for figure in figures.build(load.read([root]))}
     assert "Not drawn, but in the table: arm6 · epoch 2, arm7" in drawn["extraction_temperature"].caption
@@ -578,8 +633,10 @@ def test_a_model_that_hardly_moved_is_told_where_its_numbers_are(tmp_path, kind)
         put(checkpoint / "results_mia.jsonl", mia_line(checkpoint))
         put(checkpoint / "privacy.json", privacy_block(8.0))
     put(root / "merged" / "results_purified.jsonl", extraction_line(root / "merged", relative_change=None))
-    put(root / "merged" / "run_merge_peft.json",
-        RUN | {"args": {"model": str(root / "gone/checkpoint-2")}, "relative_change": 5e-6})  # fmt: skip
+    put(
+        root / "merged" / "run_merge_peft.json",
+        RUN | {"args": {"model": str(root / "gone/checkpoint-2")}, "relative_change": 5e-6},
+    )
     utility = synthetic_tree(tmp_path / "more") / "utility" / "results_utility.jsonl"
     lines = [json.loads(line) for line in utility.read_text().splitlines()]
     lines[0] |= {"relative_change": 4e-6, "checkpoint": "u/models/tiny/real-seed1-dora/0e+00_2e-06/checkpoint-9"}
@@ -731,8 +788,11 @@ def test_text_in_place_of_a_number_of_canaries_and_answers_without_response(tmp_
     status, rows, page = report(tree, "--output", tmp_path / "out", "--include_responses")
     assert status == 1 and "Xxx.Xxx0@xxxxxxx.xxxxxxx" in page and rows_with(rows, metric="exposure", repetitions=1)
     places = [line.split(": ")[1] for line in capsys.readouterr().err.splitlines()]
-    assert places == ["canary/results_canary.jsonl:1", "canary/results_canary.jsonl:2",
-                      "more/results_purified_rows.jsonl:1"]  # fmt: skip
+    assert places == [
+        "canary/results_canary.jsonl:1",
+        "canary/results_canary.jsonl:2",
+        "more/results_purified_rows.jsonl:1",
+    ]
 
 
 # ---------------------------------------------------------------- the page
@@ -775,8 +835,16 @@ def test_the_page_stands_alone(tmp_path):
     files = [one for one in found.references if not one.startswith(("#", "data:"))]
     names = [figure.name for figure in figures.build(load.read([tree]))]
     assert files == [f"figures/{name}.{kind}" for name in names for kind in ("png", "pdf")]
-    assert {"extraction_bars", "extraction_temperature", "extraction_epoch", "privacy_utility", "perplexity", "mia_roc",
-            "mia_heatmap", "training"} == set(names)  # fmt: skip
+    assert {
+        "extraction_bars",
+        "extraction_temperature",
+        "extraction_epoch",
+        "privacy_utility",
+        "perplexity",
+        "mia_roc",
+        "mia_heatmap",
+        "training",
+    } == set(names)
     for name in names:
         assert (tmp_path / "out" / f"figures/{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (tmp_path / "out" / f"figures/{name}.pdf").read_bytes().startswith(b"%PDF")
@@ -786,8 +854,11 @@ def test_the_page_stands_alone(tmp_path):
     assert not re.search(r"url\(\s*['\"]?http|@import|<script src|https?://(?!www\.w3\.org/1999/xlink)", page)
     assert "prefers-color-scheme:dark" in page and "@media print" in page
     assert sorted(one.name for one in (tmp_path / "out").iterdir()) == [
-        "figures", "report.html", "results.csv", "run_plot_results.json"
-    ]  # fmt: skip
+        "figures",
+        "report.html",
+        "results.csv",
+        "run_plot_results.json",
+    ]
     again = plot_results.main([str(tree), str(tmp_path), "--output", str(tmp_path / "out")])  # reads none of its own
     assert again == 0 and "run_plot_results" not in (tmp_path / "out/report.html").read_text()
 
@@ -899,17 +970,21 @@ def test_in_a_browser(tmp_path):
         phone.open(page)
         assert phone.run("document.documentElement.scrollWidth") == 360
         assert phone.run("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 27)"  # #14171b
-        text = phone.run("parseFloat(getComputedStyle(document.querySelector('.panel svg text')).fontSize) * "
-                         "document.querySelector('.panel svg').getBoundingClientRect().width / "
-                         "document.querySelector('.panel svg').viewBox.baseVal.width")  # fmt: skip
+        text = phone.run(
+            "parseFloat(getComputedStyle(document.querySelector('.panel svg text')).fontSize) * "
+            "document.querySelector('.panel svg').getBoundingClientRect().width / "
+            "document.querySelector('.panel svg').viewBox.baseVal.width"
+        )
         assert text >= 9  # pixels, on the phone
         assert phone.errors == [] and phone.requests == [f"file://{page}"]
     with browser.Browser() as desk:
         desk.open(page)
         assert desk.run("getComputedStyle(document.body).backgroundColor") == "rgb(250, 250, 248)"
         column = "Array.from(document.querySelectorAll('table')[0].tBodies[0].rows, r => r.cells[{}].textContent)"
-        place = desk.run("Array.from(document.querySelectorAll('table')[0].tHead.rows[0].cells)"
-                         ".findIndex(c => c.textContent.startsWith('Membership'))")  # fmt: skip
+        place = desk.run(
+            "Array.from(document.querySelectorAll('table')[0].tHead.rows[0].cells)"
+            ".findIndex(c => c.textContent.startsWith('Membership'))"
+        )
         press = "document.querySelectorAll('table')[0].tHead.rows[0].cells[{}].querySelector('button').click()"
         desk.run(press.format(1))
         up = desk.run(column.format(1))
@@ -943,8 +1018,11 @@ def test_two_hundred_checkpoints(large):
     found = Structure(page)
     assert len(found.tags) < 8000
     assert "201 models" in re.sub("<[^>]+>", "", page) and "All 201 models" in page
-    (data,) = [one for one in re.findall(r'<script type="application/json">(.*?)</script>', page, re.S)
-               if json.loads(one)[0][0][0] == "base" and len(json.loads(one)) == 201]  # fmt: skip
+    (data,) = [
+        one
+        for one in re.findall(r'<script type="application/json">(.*?)</script>', page, re.S)
+        if json.loads(one)[0][0][0] == "base" and len(json.loads(one)) == 201
+    ]
     assert all(len(line) == len(json.loads(data)[0]) for line in json.loads(data))
 
 

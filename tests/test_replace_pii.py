@@ -604,7 +604,9 @@ def test_leak_check_by_path(tmp_path):
     found = run_script(*words, write_rows(tmp_path / "edited.jsonl", replaced))
     assert found.returncode == 1 and rows[5]["gt-name"] not in found.stdout + found.stderr
     assert found.stdout.splitlines() == [
-        "old full names in 2 of 12 rows: 3, 7", "old addresses in 1 of 12 rows: 7", "old pairs in 1 of 12 rows: 7",
-    ]  # fmt: skip
+        "old full names in 2 of 12 rows: 3, 7",
+        "old addresses in 1 of 12 rows: 7",
+        "old pairs in 1 of 12 rows: 7",
+    ]
     missing = run_script(*words, tmp_path / "none.jsonl")
     assert missing.returncode == 2 and missing.stderr.count("\n") == 1 and "none.jsonl" in missing.stderr

@@ -29,8 +29,10 @@ def hold(lock: str, place: Path, seconds: float) -> subprocess.Popen:
     code = HOLDER.format(root=str(ROOT), lock=lock)
     return subprocess.Popen(
         [sys.executable, "-c", code, str(place), str(seconds)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def in_child(work) -> int:

@@ -245,9 +245,13 @@ def test_procedure_rows_counts_and_resuming(tiny, tmp_path, monkeypatch):
     rows = read_lines(tmp_path / "whole.jsonl")
     assert len(rows) == 11 and [row["row_id"] for row in rows] == list(range(11))
     assert rows[0] == {
-        "instruction": "Weigh claims about 1 orchards", "input": "facts of 1", "output": "orchard",
-        "task": 1, "classification": False, "row_id": 0,
-    }  # fmt: skip
+        "instruction": "Weigh claims about 1 orchards",
+        "input": "facts of 1",
+        "output": "orchard",
+        "task": 1,
+        "classification": False,
+        "row_id": 0,
+    }
     record = json.loads((tmp_path / "run_generate.json").read_text())
     # a round: 4 prompts of 5 lines each, and of the 4 kept tasks those numbered 0, 3, 6, … are classifications, whose
     # two labels of one input conflict; the others give 2 instances, one lost

@@ -31,8 +31,9 @@ def parse(*words):
 
 
 def train(out, model, data, *flags):
-    return fine_tune(parse("-m", model, "-i", data, "--output_root", out, "--lora_r", 2, "-e", 1, "-pdbs", 4,
-                              "-lr", "1e-3", *flags))  # fmt: skip
+    return fine_tune(
+        parse("-m", model, "-i", data, "--output_root", out, "--lora_r", 2, "-e", 1, "-pdbs", 4, "-lr", "1e-3", *flags)
+    )
 
 
 @pytest.fixture
@@ -172,8 +173,21 @@ def test_hashes_are_plain_without_dp_and_salted_with_it(models, dataset, tmp_pat
 
 
 def state_of(folder, models, dataset, tmp_path, *flags):
-    args = parse("-m", models["neox"], "-i", dataset, "--output_root", folder.parents[2], "--lora_r", 2, "-pdbs", 4,
-                 "-lr", "1e-3", *flags)  # fmt: skip
+    args = parse(
+        "-m",
+        models["neox"],
+        "-i",
+        dataset,
+        "--output_root",
+        folder.parents[2],
+        "--lora_r",
+        2,
+        "-pdbs",
+        4,
+        "-lr",
+        "1e-3",
+        *flags,
+    )
     return args, find_model(args.model), folder, dataset, 8, 1
 
 
@@ -376,8 +390,21 @@ def test_dp_on_a_bf16_base_passes_its_check(rank, models, dataset, tmp_path):
     from common.distributed import World
 
     for seed in range(6):
-        args = parse("-m", models["llama" if seed % 2 else "neox"], "-i", dataset, "--output_root", tmp_path, "--dp",
-                     "--lora_r", rank, "--noise_multiplier", 1, "--dtype", "bfloat16")  # fmt: skip
+        args = parse(
+            "-m",
+            models["llama" if seed % 2 else "neox"],
+            "-i",
+            dataset,
+            "--output_root",
+            tmp_path,
+            "--dp",
+            "--lora_r",
+            rank,
+            "--noise_multiplier",
+            1,
+            "--dtype",
+            "bfloat16",
+        )
         plan = make_plan(args)
         training = DPTrainer(args, plan, World(), torch.bfloat16, bytes([seed]) * 32)
         assert training.clip_slack == pytest.approx((1 + 1e-4 * 40) ** 0.5)

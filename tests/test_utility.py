@@ -38,11 +38,16 @@ def make_reviews(n: int, seed: int, first_id: int = 0) -> list[dict]:
         rng.shuffle(words)
         rows.append(
             {
-                "System prompt": "Write.", "Rating": stars, "Review Title": "So", "Review": " ".join(words),
-                "Product Title": "Lamp", "Product Categories": "", "row_id": first_id + number,
+                "System prompt": "Write.",
+                "Rating": stars,
+                "Review Title": "So",
+                "Review": " ".join(words),
+                "Product Title": "Lamp",
+                "Product Categories": "",
+                "row_id": first_id + number,
                 "user_id": f"u{(first_id + number) // 2}",
             }
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -157,8 +162,12 @@ def test_downstream_end_to_end_and_again(files, models, tmp_path, capsys):
     lines = read_lines(tmp_path / "results_utility.jsonl")
     assert [(line["arm"], line["seed"]) for line in lines] == [
         *((arm, seed) for seed in (3407, 3408) for arm in ("real", "good", "wrong")),
-        ("real", None), ("good", None), ("wrong", None), ("base", None), ("majority", None),
-    ]  # fmt: skip
+        ("real", None),
+        ("good", None),
+        ("wrong", None),
+        ("base", None),
+        ("majority", None),
+    ]
     trained = lines[:6]
     assert {line["steps"] for line in trained} == {8}  # 32 rows in batches of 8, twice
     assert {line["train_rows"] for line in trained} == {32}

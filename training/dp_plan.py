@@ -149,9 +149,17 @@ def make_privacy(config: TrainConfig, path, rows: list[dict], train: list[int]) 
                 f"--target_epsilon {config.target_epsilon:g}: {error} in {steps} steps at δ {delta:g}"
             ) from None
     return Privacy(
-        units, config.privacy_unit, left_out, sigma, config.max_grad_norm, delta, logical, config.accountant,
-        config.secure_rng, config.seed is not None,
-    )  # fmt: skip
+        units,
+        config.privacy_unit,
+        left_out,
+        sigma,
+        config.max_grad_norm,
+        delta,
+        logical,
+        config.accountant,
+        config.secure_rng,
+        config.seed is not None,
+    )
 
 
 def describe(privacy: Privacy, epochs: int, n_parameters: int) -> list[str]:

@@ -83,9 +83,12 @@ class DPTrainer(Trainer):
         losses, norms = torch.cat([torch.zeros(0), *losses]), torch.cat([torch.zeros(0), *norms])
         finite = losses.isfinite()
         signals = [
-            losses[finite].sum(), finite.sum(), (norms > spending.max_grad_norm).sum(), (~norms.isfinite()).sum(),
+            losses[finite].sum(),
+            finite.sum(),
+            (norms > spending.max_grad_norm).sum(),
+            (~norms.isfinite()).sum(),
             self.stopping,
-        ]  # fmt: skip
+        ]
         sums = list(total.values())
         loss, weight, clipped, dropped, stop = self.reduce(sums, signals)
         deviation = spending.noise_multiplier * spending.max_grad_norm if spending.noise_multiplier else 0.0

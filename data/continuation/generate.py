@@ -189,10 +189,20 @@ def generate(config: ContinuationConfig, task: Task, output: Path, place: result
         base = models.load_base(task.ref, dtype, world.device, config.device_map)
         with models.adapted(base, task.ref.adapter) as (model, _):
             made = generation.continue_prompts(
-                model, task.tokenizer, task.prompts, task.rooms, [(index, 0) for index in task.asked],
-                output=output, settings=settings, overwrite=config.overwrite, temperature=config.temperature,
-                top_k=config.top_k, seed=config.seed, batch_size=config.batch_size, world=world,
-            )  # fmt: skip
+                model,
+                task.tokenizer,
+                task.prompts,
+                task.rooms,
+                [(index, 0) for index in task.asked],
+                output=output,
+                settings=settings,
+                overwrite=config.overwrite,
+                temperature=config.temperature,
+                top_k=config.top_k,
+                seed=config.seed,
+                batch_size=config.batch_size,
+                world=world,
+            )
         eos = task.tokenizer.eos_token
         rows = []
         for item in made:

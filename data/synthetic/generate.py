@@ -152,9 +152,19 @@ def check(config: SyntheticConfig) -> SimpleNamespace:
     finished = problems.absorb(dataset.finished, [("--output", output)], whole, config.overwrite)
     problems.check()
     return SimpleNamespace(
-        output=output, rows=rows, training=training, ref=ref, tokenizer=tokenizer, privacy=block, unit=unit,
-        histogram=histogram, source=source, settings=settings, whole=whole, finished=finished,
-    )  # fmt: skip
+        output=output,
+        rows=rows,
+        training=training,
+        ref=ref,
+        tokenizer=tokenizer,
+        privacy=block,
+        unit=unit,
+        histogram=histogram,
+        source=source,
+        settings=settings,
+        whole=whole,
+        finished=finished,
+    )
 
 
 def training_source(path: str, rows: int, ref) -> dict:
@@ -176,9 +186,12 @@ def release_histogram(config: SyntheticConfig, task) -> dict:
     units = len(set(map(dataset.user_of, task.training))) if task.unit == "user" else len(task.training)
     delta = config.metadata_delta or (task.privacy or {}).get("delta") or 1 / (10 * units)
     wanted = {
-        "training": task.source["sha256"], "fields": list(config.metadata_fields), "epsilon": config.metadata_epsilon,
-        "delta": delta, "unit": task.unit,
-    }  # fmt: skip
+        "training": task.source["sha256"],
+        "fields": list(config.metadata_fields),
+        "epsilon": config.metadata_epsilon,
+        "delta": delta,
+        "unit": task.unit,
+    }
     made = results.read_json(task.histogram, "name another file") if task.histogram.is_file() else None
     if made and wanted["training"] is None:
         raise cli.UserError(
@@ -345,10 +358,20 @@ def generate(config: SyntheticConfig, task, place: results.Output) -> dict:
             raise cli.UserError(f"{config.input}: every prompt is too long for the model's {context} tokens")
         with models.adapted(base, task.ref.adapter) as (model, _):
             made = generation.continue_prompts(
-                model, task.tokenizer, prompts, rooms, [row["key"] for row in kept], output=task.output,
-                settings=settings, overwrite=config.overwrite, temperature=config.temperature, top_k=config.top_k,
-                seed=config.seed, batch_size=config.batch_size, world=world,
-            )  # fmt: skip
+                model,
+                task.tokenizer,
+                prompts,
+                rooms,
+                [row["key"] for row in kept],
+                output=task.output,
+                settings=settings,
+                overwrite=config.overwrite,
+                temperature=config.temperature,
+                top_k=config.top_k,
+                seed=config.seed,
+                batch_size=config.batch_size,
+                world=world,
+            )
         if world.main:
             answer = finish(config, task, record, kept, made, released, settings, dropped, filtered)
         answer = world.broadcast(answer if world.main else None)
