@@ -4,10 +4,10 @@ A panel is drawn once with the light colours. In the SVG these become CSS variab
 reaches the figure; its text stays text, in the page's font.
 """
 
-import html
 import io
 import math
 import re
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -25,6 +25,10 @@ COLOURS = {
     "amber": ("#b27d00", "#f0bd4c"),
     "sky": ("#2b95cf", "#8fd3ff"),
 }
+VARIABLES = {light: f"var(--{name})" for name, (light, _) in COLOURS.items()}
+SVG = "http://www.w3.org/2000/svg"
+ElementTree.register_namespace("", SVG)
+ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
 SERIES = ("blue", "vermillion", "green", "purple", "amber", "sky")
 MARKERS = ("o", "s", "D", "^", "v", "P")
 INK, MUTED, GRID, AXIS, BASE = (COLOURS[name][0] for name in ("ink", "muted", "grid", "axis", "base"))
@@ -83,10 +87,6 @@ class Figure:
     section: str = ""
 
 
-def css_variables(dark: bool) -> str:
-    return "".join(f"--{name}:{pair[dark]};" for name, pair in COLOURS.items())
-
-
 def fill(axes, panel: Panel) -> None:
     """Draw the panel; on logarithmic axes plain numbers, as matplotlib's own are mathematics (SETTINGS)."""
     from matplotlib.ticker import LogFormatterSciNotation
@@ -107,7 +107,7 @@ def fill(axes, panel: Panel) -> None:
 
 
 def svg(panel: Panel, name: str, label: str) -> str:
-    """The panel as an <svg> element for a page that defines the variables of `css_variables`."""
+    """The panel as an <svg> element for a page that defines --font and a variable for each of COLOURS."""
     import matplotlib
     from matplotlib.figure import Figure as Canvas
 
@@ -116,34 +116,49 @@ def svg(panel: Panel, name: str, label: str) -> str:
         fill(canvas.subplots(), panel)
         buffer = io.StringIO()
         canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
-    text = re.sub(r'(<g) id="[^"]*"', r"\1", text)
-    text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.S)
-    text = re.sub(r"font:[^;\"]*?([\d.]+)px [^;\"]*", _font, text)
-    text = re.sub(r"font-family:[^;\"]*", "font-family: inherit", text)
-    for colour, (light, _) in COLOURS.items():
-        text = re.sub(light, f"var(--{colour})", text, flags=re.I)
-    # clip paths and markers are numbered alike in every figure
-    ids = {found: f"{name}-{number}" for number, found in enumerate(dict.fromkeys(re.findall(r' id="([^"]+)"', text)))}
-    text = re.sub(r' id="([^"]+)"', lambda found: f' id="{ids[found[1]]}"', text)
-    text = re.sub(r"(#)([\w-]+)(?=[\")])", lambda found: "#" + ids.get(found[2], found[2]), text)
-    text = re.sub(r"<[^>]+>", lambda tag: re.sub(r"\d+\.\d{3,}", _rounded, tag[0]), text)  # not the numbers shown
-    text = re.sub(r"\s*\n\s*", " ", text)
+    root = ElementTree.fromstring(buffer.getvalue())
+    for metadata in root.findall(f"{{{SVG}}}metadata"):
+        root.remove(metadata)
+    for group in root.iter(f"{{{SVG}}}g"):
+        group.attrib.pop("id", None)
+    ids = {element.attrib["id"]: f"{name}-{number}" for number, element in enumerate(root.findall(".//*[@id]"))}
+    for element in root.iter():
+        if not (element.text or "").strip():
+            element.text = None
+        element.tail = None
+        for key, value in element.attrib.items():
+            element.set(key, _attribute(key, value, ids))
     width, height = (round(96 * inches) for inches in panel.size)
-    box = f'viewBox="0 0 {72 * panel.size[0]:g} {72 * panel.size[1]:g}"'
-    start = f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" {box} width="{width}" height="{height}" role="img"'
-    return start + f' aria-label="{html.escape(label, quote=True)}">' + text[text.index(">") + 1 :]
+    root.attrib = {
+        "viewBox": f"0 0 {72 * panel.size[0]:g} {72 * panel.size[1]:g}",
+        "width": str(width),
+        "height": str(height),
+        "role": "img",
+        "aria-label": label,
+    }
+    return ElementTree.tostring(root, encoding="unicode")
 
 
-def _rounded(found: re.Match) -> str:
-    return f"{float(found[0]):.2f}".rstrip("0").rstrip(".")
+def _attribute(key: str, value: str, ids: dict[str, str]) -> str:
+    """The value for the page: its own id, two decimals, and in a style the page's font and colours."""
+    if key == "id":
+        return ids[value]
+    value = re.sub(r"#([\w-]+)", lambda target: "#" + ids.get(target[1], target[1]), value)
+    value = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), value)
+    if key != "style":
+        return value
+    return "; ".join(_themed(*part.split(":", 1)) for part in value.split(";") if part.strip())
 
 
-def _font(found: re.Match) -> str:
-    weight = "bold " if "bold" in found[0] or "700" in found[0] else ""
-    return f"font: {weight}{found[1]}px var(--font)"
+def _themed(key: str, value: str) -> str:
+    key, value = key.strip(), value.strip()
+    if key == "font":
+        size = re.search(r"[\d.]+px", value)
+        weight = "bold " if "bold" in value or "700" in value else ""
+        value = f"{weight}{size[0] if size else '10px'} var(--font)"
+    elif key == "font-family":
+        value = "inherit"
+    return f"{key}: {VARIABLES.get(value.lower(), value)}"
 
 
 def whole(figure: Figure):
@@ -195,8 +210,7 @@ def save(figure: Figure, folder) -> None:
 
 def key_svg(colour: str, marker: str | None, style: str | None) -> str:
     """A legend entry's sample, 22 × 12 pixels."""
-    name = next((name for name, pair in COLOURS.items() if pair[0] == colour), None)
-    paint = f"var(--{name})" if name else colour
+    paint = VARIABLES.get(colour, colour)
     dashes = {"--": ' stroke-dasharray="5 3"', ":": ' stroke-dasharray="1.5 2.5"', "-.": ' stroke-dasharray="6 2 1 2"'}
     shapes = {
         "o": '<circle cx="11" cy="6" r="3.4"/>',
