@@ -51,6 +51,13 @@ class Rendered:
     whole: bool = False
 
 
+def token_span(places: list[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
+    """[from, to) of the tokens that spell a character of text[start:end], given every token's characters."""
+    first = next((number for number, (_, stop) in enumerate(places) if stop > start), len(places))
+    last = next((number for number, (begin, _) in enumerate(places[first:], first) if begin >= end), len(places))
+    return first, last
+
+
 def is_chat(row: dict) -> bool:
     """Whether a row holds messages: `messages`, ShareGPT's `conversations`, or prompt and completion of messages."""
     return any(isinstance(row.get(key), list) for key in ("messages", "conversations", "completion"))

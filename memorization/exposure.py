@@ -1,0 +1,120 @@
+"""What scores of secrets and decoys say. Arrays in, numbers out.
+
+The null hypothesis needs no ground truth: secrets of rows that were never trained on, measured alike. "Excess" is how
+much more exposed the secrets of the training rows are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from common.stats import auc, auc_interval, clopper_pearson, mcnemar
+
+Floats = npt.NDArray[np.float64]
+SAMPLE_SIZES = (1, 10, 100, 1000)
+
+
+def place_among(scores: Sequence[float] | Floats) -> float:
+    """Share of the decoys that score higher than the secret, ties by half, in [0, 1]: scores [1 + decoys], the secret's
+    first. 0: the secret is the likeliest of all."""
+    values = np.asarray(scores, float)
+    decoys = values[1:]
+    return float((np.sum(decoys > values[0]) + 0.5 * np.sum(decoys == values[0])) / len(decoys))
+
+
+def exposure_bits(place: float, decoys: int) -> float:
+    """log₂ of the number of candidates over the secret's rank among them (Carlini et al. 2019, over the decoys drawn
+    instead of the whole space): 0 … log₂(decoys + 1)."""
+    return math.log2((decoys + 1) / (1 + place * decoys))
+
+
+def excess(trained: Sequence[float], control: Sequence[float]) -> dict[str, object]:
+    """How much lower the places of the training rows' secrets are than those of held-out rows.
+
+    value = P(a training secret stands higher) + ½ P(both stand alike) − ½, in [−½, ½]; low and high: 95 % interval by
+    `stats.auc_interval`; p one-sided by Mann and Whitney. All null without two secrets on each side.
+    """
+    if min(len(trained), len(control)) < 2:
+        return {"value": None, "low": None, "high": None, "p": None, "undefined": "fewer than 2 secrets on a side"}
+    ours, theirs = -np.asarray(trained, float), -np.asarray(control, float)
+    low, high = auc_interval(ours, theirs)
+    return {"value": auc(ours, theirs) - 0.5, "low": low - 0.5, "high": high - 0.5, "p": mann_whitney(ours, theirs)}
+
+
+def mann_whitney(ours: Floats, theirs: Floats) -> float:
+    """One-sided p that `ours` are stochastically larger; 1 where all values are equal."""
+    from scipy import stats
+
+    if np.ptp(np.concatenate([ours, theirs])) == 0:
+        return 1.0
+    return float(stats.mannwhitneyu(ours, theirs, alternative="greater").pvalue)
+
+
+def rate(hits: int, n: int) -> dict[str, object]:
+    """A share with its exact 95 % interval, low to high (Clopper and Pearson); null for n = 0."""
+    low, high = clopper_pearson(hits, n) or (None, None)
+    return {"hits": hits, "n": n, "rate": hits / n if n else None, "low": low, "high": high}
+
+
+def fisher(hits: int, n: int, control_hits: int, control_n: int) -> float | None:
+    """One-sided p that the first share is larger (Fisher's exact test); None without items on a side."""
+    from scipy import stats
+
+    if not n or not control_n:
+        return None
+    return float(stats.hypergeom.sf(hits - 1, n + control_n, hits + control_hits, n))
+
+
+def gained(now: Sequence[bool], before: Sequence[bool]) -> dict[str, float]:
+    """Hits gained and lost against the base over the same items, with McNemar's exact two-sided p."""
+    up = sum(a and not b for a, b in zip(now, before, strict=True))
+    down = sum(b and not a for a, b in zip(now, before, strict=True))
+    return {"gained": up, "lost": down, "p": mcnemar(up, down)}
+
+
+def extraction_curve(log_p: Sequence[float]) -> dict[str, dict[str, float]]:
+    """(n, p)-discoverable extraction (Hayes et al. 2025) from the exact log probability of each item: for n samples,
+    how many items come out at least once with probability ½ or more, and how many come out on average."""
+    p = np.exp(np.minimum(np.asarray(log_p, float), 0.0))
+    curve = {}
+    for n in SAMPLE_SIZES:
+        with np.errstate(divide="ignore"):
+            reached = -np.expm1(n * np.log1p(-p))
+        curve[str(n)] = {"items": int((reached >= 0.5).sum()), "expected": float(reached.sum())}
+    return curve
+
+
+# power: the smallest effect that would have been seen
+
+
+@lru_cache
+def smallest_excess(n: int, control_n: int, alpha: float = 0.05) -> float | None:
+    """The excess from which the one-sided Mann–Whitney test of n against control_n reaches p ≤ alpha with a chance of
+    80 %, by the normal approximation for two shifted normals; None where even full separation does not."""
+    from scipy import stats
+
+    if not n or not control_n or 1 / math.comb(n + control_n, n) > alpha:
+        return None
+    sigma = math.sqrt((n + control_n + 1) / (12 * n * control_n))
+    needed = (stats.norm.ppf(1 - alpha) + stats.norm.ppf(0.8)) * sigma
+    return float(min(0.5, needed))
+
+
+def smallest_hits(n: int, control_n: int, alpha: float = 0.05) -> int | None:
+    """Hits among n that give p ≤ alpha against no hit among control_n; None where even n hits do not."""
+    return _first(n, lambda hits: (fisher(hits, n, 0, control_n) or 1.0) <= alpha) if n and control_n else None
+
+
+def _first(n: int, holds: Callable[[int], bool]) -> int | None:
+    low, high = 1, n
+    if not holds(n):
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle + 1, high)
+    return low

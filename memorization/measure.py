@@ -1,0 +1,336 @@
+"""Models measured: the answers of one model to a task, and what those of the tuned model and its base say together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from common.continuations import ContinuationScorer
+from common.distributed import World
+from common.scoring import join, log_probability, score
+from memorization import exposure, verbatim
+from memorization.config import MemorizationConfig
+from memorization.questions import Question
+from memorization.task import MemorizationTask, Side, repeats
+from memorization.untargeted import normal
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+
+def with_hits(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """[log p(target), 1 where it is the likeliest token] of each position: logits [P, V], targets [P] → [P, 2]."""
+    import torch
+
+    hits = (logits.argmax(-1) == targets).float()
+    return torch.stack([log_probability(logits, targets), hits], -1)
+
+
+@dataclass
+class Answers:
+    """Of one model. log_p [1 + decoys] and greedy by question, (log p, greedy, near) by window; by side."""
+
+    log_p: dict[str, list[list[float]]] = field(default_factory=dict)
+    greedy: dict[str, list[bool]] = field(default_factory=dict)
+    windows: dict[str, list[tuple[float, bool, bool]]] = field(default_factory=dict)
+    samples: list[list[int]] = field(default_factory=list)
+
+
+def ask(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    task: MemorizationTask,
+    config: MemorizationConfig,
+    world: World,
+    samples: bool,
+) -> Answers:
+    """All answers of one model in eval mode, on every rank. samples: also draw untargeted ones."""
+    answers = Answers()
+    for name, side in task.sides.items():
+        asked = side.all_questions()
+        answers.log_p[name] = answer_questions(model, asked, config, world)
+        answers.greedy[name] = greedy_hits(model, [(one.context, one.candidates[0]) for one in asked], config, world)
+        answers.windows[name] = answer_windows(model, tokenizer, side, config, world)
+    if samples and config.samples:
+        answers.samples = draw(model, tokenizer, task, config, world)
+    return answers
+
+
+def answer_questions(
+    model: Any, asked: Sequence[Question], config: MemorizationConfig, world: World
+) -> list[list[float]]:
+    scorer = ContinuationScorer(model, config.token_budget)
+
+    def work() -> dict[int, list[float]]:
+        return {
+            index: [float(values.sum(dtype=np.float64)) for values in scorer(one.context, one.candidates)]
+            for index, one in world.shard(list(enumerate(asked)))
+        }
+
+    found = {index: sums for part in world.together(work) for index, sums in part.items()}
+    return [found[index] for index in range(len(asked))]
+
+
+def statistics(model: Any, sequences: Sequence[Sequence[int]], config: MemorizationConfig, world: World) -> list[Any]:
+    """[tokens − 1, 2] `with_hits` of each sequence, on every rank."""
+    if not sequences:
+        return []
+    longest = max(map(len, sequences))
+    parts = world.together(
+        lambda: score(
+            model, sequences, token_budget=config.token_budget, context=longest, statistics=with_hits, world=world
+        )
+    )
+    return join(sequences, parts)
+
+
+def greedy_hits(
+    model: Any, pairs: Sequence[tuple[list[int], list[int]]], config: MemorizationConfig, world: World
+) -> list[bool]:
+    """Whether greedy decoding behind each context gives the tokens."""
+    found = statistics(model, [context + tokens for context, tokens in pairs], config, world)
+    return [bool((values[len(context) - 1 :, 1] > 0).all()) for values, (context, _) in zip(found, pairs)]
+
+
+def answer_windows(
+    model: Any, tokenizer: PreTrainedTokenizerBase, side: Side, config: MemorizationConfig, world: World
+) -> list[tuple[float, bool, bool]]:
+    """(log p of the suffix, greedy match, greedy near-match) of each window."""
+    found = statistics(model, [window.tokens for window in side.windows], config, world)
+    outcomes = [verbatim.suffix_outcome(values, config.prefix) for values in found]
+    missed = [place for place, (_, hit) in enumerate(outcomes) if not hit]
+    prompts = [side.windows[place].tokens[: config.prefix] for place in missed]
+    continued = decode(model, tokenizer, prompts, 0.0, config.suffix, config.seed, world)
+    near = [hit for _, hit in outcomes]
+    for place, tokens in zip(missed, continued):
+        truth = side.windows[place].tokens[config.prefix :]
+        near[place] = verbatim.edit_similarity(tokens, truth) >= verbatim.NEAR
+    return [(log_p, hit, close) for (log_p, hit), close in zip(outcomes, near)]
+
+
+def decode(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    temperature: float,
+    max_tokens: int,
+    seed: int,
+    world: World,
+) -> list[list[int]]:
+    """The tokens of one answer to each prompt, on every rank; whatever the batches and ranks."""
+    from common.sampling import stop_tokens, sweep
+
+    if not prompts:
+        return []
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    stop = stop_tokens(tokenizer, vocabulary, newline=False)
+
+    def work() -> dict[int, list[int]]:
+        mine = world.shard(list(range(len(prompts))))
+        keys = [(index, 0) for index in mine]
+        answers = sweep(
+            model,
+            [prompts[index] for index in mine],
+            keys,
+            [temperature],
+            top_k=vocabulary if temperature else 1,
+            max_tokens=max_tokens,
+            seed=seed,
+            stop=stop,
+        )
+        return {index: answer.tokens[0] for index, answer in zip(mine, answers)}
+
+    found = {index: tokens for part in world.together(work) for index, tokens in part.items()}
+    return [found[index] for index in range(len(prompts))]
+
+
+def draw(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    task: MemorizationTask,
+    config: MemorizationConfig,
+    world: World,
+) -> list[list[int]]:
+    """Untargeted samples at temperature 1, unfiltered."""
+    prompts = [task.start] * config.samples
+    return decode(model, tokenizer, prompts, 1.0, config.sample_tokens, config.seed, world)
+
+
+# what the answers say
+
+
+def places(log_p: Sequence[Sequence[float]], base: Sequence[Sequence[float]] | None) -> list[float]:
+    """Each secret's place among its decoys by log p, or with a base by log p − the base's."""
+    if base is None:
+        return [exposure.place_among(scores) for scores in log_p]
+    return [exposure.place_among(np.asarray(ours) - np.asarray(theirs)) for ours, theirs in zip(log_p, base)]
+
+
+def ranks(values: Sequence[float], asked: Sequence[Question]) -> dict[str, Any]:
+    """Median exposure in bits, and how many secrets are the likeliest of all their candidates."""
+    if not values:
+        return {"median_bits": None, "first": exposure.rate(0, 0)}
+    bits = [exposure.exposure_bits(place, len(one.candidates) - 1) for place, one in zip(values, asked)]
+    return {
+        "median_bits": float(np.median(bits)),
+        "first": exposure.rate(sum(place == 0 for place in values), len(values)),
+    }
+
+
+COUNTS = ((1, 1), (2, 3), (4, 9), (10, None))  # how often a secret stands in the training rows
+
+
+def secrets_of_kind(
+    kind: str, task: MemorizationTask, tuned: Answers, base: Answers | None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(the result of one type of secret, a line per secret)."""
+    result: dict[str, Any] = {"type": kind, "measure": "calibrated" if base else "tuned"}
+    headline: dict[str, list[float]] = {}
+    lines = []
+    for side, rows in task.sides.items():
+        everything = rows.all_questions()
+        own = [index for index, one in enumerate(everything) if one.secret.kind == kind]
+        asked = [everything[index] for index in own]
+        log_p = [tuned.log_p[side][index] for index in own]
+        base_log_p = [base.log_p[side][index] for index in own] if base else None
+        by_model = {"tuned": places(log_p, None)}
+        greedy = {"tuned": [tuned.greedy[side][index] for index in own]}
+        if base and base_log_p is not None:
+            by_model |= {"base": places(base_log_p, None), "calibrated": places(log_p, base_log_p)}
+            greedy["base"] = [base.greedy[side][index] for index in own]
+        headline[side] = by_model[result["measure"]]
+        found = rows.questions.get(kind)
+        part: dict[str, Any] = {
+            "n_found": found.n_found if found else 0,
+            "n_occurrences": found.n_occurrences if found else 0,
+            "n_requested": found.n_sampled if found else 0,
+            "n_scored": len(asked),
+            "n_dropped": sum(found.dropped.values()) if found else 0,
+            "dropped": dict(found.dropped) if found else {},
+            "decoys": int(np.median([len(one.candidates) - 1 for one in asked])) if asked else None,
+            "exposure": {name: ranks(values, asked) for name, values in by_model.items()},
+            "greedy": {name: exposure.rate(sum(hits), len(hits)) for name, hits in greedy.items()},
+            "expected_in_samples": exposure.extraction_curve([values[0] for values in log_p]),
+        }
+        if base:
+            part["greedy_against_base"] = exposure.gained(greedy["tuned"], greedy["base"])
+        if side == "train":
+            part["by_count"] = by_count(asked, headline[side], greedy["tuned"])
+            part["by_place"] = by_place(asked, headline[side], greedy["tuned"])
+        result[side] = part
+        for place, one in enumerate(asked):
+            line = {"set": side, "type": kind, "row": one.secret.row, "start": one.secret.start, "count": one.count}
+            line["value"] = one.secret.value
+            line |= {"in_loss": one.in_loss, "decoys": len(one.candidates) - 1, "log_p": log_p[place][0]}
+            line |= {f"place_{name}": values[place] for name, values in by_model.items()}
+            line |= {f"greedy_{name}": hits[place] for name, hits in greedy.items()}
+            lines.append(line)
+    if task.controlled:
+        n = [len(headline[side]) for side in ("train", "heldout")]
+        result["excess"] = exposure.excess(headline["train"], headline["heldout"])
+        result["excess"]["smallest_seen"] = exposure.smallest_excess(*n)
+        hits = [result[side]["greedy"]["tuned"]["hits"] for side in ("train", "heldout")]
+        result["greedy_excess"] = {
+            "value": hits[0] / n[0] - hits[1] / n[1] if all(n) else None,
+            "p": exposure.fisher(hits[0], n[0], hits[1], n[1]),
+            "smallest_seen": exposure.smallest_hits(*n),
+        }
+    return result, lines
+
+
+def group(
+    asked: Sequence[Question], values: Sequence[float], hits: Sequence[bool], chosen: list[int]
+) -> dict[str, Any]:
+    bits = [exposure.exposure_bits(values[place], len(asked[place].candidates) - 1) for place in chosen]
+    return {
+        "greedy": exposure.rate(sum(hits[place] for place in chosen), len(chosen)),
+        "median_bits": float(np.median(bits)) if bits else None,
+    }
+
+
+def by_count(asked: Sequence[Question], values: Sequence[float], hits: Sequence[bool]) -> dict[str, Any]:
+    """By how often the secret stands in the training rows."""
+    groups = {}
+    for low, high in COUNTS:
+        chosen = [place for place, one in enumerate(asked) if low <= one.count <= (high or one.count)]
+        if chosen:
+            groups[str(low) if low == high else f"{low}-{high}" if high else f"{low}+"] = group(
+                asked, values, hits, chosen
+            )
+    return groups
+
+
+def by_place(asked: Sequence[Question], values: Sequence[float], hits: Sequence[bool]) -> dict[str, Any]:
+    """By whether the loss was taken on the secret, or it was context only."""
+    groups = {}
+    for name, wanted in (("loss", True), ("context", False)):
+        chosen = [place for place, one in enumerate(asked) if one.in_loss is wanted]
+        if chosen:
+            groups[name] = group(asked, values, hits, chosen)
+    return groups
+
+
+def verbatim_result(task: MemorizationTask, tuned: Answers, base: Answers | None) -> dict[str, Any]:
+    """Greedy and near matches of the windows on each side, and their excess."""
+    result: dict[str, Any] = {}
+    for side, rows in task.sides.items():
+        own = tuned.windows[side]
+        part: dict[str, Any] = {
+            "n_requested": len(rows.rendered),
+            "n_scored": len(own),
+            "n_dropped": len(rows.rendered) - len(own),
+            "dropped": {"too short": rows.n_short, "not sampled": len(rows.rendered) - rows.n_short - len(own)},
+            "greedy": {"tuned": exposure.rate(sum(hit for _, hit, _ in own), len(own))},
+            "near": {"tuned": exposure.rate(sum(close for *_, close in own), len(own))},
+            "expected_in_samples": exposure.extraction_curve([log_p for log_p, *_ in own]),
+        }
+        if base:
+            theirs = base.windows[side]
+            part["greedy"]["base"] = exposure.rate(sum(hit for _, hit, _ in theirs), len(theirs))
+            part["near"]["base"] = exposure.rate(sum(close for *_, close in theirs), len(theirs))
+            part["near_against_base"] = exposure.gained([w[2] for w in own], [w[2] for w in theirs])
+        if side == "train":
+            by: dict[str, list[bool]] = {}
+            for count, (_, _, close) in zip(repeats(rows, rows.windows), own):
+                by.setdefault("1" if count == 1 else "2+", []).append(close)
+            part["near_by_repeats"] = {name: exposure.rate(sum(hits), len(hits)) for name, hits in sorted(by.items())}
+        result[side] = part
+    if task.controlled:
+        n = [result[side]["n_scored"] for side in ("train", "heldout")]
+        hits = [result[side]["near"]["tuned"]["hits"] for side in ("train", "heldout")]
+        result["excess"] = {
+            "value": hits[0] / n[0] - hits[1] / n[1] if all(n) else None,
+            "p": exposure.fisher(hits[0], n[0], hits[1], n[1]),
+            "smallest_seen": exposure.smallest_hits(*n),
+        }
+    return result
+
+
+def untargeted_result(task: MemorizationTask, answers: Answers, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Which secrets and 50-token runs of each side the samples contain."""
+    texts = [str(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in answers.samples]
+    result: dict[str, Any] = {"samples": len(texts), "tokens": sum(map(len, answers.samples))}
+    counts = []
+    for side, rows in task.sides.items():
+        needles, runs = task.needles(side), task.runs(side)
+        per_sample = [needles.find(text) for text in texts]
+        values = {normal(secret.value) for secret in rows.secrets}
+        emitted = set().union(*per_sample) if per_sample else set()
+        result[side] = {
+            "secrets": exposure.rate(len(emitted), len(values)),
+            "samples_with_secret": exposure.rate(sum(map(bool, per_sample)), len(texts)),
+            "samples_with_run": exposure.rate(sum(map(runs.holds_run_of, answers.samples)), len(texts)),
+        }
+        counts += [len(emitted), len(values)]
+    if task.controlled:
+        n = [result[side]["secrets"]["n"] for side in ("train", "heldout")]
+        result["excess"] = {
+            "value": counts[0] / n[0] - counts[2] / n[1] if all(n) else None,
+            "p": exposure.fisher(*counts) if all(n) else None,
+            "smallest_seen": exposure.smallest_hits(*n),
+        }
+    return result

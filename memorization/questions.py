@@ -1,0 +1,122 @@
+"""What is asked of a model about each secret: the tokens before it as trained, and those of itself and its decoys."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from common.chat import Rendered
+from common.models import encode_texts
+from memorization.decoys import decoys
+from memorization.inventory import Secret
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FEWEST_DECOYS = 20  # below, a rank says nothing
+
+
+@dataclass(frozen=True)
+class Question:
+    """candidates[0]: the tokens of the secret behind `context`, which all candidates share; then those of the decoys.
+
+    count: how many times the secret stands in the rows; in_loss: whether the loss was taken on it (None: unknown).
+    """
+
+    secret: Secret
+    context: list[int]
+    candidates: list[list[int]]
+    count: int
+    in_loss: bool | None = None
+
+
+@dataclass
+class Questions:
+    """dropped: {reason: distinct secrets}; n_found: distinct secrets in the rows; n_occurrences: all of them."""
+
+    questions: list[Question] = field(default_factory=list)
+    n_found: int = 0
+    n_occurrences: int = 0
+    n_sampled: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+
+
+def choose(secrets: Sequence[Secret], most: int, seed: int) -> tuple[list[Secret], Counter[str]]:
+    """(at most `most` distinct secrets, one per row, each where it stands first; {key: how often it stands}).
+
+    One per row, because secrets of one row are no independent items.
+    """
+    counts = Counter(secret.key for secret in secrets)
+    first: dict[str, Secret] = {}
+    for secret in sorted(secrets, key=lambda secret: (secret.row, secret.start)):
+        first.setdefault(secret.key, secret)
+    rows: dict[int, Secret] = {}
+    for secret in first.values():
+        rows.setdefault(secret.row, secret)
+    chosen = list(rows.values())
+    if len(chosen) > most:
+        places = sorted(random.Random(seed).sample(range(len(chosen)), most))
+        chosen = [chosen[place] for place in places]
+    return chosen, counts
+
+
+def build(
+    secrets: Sequence[Secret],
+    rendered: Sequence[Rendered],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    n_decoys: int,
+    most: int,
+    max_length: int,
+    seed: int,
+    avoid: Container[str],
+    region: str = "US",
+    in_loss: Callable[[Secret], bool | None] = lambda secret: None,
+) -> dict[str, Questions]:
+    """{type: its questions} of secrets in `rendered` rows (as trained). avoid: values that are no decoys."""
+    by_kind: dict[str, list[Secret]] = defaultdict(list)
+    for secret in secrets:
+        by_kind[secret.kind].append(secret)
+    made = {}
+    for kind, ours in by_kind.items():
+        chosen, counts = choose(ours, most, seed)
+        found = Questions(n_found=len(counts), n_occurrences=len(ours), n_sampled=len(chosen))
+        for secret in chosen:
+            others = decoys(secret, n_decoys, seed, avoid, region)
+            if len(others) < min(FEWEST_DECOYS, n_decoys):
+                found.dropped["too few decoys in its format"] += 1
+                continue
+            row = rendered[secret.row]
+            tokens = candidate_tokens(tokenizer, row, secret, others)
+            if tokens is None:
+                found.dropped["no text before it"] += 1
+            elif len(tokens[0]) + len(tokens[1][0]) > max_length:
+                found.dropped["beyond the maximum length"] += 1
+            else:
+                found.questions.append(Question(secret, *tokens, counts[secret.key], in_loss(secret)))
+        made[kind] = found
+    return made
+
+
+def candidate_tokens(
+    tokenizer: PreTrainedTokenizerBase, row: Rendered, secret: Secret, others: Sequence[str]
+) -> tuple[list[int], list[list[int]]] | None:
+    """(context, the tokens of each candidate behind it): text up to the candidate's end, tokenised as one piece, so
+    that tokens which span its beginning are right; the context is what all candidates share. None where it is empty."""
+    before = row.text[: secret.start]
+    sequences = encode_texts(tokenizer, [before + value for value in (secret.value, *others)], row.whole)
+    end = tokenizer.eos_token_id
+    typed = row.text[: secret.end].endswith(str(tokenizer.eos_token))
+    sequences = [ids[:-1] if ids and ids[-1] == end and not typed else ids for ids in sequences]
+    shared = min(map(len, sequences)) - 1
+    for ids in sequences[1:]:
+        place = 0
+        while place < shared and ids[place] == sequences[0][place]:
+            place += 1
+        shared = place
+    if shared < 1:
+        return None
+    return sequences[0][:shared], [ids[shared:] for ids in sequences]

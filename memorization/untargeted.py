@@ -1,0 +1,71 @@
+"""Untargeted extraction: what samples without any hint contain of the training rows (Carlini et al. 2021; Lukas et al.
+2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+RUN = 50  # tokens of a row in one piece
+
+
+class RunIndex:
+    """Every run of `length` tokens in some rows, by hash: 8 bytes each."""
+
+    def __init__(self, rows: Iterable[Sequence[int]], length: int = RUN):
+        self.length = length
+        hashes = [run_hashes(row, length) for row in rows]
+        self.hashes = np.unique(np.concatenate(hashes)) if hashes else np.empty(0, np.uint64)
+
+    def holds_run_of(self, tokens: Sequence[int]) -> bool:
+        """Whether a run of `length` tokens of `tokens` stands in a row. A false hit has probability 2⁻⁶⁴ per pair."""
+        hashes = run_hashes(tokens, self.length)
+        if not len(hashes) or not len(self.hashes):
+            return False
+        places = np.minimum(np.searchsorted(self.hashes, hashes), len(self.hashes) - 1)
+        return bool((self.hashes[places] == hashes).any())
+
+
+def run_hashes(tokens: Sequence[int], length: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+    """Hashes modulo 2⁶⁴ of every run of `length` tokens, [max(0, n − length + 1)]."""
+    if len(tokens) < length:
+        return np.empty(0, np.uint64)
+    codes = np.asarray(tokens, np.uint64)
+    with np.errstate(over="ignore"):
+        codes = (codes + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
+        codes ^= codes >> np.uint64(29)
+        powers = np.full(length, np.uint64(0xD1342543DE82EF95))
+        powers = np.multiply.accumulate(powers)
+        runs = np.lib.stride_tricks.sliding_window_view(codes, length)
+        return np.asarray((runs * powers).sum(1, dtype=np.uint64))
+
+
+class ValueIndex:
+    """Values looked for in texts, white space and case aside."""
+
+    def __init__(self, values: Iterable[str]):
+        by_start: dict[str, list[str]] = {}
+        for value in {normal(value) for value in values}:
+            if len(value) >= SHORTEST:
+                by_start.setdefault(value[:SHORTEST], []).append(value)
+        self.by_start = by_start
+
+    def find(self, text: str) -> set[str]:
+        """The values in a text, each between characters that are no letters or digits."""
+        text = normal(text)
+        found = set()
+        for start in range(len(text) - SHORTEST + 1):
+            for value in self.by_start.get(text[start : start + SHORTEST], ()):
+                end = start + len(value)
+                alone = not (start and text[start - 1].isalnum()) and not text[end : end + 1].isalnum()
+                if alone and text.startswith(value, start):
+                    found.add(value)
+        return found
+
+
+SHORTEST = 5  # characters of a value that is looked for: a shorter one stands in many a text
+
+
+def normal(text: str) -> str:
+    return " ".join(text.casefold().split())
