@@ -1,0 +1,78 @@
+#!/usr/bin/env python3
+"""Does my fine-tune leak? One model or adapter, its training rows, held-out rows of the same source: one verdict.
+
+python audit.py --model ADAPTER --train train.jsonl --heldout heldout.jsonl --output_dir audit
+python audit.py --model ADAPTER --train train.jsonl --heldout heldout.jsonl --quick
+python audit.py --model MERGED --ref_model BASE --train train.jsonl --heldout heldout.jsonl \\
+    --secrets secrets.csv --canaries key.jsonl --fail_on "membership.auc.low>0.6" "extraction.email.excess.low>0"
+torchrun --nproc_per_node=4 audit.py --model ADAPTER --train train.jsonl --heldout heldout.jsonl
+
+Asked are: membership (mia/), every secret of the training rows by type, against decoys of its format and the secrets of
+the held-out rows; verbatim continuation; untargeted samples; canaries where a key is given. audit.json has every
+number, audit.md the verdict, results_secrets.jsonl a line per secret (no text). Exit status: 0; 2 for bad input; 3 when
+a condition of --fail_on holds or its number could not be measured.
+"""
+
+import sys
+
+from auditing.config import PARTS, QUICK, AuditConfig, Budget
+from common import cli
+
+
+def make_parser() -> cli.Parser:
+    parser = cli.Parser(
+        "Audit a fine-tuned model for leaks of its training data.",
+        "python audit.py --model ADAPTER --train train.jsonl --heldout heldout.jsonl --output_dir audit",
+        AuditConfig,
+    )
+    add = parser.add_argument
+    full, quick = Budget(), QUICK
+    with parser.section("model"):
+        add("--model", required=True, help="adapter or model directory, or hub name (default: none, required)")
+        add("--base_model", help="base of the adapter, instead of the one it names itself")
+        add("--ref_model", help="the model before training (default: of an adapter its base)")
+        cli.add_model_flags(parser)
+    with parser.section("data"):
+        add("--train", "--data", required=True, metavar="FILE", help="rows trained on (default: none, required)")
+        add("--heldout", metavar="FILE", help="rows of the same source, kept back from training by a fair random split")
+        cli.add_chat_template(parser)
+        rows = f"rows used of each file, drawn by --seed (default: {full.num_rows:,}; with --quick {quick.num_rows})"
+        add("--num_rows", type=cli.positive_int, help=rows)
+    with parser.section("attacks"):
+        add(
+            "--secrets",
+            metavar="FILE",
+            help="secrets of your own, instead of those found: type,value[,row]",
+        )
+        add("--pii", nargs="+", action="extend", metavar="NAME=REGEX", help="a type of secret of your own")
+        add("--region", help="country of phone numbers without a country code (ISO 3166)")
+        add("--canaries", metavar="KEY", help="key file of canary/inject.py, whose canaries were trained on")
+        add("--decoys", type=cli.positive_int, help=f"other values a secret is ranked among (default: {full.decoys})")
+        samples = f"samples without a hint (default: {full.samples:,}; with --quick {quick.samples})"
+        add("--samples", type=cli.positive_int, help=samples)
+        add("--without", nargs="+", metavar="PART", help=f"parts to leave out, of {' '.join(PARTS)}")
+        add("--quick", action="store_true", help="fewer rows, secrets and samples")
+        add("--max_length", type=cli.positive_int, help="tokens of a row; the rest is cut off")
+        add("--token_budget", type=cli.positive_int, help="positions a forward pass")
+    with parser.section("output"):
+        add("--output_dir", help="where the results go")
+        add(
+            "--fail_on",
+            nargs="+",
+            action="extend",
+            metavar="COND",
+            help="exit 3 when it holds, e.g. membership.auc.low>0.6",
+        )
+        add("--save_responses", action="store_true", help="also secrets_private.jsonl, with the secrets (mode 0600)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    config = make_parser().parse_args(argv)
+    from auditing.run import run
+
+    return run(config)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.entry(main))

@@ -1,0 +1,224 @@
+"""Everything that an audit needs, read and checked before a model is loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from auditing import gates
+from auditing.config import PARTS, AuditConfig, Budget, budget_of
+from auditing.gates import Gate
+from common import chat, cli, dataset, distributed, models, results, trained
+from common.models import ModelRef
+from memorization.config import MemorizationConfig
+from memorization.inventory import KINDS, Secret
+
+
+@dataclass
+class Rows:
+    """A data file as trained. indices: of the rows used, in the file; rendered: those rows."""
+
+    path: str
+    n: int
+    sha256: str
+    indices: list[int] = field(default_factory=list)
+    rendered: list[chat.Rendered] = field(default_factory=list)
+
+
+@dataclass
+class AuditTask:
+    model: ModelRef
+    base: ModelRef | None  # the reference: of an adapter its base, else --ref_model
+    tokenizer: Any
+    rows: dict[str, Rows]  # 'train', 'heldout'
+    start: list[int]  # tokens before an untargeted sample
+    gates: list[Gate]
+    budget: Budget
+    memorization: MemorizationConfig
+    given: list[tuple[str, str, int | None]] | None = None  # --secrets
+    in_loss: Callable[[Secret], bool | None] = lambda secret: None
+    notes: list[str] = field(default_factory=list)  # what the reader should know before the numbers
+
+    @property
+    def inputs(self) -> list[str]:
+        return [rows.path for rows in self.rows.values()]
+
+
+def prepare(config: AuditConfig) -> AuditTask:
+    """UserError with every problem of the flags and files."""
+    problems = cli.Problems()
+    distributed.check_environment(problems, config.device_map)
+    cli.check_writable(config.output_dir, problems)
+    budget = budget_of(config)
+    parsed = [gate for text in config.fail_on if (gate := _gate(text, problems))]
+    patterns = _patterns(config.pii, problems)
+    for part in config.without:
+        if part not in PARTS:
+            problems.add(f"--without {part}: unknown; known are {', '.join(PARTS)}")
+    files = {"train": config.train} | ({"heldout": config.heldout} if config.heldout else {})
+    opened = {name: _open(path, problems) for name, path in files.items()}
+    given = problems.absorb(read_secrets, config.secrets) if config.secrets else None
+    if config.canaries and not Path(config.canaries).is_file():
+        problems.add(f"--canaries {config.canaries}: no such file; give the key that canary/inject.py wrote")
+    ref, tokenizer = models.look_up(problems, config.model, config.revision, config.base_model)
+    base = _reference(ref, config, problems) if ref else None
+    problems.check()
+    assert ref is not None
+    rows, notes = {}, []
+    for name, rows_of in opened.items():
+        assert rows_of is not None
+        own = problems.absorb(_render, files[name], rows_of, tokenizer, config, budget)
+        if own:
+            rows[name] = own
+    problems.check()
+    if len({row.rendered[0].whole for row in rows.values()}) > 1:
+        problems.add("--heldout: its rows are of another kind than --train's: one has messages, the other has none")
+    problems.check()
+    if base is None:
+        notes.append(
+            "No reference model: a merged or fully tuned model was given without --ref_model, so attacks that compare "
+            "with the base are impossible and the rest are weaker. Pass --ref_model BASE."
+        )
+    if "heldout" not in rows:
+        notes.append("No held-out rows: membership cannot be judged, and secrets have no control but the base.")
+    return AuditTask(
+        ref,
+        base,
+        tokenizer,
+        rows,
+        opening(tokenizer, config, ref, rows["train"]),
+        parsed,
+        budget,
+        MemorizationConfig(
+            kinds=KINDS,
+            patterns=tuple(patterns.items()),
+            region=config.region,
+            decoys=budget.decoys,
+            most_secrets=budget.most_secrets,
+            most_windows=budget.most_windows,
+            samples=0 if "untargeted" in config.without else budget.samples,
+            sample_tokens=budget.sample_tokens,
+            max_length=config.max_length,
+            token_budget=config.token_budget,
+            seed=config.seed,
+        ),
+        given,
+        in_loss_of(ref, rows["train"]),
+        notes,
+    )
+
+
+def _gate(text: str, problems: cli.Problems) -> Gate | None:
+    try:
+        return gates.parse(text)
+    except ValueError as error:
+        problems.add(f"--fail_on {text}: {error}")
+        return None
+
+
+def _patterns(given: Sequence[str], problems: cli.Problems) -> dict[str, str]:
+    """{type: regular expression} of --pii name=REGEX."""
+    patterns = {}
+    for text in given:
+        name, sign, pattern = text.partition("=")
+        if not sign or not re.fullmatch(r"[A-Za-z][\w-]*", name) or name in KINDS:
+            problems.add(f"--pii {text}: give NAME=REGEX, with a name of your own")
+            continue
+        try:
+            re.compile(pattern)
+            patterns[name] = pattern
+        except re.error as error:
+            problems.add(f"--pii {name}: not a regular expression ({error})")
+    return patterns
+
+
+def _open(path: str, problems: cli.Problems) -> list[dict[str, Any]] | None:
+    rows: list[dict[str, Any]] | None = problems.absorb(dataset.read_rows, path)
+    if rows is not None:
+        problems.absorb(dataset.validate, path, rows)
+    return rows
+
+
+def _render(path: str, rows: list[dict[str, Any]], tokenizer: Any, config: AuditConfig, budget: Budget) -> Rows:
+    """At most budget.num_rows rows, drawn by the seed, as trained."""
+    indices = list(range(len(rows)))
+    if len(rows) > budget.num_rows:
+        drawn = np.random.default_rng(config.seed).permutation(len(rows))[: budget.num_rows]
+        indices = sorted(int(index) for index in drawn)
+    renderer = dataset.read_renderer(rows, tokenizer, config.chat_template, config.model)
+    rendered = dataset.render(path, rows, indices, renderer)
+    return Rows(path, len(rows), results.sha256(path), indices, rendered)
+
+
+def _reference(ref: ModelRef, config: AuditConfig, problems: cli.Problems) -> ModelRef | None:
+    if config.ref_model:
+        other, tokenizer = models.look_up(problems, config.ref_model, flag="--ref_model")
+        if other and tokenizer and ref:
+            own = models.load_tokenizer(ref)
+            if own.get_vocab() != tokenizer.get_vocab():
+                problems.add(
+                    f"--ref_model {config.ref_model}: has another tokenizer than {ref.name}; give its own base"
+                )
+        return cast("ModelRef | None", other)
+    return ModelRef(ref.base, ref.base, None, ref.revision) if ref.adapter else None
+
+
+def opening(tokenizer: Any, config: AuditConfig, ref: ModelRef, train: Rows) -> list[int]:
+    """The tokens that a sample without any hint begins with: those of the chat template before the first words of the
+    user, or the start token (EOS where there is none)."""
+    first = train.rendered[0]
+    if first.whole:
+        renderer = chat.Renderer(tokenizer, chat.read_template(config.chat_template, tokenizer, ref.name))
+        mark = "\x02"
+        text = renderer.text([{"role": "user", "content": mark}, {"role": "assistant", "content": mark}])
+        ids: list[int] = models.encode_texts(tokenizer, [text.partition(mark)[0]], True)[0]
+        if ids:
+            return ids
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return [int(start)]
+
+
+def in_loss_of(ref: ModelRef, train: Rows) -> Callable[[Secret], bool | None]:
+    """Whether the loss was taken on a secret: by trained_rows.jsonl beside an adapter of run_peft.py; else by the rows'
+    completions, for chat and prompt/completion rows; else unknown."""
+    folder = Path(ref.adapter or ref.base).expanduser()
+    known = trained.read(folder) if folder.is_dir() else None
+
+    def in_loss(secret: Secret) -> bool | None:
+        row = train.rendered[secret.row]
+        if known is not None:
+            return any(one.covers(secret.start, secret.end) for one in known.find(row.text))
+        if row.completions is None:
+            return None
+        return any(start <= secret.start and secret.end <= end for start, end in row.completions)
+
+    return in_loss
+
+
+SECRET_FIELDS = ("type", "value")
+
+
+def read_secrets(path: str) -> list[tuple[str, str, int | None]]:
+    """(type, value, row or None) of --secrets, a .csv or .jsonl with the columns type, value and, if known, row."""
+    rows = dataset.read_rows(path)
+    dataset.validate(path, rows, SECRET_FIELDS)
+    problems = cli.Problems()
+    given = []
+    for index, row in enumerate(rows):
+        number = row.get("row")
+        if isinstance(number, str) and number.strip().isdigit():
+            number = int(number)
+        if number in ("", None):
+            number = None
+        elif not dataset.is_count(number):
+            problems.add(f"--secrets {path}: row {index}: 'row' must be the number of a training row, from 0")
+        if not row["value"].strip():
+            problems.add(f"--secrets {path}: row {index}: 'value' is empty")
+        given.append((row["type"], row["value"], number))
+    problems.check()
+    return given

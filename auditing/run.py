@@ -1,0 +1,298 @@
+"""The audit: each part by the room that measures it, then the verdict and the gates."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from auditing import report, verdict
+from auditing.config import AuditConfig
+from auditing.prepare import AuditTask, Rows, prepare
+from canary import measure as canaries
+from common import cli, distributed, models, results
+from common.checkpoints import BaseLoader
+from common.distributed import World
+from common.schema import HEADLINE_ATTACK
+from memorization import measure as memorization
+from memorization import task as questions
+from memorization.exposure import mann_whitney
+from mia.config import MiaConfig
+from mia.dataset import Reader
+from mia.dataset import prepare as prepare_membership
+from mia.measure import cache_folder, measure_all
+
+SCHEMA = 1
+GATE_HELD = 3  # exit status
+WITHOUT_REFERENCE = "min_k_pp_20"  # the membership attack that is reported where there is no reference
+LEVELS = ("0.1", "0.01", "0.001")  # false positive rates
+LEFT_OUT = "left out by --without"
+
+
+def run(config: AuditConfig) -> int:
+    """Audit, write audit.json, audit.md and report.html; 0, or 3 when a gate of --fail_on holds or has no number."""
+    with results.output_folder(config.output_dir, config.dry_run, "audit") as place:
+        task = prepare(config)
+        membership = membership_config(config, task)
+        sets = None
+        if membership:
+            problems = cli.Problems()
+            reader = Reader(membership, problems)
+            reader.use(task.tokenizer, task.model.name)
+            sets = prepare_membership(membership, problems, reader)
+            problems.check()
+        if config.dry_run:
+            print(plan(config, task))
+            return 0
+        return measure(config, task, membership, sets, place)
+
+
+def plan(config: AuditConfig, task: AuditTask) -> str:
+    rows = ", ".join(f"{len(one.indices):,} of {one.n:,} rows of {one.path}" for one in task.rows.values())
+    parts = ", ".join(part for part in verdict_parts(config, task) if part)
+    against = f" against {task.base.name}" if task.base else ""
+    return f"would audit {task.model.name}{against} on {rows}: {parts}; results in {config.output_dir}"
+
+
+def verdict_parts(config: AuditConfig, task: AuditTask) -> list[str]:
+    able = {"membership": "heldout" in task.rows, "canaries": bool(config.canaries)}
+    parts = ("membership", "extraction", "verbatim", "untargeted", "canaries")
+    return [part for part in parts if part not in config.without and able.get(part, True)]
+
+
+def membership_config(config: AuditConfig, task: AuditTask) -> MiaConfig | None:
+    if "heldout" not in task.rows or "membership" in config.without:
+        return None
+    return MiaConfig(
+        model=config.model,
+        base_model=config.base_model,
+        ref_model=config.ref_model,
+        members=config.train,
+        nonmembers=config.heldout,
+        chat_template=config.chat_template,
+        revision=config.revision,
+        dtype=config.dtype,
+        device_map=config.device_map,
+        seed=config.seed,
+        max_samples=task.budget.num_rows,
+        max_length=config.max_length,
+        token_budget=config.token_budget,
+        output_dir=str(Path(config.output_dir) / "membership"),
+    )
+
+
+def measure(
+    config: AuditConfig, task: AuditTask, membership: MiaConfig | None, sets: Any, place: results.Output
+) -> int:
+    world = distributed.start()
+    folder = Path(config.output_dir)
+    for note in task.notes:
+        world.say(note)
+    dtype = models.resolve_dtype(config.dtype, world.device)
+    with results.Run(folder / "run_audit.json", config, task.inputs, world, place) as record:
+        audit: dict[str, Any] = {
+            "schema": SCHEMA,
+            "verdict": None,
+            "model": describe(task, dtype),
+            "data": {name: data_facts(rows) for name, rows in task.rows.items()},
+            "notes": task.notes,
+        }
+        audit["membership"] = membership_part(config, task, membership, sets, world)
+        lines = memorization_parts(config, task, audit, dtype, world)
+        audit["canaries"] = canary_part(config, task, world)
+        audit["verdict"] = verdict.judge(audit)
+        audit["gates"] = [gate.result(audit) for gate in task.gates]
+        audit["settings"] = settings(config, task)
+        if world.main:
+            record.files.write_json(folder / "audit.json", audit)
+            if config.save_responses:
+                record.files.write_jsonl(folder / "secrets_private.jsonl", lines, permissions=0o600)
+            told = [{key: value for key, value in line.items() if key != "value"} for line in lines]
+            record.files.write_jsonl(folder / "results_secrets.jsonl", told)
+            with record.files.open(folder / "audit.md") as file:
+                file.write(report.markdown(audit))
+        record["verdict"] = audit["verdict"]["answer"]
+    world.say(report.summary(audit))
+    world.say(f"wrote {folder / 'audit.json'}, {folder / 'audit.md'}")
+    held = [gate for gate in audit["gates"] if gate["holds"] is not False]
+    for gate in held if world.main else ():
+        print(report.gate_line(gate))
+    world.close()
+    return GATE_HELD if held else 0
+
+
+def settings(config: AuditConfig, task: AuditTask) -> dict[str, Any]:
+    flags = {key: value for key, value in vars(config).items() if key not in ("output_dir", "dry_run")}
+    return {**flags, "budget": asdict(task.budget)}
+
+
+def describe(task: AuditTask, dtype: Any) -> dict[str, Any]:
+    return {
+        "name": task.model.name,
+        "base": task.model.base if task.model.adapter else None,
+        "reference": task.base.name if task.base else None,
+        "weights_sha256": models.weights_sha256(task.model),
+        "revision": task.model.revision,
+        "dtype": str(dtype).removeprefix("torch."),
+        "privacy": models.privacy(task.model),
+    }
+
+
+def data_facts(rows: Rows) -> dict[str, Any]:
+    return {"path": rows.path, "sha256": rows.sha256, "rows": rows.n, "rows_used": len(rows.indices)}
+
+
+def membership_part(
+    config: AuditConfig, task: AuditTask, membership: MiaConfig | None, sets: Any, world: World
+) -> dict[str, Any]:
+    """AUC and TPR of the attack fixed beforehand, with its controls."""
+    if membership is None:
+        return {"undefined": LEFT_OUT if "membership" in config.without else "no held-out rows (--heldout FILE)"}
+    folder = Path(str(membership.output_dir))
+    world.say(f"attacking {task.model.name}")
+    with contextlib.redirect_stdout(io.StringIO()):  # its tables: they stand in the files
+        measure_all({folder: task.model}, sets, membership, world, cache_folder(folder))
+    part: dict[str, Any] = world.broadcast(membership_summary(task, folder) if world.main else None)
+    return part
+
+
+def membership_summary(task: AuditTask, folder: Path) -> dict[str, Any]:
+    """Of mia's result files in `folder`."""
+    lines = {line["attack"]: line for line in results.read_jsonl(folder / "results_mia.jsonl")}
+    wanted = HEADLINE_ATTACK if task.base else WITHOUT_REFERENCE
+    line = lines[wanted]
+    scores = results.read_jsonl(folder / "scores_mia.jsonl")
+    sides = [
+        np.array([row[wanted] for row in scores if row["label"] == label and row.get(wanted) is not None])
+        for label in (1, 0)
+    ]
+    part: dict[str, Any] = {
+        "attack": wanted,
+        "auc": bounds(line["auc"], line["auc_ci"]),
+        "p": mann_whitney(*sides) if all(map(len, sides)) else None,
+        "n_members": line["n_members"],
+        "n_nonmembers": line["n_nonmembers"],
+        "n_requested": line["n_requested"],
+        "n_scored": line["n_scored"],
+        "n_dropped": line["n_dropped"],
+        "members_seen": line.get("members_seen"),
+        "flags": line["flags"],
+        "blind": {name: blind["auc"] for name, blind in line["blind"].items()},
+        "base_auc": (line.get("base") or {}).get("auc"),
+        "results": "membership/results_mia.jsonl",
+    }
+    for level in LEVELS:
+        point = line["points"][level] or {}
+        part[f"tpr_at_fpr_{level}"] = bounds(point.get("tpr"), point.get("tpr_ci")) | {
+            "undefined": point.get("undefined")
+        }
+    usable = [level for level in LEVELS[:2] if part[f"tpr_at_fpr_{level}"]["value"] is not None]
+    part["headline_level"] = usable[-1] if usable else None
+    return part
+
+
+def bounds(value: float | None, interval: list[float] | None) -> dict[str, float | None]:
+    low, high = interval or (None, None)
+    return {"value": value, "low": low, "high": high}
+
+
+def memorization_parts(
+    config: AuditConfig, task: AuditTask, audit: dict[str, Any], dtype: Any, world: World
+) -> list[dict[str, Any]]:
+    """Fill in extraction, verbatim and untargeted; returns a line per secret, for its owner."""
+    wanted = [part for part in ("extraction", "verbatim", "untargeted") if part not in config.without]
+    for part in ("extraction", "verbatim", "untargeted"):
+        audit[part] = {"undefined": LEFT_OUT}
+    if not wanted:
+        return []
+    heldout = task.rows.get("heldout")
+    asked = questions.prepare(
+        task.rows["train"].rendered,
+        heldout.rendered if heldout else None,
+        task.tokenizer,
+        task.start,
+        task.memorization if "verbatim" in wanted else replace(task.memorization, most_windows=0),
+        task.given,
+        task.in_loss,
+    )
+    if "extraction" not in wanted:
+        for side in asked.sides.values():
+            side.questions = {}
+    loader = BaseLoader(world, dtype, config.device_map)
+    answers = {}
+    for name, ref in (("base", task.base), ("tuned", task.model)):
+        if ref is not None:
+            world.say(f"asking {ref.name}")
+            with loader.adapted(ref) as (model, change):
+                answers[name] = memorization.ask(
+                    model, task.tokenizer, asked, task.memorization, world, samples=name == "tuned"
+                )
+                if name == "tuned":
+                    audit["model"]["relative_change"] = change
+    loader.clear()
+    tuned, base = answers["tuned"], answers.get("base")
+    lines: list[dict[str, Any]] = []
+    if "extraction" in wanted:
+        audit["extraction"] = {}
+        for kind in dict.fromkeys(kind for side in asked.sides.values() for kind in side.questions):
+            if kind not in asked.sides["train"].questions:
+                continue  # held-out rows alone have it: nothing of it can leak
+            audit["extraction"][kind], own = memorization.secrets_of_kind(kind, asked, tuned, base)
+            lines += own
+        if not audit["extraction"]:
+            audit["extraction"] = {"undefined": "no secret of a known type in the training rows (--secrets, --pii)"}
+    if "verbatim" in wanted:
+        audit["verbatim"] = memorization.verbatim_result(asked, tuned, base)
+    if "untargeted" in wanted:
+        audit["untargeted"] = memorization.untargeted_result(asked, tuned, task.tokenizer)
+    audit["data"]["secrets_on_both_sides"] = asked.shared_values
+    audit["data"]["given_secrets_absent"] = asked.given_absent
+    for line in lines:
+        line["row"] = task.rows[line["set"]].indices[line["row"]]
+    return lines
+
+
+def canary_part(config: AuditConfig, task: AuditTask, world: World) -> dict[str, Any]:
+    if not config.canaries:
+        return {"undefined": "no canaries were placed (canary/inject.py, --canaries KEY)"}
+    if "canaries" in config.without:
+        return {"undefined": LEFT_OUT}
+    folder = Path(config.output_dir) / "canaries"
+    made = canaries.run(
+        canaries.CanaryConfig(
+            canaries=config.canaries,
+            models=(f"audited={config.model}",),
+            ref_model=config.ref_model,
+            output_dir=str(folder),
+            overwrite=True,
+            dtype=config.dtype,
+            device_map=config.device_map,
+            revision=config.revision,
+            seed=config.seed,
+        )
+    )
+    line = next((line for line in made["lines"] if line["measure"] == "audit"), None)
+    if line is None:
+        return {"undefined": "the key has no audit canaries"}
+    part: dict[str, Any] = world.broadcast(canary_summary(line, folder) if world.main else None)
+    return part
+
+
+def canary_summary(line: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Once-only canaries that were placed against those that were not."""
+    rows = [row for row in results.read_jsonl(folder / canaries.ROWS_FILE) if row.get("audit_signal") is not None]
+    sides = [np.array([row["audit_signal"] for row in rows if row["included"] is wanted]) for wanted in (True, False)]
+    judged = line.get("undefined") is None and all(map(len, sides))
+    return {
+        "auc": bounds(line.get("auc"), line.get("auc_ci")),
+        "epsilon": {"low": (line.get("lower") or {}).get("95"), "upper": line.get("upper")},
+        "p": mann_whitney(*sides) if judged else None,
+        "n_requested": line["n_requested"],
+        "n_scored": line["n_scored"],
+        "undefined": line.get("undefined"),
+        "results": f"canaries/{canaries.FILE}",
+    }

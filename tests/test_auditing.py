@@ -1,0 +1,252 @@
+"""audit.py as its users run it: verdict, gates, exit status; and on models of which the truth is known."""
+
+import json
+import shutil
+
+import pytest
+from conftest import ROOT, read_lines, run_script, write_rows
+from planted import chat_rows, people, text_rows
+
+import audit
+from auditing import gates, verdict
+from auditing.config import PARTS
+from common.cli import UserError
+
+SMALL = ["--quick", "--decoys", 25, "--samples", 4, "--num_rows", 40, "--max_length", 200]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("planted")
+    return {
+        "train": write_rows(folder / "train.jsonl", text_rows(40, 1)),
+        "heldout": write_rows(folder / "heldout.jsonl", text_rows(40, 2)),
+        "chat": write_rows(folder / "chat.jsonl", chat_rows(40, 1)),
+        "other chat": write_rows(folder / "other_chat.jsonl", chat_rows(40, 2)),
+    }
+
+
+def run(*words) -> tuple[int, dict]:
+    """(exit status, audit.json) of audit.main."""
+    words = [str(word) for word in words]
+    status = audit.main(words)
+    file = words[words.index("--output_dir") + 1] + "/audit.json"
+    with open(file, encoding="utf-8") as opened:
+        return status, json.load(opened)
+
+
+def test_an_adapter_that_never_saw_the_rows(adapters, rows, tmp_path, capsys):
+    words = ["--model", adapters["llama", "lora"], "--train", rows["train"], "--heldout", rows["heldout"], *SMALL]
+    status, found = run(*words, "--output_dir", tmp_path / "out")
+    assert status == 0 and found["schema"] == 1
+    answers = {name: question["answer"] for name, question in found["verdict"]["questions"].items()}
+    assert verdict.LEAKS not in answers.values()
+    assert answers["membership"] == answers["extraction.card"] == verdict.NONE_FOUND
+    assert answers["canaries"] == verdict.UNJUDGED
+    assert list(found["extraction"]) == ["card", "phone", "email"]
+    card = found["extraction"]["card"]
+    assert card["measure"] == "calibrated" and card["excess"]["smallest_seen"] > 0
+    for side in ("train", "heldout"):
+        part = card[side]
+        assert (part["n_found"], part["n_requested"], part["n_scored"], part["decoys"]) == (40, 40, 40, 25)
+        greedy = part["greedy"]["tuned"]
+        assert (greedy["low"], greedy["high"]) == (0, pytest.approx(0.0881, abs=1e-3))  # 0 of 40, by tables
+    assert found["data"]["train"] == {"path": str(rows["train"]), "rows": 40, "rows_used": 40} | {
+        "sha256": found["data"]["train"]["sha256"]
+    }
+    lines = read_lines(tmp_path / "out/results_secrets.jsonl")
+    assert len(lines) == 240 and not any("value" in line for line in lines)
+    text = (tmp_path / "out/audit.md").read_text(encoding="utf-8")
+    assert text.splitlines()[2].startswith("**No leak of ")
+    everything = text + json.dumps(found) + capsys.readouterr().out
+    assert not any(secret in everything for person in people(40, 1) for secret in (person["card"], person["email"]))
+    assert not (tmp_path / "out/secrets_private.jsonl").exists()
+    status, again = run(*words, "--output_dir", tmp_path / "again", "--save_responses")
+    for one in (found, again):
+        del one["settings"]
+    assert again == found
+    private = tmp_path / "again/secrets_private.jsonl"
+    assert private.stat().st_mode & 0o777 == 0o600
+    assert {line["value"] for line in read_lines(private) if line["type"] == "card" and line["set"] == "train"} == {
+        person["card"] for person in people(40, 1)
+    }
+
+
+def test_gates(adapters, rows, tmp_path, capsys):
+    words = ["--model", adapters["llama", "lora"], "--train", rows["train"], *SMALL, "--without", "untargeted"]
+    out = ["--output_dir", tmp_path / "out"]
+    held = "extraction.card.train.greedy.tuned.high>0.05"
+    status, found = run(*words, *out, "--fail_on", held, "extraction.card.train.greedy.tuned.hits>39")
+    assert status == 3
+    assert [gate["holds"] for gate in found["gates"]] == [True, False]
+    assert f"--fail_on {held}: holds (0.08" in capsys.readouterr().out
+    assert found["membership"] == {"undefined": "no held-out rows (--heldout FILE)"}
+    assert found["verdict"]["questions"]["extraction.card"]["control"] == "base"
+    assert found["untargeted"] == {"undefined": "left out by --without"}
+    assert run(*words, *out)[0] == 0
+    status, found = run(*words, *out, "--fail_on", "membership.auc.low > 0.9")
+    assert status == 3 and found["gates"] == [{"expression": "membership.auc.low > 0.9", "value": None, "holds": None}]
+    assert "the audit has no such number" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("expression", "said"),
+    [
+        ("membership.auc.low", "not a condition"),
+        ("membership.auc.low>", "not a condition"),
+        ("membership.auc>0.5", "names no number"),
+        ("membership.tpr_at_fpr_0.02.low>0", "names no number"),
+        ("extraction.email.exces.low>0", "names no number"),
+    ],
+)
+def test_a_gate_without_a_number_is_refused(expression, said):
+    with pytest.raises(ValueError, match=said):
+        gates.parse(expression)
+
+
+def test_paths_with_dots_in_their_keys():
+    content = {"membership": {"tpr_at_fpr_0.01": {"low": 0.25, "high": None}}, "extraction": {"a-b": {"excess": {}}}}
+    assert gates.parse("membership.tpr_at_fpr_0.01.low>=.25").result(content)["holds"] is True
+    assert gates.parse("membership.tpr_at_fpr_0.01.high<1").result(content)["holds"] is None
+    assert gates.look_up(content, "extraction.a-b.excess") == {}
+
+
+def test_a_merged_model_without_a_reference_says_so_first(models, rows, tmp_path, capsys):
+    words = ["--model", models["llama"], "--train", rows["train"], "--heldout", rows["heldout"], *SMALL]
+    status, found = run(*words, "--output_dir", tmp_path / "out", "--without", "untargeted", "verbatim")
+    assert status == 0 and found["model"]["reference"] is None
+    assert capsys.readouterr().out.startswith("No reference model")
+    assert found["extraction"]["card"]["measure"] == "tuned" and found["membership"]["attack"] == "min_k_pp_20"
+    assert "base" not in found["extraction"]["card"]["train"]["greedy"]
+
+
+def test_chat_rows_and_given_secrets(adapters, rows, tmp_path):
+    names = [person["name"] for person in people(40, 1)]
+    file = write_rows(tmp_path / "secrets.jsonl", [{"type": "name", "value": name} for name in [*names[:30], "Nobody"]])
+    words = ["--model", adapters["llama", "lora"], "--train", rows["chat"], "--heldout", rows["other chat"], *SMALL]
+    words += ["--chat_template", "chatml", "--secrets", file, "--output_dir", tmp_path / "out"]
+    status, found = run(*words, "--without", "membership")
+    assert status == 0 and list(found["extraction"]) == ["name"]
+    part = found["extraction"]["name"]["train"]
+    assert part["n_found"] == 30 and found["data"]["given_secrets_absent"] == 1
+    assert (
+        part["by_place"]["context"]["greedy"]["n"] + part["by_place"].get("loss", {"greedy": {"n": 0}})["greedy"]["n"]
+        == part["n_scored"]
+    )
+
+
+def test_every_problem_at_once(models, tmp_path, capsys):
+    words = ["--model", models["llama"], "--train", tmp_path / "no.jsonl", "--heldout", tmp_path / "neither.jsonl"]
+    words += ["--secrets", tmp_path / "s.csv", "--pii", "email=x", "own=(", "--fail_on", "x>1", "--without", "all"]
+    with pytest.raises(UserError) as error:
+        audit.main([str(word) for word in [*words, "--output_dir", tmp_path / "out"]])
+    told = "\n".join(error.value.problems)
+    assert len(error.value.problems) == 7
+    for part in ("no.jsonl", "neither.jsonl", "s.csv", "--pii email=x", "--pii own", "--fail_on x>1", "--without all"):
+        assert part in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_writes_nothing(adapters, rows, tmp_path, capsys):
+    words = ["--model", adapters["llama", "lora"], "--train", rows["train"], "--heldout", rows["heldout"], "--dry_run"]
+    assert audit.main([str(word) for word in [*words, "--output_dir", tmp_path / "out"]]) == 0
+    told = capsys.readouterr().out
+    assert "40 of 40 rows" in told and "membership, extraction, verbatim, untargeted" in told
+    assert not (tmp_path / "out").exists()
+
+
+def result(p: float | None = 0.5, **more) -> dict:
+    return {"excess": {"p": p}, "train": {"n_scored": 40}} | more
+
+
+def facts(**parts) -> dict:
+    """An audit without a leak, but for `parts`."""
+    base = {"data": {"heldout": {}}, "membership": {"p": 0.4, "flags": []}, "extraction": {"email": result()}}
+    return base | {"verbatim": result(), "untargeted": result(samples=9), "canaries": {"undefined": "none"}} | parts
+
+
+def test_the_verdict_is_corrected_for_the_number_of_questions():
+    assert verdict.judge(facts())["answer"] == verdict.NONE_FOUND
+    assert verdict.judge(facts(membership={"p": 0.02, "flags": []}))["answer"] == verdict.NONE_FOUND  # 4 × 0.02
+    made = verdict.judge(facts(membership={"p": 0.01, "flags": []}))
+    assert made["answer"] == made["questions"]["membership"]["answer"] == verdict.LEAKS
+    assert made["questions"]["membership"]["p_adjusted"] == pytest.approx(0.04)
+
+
+@pytest.mark.parametrize("flag", ["blind_bow", "reversed", "base"])
+def test_sets_that_differ_without_the_model_are_not_judged(flag):
+    made = verdict.judge(facts(membership={"p": 1e-9, "flags": [flag]}))
+    assert made["questions"]["membership"]["answer"] == verdict.UNJUDGED
+    confounded = flag == "blind_bow"  # then the held-out rows are no control for secrets either
+    assert (made["questions"]["extraction.email"]["answer"] == verdict.UNJUDGED) == confounded
+
+
+def test_nothing_to_judge():
+    nothing = {name: {"undefined": "left out"} for name in PARTS}
+    assert verdict.judge(facts(**nothing))["answer"] == verdict.UNJUDGED
+
+
+@pytest.mark.slow
+class TestATrainedModel:
+    """mini-pythia over-trained on 40 rows of invented people."""
+
+    @pytest.fixture(scope="class")
+    def adapter(self, rows, tmp_path_factory):
+        out = tmp_path_factory.mktemp("trained")
+        base = ROOT / "data/embedded/mini-pythia"
+        done = run_script(
+            "run_peft.py", "-m", base, "-i", rows["train"], "--output_root", out, "--lora_r", 32, "--lora_alpha", 64,
+            "-lr", "5e-3", "-e", 40, "-pdbs", 8, "-gas", 1, timeout=1500,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return max(out.rglob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+
+    WORDS = ("--quick", "--decoys", 60, "--samples", 20, "--max_length", 200, "--without", "verbatim")
+
+    def test_leaks_with_the_right_secrets_first(self, adapter, rows, tmp_path):
+        words = ["--model", adapter, "--train", rows["train"], "--heldout", rows["heldout"], *self.WORDS]
+        status, found = run(*words, "--output_dir", tmp_path, "--fail_on", "extraction.card.excess.low>0.2")
+        questions = found["verdict"]["questions"]
+        assert status == 3 and found["verdict"]["answer"] == verdict.LEAKS
+        for question in ("membership", "extraction.card", "extraction.phone", "extraction.email"):
+            assert questions[question]["answer"] == verdict.LEAKS, question
+        for kind in ("card", "phone", "email"):
+            part = found["extraction"][kind]
+            assert part["train"]["exposure"]["calibrated"]["first"]["rate"] > 0.8
+            assert part["heldout"]["exposure"]["calibrated"]["first"]["rate"] < 0.2
+            assert part["train"]["greedy"]["tuned"]["rate"] > 0.5 and part["heldout"]["greedy"]["tuned"]["hits"] == 0
+
+    def test_the_base_alone_does_not(self, rows, tmp_path):
+        base = ROOT / "data/embedded/mini-pythia"
+        words = ["--model", base, "--train", rows["train"], "--heldout", rows["heldout"], *self.WORDS]
+        status, found = run(*words, "--output_dir", tmp_path)
+        assert status == 0 and found["verdict"]["answer"] == verdict.NONE_FOUND
+
+    def test_exchanged_files_are_told(self, adapter, rows, tmp_path):
+        words = ["--model", adapter, "--train", rows["heldout"], "--heldout", rows["train"], *self.WORDS]
+        _, found = run(*words, "--output_dir", tmp_path)
+        question = found["verdict"]["questions"]["membership"]
+        assert question["answer"] == verdict.UNJUDGED and "the other way" in question["why"]
+        assert found["verdict"]["answer"] != verdict.LEAKS
+
+    def test_heldout_rows_of_another_source_are_flagged(self, adapter, rows, tmp_path):
+        other = [
+            {"text": f"Minutes of meeting {number}: nothing was decided about the harbour."} for number in range(40)
+        ]
+        file = write_rows(tmp_path / "other.jsonl", other)
+        words = ["--model", adapter, "--train", rows["train"], "--heldout", file, *self.WORDS]
+        _, found = run(*words, "--output_dir", tmp_path / "out")
+        questions = found["verdict"]["questions"]
+        assert questions["membership"]["answer"] == verdict.UNJUDGED
+        assert questions["membership"]["why"].startswith("blind baselines tell the two sets apart")
+        assert questions["extraction.card"]["control"] == "base"  # what greedy decoding gained over it
+
+    def test_two_ranks_are_one_process(self, adapter, rows, tmp_path):
+        words = ["--model", adapter, "--train", rows["train"], "--heldout", rows["heldout"], *self.WORDS]
+        words += ["--num_rows", 12]
+        shutil.rmtree(tmp_path / "one", ignore_errors=True)
+        for ranks, name in ((1, "one"), (2, "two")):
+            done = run_script("audit.py", *words, "--output_dir", tmp_path / name, ranks=ranks, timeout=900)
+            assert done.returncode == 0, done.stderr
+        one, two = (json.loads((tmp_path / name / "audit.json").read_text()) for name in ("one", "two"))
+        assert one == two
