@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, ParamSpec, TypeVar, overload
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from common import __version__, strict_json
 
@@ -430,10 +430,6 @@ def _can_write(folder: Path) -> bool:
     return os.access(folder, os.W_OK | os.X_OK) and writable_by_mode
 
 
-@overload
-def plain(value: dict[Any, Any]) -> dict[str, Any]: ...
-@overload
-def plain(value: object) -> Any: ...
 def plain(value: object) -> Any:
     """`value` as strict JSON: paths to strings, infinities to 'inf'/'-inf', tuples to lists. NaN stays (and fails)."""
     if isinstance(value, dict):
