@@ -50,6 +50,7 @@ class Problems:
         self.lines: list[str] = []
 
     def add(self, line: str) -> None:
+        """Keep a line, once."""
         if line not in self.lines:  # two checks may meet the same broken file
             self.lines.append(line)
 
@@ -199,6 +200,7 @@ class Parser(argparse.ArgumentParser):
         return made
 
     def error(self, message: str) -> NoReturn:
+        """argparse's own complaint, with the problems so far, as UserError."""
         raise UserError(*dict.fromkeys([*self._problems, message]))
 
 

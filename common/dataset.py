@@ -378,14 +378,16 @@ def has_completion(row: dict[str, Any]) -> bool:
 
 
 def read_renderer(
-    rows: Iterable[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", template: str | None, model: str
+    rows: Iterable[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase | None", template: str | None, model: str
 ) -> chat.Renderer | None:
     """What makes the text of chat rows; None of others, whose text needs no tokenizer.
 
     template: of --chat_template. UserError where chat rows have no template, or others are given one.
     """
     if shape_of(next(iter(rows))) == "chat":
-        return chat.Renderer(tokenizer, chat.read_template(template, tokenizer, model))
+        source = chat.read_template(template, tokenizer, model)
+        assert tokenizer is not None  # whoever reads chat rows has the tokenizer of their model
+        return chat.Renderer(tokenizer, source)
     if template is not None:
         raise UserError(f"--chat_template {template}: the rows have no messages; leave it out")
     return None

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 from common import models
@@ -725,8 +726,8 @@ def check_tokens(model: Model, sequences: Iterable[Sequence[int]]) -> None:
         raise UserError(f"{name}: its tokenizer makes token {largest}, the model has only {n} embeddings")
 
 
-def context_length(model: Model) -> int:
-    """Positions the model has (max_position_embeddings)."""
+def context_length(model: Model | SimpleNamespace) -> int:
+    """Tokens that a model (or a namespace with its `config`) has positions for; 2³⁰ where it sets no limit."""
     return int(
         getattr(model.config, "max_position_embeddings", 0) or getattr(model.config, "n_positions", 0) or 1 << 30
     )

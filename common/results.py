@@ -684,7 +684,7 @@ class Run:
         **more: object,
     ) -> None:
         self.path, self.world = Path(path), world
-        self.files = output.publication() if output else None
+        self._files = output.publication() if output else None
         self.started = time.monotonic()
         versions = {}
         for package in PACKAGES:
@@ -707,6 +707,13 @@ class Run:
             "end": None,
             "status": "running",
         }
+
+    @property
+    def files(self) -> Publication:
+        """What is published together with the record. ValueError without an `Output`."""
+        if self._files is None:
+            raise ValueError(f"{self.path}: a run without an output publishes no files")
+        return self._files
 
     def __setitem__(self, key: str, value: object) -> None:
         self.record[key] = value
@@ -733,10 +740,10 @@ class Run:
             self.record["error"] = f"{kind.__name__}: {error}"
         self.record["status"] = "failed" if "error" in self.record else "ok"
         main = self.world is None or self.world.main
-        if kind is None and self.files and main:
-            self.files.write_json(self.path, self.record)
-            self.files.commit()
+        if kind is None and self._files and main:
+            self._files.write_json(self.path, self.record)
+            self._files.commit()
             return
-        if self.files:
-            self.files.discard()
+        if self._files:
+            self._files.discard()
         self.write()

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
+Scores = Sequence[float] | Floats
 
 
 def clopper_pearson(hits: int | None, n: int, level: float = 0.95) -> list[float] | None:
@@ -60,7 +61,7 @@ def _clustered_rates(hits: Floats, level: float = 0.95) -> tuple[Floats, Floats]
 AUC_METHOD = "wider of DeLong on the logit scale and Newcombe"
 
 
-def auc_interval(members: npt.ArrayLike, nonmembers: npt.ArrayLike, level: float = 0.95) -> list[float]:
+def auc_interval(members: Scores, nonmembers: Scores, level: float = 0.95) -> list[float]:
     """Interval of the area under the ROC curve of scores [M], [N], whatever their distributions.
 
     The hull of two: DeLong's variance (DeLong, DeLong & Clarke-Pearson 1988) on the logit scale, which knows the shape
@@ -130,21 +131,21 @@ def mean_or_none(values: Iterable[float | None]) -> float | None:
     return math.fsum(known) / len(known) if known else None
 
 
-def auc(members: Floats, nonmembers: Floats) -> float:
+def auc(members: Scores, nonmembers: Scores) -> float:
     """P(member > non-member) + ½ P(equal): the area under the ROC curve (Mann–Whitney)."""
     ordered = np.sort(nonmembers)
     below = np.searchsorted(ordered, members, "left") + np.searchsorted(ordered, members, "right")
     return float(below.sum() / (2 * len(members) * len(nonmembers)))
 
 
-def interval(values: Sequence[float] | Floats, confidence: float = 0.95) -> list[float]:
+def interval(values: Scores, confidence: float = 0.95) -> list[float]:
     """Percentile interval [low, high] of simulated or resampled values [n]."""
     tail = (1 - confidence) / 2
     ends: list[float] = np.quantile(values, (tail, 1 - tail), method="inverted_cdf").tolist()
     return ends
 
 
-def roc(members: Floats, nonmembers: Floats) -> tuple[Floats, Floats]:
+def roc(members: Scores, nonmembers: Scores) -> tuple[Floats, Floats]:
     """(FPR, TPR) at every threshold, from (0, 0) to (1, 1); equal scores are one step."""
     cuts = np.unique(np.concatenate([members, nonmembers]))[::-1]
     false = len(nonmembers) - np.searchsorted(np.sort(nonmembers), cuts, "left")
