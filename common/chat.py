@@ -8,9 +8,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # ShareGPT's `from` → role
 ROLES = {
@@ -58,12 +61,12 @@ def token_span(places: list[tuple[int, int]], start: int, end: int) -> tuple[int
     return first, last
 
 
-def is_chat(row: dict) -> bool:
+def is_chat(row: dict[str, Any]) -> bool:
     """Whether a row holds messages: `messages`, ShareGPT's `conversations`, or prompt and completion of messages."""
     return any(isinstance(row.get(key), list) for key in ("messages", "conversations", "completion"))
 
 
-def problems_of(row: dict) -> Iterator[str]:
+def problems_of(row: dict[str, Any]) -> Iterator[str]:
     """Why the messages of a row cannot be used, without their text."""
     try:
         prompt, completion = _parts(row)
@@ -76,13 +79,13 @@ def problems_of(row: dict) -> Iterator[str]:
         yield "no message is the assistant's"
 
 
-def messages_of(row: dict) -> list[dict[str, Any]]:
+def messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
     """The messages of a row, ShareGPT's renamed; ValueError says why there are none."""
     prompt, completion = _parts(row)
     return prompt + completion
 
 
-def _parts(row: dict) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _parts(row: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(messages of `prompt`, messages of `completion`); all of a conversation are in the first."""
     for key in ("messages", "conversations"):
         if row.get(key) is not None:
@@ -91,6 +94,7 @@ def _parts(row: dict) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 
 def _messages(value: object, key: str) -> list[dict[str, Any]]:
+    """The messages of a field of a row; ValueError says what is wrong with them."""
     if not isinstance(value, list):
         raise ValueError(f"field '{key}' must be a list of messages, not {type(value).__name__}")
     messages = []
@@ -123,7 +127,7 @@ def _join(parts: list[Any], where: str) -> str:
     return "".join(texts)
 
 
-def read_template(given: str | None, tokenizer: Any, model: str) -> str:
+def read_template(given: str | None, tokenizer: "PreTrainedTokenizerBase | None", model: str) -> str:
     """The chat template to use: `given` ('chatml' or a file), else the tokenizer's own. UserError where there is none,
     and for one that Jinja cannot compile."""
     if given == "chatml":
@@ -164,7 +168,7 @@ class Renderer:
     prompt is the assistant's.
     """
 
-    def __init__(self, tokenizer: Any, template: str):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: str) -> None:
         self.tokenizer, self.template = tokenizer, template
         self.marks = GENERATION.search(template) is not None
 
@@ -178,7 +182,7 @@ class Renderer:
         from jinja2 import TemplateError
 
         try:
-            return self.tokenizer.apply_chat_template(
+            text: Any = self.tokenizer.apply_chat_template(
                 messages,
                 tools=tools,
                 chat_template=self.template,
@@ -188,8 +192,9 @@ class Renderer:
         except (TemplateError, TypeError, KeyError) as error:
             words = " ".join(str(error).split())[:200] or type(error).__name__
             raise ValueError(f"the chat template refuses its messages ({words})") from None
+        return str(text)
 
-    def render(self, row: dict) -> Rendered:
+    def render(self, row: dict[str, Any]) -> Rendered:
         """The text of a chat row and where the assistant speaks; ValueError says why it has none."""
         prompt, completion = _parts(row)
         messages, tools = prompt + completion, row.get("tools") or None
@@ -202,7 +207,9 @@ class Renderer:
         spans = [self._turn(messages[:number], messages[: number + 1], tools, text) for number in turns]
         return Rendered(text, tuple(spans), True)
 
-    def _turn(self, before: list, after: list, tools: Any, text: str) -> tuple[int, int]:
+    def _turn(
+        self, before: list[dict[str, Any]], after: list[dict[str, Any]], tools: Any, text: str
+    ) -> tuple[int, int]:
         """[from, to) of what the messages of `after` add to those of `before` and the generation prompt."""
         start = self.text(before, tools, add_generation_prompt=True) if before else ""
         end = self.text(after, tools)
@@ -214,14 +221,16 @@ class Renderer:
         return len(start), len(end)
 
     def _marked(self, messages: list[dict[str, Any]], tools: Any, text: str) -> list[tuple[int, int]]:
+        """[from, to) of what the template marks as the assistant's."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        special: dict[str, Any] = dict(self.tokenizer.special_tokens_map)
         result: Any = render_jinja_template(  # annotated as a string, which it is without the mask
             [messages],
             tools=tools,
             chat_template=self.template,
             return_assistant_tokens_mask=True,
-            **self.tokenizer.special_tokens_map,
+            **special,
         )
         rendered, spans = result
         if rendered != [text]:

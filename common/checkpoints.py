@@ -1,17 +1,28 @@
 """Many checkpoints, one base in memory: for each checkpoint the base is loaded once, adapted, and restored."""
 
+from __future__ import annotations
+
 import gc
 import re
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from common import models
-from common.cli import Problems, UserError, is_utf8
+from common.cli import AnyPath, Problems, UserError, is_utf8
 from common.distributed import World
 
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-def find_checkpoints(folder) -> list[Path]:
+PathT = TypeVar("PathT", bound=AnyPath)
+Job = TypeVar("Job", bound=tuple[Any, ...])
+
+
+def find_checkpoints(folder: AnyPath) -> list[Path]:
     """Every directory checkpoint-* below `folder` (or itself), in natural order: checkpoint-9 before checkpoint-10.
 
     UserError for names that are not UTF-8, which no record could hold.
@@ -27,12 +38,14 @@ def find_checkpoints(folder) -> list[Path]:
     return sorted(found, key=natural_key)
 
 
-def natural_key(path) -> list:
+def natural_key(path: AnyPath) -> list[Any]:
     """Sort key of a path in which numbers count as numbers."""
     return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", str(path)))]
 
 
-def look_up_all(problems: Problems, paths: Iterable, revision, base_model, flag: str) -> tuple[list, dict[str, str]]:
+def look_up_all(
+    problems: Problems, paths: Iterable[PathT], revision: str | None, base_model: str | None, flag: str
+) -> tuple[list[tuple[PathT, models.ModelRef, PreTrainedTokenizerBase | None]], dict[str, str]]:
     """([(path, ModelRef, tokenizer)], {path: why it cannot be used}) of many models, from their files.
 
     What keeps some from being used is no problem; where it keeps all, it is. Tokenizers are None, and transformers is
@@ -55,34 +68,37 @@ def look_up_all(problems: Problems, paths: Iterable, revision, base_model, flag:
 class BaseLoader:
     """Holds the base that was asked for last; another one is loaded only after it has gone."""
 
-    def __init__(self, world: World, dtype, device_map: str | None = None):
+    def __init__(self, world: World, dtype: torch.dtype, device_map: str | None = None) -> None:
         self.world, self.dtype, self.device_map = world, dtype, device_map
-        self._loaded: dict = {}
+        self._loaded: dict[str, PreTrainedModel] = {}
 
-    def base(self, ref: models.ModelRef):
+    def base(self, ref: models.ModelRef) -> PreTrainedModel:
         """The unadapted base of `ref`, in eval mode."""
         if ref.base not in self._loaded:
             self.clear()
             self._loaded[ref.base] = models.load_base(ref, self.dtype, self.world.device, self.device_map)
         return self._loaded[ref.base]
 
-    def adapted(self, ref: models.ModelRef, merge: bool | None = None):
+    def adapted(
+        self, ref: models.ModelRef, merge: bool | None = None
+    ) -> AbstractContextManager[tuple[models.Model, float | None]]:
         """`models.adapted` with the adapter of `ref` on its base."""
         return models.adapted(self.base(ref), ref.adapter, merge)
 
     def clear(self) -> None:
+        """Let the base go."""
         self._loaded.clear()
         gc.collect()
 
 
-def by_base(jobs: Iterable[tuple]) -> list[tuple]:
+def by_base(jobs: Iterable[Job]) -> list[Job]:
     """Jobs (ModelRef, …) with those of one base together, bases and jobs in the order given."""
     jobs = list(jobs)
     bases = list(dict.fromkeys(job[0].base for job in jobs))
     return sorted(jobs, key=lambda job: bases.index(job[0].base))
 
 
-def for_each(jobs: Iterable[tuple], measure: Callable, loader: BaseLoader) -> dict[str, str]:
+def for_each(jobs: Iterable[Job], measure: Callable[..., object], loader: BaseLoader) -> dict[str, str]:
     """Call measure(number from 1, ModelRef, …) for every job (ModelRef, …); {model: why it failed}.
 
     A failure costs no other job: the base it may have left in an unknown state is loaded anew.

@@ -17,12 +17,18 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from common import __version__, strict_json
+
+AnyPath = str | os.PathLike[str]
+T = TypeVar("T")
+P = ParamSpec("P")
+Number = TypeVar("Number", int, float)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room for what a script writes
@@ -32,7 +38,7 @@ SHOWN_BROKEN = 3  # broken rows of an input that are spelled out
 class UserError(Exception):
     """Bad input. `problems` is a list of one-line strings, each naming the file, row or flag and what to do."""
 
-    def __init__(self, *problems: str):
+    def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
         self.problems = list(problems)
 
@@ -40,14 +46,15 @@ class UserError(Exception):
 class Problems:
     """Collects one-line problems; `check()` raises them all as one UserError."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.lines: list[str] = []
 
     def add(self, line: str) -> None:
+        """Keep a line, once."""
         if line not in self.lines:  # two checks may meet the same broken file
             self.lines.append(line)
 
-    def absorb(self, function, *args, **kwargs):
+    def absorb(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
         """Call `function`; add the problems of a UserError it raises and return None in that case."""
         try:
             return function(*args, **kwargs)
@@ -57,11 +64,12 @@ class Problems:
             return None
 
     def check(self) -> None:
+        """UserError with every problem, if there is one."""
         if self.lines:
             raise UserError(*self.lines)
 
 
-def defaults_of(config: type) -> dict:
+def defaults_of(config: type[Any]) -> dict[str, Any]:
     """{field: its default} of a configuration, without those that must be given."""
     return {one.name: one.default for one in dataclasses.fields(config) if one.default is not dataclasses.MISSING}
 
@@ -80,13 +88,15 @@ class Parser(argparse.ArgumentParser):
     be abbreviated.
     """
 
-    def __init__(self, description: str, example: str, config: type | None = None, settle: Settle | None = None):
+    def __init__(
+        self, description: str, example: str, config: type[Any] | None = None, settle: Settle | None = None
+    ) -> None:
         self.configuration, self._settle = config, settle
         self.defaults = defaults_of(config) if config else {}
         self._problems: list[str] = []
         self._flags: list[str] = []
         self._required: dict[str, str] = {}
-        self._group: Any = None
+        self._group: argparse._ArgumentGroup | None = None
         epilog = "example:\n" + textwrap.indent(textwrap.dedent(example).strip(), "  ")
         shown = argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, epilog=epilog, formatter_class=shown, allow_abbrev=False)
@@ -96,14 +106,14 @@ class Parser(argparse.ArgumentParser):
         )
 
     @contextlib.contextmanager
-    def section(self, title: str):
+    def section(self, title: str) -> Iterator[None]:
         """What is added inside stands under this heading of --help."""
         before = self._group
         self._group = self.add_argument_group(title)
         yield
         self._group = before
 
-    def add_argument(self, *flags, **options):
+    def add_argument(self, *flags: str, **options: Any) -> argparse.Action:
         """argparse's, with the default from the configuration, '(default: …)' in the help, and bad values collected."""
         name = options.get("dest") or next((flag for flag in flags if flag.startswith("--")), flags[0]).lstrip("-")
         if "default" not in options and name in self.defaults:
@@ -121,10 +131,12 @@ class Parser(argparse.ArgumentParser):
             self._required[name] = "/".join(flags)
         return self._group.add_argument(*flags, **options) if self._group else super().add_argument(*flags, **options)
 
-    def _collecting(self, flags, kind, choices, default):
+    def _collecting(
+        self, flags: Sequence[str], kind: Callable[[str], Any], choices: Sequence[Any] | None, default: Any
+    ) -> Callable[[str], Any]:
         """`kind` that notes a bad value as a problem, and stands in for it with the default."""
 
-        def convert(text):
+        def convert(text: str) -> Any:
             try:
                 value = kind(text)
             except argparse.ArgumentTypeError as error:
@@ -138,7 +150,7 @@ class Parser(argparse.ArgumentParser):
 
         return convert
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         """The configuration (a Namespace where the parser has none). UserError with every problem."""
         words = list(sys.argv[1:] if args is None else args)
         self._problems = no_names(words)
@@ -187,11 +199,12 @@ class Parser(argparse.ArgumentParser):
                 made.append(f"{flag}={value}")
         return made
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
+        """argparse's own complaint, with the problems so far, as UserError."""
         raise UserError(*dict.fromkeys([*self._problems, message]))
 
 
-def no_names(words) -> list[str]:
+def no_names(words: Iterable[object]) -> list[str]:
     """A problem for each word that can be no name of a file: not UTF-8 (records and manifests are, and could not name
     such a file), with a NUL (from a --config file), or too long. Also for a working directory that is not UTF-8."""
     lines = []
@@ -217,7 +230,7 @@ def one_line(text: str) -> str:
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
-def read_config(path) -> dict:
+def read_config(path: AnyPath) -> dict[str, Any]:
     """The keys and values of a JSON or YAML file. UserError when it is neither, or no mapping."""
     try:
         if not os.path.isfile(path):  # of a pipe nobody may ever write the end
@@ -307,7 +320,7 @@ def share(text: str) -> float:
     return value
 
 
-def _number(kind, text, words):
+def _number(kind: Callable[[str], Number], text: str, words: str) -> Number:
     try:
         return kind(text)
     except ValueError:
@@ -327,6 +340,7 @@ def add_model_flags(parser: Parser, seed_help: str = "seed of everything random"
 
 
 def add_chat_template(parser: Parser) -> None:
+    """--chat_template."""
     words = "for rows of messages: a Jinja file, or chatml (default: the tokenizer's own)"
     parser.add_argument("--chat_template", metavar="FILE", help=words)
 
@@ -334,7 +348,7 @@ def add_chat_template(parser: Parser) -> None:
 NAME_BYTES = 200  # of a file or folder; hidden names beside it are longer, and 255 is what file systems take
 
 
-def check_writable(folder, problems: Problems, flag: str = "--output_dir") -> None:
+def check_writable(folder: AnyPath, problems: Problems, flag: str = "--output_dir") -> None:
     """Add a problem unless `folder` exists and is writable, or can be made. Makes nothing."""
     existing = Path(folder).absolute()
     while True:
@@ -373,7 +387,9 @@ def add_dry_run(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_output_file(output: Path, suffix: str | None, problems: Problems, inputs=(), flag: str = "--output") -> None:
+def check_output_file(
+    output: Path, suffix: str | None, problems: Problems, inputs: Iterable[AnyPath | None] = (), flag: str = "--output"
+) -> None:
     """Add a problem unless `output` ends in `suffix` (None: in anything), is no directory, is none of the `inputs`, and
     can be written.
 
@@ -416,7 +432,7 @@ def _can_write(folder: Path) -> bool:
     return os.access(folder, os.W_OK | os.X_OK) and writable_by_mode
 
 
-def plain(value):
+def plain(value: object) -> Any:
     """`value` as strict JSON: paths to strings, infinities to 'inf'/'-inf', tuples to lists. NaN stays (and fails)."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
@@ -452,12 +468,12 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM: like Ctrl-C it ends workers and removes temporaries on its way out."""
 
 
-def _terminate(number, frame):
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends at once
     raise Terminated("SIGTERM")
 
 
-def entry(main) -> int:
+def entry(main: Callable[[], int | None]) -> int:
     """Run `main()`; a UserError becomes one stderr line a problem and status 2, as does a full disk (of any rank);
     Ctrl-C one line and 130, SIGTERM 143.
 

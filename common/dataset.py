@@ -9,15 +9,19 @@ import math
 import os
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 from common import chat, strict_json, tables
-from common.cli import UserError, one_line, plain
+from common.cli import AnyPath, UserError, one_line, plain
 from common.results import ROOT, Publication, commit, now, read_json, sha256
+
+if TYPE_CHECKING:
+    import pyarrow
+    from transformers import PreTrainedTokenizerBase
 
 HEAD_ROWS = 1110  # evaluation head of the published split (perplexity)
 PII_ROWS = 1000  # its first rows are attacked
@@ -35,7 +39,7 @@ REVIEW_TEMPLATE = (
 FORMATS = ".jsonl, .json, .csv, .tsv, .arrow or .parquet"
 
 
-def read_rows(path, broken: dict[int, str] | None = None) -> list[dict]:
+def read_rows(path: AnyPath, broken: dict[int, str] | None = None) -> list[dict[str, Any]]:
     """All rows of a .jsonl, .json, .csv or .tsv (gzipped or not), .arrow (stream or file format) or .parquet file.
 
     A .json file is one list of objects, {"data": that list}, or an object per line.
@@ -68,11 +72,11 @@ def read_rows(path, broken: dict[int, str] | None = None) -> list[dict]:
     return rows
 
 
-def _read_jsonl(path: Path, broken: dict[int, str] | None = None) -> list[dict]:
-    rows: list[dict] = []
+def _read_jsonl(path: Path, broken: dict[int, str] | None = None) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
     problems: list[str] = []
 
-    def refuse(number: int, reason: str, advice: str, row: dict | None = None) -> None:
+    def refuse(number: int, reason: str, advice: str, row: dict[str, Any] | None = None) -> None:
         if broken is None:
             problems.append(f"{path}:{number}: {reason}{advice}")
         else:
@@ -105,7 +109,7 @@ def _read_jsonl(path: Path, broken: dict[int, str] | None = None) -> list[dict]:
     return rows
 
 
-def is_gzip(path) -> bool:
+def is_gzip(path: AnyPath) -> bool:
     """Whether a file begins as gzip does, whatever its name."""
     with open(path, "rb") as file:
         return file.read(2) == b"\x1f\x8b"
@@ -114,7 +118,7 @@ def is_gzip(path) -> bool:
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # Arrow IPC streaming format: continuation mark, length 0
 
 
-def read_arrow(path: Path) -> list[dict]:
+def read_arrow(path: Path) -> list[dict[str, Any]]:
     """The rows of an Arrow file, stream or file format, whatever its name. UserError when it is damaged."""
     import pyarrow as pa
 
@@ -134,7 +138,7 @@ def read_arrow(path: Path) -> list[dict]:
         raise UserError(f"{path}: not an Arrow file, or cut ({_first_line(error)})") from None
 
 
-def _read_parquet(path: Path) -> list[dict]:
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -148,7 +152,7 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def _table_rows(path: Path, table) -> list[dict]:
+def _table_rows(path: Path, table: "pyarrow.Table") -> list[dict[str, Any]]:
     """The rows of an Arrow table as JSON has them. UserError for a column of bytes or of text that is not UTF-8."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -166,12 +170,13 @@ def _table_rows(path: Path, table) -> list[dict]:
             raise UserError(f"{path}: column {name!r} holds bytes; remove it, or write it as text")
         table = table.set_column(place, name, column)
     try:
-        return table.to_pylist()
+        rows: list[dict[str, Any]] = table.to_pylist()
     except UnicodeDecodeError:
         raise UserError(f"{path}: a text in it is not UTF-8; write the file again") from None
+    return rows
 
 
-def check_columns(path, rows: list[dict]) -> None:
+def check_columns(path: AnyPath, rows: list[dict[str, Any]]) -> None:
     """UserError naming each field of `rows` whose values no Arrow column takes together; shows no value.
 
     For builders of Arrow files: called before their work.
@@ -201,7 +206,7 @@ def check_columns(path, rows: list[dict]) -> None:
         raise UserError(*problems)
 
 
-def write_arrow(file, rows: list[dict]) -> None:
+def write_arrow(file: IO[bytes], rows: list[dict[str, Any]]) -> None:
     """Write rows to an open binary file in the datasets stream format (`datasets.Dataset.from_file` reads it)."""
     import pyarrow as pa
 
@@ -217,7 +222,7 @@ def _shorten(problems: list[str]) -> list[str]:
     return [*problems[:SHOWN], f"{problems[0].split(':')[0]}: … and {len(problems) - SHOWN} more like these"]
 
 
-def shape_of(row: dict) -> str | None:
+def shape_of(row: dict[str, Any]) -> str | None:
     """The shape of a row, by its fields; None when it is none of the known ones."""
     if "text" in row:
         return "text"
@@ -247,7 +252,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
 }
 
 
-def validate(path, rows: list[dict], fields: tuple[str, ...] | None = None) -> str:
+def validate(path: AnyPath, rows: list[dict[str, Any]], fields: tuple[str, ...] | None = None) -> str:
     """Check that every row has the (string) fields of its shape, or `fields`; return the file's shape.
 
     Raises UserError, one line a row (the first few), counting rows from 0. Also for rows of several shapes (without
@@ -279,7 +284,7 @@ def validate(path, rows: list[dict], fields: tuple[str, ...] | None = None) -> s
 OPTIONAL = {"review": tuple(field for field in REVIEW_FIELDS if field != "Rating"), "instruction": ("input",)}
 
 
-def row_problems(row: dict, fields: Iterable[str]) -> Iterator[str]:
+def row_problems(row: dict[str, Any], fields: Iterable[str]) -> Iterator[str]:
     """Why a row cannot be used, one line per field, without its text."""
     for field in fields:
         value = row.get(field)
@@ -307,7 +312,7 @@ def row_problems(row: dict, fields: Iterable[str]) -> Iterator[str]:
         yield "row_id must be a whole number from 0, below 2^63"
 
 
-def _is_number(value) -> bool:
+def _is_number(value: Any) -> bool:
     """Whether a value is a number that a float holds, or the text of one."""
     try:
         return not isinstance(value, bool) and math.isfinite(float(value))
@@ -315,7 +320,7 @@ def _is_number(value) -> bool:
         return False
 
 
-def user_of(row: dict) -> str | None:
+def user_of(row: dict[str, Any]) -> str | None:
     """Who wrote a row, by its user_id: text, or a whole number as text (5, 5.0, "5" and " 5" are one); None where
     nothing tells. One rule for privacy units, halves and canaries: a user counted as two would have half the noise."""
     value = row.get("user_id")
@@ -326,12 +331,12 @@ def user_of(row: dict) -> str | None:
     return str(value).strip() or None
 
 
-def is_count(value) -> bool:
+def is_count(value: object) -> bool:
     """Whether a value is a whole number of 0 … 2⁶³ − 1 (no bool)."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
-def read_with_broken(path, fields: tuple[str, ...]) -> tuple[list[dict], dict[int, str]]:
+def read_with_broken(path: AnyPath, fields: tuple[str, ...]) -> tuple[list[dict[str, Any]], dict[int, str]]:
     """(all rows, {index of a broken one: why}) for builders that leave broken rows out; Arrow takes all others.
 
     UserError when the file is not the one that its manifest describes."""
@@ -346,7 +351,7 @@ def read_with_broken(path, fields: tuple[str, ...]) -> tuple[list[dict], dict[in
     return rows, broken
 
 
-def row_text(row: dict) -> tuple[str, int | None]:
+def row_text(row: dict[str, Any]) -> tuple[str, int | None]:
     """(training text without EOS, character where the completion starts or None when the row has no prompt part)."""
     shape = shape_of(row)
     if shape == "text":
@@ -367,24 +372,30 @@ def row_text(row: dict) -> tuple[str, int | None]:
     return prompt + completion, len(prompt)
 
 
-def has_completion(row: dict) -> bool:
+def has_completion(row: dict[str, Any]) -> bool:
     """Whether a row tells what of it the model is to write (--loss_on completion)."""
     return shape_of(row) == "chat" or row_text(row)[1] is not None
 
 
-def read_renderer(rows: Iterable[dict], tokenizer: Any, template: str | None, model: str) -> chat.Renderer | None:
+def read_renderer(
+    rows: Iterable[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase | None", template: str | None, model: str
+) -> chat.Renderer | None:
     """What makes the text of chat rows; None of others, whose text needs no tokenizer.
 
     template: of --chat_template. UserError where chat rows have no template, or others are given one.
     """
     if shape_of(next(iter(rows))) == "chat":
-        return chat.Renderer(tokenizer, chat.read_template(template, tokenizer, model))
+        source = chat.read_template(template, tokenizer, model)
+        assert tokenizer is not None  # whoever reads chat rows has the tokenizer of their model
+        return chat.Renderer(tokenizer, source)
     if template is not None:
         raise UserError(f"--chat_template {template}: the rows have no messages; leave it out")
     return None
 
 
-def render(path, rows: list[dict], indices: Iterable[int], renderer: chat.Renderer | None) -> list[chat.Rendered]:
+def render(
+    path: AnyPath, rows: list[dict[str, Any]], indices: Iterable[int], renderer: chat.Renderer | None
+) -> list[chat.Rendered]:
     """The rows with these indices as trained. UserError naming those that the chat template refuses."""
     rendered, problems = [], []
     for index in indices:
@@ -401,20 +412,20 @@ def render(path, rows: list[dict], indices: Iterable[int], renderer: chat.Render
     return rendered
 
 
-def written(row: dict) -> str:
+def written(row: dict[str, Any]) -> str:
     """What people wrote of a row: its text, of a chat row the contents of its messages without the template."""
     if shape_of(row) == "chat":
         return "\n".join(message["content"] for message in chat.messages_of(row))
     return row_text(row)[0]
 
 
-def instruction_prompt(row: dict) -> str:
+def instruction_prompt(row: dict[str, Any]) -> str:
     """The text before `output`, as trained and as generated from."""
     template = INSTRUCTION_TEMPLATE if row.get("input") else INSTRUCTION_TEMPLATE_NO_INPUT
     return template.format(instruction=row["instruction"], input=row.get("input") or "")
 
 
-def review_prompt(row: dict) -> str:
+def review_prompt(row: dict[str, Any]) -> str:
     """The text before the review, as trained and as generated from: metadata only, never the review itself.
 
     The review's title is private text too: it enters only where the row says `"condition": "title"`.
@@ -433,7 +444,7 @@ class Split:
     train: list[int]
 
 
-def split(rows: list[dict], manifest: dict | None = None) -> Split:
+def split(rows: list[dict[str, Any]], manifest: dict[str, Any] | None = None) -> Split:
     """The published split where rows carry gt-name and are not generated; any other file is used whole, by each part.
 
     A manifest's `split_start` with `row_id`s decides which rows belong to the head; else position does.
@@ -451,7 +462,9 @@ def split(rows: list[dict], manifest: dict | None = None) -> Split:
     return Split(head, head[: min(PII_ROWS, n // 3)], train)
 
 
-def split_source(rows: list[dict], broken, manifest: dict | None) -> tuple[list[dict], Split, int | None]:
+def split_source(
+    rows: list[dict[str, Any]], broken: Container[int], manifest: dict[str, Any] | None
+) -> tuple[list[dict[str, Any]], Split, int | None]:
     """For builders that leave the rows with indices in `broken` out but let them keep their places in the split.
 
     Returns (the rows, with their index as `row_id` unless all whole ones have one; the split without broken rows; the
@@ -469,7 +482,7 @@ def split_source(rows: list[dict], broken, manifest: dict | None) -> tuple[list[
     return rows, Split(head, pii, train), start
 
 
-def evaluated_rows(rows: list[dict], manifest: dict | None) -> list[int]:
+def evaluated_rows(rows: list[dict[str, Any]], manifest: dict[str, Any] | None) -> list[int]:
     """Indices of rows whose source row belongs to the evaluation head (a generated file's rows too, by row_id)."""
     start = (manifest or {}).get("split_start")
     if shape_of(rows[0]) == "enron":
@@ -479,7 +492,7 @@ def evaluated_rows(rows: list[dict], manifest: dict | None) -> list[int]:
     return [index for index, row in enumerate(rows) if is_count(row.get("row_id")) and row["row_id"] < start]
 
 
-def manifest_path(path) -> Path:
+def manifest_path(path: AnyPath) -> Path:
     path = Path(path)
     return path.parent / f"{path.name}.meta.json"
 
@@ -496,7 +509,7 @@ MANIFEST_TYPES = {
 TAG_BYTES = 100  # it enters the names of output folders
 
 
-def read_manifest(path) -> dict | None:
+def read_manifest(path: AnyPath) -> dict[str, Any] | None:
     """The manifest beside a data file, or None. UserError when there is one and it is broken."""
     beside = manifest_path(path)
     if not os.path.isfile(beside):
@@ -524,7 +537,7 @@ def read_manifest(path) -> dict | None:
     return manifest
 
 
-def check_manifest(path, n: int) -> None:
+def check_manifest(path: AnyPath, n: int) -> None:
     """UserError when the file (of n rows) is not the one that the manifest beside it describes."""
     manifest, name = read_manifest(path) or {}, manifest_path(path).name
     advice = f"build it again, or remove {name} if the file was changed on purpose"
@@ -540,7 +553,7 @@ def _say_once(line: str) -> None:
     print(one_line(line), file=sys.stderr)
 
 
-def note_lost_manifest(path, rows: list[dict]) -> None:
+def note_lost_manifest(path: AnyPath, rows: list[dict[str, Any]]) -> None:
     """Say on stderr that rows which a script here has made from others came without their manifest."""
     if manifest_path(path).exists() or int(os.environ.get("RANK", 0)):
         return
@@ -553,18 +566,18 @@ def note_lost_manifest(path, rows: list[dict]) -> None:
 
 def write_manifest(
     files: Publication,
-    path,
+    path: AnyPath,
     *,
     tag: str,
     script: str,
     argv: list[str],
     rows: int,
-    source=(),
-    split_start=None,
-    generator=None,
-    sampling=None,
-    settings: dict | None = None,
-    more: dict | None = None,
+    source: Iterable[dict[str, Any] | tuple[AnyPath, int] | tuple[AnyPath, int, str | None]] = (),
+    split_start: int | None = None,
+    generator: object = None,
+    sampling: object = None,
+    settings: dict[str, Any] | None = None,
+    more: dict[str, Any] | None = None,
 ) -> None:
     """Write `<path>.meta.json` for a data file that stands complete in `files`; the two get their names together.
 
@@ -592,17 +605,23 @@ def write_manifest(
     )
 
 
-def _source(path, rows: int, known: str | None = None) -> dict:
+def _source(path: AnyPath, rows: int, known: str | None = None) -> dict[str, Any]:
     return {"path": str(path), "sha256": known or sha256(path), "rows": rows}
 
 
-def settings_of(args, skip: tuple[str, ...] = ("output",), **inputs) -> dict:
+def settings_of(args: object, skip: tuple[str, ...] = ("output",), **inputs: Any) -> dict[str, Any]:
     """What decides the content of a built file: the flags but for `skip`, and the SHA-256s of its inputs by flag."""
     outside = {*skip, "overwrite", "dry_run"}
-    return plain({key: value for key, value in vars(args).items() if key not in outside} | inputs)
+    settings: dict[str, Any] = plain({k: v for k, v in vars(args).items() if k not in outside} | inputs)
+    return settings
 
 
-def finished(outputs: list[tuple[str, Path]], settings: dict | None, overwrite: bool, others=()) -> bool:
+def finished(
+    outputs: Sequence[tuple[str, Path]],
+    settings: dict[str, Any] | None,
+    overwrite: bool,
+    others: Sequence[tuple[str, Path]] = (),
+) -> bool:
     """Whether a run with these settings has built the `outputs` and nothing has changed since.
 
     outputs: (flag, path) of files with a manifest; others: of files without one that are written with them; settings:
@@ -622,7 +641,7 @@ def finished(outputs: list[tuple[str, Path]], settings: dict | None, overwrite: 
     return False
 
 
-def _made_with(path: Path, settings: dict) -> bool:
+def _made_with(path: Path, settings: dict[str, Any]) -> bool:
     try:
         manifest = read_manifest(path) or {}
     except UserError:
@@ -635,13 +654,13 @@ def say_finished(*paths: Path) -> None:
         print(f"{path}: finished already, with the same inputs and settings; nothing to do (--overwrite repeats it)")
 
 
-def data_tag(path, manifest: dict | None) -> str:
+def data_tag(path: AnyPath, manifest: dict[str, Any] | None) -> str:
     """The tag that names a data file in output directories: the manifest's, else the file's stem."""
     tag = (manifest or {}).get("tag")
     return tag if isinstance(tag, str) and tag else Path(path).name.split(".")[0]
 
 
-def default_dataset(path) -> Path:
+def default_dataset(path: AnyPath) -> Path:
     """A path as given, or below the repository when it is relative and exists only there."""
     path = Path(path)
     return path if path.is_absolute() or path.exists() or not (ROOT / path).exists() else ROOT / path

@@ -1,11 +1,22 @@
 """One process, or many under torchrun: ranks, devices, sums, gathers, one progress bar. Without torchrun: no-ops."""
 
+from __future__ import annotations
+
 import os
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from common.cli import Problems, UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed.distributed_c10d import Store
+    from tqdm import tqdm
+
+T = TypeVar("T")
 
 MEETING = timedelta(minutes=10)  # within which all processes must have started
 
@@ -22,13 +33,14 @@ class World:
 
     @property
     def main(self) -> bool:
+        """Whether this is rank 0, which alone prints and writes."""
         return self.rank == 0
 
-    def shard(self, items: list) -> list:
+    def shard(self, items: Sequence[T]) -> Sequence[T]:
         """Every size-th item from `rank` on: balanced when neighbours cost alike."""
         return items[self.rank :: self.size]
 
-    def sum_(self, tensor):
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """All-reduce SUM in place; returns the tensor."""
         if self.backend:
             import torch.distributed as dist
@@ -36,33 +48,38 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def gather(self, item) -> list:
+    def gather(self, item: T) -> list[T]:
         """The picklable `item` of every rank, in rank order, on every rank."""
         if not self.backend:
             return [item]
         import torch.distributed as dist
 
-        items = [None] * self.size
+        items: list[Any] = [None] * self.size
         dist.all_gather_object(items, item)
         return items
 
-    def together(self, work) -> list:
-        """gather(work()), except that a rank whose `work` raises makes every rank raise instead of wait for ever."""
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """gather(work()), except that a rank whose `work` raises makes every rank raise instead of wait for ever.
+
+        That rank raises its own exception, the others a RuntimeError with its words.
+        """
         if not self.backend:
             return [work()]
-        mine, failure = None, None
+        mine: Any = None
+        failure: Exception | None = None
         try:
             mine = work()
         except Exception as error:
             failure = error
-        parts = self.gather((mine, failure and f"rank {self.rank}: {type(failure).__name__}: {failure}"))
+        words = f"rank {self.rank}: {type(failure).__name__}: {failure}" if failure else None
+        parts: list[tuple[Any, str | None]] = self.gather((mine, words))
         if failure:
             raise failure
-        if any(words for _, words in parts):
-            raise RuntimeError("; ".join(words for _, words in parts if words))
+        if failures := [told for _, told in parts if told]:
+            raise RuntimeError("; ".join(failures))
         return [item for item, _ in parts]
 
-    def broadcast(self, item):
+    def broadcast(self, item: T) -> T:
         """Rank 0's picklable `item` on every rank."""
         if not self.backend:
             return item
@@ -73,18 +90,20 @@ class World:
         return box[0]
 
     def barrier(self) -> None:
+        """Wait until every rank is here."""
         if self.backend:
             import torch.distributed as dist
 
             dist.barrier()
 
     def close(self) -> None:
+        """Leave the process group."""
         if self.backend:
             import torch.distributed as dist
 
             dist.destroy_process_group()
 
-    def say(self, *words) -> None:
+    def say(self, *words: object) -> None:
         """print on rank 0."""
         if self.main:
             print(*words, flush=True)
@@ -103,12 +122,13 @@ def check_environment(problems: Problems, device_map: str | None = None) -> None
             problems.add(f"--device_map {device_map}: every one of the {size} processes would spread over all devices")
 
 
-def _meet(rank: int, size: int):
+def _meet(rank: int, size: int) -> Store:
     """The store through which all processes have found each other; UserError when some do not come."""
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
     try:
-        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=MEETING))
+        store: Store = next(rendezvous("env://", rank, size, timeout=MEETING))[0]
         store.set(f"here {rank}", "")
         store.wait([f"here {other}" for other in range(size)], MEETING)
     except (dist.DistError, RuntimeError) as error:
@@ -140,7 +160,7 @@ def start(group_of_one: bool = False) -> World:
 
     backend = "nccl" if cuda else "gloo"
     if not dist.is_initialized():
-        store = _meet(rank, size) if "MASTER_PORT" in os.environ else dist.HashStore()
+        store = _meet(rank, size) if "MASTER_PORT" in os.environ else dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(
             backend,
             rank=rank,
@@ -152,8 +172,9 @@ def start(group_of_one: bool = False) -> World:
     return World(rank, size, local_rank, device, backend)
 
 
-def progress_bar(total: int, unit: str, world=None):
-    """A tqdm bar with .update(n), usable as a context manager; a log line every 30 seconds without one."""
+def progress_bar(total: int | None, unit: str, world: World | None = None) -> tqdm[Any]:
+    """A tqdm bar of `total` `unit`s (None: unknown) with .update(n), usable as a context manager; off the main rank
+    silent, without a terminal a log line every 30 seconds."""
     from tqdm import tqdm
 
     silent = world is not None and not world.main

@@ -1,5 +1,7 @@
 """Tokenizers, base models, adapters, and merging that can be undone bit by bit."""
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import importlib.util
@@ -7,12 +9,22 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 from common import models
-from common.cli import Problems, UserError
+from common.cli import AnyPath, Problems, UserError
 from common.results import read_json, sha256
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    Model = PreTrainedModel | PeftModel  # by itself, or with an adapter attached
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -35,6 +47,7 @@ class ModelRef:
 
     @property
     def tokenizer_source(self) -> str:
+        """Where its tokenizer is: the adapter's directory if there is one in it, else its base's."""
         if self.adapter and (Path(self.adapter) / "tokenizer_config.json").is_file():
             return self.adapter
         return self.base
@@ -45,7 +58,14 @@ def looks_local(name: str) -> bool:
     return os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
-def look_up(problems: Problems, name: str, revision=None, base_model=None, flag: str = "--model", is_opt=False):
+def look_up(
+    problems: Problems,
+    name: str,
+    revision: str | None = None,
+    base_model: str | None = None,
+    flag: str = "--model",
+    is_opt: bool = False,
+) -> tuple[ModelRef | None, PreTrainedTokenizerBase | None]:
     """(ModelRef, tokenizer) of a model, None for what has problems. The last of a script's checks that take time: where
     there are problems already, its files alone are looked at, for importing transformers takes seconds."""
     files_only = bool(problems.lines)
@@ -54,7 +74,12 @@ def look_up(problems: Problems, name: str, revision=None, base_model=None, flag:
 
 
 def find_model(
-    name: str, revision=None, base_model=None, flag: str = "--model", is_opt: bool = False, files_only: bool = False
+    name: str,
+    revision: str | None = None,
+    base_model: str | None = None,
+    flag: str = "--model",
+    is_opt: bool = False,
+    files_only: bool = False,
 ) -> ModelRef:
     """Look at a model's files without loading weights; UserError says what is missing and what to do.
 
@@ -72,12 +97,12 @@ def find_model(
     return ref
 
 
-def read_config(name: str, revision, flag: str):
+def read_config(name: str, revision: str | None, flag: str) -> PreTrainedConfig:
     """The configuration of a model of any kind; UserError when it is not there or damaged."""
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(name, revision=revision)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name, revision=revision)
     except Exception as error:  # what a damaged config.json raises has no common class
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         if Path(name).expanduser().is_dir():
@@ -85,6 +110,7 @@ def read_config(name: str, revision, flag: str):
         raise UserError(
             f"{flag} {name}: not a model here or on the hub ({reason}); check the name and the network"
         ) from None
+    return config
 
 
 def check_weights(folder: Path, flag: str) -> None:
@@ -95,7 +121,7 @@ def check_weights(folder: Path, flag: str) -> None:
         tensor_shapes(file, "copy it there again")
 
 
-def read_tokenizer(source: str, revision, whose: str):
+def read_tokenizer(source: str, revision: str | None, whose: str) -> PreTrainedTokenizerBase:
     """A tokenizer that turns a text into tokens; UserError, beginning with `whose`, when its files do not make one."""
     from transformers import AutoTokenizer
 
@@ -120,7 +146,7 @@ def _check_files(name: str, flag: str, remedy: str = "give a model directory or 
     return True
 
 
-def _check_config(name: str, revision, flag: str):
+def _check_config(name: str, revision: str | None, flag: str) -> PreTrainedConfig:
     """Its configuration, or UserError: what in it keeps a full model from being loaded."""
     config = read_config(name, revision, flag)
     if isinstance(getattr(config, "dtype", None), int | float | list | dict):
@@ -173,7 +199,7 @@ OTHER_THAN_LAYERS = {
 ENDLESS = re.compile(r"\([^()]*[+*}][^()]*\)[+*{]")  # a repeated group with a repetition in it
 
 
-def _check_kind(path: Path, config: dict) -> None:
+def _check_kind(path: Path, config: dict[str, Any]) -> None:
     """UserError for an adapter that this toolkit does not put on a base, by its own name and before anything loads."""
     from peft import PeftType
 
@@ -202,7 +228,7 @@ def _check_kind(path: Path, config: dict) -> None:
 NAMES_OF_MODULES = ("target_modules", "exclude_modules", "modules_to_save")
 
 
-def _other_types(kind: str, config: dict) -> list[str]:
+def _other_types(kind: str, config: dict[str, Any]) -> list[str]:
     """Keys of an adapter_config.json whose values peft would stumble over: of another type than its default's."""
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
 
@@ -231,7 +257,7 @@ def _other_types(kind: str, config: dict) -> list[str]:
     return wrong
 
 
-def _check_embeddings(path: Path, base: str, architecture) -> None:
+def _check_embeddings(path: Path, base: str, architecture: PreTrainedConfig) -> None:
     """UserError when the adapter brings embeddings or an output head of another size than the base has."""
     vocabulary = architecture.get_text_config().vocab_size
     folder = Path(base).expanduser()
@@ -250,7 +276,9 @@ def _check_embeddings(path: Path, base: str, architecture) -> None:
             )
 
 
-def _find_adapter(path: Path, revision, base_model, flag: str, is_opt: bool, files_only: bool) -> ModelRef:
+def _find_adapter(
+    path: Path, revision: str | None, base_model: str | None, flag: str, is_opt: bool, files_only: bool
+) -> ModelRef:
     config = read_json(path / "adapter_config.json", "the checkpoint is damaged")
     problems = Problems()
     weights = path / "adapter_model.safetensors"
@@ -301,7 +329,7 @@ def _guess_base(path: Path, is_opt: bool) -> str | None:
     return None
 
 
-def tensor_shapes(file, remedy: str) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(file: AnyPath, remedy: str) -> dict[str, tuple[int, ...]]:
     """Tensor name → shape from the header of a safetensors file; UserError when the file is cut or damaged."""
     from safetensors import SafetensorError, safe_open
 
@@ -312,12 +340,12 @@ def tensor_shapes(file, remedy: str) -> dict[str, tuple[int, ...]]:
         raise UserError(f"{file}: cannot be read ({error}); {remedy}") from None
 
 
-def adapter_shapes(path) -> dict[str, tuple[int, ...]]:
-    """Tensor name → shape of an adapter's weights."""
+def adapter_shapes(path: AnyPath) -> dict[str, tuple[int, ...]]:
+    """Tensor name → shape of the weights in an adapter directory; UserError when the file is cut or damaged."""
     return tensor_shapes(Path(path) / "adapter_model.safetensors", "the checkpoint is damaged")
 
 
-def weights_sha256(ref) -> str | None:
+def weights_sha256(ref: ModelRef) -> str | None:
     """SHA-256 of a model's weights: of an adapter's file, of the one file of a full model, or over its files' hashes.
 
     None for a hub name.
@@ -330,8 +358,11 @@ def weights_sha256(ref) -> str | None:
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def privacy(ref) -> dict | None:
-    """What a model's training spent: the privacy.json that run_peft.py --dp leaves beside it; None without one."""
+def privacy(ref: ModelRef) -> dict[str, Any] | None:
+    """What a model's training spent: the privacy.json that run_peft.py --dp leaves beside it; None without one.
+
+    UserError when it is broken.
+    """
     file = Path(ref.adapter or ref.base) / PRIVACY_FILE
     if not file.is_file():
         return None
@@ -344,7 +375,7 @@ def privacy(ref) -> dict | None:
     return block
 
 
-def training_record(checkpoint) -> dict | None:
+def training_record(checkpoint: AnyPath) -> dict[str, Any] | None:
     """The run.json that run_peft.py leaves beside a checkpoint; None without one, UserError when it is broken."""
     file = Path(checkpoint).absolute().parent / "run.json"
     if not file.is_file():
@@ -357,14 +388,14 @@ def training_record(checkpoint) -> dict | None:
     return record
 
 
-def hardly_moved(change) -> str | None:
+def hardly_moved(change: object) -> str | None:
     """What is said of a model whose ‖ΔW‖/‖W‖ is so small, None of others (and of None)."""
     if not isinstance(change, int | float) or change >= HARDLY:
         return None
     return f"the model has hardly moved: ‖ΔW‖/‖W‖ {change:.2g} is below {HARDLY:g}"
 
 
-def say_if_hardly_moved(ref, change=None) -> None:
+def say_if_hardly_moved(ref: ModelRef, change: float | None = None) -> None:
     """Print it beside the numbers of a model. `change`: ‖ΔW‖/‖W‖; None: what its run recorded at its end."""
     if change is None and (ref.adapter or Path(ref.base).is_dir()):
         with contextlib.suppress(UserError):  # of a broken run.json, which those that need it name
@@ -373,7 +404,7 @@ def say_if_hardly_moved(ref, change=None) -> None:
         print(f"{ref.name}: {note}; what it shows is the base")
 
 
-def without_end(tokenizer, ids: list[int], least: int = 1) -> list[int]:
+def without_end(tokenizer: PreTrainedTokenizerBase, ids: list[int], least: int = 1) -> list[int]:
     """`ids` without the EOS that some tokenizers add behind a text; at least the first `least` of them."""
     end = len(ids)
     while end > least and ids[end - 1] == tokenizer.eos_token_id:
@@ -381,7 +412,7 @@ def without_end(tokenizer, ids: list[int], least: int = 1) -> list[int]:
     return ids[:end]
 
 
-def extra_start(tokenizer, ids) -> int:
+def extra_start(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int:
     """Tokens to leave out: 1 when the tokenizer put its start token before a text that begins with it, else 0."""
     start = tokenizer.bos_token_id
     if start is None or list(ids[:2]) != [start, start]:
@@ -390,7 +421,7 @@ def extra_start(tokenizer, ids) -> int:
     return int(own[:1] == [start] and own[:2] != [start, start])
 
 
-def encode_texts(tokenizer, texts: list[str], whole: bool = False) -> list[list[int]]:
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str], whole: bool = False) -> list[list[int]]:
     """Token ids of each text as the tokenizer gives them, with one start token where it would give two.
 
     whole: the texts have all their special tokens (a chat template wrote them).
@@ -399,7 +430,7 @@ def encode_texts(tokenizer, texts: list[str], whole: bool = False) -> list[list[
     return [ids[extra_start(tokenizer, ids) :] for ids in encoded]
 
 
-def special_tokens_in(tokenizer, texts) -> dict[str, int]:
+def special_tokens_in(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> dict[str, int]:
     """{special token: number of texts that spell it}, but for one start token at a text's beginning.
 
     The tokenizer reads such characters as the token itself: a typed '<|endoftext|>' ends the text for the model.
@@ -421,8 +452,11 @@ def special_tokens_note(found: dict[str, int]) -> str:
     return f"special tokens typed in the texts are read as such: {counts}"
 
 
-def load_tokenizer(ref: ModelRef, flag: str = "--model"):
-    """The tokenizer of a model, pad falling back to EOS (every mask here is an attention mask). Needs an EOS."""
+def load_tokenizer(ref: ModelRef, flag: str = "--model") -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, pad falling back to EOS (every mask here is an attention mask).
+
+    UserError when it has no EOS, no fast version, or makes no tokens.
+    """
     tokenizer = read_tokenizer(ref.tokenizer_source, ref.revision, f"{flag} {ref.name}")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{flag} {ref.name}: its tokenizer has no EOS token; set eos_token in tokenizer_config.json")
@@ -435,18 +469,25 @@ def load_tokenizer(ref: ModelRef, flag: str = "--model"):
     return tokenizer
 
 
-def resolve_dtype(name: str, device: str):
+def resolve_dtype(name: str, device: str) -> torch.dtype:
     """torch dtype of --dtype; auto: float32 on CPU, bfloat16 on a GPU that has it, else float16."""
     import torch
 
     if name != "auto":
-        return getattr(torch, name)
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
     if not str(device).startswith("cuda"):
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
-def load_base(ref: ModelRef, dtype, device: str, device_map=None, attn_implementation=None):
+def load_base(
+    ref: ModelRef,
+    dtype: torch.dtype,
+    device: str,
+    device_map: str | None = None,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
     """The full (base) model of `ref` in eval mode on `device`, or spread by `device_map`."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -454,10 +495,11 @@ def load_base(ref: ModelRef, dtype, device: str, device_map=None, attn_implement
     if not sys.stderr.isatty():
         disable_progress_bar()
     extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    model = AutoModelForCausalLM.from_pretrained(
+    loaded = AutoModelForCausalLM.from_pretrained(
         ref.base, revision=ref.revision, dtype=dtype, device_map=device_map, **extra
     )
-    return (model if device_map else model.to(device)).eval()  # type: ignore[arg-type]
+    model: PreTrainedModel = (loaded if device_map else loaded.to(device)).eval()  # type: ignore[arg-type]
+    return model
 
 
 def module_of(tensor: str) -> str:
@@ -474,7 +516,7 @@ READ_DIRECTLY = (
 )  # state-space models take this layer's weight: an adapter beside it is not seen, merged it is
 
 
-def check_fit(model, adapter) -> None:
+def check_fit(model: torch.nn.Module, adapter: AnyPath) -> None:
     """UserError naming the first adapter tensor that has no place, or another shape, in `model`."""
     modules = dict(model.named_modules())
     for tensor, shape in adapter_shapes(adapter).items():
@@ -507,14 +549,14 @@ def check_fit(model, adapter) -> None:
             )
 
 
-def attach(model, adapter):
-    """`model` with the adapter attached (not merged), in eval mode."""
+def attach(model: PreTrainedModel, adapter: AnyPath) -> PeftModel:
+    """`model` with the adapter attached (not merged), in eval mode; UserError when it does not fit."""
     from peft import PeftModel
 
     check_fit(model, adapter)
     try:
         with without_peft_warning():
-            attached = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=True).eval()
+            attached: PeftModel = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=True).eval()
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError, ImportError) as error:
         import torch
 
@@ -530,7 +572,7 @@ def attach(model, adapter):
 
 
 @contextlib.contextmanager
-def without_peft_warning():
+def without_peft_warning() -> Iterator[None]:
     """peft 0.21 reads an attribute that transformers 5 calls deprecated, each time an adapter is put on a model."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -538,7 +580,9 @@ def without_peft_warning():
 
 
 @contextlib.contextmanager
-def adapted(model, adapter, merge: bool | None = None):
+def adapted(
+    model: PreTrainedModel, adapter: AnyPath | None, merge: bool | None = None
+) -> Iterator[tuple[Model, float | None]]:
     """Within the block: (model with the adapter applied, ‖ΔW‖/‖W‖ or None). After it `model` is bit for bit as before.
 
     merge: fold the adapter into the weights (None: only where they are float32 — half precision would round away
@@ -585,9 +629,9 @@ def adapted(model, adapter, merge: bool | None = None):
             model._hf_peft_config_loaded = False
 
 
-def tied(model, names) -> list[str]:
+def tied(model: torch.nn.Module, names: Iterable[str]) -> list[str]:
     """Those of the modules whose weight is another module's too (an output head and its embeddings, say)."""
-    owners: dict[int, set] = {}
+    owners: dict[int, set[str]] = {}
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
         if weight is not None:
@@ -595,7 +639,7 @@ def tied(model, names) -> list[str]:
     return sorted(name for found in owners.values() if len(found) > 1 for name in found & set(names))
 
 
-def relative_change(model, before: dict) -> float:
+def relative_change(model: torch.nn.Module, before: dict[str, dict[str, torch.Tensor]]) -> float:
     """‖W' − W‖ / ‖W‖ over the matrices in `before` (module name → its parameters before the merge)."""
     change = total = 0.0
     for name, parameters in before.items():
@@ -605,29 +649,28 @@ def relative_change(model, before: dict) -> float:
             weight, now = weight.double(), getattr(model.get_submodule(name), key).detach().to("cpu").double()
             change += (now - weight).square().sum().item()
             total += weight.square().sum().item()
-    return (change / total) ** 0.5
+    return float((change / total) ** 0.5)
 
 
-def _rope(config) -> list[dict]:
+def _rope(config: PreTrainedConfig) -> list[dict[str, Any]]:
     """The rotary parameters of a configuration: one dict, or one for each type of layer."""
     found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     return [one for one in ([found] if "rope_type" in found else found.values()) if isinstance(one, dict)]
 
 
-def rope_limit(config) -> int | None:
+def rope_limit(config: PreTrainedConfig) -> int | None:
     """Tokens beyond which a longrope model changes the rotary embedding of the whole sequence (Ding et al. 2024,
     arXiv:2402.13753); None for other models. Two sequences on either side of it cannot share a padded batch."""
     config = config.get_text_config()
     for one in _rope(config):
         if one["rope_type"] == "longrope":
-            limit = one.get("original_max_position_embeddings") or getattr(
-                config, "original_max_position_embeddings", None
-            )
-            return limit or config.max_position_embeddings
+            key = "original_max_position_embeddings"
+            limit: int = one.get(key) or getattr(config, key, None) or config.max_position_embeddings
+            return limit
     return None
 
 
-def check_rope(config, longest: int) -> None:
+def check_rope(config: PreTrainedConfig, longest: int) -> None:
     """UserError when a sequence is so long that the model's rotary frequencies depend on what it read before
     (rope_type "dynamic": they grow with the longest sequence yet, and stay)."""
     config = config.get_text_config()
@@ -641,7 +684,7 @@ def check_rope(config, longest: int) -> None:
             )
 
 
-def attention_window(config) -> int | None:
+def attention_window(config: PreTrainedConfig) -> int | None:
     """Tokens that the narrowest layer attends to (sliding window, local attention, chunk); None where all are seen."""
     config = config.get_text_config()
     if getattr(config, "use_sliding_window", True) is False:
@@ -652,7 +695,7 @@ def attention_window(config) -> int | None:
     return min((one for one in found if isinstance(one, int)), default=None)
 
 
-def beyond_plain_attention(config, longest: int) -> str | None:
+def beyond_plain_attention(config: PreTrainedConfig, longest: int) -> str | None:
     """Why a sequence of `longest` tokens needs more than causal attention over all of it; None where it does not."""
     check_rope(config, longest)
     window, limit = attention_window(config), rope_limit(config)
@@ -663,21 +706,33 @@ def beyond_plain_attention(config, longest: int) -> str | None:
     return None
 
 
-def check_tokens(model, sequences) -> None:
+def embedding_weight(model: Model) -> torch.Tensor:
+    """The weight [V, hidden size] of a model's input embeddings."""
+    return cast("torch.Tensor", model.get_input_embeddings().weight)
+
+
+def without_adapter(model: Model) -> PreTrainedModel:
+    """The model that an adapter is attached to, `model` itself where none is."""
+    wrapped: Any = model
+    base: PreTrainedModel = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
+    return base
+
+
+def check_tokens(model: Model, sequences: Iterable[Sequence[int]]) -> None:
     """UserError when a token of the (non-empty) sequences is none of the model's."""
-    n, largest = model.get_input_embeddings().weight.shape[0], max(map(max, sequences), default=0)
+    n, largest = embedding_weight(model).shape[0], max(map(max, sequences), default=0)
     if largest >= n:
         name = model.config.name_or_path or "the model"
         raise UserError(f"{name}: its tokenizer makes token {largest}, the model has only {n} embeddings")
 
 
-def context_length(model) -> int:
-    """Positions the model has (max_position_embeddings)."""
+def context_length(model: Model | SimpleNamespace) -> int:
+    """Tokens that a model (or a namespace with its `config`) has positions for; 2³⁰ where it sets no limit."""
     return int(
         getattr(model.config, "max_position_embeddings", 0) or getattr(model.config, "n_positions", 0) or 1 << 30
     )
 
 
-def encode_prompt(tokenizer, text: str) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a prompt, without the EOS that some tokenizers add: it would end the text before it is continued."""
     return models.without_end(tokenizer, models.encode_texts(tokenizer, [text])[0])

@@ -29,13 +29,21 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any, Self, TypeVar, overload
 
 from common import strict_json
-from common.cli import Problems, UserError, check_writable, plain
+from common.cli import AnyPath, Problems, UserError, check_writable, plain
+
+if TYPE_CHECKING:
+    from common.distributed import World
+
+T = TypeVar("T")
 
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,7 +92,7 @@ def _let_go(descriptor: int) -> None:
         os.close(descriptor)
 
 
-def _make_hidden(path: Path, make) -> tuple[Path, int, int]:
+def _make_hidden(path: Path, make: Callable[[Path], int]) -> tuple[Path, int, int]:
     """(hidden name beside `path`, descriptor that `make(name)` opened, descriptor that holds it)."""
     while True:
         hidden = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -125,7 +133,7 @@ def _in_use(path: Path) -> bool:
     return False
 
 
-def remove_leftovers(folder) -> None:
+def remove_leftovers(folder: AnyPath) -> None:
     """Remove the temporaries of dead runs in a folder (not below it); bring back a folder that was being replaced."""
     folder = Path(folder)
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -142,14 +150,14 @@ def remove_leftovers(folder) -> None:
 
 
 @contextlib.contextmanager
-def atomic(path, mode: str = "w", permissions: int = 0o644):
+def atomic(path: AnyPath, mode: str = "w", permissions: int = 0o644) -> Iterator[IO[Any]]:
     """Open a temporary file in `path`'s directory; on success fsync it and rename it to `path`, else remove it."""
     with Publication() as files, files.open(path, mode, permissions) as file:
         yield file
 
 
 @contextlib.contextmanager
-def naming(path):
+def naming(path: AnyPath) -> Iterator[None]:
     """Within the block an OSError that names no file names `path`; so does whatever a library raises on a full disk."""
     try:
         yield
@@ -167,16 +175,16 @@ def naming(path):
         raise
 
 
-def csv_rows(rows) -> list[list]:
+def csv_rows(rows: Iterable[Iterable[object]]) -> list[list[object]]:
     """`rows` for csv.writer: a text that a spreadsheet would compute begins with ', numbers stay what they are."""
 
-    def cell(value):
+    def cell(value: object) -> object:
         return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
     return [[cell(value) for value in row] for row in rows]
 
 
-def sync_folder(folder) -> None:
+def sync_folder(folder: AnyPath) -> None:
     """fsync a directory, so that a rename in it survives a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -186,7 +194,7 @@ def sync_folder(folder) -> None:
 
 
 @contextlib.contextmanager
-def temporary_folder(parent, name: str):
+def temporary_folder(parent: AnyPath, name: str) -> Iterator[Path]:
     """Yield a new hidden directory in `parent` (mode 0700), removed at the end, or by the next run after a kill."""
     path, held = _make_hidden_folder(Path(parent) / name, 0o700)
     try:
@@ -198,7 +206,7 @@ def temporary_folder(parent, name: str):
 
 
 @contextlib.contextmanager
-def atomic_folder(folder):
+def atomic_folder(folder: AnyPath) -> Iterator[Path]:
     """Yield a temporary sibling directory; on success fsync its files and rename it to `folder` (replacing one).
 
     `folder` may be a symbolic link: it stays, and what it leads to is replaced.
@@ -242,22 +250,24 @@ class Publication:
     files are leftovers. No journal is needed for a single file.
     """
 
-    def __init__(self, journal: Path | None = None):
+    def __init__(self, journal: Path | None = None) -> None:
         self.journal = journal
         self.temporaries: dict[Path, tuple[Path, int]] = {}  # path → hidden name, descriptor that holds it
         self.needless: list[Path] = []
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind, error, trace):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             self.commit()
         else:
             self.discard()
 
     @contextlib.contextmanager
-    def open(self, path, mode: str = "w", permissions: int = 0o644):
+    def open(self, path: AnyPath, mode: str = "w", permissions: int = 0o644) -> Iterator[IO[Any]]:
         """Open the hidden file that becomes `path`; a second one for the same path replaces the first."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -276,20 +286,23 @@ class Publication:
         self._drop(path)
         self.temporaries[path] = hidden, held
 
-    def write_json(self, path, item, permissions: int = 0o644) -> None:
+    def write_json(self, path: AnyPath, item: object, permissions: int = 0o644) -> None:
+        """`open`, with one JSON value."""
         with self.open(path, permissions=permissions) as file:
             file.write(_pretty(item))
 
-    def write_jsonl(self, path, items, permissions: int = 0o644) -> None:
+    def write_jsonl(self, path: AnyPath, items: Iterable[object], permissions: int = 0o644) -> None:
+        """`open`, with one JSON value a line."""
         with self.open(path, permissions=permissions) as file:
             for item in items:
                 file.write(dumps(item) + "\n")
 
-    def hidden(self, path) -> Path:
+    def hidden(self, path: AnyPath) -> Path:
         """The file as it stands until it gets its name `path`."""
         return self.temporaries[Path(path)][0]
 
-    def remove(self, path) -> None:
+    def remove(self, path: AnyPath) -> None:
+        """Have `path` removed once the files have their names."""
         self.needless.append(Path(path))
 
     def _drop(self, path: Path) -> None:
@@ -300,11 +313,13 @@ class Publication:
                 os.unlink(hidden)
 
     def discard(self) -> None:
+        """Remove the hidden files; nothing else changes."""
         for path in list(self.temporaries):
             self._drop(path)
         self.needless = []
 
     def commit(self) -> None:
+        """Give all files their names. ValueError for several without a journal."""
         paths = sorted(self.temporaries, key=lambda path: not path.name.endswith(".meta.json"))
         renames = [(self.temporaries[path][0], path) for path in paths]
         try:
@@ -364,15 +379,16 @@ class Output:
     `after_kill`: the last run here was killed, perhaps when its files stood already.
     """
 
-    def __init__(self, journal: Path, after_kill: bool = False):
+    def __init__(self, journal: Path, after_kill: bool = False) -> None:
         self.journal, self.after_kill = journal, after_kill
 
     def publication(self) -> Publication:
+        """A new `Publication` under this lock."""
         return Publication(self.journal)
 
 
 @contextlib.contextmanager
-def output_folder(folder, dry_run: bool = False, key: str = ""):
+def output_folder(folder: AnyPath, dry_run: bool = False, key: str = "") -> Iterator[Output]:
     """Lock a folder that a run writes files to (made when absent); yields an `Output`.
 
     key: what the files are, where runs of other scripts may write theirs to the same folder meanwhile. UserError naming
@@ -387,7 +403,7 @@ def output_folder(folder, dry_run: bool = False, key: str = ""):
 
 
 @contextlib.contextmanager
-def output_file(*paths, dry_run: bool = False):
+def output_file(*paths: AnyPath, dry_run: bool = False) -> Iterator[Output]:
     """Lock output files in folders that other runs may write to as well; else as `output_folder`."""
     files = list(dict.fromkeys(map(Path, paths)))
     places = [(path.with_name(f".{path.name}.lock"), path.with_name(f".{path.name}.publish"), path) for path in files]
@@ -395,7 +411,7 @@ def output_file(*paths, dry_run: bool = False):
         yield Output(places[0][1], after_kill)
 
 
-def tidy(folders, key: str = "") -> None:
+def tidy(folders: Iterable[AnyPath], key: str = "") -> None:
     """Finish and remove what killed runs left in folders that this run may have nothing to write to."""
     for folder in folders:
         with output_folder(folder, key=key):
@@ -403,7 +419,8 @@ def tidy(folders, key: str = "") -> None:
 
 
 @contextlib.contextmanager
-def _locked_places(places: list[tuple[Path, Path, Path]], folders: list[Path], dry_run: bool):
+def _locked_places(places: list[tuple[Path, Path, Path]], folders: list[Path], dry_run: bool) -> Iterator[bool]:
+    """Hold the locks of (lock file, journal, what it stands for). Yields whether a killed run had left one."""
     problems = Problems()
     for folder in folders:
         check_writable(folder, problems)
@@ -428,7 +445,7 @@ def _locked_places(places: list[tuple[Path, Path, Path]], folders: list[Path], d
 
 
 @contextlib.contextmanager
-def _lock(path: Path, place: Path):
+def _lock(path: Path, place: Path) -> Iterator[bool | None]:
     """Hold a lock file, which the kernel frees when the process ends. Yields whether a killed run had left it there;
     None when this process holds it already."""
     path = Path(os.path.abspath(path))
@@ -492,21 +509,26 @@ def _take(path: Path, place: Path) -> tuple[int, bool]:
 # ---------------------------------------------------------------- JSON
 
 
-def dumps(item) -> str:
+def dumps(item: object) -> str:
     """One line of strict JSON; NaN is refused (a bug), infinities become 'inf'."""
     return json.dumps(plain(item), ensure_ascii=False, allow_nan=False)
 
 
-def _pretty(item) -> str:
+def _pretty(item: object) -> str:
     return json.dumps(plain(item), ensure_ascii=False, allow_nan=False, indent=1) + "\n"
 
 
-def write_json(path, item, permissions: int = 0o644) -> None:
+def write_json(path: AnyPath, item: object, permissions: int = 0o644) -> None:
+    """Publish a file of one JSON value (see `atomic`)."""
     with atomic(path, permissions=permissions) as file:
         file.write(_pretty(item))
 
 
-def read_json(path, remedy: str, kind: type = dict):
+@overload
+def read_json(path: AnyPath, remedy: str) -> dict[str, Any]: ...
+@overload
+def read_json(path: AnyPath, remedy: str, kind: type[T]) -> T: ...
+def read_json(path: AnyPath, remedy: str, kind: type[Any] = dict) -> Any:
     """The JSON object (or what else `kind` says) in a file; UserError with `remedy` when it is damaged or another
     thing."""
     try:
@@ -523,19 +545,20 @@ def read_json(path, remedy: str, kind: type = dict):
     return item
 
 
-def write_jsonl(path, items, permissions: int = 0o644) -> None:
+def write_jsonl(path: AnyPath, items: Iterable[object], permissions: int = 0o644) -> None:
+    """Publish a file of one JSON value a line (see `atomic`)."""
     with atomic(path, permissions=permissions) as file:
         for item in items:
             file.write(dumps(item) + "\n")
 
 
-def read_jsonl(path) -> list[dict]:
-    """Every line of a result file of ours (strict: a broken line raises)."""
+def read_jsonl(path: AnyPath) -> list[dict[str, Any]]:
+    """Every line of a result file of ours; ValueError for a broken one, OSError where it cannot be read."""
     with open(path, "rb") as file:
         return [strict_json.parse(line) for line in file if line.strip()]
 
 
-def append_line(file, item) -> None:
+def append_line(file: IO[str], item: object) -> None:
     """Write a line to an open text file so that a power cut does not lose it."""
     with naming(file.name):
         file.write(dumps(item) + "\n")
@@ -543,7 +566,7 @@ def append_line(file, item) -> None:
         os.fsync(file.fileno())
 
 
-def read_partial(file, settings: dict, overwrite: bool) -> list[dict]:
+def read_partial(file: AnyPath, settings: dict[str, Any], overwrite: bool) -> list[dict[str, Any]]:
     """Lines of an unfinished run's hidden file: first {'settings': …}, then one for each finished piece.
 
     A torn last line does not count. [] when there is no file, or when it is damaged or its settings differ and
@@ -575,14 +598,14 @@ def _sha256(path: str, size: int, changed: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256(path) -> str:
+def sha256(path: AnyPath) -> str:
     """SHA-256 of a file, hexadecimal; cached while size and modification time stay."""
     status = os.stat(path)
     return _sha256(str(Path(path).resolve()), status.st_size, status.st_mtime_ns)
 
 
 @cache
-def commit() -> dict:
+def commit() -> dict[str, Any]:
     """{'commit': hash or None, 'dirty': bool or None} of this repository."""
     try:
         head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
@@ -595,10 +618,11 @@ def commit() -> dict:
 
 
 def now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def peak_memory() -> dict:
+def peak_memory() -> dict[str, int]:
     """Peak resident bytes of this process and, with a GPU, peak allocated bytes on it."""
     scale = 1 if sys.platform == "darwin" else 1024
     peak = {"cpu_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale}
@@ -608,7 +632,14 @@ def peak_memory() -> dict:
     return peak
 
 
-def finished(record_file, outputs: list[Path], args, inputs, overwrite: bool, **more) -> bool:
+def finished(
+    record_file: AnyPath,
+    outputs: Sequence[AnyPath],
+    args: object,
+    inputs: Iterable[AnyPath],
+    overwrite: bool,
+    **more: object,
+) -> bool:
     """Whether a run of the same script has made `outputs` from the same arguments and input files and ended well.
 
     more: what else its record must say. UserError for each output that stands and was made otherwise, unless
@@ -639,19 +670,27 @@ class Run:
     with Run(path, args, inputs=[file, …], world=world, output=output) as run:
         run["tokens"] = 123          # anything worth keeping
         run.files.write_json(…)      # with an `Output`: published together with the record, when the block ends well
-    A block that ends well but set run["error"] is 'failed' too. Only rank 0 writes. `args` is the parsed namespace; no
-    environment variables are ever recorded.
+    A block that ends well but set run["error"] is 'failed' too. Only rank 0 writes. `args` is the parsed namespace or
+    configuration; no environment variables are ever recorded.
     """
 
-    def __init__(self, path, args, inputs=(), world=None, output: Output | None = None, **more):
+    def __init__(
+        self,
+        path: AnyPath,
+        args: object,
+        inputs: Iterable[AnyPath] = (),
+        world: "World | None" = None,
+        output: Output | None = None,
+        **more: object,
+    ) -> None:
         self.path, self.world = Path(path), world
-        self.files = output.publication() if output else None
+        self._files = output.publication() if output else None
         self.started = time.monotonic()
         versions = {}
         for package in PACKAGES:
             with contextlib.suppress(metadata.PackageNotFoundError):
                 versions[package] = metadata.version(package)
-        self.record = {
+        self.record: dict[str, Any] = {
             "schema": SCHEMA,
             "script": Path(sys.argv[0]).name,
             "argv": sys.argv,
@@ -669,21 +708,31 @@ class Run:
             "status": "running",
         }
 
-    def __setitem__(self, key, value):
+    @property
+    def files(self) -> Publication:
+        """What is published together with the record. ValueError without an `Output`."""
+        if self._files is None:
+            raise ValueError(f"{self.path}: a run without an output publishes no files")
+        return self._files
+
+    def __setitem__(self, key: str, value: object) -> None:
         self.record[key] = value
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: str) -> Any:
         return self.record[key]
 
     def write(self) -> None:
+        """Write the record as it stands (rank 0)."""
         if self.world is None or self.world.main:
             write_json(self.path, self.record)
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         self.write()
         return self
 
-    def __exit__(self, kind, error, trace):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.record["end"] = now()
         self.record["seconds"] = round(time.monotonic() - self.started, 3)
         self.record["peak_memory"] = peak_memory()
@@ -691,10 +740,10 @@ class Run:
             self.record["error"] = f"{kind.__name__}: {error}"
         self.record["status"] = "failed" if "error" in self.record else "ok"
         main = self.world is None or self.world.main
-        if kind is None and self.files and main:
-            self.files.write_json(self.path, self.record)
-            self.files.commit()
+        if kind is None and self._files and main:
+            self._files.write_json(self.path, self.record)
+            self._files.commit()
             return
-        if self.files:
-            self.files.discard()
+        if self._files:
+            self._files.discard()
         self.write()

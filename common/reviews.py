@@ -3,15 +3,16 @@
 import random
 import re
 from collections.abc import Sequence
+from typing import Any
 
-from common.cli import Problems, UserError
+from common.cli import AnyPath, Problems, UserError
 from common.dataset import read_rows, user_of, validate
 
 ARM = re.compile(r"[A-Za-z][\w-]*")
 REAL, GENERATED = "Review", "generated_text"  # the field of the text
 
 
-def rating(row: dict) -> int | None:
+def rating(row: dict[str, Any]) -> int | None:
     """The rating of a row as a whole number of 1 … 5, or None."""
     try:
         value = float(row["Rating"])
@@ -20,16 +21,18 @@ def rating(row: dict) -> int | None:
     return int(value) if value in (1, 2, 3, 4, 5) else None
 
 
-def text_of(row: dict) -> str:
+def text_of(row: dict[str, Any]) -> str:
     """The review of a row, generated or real, without outer white space: the same treatment for both."""
-    return row[GENERATED if GENERATED in row else REAL].strip()
+    text: str = row[GENERATED if GENERATED in row else REAL]
+    return text.strip()
 
 
-def with_text(rows: list[dict]) -> list[dict]:
+def with_text(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows whose review is not blank."""
     return [row for row in rows if text_of(row)]
 
 
-def read_reviews(path, field: str = REAL) -> list[dict]:
+def read_reviews(path: AnyPath, field: str = REAL) -> list[dict[str, Any]]:
     """All rows of a file, without generated text when real text is asked for. UserError when a row has no text field
     `field` or no rating of 1 to 5 (blank is a text), or when the file is not the one that its manifest describes.
     """
@@ -61,12 +64,12 @@ def split_arms(words: Sequence[str], taken: Sequence[str], problems: Problems) -
     return arms
 
 
-def source_key(row: dict) -> tuple:
+def source_key(row: dict[str, Any]) -> tuple[Any, int | None, Any]:
     """What a generated row and the real row whose metadata it was made from have in common."""
     return row.get("row_id"), rating(row), row.get("Product Title")
 
 
-def shared_rows(rows: list[dict], others: list[dict]) -> int:
+def shared_rows(rows: list[dict[str, Any]], others: list[dict[str, Any]]) -> int:
     """How many of `rows` are among the `others`: same row_id and same text, or, whatever was put into the text, same
     row_id, user, product and rating (row_ids alone are those of one source file)."""
     texts = {(row.get("row_id"), text_of(row)) for row in others}
@@ -74,21 +77,21 @@ def shared_rows(rows: list[dict], others: list[dict]) -> int:
     return sum((row.get("row_id"), text_of(row)) in texts or _origin(row) in origins for row in rows)
 
 
-def _origin(row: dict) -> tuple | None:
+def _origin(row: dict[str, Any]) -> tuple[Any, ...] | None:
     """What stays of a row when a canary enters its text; None without row_id or user_id."""
     user = user_of(row)
     return None if row.get("row_id") is None or user is None else (user, *source_key(row))
 
 
-def halve(rows: list[dict], seed: int) -> tuple[list[dict], list[dict]]:
+def halve(rows: list[dict[str, Any]], seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Two halves of `rows`, each in random order, no user in both (a row without user_id stands alone)."""
-    users: dict[object, list[dict]] = {}
+    users: dict[object, list[dict[str, Any]]] = {}
     for index, row in enumerate(rows):
         users.setdefault(user_of(row) or index, []).append(row)
     rng = random.Random(seed)
     order = list(users.values())
     rng.shuffle(order)
-    halves: tuple[list, list] = ([], [])
+    halves: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
     for own in sorted(order, key=len, reverse=True):  # the largest first, so that the halves end up equal
         min(halves, key=len).extend(own)
     for half in halves:

@@ -13,15 +13,20 @@ Minka 2014, arXiv:1411.0030).
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from common import models
 from common.cli import UserError
-from common.models import check_tokens
+from common.models import check_tokens, embedding_weight, without_adapter
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    Layer = tuple[torch.Tensor, torch.Tensor]  # keys and values
+    Logits = tuple[torch.Tensor, list[list[torch.Tensor]]]  # see `SharedPrefix.begin`
 
 MAX_ROWS = 64  # rows of a chunk when memory does not bind: more gains nothing on CPU and little on a GPU
 MASK64 = (1 << 64) - 1
@@ -77,15 +82,17 @@ class SharedPrefixCache:
 
     is_compileable = False
 
-    def __init__(self, capacity: int, room: int, prefix: list | None = None):
+    def __init__(self, capacity: int, room: int, prefix: list[Layer] | None = None) -> None:
         self.capacity, self.room, self.prefix = capacity, room, prefix
-        self.own: list = []
+        self.own: list[Layer] = []
         self.rows, self.length = capacity, 0
 
-    def update(self, key, value, layer_idx, *_, **__):
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: object, **__: object) -> Layer:
+        """Append key and value [n, kv heads, t, size] to the rows' own tokens; all of them, length + t instead of t."""
         n, heads, t, size = key.shape
         while len(self.own) <= layer_idx:
-            self.own.append(tuple(key.new_empty((self.capacity, heads, self.room, size)) for _ in range(2)))
+            shape = (self.capacity, heads, self.room, size)
+            self.own.append((key.new_empty(shape), key.new_empty(shape)))
         keys, values = self.own[layer_idx]
         end = self.length + t
         keys[:n, :, self.length : end] = key
@@ -93,6 +100,7 @@ class SharedPrefixCache:
         return keys[:n, :, :end], values[:n, :, :end]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Own tokens of each row."""
         return self.length
 
     def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
@@ -101,18 +109,31 @@ class SharedPrefixCache:
             for buffer in pair:
                 buffer[target, :, : self.length] = buffer[source, :, : self.length]
 
-    def as_prefix(self) -> list:
+    def as_prefix(self) -> list[Layer]:
         """The tokens of row 0, as the prefix of another cache."""
-        return [tuple(buffer[0, :, : self.length] for buffer in pair) for pair in self.own]
+        return [(keys[0, :, : self.length], values[0, :, : self.length]) for keys, values in self.own]
 
     def bytes_per_position(self) -> int:
+        """Of one row's keys and values."""
         return sum(buffer[0, :, 0].numel() * buffer.element_size() for pair in self.own for buffer in pair)
 
 
-def shared_prefix_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, shared=None, **extra):
+def shared_prefix_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    *,
+    shared: SharedPrefixCache,
+    **extra: Any,
+) -> tuple[torch.Tensor, None]:
     """Attention over [shared prefix | own tokens] with one softmax; the prefix is one matrix product for all rows.
 
     query [n, heads, t, size]; key, value [n, kv heads, L, size]; attention_mask bool [n, 1, t, L] for the own tokens.
+    Returns [n, t, heads, size] and no weights. NotImplementedError for sinks.
     """
     import torch
 
@@ -125,7 +146,7 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling=N
     q = (query * scale).reshape(n, groups, per_group * t, size)
     own = (q @ key.transpose(-1, -2)).float()
     mask = attention_mask.expand(n, per_group, t, -1).reshape(n, 1, per_group * t, -1)
-    prefix = shared.prefix[module.layer_idx] if shared.prefix else None
+    prefix = shared.prefix[cast(int, module.layer_idx)] if shared.prefix else None
     if prefix is not None:
         flat = q.transpose(0, 1).reshape(groups, n * per_group * t, size)
         before = (flat @ prefix[0].transpose(-1, -2)).float().view(groups, n, per_group * t, -1).transpose(0, 1)
@@ -147,7 +168,7 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling=N
 
 
 @contextlib.contextmanager
-def _shared_attention(model):
+def _shared_attention(model: PreTrainedModel) -> Iterator[None]:
     """The model with the shared-prefix attention switched on, and as it was afterwards."""
     from transformers import AttentionInterface
 
@@ -164,8 +185,15 @@ def _shared_attention(model):
         model.set_attn_implementation(before)
 
 
-def _forward(model, cache, ids, positions, mask, keep: int):
-    """Logits (float32) of the last `keep` positions; the cache grows by ids.shape[1]."""
+def _forward(
+    model: PreTrainedModel,
+    cache: SharedPrefixCache,
+    ids: torch.Tensor,
+    positions: torch.Tensor,
+    mask: torch.Tensor,
+    keep: int,
+) -> torch.Tensor:
+    """Logits [rows, keep, V] (float32) of the last `keep` positions; the cache grows by ids.shape[1]."""
     out = model(
         input_ids=ids,
         position_ids=positions,
@@ -176,7 +204,8 @@ def _forward(model, cache, ids, positions, mask, keep: int):
         shared=cache,
     )
     cache.length += ids.shape[1]
-    return out.logits.float()
+    logits: torch.Tensor = out.logits.float()
+    return logits
 
 
 def common_prefix(prompts: list[list[int]]) -> int:
@@ -189,7 +218,8 @@ def common_prefix(prompts: list[list[int]]) -> int:
     return shared
 
 
-def _encode_prefix(model, tokens: list[int], device) -> list | None:
+def _encode_prefix(model: PreTrainedModel, tokens: list[int], device: torch.device) -> list[Layer] | None:
+    """Keys and values of the tokens that all prompts begin with, by layer; None without tokens."""
     import torch
 
     if not tokens:
@@ -205,8 +235,8 @@ def _encode_prefix(model, tokens: list[int], device) -> list | None:
 class SharedPrefix:
     """Prompts of any length in one batch: [shared prefix | padding | own tokens], with the attention of this module."""
 
-    def __init__(self, model, prompts: list[list[int]]):
-        self.model, self.device = model, model.get_input_embeddings().weight.device
+    def __init__(self, model: PreTrainedModel, prompts: list[list[int]]) -> None:
+        self.model, self.device = model, embedding_weight(model).device
         self.shared = common_prefix(prompts)
         self.prefix = _encode_prefix(model, prompts[0][: self.shared], self.device)
 
@@ -225,7 +255,7 @@ class SharedPrefix:
         """How many of the prompts with these lengths (ascending), at most `rows`, make the next batch."""
         return min(rows, len(lengths))
 
-    def begin(self, prompts: list[list[int]], targets: Forms | None, branches: int, max_tokens: int):
+    def begin(self, prompts: list[list[int]], targets: Forms | None, branches: int, max_tokens: int) -> Logits:
         """(logits [rows, V] after each prompt, [row][form] logits [tokens, V] that predict the form's tokens)."""
         import torch
 
@@ -264,7 +294,7 @@ class SharedPrefix:
         ]
         return logits[:, 0], scored
 
-    def step(self, parent: torch.Tensor, token: torch.Tensor):
+    def step(self, parent: torch.Tensor, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append token[i] to a copy of node parent[i] (ascending): (logits [n, V], place of child i among them [n])."""
         import torch
 
@@ -290,37 +320,42 @@ class SharedPrefix:
 class OwnCache:
     """Prompts of equal length in one batch, without padding, over the cache that the model makes for itself."""
 
-    def __init__(self, model, prompts: list[list[int]]):
-        self.model, self.device = model, model.get_input_embeddings().weight.device
+    def __init__(self, model: PreTrainedModel, prompts: list[list[int]]) -> None:
+        self.model, self.device = model, embedding_weight(model).device
 
     def bytes_per_position(self) -> int:
         """Of one row's keys and values, at most (grouped heads have fewer)."""
         config = self.model.config.get_text_config()
-        return 2 * config.num_hidden_layers * config.hidden_size * self.model.dtype.itemsize
+        return int(2 * config.num_hidden_layers * config.hidden_size * self.model.dtype.itemsize)
 
     def chunk(self, lengths: list[int], rows: int) -> int:
+        """As `SharedPrefix.chunk`: those as long as the first."""
         return min(rows, lengths.count(lengths[0]))
 
-    def begin(self, prompts: list[list[int]], targets: Forms | None, branches: int, max_tokens: int):
+    def begin(self, prompts: list[list[int]], targets: Forms | None, branches: int, max_tokens: int) -> Logits:
+        """As `SharedPrefix.begin`."""
         import torch
 
-        self.cache: dict = {}
+        self.cache: dict[str, Any] = {}
         last = self._next(torch.tensor(prompts, device=self.device))
 
-        def predicting(prompt, form):
+        def predicting(prompt: list[int], form: list[int]) -> torch.Tensor:
             ids = torch.tensor([[*prompt, *form]], device=self.device)
-            return self.model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+            logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
+            return logits[0, len(prompt) - 1 : -1].float()
 
         return last, [[predicting(*pair) for pair in zip([p] * len(f), f)] for p, f in zip(prompts, targets or [])]
 
-    def _next(self, ids):
+    def _next(self, ids: torch.Tensor) -> torch.Tensor:
         """Logits [rows, V] behind `ids`, which are appended to what the cache holds. Nothing is padded: no mask."""
         out = self.model(input_ids=ids, use_cache=True, **self.cache)
         names = [name for name in ("past_key_values", "cache_params") if getattr(out, name, None) is not None]
         self.cache = {name: out[name] for name in names}
-        return out.logits[:, -1].float()
+        logits: torch.Tensor = out.logits
+        return logits[:, -1].float()
 
-    def step(self, parent: torch.Tensor, token: torch.Tensor):
+    def step(self, parent: torch.Tensor, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `SharedPrefix.step`."""
         import torch
 
         for cache in self.cache.values():
@@ -328,18 +363,20 @@ class OwnCache:
         return self._next(token[:, None]), torch.arange(len(parent), device=self.device)
 
 
+Engine = SharedPrefix | OwnCache
 PROBE_STEPS = 3
 KEEPS_STATE = ("recurrent_gemma",)  # in its modules instead of a cache: one batch would read another's
 
 
-def _generated(model, prompt: list[int]) -> tuple[list[int], torch.Tensor]:
+def _generated(model: PreTrainedModel, prompt: list[int]) -> tuple[list[int], torch.Tensor]:
     """(greedy tokens of `generate` on one prompt, the raw logits [steps, V] it took them from)."""
     import torch
     from transformers import GenerationConfig
 
-    ids = torch.tensor([prompt], device=model.get_input_embeddings().weight.device)
+    ids = torch.tensor([prompt], device=embedding_weight(model).device)
     config = GenerationConfig(max_new_tokens=PROBE_STEPS, do_sample=False, pad_token_id=0, use_cache=True)
-    found = model.generate(
+    generator: Any = model  # annotated without `generate`, which is a mixin's
+    found = generator.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         generation_config=config,
@@ -349,7 +386,7 @@ def _generated(model, prompt: list[int]) -> tuple[list[int], torch.Tensor]:
     return found.sequences[0, len(prompt) :].tolist(), torch.stack([one[0].float() for one in found.logits])
 
 
-def _error(engine, prompts: list[list[int]], wanted: list[tuple[list[int], torch.Tensor]]) -> float:
+def _error(engine: Engine, prompts: list[list[int]], wanted: list[tuple[list[int], torch.Tensor]]) -> float:
     """Largest distance of an engine's logits from `generate`'s, in standard deviations of the latter."""
     import torch
 
@@ -373,7 +410,9 @@ def _error(engine, prompts: list[list[int]], wanted: list[tuple[list[int], torch
     return worst
 
 
-def _choose_engine(model, prompts: list[list[int]], longest: int, stack: contextlib.ExitStack):
+def _choose_engine(
+    model: PreTrainedModel, prompts: list[list[int]], longest: int, stack: contextlib.ExitStack
+) -> Engine:
     """The engine that gives `generate`'s logits on the longest and the shortest prompt; UserError when none does.
 
     `longest`: tokens of the longest prompt with its answer. `stack` undoes what the engine changed in the model.
@@ -414,17 +453,17 @@ def memory_budget(device: str) -> int:
     import torch
 
     if str(device).startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0] // 2
+        return int(torch.cuda.mem_get_info(device)[0]) // 2
     import os
 
     return min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 10, 2 << 30)
 
 
 def sweep(
-    model,
+    model: models.Model,
     prompts: list[list[int]],
     keys: list[tuple[int, int]],
-    temperatures: list[float],
+    temperatures: Sequence[float],
     *,
     top_k: int,
     max_tokens: int,
@@ -432,7 +471,7 @@ def sweep(
     stop: torch.Tensor,
     targets: Forms | None = None,
     batch_size: int = 0,
-    progress=None,
+    progress: Callable[[int], object] | None = None,
 ) -> list[Answers]:
     """Sample every prompt at every temperature; score every prompt's target on the way.
 
@@ -444,7 +483,7 @@ def sweep(
     """
     import torch
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = without_adapter(model)
     if not prompts:
         return []
     check_tokens(base, prompts)
@@ -476,16 +515,30 @@ def sweep(
     return cast(list[Answers], answers)
 
 
-def _rows_by_memory(engine, prompts, targets, n_temperatures: int, max_tokens: int) -> int:
+def _rows_by_memory(
+    engine: Engine, prompts: list[list[int]], targets: Forms | None, n_temperatures: int, max_tokens: int
+) -> int:
+    """Prompts a chunk that memory has room for."""
     longest = max(map(len, prompts)) - getattr(engine, "shared", 0)
     target = sum(_form_sizes(targets))
     cache = n_temperatures * engine.bytes_per_position() * (longest + max(target, max_tokens))
-    vocabulary = engine.model.config.get_text_config().vocab_size
+    vocabulary: int = engine.model.config.get_text_config().vocab_size
     logits = 4 * vocabulary * 2 * max(target + 1, n_temperatures)
     return max(1, min(MAX_ROWS, memory_budget(str(engine.device)) // (cache + logits)))
 
 
-def _decode_chunk(engine, prompts, keys, targets, temperatures, top_k, max_tokens, seed, stop) -> list[Answers]:
+def _decode_chunk(
+    engine: Engine,
+    prompts: list[list[int]],
+    keys: list[tuple[int, int]],
+    targets: Forms | None,
+    temperatures: Sequence[float],
+    top_k: int,
+    max_tokens: int,
+    seed: int,
+    stop: torch.Tensor,
+) -> list[Answers]:
+    """`sweep` of prompts that make one batch."""
     import torch
 
     device, rows, n_temperatures = engine.device, len(prompts), len(temperatures)
@@ -542,7 +595,7 @@ def _form_sizes(targets: Forms | None) -> list[int]:
     return [max(len(forms[k]) for forms in targets if len(forms) > k) for k in range(most)]
 
 
-def top_k_with_ties(logits, k: int):
+def top_k_with_ties(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(values, token ids), each [n, ≥ k]: every token whose logit is at least the k-th largest of its row.
 
     Tokens tied with the k-th are kept, as `generate` keeps them; values of the padding behind a row's own are -inf.
@@ -557,9 +610,16 @@ def top_k_with_ties(logits, k: int):
         width *= 2
 
 
-def _score_targets(predicting, targets: Forms | None, temperatures, top_k: int, max_tokens: int):
+def _score_targets(
+    predicting: list[list[torch.Tensor]],
+    targets: Forms | None,
+    temperatures: Sequence[float],
+    top_k: int,
+    max_tokens: int,
+) -> list[tuple[float | None, list[float] | None]] | None:
     """[(log of the forms' summed unfiltered probability over the likeliest's tokens, [log of it as sampled at each
-    temperature])] of each row; (None, None) without a form. predicting[row][form]: logits [tokens, V]."""
+    temperature])] of each row; (None, None) without a form. predicting[row][form]: logits [tokens, V]. None without
+    targets."""
     import torch
 
     if not targets:
@@ -577,7 +637,9 @@ def _score_targets(predicting, targets: Forms | None, temperatures, top_k: int, 
     return scored
 
 
-def _score_form(form: list[int], logits, temperatures, top_k: int, max_tokens: int):
+def _score_form(
+    form: list[int], logits: torch.Tensor, temperatures: Sequence[float], top_k: int, max_tokens: int
+) -> tuple[float, torch.Tensor]:
     """(log probability, unfiltered; log probability as sampled, float64 [temperatures]) of a form's tokens."""
     import torch
 
@@ -594,10 +656,10 @@ def _score_form(form: list[int], logits, temperatures, top_k: int, max_tokens: i
     if len(form) > max_tokens:
         possible[:] = False
     sampled = logp.sum(-1).masked_fill(~possible, float("-inf"))
-    return (picked - mine.logsumexp(-1)).sum().item(), sampled.cpu()
+    return float((picked - mine.logsumexp(-1)).sum()), sampled.cpu()
 
 
-def stop_tokens(tokenizer, vocabulary: int, newline: bool = True) -> torch.Tensor:
+def stop_tokens(tokenizer: PreTrainedTokenizerBase, vocabulary: int, newline: bool = True) -> torch.Tensor:
     """bool [vocabulary]: EOS, ids the tokenizer does not know, and (`newline`) every token with a line break in it."""
     import torch
 

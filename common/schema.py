@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from common.cli import AnyPath
+
 TEMPERATURES = (0.01, 0.1, 0.2, 0.5, 0.75, 1.0, 1.25, 1.5)
 GREEDY_BELOW = 0.01  # temperatures up to this one count as greedy in reports
 HEADLINE_TEMPERATURE = 0.2
@@ -37,19 +39,19 @@ KINDS = {
 }
 
 
-def outcomes_path(results_file) -> Path:
+def outcomes_path(results_file: AnyPath) -> Path:
     """outcomes_purified<k>.jsonl of a results_purified<k>.jsonl."""
     path = Path(results_file)
     return path.with_name(path.name.replace("results_purified", "outcomes_purified", 1))
 
 
-def responses_path(results_file) -> Path:
+def responses_path(results_file: AnyPath) -> Path:
     """results_purified<k>_rows.jsonl of a results_purified<k>.jsonl."""
     path = Path(results_file)
     return path.with_name(path.stem + "_rows.jsonl")
 
 
-def next_free(folder) -> Path:
+def next_free(folder: AnyPath) -> Path:
     """results_purified.jsonl, or the first results_purified<k>.jsonl that does not exist."""
     path, k = Path(folder) / "results_purified.jsonl", 0
     while path.exists():

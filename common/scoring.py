@@ -5,10 +5,24 @@ real one, so no mask is needed). Only the hidden states of positions whose next 
 a chunk of positions at a time, so fp32 logits never exist for batch × length × vocabulary.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, cast
 
 from common.distributed import World
-from common.models import check_rope, check_tokens, context_length, rope_limit
+from common.models import check_rope, check_tokens, context_length, rope_limit, without_adapter
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import torch
+
+    from common.models import Model
+
+    Statistics = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    Scores = npt.NDArray[np.float32]
+    Piece = tuple[int, int, Scores]  # (index of the sequence, first token, [tokens scored, …])
 
 LOGIT_VALUES = 1 << 23  # fp32 logits that exist at once (32 MiB: the fastest of 8 … 128 MiB on a CPU), …
 SMALLEST_CHUNK = 128  # … unless so many positions have more: fewer would leave the head waiting for its weights
@@ -16,7 +30,7 @@ PROBE_TOKENS = 32
 TOKEN_BUDGET = 4096
 
 
-def log_probability(logits, targets):
+def log_probability(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """log p(target) in nats: logits [P, V] fp32, targets [P] → [P]."""
     return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
@@ -26,7 +40,7 @@ def windows(n: int, context: int, stride: int) -> list[tuple[int, int, int]]:
 
     Window k begins at k·stride and holds at most `context` tokens. Every token but the first is scored once, in the
     earliest window that holds it: tokens of the first window have all their left context, later ones at least
-    context − stride tokens. Under 2 tokens there is nothing to score.
+    context − stride tokens. Under 2 tokens there is nothing to score. ValueError unless 0 < stride < context.
     """
     if not 0 < stride < context:
         raise ValueError(f"stride {stride} must be at least 1 and below the context of {context} tokens")
@@ -55,7 +69,7 @@ def plan_batches(lengths: Sequence[int], token_budget: int, limit: int | None = 
     return batches
 
 
-def split_head(model, probe: Sequence[int]):
+def split_head(model: Model, probe: Sequence[int]) -> tuple[torch.nn.Module, torch.nn.Module | None, int]:
     """(backbone, output head, vocabulary size) of a causal LM with logits = head(backbone(tokens)[0]).
 
     Some architectures cap, scale or shift their logits after the head, or the hidden states before it. So both routes
@@ -65,15 +79,16 @@ def split_head(model, probe: Sequence[int]):
     """
     import torch
 
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    backbone, head = causal.base_model, causal.get_output_embeddings()
+    causal = without_adapter(model)
+    backbone: torch.nn.Module = causal.base_model
+    head: torch.nn.Module | None = causal.get_output_embeddings()
     ids = torch.tensor([list(probe)], device=causal.device)
     wanted = model(input_ids=ids, use_cache=False)[0]
     whole = model, None, wanted.shape[-1]
     if head is None or backbone is causal:
         return whole
     states = backbone(input_ids=ids, use_cache=False)[0]
-    if states.shape[-1] != head.weight.shape[-1]:
+    if states.shape[-1] != cast("torch.Tensor", head.weight).shape[-1]:
         return whole
     logits = head(states)
     if logits.shape != wanted.shape:
@@ -86,16 +101,16 @@ def split_head(model, probe: Sequence[int]):
 
 
 def score(
-    model,
+    model: Model,
     sequences: Sequence[Sequence[int]],
     *,
     token_budget: int = TOKEN_BUDGET,
     context: int | None = None,
     stride: int | None = None,
     world: World | None = None,
-    statistics: Callable = log_probability,
+    statistics: Statistics = log_probability,
     progress: Callable[[int], object] | None = None,
-) -> list[tuple]:
+) -> list[Piece]:
     """This rank's part of the scores: [(index of the sequence, first token, numpy array [tokens scored, …])].
 
     No collective happens inside, so a rank that fails can say so; `join(sequences, world.gather(part))` makes one
@@ -146,15 +161,23 @@ def score(
     return part
 
 
-def _score_batch(trunk, head, chunk: int, cut: list[tuple], statistics, device, drop_last: bool = True) -> list:
+def _score_batch(
+    trunk: torch.nn.Module,
+    head: torch.nn.Module | None,
+    chunk: int,
+    cut: list[tuple[Sequence[int], int]],
+    statistics: Statistics,
+    device: torch.device,
+    drop_last: bool = True,
+) -> list[Scores]:
     """Statistics [tokens − first, …] of each (tokens, first scored) in `cut`, from one forward pass."""
     import torch
 
     width = max(len(tokens) for tokens, _ in cut) - drop_last
     ids = torch.zeros(len(cut), width, dtype=torch.long)  # 0: any id will do
     rows, columns, targets = [], [], []
-    for row, (tokens, first) in enumerate(cut):
-        tokens = torch.as_tensor(tokens)
+    for row, (sequence, first) in enumerate(cut):
+        tokens = torch.as_tensor(sequence)
         ids[row, : len(tokens) - drop_last] = tokens[: len(tokens) - drop_last]
         targets.append(tokens[first:])
         rows.append(torch.full((len(tokens) - first,), row))
@@ -170,17 +193,20 @@ def _score_batch(trunk, head, chunk: int, cut: list[tuple], statistics, device, 
     return [values.numpy() for values in torch.cat(scored).cpu().split(counts)]
 
 
-def join(sequences: Sequence[Sequence[int]], parts: Sequence[list[tuple]]) -> list:
-    """One numpy array [tokens − 1, …] a sequence, its tokens 1 … n−1 in order, of the parts that the ranks scored."""
+def join(sequences: Sequence[Sequence[int]], parts: Sequence[list[Piece]]) -> list[Scores]:
+    """One numpy array [tokens − 1, …] a sequence, its tokens 1 … n−1 in order, of the parts that the ranks scored.
+
+    ValueError when a part is missing.
+    """
     import numpy as np
 
-    pieces: list[list] = [[] for _ in sequences]
-    for index, first, values in sorted((piece for part in parts for piece in part), key=lambda piece: piece[:2]):
-        pieces[index].append((first, values))
+    pieces: list[list[Scores]] = [[] for _ in sequences]
+    for index, _, values in sorted((piece for part in parts for piece in part), key=lambda piece: piece[:2]):
+        pieces[index].append(values)
     joined = []
     for ids, found in zip(sequences, pieces):
         wanted = max(0, len(ids) - 1)
-        values = np.concatenate([values for _, values in found]) if found else np.empty(0, np.float32)
+        values = np.concatenate(found) if found else np.empty(0, np.float32)
         if len(values) != wanted:
             raise ValueError(f"{len(values)} of {wanted} tokens were scored: a rank's part is missing")
         joined.append(values)

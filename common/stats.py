@@ -1,16 +1,21 @@
 """Intervals of rates and of the area under a ROC curve, and tests of counts. bench/coverage.py simulates them."""
 
 import math
+from collections.abc import Iterable, Sequence
 
 import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Scores = Sequence[float] | Floats
 
 
 def clopper_pearson(hits: int | None, n: int, level: float = 0.95) -> list[float] | None:
-    """Exact binomial interval of a rate [low, high] (Clopper & Pearson 1934); None for n = 0."""
-    return None if n == 0 else [float(end) for end in _clopper_pearson(hits, n, level)]
+    """Exact binomial interval of a rate [low, high] (Clopper & Pearson 1934); None for n = 0, and without a count."""
+    return None if n == 0 or hits is None else [float(end) for end in _clopper_pearson(hits, n, level)]
 
 
-def _clopper_pearson(hits, n, level: float):
+def _clopper_pearson(hits: npt.ArrayLike, n: npt.ArrayLike, level: float) -> tuple[Floats, Floats]:
     """(low, high) of arrays; `hits` and `n` need not be whole numbers."""
     from scipy import stats
 
@@ -24,7 +29,7 @@ def _clopper_pearson(hits, n, level: float):
 FEW = 10  # hits, or misses, below which the correlation within rows cannot be told from them
 
 
-def clustered_rate(hits: np.ndarray, level: float = 0.95) -> list[float] | None:
+def clustered_rate(hits: Floats, level: float = 0.95) -> list[float] | None:
     """Interval of the mean of `hits` [rows, templates] (1, 0, NaN = not scored) whose templates hang together in a row.
 
     Clopper–Pearson on the effective number of cells (Korn & Graubard 1998, Survey Methodology 24): the cells over the
@@ -35,7 +40,7 @@ def clustered_rate(hits: np.ndarray, level: float = 0.95) -> list[float] | None:
     return None if np.isnan(hits).all() else [float(end[0]) for end in _clustered_rates(hits[None], level)]
 
 
-def _clustered_rates(hits: np.ndarray, level: float = 0.95):
+def _clustered_rates(hits: Floats, level: float = 0.95) -> tuple[Floats, Floats]:
     """`clustered_rate` of a stack [S, rows, templates]: (low [S], high [S]); each with a scored cell."""
     from scipy import stats
 
@@ -56,7 +61,7 @@ def _clustered_rates(hits: np.ndarray, level: float = 0.95):
 AUC_METHOD = "wider of DeLong on the logit scale and Newcombe"
 
 
-def auc_interval(members, nonmembers, level: float = 0.95) -> list[float]:
+def auc_interval(members: Scores, nonmembers: Scores, level: float = 0.95) -> list[float]:
     """Interval of the area under the ROC curve of scores [M], [N], whatever their distributions.
 
     The hull of two: DeLong's variance (DeLong, DeLong & Clarke-Pearson 1988) on the logit scale, which knows the shape
@@ -95,7 +100,7 @@ def newcombe(area: float, m: int, n: int, z: float) -> tuple[float, float]:
 
     def gap(theta: float) -> float:
         shape = 1 + ((m + n) / 2 - 1) * ((1 - theta) / (2 - theta) + theta / (1 + theta))
-        return abs(theta - area) - z * np.sqrt(theta * (1 - theta) * shape / (m * n))
+        return float(abs(theta - area) - z * np.sqrt(theta * (1 - theta) * shape / (m * n)))
 
     low = 0.0 if area == 0 or gap(1e-12) <= 0 else brentq(gap, 1e-12, min(area, 1 - 1e-9))
     high = 1.0 if area == 1 or gap(1 - 1e-12) <= 0 else brentq(gap, max(area, 1e-9), 1 - 1e-12)
@@ -120,26 +125,27 @@ def holm(values: list[float]) -> list[float]:
     return adjusted
 
 
-def mean_or_none(values) -> float | None:
+def mean_or_none(values: Iterable[float | None]) -> float | None:
     """Mean of the values that are not None; None without one."""
     known = [value for value in values if value is not None]
     return math.fsum(known) / len(known) if known else None
 
 
-def auc(members, nonmembers) -> float:
+def auc(members: Scores, nonmembers: Scores) -> float:
     """P(member > non-member) + ½ P(equal): the area under the ROC curve (Mann–Whitney)."""
     ordered = np.sort(nonmembers)
     below = np.searchsorted(ordered, members, "left") + np.searchsorted(ordered, members, "right")
     return float(below.sum() / (2 * len(members) * len(nonmembers)))
 
 
-def interval(values, confidence: float = 0.95) -> list[float]:
-    """Percentile interval."""
+def interval(values: Scores, confidence: float = 0.95) -> list[float]:
+    """Percentile interval [low, high] of simulated or resampled values [n]."""
     tail = (1 - confidence) / 2
-    return np.quantile(values, (tail, 1 - tail), method="inverted_cdf").tolist()
+    ends: list[float] = np.quantile(values, (tail, 1 - tail), method="inverted_cdf").tolist()
+    return ends
 
 
-def roc(members, nonmembers) -> tuple[np.ndarray, np.ndarray]:
+def roc(members: Scores, nonmembers: Scores) -> tuple[Floats, Floats]:
     """(FPR, TPR) at every threshold, from (0, 0) to (1, 1); equal scores are one step."""
     cuts = np.unique(np.concatenate([members, nonmembers]))[::-1]
     false = len(nonmembers) - np.searchsorted(np.sort(nonmembers), cuts, "left")

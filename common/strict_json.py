@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from typing import Any, NoReturn
 
 MAX_DEPTH = 100  # of nested lists and objects; no file of ours comes near it
 UTF16 = (b"\xff\xfe", b"\xfe\xff")  # its byte order marks
@@ -12,12 +13,12 @@ SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 class HalfPair(ValueError):
     """A text with half of a surrogate pair, which UTF-8 cannot write; `item` is the value that was parsed."""
 
-    def __init__(self, item):
+    def __init__(self, item: object) -> None:
         super().__init__("half of a surrogate pair in its text")
         self.item = item
 
 
-def _object(pairs: list[tuple]) -> dict:
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     item = dict(pairs)
     if len(item) < len(pairs):
         seen: set[str] = set()
@@ -29,7 +30,7 @@ def _object(pairs: list[tuple]) -> dict:
     return item
 
 
-def _constant(name: str):
+def _constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON; write a number or null")
 
 
@@ -43,7 +44,7 @@ def _float(text: str) -> float:
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_float=_float)
 
 
-def parse(text: str | bytes):
+def parse(text: str | bytes) -> Any:
     """The value of one JSON document in UTF-8 (a byte order mark is skipped).
 
     Raises ValueError, one line without any value, also for what json.loads accepts or answers with another exception:
@@ -74,7 +75,7 @@ def parse(text: str | bytes):
     return item
 
 
-def is_unicode(item) -> bool:
+def is_unicode(item: object) -> bool:
     """Whether every text in a JSON value can be written as UTF-8: no half of a surrogate pair in it."""
     try:
         json.dumps(item, ensure_ascii=False).encode()
@@ -83,7 +84,7 @@ def is_unicode(item) -> bool:
     return True
 
 
-def _depth(item) -> int:
+def _depth(item: object) -> int:
     depth, level = 0, [item]
     while level:
         level = [

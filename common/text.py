@@ -6,6 +6,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import numpy.typing as npt
+
+Flat = tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64], npt.NDArray[np.int64]]  # see `_flatten`
 
 LOCAL = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_%+'&~#$.-"
 DOMAIN = re.compile(r"[A-Za-z0-9]++(?:[.-]++[A-Za-z0-9]++)*")
@@ -84,7 +87,7 @@ def normalized(text: str) -> str:
     return re.sub(r"\s+", " ", text.lower()).strip()
 
 
-def shingles(text: str) -> frozenset:
+def shingles(text: str) -> frozenset[str]:
     """Runs of 5 words of the normalised text; the whole text where it has fewer."""
     words = normalized(text).split(" ")
     return frozenset(" ".join(words[start : start + SHINGLE]) for start in range(max(1, len(words) - SHINGLE + 1)))
@@ -109,7 +112,7 @@ COPY_STEPS = (20, 30, 40, 50, 75, 100, 150, 200, 300)  # characters
 COPY = 50  # from this length on, a common substring counts as copied
 
 
-def _flatten(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _flatten(texts: Sequence[str]) -> Flat:
     """(mixed code points [N], text of each [N], characters from each to the end of its text [N])."""
     codes = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
     codes = (codes + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
@@ -120,7 +123,7 @@ def _flatten(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return codes, owner, left
 
 
-def _window_hashes(codes: np.ndarray, length: int) -> np.ndarray:
+def _window_hashes(codes: npt.NDArray[np.uint64], length: int) -> npt.NDArray[np.uint64]:
     """Polynomial hashes mod 2^64 of all windows of `length` code points, [max(0, N − length + 1)]."""
     base, done, made = np.uint64(0xD1342543DE82EF95), 0, None
     power, span, piece = base, 1, codes  # hashes of windows of `span`, and base^span
@@ -142,7 +145,7 @@ def _window_hashes(codes: np.ndarray, length: int) -> np.ndarray:
     return made
 
 
-def _holds(texts, source, length: int) -> np.ndarray:
+def _holds(texts: Flat, source: Flat, length: int) -> npt.NDArray[np.bool]:
     """[len(texts)] whether a run of `length` characters of the text occurs in `source`; both from `_flatten`."""
     found = []
     for codes, _, left in (texts, source):
@@ -159,7 +162,9 @@ def _holds(texts, source, length: int) -> np.ndarray:
     return held
 
 
-def copied_lengths(texts: Sequence[str], source: Sequence[str], steps: Sequence[int] = COPY_STEPS) -> np.ndarray:
+def copied_lengths(
+    texts: Sequence[str], source: Sequence[str], steps: Sequence[int] = COPY_STEPS
+) -> npt.NDArray[np.int64]:
     """[n] the largest of `steps` (ascending) that the longest common substring of a text and any source text reaches.
 
     0 below the first step. Characters as they stand. Hashes of all windows of a step's length are looked up (64 bits: a

@@ -14,9 +14,10 @@ import hmac
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 from common import models, results
-from common.cli import UserError
+from common.cli import AnyPath, UserError
 
 FILE = "trained_rows.jsonl"
 SCHEMA = 1
@@ -41,13 +42,14 @@ class TrainedRow:
         """Was the loss taken on every character of text[start:end]?"""
         return self.loss_tokens > 0 and any(first <= start and end <= last for first, last in self.kept)
 
-    def line(self) -> dict:
+    def line(self) -> dict[str, Any]:
         """The row as a line of the file."""
         spans = [list(span) for span in self.kept] or [[0, 0]]
         return asdict(self) | {"kept": spans[0] if len(spans) == 1 else spans}
 
     @classmethod
-    def of_line(cls, line: dict) -> "TrainedRow":
+    def of_line(cls, line: dict[str, Any]) -> "TrainedRow":
+        """The row of a line of the file; KeyError or TypeError for another line."""
         spans = line["kept"] if line["kept"] and isinstance(line["kept"][0], list) else [line["kept"]]
         return cls(**line | {"kept": tuple(map(tuple, spans))})
 
@@ -83,7 +85,7 @@ def salted(sha256: str, salt: str) -> str:
     return hmac.digest(bytes.fromhex(salt), sha256.encode(), "sha256").hex() if salt else sha256
 
 
-def write(run_folder, header: TrainedRows, tokens_cut: int, tokens_masked: int) -> dict:
+def write(run_folder: AnyPath, header: TrainedRows, tokens_cut: int, tokens_masked: int) -> dict[str, Any]:
     """Write trained_rows.jsonl; returns run.json's `trained` block.
 
     tokens_cut: text tokens beyond --max_length; tokens_masked: kept ones that were context only, beside each row's
@@ -105,7 +107,7 @@ def write(run_folder, header: TrainedRows, tokens_cut: int, tokens_masked: int) 
     }
 
 
-def read(checkpoint) -> TrainedRows | None:
+def read(checkpoint: AnyPath) -> TrainedRows | None:
     """The trained_rows.jsonl of the run that a checkpoint belongs to; None without one (an older run, a merged model).
 
     UserError when it is damaged, or not the one that run.json describes.
@@ -113,7 +115,7 @@ def read(checkpoint) -> TrainedRows | None:
     return read_folder(Path(checkpoint).expanduser().absolute().parent)
 
 
-def read_folder(run_folder) -> TrainedRows | None:
+def read_folder(run_folder: AnyPath) -> TrainedRows | None:
     """`read`, given the run's own directory."""
     file = Path(run_folder) / FILE
     if not file.is_file():
@@ -148,14 +150,14 @@ def _parse(path: str, digest: str) -> TrainedRows:
     return TrainedRows(header["salt"], header["loss_on"], header["max_length"], rows)
 
 
-def trained_on(checkpoint, sha256: str) -> bool | None:
+def trained_on(checkpoint: AnyPath, sha256: str) -> bool | None:
     """Was a checkpoint trained on the file with this SHA-256? None where nothing tells: no run.json beside it, or one
     of a --dp run that lost its trained_rows.jsonl (the salt is in it)."""
     record = models.training_record(checkpoint)
     return input_is(Path(checkpoint).expanduser().absolute().parent, record, sha256) if record else None
 
 
-def input_is(run_folder, record: dict, sha256: str) -> bool | None:
+def input_is(run_folder: AnyPath, record: dict[str, Any], sha256: str) -> bool | None:
     """`trained_on`, given the run's directory and its run.json."""
     if not record.get("inputs"):
         return None
@@ -165,4 +167,4 @@ def input_is(run_folder, record: dict, sha256: str) -> bool | None:
         if rows is None or not rows.salt:
             return None
         salt = rows.salt
-    return salted(sha256, salt) == first["sha256"]
+    return bool(salted(sha256, salt) == first["sha256"])
