@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -164,7 +164,7 @@ def _reference(ref: ModelRef, config: AuditConfig, problems: cli.Problems) -> Mo
                 problems.add(
                     f"--ref_model {config.ref_model}: has another tokenizer than {ref.name}; give its own base"
                 )
-        return cast("ModelRef | None", other)
+        return other
     return ModelRef(ref.base, ref.base, None, ref.revision) if ref.adapter else None
 
 

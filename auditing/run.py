@@ -156,7 +156,7 @@ def membership_part(
     world.say(f"attacking {task.model.name}")
     with contextlib.redirect_stdout(io.StringIO()):  # its tables: they stand in the files
         measure_all({folder: task.model}, sets, membership, world, cache_folder(folder))
-    part: dict[str, Any] = world.broadcast(membership_summary(task, folder) if world.main else None)
+    part: dict[str, Any] = world.broadcast(membership_summary(task, folder) if world.main else {})
     return part
 
 
@@ -278,7 +278,7 @@ def canary_part(config: AuditConfig, task: AuditTask, world: World) -> dict[str,
     line = next((line for line in made["lines"] if line["measure"] == "audit"), None)
     if line is None:
         return {"undefined": "the key has no audit canaries"}
-    part: dict[str, Any] = world.broadcast(canary_summary(line, folder) if world.main else None)
+    part: dict[str, Any] = world.broadcast(canary_summary(line, folder) if world.main else {})
     return part
 
 

@@ -54,7 +54,7 @@ class ContinuationScorer:
     def _agrees(self, context: Sequence[int], continuations: Sequence[Sequence[int]]) -> bool:
         import torch
 
-        few = [list(continuations[0]), list(max(continuations, key=len))]
+        few = [list(continuations[0]), list(max(continuations, key=lambda tokens: len(tokens)))]
         try:
             shared = self._shared(context, few)
         except (AttributeError, TypeError, NotImplementedError, RuntimeError, ValueError, IndexError):
@@ -95,7 +95,9 @@ class ContinuationScorer:
         import torch
 
         ids = torch.zeros(len(continuations), len(continuations[0]), dtype=torch.long)
-        rows, columns, targets = [], [], []
+        rows: list[int] = []
+        columns: list[int] = []
+        targets: list[int] = []
         for row, tokens in enumerate(continuations):
             ids[row, : len(tokens)] = torch.tensor([opening, *tokens[:-1]])
             rows += [row] * len(tokens)
