@@ -54,7 +54,7 @@ class ContinuationScorer:
     def _agrees(self, context: Sequence[int], continuations: Sequence[Sequence[int]]) -> bool:
         import torch
 
-        few = [list(continuations[0]), list(max(continuations, key=lambda tokens: len(tokens)))]
+        few = [list(continuations[0]), max(map(list, continuations), key=len)]
         try:
             shared = self._shared(context, few)
         except (AttributeError, TypeError, NotImplementedError, RuntimeError, ValueError, IndexError):
