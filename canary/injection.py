@@ -18,18 +18,18 @@ Counts = dict[str, Any]
 def run(config: InjectConfig) -> Counts:
     """Write rows, manifest and key; returns the counts, {} when there is nothing to do."""
     output, key_file = destinations(config)
-    with results.output_file(output, key_file, dry_run=config.dry_run) as folder:
+    with results.output_file(output, key_file, dry_run=config.dry_run) as target:
         rows, settings = check(config)
         if settings is None:
             dataset.say_finished(output, key_file)
             return {}
-        made, key, space = place_all(config, rows)
-        counts = count(config, rows, made, key, space)
+        written, key, space = place_all(config, rows)
+        counts = count(config, rows, written, key, space)
         if not config.dry_run:
-            with folder.publication() as files:
-                write(files, config, settings, made, key, counts, space)
+            with target.publication() as files:
+                write(files, config, settings, written, key, counts, space)
     words = "rows would stand in" if config.dry_run else "rows in"
-    print(f"{len(made):>9,}  {words} {output}, {counts['rows_with_canary']:,} of them with a canary")
+    print(f"{len(written):>9,}  {words} {output}, {counts['rows_with_canary']:,} of them with a canary")
     print(f"{counts['placed']:>9,}  canaries placed, {counts['held_out']:,} held out")
     if config.audit:
         print(f"{config.audit:>9,}  audit canaries, {counts['audit_included']:,} of them in the file")
@@ -108,7 +108,7 @@ def place_all(config: InjectConfig, rows: list[Row]) -> tuple[list[Row], list[Ke
     return *place(rows, config, space, rng), space
 
 
-def count(config: InjectConfig, rows: list[Row], made: list[Row], key: list[KeyLine], space: Space) -> Counts:
+def count(config: InjectConfig, rows: list[Row], written: list[Row], key: list[KeyLine], space: Space) -> Counts:
     """The manifest's `canaries`."""
     return {
         "secret": config.secret,
@@ -118,7 +118,7 @@ def count(config: InjectConfig, rows: list[Row], made: list[Row], key: list[KeyL
         "audit": config.audit,
         "audit_included": sum(line["kind"] == "audit" and line["included"] for line in key),
         "privacy_unit": config.privacy_unit,
-        "rows_left_out": len(rows) - len(made),
+        "rows_left_out": len(rows) - len(written),
         "rows_with_canary": len({index for line in key for index in line["rows"]}),
     }
 
@@ -127,14 +127,14 @@ def write(
     files: results.Publication,
     config: InjectConfig,
     settings: dict[str, Any],
-    made: list[Row],
+    written: list[Row],
     key: list[KeyLine],
     counts: Counts,
     space: Space,
 ) -> None:
     """Rows, key and manifest."""
     output, key_file = destinations(config)
-    files.write_jsonl(output, made, permissions=0o600)
+    files.write_jsonl(output, written, permissions=0o600)
     header = {
         "schema": SCHEMA,
         "secret": config.secret,
@@ -151,8 +151,8 @@ def write(
         tag=f"{dataset.data_tag(config.input, dataset.read_manifest(config.input))}-canaries",
         script="canary/inject.py",
         argv=sys.argv,
-        rows=len(made),
-        source=[(config.input, counts["rows_left_out"] + len(made))],
+        rows=len(written),
+        source=[(config.input, counts["rows_left_out"] + len(written))],
         sampling={"seed": config.seed, "within": config.within, "condition": config.condition},
         settings=settings,
         more={"canaries": counts},

@@ -7,8 +7,7 @@ from typing import Any
 from canary import audit, metrics
 from canary.key import KeyLine
 from canary.likelihoods import Bits
-from canary.seen import Seen
-from canary.task import Privacy, Task
+from canary.task import ModelArm, Task, TextArm
 from common import stats
 
 LEVELS = {"95": 0.05, "99.9": 0.001}
@@ -100,23 +99,24 @@ def exposure_lines(task: Task, arm: str, bits: Bits, references: int) -> list[Li
 
 
 def audit_line(
+    source: ModelArm | TextArm,
     audited: Sequence[KeyLine],
     scores: Sequence[float],
-    privacy: Privacy | None,
-    seen: Seen | None,
     unit: str,
     *,
     measure: str,
     arm: str,
     signal: str,
 ) -> Line:
-    """The lower bounds of one arm beside its accountant's ε; δ without an accountant: 0 (only pure ε is refuted).
+    """The lower bounds of one arm beside its accountant's ε. unit: what the audit adds or leaves out.
 
+    δ is 0 without an accountant: only pure ε is refuted then.
     Bounds and AUC are null where they are undefined: fewer than five canaries, the same signal for all, or no canary
     that training saw. A canary that --max_length cuts is left out because of its text alone, inserted or not, so the
     coins of the others stay fair; one that was inserted and not trained on for another reason stays, which can only
     lower the bound.
     """
+    seen, spent = source.seen, source.privacy or {}
     requested, placed = len(audited), sum(canary["included"] for canary in audited)
     copies = sum(seen.copies(canary) > 0 for canary in audited if canary["included"]) if seen else None
     if seen:
@@ -124,7 +124,6 @@ def audit_line(
         audited = [canary for canary, fits in zip(audited, whole) if fits]
         scores = [score for score, fits in zip(scores, whole) if fits]
     included, never = [canary["included"] for canary in audited], copies == 0 and placed > 0
-    spent = privacy or {}
     unknown = spent.get("unknown")
     upper, delta = (None, 0.0) if unknown else (spent.get("epsilon"), spent.get("delta") or 0.0)
     bounds = {level: audit.one_run(scores, included, delta, alpha) for level, alpha in LEVELS.items()}
@@ -195,16 +194,7 @@ def text_lines(task: Task, arm: str, signals: dict[str, list[float]]) -> list[Li
     for signal, values in signals.items():
         if task.audited:
             scores = [value for value, canary in zip(values, task.canaries) if canary["kind"] == "audit"]
-            line = audit_line(
-                task.audited,
-                scores,
-                generated.privacy,
-                generated.seen,
-                unit,
-                measure="audit_text",
-                arm=arm,
-                signal=signal,
-            )
+            line = audit_line(generated, task.audited, scores, unit, measure="audit_text", arm=arm, signal=signal)
             lines.append(line | {"headline": signal == HEADLINE})
         held_out = [values[index] for index in groups.get(("held_out", 0), [])]
         for (kind, repetitions), members in groups.items():

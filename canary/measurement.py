@@ -25,7 +25,7 @@ class Outcome(TypedDict):
 
 def run(config: MeasureConfig) -> Outcome:
     """Measure, and write the results; those that exist already are read."""
-    with results.output_folder(config.output_dir, config.dry_run, "canary") as place:
+    with results.output_folder(config.output_dir, config.dry_run, "canary") as target:
         task = prepare(config)
         if task.finished:
             return {"lines": results.read_jsonl(Path(config.output_dir) / RESULTS), "violations": []}
@@ -33,10 +33,10 @@ def run(config: MeasureConfig) -> Outcome:
             words = f"{len(task.canaries)} canaries in models {list(task.models)} and files {list(task.texts)}"
             print(f"would measure {words}")
             return {"lines": [], "violations": []}
-        return measure(config, task, place)
+        return measure(config, task, target)
 
 
-def measure(config: MeasureConfig, task: Task, place: results.Output) -> Outcome:
+def measure(config: MeasureConfig, task: Task, target: results.Output) -> Outcome:
     """Measure every arm, write the files, print the results."""
     import torch
 
@@ -50,7 +50,7 @@ def measure(config: MeasureConfig, task: Task, place: results.Output) -> Outcome
             )
     lines: list[Line] = []
     rows: list[Line] = []
-    with results.Run(folder / RECORD, config, task.inputs, world, place, weights=task.weights) as record:
+    with results.Run(folder / RECORD, config, task.inputs, world, target, weights=task.weights) as record:
         for name in task.models:
             model_lines, model_rows = of_model(config, task, name, dtype, world)
             lines += model_lines
@@ -83,9 +83,7 @@ def of_model(config: MeasureConfig, task: Task, name: str, dtype: Any, world: Wo
     bits, scores, signal = measure_model(config, task, arm, dtype, world)
     lines = exposure_lines(task, name, bits, config.references)
     if task.audited:
-        lines.append(
-            audit_line(task.audited, scores, arm.privacy, arm.seen, unit, measure="audit", arm=name, signal=signal)
-        )
+        lines.append(audit_line(arm, task.audited, scores, unit, measure="audit", arm=name, signal=signal))
     audit_signal = iter(scores)
     values: list[Line] = [
         {"audit_signal": next(audit_signal)} if canary["kind"] == "audit" else dict(bits[index])

@@ -20,6 +20,7 @@ import run_peft
 from canary import canaries, inject, measure, metrics
 from canary.likelihoods import secret_nlls, tokens_from
 from canary.lines import audit_line
+from canary.task import TextArm
 from common import dataset, reviews
 from common import models as common_models
 from common.checkpoints import natural_key
@@ -572,7 +573,8 @@ def test_a_signal_that_is_the_same_for_all_gives_no_bound(echoes, tmp_path, caps
     ]
     assert {row.undefined for row in made} == {second["undefined"]}
     audited = [{"kind": "audit", "included": included} for included in (True, False)]
-    few = audit_line(audited, [2.0, 1.0], None, None, "record", measure="audit_text", arm="a", signal="2-gram")
+    unknown = TextArm([], None, None)
+    few = audit_line(unknown, audited, [2.0, 1.0], "record", measure="audit_text", arm="a", signal="2-gram")
     assert (few["lower"]["95"], few["undefined"], few["auc"]) == (None, "fewer than five canaries", 1)
 
 

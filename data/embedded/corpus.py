@@ -40,7 +40,7 @@ def run(config: CorpusConfig) -> None:
     ]
     paths = [Path(config.output_dir or HERE, name) for name, *_ in files]
     paths += [Path(config.pretraining_output)] if config.pretraining_output else []
-    with results.output_file(*paths) as place, place.publication() as out:
+    with results.output_file(*paths) as target, target.publication() as out:
         for path, (_, tag, rows, split_start) in zip(paths, files):
             out.write_jsonl(path, rows)
             dataset.write_manifest(

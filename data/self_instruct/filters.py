@@ -81,7 +81,7 @@ def parse_instructions(completion: str, ended: bool) -> tuple[list[str], int]:
     ended: the model stopped by itself, so the last line is whole.
     """
     lines = completion.split("\n")
-    found, cut = [], 0
+    instructions, cut = [], 0
     for number, line in enumerate(lines):
         label = re.match(r"Task \d+:", line) if number else None
         if number and not label:
@@ -89,8 +89,8 @@ def parse_instructions(completion: str, ended: bool) -> tuple[list[str], int]:
         if number == len(lines) - 1 and not ended:
             cut = 1
             break
-        found.append(" ".join(line[label.end() if label else 0 :].split()))
-    return found, cut
+        instructions.append(" ".join(line[label.end() if label else 0 :].split()))
+    return instructions, cut
 
 
 def parse_instances(completion: str, ended: bool, output_first: bool) -> tuple[list[tuple[str, str]], Counter[str]]:

@@ -86,9 +86,9 @@ def make_rounds(
     return rounds
 
 
-def size(made: Round) -> int:
+def size(finished: Round) -> int:
     """Instances of a round."""
-    return sum(len(task["instances"]) for task in made["tasks"])
+    return sum(len(task["instances"]) for task in finished["tasks"])
 
 
 def one_round(

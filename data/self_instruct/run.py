@@ -36,7 +36,7 @@ def run(config: SelfInstructConfig) -> dict[str, int]:
     config = replace(config, seed_tasks=str(dataset.default_dataset(config.seed_tasks)))
     output = config.output_file
     partial = output.with_name(f".{output.name}.partial.jsonl")
-    with results.output_file(output, dry_run=config.dry_run) as place:
+    with results.output_file(output, dry_run=config.dry_run) as target:
         task = check(config)
         if task.finished:
             dataset.say_finished(output)
@@ -45,7 +45,7 @@ def run(config: SelfInstructConfig) -> dict[str, int]:
         if config.dry_run:
             print(f"would make {config.num_rows} rows from {len(task.seeds)} seed tasks with {config.model}: {output}")
             return {}
-        return generate(config, task, partial, place)
+        return generate(config, task, partial, target)
 
 
 def check(config: SelfInstructConfig) -> Task:
@@ -67,11 +67,11 @@ def check(config: SelfInstructConfig) -> Task:
     return Task(seeds, broken, ref, tokenizer, settings, whole, bool(finished))
 
 
-def generate(config: SelfInstructConfig, task: Task, partial: Path, place: results.Output) -> dict[str, int]:
+def generate(config: SelfInstructConfig, task: Task, partial: Path, target: results.Output) -> dict[str, int]:
     """Load the model, make the rounds, write the rows and their manifest."""
     output, settings = config.output_file, task.settings
     world = distributed.start()
-    with results.Run(output.parent / "run_generate.json", config, [config.seed_tasks], world, place) as record:
+    with results.Run(output.parent / "run_generate.json", config, [config.seed_tasks], world, target) as record:
         dtype = models.resolve_dtype(config.dtype, world.device)
         base = models.load_base(task.ref, dtype, world.device, config.device_map)
         with models.adapted(base, task.ref.adapter) as (model, _):

@@ -20,7 +20,7 @@ SAMPLED = ("condition", "temperature", "top_k", "max_new_tokens", "seed")
 def run(config: SyntheticConfig) -> Summary:
     """Write the file; returns what is also printed and kept in run_generate_<arm>.json; {} with nothing to do."""
     output = config.output_file
-    with results.output_file(output, dry_run=config.dry_run) as place:
+    with results.output_file(output, dry_run=config.dry_run) as target:
         task = prepare(config)
         if task.finished:
             dataset.say_finished(output)
@@ -32,15 +32,15 @@ def run(config: SyntheticConfig) -> Summary:
                 f"would write {n} reviews of arm {config.arm} with {config.model} from {config.condition}, to {output}"
             )
             return {}
-        return generate(config, task, place)
+        return generate(config, task, target)
 
 
-def generate(config: SyntheticConfig, task: Task, place: results.Output) -> Summary:
+def generate(config: SyntheticConfig, task: Task, target: results.Output) -> Summary:
     """Load the model, continue every prompt, write the files."""
     output = config.output_file
     world = distributed.start()
     run_file = output.parent / f"run_generate_{config.arm}.json"
-    with results.Run(run_file, config, [config.input], world, place) as record:
+    with results.Run(run_file, config, [config.input], world, target) as record:
         if task.source:
             record["inputs"].append({key: value for key, value in task.source.items() if key != "rows"})
         dtype = models.resolve_dtype(config.dtype, world.device)
