@@ -1,11 +1,35 @@
-"""Empirical lower bounds of ε from canaries that were each included by a fair coin. Pure functions."""
+"""Empirical lower bounds of ε from canaries that were each inserted with probability ½. Pure functions."""
 
 import math
+from collections.abc import Sequence
+from typing import Any, TypedDict
 
 import numpy as np
+from numpy.typing import NDArray
 
 TIES = 3407  # seed of the order of equal scores
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.4)  # of the canaries guessed about; fixed beforehand, never chosen by the result
+
+
+class Guesses(TypedDict):
+    """The bound from one share of the canaries."""
+
+    share: float
+    guesses: int
+    correct: int
+    epsilon: float
+
+
+class Bound(TypedDict):
+    """The largest bound over all shares. most: the bound if every guess had been right, the audit's power."""
+
+    epsilon: float | None
+    most: float | None
+    canaries: int
+    included: int
+    level: float
+    delta: float
+    guesses: list[Guesses]
 
 
 def p_value(correct: int, guesses: int, canaries: int, epsilon: float, delta: float) -> float:
@@ -35,41 +59,41 @@ def lower_bound(correct: int, guesses: int, canaries: int, delta: float, level: 
     return low
 
 
-def ranking(scores, seed: int = TIES) -> np.ndarray:
-    """(m,) indices, highest score first; equal scores in random order, so that places in the file tell nothing."""
-    scores = np.asarray(scores, dtype=float)
-    return np.lexsort((np.random.default_rng(seed).permutation(len(scores)), -scores))
+def ranking(scores: Sequence[float] | NDArray[Any], seed: int = TIES) -> NDArray[np.intp]:
+    """(m,) indices, highest score first; equal scores in random order, so that their order in the file does not
+    count."""
+    values = np.asarray(scores, dtype=float)
+    return np.lexsort((np.random.default_rng(seed).permutation(len(values)), -values))
 
 
-def one_run(scores, included, delta: float, level: float = 0.05, seed: int = TIES) -> dict:
+def one_run(
+    scores: Sequence[float], included: Sequence[bool], delta: float, level: float = 0.05, seed: int = TIES
+) -> Bound:
     """Lower bound of ε, valid with probability 1 − level, from one training run.
 
-    scores (m,): higher = more likely included; included (m,) bool: the coins. For each share of SHARES the highest
-    half of the guesses says "in", the lowest half "out", the rest abstains; every share is tested at level / 5.
-    Equal scores are ranked at random by `seed`: they carry no information, wherever their canaries stand.
-    Returns {epsilon, most, canaries, included, level, delta, guesses: [{share, guesses, correct, epsilon}]}; most: the
-    bound that only right guesses would have given, the audit's power. Both are null with fewer than five canaries, of
-    which no share is a pair of guesses.
+    scores (m,): higher = more likely included; included (m,): the coins. For each share of SHARES the higher half of
+    the guesses says "in", the lower half "out", the rest abstains; every share is tested at level / 5. Equal scores
+    are ranked at random by `seed`: their order carries no information. `epsilon` and `most` are None with fewer than
+    five canaries, where no share makes a pair of guesses.
     """
-    scores, included = np.asarray(scores, dtype=float), np.asarray(included, dtype=bool)
-    if np.isnan(scores).any():
+    if np.isnan(np.asarray(scores, dtype=float)).any():
         raise ValueError("a canary has no score")
+    coins = np.asarray(included, dtype=bool)
     order, m = ranking(scores, seed), len(scores)
-    found = []
+    tests: list[Guesses] = []
     for share in SHARES:
         half = math.floor(share * m / 2)
         if half:
-            correct = int(included[order[:half]].sum() + (~included[order[-half:]]).sum())
+            correct = int(coins[order[:half]].sum() + (~coins[order[-half:]]).sum())
             bound = lower_bound(correct, 2 * half, m, delta, level / len(SHARES))
-            found.append({"share": share, "guesses": 2 * half, "correct": correct, "epsilon": bound})
-    alone = level / len(SHARES)
-    most = [lower_bound(one["guesses"], one["guesses"], m, delta, alone) for one in found]
+            tests.append({"share": share, "guesses": 2 * half, "correct": correct, "epsilon": bound})
+    most = [lower_bound(test["guesses"], test["guesses"], m, delta, level / len(SHARES)) for test in tests]
     return {
-        "epsilon": max((one["epsilon"] for one in found), default=None),
+        "epsilon": max((test["epsilon"] for test in tests), default=None),
         "most": max(most, default=None),
         "canaries": m,
-        "included": int(included.sum()),
+        "included": int(coins.sum()),
         "level": level,
         "delta": delta,
-        "guesses": found,
+        "guesses": tests,
     }

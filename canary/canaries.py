@@ -1,13 +1,14 @@
-"""Canaries: sentences with a secret out of a space of known size, and where they are placed. Pure functions.
+"""Canaries: sentences with a secret drawn from a space of known size, and their insertion into a review.
 
 Nobody is real: the names are combined from two lists, and a ten-digit phone number that begins with 0 belongs to no one
-(no North American area code does), so 10⁹ phone numbers are possible.
+(no North American area code does), which leaves 10⁹ phone numbers.
 """
 
 import random
 import re
 from collections import Counter
 from dataclasses import dataclass
+from typing import TypedDict
 
 _FIRST = (
     "Adelon Bettrice Corvin Dalenna Edmar Fenella Garrin Halvard Ilsabet Jorund Kestrin Lorella Maddoc Nerissa Osbert "
@@ -34,6 +35,15 @@ PREFIX_WORDS, SUFFIX_WORDS = 6, 8  # of a text canary
 MOST_WORDS = 4096  # vocabulary that suffixes are drawn from
 
 
+class Canary(TypedDict):
+    """sentence: before + secret + a few characters; parts: its name, street and phone; {} for secrets of text."""
+
+    sentence: str
+    before: str
+    secret: str
+    parts: dict[str, str]
+
+
 @dataclass(frozen=True)
 class Space:
     """All secrets of one kind, numbered 0 … size − 1. `words` only for 'text': SUFFIX_WORDS of them make a secret."""
@@ -57,64 +67,67 @@ class Space:
             return f"{FIRST[index // len(LAST)]} {LAST[index % len(LAST)]}"
         chosen = []
         for _ in range(SUFFIX_WORDS):
-            index, place = divmod(index, len(self.words))
-            chosen.append(self.words[place])
+            index, word = divmod(index, len(self.words))
+            chosen.append(self.words[word])
         return " ".join(chosen)
 
     def others(self, secret: str, n: int, rng: random.Random) -> list[str]:
         """`n` secrets other than `secret`, drawn without repetition; all of them when n ≥ size − 1."""
         if n >= self.size - 1:
-            return [one for one in map(self.secret, range(self.size)) if one != secret]
-        found: dict[str, None] = {}
-        while len(found) < n:
-            one = self.secret(rng.randrange(self.size))
-            if one != secret:
-                found[one] = None
-        return list(found)
+            return [other for other in map(self.secret, range(self.size)) if other != secret]
+        others: dict[str, None] = {}
+        while len(others) < n:
+            other = self.secret(rng.randrange(self.size))
+            if other != secret:
+                others[other] = None
+        return list(others)
 
 
 def vocabulary(texts: list[str], rng: random.Random) -> tuple[str, ...]:
-    """Words (3 letters or more, small) of two texts or more, sorted; MOST_WORDS of them at most."""
+    """Lower-case words of 3 letters or more that occur in at least two texts, sorted; at most MOST_WORDS of them."""
     counts = Counter(word for text in texts for word in set(re.findall(r"\b[a-z]{3,}\b", text)))
     words = sorted(word for word, count in counts.items() if count > 1)
     return tuple(sorted(rng.sample(words, MOST_WORDS)) if len(words) > MOST_WORDS else words)
 
 
-def make(n: int, space: Space, corpus: list[str], rng: random.Random) -> list[dict]:
-    """n canaries {sentence, before, secret, parts: {name, street, phone}}: no phone, street or secret twice.
+def make(n: int, space: Space, corpus: list[str], rng: random.Random) -> list[Canary]:
+    """n canaries. No phone, street or secret text occurs twice, and none of them in the corpus.
 
-    Nothing of a canary stands in the corpus already. Names repeat only when all of them are used. Text canaries begin
-    as some review of the corpus does (in distribution) and end in words drawn one by one (high perplexity).
+    Names repeat only once all of them are used. Text canaries begin as some review of the corpus does (in distribution)
+    and end in words drawn one by one (high perplexity).
     """
     known = "\n".join(corpus)
     names = [Space("name").secret(index) for index in range(Space("name").size)]
     names = [name for name in names if name not in known]
     rng.shuffle(names)
     openings = [words[:PREFIX_WORDS] for words in map(str.split, corpus) if len(words) >= PREFIX_WORDS]
-    made, used = [], set()
-    while len(made) < n:
+    canaries: list[Canary] = []
+    used: set[str] = set()
+    while len(canaries) < n:
         if space.kind == "text":
             before = " ".join(rng.choice(openings)).rstrip(".!?,;:") + " "
-            secret, after, parts = space.secret(rng.randrange(space.size)), ".", {}
+            secret, after = space.secret(rng.randrange(space.size)), "."
+            parts: dict[str, str] = {}
+            unique = {secret}
         else:
-            name = names[len(made) % len(names)]
+            name = names[len(canaries) % len(names)]
             number, road = 1000 + rng.randrange(9000), rng.choice(STREETS)
             phone = Space("phone").secret(rng.randrange(10**9))
             parts = {"name": name, "street": f"{number} {road} Street", "phone": phone}
             before, after = (piece.format(**parts, road=road) for piece in TEMPLATES[space.kind])
             secret = {"phone": phone, "street": str(number), "name": name}[space.kind]
-        marks = {parts.get("street"), parts.get("phone"), None if space.kind == "street" else secret} - {None}
-        if marks & used or any(mark in known for mark in marks):
+            unique = {parts["street"], phone}
+        if unique & used or any(text in known for text in unique):
             continue
-        used |= marks if space.kind != "name" else marks - {secret}
-        made.append({"sentence": before + secret + after, "before": before, "secret": secret, "parts": parts})
-    return made
+        used |= unique
+        canaries.append({"sentence": before + secret + after, "before": before, "secret": secret, "parts": parts})
+    return canaries
 
 
 def insert(review: str, sentence: str, within: int, rng: random.Random) -> tuple[str, int]:
-    """(review with the sentence between two of its words or at its end, character where the sentence begins).
+    """(review with the sentence between two of its words or at its end, first character of the sentence).
 
-    Never at the start. `within`: only among the review's first characters (0: anywhere), where it has a gap there.
+    Never at the start. within: only among that many first characters, where there is a gap (0: anywhere).
     """
     gaps = [match.start() for match in re.finditer(r"\s+", review)] + [len(review)]
     near = [gap for gap in gaps if not within or gap <= within]

@@ -1,4 +1,4 @@
-"""What canaries tell: counts in generated text, exposure, signals of text alone, a bound from TPR and FPR. Pure."""
+"""Measures of canaries: counts in generated text, exposure, signals from text alone, a bound from TPR and FPR."""
 
 import math
 import re
@@ -6,10 +6,13 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any, TypedDict
 
 import numpy as np
+from numpy.typing import NDArray
 
 from canary.audit import ranking
+from canary.canaries import Canary
 from common.stats import clopper_pearson
 
 PARTS = ("name", "street", "phone", "whole")
@@ -18,55 +21,64 @@ GUESSED = 0.1  # share of the canaries, those with the highest scores, that the 
 CHANCE = {"mean": 1.44, "median": 1.0}  # bits of exposure of a secret never seen: 1/ln 2 and log2 2
 
 
+class Heuristic(TypedDict):
+    """A bound of ε from TPR and FPR, and the counts behind it."""
+
+    epsilon: float
+    true_positives: int
+    false_positives: int
+    guesses: int
+
+
 # ---------------------------------------------------------------- generated text
 
 
 def plain_words(text: str) -> str:
-    """Case, spacing and punctuation taken away: ' my name is … ', so that whole words are found by their spaces."""
+    """The text without case, punctuation and extra spaces: ' my name is … '; the spaces make whole words match."""
     words = re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).casefold())
     return f" {' '.join(words)} "
 
 
 def joined_digits(text: str) -> str:
-    """The text with phone punctuation and spaces between digits taken away."""
+    """The text without phone punctuation and spaces between digits."""
     return re.sub(r"(?<=\d)[\s().+/\-\u2010-\u2015]+(?=\d)", "", unicodedata.normalize("NFKC", text))
 
 
-def pieces(canary: dict) -> dict[str, str]:
-    """{part: text} of a canary: name, street and phone where it has them, and the whole sentence without its stop."""
+def pieces(canary: Canary) -> dict[str, str]:
+    """{part: text} of a canary: name, street and phone where it has them, and the sentence without its full stop."""
     return {**canary["parts"], "whole": canary["sentence"].rstrip(".")}
 
 
-def find(canaries: Sequence[dict], texts: Sequence[str]) -> dict[str, np.ndarray]:
+def find(canaries: Sequence[Canary], texts: Sequence[str]) -> dict[str, NDArray[np.bool_]]:
     """{'exact' | 'normalised': bool [parts, canaries, texts]}: does a text contain a part of a canary?
 
-    normalised ignores case, spacing and punctuation (of a phone, all but its digits); what is exact is normalised too.
+    normalised ignores case, spacing and punctuation (in a phone number all but its digits); an exact match counts as
+    normalised too.
     """
     shape = (len(PARTS), len(canaries), len(texts))
-    found = {"exact": np.zeros(shape, bool), "normalised": np.zeros(shape, bool)}
+    exact, normalised = np.zeros(shape, bool), np.zeros(shape, bool)
     words, digits = [plain_words(text) for text in texts], [joined_digits(text) for text in texts]
     for c, canary in enumerate(canaries):
         for part, wanted in pieces(canary).items():
             p = PARTS.index(part)
-            found["exact"][p, c] = [wanted in text for text in texts]
+            exact[p, c] = [wanted in text for text in texts]
             if part == "phone":
                 number = joined_digits(wanted)
-                found["normalised"][p, c] = [number in text for text in digits]
+                normalised[p, c] = [number in text for text in digits]
             else:
-                wanted = plain_words(wanted)
-                found["normalised"][p, c] = [wanted in text for text in words]
-    found["normalised"] |= found["exact"]
-    return found
+                plain = plain_words(wanted)
+                normalised[p, c] = [plain in text for text in words]
+    return {"exact": exact, "normalised": normalised | exact}
 
 
 def fisher(hits: int, n: int, other_hits: int, other_n: int) -> float:
-    """Two-sided p of Fisher's exact test of two rates. Compares two models, one training each: no arms in general."""
+    """Two-sided p of Fisher's exact test of two rates. It compares two trained models, not their arms in general."""
     from scipy.stats import fisher_exact
 
     return float(fisher_exact([[hits, n - hits], [other_hits, other_n - other_hits]]).pvalue)
 
 
-def bigram_scores(canaries: Sequence[str], corpus: Sequence[str]) -> np.ndarray:
+def bigram_scores(canaries: Sequence[str], corpus: Sequence[str]) -> NDArray[np.float64]:
     """[canaries] log-probability in nats of each text under a 2-gram model of the corpus, add-one smoothed.
 
     Higher = more likely a member (Meeus et al. 2025, The Canary's Echo, arXiv:2502.14921: n-gram signal).
@@ -81,26 +93,26 @@ def bigram_scores(canaries: Sequence[str], corpus: Sequence[str]) -> np.ndarray:
     )
 
 
-def similarity_scores(canaries: Sequence[str], corpus: Sequence[str]) -> np.ndarray:
+def similarity_scores(canaries: Sequence[str], corpus: Sequence[str]) -> NDArray[np.float64]:
     """[canaries] mean Jaccard similarity of a text's words to its NEAREST most similar texts of the corpus.
 
     Higher = more likely a member (Meeus et al. 2025: similarity signal).
     """
     from scipy.sparse import csr_matrix
 
-    asked, made = ([set(plain_words(text).split()) for text in texts] for texts in (canaries, corpus))
-    number = {word: place for place, word in enumerate(sorted(set().union(*asked)))}
+    asked, generated = ([set(plain_words(text).split()) for text in texts] for texts in (canaries, corpus))
+    column = {word: number for number, word in enumerate(sorted(set[str]().union(*asked)))}
 
-    def matrix(sets):
-        entries = [(row, number[word]) for row, one in enumerate(sets) for word in one if word in number]
-        rows, columns = zip(*entries) if entries else ((), ())
-        return csr_matrix((np.ones(len(rows)), (rows, columns)), shape=(len(sets), max(1, len(number))))
+    def matrix(texts: list[set[str]]) -> Any:
+        cells = [(row, column[word]) for row, words in enumerate(texts) for word in words if word in column]
+        rows, columns = zip(*cells) if cells else ((), ())
+        return csr_matrix((np.ones(len(rows)), (rows, columns)), shape=(len(texts), max(1, len(column))))
 
-    shared = (matrix(asked) @ matrix(made).T).toarray()
-    sizes = np.array([len(one) for one in asked])[:, None] + np.array([len(one) for one in made])[None]
-    jaccard = shared / np.maximum(1, sizes - shared)
+    shared = (matrix(asked) @ matrix(generated).T).toarray()
+    sizes = np.array(list(map(len, asked)))[:, None] + np.array(list(map(len, generated)))[None]
+    jaccard: NDArray[np.float64] = shared / np.maximum(1, sizes - shared)
     k = min(NEAREST, len(corpus))
-    return np.partition(jaccard, -k, axis=1)[:, -k:].mean(1)
+    return np.asarray(np.partition(jaccard, -k, axis=1)[:, -k:].mean(1))
 
 
 # ---------------------------------------------------------------- exposure
@@ -109,29 +121,28 @@ def similarity_scores(canaries: Sequence[str], corpus: Sequence[str]) -> np.ndar
 def exposure(nll: float, references: Sequence[float]) -> float:
     """log2(n + 1) − log2(1 + references with NLL ≤ the canary's) in bits (Carlini et al. 2019), n references.
 
-    With all other secrets as references this is log2 |R| − log2 rank; else its ceiling is log2(n + 1). Ties count
+    With all other secrets as references this is log2 |R| − log2 rank; else it is at most log2(n + 1). Ties count
     against the canary.
     """
-    references = np.asarray(references)
-    return math.log2(len(references) + 1) - math.log2(1 + int((references <= nll).sum()))
+    return math.log2(len(references) + 1) - math.log2(1 + int((np.asarray(references) <= nll).sum()))
 
 
-def extrapolated_exposure(nll: float, references: Sequence[float], space: int) -> dict:
+def extrapolated_exposure(nll: float, references: Sequence[float], space: int) -> dict[str, float]:
     """{bits, ks_p}: −log2 P(NLL ≤ the canary's) under a skew-normal fitted to the references, at most log2 |R|.
 
     An extrapolation (Carlini et al. 2019, section 4.4). ks_p: Kolmogorov–Smirnov p-value of the fit on its own data,
-    hence too large; a small one says that bits mean nothing.
+    hence too large; where it is small, bits mean nothing.
     """
     from scipy import stats
 
-    references = np.asarray(references, dtype=float)
-    shape = stats.skewnorm.fit(references)
+    nlls = np.asarray(references, dtype=float)
+    shape = stats.skewnorm.fit(nlls)
     bits = -float(stats.skewnorm.logcdf(nll, *shape)) / math.log(2)
-    ks = float(stats.kstest(references, "skewnorm", args=shape).pvalue)
+    ks = float(stats.kstest(nlls, "skewnorm", args=shape).pvalue)
     return {"bits": min(max(bits, 0.0), math.log2(space)), "ks_p": ks}
 
 
-def quantiles(values: Sequence[float]) -> dict:
+def quantiles(values: Sequence[float]) -> dict[str, float]:
     """{mean, median, q05, q25, q75, q95}."""
     names, levels = ("q05", "q25", "median", "q75", "q95"), (0.05, 0.25, 0.5, 0.75, 0.95)
     return {"mean": float(np.mean(values))} | dict(zip(names, map(float, np.quantile(values, levels))))
@@ -149,18 +160,19 @@ def p_above(values: Sequence[float], others: Sequence[float]) -> float | None:
 # ---------------------------------------------------------------- bounds
 
 
-def heuristic_bound(scores: Sequence[float], included: Sequence[bool], delta: float) -> dict | None:
-    """ln((TPR − δ) / FPR) with Clopper–Pearson ends, the top GUESSED of the scores guessed 'in'. Heuristic.
+def heuristic_bound(scores: Sequence[float], included: Sequence[bool], delta: float) -> Heuristic | None:
+    """ln((TPR − δ) / FPR) with the pessimistic Clopper–Pearson ends; the top GUESSED of the scores are guessed "in".
 
-    Canaries of one training are not independent, which the intervals take them for. Equal scores are ranked at random.
-    None without both kinds.
+    Heuristic: the intervals take the canaries for independent, which those of one training run are not. Equal scores
+    are ranked at random. None unless there are canaries of both kinds.
     """
-    scores, included = np.asarray(scores, dtype=float), np.asarray(included, dtype=bool)
-    if included.all() or not included.any():
+    coins = np.asarray(included, dtype=bool)
+    if coins.all() or not coins.any():
         return None
     top = ranking(scores)[: max(1, math.floor(GUESSED * len(scores)))]
-    true, false = int(included[top].sum()), int((~included[top]).sum())
-    low = clopper_pearson(true, int(included.sum()))[0]
-    high = clopper_pearson(false, int((~included).sum()))[1]
+    true, false = int(coins[top].sum()), int((~coins[top]).sum())
+    of_included, of_others = clopper_pearson(true, int(coins.sum())), clopper_pearson(false, int((~coins).sum()))
+    assert of_included and of_others
+    low, high = of_included[0], of_others[1]
     epsilon = math.log((low - delta) / high) if low > delta else 0.0
     return {"epsilon": max(0.0, epsilon), "true_positives": true, "false_positives": false, "guesses": len(top)}

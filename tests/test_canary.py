@@ -18,6 +18,9 @@ from test_synthetic import make_reviews
 
 import run_peft
 from canary import canaries, inject, measure, metrics
+from canary.likelihoods import secret_nlls, tokens_from
+from canary.lines import audit_line
+from canary.task import TextArm
 from common import dataset, reviews
 from common import models as common_models
 from common.checkpoints import natural_key
@@ -284,9 +287,9 @@ def test_secret_nll_is_that_of_a_plain_pass(arch, models):
     tokenizer = AutoTokenizer.from_pretrained(models[arch])
     context = make_reviews(1)[0]["Review"] + " My name is Tamsine Vexmoor and my phone number is "
     secrets = [canaries.Space("phone").secret(index) for index in (5, 77_777, 10**9 - 1)]
-    found = measure.secret_nlls(model, tokenizer, context, secrets)
+    found = secret_nlls(model, tokenizer, context, secrets)
     for secret, nll in zip(secrets, found):
-        before, after = measure.tokens_from(tokenizer, context, secret, 512)
+        before, after = tokens_from(tokenizer, context, secret, 512)
         assert tokenizer.decode(after).strip() == secret and tokenizer.decode(before + after) == context + secret
         ids = before + after
         with torch.no_grad():
@@ -295,7 +298,7 @@ def test_secret_nll_is_that_of_a_plain_pass(arch, models):
         assert nll == pytest.approx(plain, rel=1e-4)
         values = scoring.join([ids], [scoring.score(model, [ids])])[0]
         assert -values[-len(after) :].sum() == pytest.approx(plain, rel=1e-4)
-    assert len(measure.tokens_from(tokenizer, context, secrets[0], 20)[0]) == 20 - len(after)
+    assert len(tokens_from(tokenizer, context, secrets[0], 20)[0]) == 20 - len(after)
 
 
 @pytest.mark.parametrize("before", ("", "<|endoftext|> "))
@@ -313,8 +316,8 @@ def test_an_eos_that_the_tokenizer_adds_is_no_part_of_the_secret(before, models)
         special = [("<|endoftext|>", tokenizer.eos_token_id)]
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(template, special_tokens=special)
         assert (tokenizer(context).input_ids[-1] == tokenizer.eos_token_id) == bool(after)
-        nlls.append(measure.secret_nlls(model, tokenizer, context, secrets))
-        tokens.append(measure.tokens_from(tokenizer, context, secrets[0], 512))
+        nlls.append(secret_nlls(model, tokenizer, context, secrets))
+        tokens.append(tokens_from(tokenizer, context, secrets[0], 512))
     assert tokens[0] == tokens[1] and nlls[0] == nlls[1]
     assert (tokens[0][0][0] == tokenizer.eos_token_id) == bool(before)
 
@@ -569,8 +572,9 @@ def test_a_signal_that_is_the_same_for_all_gives_no_bound(echoes, tmp_path, caps
         "AUC of the audit, text only",
     ]
     assert {row.undefined for row in made} == {second["undefined"]}
-    task = SimpleNamespace(canaries=[{"kind": "audit", "included": one} for one in (1, 0)], header={"privacy_unit": ""})
-    few = measure.audit_line(task, "a", "audit_text", "2-gram", [2.0, 1.0], None)
+    audited = [{"kind": "audit", "included": included} for included in (True, False)]
+    unknown = TextArm([], None, None)
+    few = audit_line(unknown, audited, [2.0, 1.0], "record", measure="audit_text", arm="a", signal="2-gram")
     assert (few["lower"]["95"], few["undefined"], few["auc"]) == (None, "fewer than five canaries", 1)
 
 

@@ -15,7 +15,9 @@ from rapidfuzz.distance import LCSseq
 import run_peft
 from common import dataset, distributed
 from common.cli import UserError
-from data.self_instruct import filters, generate
+from data.self_instruct import filters, generate, rounds
+from data.self_instruct.completion import complete
+from data.self_instruct.seed_tasks import read_seed_tasks
 
 SEEDS = ROOT / "data" / "seedTasks.json"
 
@@ -30,7 +32,7 @@ def tiny(tmp_path_factory):
 
 
 def test_seed_tasks_are_enough_varied_and_pass_their_own_filters():
-    tasks, broken = generate.read_seed_tasks(SEEDS, strict=True)
+    tasks, broken = read_seed_tasks(SEEDS, strict=True)
     assert broken == 0 and len(tasks) >= 64 and sum(len(task["examples"]) for task in tasks) >= 75
     assert all(set(task) == {"instruction", "examples"} for task in tasks)
     assert all(set(example) == {"input", "output"} for task in tasks for example in task["examples"])
@@ -58,7 +60,7 @@ def test_seed_tasks_are_enough_varied_and_pass_their_own_filters():
 def test_bad_seed_tasks(text, words, tmp_path):
     (tmp_path / "seeds.json").write_text(text)
     with pytest.raises(UserError, match=words):
-        generate.read_seed_tasks(tmp_path / "seeds.json")
+        read_seed_tasks(tmp_path / "seeds.json")
 
 
 def test_broken_seed_tasks_are_left_out_and_shown_or_refused(tiny, tmp_path, capsys, monkeypatch):
@@ -66,7 +68,7 @@ def test_broken_seed_tasks_are_left_out_and_shown_or_refused(tiny, tmp_path, cap
     tasks[2:2] = [7, {"instruction": "x", "examples": []}, {"examples": [{"input": "", "output": ""}]}, None]
     seeds = tmp_path / "seeds.json"
     seeds.write_text(json.dumps(tasks))
-    monkeypatch.setattr(generate, "complete", scripted([]))
+    monkeypatch.setattr(rounds, "complete", scripted([]))
     command = words(tiny, tmp_path / "data.jsonl", "--num_rows", 5, "--seed_tasks", seeds)
     assert generate.main(command) == 0
     lines = capsys.readouterr().err.splitlines()
@@ -110,7 +112,7 @@ def test_parse_instances_by_hand():
 
 
 def test_prompts_are_parsed_as_they_are_written():
-    tasks, _ = generate.read_seed_tasks(SEEDS)
+    tasks, _ = read_seed_tasks(SEEDS)
     for task in tasks:
         for output_first in (False, True):
             prompt = filters.instance_prompt([task], "Name the next one.", output_first)
@@ -178,7 +180,7 @@ def test_candidates_a_second_against_fifty_thousand():
     """Half of the words of a seed instruction exchanged: many near texts in the pool, the hard case. Run with -s to
     read the speed; it is printed, not asserted, and of three the verdict is checked against every pair."""
     rng = random.Random(0)
-    seeds = [task["instruction"].split() for task in generate.read_seed_tasks(SEEDS)[0]]
+    seeds = [task["instruction"].split() for task in read_seed_tasks(SEEDS)[0]]
     words = [word for seed in seeds for word in seed]
 
     def variation() -> str:
@@ -240,7 +242,7 @@ def words(model, output, *more):
 
 def test_procedure_rows_counts_and_resuming(tiny, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(generate, "complete", scripted(calls))
+    monkeypatch.setattr(rounds, "complete", scripted(calls))
     assert generate.main(words(tiny, tmp_path / "whole.jsonl", "--num_rows", 11)) == 0
     rows = read_lines(tmp_path / "whole.jsonl")
     assert len(rows) == 11 and [row["row_id"] for row in rows] == list(range(11))
@@ -255,15 +257,15 @@ def test_procedure_rows_counts_and_resuming(tiny, tmp_path, monkeypatch):
     record = json.loads((tmp_path / "run_generate.json").read_text())
     # a round: 4 prompts of 5 lines each, and of the 4 kept tasks those numbered 0, 3, 6, … are classifications, whose
     # two labels of one input conflict; the others give 2 instances, one lost
-    counts, rounds = record["counts"], record["rounds"]
-    assert counts["instructions: candidates"] == 20 * rounds and counts["instructions: kept"] == 4 * rounds
+    counts, n_rounds = record["counts"], record["rounds"]
+    assert counts["instructions: candidates"] == 20 * n_rounds and counts["instructions: kept"] == 4 * n_rounds
     for fault in ("length", "keyword", "alike", "cut"):
-        assert counts[f"instructions: {fault}"] == 4 * rounds
+        assert counts[f"instructions: {fault}"] == 4 * n_rounds
     n_kinds = counts["classification tasks"]
-    assert n_kinds == len(range(0, 4 * rounds, 3)) == counts["tasks without an instance"]
+    assert n_kinds == len(range(0, 4 * n_rounds, 3)) == counts["tasks without an instance"]
     assert counts["instances: conflicting"] == 2 * n_kinds
-    assert counts["instances: output equals input"] == 4 * rounds - n_kinds
-    assert counts["instances: kept"] == 2 * (4 * rounds - n_kinds) >= 11
+    assert counts["instances: output equals input"] == 4 * n_rounds - n_kinds
+    assert counts["instances: kept"] == 2 * (4 * n_rounds - n_kinds) >= 11
     assert record["keep_rate"]["instructions"] == 0.2
     manifest = dataset.read_manifest(tmp_path / "whole.jsonl")
     assert (
@@ -277,31 +279,31 @@ def test_procedure_rows_counts_and_resuming(tiny, tmp_path, monkeypatch):
     assert all(prompt.count("\nTask ") == 9 for prompt in calls[3][1])
 
     # broken in the second round, then run again: the first round is kept and the file is the same
-    monkeypatch.setattr(generate, "complete", lambda *a: 1 / 0 if len(calls) == 3 else scripted(calls)(*a))
+    monkeypatch.setattr(rounds, "complete", lambda *a: 1 / 0 if len(calls) == 3 else scripted(calls)(*a))
     calls.clear()
     with pytest.raises(ZeroDivisionError):
         generate.main(words(tiny, tmp_path / "broken.jsonl", "--num_rows", 11))
     partial = tmp_path / ".broken.jsonl.partial.jsonl"
     with open(partial, "ab") as file:
         file.write(b'{"tasks": [{"instr')  # a torn line
-    monkeypatch.setattr(generate, "complete", scripted(calls))
+    monkeypatch.setattr(rounds, "complete", scripted(calls))
     with pytest.raises(UserError, match="another seed"):
         generate.main(words(tiny, tmp_path / "broken.jsonl", "--num_rows", 11, "--seed", 5))
     assert generate.main(words(tiny, tmp_path / "broken.jsonl", "--num_rows", 11)) == 0
     assert (tmp_path / "broken.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert len(calls) == 3 * rounds and not partial.exists()
+    assert len(calls) == 3 * n_rounds and not partial.exists()
 
 
 DRIVER = """
 import re, sys
-from data.self_instruct import generate
-real = generate.complete
+from data.self_instruct import generate, rounds
+real = rounds.complete
 def complete(model, tokenizer, prompts, stage, *rest):
     texts = [" ".join(re.findall("[a-z]+", answer[0])) for answer in real(model, tokenizer, prompts, stage, *rest)]
     forms = {{"instructions": " Explain {{}} now\\nTask 10: and", "kind": " No{{}}"}}
     form = forms.get(stage, " {{}}\\nOutput: why {{}}")
     return [(form.format(text, text), stage == "instances") for text in texts]
-generate.complete = complete
+rounds.complete = complete
 sys.exit(generate.cli.entry(generate.main))
 """
 
@@ -351,7 +353,7 @@ def test_kill_and_run_again(tiny, driver, tmp_path):
 
 @pytest.mark.parametrize("style", ("instances", "alpaca", "text"))
 def test_run_peft_trains_on_every_format(style, tiny, models, tmp_path, monkeypatch):
-    monkeypatch.setattr(generate, "complete", scripted([]))
+    monkeypatch.setattr(rounds, "complete", scripted([]))
     data = tmp_path / "data.jsonl"
     assert generate.main(words(tiny, data, "--num_rows", 10, "--format", style)) == 0
     rows = read_lines(data)
@@ -372,25 +374,25 @@ def test_completions_are_the_models_own(tiny):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny).eval(), AutoTokenizer.from_pretrained(tiny)
-    seeds, _ = generate.read_seed_tasks(SEEDS)
+    seeds, _ = read_seed_tasks(SEEDS)
     prompts = [filters.kind_prompt(seeds[:2], task["instruction"]) for task in seeds[:5]]
     args = SimpleNamespace(temperature=0.75, instance_temperature=0.0, max_tokens=8, top_k=20, seed=1, batch_size=2)
     prompts.insert(2, "x " * 5000)
-    found = generate.complete(model, tokenizer, prompts, "instances", 0, args, distributed.World())
+    found = complete(model, tokenizer, prompts, "instances", 0, args, distributed.World())
     assert found[2] is None
     for prompt, answer in list(zip(prompts, found))[:2]:
         ids = tokenizer(prompt, return_tensors="pt")
         whole = model.generate(**ids, do_sample=False, max_new_tokens=8, pad_token_id=0, eos_token_id=0)[0]
         assert answer[0] == tokenizer.decode(whole[ids.input_ids.shape[1] :], skip_special_tokens=True)
-    one = generate.complete(model, tokenizer, prompts, "instructions", 0, args, distributed.World())
+    one = complete(model, tokenizer, prompts, "instructions", 0, args, distributed.World())
     args.batch_size = 5
-    assert generate.complete(model, tokenizer, prompts, "instructions", 0, args, distributed.World()) == one
-    assert generate.complete(model, tokenizer, prompts, "instructions", 9, args, distributed.World()) != one
+    assert complete(model, tokenizer, prompts, "instructions", 0, args, distributed.World()) == one
+    assert complete(model, tokenizer, prompts, "instructions", 9, args, distributed.World()) != one
 
 
 def test_a_generator_that_gives_nothing_ends_with_words(tiny, tmp_path, monkeypatch):
     """The random model writes no instruction and no instance: status 2, what was lost, no file."""
-    monkeypatch.setattr(generate, "PATIENCE", 2)
+    monkeypatch.setattr(rounds, "PATIENCE", 2)
     with pytest.raises(UserError, match="2 rounds in a row gave no instance"):
         generate.main(words(tiny, tmp_path / "data.jsonl", "--round_size", 2, "--max_tokens", 8))
     assert not (tmp_path / "data.jsonl").exists()

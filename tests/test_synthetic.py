@@ -15,6 +15,7 @@ from common import dataset, results, trained
 from common import models as common_models
 from common.cli import UserError
 from data.synthetic import generate, histogram
+from data.synthetic.summary import near_copies
 
 SYSTEM = "Write a customer's review of the product below."
 
@@ -241,9 +242,9 @@ def test_near_copies_by_hand():
     line = "".join(chr(97 + (7 * i * i + i) % 26) for i in range(120))
     train, held = [f"start {line} end"], ["a" * 30 + "Z" * 50 + "b" * 30, f"{line[:50]} floor"]
     texts = [f"x{line[10:60]}y", f"x{line[10:59]}#", f"{'Z' * 50}!", "none"]
-    found = generate.near_copies(texts, train, held)
+    found = near_copies(texts, train, held)
     assert found == {"characters": 50, "training": 0.25, "held_out": 0.25, "held_out_in_training": 0.5}
-    assert generate.near_copies(texts, [], held)["training"] is None
+    assert near_copies(texts, [], held)["training"] is None
 
 
 # ---------------------------------------------------------------- privacy

@@ -3,9 +3,12 @@
 import re
 from array import array
 from collections import Counter
+from collections.abc import Iterator
 
 import numpy as np
 from rapidfuzz.distance import LCSseq
+
+from data.self_instruct.seed_tasks import SeedTask
 
 MIN_WORDS, MAX_WORDS = 3, 150  # of an instruction
 MAX_INSTANCES = 5  # of one instruction
@@ -33,7 +36,7 @@ KIND_HEAD = "Can the following tasks be seen as classification tasks with a smal
 # ---------------------------------------------------------------- prompts
 
 
-def is_classification(task: dict) -> bool:
+def is_classification(task: SeedTask) -> bool:
     """True of a seed task whose instruction names its labels: every output stands in the instruction."""
     instruction = task["instruction"].casefold()
     return all(
@@ -46,7 +49,7 @@ def instruction_prompt(instructions: list[str]) -> str:
     return INSTRUCTION_HEAD + "".join(lines) + f"Task {len(instructions) + 1}:"
 
 
-def kind_prompt(seeds: list[dict], instruction: str) -> str:
+def kind_prompt(seeds: list[SeedTask], instruction: str) -> str:
     shown = [
         f"Task: {task['instruction']}\nIs it classification? {'Yes' if is_classification(task) else 'No'}\n\n"
         for task in seeds
@@ -54,7 +57,7 @@ def kind_prompt(seeds: list[dict], instruction: str) -> str:
     return KIND_HEAD + "".join(shown) + f"Task: {instruction}\nIs it classification?"
 
 
-def instance_prompt(seeds: list[dict], instruction: str, output_first: bool) -> str:
+def instance_prompt(seeds: list[SeedTask], instruction: str, output_first: bool) -> str:
     parts = [OUTPUT_FIRST_HEAD if output_first else INPUT_FIRST_HEAD]
     for task in seeds:
         parts.append(f"Task: {task['instruction']}\n")
@@ -78,7 +81,7 @@ def parse_instructions(completion: str, ended: bool) -> tuple[list[str], int]:
     ended: the model stopped by itself, so the last line is whole.
     """
     lines = completion.split("\n")
-    found, cut = [], 0
+    instructions, cut = [], 0
     for number, line in enumerate(lines):
         label = re.match(r"Task \d+:", line) if number else None
         if number and not label:
@@ -86,30 +89,31 @@ def parse_instructions(completion: str, ended: bool) -> tuple[list[str], int]:
         if number == len(lines) - 1 and not ended:
             cut = 1
             break
-        found.append(" ".join(line[label.end() if label else 0 :].split()))
-    return found, cut
+        instructions.append(" ".join(line[label.end() if label else 0 :].split()))
+    return instructions, cut
 
 
-def parse_instances(completion: str, ended: bool, output_first: bool) -> tuple[list[tuple[str, str]], Counter]:
+def parse_instances(completion: str, ended: bool, output_first: bool) -> tuple[list[tuple[str, str]], Counter[str]]:
     """([(input, output)], {'cut': …, 'no instance': …}) of what follows instance_prompt, up to the next task."""
     text, _, rest = completion.partition("\nTask:")
     first, second, separator = ("Label:", "Input:", "(?=Label:)")
     if not output_first:
         first, second, separator = ("Input:", "Output:", r"Example \d++\s*\n")
     pieces = re.split(f"{NEW_LINE}{separator}", f"{first}{text}")
-    found, lost = [], Counter()
+    instances: list[tuple[str, str]] = []
+    lost: Counter[str] = Counter()
     if not (ended or rest):
         pieces.pop()
         lost["cut"] = 1
     for piece in pieces[:MAX_INSTANCES]:
-        one, *others = re.split(f"{NEW_LINE}{second}", piece.lstrip(), maxsplit=1)
-        if not others or not one.startswith(first) or LABEL.search(one.removeprefix(first)):
+        former, *rests = re.split(f"{NEW_LINE}{second}", piece.lstrip(), maxsplit=1)
+        if not rests or not former.startswith(first) or LABEL.search(former.removeprefix(first)):
             lost["no instance"] += 1
             continue
-        one, other = one.removeprefix(first).strip(), LABEL.split(others[0], maxsplit=1)[0].strip()
-        given, output = (other, one) if output_first else (one, other)
-        found.append(("" if given.casefold() == NO_INPUT.casefold() else given, output))
-    return found, lost
+        former, latter = former.removeprefix(first).strip(), LABEL.split(rests[0], maxsplit=1)[0].strip()
+        given, output = (latter, former) if output_first else (former, latter)
+        instances.append(("" if given.casefold() == NO_INPUT.casefold() else given, output))
+    return instances, lost
 
 
 # ---------------------------------------------------------------- filters
@@ -131,9 +135,10 @@ def said(text: str) -> tuple[str, ...] | str:
     return tuple(re.findall(r"\w+", text.casefold())) or text
 
 
-def filter_instances(instances: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], Counter]:
+def filter_instances(instances: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], Counter[str]]:
     """(instances kept, dropped by filter) of one instruction. Conflicting ones (one input, two outputs) all go."""
-    dropped, outputs = Counter(), {}
+    dropped: Counter[str] = Counter()
+    outputs: dict[str, list[str]] = {}
     for given, output in instances:
         if not output:
             dropped["empty output"] += 1
@@ -143,8 +148,8 @@ def filter_instances(instances: list[tuple[str, str]]) -> tuple[list[tuple[str, 
             dropped["repeated"] += 1
         else:
             outputs[given].append(output)
-    dropped["conflicting"] = sum(len(found) for found in outputs.values() if len(found) > 1)
-    return [(given, found[0]) for given, found in outputs.items() if len(found) == 1], +dropped
+    dropped["conflicting"] = sum(len(several) for several in outputs.values() if len(several) > 1)
+    return [(given, only[0]) for given, only in outputs.items() if len(only) == 1], +dropped
 
 
 class RougePool:
@@ -158,7 +163,7 @@ class RougePool:
     def __init__(self, threshold: float = 0.7):
         self.threshold = threshold
         self.ids: dict[str, int] = {}
-        self.holders: dict[tuple[int, int], array] = {}  # (word, k) → texts with the word at least k times
+        self.holders: dict[tuple[int, int], array[int]] = {}  # (word, k) → texts with the word at least k times
         self.lengths = array("i")
         self.texts: list[list[int]] = []
 
@@ -166,8 +171,8 @@ class RougePool:
         return [self.ids.setdefault(word, len(self.ids)) for word in re.findall(r"[^\W_]+", text.lower())]
 
     @staticmethod
-    def _keys(words: list[int]):
-        seen = Counter()
+    def _keys(words: list[int]) -> Iterator[tuple[int, int]]:
+        seen: Counter[int] = Counter()
         for word in words:
             seen[word] += 1
             yield word, seen[word]

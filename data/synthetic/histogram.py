@@ -10,15 +10,18 @@ two-sided geometric distribution, P(Z = z) ∝ a^|z| with a = e^−ε (Ghosh, Ro
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from common import dataset
 
+Cell = tuple[Any, ...]  # a value of each field
 
-def one_row_a_user(rows: list[dict], rng: np.random.Generator) -> list[dict]:
-    """A row of each user, drawn without regard to its content: then a user adds to one cell, by one."""
-    users: dict = {}
+
+def one_row_a_user(rows: list[dict[str, Any]], rng: np.random.Generator) -> list[dict[str, Any]]:
+    """One row per user, drawn without regard to its content: then a user adds to one cell, by one."""
+    users: dict[str | None, list[dict[str, Any]]] = {}
     for row in rows:
         users.setdefault(dataset.user_of(row), []).append(row)
     return [own[int(rng.integers(len(own)))] for own in users.values()]
@@ -30,8 +33,8 @@ def threshold(epsilon: float, delta: float) -> int:
     return 1 + max(1, math.ceil(-math.log(delta * (1 + a)) / epsilon))
 
 
-def release(cells: Sequence[tuple], epsilon: float, delta: float, rng: np.random.Generator) -> dict[tuple, int]:
-    """{cell: noisy count} of the cells whose noisy count reaches the threshold; `cells` has one entry a unit.
+def release(cells: Sequence[Cell], epsilon: float, delta: float, rng: np.random.Generator) -> dict[Cell, int]:
+    """{cell: noisy count} of the cells whose noisy count reaches the threshold; `cells` has one entry per unit.
 
     The cells come out sorted: the order of the input would tell who came first.
     """
@@ -42,7 +45,7 @@ def release(cells: Sequence[tuple], epsilon: float, delta: float, rng: np.random
     return {cell: count for cell, count in noisy.items() if count >= lowest}
 
 
-def draw(released: dict[tuple, int], n: int, seed: int) -> list[tuple]:
+def draw(released: dict[Cell, int], n: int, seed: int) -> list[Cell]:
     """n cells, independently, in proportion to their noisy counts (post-processing: costs nothing)."""
     cells, counts = list(released), np.array(list(released.values()), dtype=float)
     picks = np.random.default_rng(seed).choice(len(cells), n, p=counts / counts.sum())

@@ -1,0 +1,38 @@
+"""The configurations of canary/inject.py and canary/measure.py."""
+
+from dataclasses import dataclass
+
+from common.cli import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class InjectConfig:
+    """At least one of share, repetitions and audit is given."""
+
+    input: str = "./data/amazon/train.jsonl"
+    output: str | None = None  # None: <input>_canaries.jsonl
+    key_file: str | None = None  # None: <output>_key.jsonl
+    share: float | None = None
+    repetitions: tuple[int, ...] = ()
+    canaries: int = 10  # of each count in repetitions
+    audit: int = 0
+    privacy_unit: str = "record"
+    secret: str = "phone"
+    within: int = 400  # 0: anywhere in the review
+    condition: str = "metadata"
+    overwrite: bool = False
+    seed: int = 3407
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureConfig(ModelConfig):
+    """At least one of models and synthetic is given."""
+
+    canaries: str  # the key file
+    models: tuple[str, ...] | None = None  # ARM=MODEL
+    synthetic: tuple[str, ...] | None = None  # ARM=FILE
+    ref_model: str | None = None  # None: the base of an adapter
+    references: int = 1000
+    output_dir: str = "./"
+    overwrite: bool = False

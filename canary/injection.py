@@ -1,0 +1,159 @@
+"""The run of canary/inject.py: everything is checked, then rows, manifest and key are written together."""
+
+import os
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+from canary.canaries import Space, vocabulary
+from canary.config import InjectConfig
+from canary.key import SCHEMA, KeyLine
+from canary.placement import Row, place
+from common import cli, dataset, results, reviews
+
+Counts = dict[str, Any]
+
+
+def run(config: InjectConfig) -> Counts:
+    """Write rows, manifest and key; returns the counts, {} when there is nothing to do."""
+    output, key_file = destinations(config)
+    with results.output_file(output, key_file, dry_run=config.dry_run) as target:
+        rows, settings = check(config)
+        if settings is None:
+            dataset.say_finished(output, key_file)
+            return {}
+        written, key, space = place_all(config, rows)
+        counts = count(config, rows, written, key, space)
+        if not config.dry_run:
+            with target.publication() as files:
+                write(files, config, settings, written, key, counts, space)
+    words = "rows would stand in" if config.dry_run else "rows in"
+    print(f"{len(written):>9,}  {words} {output}, {counts['rows_with_canary']:,} of them with a canary")
+    print(f"{counts['placed']:>9,}  canaries placed, {counts['held_out']:,} held out")
+    if config.audit:
+        print(f"{config.audit:>9,}  audit canaries, {counts['audit_included']:,} of them in the file")
+    print(f"          key: {key_file}")
+    return counts
+
+
+def destinations(config: InjectConfig) -> tuple[Path, Path]:
+    """(output, key file)."""
+    source = Path(config.input)
+    output = Path(config.output or source.with_name(f"{source.name.split('.')[0]}_canaries.jsonl"))
+    return output, Path(config.key_file or output.with_name(f"{output.stem}_key.jsonl"))
+
+
+def check(config: InjectConfig) -> tuple[list[Row], dict[str, Any] | None]:
+    """(rows, settings for the manifest; None where the files exist already). UserError with all problems."""
+    problems = cli.Problems()
+    output, key = destinations(config)
+    cli.check_output_file(output, ".jsonl", problems)
+    cli.check_output_file(key, ".jsonl", problems, flag="--key_file")
+    if len({os.path.realpath(file) for file in (config.input, output, key)}) < 3:
+        problems.add("--input, --output and --key_file must be three files")
+    if not (config.share or config.repetitions or config.audit):
+        problems.add("nothing to place: give --share, --repetitions or --audit")
+    if config.share and config.share > 1:
+        problems.add(f"--share {config.share:g}: a share of the rows, at most 1")
+    if len(set(config.repetitions)) < len(config.repetitions):
+        problems.add("--repetitions: a count is given twice")
+    rows: list[Row] = problems.absorb(reviews.read_reviews, config.input) or []
+    if rows:
+        check_rows(config, rows, problems)
+    settings: dict[str, Any] | None = None
+    if not problems.lines:
+        settings = dataset.settings_of(config, ("output", "key_file"), input=results.sha256(config.input))
+    others = [("--key_file", key)]
+    finished = problems.absorb(dataset.finished, [("--output", output)], settings, config.overwrite, others)
+    problems.check()
+    return rows, None if finished else settings
+
+
+def check_rows(config: InjectConfig, rows: list[Row], problems: cli.Problems) -> None:
+    """Problems of rows that cannot take the canaries asked for."""
+    needed = config.canaries * sum(config.repetitions)
+    users = [dataset.user_of(row) for row in rows]
+    units = len(rows)
+    if config.privacy_unit == "user":
+        units = len(set(users))
+        if None in users:
+            others = users.count(None) - 1
+            problems.add(
+                f"--privacy_unit user: {config.input}: row {users.index(None)} (and {others} more) has no user_id"
+            )
+    if config.audit > units:
+        problems.add(f"--audit {config.audit}: {config.input} has only {units} {config.privacy_unit}s")
+    elif config.audit + needed > len(rows):
+        problems.add(f"{config.input}: {len(rows)} rows; the canaries asked for need {config.audit + needed}")
+    if config.condition == "title" and any(not row.get("Review Title") for row in rows):
+        problems.add(f"--condition title: {config.input} has rows without a Review Title")
+    if any(not row["Review"].strip() for row in rows):
+        problems.add(f"{config.input}: has rows whose Review is empty; remove them")
+
+
+def place_all(config: InjectConfig, rows: list[Row]) -> tuple[list[Row], list[KeyLine], Space]:
+    """(rows of the output, lines of the key, the space of their secrets)."""
+    rng = random.Random(config.seed)
+    if config.condition == "title":
+        rows = [row | {"condition": "title"} for row in rows]
+    texts = [row["Review"] for row in rows]
+    space = Space(config.secret, vocabulary(texts, rng) if config.secret == "text" else ())
+    if config.secret == "text" and len(space.words) < 2:
+        raise cli.UserError(f"{config.input}: too few words for --secret text")
+    if (2 * config.canaries * len(config.repetitions) + 2 + config.audit) * 2 > space.size:
+        raise cli.UserError(
+            f"--secret {config.secret}: only {space.size} secrets; ask for fewer canaries, or for phone"
+        )
+    return *place(rows, config, space, rng), space
+
+
+def count(config: InjectConfig, rows: list[Row], written: list[Row], key: list[KeyLine], space: Space) -> Counts:
+    """The manifest's `canaries`."""
+    return {
+        "secret": config.secret,
+        "space": space.size,
+        "placed": sum(line["kind"] in ("ladder", "share") for line in key),
+        "held_out": sum(line["kind"] == "held_out" for line in key),
+        "audit": config.audit,
+        "audit_included": sum(line["kind"] == "audit" and line["included"] for line in key),
+        "privacy_unit": config.privacy_unit,
+        "rows_left_out": len(rows) - len(written),
+        "rows_with_canary": len({index for line in key for index in line["rows"]}),
+    }
+
+
+def write(
+    files: results.Publication,
+    config: InjectConfig,
+    settings: dict[str, Any],
+    written: list[Row],
+    key: list[KeyLine],
+    counts: Counts,
+    space: Space,
+) -> None:
+    """Rows, key and manifest."""
+    output, key_file = destinations(config)
+    files.write_jsonl(output, written, permissions=0o600)
+    header = {
+        "schema": SCHEMA,
+        "secret": config.secret,
+        "words": space.words,
+        "privacy_unit": config.privacy_unit,
+        "training": results.sha256(files.hidden(output)),
+        "seed": config.seed,
+        "canaries": len(key),
+    }
+    files.write_jsonl(key_file, [header, *key], permissions=0o600)
+    dataset.write_manifest(
+        files,
+        output,
+        tag=f"{dataset.data_tag(config.input, dataset.read_manifest(config.input))}-canaries",
+        script="canary/inject.py",
+        argv=sys.argv,
+        rows=len(written),
+        source=[(config.input, counts["rows_left_out"] + len(written))],
+        sampling={"seed": config.seed, "within": config.within, "condition": config.condition},
+        settings=settings,
+        more={"canaries": counts},
+    )

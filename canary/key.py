@@ -1,0 +1,94 @@
+"""The key file of inserted canaries: its format, and reading it with every check."""
+
+from typing import Any, NotRequired, TypedDict, cast
+
+from canary.canaries import SECRETS, Canary
+from common import dataset
+from common.cli import UserError
+
+SCHEMA = 1
+KINDS = ("audit", "ladder", "share", "held_out")
+HEADER_FIELDS = {"schema": int, "secret": str, "words": list, "privacy_unit": str}
+FIELDS = {
+    "id": int,
+    "kind": str,
+    "repetitions": int,
+    "included": bool,
+    "context": str,
+    "sentence": str,
+    "before": str,
+    "secret": str,
+    "parts": dict,
+    "rows": list,
+}
+NOT_OURS = "is not what canary/inject.py writes; make the key again"
+
+
+class Header(TypedDict):
+    """The first line. words: what secrets of text are made of; training: SHA-256 of the file with the canaries."""
+
+    schema: int
+    secret: str
+    words: list[str]
+    privacy_unit: str
+    training: NotRequired[str | None]
+    seed: NotRequired[int]
+    canaries: NotRequired[int]
+
+
+class KeyLine(Canary):
+    """A canary and where it stands. context: the row's text before it, where it stands first or would stand; starts:
+    its first character in the text of each row; rows: indices in the file to train on."""
+
+    id: int
+    kind: str
+    repetitions: int
+    included: bool
+    context: str
+    starts: NotRequired[list[int]]
+    rows: list[int]
+    user_id: NotRequired[Any]
+
+
+def read_key(path: str) -> tuple[Header, list[KeyLine]]:
+    """(header, canaries) of a key file. UserError when it is not one."""
+    header, *lines = dataset.read_rows(path)
+    check_header(path, header)
+    for number, line in enumerate(lines):
+        if missing := [field for field in FIELDS if line.get(field) is None]:
+            raise UserError(f"{path}: canary {number}: no {', '.join(missing)}; make the key again")
+        wrong = [field for field, kind in FIELDS.items() if type(line[field]) is not kind] or impossible(line)
+        if wrong:
+            raise UserError(f"{path}: canary {number}: its {', '.join(wrong)} {NOT_OURS}")
+    if len(lines) != header.get("canaries", len(lines)) or not lines:
+        raise UserError(f"{path}: {len(lines)} of {header.get('canaries', 'its')} canaries; the file was cut")
+    return cast(Header, header), cast(list[KeyLine], lines)
+
+
+def check_header(path: str, header: dict[str, Any]) -> None:
+    """UserError unless this is a first line that canary/inject.py writes."""
+    if not set(HEADER_FIELDS) <= set(header):
+        raise UserError(f"{path}: its first line is no header; name the key file that canary/inject.py wrote")
+    wrong = [name for name, kind in HEADER_FIELDS.items() if type(header[name]) is not kind]
+    wrong += ["training"] if not isinstance(header.get("training"), str | None) else []
+    wrong += ["secret"] if not wrong and header["secret"] not in SECRETS else []
+    words = header["words"]
+    if not wrong and not (all(isinstance(word, str) for word in words) and len(set(words)) == len(words)):
+        wrong = ["words"]
+    if wrong or (header["secret"] == "text" and not words):
+        raise UserError(f"{path}: the {', '.join(wrong or ['words'])} of its first line {NOT_OURS}")
+
+
+def impossible(line: dict[str, Any]) -> list[str]:
+    """Fields of the right type whose value canary/inject.py never writes."""
+    rows, starts = line["rows"], line.get("starts") or []
+    starts = (starts or rows) if isinstance(starts, list) else [None]
+    faults = {
+        "kind": line["kind"] not in KINDS,
+        "repetitions": line["repetitions"] < 0,
+        "rows": not all(map(dataset.is_count, rows)),
+        "starts": len(starts) != len(rows) or not all(map(dataset.is_count, starts)),
+        "parts": not all(isinstance(part, str) for part in line["parts"].values()),
+        "secret": not line["sentence"].startswith(line["before"] + line["secret"]),
+    }
+    return [field for field, faulty in faults.items() if faulty]

@@ -1,0 +1,123 @@
+"""The model's side: how likely it finds secrets and sentences in the canaries' own contexts."""
+
+import math
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from canary import metrics
+from canary.config import MeasureConfig
+from canary.key import KeyLine
+from canary.task import ModelArm, Task
+from common import models
+from common.distributed import World, progress_bar
+
+Bits = dict[int, dict[str, float]]  # index of a canary → nll, exposure, and bits and ks_p where it was extrapolated
+
+
+def tokens_from(tokenizer: Any, context: str, text: str, most: int) -> tuple[list[int], list[int]]:
+    """(tokens before, tokens of `text`): `text` begins with the first token that has one of its characters.
+
+    At most `most` tokens in all, by cutting off the start of the context, and none that the tokenizer adds at the end.
+    """
+    encoded = tokenizer(context + text, return_offsets_mapping=True, verbose=False)
+    first = next(number for number, (_, end) in enumerate(encoded["offset_mapping"]) if end > len(context))
+    ids, extra = encoded["input_ids"], models.extra_start(tokenizer, encoded["input_ids"])
+    ids, first = models.without_end(tokenizer, ids[extra:], first - extra + 1), first - extra
+    return ids[max(0, len(ids) - most) : first], ids[first:]
+
+
+def secret_nlls(model: Any, tokenizer: Any, context: str, secrets: list[str]) -> list[float]:
+    """Total NLL in nats of each secret's tokens after the same context, which the model reads once."""
+    import torch
+
+    from common import sampling
+
+    most = models.context_length(model)
+    split = [tokens_from(tokenizer, context, secret, most) for secret in secrets]
+    by_context: dict[tuple[int, ...], list[int]] = {}
+    for index, (before, _) in enumerate(split):
+        by_context.setdefault(tuple(before), []).append(index)
+    nlls = [0.0] * len(secrets)
+    never = torch.zeros(model.config.get_text_config().vocab_size, dtype=torch.bool)
+    for shared, indices in by_context.items():
+        targets = [split[index][1] for index in indices]
+        answers = sampling.sweep(
+            model,
+            [list(shared)] * len(indices),
+            [(0, 0)] * len(indices),
+            [0.0],
+            top_k=1,
+            max_tokens=1,
+            seed=0,
+            stop=never,
+            targets=[[target] for target in targets],
+        )
+        for index, target, answer in zip(indices, targets, answers):
+            assert answer.truth_logprob is not None, "every prompt has a target"
+            nlls[index] = -answer.truth_logprob * len(target)
+    return nlls
+
+
+def sentence_logps(model: Any, tokenizer: Any, canaries: Sequence[KeyLine], world: World) -> list[float]:
+    """Log-probability in nats of each canary's sentence in its row, on every rank."""
+    from common import scoring
+
+    most = models.context_length(model)
+    split = [tokens_from(tokenizer, canary["context"], canary["sentence"], most) for canary in canaries]
+    sequences = [[*before, *after] for before, after in split]
+    parts = world.together(lambda: scoring.score(model, sequences, world=world))
+    values = scoring.join(sequences, parts)
+    return [math.fsum(value[-len(after) :]) for value, (_, after) in zip(values, split)]
+
+
+def exposures(model: Any, tokenizer: Any, task: Task, references: int, seed: int, world: World) -> Bits:
+    """NLL and exposure of all canaries but those of the audit, on every rank."""
+    chosen = [index for index, canary in enumerate(task.canaries) if canary["kind"] != "audit"]
+    space = task.space
+    sampled = references < space.size - 1
+
+    def expose(canary: KeyLine) -> dict[str, float]:
+        others = space.others(canary["secret"], references, random.Random(f"{seed} {canary['id']}"))
+        context = canary["context"] + canary["before"]
+        nll, *rest = secret_nlls(model, tokenizer, context, [canary["secret"], *others])
+        fitted = metrics.extrapolated_exposure(nll, rest, space.size) if sampled else {}
+        return {"nll": nll, "exposure": metrics.exposure(nll, rest)} | fitted
+
+    def share() -> list[tuple[int, dict[str, float]]]:
+        """This rank's share."""
+        bits = []
+        with progress_bar(len(chosen), "canaries", world) as bar:
+            for index in world.shard(chosen):
+                bits.append((index, expose(task.canaries[index])))
+                bar.update(world.size)
+        return bits
+
+    return dict(sorted(item for part in world.together(share) for item in part))
+
+
+def measure_model(
+    config: MeasureConfig, task: Task, arm: ModelArm, dtype: Any, world: World
+) -> tuple[Bits, list[float], str]:
+    """(exposures, signal of each audit canary, name of the signal)."""
+    audited = task.audited
+    before: list[float] | None = None
+    base = models.load_base(arm.ref, dtype, world.device, config.device_map)
+    if audited and task.ref_model:
+        untrained = models.load_base(task.ref_model, dtype, world.device, config.device_map)
+        its_tokenizer = models.load_tokenizer(task.ref_model, "--ref_model")
+        with models.adapted(untrained, task.ref_model.adapter) as (model, _):
+            before = sentence_logps(model, its_tokenizer, audited, world)
+        del untrained
+    elif audited and arm.ref.adapter:
+        before = sentence_logps(base, arm.tokenizer, audited, world)
+    with models.adapted(base, arm.ref.adapter) as (model, _):
+        bits = exposures(model, arm.tokenizer, task, config.references, config.seed, world)
+        after = sentence_logps(model, arm.tokenizer, audited, world) if audited else []
+    if before is None:
+        return bits, after, "log-probability"
+    return (
+        bits,
+        [logp - earlier for logp, earlier in zip(after, before)],
+        "log-probability over the model before training",
+    )

@@ -1,0 +1,209 @@
+"""The lines of results_canary.jsonl."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from canary import audit, metrics
+from canary.key import KeyLine
+from canary.likelihoods import Bits
+from canary.task import ModelArm, Task, TextArm
+from common import stats
+
+LEVELS = {"95": 0.05, "99.9": 0.001}
+SIGNALS = ("2-gram", "similarity")  # of the text alone
+HEADLINE = "2-gram"  # the one whose bound is reported: the larger of two 95 % bounds would be no 95 % bound
+CONSTANT = "the signal is the same for all canaries"
+NEVER = "never trained on"
+
+Line = dict[str, Any]
+
+
+def grouped(canaries: Sequence[KeyLine]) -> dict[tuple[str, int], list[int]]:
+    """{(kind, repetitions): indices}, most repeated first, held-out last."""
+    groups: dict[tuple[str, int], list[int]] = {}
+    for index, canary in enumerate(canaries):
+        groups.setdefault((canary["kind"], canary["repetitions"]), []).append(index)
+    return dict(sorted(groups.items(), key=lambda item: (-item[0][1], item[0][0])))
+
+
+def count_lines(task: Task) -> list[Line]:
+    """How many generated rows contain a part of a canary: one line per arm, group and part."""
+    hits: dict[tuple[str, tuple[str, int], str], dict[str, Any]] = {}  # bool [canaries of the group, texts] of each how
+    for arm, generated in task.texts.items():
+        matches = metrics.find(task.canaries, generated.texts)
+        for group, members in grouped(task.canaries).items():
+            for number, part in enumerate(metrics.PARTS):
+                if part == "whole" or task.canaries[members[0]]["parts"]:
+                    hits[arm, group, part] = {how: cells[number, members] for how, cells in matches.items()}
+    sizes = {arm: len(generated.texts) for arm, generated in task.texts.items()}
+    lines: list[Line] = []
+    for (arm, group, part), by_how in hits.items():
+        n = sizes[arm]
+        line: Line = {"measure": "count", "arm": arm, "kind": group[0], "repetitions": group[1], "part": part}
+        line |= {"n_canaries": len(by_how["exact"]), "n_requested": n, "n_scored": n, "n_dropped": 0}
+        for how, cells in by_how.items():
+            rows = int(cells.any(0).sum())
+            others = {other: int(hits[other, group, part][how].any(0).sum()) for other in task.texts if other != arm}
+            line[how] = {
+                "rows": rows,
+                "canaries": int(cells.any(1).sum()),
+                "rate": rows / n,
+                "ci": stats.clopper_pearson(rows, n),
+                "fisher_p": {other: metrics.fisher(rows, n, theirs, sizes[other]) for other, theirs in others.items()},
+            }
+        lines.append(line | {"fisher": "compares these two models, one training each"})
+    return lines
+
+
+def exposure_lines(task: Task, arm: str, bits: Bits, references: int) -> list[Line]:
+    """Exposure in one arm's model: one line per group of canaries."""
+    groups = {group: members for group, members in grouped(task.canaries).items() if group[0] != "audit"}
+    seen, space = task.models[arm].seen, task.space
+    held_out = [bits[index]["exposure"] for index in groups.get(("held_out", 0), [])]
+    n = min(references, space.size - 1)
+    lines = []
+    for (kind, repetitions), members in groups.items():
+        copies = [seen.copies(task.canaries[index]) for index in members] if seen and kind != "held_out" else None
+        requested = len(members)
+        if copies:  # a canary that training never saw has no exposure to measure
+            members = [index for index, count in zip(members, copies) if count]
+        values = [bits[index]["exposure"] for index in members]
+        fits = [bits[index] for index in members if "ks_p" in bits[index]]
+        extrapolated = {
+            "note": "skew-normal extrapolation, capped at space_bits; void where ks_p is small",
+            **{name: metrics.quantiles([fit[name] for fit in fits]) for name in ("bits", "ks_p") if fits},
+        }
+        lines.append(
+            {
+                "measure": "exposure",
+                "arm": arm,
+                "kind": kind,
+                "repetitions": repetitions,
+                "n_requested": requested,
+                "n_scored": len(values),
+                "n_dropped": requested - len(values),
+                "dropped": {NEVER: requested - len(values)} if requested > len(values) else {},
+                "copies_trained": copies,
+                "undefined": None if values else f"{requested} of {requested} canaries were {NEVER}",
+                "bits": metrics.quantiles(values) if values else None,
+                "chance": metrics.CHANCE,
+                "references": n,
+                "ceiling": math.log2(n + 1),
+                "space_bits": math.log2(space.size),
+                "p_above_held_out": metrics.p_above(values, held_out) if values and kind != "held_out" else None,
+                "extrapolated": extrapolated if fits else None,
+            }
+        )
+    return lines
+
+
+def audit_line(
+    source: ModelArm | TextArm,
+    audited: Sequence[KeyLine],
+    scores: Sequence[float],
+    unit: str,
+    *,
+    measure: str,
+    arm: str,
+    signal: str,
+) -> Line:
+    """The lower bounds of one arm beside its accountant's ε. unit: what the audit adds or leaves out.
+
+    δ is 0 without an accountant: only pure ε is refuted then.
+    Bounds and AUC are null where they are undefined: fewer than five canaries, the same signal for all, or no canary
+    that training saw. A canary that --max_length cuts is left out because of its text alone, inserted or not, so the
+    coins of the others stay fair; one that was inserted and not trained on for another reason stays, which can only
+    lower the bound.
+    """
+    seen, spent = source.seen, source.privacy or {}
+    requested, placed = len(audited), sum(canary["included"] for canary in audited)
+    copies = sum(seen.copies(canary) > 0 for canary in audited if canary["included"]) if seen else None
+    if seen:
+        whole = [seen.fits(canary) for canary in audited]
+        audited = [canary for canary, fits in zip(audited, whole) if fits]
+        scores = [score for score, fits in zip(scores, whole) if fits]
+    included, never = [canary["included"] for canary in audited], copies == 0 and placed > 0
+    unknown = spent.get("unknown")
+    upper, delta = (None, 0.0) if unknown else (spent.get("epsilon"), spent.get("delta") or 0.0)
+    bounds = {level: audit.one_run(scores, included, delta, alpha) for level, alpha in LEVELS.items()}
+    void = never or is_constant(scores)
+    undefined = "fewer than five canaries" if bounds["95"]["epsilon"] is None else None
+    if void:
+        undefined = f"{placed} of {placed} canaries were {NEVER}: no audit" if never else CONSTANT
+    lower = {level: None if void else bound["epsilon"] for level, bound in bounds.items()}
+    return {
+        "measure": measure,
+        "arm": arm,
+        "signal": signal,
+        "n_requested": requested,
+        "n_scored": len(scores),
+        "n_dropped": requested - len(scores),
+        "dropped": {"cut off at --max_length": requested - len(scores)} if requested > len(scores) else {},
+        "placed": placed,
+        "placed_trained": copies,
+        "included": sum(included),
+        **auc([] if void else scores, included),
+        "power": {level: bound["most"] for level, bound in bounds.items()},
+        "lower": lower,
+        "guesses": [] if void else bounds["95"]["guesses"],
+        "upper": upper,
+        "upper_unknown": unknown,
+        "delta": delta,
+        "unit": unit,
+        "void": None if unknown else spent.get("void"),
+        "undefined": undefined,
+        "above_upper": {level: upper is not None and (bound or 0) > upper for level, bound in lower.items()},
+        "heuristic": {
+            "note": "TPR/FPR bound, heuristic: canaries of one run are not independent",
+            "bound": None if void else metrics.heuristic_bound(scores, included, delta),
+        },
+    }
+
+
+def is_constant(scores: Sequence[float]) -> bool:
+    return len(scores) > 1 and min(scores) == max(scores)
+
+
+def auc(scores: Sequence[float], included: Sequence[bool]) -> Line:
+    """How well the scores tell the included canaries from the others; None without scores of either kind."""
+    members = [score for score, inside in zip(scores, included) if inside]
+    others = [score for score, inside in zip(scores, included) if not inside]
+    if not members or not others:
+        return {"auc": None, "auc_ci": None, "auc_ci_method": stats.AUC_METHOD, "direction": None}
+    bounds = stats.auc_interval(members, others)
+    return {
+        "auc": stats.auc(members, others),
+        "auc_ci": bounds,
+        "auc_ci_method": stats.AUC_METHOD,
+        "direction": stats.direction(bounds, "placed canaries"),
+    }
+
+
+def text_signals(canaries: Sequence[KeyLine], texts: list[str]) -> dict[str, list[float]]:
+    """{signal: value of every canary} from the generated rows alone."""
+    sentences = [canary["sentence"] for canary in canaries]
+    values = metrics.bigram_scores(sentences, texts), metrics.similarity_scores(sentences, texts)
+    return {signal: scores.tolist() for signal, scores in zip(SIGNALS, values)}
+
+
+def text_lines(task: Task, arm: str, signals: dict[str, list[float]]) -> list[Line]:
+    """A bound from the audit canaries, and the AUC of every other group against the held-out ones."""
+    groups, generated, unit = grouped(task.canaries), task.texts[arm], task.header["privacy_unit"]
+    lines: list[Line] = []
+    for signal, values in signals.items():
+        if task.audited:
+            scores = [value for value, canary in zip(values, task.canaries) if canary["kind"] == "audit"]
+            line = audit_line(generated, task.audited, scores, unit, measure="audit_text", arm=arm, signal=signal)
+            lines.append(line | {"headline": signal == HEADLINE})
+        held_out = [values[index] for index in groups.get(("held_out", 0), [])]
+        for (kind, repetitions), members in groups.items():
+            if kind in ("ladder", "share") and held_out:
+                inserted = [values[index] for index in members]
+                scores, n = [*inserted, *held_out], len(inserted)
+                constant = is_constant(scores)
+                line = {"measure": "text_auc", "arm": arm, "signal": signal, "kind": kind, "repetitions": repetitions}
+                line |= {"n_requested": n, "n_scored": n, "n_dropped": 0}
+                line |= auc([] if constant else scores, [True] * n + [False] * len(held_out))
+                lines.append(line | {"undefined": CONSTANT if constant else None})
+    return lines

@@ -1,0 +1,106 @@
+"""The run of canary/measure.py: every model, then every text, and the result files."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+from canary.config import MeasureConfig
+from canary.key import KeyLine
+from canary.likelihoods import measure_model
+from canary.lines import Line, audit_line, count_lines, exposure_lines, text_lines, text_signals
+from canary.report import report
+from canary.seen import Seen
+from canary.task import RECORD, RESULTS, ROWS, Task, prepare
+from common import distributed, models, results
+from common.distributed import World
+
+
+class Outcome(TypedDict):
+    """All result lines, and those whose lower bound exceeds the accountant's ε at 99.9 %."""
+
+    lines: list[Line]
+    violations: list[Line]
+
+
+def run(config: MeasureConfig) -> Outcome:
+    """Measure, and write the results; those that exist already are read."""
+    with results.output_folder(config.output_dir, config.dry_run, "canary") as target:
+        task = prepare(config)
+        if task.finished:
+            return {"lines": results.read_jsonl(Path(config.output_dir) / RESULTS), "violations": []}
+        if config.dry_run:
+            words = f"{len(task.canaries)} canaries in models {list(task.models)} and files {list(task.texts)}"
+            print(f"would measure {words}")
+            return {"lines": [], "violations": []}
+        return measure(config, task, target)
+
+
+def measure(config: MeasureConfig, task: Task, target: results.Output) -> Outcome:
+    """Measure every arm, write the files, print the results."""
+    import torch
+
+    world = distributed.start()
+    dtype = models.resolve_dtype(config.dtype, "cuda" if torch.cuda.is_available() else "cpu")
+    folder = Path(config.output_dir)
+    for name, arm in task.models.items():
+        if arm.seen is None and world.main:
+            print(
+                f"{name}: no trained_rows.jsonl beside it: which canaries it was trained on is unknown", file=sys.stderr
+            )
+    lines: list[Line] = []
+    rows: list[Line] = []
+    with results.Run(folder / RECORD, config, task.inputs, world, target, weights=task.weights) as record:
+        for name in task.models:
+            model_lines, model_rows = of_model(config, task, name, dtype, world)
+            lines += model_lines
+            rows += model_rows
+        if world.main:
+            lines += count_lines(task)
+            for name in task.texts:
+                signals = text_signals(task.canaries, task.texts[name].texts)
+                lines += text_lines(task, name, signals)
+                values = [dict(zip(signals, scores)) for scores in zip(*signals.values())]
+                rows += canary_rows(name, "text", task.canaries, values)
+            record.files.write_jsonl(folder / ROWS, rows)
+            record.files.write_jsonl(folder / RESULTS, [{"schema": results.SCHEMA, **line} for line in lines])
+        lines = world.broadcast(lines)
+        violations = [line for line in lines if line.get("above_upper", {}).get("99.9")]
+        if violations:
+            record["error"] = f"{len(violations)} lower bounds of ε exceed the accountant's at 99.9 %"
+    if world.main:
+        report(lines)
+        for arm in task.models.values():
+            models.say_if_hardly_moved(arm.ref)
+        print(f"{len(lines)} lines in {folder / RESULTS}")
+    world.close()
+    return {"lines": lines, "violations": violations}
+
+
+def of_model(config: MeasureConfig, task: Task, name: str, dtype: Any, world: World) -> tuple[list[Line], list[Line]]:
+    """(result lines, lines per canary) of one arm's model."""
+    arm, unit = task.models[name], task.header["privacy_unit"]
+    bits, scores, signal = measure_model(config, task, arm, dtype, world)
+    lines = exposure_lines(task, name, bits, config.references)
+    if task.audited:
+        lines.append(audit_line(arm, task.audited, scores, unit, measure="audit", arm=name, signal=signal))
+    audit_signal = iter(scores)
+    values: list[Line] = [
+        {"audit_signal": next(audit_signal)} if canary["kind"] == "audit" else dict(bits[index])
+        for index, canary in enumerate(task.canaries)
+    ]
+    return lines, canary_rows(name, "model", task.canaries, values, arm.seen)
+
+
+def canary_rows(
+    arm: str, source: str, canaries: Sequence[KeyLine], values: list[Line], seen: Seen | None = None
+) -> list[Line]:
+    """One line per canary, without its text; of a model also how often training saw it."""
+    rows: list[Line] = []
+    for canary, measured in zip(canaries, values, strict=True):
+        row: Line = {"arm": arm, "source": source, "id": canary["id"], "kind": canary["kind"]}
+        row |= {"repetitions": canary["repetitions"], "included": canary["included"]}
+        if source == "model":
+            row["copies_trained"] = seen.copies(canary) if seen else None
+        rows.append(row | measured)
+    return rows

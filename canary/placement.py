@@ -1,0 +1,95 @@
+"""Which rows get which canary, and what the key says about it."""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from canary import canaries
+from canary.canaries import Canary, Space
+from canary.config import InjectConfig
+from canary.key import KeyLine
+from common import dataset
+from common.cli import UserError
+
+Row = dict[str, Any]
+
+
+def place(rows: list[Row], config: InjectConfig, space: Space, rng: random.Random) -> tuple[list[Row], list[KeyLine]]:
+    """(rows of the output, lines of the key)."""
+    units = shuffled_units(rows, config.privacy_unit, rng)
+    audited, free = units[: config.audit], [index for unit in units[config.audit :] for index in unit]
+    rng.shuffle(free)
+    coins = [rng.random() < 0.5 for _ in audited]
+    left_out = {index for unit, included in zip(audited, coins) if not included for index in unit}
+    kept = [index for index in range(len(rows)) if index not in left_out]
+    new_index = {old: new for new, old in enumerate(kept)}
+    repeated = [("ladder", repetitions) for repetitions in config.repetitions for _ in range(config.canaries)]
+    if config.share:
+        repeated.append(("share", max(1, round(config.share * len(kept)))))
+    if sum(repetitions for _, repetitions in repeated) > len(free):
+        raise UserError(f"--input: {len(free)} rows are left beside --audit's; the other canaries need more")
+    total = 2 * len(repeated) + config.audit
+    unused = iter(canaries.make(total, space, [row["Review"] for row in rows], rng))
+    with_canary: dict[int, Row] = {}
+    key: list[KeyLine] = []
+
+    def insert(canary: Canary, index: int) -> str:
+        """Insert into one row; returns the row's text before the canary."""
+        with_canary[index], context = insert_into(rows[index], canary["sentence"], config.within, rng)
+        return context
+
+    def add_to_key(
+        canary: Canary, kind: str, repetitions: int, contexts: list[str], hosts: Sequence[int], user_id: Any
+    ) -> None:
+        """hosts: the rows of the input that it is inserted into, none where it is left out; contexts: of each."""
+        key.append(
+            {
+                "id": len(key),
+                "kind": kind,
+                "repetitions": repetitions,
+                "included": bool(hosts),
+                "context": contexts[0],
+                "starts": [len(context) for context in contexts[: len(hosts)]],
+                **canary,
+                "rows": [new_index[index] for index in hosts],
+                "user_id": user_id,
+            }
+        )
+
+    for (first, *_), included in zip(audited, coins):
+        canary = next(unused)
+        hosts = [first] if included else []
+        add_to_key(canary, "audit", len(hosts), [insert(canary, first)], hosts, rows[first].get("user_id"))
+    used = 0
+    for kind, repetitions in repeated:
+        hosts = free[used : used + repetitions]
+        used += repetitions
+        canary = next(unused)
+        contexts = [insert(canary, index) for index in hosts]
+        add_to_key(canary, kind, repetitions, contexts, hosts, rows[hosts[0]].get("user_id"))
+    for _ in repeated:
+        canary, row = next(unused), rows[rng.choice(free)]
+        _, context = insert_into(row, canary["sentence"], config.within, rng)
+        add_to_key(canary, "held_out", 0, [context], [], row.get("user_id"))
+    return [with_canary.get(index, rows[index]) for index in kept], key
+
+
+def shuffled_units(rows: list[Row], privacy_unit: str, rng: random.Random) -> list[list[int]]:
+    """The row indices of each privacy unit, the units in random order."""
+    units: dict[str | int | None, list[int]] = {}
+    for index, row in enumerate(rows):
+        units.setdefault(dataset.user_of(row) if privacy_unit == "user" else index, []).append(index)
+    shuffled = list(units.values())
+    rng.shuffle(shuffled)
+    return shuffled
+
+
+def insert_into(row: Row, sentence: str, within: int, rng: random.Random) -> tuple[Row, str]:
+    """(the row with the sentence in its review, the row's text before the sentence)."""
+    review, start = canaries.insert(row["Review"].strip(), sentence, within, rng)
+    row = row | {"Review": review}
+    text, boundary = dataset.row_text(row)
+    assert boundary is not None, "a review has a prompt"
+    start += boundary + 1  # the space before the review
+    assert text.startswith(sentence, start), "the canary stands where it was inserted"
+    return row, text[:start]

@@ -1,0 +1,61 @@
+"""The results as they are printed."""
+
+from collections.abc import Sequence
+
+from canary.lines import Line
+
+
+def report(lines: Sequence[Line]) -> None:
+    """Print the lines that matter most, one row each."""
+    for line in lines:
+        if line["measure"] == "count" and line["part"] == "whole":
+            print(count_row(line))
+        elif line["measure"] == "exposure":
+            print(exposure_row(line))
+        elif line["measure"].startswith("audit"):
+            print("\n".join(audit_rows(line)))
+
+
+def group_of(line: Line) -> str:
+    return f"{line['arm']:<10} {line['kind']} {line['repetitions']}"
+
+
+def count_row(line: Line) -> str:
+    """Generated rows that contain a whole canary."""
+    rows = f"{line['exact']['rows']} rows exact, {line['normalised']['rows']} normalised"
+    p = ", ".join(f"p {p:.3g} against {other}" for other, p in line["exact"]["fisher_p"].items())
+    return f"whole      {group_of(line)}: {rows} of {line['n_scored']:,}{p and f' ({p})'}"
+
+
+def exposure_row(line: Line) -> str:
+    """Mean and median exposure of a group."""
+    if line["undefined"]:
+        return f"exposure   {group_of(line)}: none ({line['undefined']})"
+    copies = line["copies_trained"]
+    seen = f", trained on {', '.join(map(str, copies))} times" if copies else ""
+    bits = f"mean {line['bits']['mean']:.2f}, median {line['bits']['median']:.2f} of {line['ceiling']:.2f} bits"
+    return f"exposure   {group_of(line)}: {bits}{seen}"
+
+
+def audit_rows(line: Line) -> list[str]:
+    """The lower bound beside the accountant's ε, and a row for each level at which it is larger."""
+    upper = "none" if line["upper"] is None else f"{line['upper']:.3f}"
+    upper = "unknown" if line["upper_unknown"] else upper
+    signal = line["signal"] + (", headline" if line.get("headline") else "")
+    arm = f"{line['measure']:<10} {line['arm']} ({signal})"
+    if line["undefined"]:
+        rows = [f"{arm}: no bound ({line['undefined']}), accountant {upper}"]
+    else:
+        low, auc = ("none" if value is None else f"{value:.3f}" for value in (line["lower"]["95"], line["auc"]))
+        if line["auc_ci"]:
+            auc += " ({:.3f}–{:.3f}, {})".format(*line["auc_ci"], line["direction"])
+        counts = f"{line['n_scored']} canaries, {line['included']} placed"
+        if line["placed_trained"] is not None:
+            counts += f", {line['placed_trained']} of {line['placed']} trained on"
+        most = f"at most {line['power']['95']:.3f} could be shown"
+        rows = [f"{arm}: ε ≥ {low} at 95 % ({most}), accountant {upper}, AUC {auc}; {counts}"]
+    return rows + [
+        f"           {line['arm']}: the lower bound EXCEEDS the accountant's ε at {level} %"
+        for level, above in line["above_upper"].items()
+        if above
+    ]

@@ -1,0 +1,166 @@
+"""What is to be scored: canaries, models and texts of each arm, all known and checked before a model is loaded."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from canary.canaries import Space
+from canary.config import MeasureConfig
+from canary.key import Header, KeyLine, read_key
+from canary.seen import Seen, text_trained_on
+from common import cli, dataset, distributed, models, results, reviews, trained
+from common.models import ModelRef
+
+RESULTS, ROWS, RECORD = "results_canary.jsonl", "results_canary_rows.jsonl", "run_canary.json"
+Privacy = dict[str, Any]  # what training spent, as privacy.json has it
+
+
+@dataclass(frozen=True)
+class ModelArm:
+    """A model to be measured. seen: None where nothing tells."""
+
+    ref: ModelRef
+    tokenizer: Any
+    privacy: Privacy | None
+    seen: Seen | None
+
+
+@dataclass(frozen=True)
+class TextArm:
+    """Generated rows; privacy and seen are those of their generator."""
+
+    texts: list[str]
+    privacy: Privacy | None
+    seen: Seen | None
+
+
+@dataclass(frozen=True)
+class Task:
+    """finished: the results exist already; weights: SHA-256 of each arm's model, and of --ref_model."""
+
+    header: Header
+    canaries: list[KeyLine]
+    models: dict[str, ModelArm]
+    texts: dict[str, TextArm]
+    ref_model: ModelRef | None
+    inputs: list[str]
+    weights: dict[str, str | None]
+    finished: bool
+
+    @property
+    def space(self) -> Space:
+        """All secrets that a canary could have had."""
+        return Space(self.header["secret"], tuple(self.header["words"]))
+
+    @property
+    def audited(self) -> list[KeyLine]:
+        """The canaries of the audit."""
+        return [canary for canary in self.canaries if canary["kind"] == "audit"]
+
+
+def prepare(config: MeasureConfig) -> Task:
+    """Read and check everything. UserError with all problems."""
+    problems = cli.Problems()
+    distributed.check_environment(problems, config.device_map)
+    cli.check_writable(config.output_dir, problems)
+    if not (config.models or config.synthetic):
+        problems.add("nothing to measure: give --models, --synthetic or both")
+    header, canaries = problems.absorb(read_key, config.canaries) or (None, [])
+    names = split_models(config, problems)
+    files = reviews.split_arms(config.synthetic or (), (), problems)
+    rows = {arm: problems.absorb(reviews.read_reviews, file, reviews.GENERATED) for arm, file in files.items()}
+    refs: dict[str, ModelRef] = {}
+    tokenizers: dict[str, Any] = {}
+    for arm, name in names.items():
+        ref, tokenizers[arm] = models.look_up(problems, name, config.revision, None, f"--models {arm}=")
+        if ref:
+            refs[arm] = ref
+    ref_model = models.look_up(problems, config.ref_model, flag="--ref_model")[0] if config.ref_model else None
+    privacy = {arm: models.privacy(ref) for arm, ref in refs.items()}
+    texts = {
+        arm: read_texts(config, f"{arm}={file}", file, rows[arm] or [], privacy.get(arm), header, problems)
+        for arm, file in files.items()
+    }
+    seen = {arm: seen_by(config, arm, ref, tokenizers[arm], header, problems) for arm, ref in refs.items() if header}
+    if header and any(canary["kind"] == "audit" for canary in canaries):
+        check_unit(config, header, privacy, problems)
+        check_unit(config, header, {arm: text.privacy for arm, text in texts.items()}, problems)
+    inputs = [config.canaries, *files.values()] if not problems.lines else []
+    weights = {arm: models.weights_sha256(ref) for arm, ref in refs.items()}
+    if ref_model:
+        weights["--ref_model"] = models.weights_sha256(ref_model)
+    folder = Path(config.output_dir)
+    outputs = [folder / RESULTS, folder / ROWS]
+    finished = problems.absorb(
+        results.finished, folder / RECORD, outputs, config, inputs, config.overwrite, weights=weights
+    )
+    problems.check()
+    assert header
+    return Task(
+        header=header,
+        canaries=canaries,
+        models={arm: ModelArm(ref, tokenizers[arm], privacy[arm], seen[arm]) for arm, ref in refs.items()},
+        texts={arm: TextArm(text.texts, text.privacy, text.seen or seen.get(arm)) for arm, text in texts.items()},
+        ref_model=ref_model,
+        inputs=inputs,
+        weights=weights,
+        finished=bool(finished),
+    )
+
+
+def split_models(config: MeasureConfig, problems: cli.Problems) -> dict[str, str]:
+    """{arm: model} of --models; its problems name that flag."""
+    own = cli.Problems()
+    names = reviews.split_arms(config.models or (), (), own)
+    for line in own.lines:
+        problems.add(line.replace("--synthetic", "--models"))
+    return names
+
+
+def read_texts(
+    config: MeasureConfig,
+    flag: str,
+    file: str,
+    rows: list[dict[str, Any]],
+    privacy: Privacy | None,
+    header: Header | None,
+    problems: cli.Problems,
+) -> TextArm:
+    """An arm's generated rows, with what its manifest tells of the generator.
+
+    privacy: of the arm's model, for a file whose manifest tells nothing of it.
+    """
+    manifest = (dataset.read_manifest(file) or {}) if rows else {}
+    spent: Privacy | None = manifest.get("privacy") or privacy
+    if not manifest and rows and spent is None:
+        spent = {"unknown": f"{file} has no manifest: what its generator spent is unknown"}
+    seen: Seen | None = None
+    if model := (manifest.get("generator") or {}).get("model"):
+        seen = None if problems.lines else problems.absorb(Seen.of, model, None)
+    if header and problems.absorb(text_trained_on, manifest, header.get("training") or "") is False:
+        problems.add(f"--synthetic {flag}: its generator was trained on another file than {config.canaries} belongs to")
+    return TextArm([row[reviews.GENERATED] for row in rows], spent, seen)
+
+
+def seen_by(
+    config: MeasureConfig, arm: str, ref: ModelRef, tokenizer: Any, header: Header, problems: cli.Problems
+) -> Seen | None:
+    """What an arm's model was trained on; a problem where that was another file than the key's."""
+    checkpoint = ref.adapter or ref.base
+    seen: Seen | None = None if problems.lines else problems.absorb(Seen.of, checkpoint, tokenizer)
+    if problems.absorb(trained.trained_on, checkpoint, header.get("training") or "") is False:
+        problems.add(f"--models {arm}={ref.name}: was trained on another file than {config.canaries} belongs to")
+    return seen
+
+
+def check_unit(
+    config: MeasureConfig, header: Header, privacy: dict[str, Privacy | None], problems: cli.Problems
+) -> None:
+    """Problems of arms whose ε is about another unit than the one that the audit adds or leaves out."""
+    for arm, spent in privacy.items():
+        unit = (spent or {}).get("unit")
+        if unit and unit != header["privacy_unit"]:
+            problems.add(
+                f"--canaries {config.canaries}: its audit adds or leaves out a {header['privacy_unit']}, the privacy "
+                f"unit of {arm} is the {unit}; inject with --privacy_unit {unit}"
+            )

@@ -1,0 +1,32 @@
+"""The configuration of data/self_instruct/generate.py."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.cli import ModelConfig
+
+FORMATS = ("instances", "alpaca", "text")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfInstructConfig(ModelConfig):
+    """The generator, how many instances it is to make up, and how."""
+
+    model: str = "EleutherAI/pythia-12b"
+    seed_tasks: str = "./data/seedTasks.json"
+    output: str | None = None
+    format: str = "instances"
+    num_rows: int = 2220
+    top_k: int = 100
+    max_tokens: int = 400
+    temperature: float = 0.75  # of new instructions
+    instance_temperature: float = 0.0
+    round_size: int = 32
+    batch_size: int = 16
+    strict: bool = False
+    overwrite: bool = False
+
+    @property
+    def output_file(self) -> Path:
+        """--output, or data/self-instruct-<generator>.jsonl."""
+        return Path(self.output or f"data/self-instruct-{Path(self.model).name}.jsonl")

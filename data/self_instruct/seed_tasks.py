@@ -1,0 +1,49 @@
+"""The seed tasks of seedTasks.json."""
+
+from pathlib import Path
+from typing import Any, TypedDict
+
+from common import cli, results
+
+SHOWN = 8  # instructions in a prompt for new ones: the fewest seed tasks that will do
+
+
+class Example(TypedDict):
+    input: str
+    output: str
+
+
+class SeedTask(TypedDict):
+    instruction: str
+    examples: list[Example]
+
+
+def read_seed_tasks(file: str, strict: bool = False) -> tuple[list[SeedTask], int]:
+    """(the whole tasks, number of broken ones, which are reported on stderr). UserError when `strict` and one is
+    broken, or when too few are left."""
+    path = Path(file)
+    try:
+        tasks = results.read_json(path, "give an array of tasks", list)
+    except cli.UserError as error:
+        raise cli.UserError(*(f"--seed_tasks {line}" for line in error.problems)) from None
+    whole = [task for task in tasks if is_whole(task)]
+    lines = [
+        f"--seed_tasks {path}: task {number}: needs an instruction and examples of input and output, all text"
+        for number, task in enumerate(tasks)
+        if not is_whole(task)
+    ]
+    cli.report_broken("tasks", lines, len(lines), strict)
+    if len(whole) < SHOWN:
+        raise cli.UserError(f"--seed_tasks {path}: {len(whole)} whole tasks; at least {SHOWN} are needed")
+    return whole, len(lines)
+
+
+def is_whole(task: Any) -> bool:
+    """Whether an item of seedTasks.json is {instruction, examples: [{input, output}, …]}, all text."""
+    examples = task.get("examples") if isinstance(task, dict) else None
+    if not isinstance(examples, list) or not examples or not isinstance(task.get("instruction"), str):
+        return False
+    return all(
+        isinstance(example, dict) and all(isinstance(example.get(side), str) for side in ("input", "output"))
+        for example in examples
+    )
