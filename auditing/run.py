@@ -13,7 +13,9 @@ import numpy as np
 from auditing import report, verdict
 from auditing.config import AuditConfig
 from auditing.prepare import AuditTask, Rows, prepare
-from canary import measure as canaries
+from canary import measurement as canaries
+from canary.config import MeasureConfig
+from canary.task import RESULTS, ROWS
 from common import cli, distributed, models, results
 from common.checkpoints import BaseLoader
 from common.distributed import World
@@ -263,7 +265,7 @@ def canary_part(config: AuditConfig, task: AuditTask, world: World) -> dict[str,
         return {"undefined": LEFT_OUT}
     folder = Path(config.output_dir) / "canaries"
     made = canaries.run(
-        canaries.CanaryConfig(
+        MeasureConfig(
             canaries=config.canaries,
             models=(f"audited={config.model}",),
             ref_model=config.ref_model,
@@ -284,7 +286,7 @@ def canary_part(config: AuditConfig, task: AuditTask, world: World) -> dict[str,
 
 def canary_summary(line: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Once-only canaries that were placed against those that were not."""
-    rows = [row for row in results.read_jsonl(folder / canaries.ROWS_FILE) if row.get("audit_signal") is not None]
+    rows = [row for row in results.read_jsonl(folder / ROWS) if row.get("audit_signal") is not None]
     sides = [np.array([row["audit_signal"] for row in rows if row["included"] is wanted]) for wanted in (True, False)]
     judged = line.get("undefined") is None and all(map(len, sides))
     return {
@@ -294,5 +296,5 @@ def canary_summary(line: dict[str, Any], folder: Path) -> dict[str, Any]:
         "n_requested": line["n_requested"],
         "n_scored": line["n_scored"],
         "undefined": line.get("undefined"),
-        "results": f"canaries/{canaries.FILE}",
+        "results": f"canaries/{RESULTS}",
     }
