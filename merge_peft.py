@@ -10,11 +10,16 @@ not at all, and prints ‖ΔW‖/‖W‖ over the adapted matrices.
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common import cli, models, results
 from common.cli import Problems
+
+if TYPE_CHECKING:
+    import torch
 
 RECORD = "run_merge_peft.json"
 
@@ -49,8 +54,8 @@ def make_parser() -> cli.Parser:
     return parser
 
 
-def check(config: MergeConfig) -> models.ModelRef:
-    """The adapter and its base, from their files. UserError with every problem."""
+def check(config: MergeConfig) -> tuple[models.ModelRef, Path]:
+    """(the base and its adapter, the adapter's directory), from their files. UserError with every problem."""
     problems = Problems()
     target = Path(config.save_dir).expanduser()
     cli.check_writable(target, problems, "--save_dir")
@@ -62,10 +67,12 @@ def check(config: MergeConfig) -> models.ModelRef:
     if ref and not ref.adapter:
         problems.add(f"--model {config.model}: no adapter_config.json in it; it is a full model already")
     problems.check()
-    return ref
+    if not (ref and ref.adapter):
+        raise RuntimeError(f"--model {config.model}: no adapter, and no check has said why")
+    return ref, Path(ref.adapter)
 
 
-def rounding(model, modules: list[str], dtype, change: float) -> float | None:
+def rounding(model: "torch.nn.Module", modules: list[str], dtype: "torch.dtype", change: float | None) -> float | None:
     """‖round(W′) − W′‖ / ‖ΔW‖ over the weights of `modules`: what storing W′ in `dtype` costs, in sizes of the update.
 
     `change` is ‖ΔW‖/‖W‖. None when there is no update to compare with.
@@ -75,14 +82,14 @@ def rounding(model, modules: list[str], dtype, change: float) -> float | None:
     error = total = 0.0
     weights = [item for name in modules for item in model.get_submodule(name).parameters(recurse=False)]
     for weight in (item.detach().double() for item in weights if item.dim() > 1):
-        error += (weight.to(dtype).double() - weight).square().sum().item()
-        total += weight.square().sum().item()
-    return (error / total) ** 0.5 / change
+        error += float((weight.to(dtype).double() - weight).square().sum())
+        total += float(weight.square().sum())
+    return float((error / total) ** 0.5 / change)
 
 
 def run(config: MergeConfig) -> Path:
-    """Merge as `args` (make_parser) says; returns the directory of the merged model. UserError when it does not fit."""
-    ref = check(config)
+    """Merge as `config` says; returns the directory of the merged model. UserError when it does not fit."""
+    ref, adapter = check(config)
     target = Path(config.save_dir).expanduser()
     print(f"adapter  {ref.adapter}\nbase     {ref.base}\nsave to  {target}", flush=True)
     if config.dry_run:
@@ -91,7 +98,7 @@ def run(config: MergeConfig) -> Path:
 
     dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    inputs = [Path(ref.adapter) / "adapter_model.safetensors"]
+    inputs = [adapter / "adapter_model.safetensors"]
     with (
         results.output_file(os.path.realpath(target)),  # whose start removes what a killed merge left
         results.atomic_folder(target) as folder,
@@ -99,11 +106,11 @@ def run(config: MergeConfig) -> Path:
     ):
         base = models.load_base(ref, torch.float32, device, config.device_map)
         record["base"], record["base_commit"] = ref.base, getattr(base.config, "_commit_hash", None)
-        with models.adapted(base, ref.adapter, merge=True) as (merged, change):
+        with models.adapted(base, adapter, merge=True) as (merged, change):
             record["relative_change"] = change
             print(f"‖ΔW‖/‖W‖ {change:.4g}", flush=True)
             if dtype != torch.float32:
-                modules = sorted({models.module_of(tensor) for tensor in models.adapter_shapes(ref.adapter)})
+                modules = sorted({models.module_of(tensor) for tensor in models.adapter_shapes(adapter)})
                 cost = record["rounding"] = rounding(merged, modules, dtype, change)
                 if cost is not None:
                     words = f"saved as {config.dtype}, the adapted weights are rounded by {cost:.2g} times the update"
@@ -117,7 +124,7 @@ def run(config: MergeConfig) -> Path:
     return target
 
 
-def main(argv=None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     run(make_parser().parse_args(argv))
     return 0
 

@@ -35,6 +35,7 @@ from the data and are not covered by ε; do not publish them with the model.
 """
 
 import sys
+from collections.abc import Sequence
 
 from common import cli
 from training.config import SEED, TrainConfig
@@ -119,7 +120,7 @@ def make_parser() -> cli.Parser:
     return parser
 
 
-def main(argv=None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     config = make_parser().parse_args(argv)
     from training.run import run
 

@@ -4,10 +4,13 @@ import bisect
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.chat import Rendered
 from common.models import extra_start
+
+if TYPE_CHECKING:
+    import torch
 
 CALL_COST = 256  # what a forward and backward call costs beside its tokens, in tokens: cut() weighs padding against it
 
@@ -88,7 +91,8 @@ def label_span(spans: list[tuple[int, int]], first: int, end: int) -> tuple[int,
 
 def pack(rows: list[Row], max_length: int) -> list[list[int]]:
     """Row indices grouped into sequences of at most `max_length` tokens: best fit, longest rows first."""
-    sequences, space = [], []  # space: sorted (free tokens, sequence)
+    sequences: list[list[int]] = []
+    space: list[tuple[int, int]] = []  # sorted (free tokens, sequence)
     for index in sorted(range(len(rows)), key=lambda index: (-len(rows[index].ids), index)):
         length = len(rows[index].ids)
         place = bisect.bisect_left(space, (length, -1))
@@ -131,15 +135,16 @@ def cut(lengths: list[int], most: int) -> list[list[int]]:
     return groups[::-1]
 
 
-def deal(costs: list[float], ranks: int) -> list[list[int | None]]:
+def deal(costs: Sequence[float], ranks: int) -> list[list[int | None]]:
     """Micro-batches (by position) for each rank, dearest first to the least loaded; None fills up to equal counts."""
-    hands, load = [[] for _ in range(ranks)], [0.0] * ranks
+    hands: list[list[int]] = [[] for _ in range(ranks)]
+    load = [0.0] * ranks
     for place in sorted(range(len(costs)), key=lambda place: (-costs[place], place)):
         rank = load.index(min(load))
         hands[rank].append(place)
         load[rank] += costs[place]
     longest = max(map(len, hands))
-    return [hand + [None] * (longest - len(hand)) for hand in hands]
+    return [[*hand, *[None] * (longest - len(hand))] for hand in hands]
 
 
 def micro_batches(step: list[int], lengths: list[int], most: int, ranks: int) -> list[list[tuple[list[int], int]]]:
@@ -180,7 +185,9 @@ def unit_batches(
     return hands, max(sum(len(passes) for _, passes in hand) for hand in hands)
 
 
-def collate(sequences: list[list[Row]], pad: int, packed: bool = False, additive: bool = False) -> dict:
+def collate(
+    sequences: list[list[Row]], pad: int, packed: bool = False, additive: bool = False
+) -> "dict[str, torch.Tensor]":
     """Model inputs of a micro-batch, each sequence one row or (`packed`) several; padded on the right.
 
     Returns input_ids (B, T), logits_to_keep (B, T) bool — the positions that predict a label — and their targets (K,),

@@ -5,28 +5,33 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from common import results
 from common.cli import Problems, UserError
 from training.model import adapter_state, converted, save_adapter
 
 if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
     from training.trainer import Trainer
 
 
-def weights(trainer: "Trainer") -> dict:
+def weights(trainer: "Trainer") -> "dict[str, torch.Tensor]":
     """The trainable parameters, whole, on the CPU, by name (empty on other ranks than 0 where they are sharded)."""
     if trainer.sharded:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-        return get_model_state_dict(trainer.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return cast("dict[str, torch.Tensor]", get_model_state_dict(trainer.model, options=options))
     named = trainer.model.state_dict() if trainer.full else dict(trainer.model.named_parameters())
     chosen = named if trainer.full else {name: item for name, item in named.items() if item.requires_grad}
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in chosen.items()}
 
 
-def optimizer_state(trainer: "Trainer") -> dict:
+def optimizer_state(trainer: "Trainer") -> dict[str, Any]:
+    """The optimizer's state_dict, whole (empty on other ranks than 0 where it is sharded)."""
     if trainer.sharded:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
@@ -44,17 +49,17 @@ def save(trainer: "Trainer", folder: Path) -> None:
     trainer.world.barrier()
 
 
-def publish(trainer: "Trainer", folder: Path, weights: dict) -> None:
+def publish(trainer: "Trainer", folder: Path, weights: "dict[str, torch.Tensor]") -> None:
     """What others load: a PEFT adapter for the original base, or a whole model; the tokenizer beside it."""
     trainer.plan.tokenizer.save_pretrained(folder)
     if trainer.full:
-        trainer.model.save_pretrained(folder, state_dict=weights)
+        cast("PreTrainedModel", trainer.model).save_pretrained(folder, state_dict=weights)
         return
-    lora, state = copy.deepcopy(trainer.model.peft_config["default"]), adapter_state(trainer.model)
+    lora, state = copy.deepcopy(trainer.lora_config), adapter_state(trainer.peft_model)
     if trainer.config.peft_type == "pissa":
         state = converted(state, trainer.initial)
         lora.r, lora.lora_alpha = 2 * lora.r, 2 * lora.lora_alpha
-        lora.rank_pattern = {name: 2 * rank for name, rank in lora.rank_pattern.items()}
+        lora.rank_pattern = {name: 2 * rank for name, rank in (lora.rank_pattern or {}).items()}
     save_adapter(folder, state, lora)
 
 
@@ -72,7 +77,8 @@ def restore(trainer: "Trainer", folder: Path) -> None:
     trainer.after_restore(state)
 
 
-def load_state(trainer: "Trainer", state: dict) -> None:
+def load_state(trainer: "Trainer", state: dict[str, Any]) -> None:
+    """Fill the trainer from a training state. ValueError, or what torch raises, where it is of another run."""
     if trainer.sharded:
         from torch.distributed.checkpoint.state_dict import (
             StateDictOptions,
@@ -107,7 +113,7 @@ def saved_states(folder: Path) -> list[Path]:
     return [path for path in found if (path / "training_state.pt").is_file()]
 
 
-def read_state(folder: Path) -> dict:
+def read_state(folder: Path) -> dict[str, Any]:
     """The training state in `folder`; UserError when it is damaged or another thing."""
     import torch
 
@@ -120,7 +126,7 @@ def read_state(folder: Path) -> dict:
     usable = isinstance(state, dict) and all(isinstance(state.get(key), kind) for key, kind in kinds.items())
     if not usable or type(state["count"].get("step")) is not int:
         raise UserError(f"{file}: damaged (not a training state); start over without --resume")
-    return state
+    return cast("dict[str, Any]", state)
 
 
 def clean(folder: Path, everything: bool) -> None:
@@ -142,7 +148,7 @@ def keep_metrics(file: Path, step: int) -> None:
     results.write_jsonl(file, [line for line in metrics_lines(file, whole + newline) if line["step"] <= step])
 
 
-def metrics_lines(file: Path, text: str) -> list[dict]:
+def metrics_lines(file: Path, text: str) -> list[dict[str, Any]]:
     """The whole lines of a metrics.jsonl; UserError for a damaged one."""
     lines = []
     for number, line in enumerate(text.splitlines(), 1):

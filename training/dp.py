@@ -10,11 +10,19 @@ Import this module inside functions: it needs torch.
 import contextlib
 import hashlib
 import math
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.optimize import brentq
+from scipy.special import ndtri
+
+if TYPE_CHECKING:
+    from peft.tuners.lora.dora import DoraLinearLayer
+    from transformers.pytorch_utils import Conv1D
 
 PRV_ERROR = 0.01  # the PRV accountant's ε is an upper bound that lies at most about this above the true value
 LARGEST_PRV = 500  # RDP's ε above which exp() of a privacy loss overflows in the PRV accountant
@@ -27,7 +35,7 @@ SLACK = 1e-6  # a clipped norm stays below C in spite of float32's rounding
 
 
 @cache
-def _rdp(noise_multiplier: float, sample_rate: float) -> tuple[tuple, tuple]:
+def _rdp(noise_multiplier: float, sample_rate: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(orders, Rényi divergence of one step at each)."""
     from opacus.accountants import RDPAccountant
     from opacus.accountants.analysis.rdp import compute_rdp
@@ -80,20 +88,21 @@ def noise_multiplier(target: float, sample_rate: float, steps: int, delta: float
 
     The RDP accountant's σ is where the search starts; where the exact PRV is slow a coarse one comes first.
     """
-    from scipy.optimize import brentq
 
     def spent(sigma: float, kind: str = accountant, error: float = PRV_ERROR) -> float:
         return epsilon(sigma, sample_rate, steps, delta, kind, error)
 
-    def root(low: float, high: float, tolerance: float, *how, bias: float = 0.0) -> float:
+    def root(
+        low: float, high: float, tolerance: float, kind: str = accountant, error: float = PRV_ERROR, bias: float = 0.0
+    ) -> float:
         """σ with spent(σ) − bias = target, between spent(low) ≥ target ≥ spent(high); nearly a line on a log scale."""
-        while spent(low, *how) - bias < target:
+        while spent(low, kind, error) - bias < target:
             low /= 2
-        while spent(high, *how) - bias > target:
+        while spent(high, kind, error) - bias > target:
             high *= 2
             if high > 1e6:
                 raise ValueError(f"no noise reaches ε = {target}")
-        miss = lambda x: math.log(max(spent(math.exp(x), *how) - bias, 1e-12) / target)  # noqa: E731
+        miss = lambda x: math.log(max(spent(math.exp(x), kind, error) - bias, 1e-12) / target)  # noqa: E731
         return math.exp(brentq(miss, math.log(low), math.log(high), xtol=tolerance))
 
     high = root(0.1, 1.0, 1e-4, "rdp")
@@ -105,7 +114,7 @@ def noise_multiplier(target: float, sample_rate: float, steps: int, delta: float
             low, high = 0.99 * middle, 1.01 * middle
         high = root(low, high, 2e-4)
     digits = 3 - math.floor(math.log10(high))
-    sigma = math.ceil(high * 10**digits) / 10**digits
+    sigma: float = math.ceil(high * 10**digits) / 10**digits
     while spent(sigma) > target:
         sigma = round(sigma + 10**-digits, digits)
     return sigma
@@ -131,7 +140,7 @@ def poisson_draw(secret: bytes, step: int, n: int, sample_rate: float) -> list[i
     return np.flatnonzero(uniforms(secret, "draw", step, n) < sample_rate).tolist()
 
 
-def gaussian(secret: bytes, step: int, shapes: list[tuple], secure: bool) -> list[np.ndarray]:
+def gaussian(secret: bytes, step: int, shapes: Sequence[tuple[int, ...]], secure: bool) -> list[np.ndarray]:
     """Standard normal float32 arrays of the given shapes for one step.
 
     secure: from the cryptographic stream by the inverse distribution function, four draws summed and halved, so that
@@ -139,8 +148,6 @@ def gaussian(secret: bytes, step: int, shapes: list[tuple], secure: bool) -> lis
     """
     sizes = [math.prod(shape) for shape in shapes]
     if secure:
-        from scipy.special import ndtri
-
         drawn = ndtri((uniforms(secret, "noise", step, 4 * sum(sizes)) + 2.0**-54).clip(max=1 - 2.0**-53))
         flat = (drawn.reshape(4, -1).sum(0) / 2).astype(np.float32)
     else:
@@ -158,14 +165,15 @@ class _Linear(torch.autograd.Function):
     """y = x Wᵀ (y of the autocast type); backward hands each unit's ∂W to the collector instead of to autograd."""
 
     @staticmethod
-    def forward(ctx, x, weight, collector, name):
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, collector: "PerExample", name: str) -> torch.Tensor:
         y = F.linear(x, weight)
         ctx.save_for_backward(x.to(y.dtype), weight)
         ctx.collector, ctx.name, ctx.dtype = collector, name, x.dtype
         return y
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
+        (grad,) = grads
         x, weight = ctx.saved_tensors
         if ctx.collector.owners is not None:
             rows = len(ctx.collector.owners)
@@ -179,18 +187,24 @@ class _Scale(torch.autograd.Function):
     """y = v · m along the last dimension; backward hands each unit's ∂m to the collector."""
 
     @staticmethod
-    def forward(ctx, v, magnitude, collector, name):
+    def forward(ctx: Any, v: torch.Tensor, magnitude: torch.Tensor, collector: "PerExample", name: str) -> torch.Tensor:
         ctx.save_for_backward(v, magnitude)
         ctx.collector, ctx.name = collector, name
         return v * magnitude
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (grad,) = grads
         v, magnitude = ctx.saved_tensors
         if ctx.collector.owners is not None:
             rows = len(ctx.collector.owners)
             ctx.collector.add(ctx.name, (grad * v).reshape(rows, -1, v.shape[-1]).sum(1))
         return grad * magnitude, None, None, None
+
+
+# torch declares apply() without types
+_linear: Callable[..., torch.Tensor] = _Linear.apply
+_scale: Callable[..., torch.Tensor] = _Scale.apply
 
 
 class PerExample:
@@ -208,15 +222,18 @@ class PerExample:
         norms = examples.clip_into(total, max_norm)
     """
 
-    def __init__(self, model):
+    def __init__(self, model: torch.nn.Module) -> None:
         self.named = {name: item for name, item in model.named_parameters() if item.requires_grad}
-        self.units, self.owners, self.gradients, self.replaced = 0, None, {}, []
+        self.units = 0
+        self.owners: list[int] | None = None  # of the rows of the pass under way
+        self.gradients: dict[str, torch.Tensor] = {}  # name → (units, *shape), float32
+        self.replaced: list[tuple[torch.nn.Module, Callable[..., torch.Tensor]]] = []
         ruled = self._replace(model)
         strange = [name for name in self.named if name not in ruled]
         if strange:
             raise ValueError(f"{strange[0]}: no per-example rule (LoRA on linear layers and DoRA magnitudes have one)")
 
-    def _replace(self, model) -> set[str]:
+    def _replace(self, model: torch.nn.Module) -> set[str]:
         from peft.tuners.lora import Linear
         from peft.tuners.lora.dora import DoraLinearLayer
 
@@ -240,7 +257,7 @@ class PerExample:
         return ruled
 
     @contextlib.contextmanager
-    def off(self):
+    def off(self) -> Iterator[None]:
         """The layers as they were: gradients go to .grad."""
         for module, _ in self.replaced:
             del module.forward
@@ -250,18 +267,27 @@ class PerExample:
             for module, forward in self.replaced:
                 module.forward = forward
 
-    def _linear(self, module, name: str):
-        def forward(x):
-            return _Linear.apply(x, module.weight, self, name)
+    def _linear(self, module: torch.nn.Linear, name: str) -> Callable[..., torch.Tensor]:
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            return _linear(x, module.weight, self, name)
 
         return forward
 
-    def _dora(self, module, name: str):
+    def _dora(self, module: "DoraLinearLayer", name: str) -> Callable[..., torch.Tensor]:
         """peft's DoRA layer, with the magnitude applied in one place: y = m (Wx + s B A x) / ‖W + s B A‖ − Wx."""
         from peft.utils.integrations import dequantize_module_weight
         from peft.utils.other import transpose
 
-        def forward(x, *, lora_A, lora_B, scaling, base_layer, base_result=None, adapter_name="default"):
+        def forward(
+            x: torch.Tensor,
+            *,
+            lora_A: torch.nn.Linear,
+            lora_B: torch.nn.Linear,
+            scaling: float,
+            base_layer: "torch.nn.Linear | Conv1D",
+            base_result: torch.Tensor | None = None,
+            adapter_name: str = "default",
+        ) -> torch.Tensor:
             weight = dequantize_module_weight(base_layer).to(x.dtype)
             with torch.no_grad():
                 delta = lora_B.weight @ lora_A.weight
@@ -272,7 +298,7 @@ class PerExample:
                 base_result = base_result - base_layer.bias
             base_result = base_result.float()
             direction = (base_result + scaling * lora_B(lora_A(x)).float()) / norm
-            return _Scale.apply(direction, module.weight, self, name) - base_result
+            return _scale(direction, module.weight, self, name) - base_result
 
         return forward
 
@@ -281,7 +307,7 @@ class PerExample:
         self.units, self.gradients = units, {}
 
     @contextlib.contextmanager
-    def of(self, owners: list[int] | None):
+    def of(self, owners: list[int] | None) -> Iterator[None]:
         """One forward and backward pass whose row i belongs to unit owners[i]; None: collect nothing."""
         self.owners = owners
         try:
@@ -307,7 +333,7 @@ class PerExample:
         if not self.gradients:
             return torch.zeros(self.units, dtype=torch.float64)
         norms = [row_norms(gradient).cpu() for gradient in self.gradients.values()]
-        norm = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+        norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
         factor = (max_norm / (norm * (1 + SLACK))).clamp(max=1.0)
         finite = norm.isfinite()
         factor[~finite] = 0.0
@@ -323,7 +349,8 @@ def row_norms(gradient: torch.Tensor) -> torch.Tensor:
     """(rows,) float64 norms of (rows, …) float32; one float32 sum over a million squares would fall short of it."""
     if gradient.dim() > 2:
         gradient = torch.linalg.vector_norm(gradient, dim=-1)
-    return torch.linalg.vector_norm(gradient.double().flatten(1), dim=1)
+    norms: torch.Tensor = torch.linalg.vector_norm(gradient.double().flatten(1), dim=1)
+    return norms
 
 
 # ---------------------------------------------------------------------------------------------------------------------

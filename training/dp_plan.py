@@ -4,12 +4,15 @@ import math
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from common import cli, dataset
 from common.cli import UserError
 from training.config import TrainConfig
 
 DP_FLAGS = ("target_epsilon", "noise_multiplier", "target_delta", "logical_batch_size")  # None unless given
+NEITHER_OR_BOTH = "--dp: give exactly one of --target_epsilon and --noise_multiplier"
 ENOUGH_UNITS = 256  # below this expected batch the noise drowns the signal at any useful ε
 MOST_LINES = 10  # of ε after an epoch, in the plan
 # Everything that a run directory tells of the data beside the noisy weights. The input's hash in run.json is salted.
@@ -21,7 +24,7 @@ OUTSIDE = (
 )
 
 
-def check_flags(config: TrainConfig, metric_schedulers: tuple, problems: cli.Problems) -> bool:
+def check_flags(config: TrainConfig, metric_schedulers: tuple[str, ...], problems: cli.Problems) -> bool:
     """Add every problem with the DP flags that the arguments alone show; True when there is none."""
     before = len(problems.lines)
     if not config.dp:
@@ -31,7 +34,7 @@ def check_flags(config: TrainConfig, metric_schedulers: tuple, problems: cli.Pro
             problems.add(f"{', '.join(given)}: only with --dp")
         return not given
     if (config.target_epsilon is None) == (config.noise_multiplier is None):
-        problems.add("--dp: give exactly one of --target_epsilon and --noise_multiplier")
+        problems.add(NEITHER_OR_BOTH)
     for name in ("target_epsilon", "noise_multiplier"):
         if getattr(config, name) == math.inf:
             problems.add(f"--{name} inf: must be finite; no noise is --noise_multiplier 0")
@@ -76,14 +79,14 @@ class Privacy:
 
         return dp.epsilon(self.noise_multiplier, self.sample_rate, steps, self.delta, accountant)
 
-    def differences(self, block: dict) -> list[str]:
+    def differences(self, block: dict[str, Any]) -> list[str]:
         """What of an unfinished run's `privacy` block this plan would change: its steps were accounted with that."""
         now = self.block(0)
         kept = [key for key in now if key not in ("private", "epsilon", "epsilon_rdp", "steps", "outside_epsilon")]
         now = cli.plain(now)
         return [f"{key} {block.get(key)} there, {now[key]} here" for key in kept if block.get(key) != now[key]]
 
-    def block(self, steps: int) -> dict:
+    def block(self, steps: int) -> dict[str, Any]:
         """The `privacy` block after `steps` steps. epsilon is None where there is none (no noise)."""
         spent = {name: self.epsilon(steps, name) for name in ("prv", "rdp")}
         finite = {name: value if math.isfinite(value) else None for name, value in spent.items()}
@@ -110,7 +113,7 @@ class Privacy:
         }
 
 
-def make_privacy(config: TrainConfig, path, rows: list[dict], train: list[int]) -> Privacy:
+def make_privacy(config: TrainConfig, path: Path, rows: list[dict[str, Any]], train: list[int]) -> Privacy:
     """The plan of a DP run over rows[train]; chooses σ for --target_epsilon. UserError names what cannot be."""
     units, left_out = [[place] for place in range(len(train))], 0
     if config.privacy_unit == "user":
@@ -118,7 +121,7 @@ def make_privacy(config: TrainConfig, path, rows: list[dict], train: list[int]) 
         bare = [index for index, name in zip(train, names) if name is None]
         if bare:
             raise UserError(f"--privacy_unit user: {path}: row {bare[0]} (and {len(bare) - 1} more) has no user_id")
-        users: dict = {}
+        users: dict[str | None, list[int]] = {}
         for place, name in enumerate(names):
             users.setdefault(name, []).append(place)
         units = [places[: config.max_rows_per_user] for places in users.values()]
@@ -132,34 +135,36 @@ def make_privacy(config: TrainConfig, path, rows: list[dict], train: list[int]) 
     if delta >= 1 / n:
         problems.add(f"--target_delta {delta:g}: must be below 1/{n}, one over the number of {config.privacy_unit}s")
     problems.check()
-    sigma = config.noise_multiplier
-    if sigma is None:
-        from training import dp
-
-        steps = math.ceil(n / logical) * config.epochs
-        if steps > dp.SLOW_STEPS and config.accountant == "prv" and int(os.environ.get("RANK", 0)) == 0:
-            print(
-                f"searching the noise for ε {config.target_epsilon:g} in {steps} steps (up to a minute)",
-                file=sys.stderr,
-            )
-        try:
-            sigma = dp.noise_multiplier(config.target_epsilon, logical / n, steps, delta, config.accountant)
-        except ValueError as error:
-            raise UserError(
-                f"--target_epsilon {config.target_epsilon:g}: {error} in {steps} steps at δ {delta:g}"
-            ) from None
     return Privacy(
-        units,
-        config.privacy_unit,
-        left_out,
-        sigma,
-        config.max_grad_norm,
-        delta,
-        logical,
-        config.accountant,
-        config.secure_rng,
-        config.seed is not None,
+        units=units,
+        unit=config.privacy_unit,
+        rows_left_out=left_out,
+        noise_multiplier=chosen_noise(config, logical, n, delta),
+        max_grad_norm=config.max_grad_norm,
+        delta=delta,
+        logical_batch=logical,
+        accountant=config.accountant,
+        secure_rng=config.secure_rng,
+        seeded=config.seed is not None,
     )
+
+
+def chosen_noise(config: TrainConfig, logical_batch: int, n_units: int, delta: float) -> float:
+    """σ: --noise_multiplier, or what --target_epsilon needs over all epochs. UserError where no σ reaches that."""
+    if config.noise_multiplier is not None:
+        return config.noise_multiplier
+    if config.target_epsilon is None:
+        raise UserError(NEITHER_OR_BOTH)
+    from training import dp
+
+    steps = math.ceil(n_units / logical_batch) * config.epochs
+    target = f"{config.target_epsilon:g}"
+    if steps > dp.SLOW_STEPS and config.accountant == "prv" and int(os.environ.get("RANK", 0)) == 0:
+        print(f"searching the noise for ε {target} in {steps} steps (up to a minute)", file=sys.stderr)
+    try:
+        return dp.noise_multiplier(config.target_epsilon, logical_batch / n_units, steps, delta, config.accountant)
+    except ValueError as error:
+        raise UserError(f"--target_epsilon {target}: {error} in {steps} steps at δ {delta:g}") from None
 
 
 def describe(privacy: Privacy, epochs: int, n_parameters: int) -> list[str]:
@@ -197,7 +202,7 @@ def describe(privacy: Privacy, epochs: int, n_parameters: int) -> list[str]:
     return lines
 
 
-def summary(block: dict) -> str:
+def summary(block: dict[str, Any]) -> str:
     """The `privacy` block in a line."""
     if block["epsilon"] is None:
         return f"not private: no noise ({block['steps']} steps)"

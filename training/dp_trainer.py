@@ -4,6 +4,7 @@ import hashlib
 import math
 import secrets
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,8 +25,10 @@ ROUNDING = 0.01
 class DPTrainer(Trainer):
     """Poisson draws of privacy units, per-unit clipping, noise; everything random hangs on one secret."""
 
-    def __init__(self, config: TrainConfig, plan: Plan, world: World, dtype, secret: bytes):
-        self.secret = secret
+    def __init__(self, config: TrainConfig, plan: Plan, world: World, dtype: torch.dtype, secret: bytes) -> None:
+        if plan.privacy is None:
+            raise ValueError("the plan of a DP run says what it is to spend")
+        self.secret, self.privacy = secret, plan.privacy
         super().__init__(config, plan, world, dtype)
         try:
             self.examples = dp.PerExample(self.model)
@@ -48,41 +51,42 @@ class DPTrainer(Trainer):
     @property
     def clip_slack(self) -> float:
         """What the clipping norm is divided by, so that rounding keeps what one unit moves within it."""
-        return 1.0 if self.dtype == torch.float32 else math.sqrt(1 + ROUNDING**2 * self.plan.privacy.logical_batch)
+        return 1.0 if self.dtype == torch.float32 else math.sqrt(1 + ROUNDING**2 * self.privacy.logical_batch)
 
     def private_seed(self, purpose: str, number: int) -> int:
         """A seed of its own for every purpose and step: the published weights show the initial ones, and clipping
         bounds what a record does only as long as nobody knows the dropout masks."""
         return int.from_bytes(dp.stream(self.secret, purpose, number, 8)) >> 1
 
-    def gradient(self, number: int) -> dict:
+    def gradient(self, number: int) -> dict[str, Any]:
         """Leave in .grad (Σ clipped gradients of the drawn units + noise) / expected units.
 
         Nothing here may stop the run or change a weight by looking at one record: a loss or gradient that is not
         finite counts as zero.
         """
         plan, world, count, rows = self.plan, self.world, self.count, self.plan.train
-        spending = plan.privacy
+        spending = self.privacy
         drawn = dp.poisson_draw(self.secret, number, len(spending.units), spending.sample_rate)
         units = [[row for row in spending.units[unit] if rows[row].labels] for unit in drawn]
         units = [unit for unit in units if unit]  # nothing to predict: a zero gradient
         hands, passes = unit_batches(units, self.lengths, self.config.per_device_batch_size, world.size)
         total = {name: torch.zeros_like(item, dtype=torch.float32) for name, item in self.examples.named.items()}
-        losses, norms = [], []
+        each_loss: list[torch.Tensor] = []
+        each_norm: list[torch.Tensor] = []
         for n_units, item in hands[world.rank]:
             self.examples.begin(n_units)
             for group, owners in item:
                 record_losses = self.record_losses([rows[row] for row in group])
                 with self.examples.of(owners):
-                    record_losses.sum().backward()
-                losses.append(record_losses.detach().double().cpu())
-            norms.append(self.examples.clip_into(total, spending.max_grad_norm / self.clip_slack))
-        for _ in range(passes - len(losses)):  # ranks make equally many passes, or fsdp waits for ever
+                    torch.autograd.backward(record_losses.sum())
+                each_loss.append(record_losses.detach().double().cpu())
+            each_norm.append(self.examples.clip_into(total, spending.max_grad_norm / self.clip_slack))
+        for _ in range(passes - len(each_loss)):  # ranks make equally many passes, or fsdp waits for ever
             shortest = min((row for unit in units for row in unit), key=lambda row: self.lengths[row])
-            self.record_losses([rows[shortest]]).sum().backward()
-        losses, norms = torch.cat([torch.zeros(0), *losses]), torch.cat([torch.zeros(0), *norms])
+            torch.autograd.backward(self.record_losses([rows[shortest]]).sum())
+        losses, norms = torch.cat([torch.zeros(0), *each_loss]), torch.cat([torch.zeros(0), *each_norm])
         finite = losses.isfinite()
-        signals = [
+        signals: list[torch.Tensor | float] = [
             losses[finite].sum(),
             finite.sum(),
             (norms > spending.max_grad_norm).sum(),
@@ -92,7 +96,7 @@ class DPTrainer(Trainer):
         sums = list(total.values())
         loss, weight, clipped, dropped, stop = self.reduce(sums, signals)
         deviation = spending.noise_multiplier * spending.max_grad_norm if spending.noise_multiplier else 0.0
-        found = {"batch": len(drawn), "clipped": clipped / max(1, len(drawn)), "dropped": int(dropped)}
+        found: dict[str, Any] = {"batch": len(drawn), "clipped": clipped / max(1, len(drawn)), "dropped": int(dropped)}
         if deviation:
             size = math.sqrt(sum(float(one.double().square().sum()) for one in sums))
             found["signal_to_noise"] = size / (deviation * math.sqrt(plan.n_trainable))
@@ -106,7 +110,7 @@ class DPTrainer(Trainer):
         count["window_weight"] += int(weight)
         return found | {"epsilon_rdp": self.spent(number), "stop": stop > 0}
 
-    def record_losses(self, rows: list[Row]):
+    def record_losses(self, rows: list[Row]) -> torch.Tensor:
         """Mean −log p over each row's own labels, float32 (rows,)."""
         nll = self.nll(self.batch(rows, [[place] for place in range(len(rows))]))
         owner = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([row.labels for row in rows]))
@@ -114,10 +118,10 @@ class DPTrainer(Trainer):
         return torch.zeros(len(rows), device=nll.device).index_add_(0, owner.to(nll.device), nll * means)
 
     def spent(self, steps: int) -> float | None:
-        epsilon = self.plan.privacy.epsilon(steps, "rdp")
+        epsilon = self.privacy.epsilon(steps, "rdp")
         return epsilon if math.isfinite(epsilon) else None
 
-    def write_checkpoint(self, folder: Path, state: dict) -> None:
+    def write_checkpoint(self, folder: Path, state: dict[str, Any]) -> None:
         """The state first: nothing is ever published that a resumed run could make again a little differently, with the
         same noise."""
         with results.atomic(self.plan.private / "training_state.pt", "wb", 0o600) as file:
@@ -125,19 +129,19 @@ class DPTrainer(Trainer):
         if folder.name != "interrupted":
             self.publish(folder, state["weights"])
 
-    def after_restore(self, state: dict) -> None:
+    def after_restore(self, state: dict[str, Any]) -> None:
         step = self.count["step"]
         missing = self.plan.folder / f"checkpoint-{step}"
         if self.world.main and step % self.plan.steps_per_epoch == 0 and not missing.is_dir():
             self.publish(missing, state["weights"])
 
-    def publish(self, folder: Path, weights: dict) -> None:
+    def publish(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
         """A checkpoint without its training state, and the ε spent up to it."""
         with results.atomic_folder(folder) as new:
             checkpoint.publish(self, new, weights)
-            results.write_json(new / models.PRIVACY_FILE, self.plan.privacy.block(self.count["step"]))
+            results.write_json(new / models.PRIVACY_FILE, self.privacy.block(self.count["step"]))
 
-    def record_norms(self):
+    def record_norms(self) -> torch.Tensor:
         """(rows,) norms of the per-record gradients of the training rows, at the weights as they are."""
         most, rows = self.config.per_device_batch_size, [row for row in self.plan.train if row.labels]
         norms = []
@@ -145,7 +149,7 @@ class DPTrainer(Trainer):
             part = rows[start : start + most]
             self.examples.begin(len(part))
             with self.examples.of(list(range(len(part)))):
-                self.record_losses(part).sum().backward()
+                torch.autograd.backward(self.record_losses(part).sum())
             none = {name: torch.zeros_like(item) for name, item in self.examples.named.items()}
             norms.append(self.examples.clip_into(none, math.inf))
         return torch.cat(norms)

@@ -8,8 +8,11 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
@@ -26,22 +29,27 @@ from training.plan import Plan, chosen_dtype, run_state, unfinished
 from training.trackers import start_trackers
 from training.trainer import Trainer
 
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
+    from torch.optim.lr_scheduler import ReduceLROnPlateau
+
 LOG_SECONDS = 30
 TRIM_STEPS = 16  # steps between calls of trim_memory
 
 
 def trim_memory() -> None:
     """Give freed memory back to the system: rows of many lengths leave glibc's heap in pieces, 20 MB a step."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)
 
 
 @contextlib.contextmanager
-def on_sigterm(training: Trainer):
+def on_sigterm(training: Trainer) -> Iterator[None]:
     """SIGTERM asks the run to stop after its current step."""
 
-    def ask(*_):
+    def ask(*_: object) -> None:
         training.stopping = True
 
     if threading.current_thread() is not threading.main_thread():
@@ -54,13 +62,13 @@ def on_sigterm(training: Trainer):
         signal.signal(signal.SIGTERM, before)
 
 
-def train(training: Trainer, run: results.Run, trackers: list) -> None:
+def train(training: Trainer, run: results.Run, trackers: "list[GeneralTracker]") -> None:
     """All remaining epochs: steps, metrics.jsonl, held-out loss, a checkpoint each. Raises Interrupted on SIGTERM."""
     config, plan, world, count = training.config, training.plan, training.world, training.count
     seconds, tokens_before, said = 0.0, count["tokens"], time.monotonic()
     terminal = sys.stderr.isatty()
 
-    def log(record: dict) -> None:
+    def log(record: dict[str, Any]) -> None:
         if world.main:
             with results.naming(file.name):
                 file.write(results.dumps(record | {"time": results.now()}) + "\n")
@@ -75,7 +83,7 @@ def train(training: Trainer, run: results.Run, trackers: list) -> None:
         log({"step": count["step"], "epoch": epoch, "eval_loss": loss, "eval_tokens": labels})
         world.say(f"epoch {epoch:g}  held-out loss {loss:.4f} over {labels} tokens")
         if config.scheduler in METRIC_SCHEDULERS and count["step"]:
-            training.scheduler.step(loss)
+            cast("ReduceLROnPlateau", training.scheduler).step(loss)
 
     def record_spent() -> None:
         """run.json never says less than what the checkpoints beside it have spent."""
@@ -134,7 +142,7 @@ def run_plan(config: TrainConfig, plan: Plan) -> Path:
     world = distributed.start(group_of_one=config.distribution_type == "fsdp")
     try:
         if not world.main or not sys.stderr.isatty():
-            transformers_logging.disable_progress_bar()
+            transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         if world.main:  # another run may have ended while this one waited or read its rows
             state = (config, plan.ref, plan.folder, plan.input, plan.global_batch, plan.world_size, plan.privacy)
             plan.start = run_state(*state)
@@ -163,7 +171,11 @@ def run_plan(config: TrainConfig, plan: Plan) -> Path:
         world.barrier()
         salt = hash_salt(secret) if secret else ""
         block = write_trained(plan, config.loss_on, salt) if world.main else None
-        more = {"global_batch": plan.global_batch, "data_tag": plan.tag, "dtype": str(dtype).removeprefix("torch.")}
+        more: dict[str, Any] = {
+            "global_batch": plan.global_batch,
+            "data_tag": plan.tag,
+            "dtype": str(dtype).removeprefix("torch."),
+        }
         more["base_sha256"] = models.weights_sha256(plan.ref) if world.main else None
         if plan.privacy:
             spent = earlier.get("privacy") or plan.privacy.block(0)
@@ -182,7 +194,7 @@ def run_plan(config: TrainConfig, plan: Plan) -> Path:
     return plan.folder
 
 
-def write_trained(plan: Plan, loss_on: str, salt: str) -> dict:
+def write_trained(plan: Plan, loss_on: str, salt: str) -> dict[str, Any]:
     """Write trained_rows.jsonl; returns run.json's `trained` block. Rows in no privacy unit are not trained on."""
     places = sorted(place for unit in plan.privacy.units for place in unit) if plan.privacy else range(len(plan.train))
     rows = []
@@ -195,7 +207,9 @@ def write_trained(plan: Plan, loss_on: str, salt: str) -> dict:
     return trained.write(plan.folder, trained.TrainedRows(salt, loss_on, plan.max_length, tuple(rows)), n_cut, masked)
 
 
-def fit(config: TrainConfig, plan: Plan, world: World, dtype, record: results.Run, secret: bytes | None) -> None:
+def fit(
+    config: TrainConfig, plan: Plan, world: World, dtype: torch.dtype, record: results.Run, secret: bytes | None
+) -> None:
     """Build the model, restore what an interrupted run saved, train to the end, check what was saved."""
     training = DPTrainer(config, plan, world, dtype, secret) if secret else Trainer(config, plan, world, dtype)
     record["base_commit"] = getattr(training.model.config, "_commit_hash", None)
@@ -211,7 +225,7 @@ def fit(config: TrainConfig, plan: Plan, world: World, dtype, record: results.Ru
         record["clip_slack"] = training.clip_slack
     if config.peft_type == "pissa" and world.main and not (plan.folder / "initial_adapter").is_dir():
         with results.atomic_folder(plan.folder / "initial_adapter") as folder:
-            save_adapter(folder, training.initial, training.model.peft_config["default"])
+            save_adapter(folder, training.initial, training.lora_config)
     states = saved_states(plan.folder) if plan.start == "resume" else []  # a new run reads no other's
     if states:
         newest = states[-1]

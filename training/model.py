@@ -3,47 +3,57 @@
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from common import models
 from common.cli import UserError
+from common.distributed import World
 from training.config import AdapterConfig, TrainConfig
 
 if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig, PeftModel
+    from peft.tuners.lora import Linear as LoraLinear
+    from transformers import PreTrainedConfig, PreTrainedModel
+
     from training.plan import Plan
 
 STATE_SPACE = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")  # as peft's own check lists them
 NEVER = {"out_proj", "conv1d"}
 
 
-def build(config: TrainConfig, plan: "Plan", world, dtype, seed: int):
-    """(model in training mode, its initial adapter's tensors on the CPU or None)."""
+def build(
+    config: TrainConfig, plan: "Plan", world: World, dtype: "torch.dtype", seed: int
+) -> "tuple[PreTrainedModel | PeftModel, dict[str, torch.Tensor]]":
+    """(model in training mode, its initial adapter's tensors on the CPU; {} for a model trained whole)."""
     import torch
 
     full, fsdp = config.peft_type == "full", config.distribution_type == "fsdp"
     device_map = (config.device_map or "auto") if config.distribution_type == "mp" else None
     # A model trained whole keeps float32 weights: half precision would round most of an update away.
     loaded = torch.float32 if full else dtype
-    model = models.load_base(plan.ref, loaded, "cpu" if fsdp else world.device, device_map)
+    model: PreTrainedModel | PeftModel = models.load_base(plan.ref, loaded, "cpu" if fsdp else world.device, device_map)
     if device_map and len({parameter.device for parameter in model.parameters()}) == 1:
         world.say(f"mp: one device here, all layers on {next(model.parameters()).device}")
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    initial = None
+    initial: dict[str, torch.Tensor] = {}
     if not full:
-        model, initial = add_adapter(config, plan, world, model, seed)
+        model, initial = add_adapter(config, plan, world, cast("PreTrainedModel", model), seed)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if fsdp:
         shard(model, set() if full else set(trainable), world)
     return model.train(), initial
 
 
-def add_adapter(config: TrainConfig, plan: "Plan", world, model, seed: int):
+def add_adapter(
+    config: TrainConfig, plan: "Plan", world: World, base_model: "PreTrainedModel", seed: int
+) -> "tuple[PeftModel, dict[str, torch.Tensor]]":
     """(PEFT model, initial adapter tensors), the same on every rank; for PiSSA the base becomes the residual."""
     import torch
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
-    chosen = chosen_layers(config, model)
+    chosen = chosen_layers(config, base_model)
     kept = plan.folder / "initial_adapter"
     saved = plan.start == "resume" and config.peft_type == "pissa" and kept.is_dir()
     dropout = config.lora_dropout
@@ -52,7 +62,7 @@ def add_adapter(config: TrainConfig, plan: "Plan", world, model, seed: int):
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_r,
-        lora_alpha=config.lora_alpha,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # alpha / r is all that peft takes from it
         lora_dropout=dropout,
         bias="none",
         target_modules="all-linear" if config.target_modules == ("all-linear",) else list(config.target_modules),
@@ -63,9 +73,9 @@ def add_adapter(config: TrainConfig, plan: "Plan", world, model, seed: int):
     )
     torch.manual_seed(seed)
     with models.without_peft_warning():
-        model = get_peft_model(model, lora)
+        model = cast("PeftModel", get_peft_model(base_model, lora))
     base = Path(plan.ref.base).expanduser()
-    lora = model.peft_config["default"]
+    lora = cast("LoraConfig", model.peft_config["default"])
     lora.base_model_name_or_path = str(base.resolve()) if base.is_dir() else plan.ref.base
     if saved:
         from safetensors.torch import load_file
@@ -81,7 +91,7 @@ def _is_named(name: str, target: str) -> bool:
     return name == target or name.endswith("." + target)
 
 
-def chosen_layers(config: AdapterConfig, model) -> dict[str, tuple[int, int]]:
+def chosen_layers(config: AdapterConfig, model: "PreTrainedModel") -> dict[str, tuple[int, int]]:
     """Name → shape of the weight of every linear layer that --target_modules names."""
     return {
         name: sides
@@ -90,16 +100,17 @@ def chosen_layers(config: AdapterConfig, model) -> dict[str, tuple[int, int]]:
     }
 
 
-def meta_model(config: TrainConfig):
+def meta_model(architecture: "PreTrainedConfig") -> "PreTrainedModel":
     """The model without its weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        made = AutoModelForCausalLM.from_config(architecture)  # type: ignore[no-untyped-call]
+    return cast("PreTrainedModel", made)
 
 
-def check_targets(targets: Sequence[str], config) -> None:
+def check_targets(targets: Sequence[str], config: "PreTrainedConfig") -> None:
     """UserError when a name of --target_modules is no linear layer of the model, or one that peft refuses."""
     model = meta_model(config)
     linear = linear_layers(model)
@@ -128,7 +139,7 @@ def check_targets(targets: Sequence[str], config) -> None:
         raise UserError(f"--target_modules {' '.join(unknown)}: no such linear layer; there are {kinds}")
 
 
-def count_trainable(config: AdapterConfig, architecture) -> int:
+def count_trainable(config: AdapterConfig, architecture: "PreTrainedConfig") -> int:
     """Parameters of the adapter (from the model's shapes alone, without its weights)."""
     chosen = chosen_layers(config, meta_model(architecture))
     ranks = {name: min(config.lora_r, *sides) for name, sides in chosen.items()}
@@ -136,40 +147,41 @@ def count_trainable(config: AdapterConfig, architecture) -> int:
     return n + (sum(n_out for n_out, _ in chosen.values()) if config.peft_type == "dora" else 0)
 
 
-def linear_layers(model) -> dict[str, tuple[int, int]]:
+def linear_layers(model: "PreTrainedModel") -> dict[str, tuple[int, int]]:
     """Name → shape of the weight of every linear layer but the output head."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     return {
-        name: tuple(module.weight.shape)
+        name: (module.weight.shape[0], module.weight.shape[1])
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) and module is not head
     }
 
 
-def lora_layers(model) -> dict:
+def lora_layers(model: "PeftModel") -> "dict[str, LoraLinear]":
     """Name → PEFT layer, for every adapted layer."""
     from peft.tuners.lora import LoraLayer
 
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    found = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    return cast("dict[str, LoraLinear]", found)  # check_targets lets linear layers alone through
 
 
-def subtract_adapter(model) -> None:
+def subtract_adapter(model: "PeftModel") -> None:
     """W ← W − s·B A in every adapted layer (in float32): from an original base to PiSSA's residual."""
     import torch
     from peft.utils.other import transpose
 
     with torch.no_grad():
         for layer in lora_layers(model).values():
-            base, flipped = layer.get_base_layer(), layer.fan_in_fan_out
+            base, flipped = cast("torch.nn.Linear", layer.get_base_layer()), layer.fan_in_fan_out
             product = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
             residual = transpose(base.weight.float(), flipped) - product
             base.weight.data = transpose(residual.to(base.weight.dtype), flipped)
 
 
-def adapter_state(model) -> dict:
+def adapter_state(model: "PeftModel") -> "dict[str, torch.Tensor]":
     """The adapter's tensors under the names PEFT saves them by, on the CPU."""
     from peft import get_peft_model_state_dict
 
@@ -179,7 +191,7 @@ def adapter_state(model) -> dict:
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
 
 
-def converted(state: dict, initial: dict) -> dict:
+def converted(state: "dict[str, torch.Tensor]", initial: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
     """A PiSSA adapter as the LoRA of twice the rank that gives the same model on the original base.
 
     PiSSA trains B A on the residual W − s B₀A₀ (Meng et al. 2024), so ΔW = s (B A − B₀ A₀) = s [B, −B₀] [A; A₀]. Rank
@@ -196,7 +208,14 @@ def converted(state: dict, initial: dict) -> dict:
     return wide
 
 
-def shard(model, replicated: set, world) -> None:
+def base_of(model: "PreTrainedModel | PeftModel") -> "PreTrainedModel":
+    """The model below an adapter; a model without one itself."""
+    from peft import PeftModel
+
+    return cast("PreTrainedModel", model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
+def shard(model: "PreTrainedModel | PeftModel", replicated: "set[torch.nn.Parameter]", world: World) -> None:
     """FSDP2 over all processes: each decoder layer, then the rest; `replicated` parameters stay whole everywhere."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -205,7 +224,7 @@ def shard(model, replicated: set, world) -> None:
     for parameter in replicated:
         parameter.data = parameter.data.to(world.device)
     mesh = init_device_mesh(world.device.split(":")[0], (world.size,))
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     kinds = set(base._no_split_modules or ())
     layers = [module for module in base.modules() if type(module).__name__ in kinds]
     if not layers:
@@ -219,13 +238,13 @@ def shard(model, replicated: set, world) -> None:
             raise RuntimeError(f"fsdp: {name} is {'' if isinstance(parameter, DTensor) else 'not '}sharded")
 
 
-def effective_weight(layer, name: str, state: dict):
+def effective_weight(layer: "LoraLinear", name: str, state: "dict[str, torch.Tensor]") -> "torch.Tensor":
     """The weight (float64) of an adapted layer with its tensors in `state`: W + s·B A, of DoRA with its magnitudes."""
     import torch
     from peft.utils.other import transpose
 
     with torch.no_grad():
-        weight = layer.get_base_layer().weight.detach()
+        weight = cast("torch.nn.Linear", layer.get_base_layer()).weight.detach()
         if hasattr(weight, "full_tensor"):  # fsdp: whole, here alone
             weight = weight.full_tensor()
         weight = weight.double()
@@ -233,11 +252,11 @@ def effective_weight(layer, name: str, state: dict):
             state[key].to(weight) if (key := f"{name}.{kind}") in state else None
             for kind in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
         )
-        weight = transpose(weight, layer.fan_in_fan_out) + layer.scaling["default"] * b @ a
+        weight = cast("torch.Tensor", transpose(weight, layer.fan_in_fan_out) + layer.scaling["default"] * b @ a)
         return weight if m is None else weight * (m.view(-1) / weight.norm(dim=1))[:, None]
 
 
-def save_adapter(folder: Path, state: dict, config) -> None:
+def save_adapter(folder: Path, state: "dict[str, torch.Tensor]", config: "LoraConfig") -> None:
     """A PEFT adapter directory: adapter_model.safetensors and adapter_config.json."""
     from safetensors.torch import save_file
 
@@ -246,4 +265,4 @@ def save_adapter(folder: Path, state: dict, config) -> None:
     if isinstance(config.target_modules, set):  # in another order each time
         config.target_modules = sorted(config.target_modules)
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config.save_pretrained(folder)
+    config.save_pretrained(str(folder))

@@ -2,14 +2,20 @@
 
 import json
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 from common.cli import UserError
 from training.config import TrainConfig
 
+if TYPE_CHECKING:
+    import torch
+    from torch.optim.lr_scheduler import LRScheduler
+    from transformers import TrainingArguments
+
 METRIC_SCHEDULERS = ("reduce_lr_on_plateau", "greedy")
 
 
-def optimizer_class(config: TrainConfig) -> tuple[type, dict]:
+def optimizer_class(config: TrainConfig) -> "tuple[type[torch.optim.Optimizer], dict[str, Any]]":
     """(class, keyword arguments) for --optimizer, as transformers' Trainer resolves it. UserError when it cannot."""
     from transformers import Trainer
     from transformers.training_args import OptimizerNames
@@ -31,16 +37,19 @@ def optimizer_class(config: TrainConfig) -> tuple[type, dict]:
         optim_target_modules=None,
     )
     try:
-        return Trainer.get_optimizer_cls_and_kwargs(wanted)
+        return Trainer.get_optimizer_cls_and_kwargs(cast("TrainingArguments", wanted))
     except (ImportError, ValueError) as error:
         raise UserError(f"--optimizer {config.optimizer}: {str(error).splitlines()[0]}") from None
 
 
-def make_scheduler(config: TrainConfig, optimizer, total: int):
+def make_scheduler(config: TrainConfig, optimizer: "torch.optim.Optimizer", total: int) -> "LRScheduler":
+    """The learning-rate schedule of --scheduler over `total` optimizer steps. ValueError or TypeError from transformers
+    where --scheduler_kwargs do not fit it."""
     from transformers import get_scheduler
 
     extra = json.loads(config.scheduler_kwargs)
-    return get_scheduler(config.scheduler, optimizer, config.warmup_steps, total, scheduler_specific_kwargs=extra)
+    made = get_scheduler(config.scheduler, optimizer, config.warmup_steps, total, scheduler_specific_kwargs=extra)
+    return cast("LRScheduler", made)
 
 
 def check_scheduler(config: TrainConfig, total: int) -> None:
@@ -65,10 +74,10 @@ def check_scheduler(config: TrainConfig, total: int) -> None:
         raise UserError(f"--scheduler {config.scheduler}: follows the held-out loss; set --eval_rows")
 
 
-def parameter_groups(model, weight_decay: float) -> list[dict]:
+def parameter_groups(model: "torch.nn.Module", weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay on matrices; none on biases, norms and DoRA magnitudes."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [parameter for parameter in trainable if parameter.dim() >= 2], "weight_decay": weight_decay},
         {"params": [parameter for parameter in trainable if parameter.dim() < 2], "weight_decay": 0.0},
     ]

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from common import cli, dataset, distributed, models, results, trained
 from common.cli import Problems, UserError
+from common.distributed import World
 from training import dp_plan
 from training.batches import Row, encode, pack
 from training.checkpoint import checkpoints
@@ -17,6 +19,10 @@ from training.config import TrainConfig
 from training.model import check_targets, count_trainable
 from training.optim import METRIC_SCHEDULERS, check_scheduler, optimizer_class
 from training.trackers import tracker_classes
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
 
 PUBLIC_ROWS = 256  # of --suggest_max_grad_norm
 # These change where or how a run is watched, not what it computes: a finished run may be asked for with others.
@@ -47,7 +53,9 @@ def run_folder(config: TrainConfig, tag: str) -> Path:
     return Path(config.output_root).expanduser() / basename / f"{tag.replace('/', '-')}-{kind}" / last
 
 
-def choose_rows(config: TrainConfig, path, rows: list[dict], manifest: dict | None) -> tuple[list[int], list[int]]:
+def choose_rows(
+    config: TrainConfig, path: Path, rows: list[dict[str, Any]], manifest: dict[str, Any] | None
+) -> tuple[list[int], list[int]]:
     """(indices to train on, indices of the held-out rows). UserError for an overlap or too few rows."""
     n, problems = len(rows), Problems()
     parts, evaluated = dataset.split(rows, manifest), dataset.evaluated_rows(rows, manifest)
@@ -79,7 +87,7 @@ def choose_rows(config: TrainConfig, path, rows: list[dict], manifest: dict | No
     return train, held
 
 
-def boundaries(path, rows: list[dict], indices: Sequence[int]) -> None:
+def boundaries(path: Path | str, rows: list[dict[str, Any]], indices: Sequence[int]) -> None:
     """UserError naming the first rows without a prompt part (--loss_on completion needs one)."""
     bare = [index for index in indices if not dataset.has_completion(rows[index])]
     if bare:
@@ -97,7 +105,7 @@ class Plan:
     input: Path
     tag: str
     folder: Path
-    tokenizer: object
+    tokenizer: "PreTrainedTokenizerBase"
     indices: list[int]  # of the training rows in the input file
     texts: list[str]  # theirs
     special_tokens: dict[str, int]  # {special token: training rows in which somebody wrote it}
@@ -144,7 +152,8 @@ def make_plan(config: TrainConfig) -> Plan:
     if config.distribution_type == "fsdp" and config.peft_type == "full" and config.dtype == "float16":
         problems.add("--dtype float16: full fine-tuning under fsdp has no loss scaling here; use bfloat16 or float32")
 
-    path, chosen, folder, tag = dataset.default_dataset(config.input), None, None, None
+    path = dataset.default_dataset(config.input)
+    chosen, folder, tag = None, None, ""
     rows = problems.absorb(dataset.read_rows, path)
     manifest = problems.absorb(dataset.read_manifest, path)
     if rows:
@@ -153,11 +162,11 @@ def make_plan(config: TrainConfig) -> Plan:
         tag = dataset.data_tag(path, manifest)
         folder = run_folder(config, tag)
         cli.check_writable(folder, problems, "--output_root")
-    if chosen and config.loss_on == "completion":
+    if rows and chosen and config.loss_on == "completion":
         problems.absorb(boundaries, path, rows, chosen[0] + chosen[1])
     global_batch = config.per_device_batch_size * config.gradient_accumulation_steps * world_size
     spending = None
-    if config.dp and chosen and clean_flags:
+    if config.dp and rows and chosen and clean_flags:
         spending = problems.absorb(dp_plan.make_privacy, config, path, rows, chosen[0])
     if spending:
         global_batch = spending.logical_batch
@@ -165,8 +174,8 @@ def make_plan(config: TrainConfig) -> Plan:
     if (config.scheduler, config.scheduler_kwargs) != (TrainConfig.scheduler, TrainConfig.scheduler_kwargs):
         problems.absorb(check_scheduler, config, steps)
     public = problems.absorb(dataset.read_rows, config.suggest_max_grad_norm) if config.suggest_max_grad_norm else None
-    whole = public and problems.absorb(dataset.validate, config.suggest_max_grad_norm, public)
-    if whole and config.loss_on == "completion":
+    whole = bool(public and problems.absorb(dataset.validate, config.suggest_max_grad_norm, public))
+    if public and whole and config.loss_on == "completion":
         problems.absorb(boundaries, config.suggest_max_grad_norm, public, range(len(public))[:PUBLIC_ROWS])
     if public and rows and results.sha256(config.suggest_max_grad_norm) == results.sha256(path):
         problems.add(
@@ -175,9 +184,10 @@ def make_plan(config: TrainConfig) -> Plan:
     ref, tokenizer = models.look_up(problems, config.model, config.revision)
     if ref and ref.adapter:
         problems.add(f"--model {config.model}: is an adapter; merge it into its base first (merge_peft.py)")
-    state = (config, ref, folder, path, global_batch, world_size, spending)
-    start = problems.absorb(run_state, *state) if ref and folder and (spending or not config.dp) else None
-    architecture = models.read_config(ref.base, ref.revision, "--model") if tokenizer else None
+    start = None
+    if ref and folder and (spending or not config.dp):
+        start = problems.absorb(run_state, config, ref, folder, path, global_batch, world_size, spending)
+    architecture = models.read_config(ref.base, ref.revision, "--model") if ref and tokenizer else None
     renderer = None
     if tokenizer and rows and chosen:
         given = (public or rows, tokenizer, config.chat_template, f"--model {config.model}")
@@ -185,8 +195,10 @@ def make_plan(config: TrainConfig) -> Plan:
     if architecture and config.peft_type != "full":
         problems.absorb(check_targets, config.target_modules, architecture)
     problems.check()
+    if not (rows and chosen and folder and ref and tokenizer and architecture and start):
+        raise RuntimeError("a part of the plan is missing, and no check has said why")
     source = path
-    if public:
+    if public and config.suggest_max_grad_norm:
         source = Path(config.suggest_max_grad_norm)
         rows, chosen = public, (list(range(len(public)))[:PUBLIC_ROWS], [])
 
@@ -235,7 +247,13 @@ def make_plan(config: TrainConfig) -> Plan:
 
 
 def run_state(
-    config: TrainConfig, ref, folder: Path, path: Path, global_batch: int, world_size: int, spending=None
+    config: TrainConfig,
+    ref: models.ModelRef,
+    folder: Path,
+    path: Path,
+    global_batch: int,
+    world_size: int,
+    spending: dp_plan.Privacy | None = None,
 ) -> str:
     """'new', 'resume' or 'finished', from run.json in the run directory. UserError when its arguments, its input or the
     base's weights differ.
@@ -279,7 +297,7 @@ def run_state(
     return "finished" if finished else "resume"
 
 
-def check_record(file: Path, record: dict) -> None:
+def check_record(file: Path, record: dict[str, Any]) -> None:
     """UserError unless a run.json has what run_state reads, in its types."""
     kinds = {"status": str, "args": dict, "global_batch": int, "inputs": list, "world_size": int}
     if isinstance(record.get("args"), dict) and record["args"].get("dp"):
@@ -326,14 +344,17 @@ def describe(config: TrainConfig, plan: Plan) -> list[str]:
     return lines
 
 
-def unfinished(plan: Plan) -> dict:
+def unfinished(plan: Plan) -> dict[str, Any]:
     """The run.json of the unfinished run that is resumed; {} of a new run."""
-    return results.read_json(plan.folder / "run.json", f"remove {plan.folder}") if plan.start == "resume" else {}
+    if plan.start != "resume":
+        return {}
+    record: dict[str, Any] = results.read_json(plan.folder / "run.json", f"remove {plan.folder}")
+    return record
 
 
-def chosen_dtype(config: TrainConfig, plan: Plan, world, earlier: dict):
+def chosen_dtype(config: TrainConfig, plan: Plan, world: World, earlier: dict[str, Any]) -> "torch.dtype":
     """The torch dtype of --dtype on this machine; UserError when the run cannot go on, or be private, in it."""
-    dtype = models.resolve_dtype(config.dtype, world.device)
+    dtype: torch.dtype = models.resolve_dtype(config.dtype, world.device)
     name = str(dtype).removeprefix("torch.")
     if plan.privacy and name == "float16":
         raise UserError("--dtype auto: this GPU has no bfloat16; --dp needs --dtype float32 there")

@@ -1,13 +1,17 @@
 """The trackers of accelerate that --report_to names."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common import cli
 from common.cli import Problems
 from training.config import TrainConfig
 
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
 
-def tracker_classes(names: str) -> list[type]:
+
+def tracker_classes(names: str) -> "list[type[GeneralTracker]]":
     """The accelerate tracker classes of a comma-separated --report_to. UserError for an unknown or missing one."""
     wanted = [name.strip() for name in names.split(",") if name.strip() not in ("", "none")]
     if not wanted:
@@ -24,7 +28,7 @@ def tracker_classes(names: str) -> list[type]:
     return [LOGGER_TYPE_TO_CLASS[name] for name in wanted]
 
 
-def start_trackers(config: TrainConfig, folder: Path) -> list:
+def start_trackers(config: TrainConfig, folder: Path) -> "list[GeneralTracker]":
     """The accelerate trackers of --report_to, logging below `folder` where they keep files."""
     trackers = []
     for kind in tracker_classes(config.report_to):

@@ -2,23 +2,39 @@
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict, cast
+
+import torch
+import torch.nn.functional as F
 
 from common import results
 from common.distributed import World
 from training import checkpoint, verify
 from training.batches import Row, collate, epoch_batches, micro_batches
 from training.config import TrainConfig
-from training.model import build
+from training.model import base_of, build
 from training.optim import METRIC_SCHEDULERS, make_scheduler, optimizer_class, parameter_groups
 from training.plan import Plan
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+
+class Counts(TypedDict):
+    """How far a run has come; saved with its state. window: since the last line of metrics.jsonl."""
+
+    step: int  # steps done
+    updates: int  # steps that could change a weight
+    tokens: int  # trained so far, without padding
+    window_loss: float  # summed over window_weight labels (--dp: records)
+    window_weight: int
+    eval_losses: list[float]
 
 
 class Trainer:
     """The state of one run: what a checkpoint saves and --resume restores."""
 
-    def __init__(self, config: TrainConfig, plan: Plan, world: World, dtype):
-        import torch
-
+    def __init__(self, config: TrainConfig, plan: Plan, world: World, dtype: torch.dtype) -> None:
         self.config, self.plan, self.world, self.dtype = config, plan, world, dtype
         self.seed = self.initial_seed()
         self.full = config.peft_type == "full"
@@ -26,20 +42,29 @@ class Trainer:
         self.model, self.initial = build(config, plan, world, dtype, self.seed)
         self.trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         kind, keywords = optimizer_class(config)
-        if self.full:
-            self.initial = verify.fingerprint(self)
+        self.initial_sums = verify.fingerprint(self) if self.full else []
         self.optimizer = kind(parameter_groups(self.model, config.weight_decay), **keywords)
         self.scheduler = make_scheduler(config, self.optimizer, self.total)
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=dtype == torch.float16)
-        base = self.model if self.full else self.model.get_base_model()
+        base = base_of(self.model)
         self.additive = base.config._attn_implementation == "eager"
         self.spread = len({parameter.device for parameter in base.parameters()}) > 1
         self.lengths = [sum(len(plan.train[index].ids) for index in sequence) for sequence in plan.sequences]
-        self.stopping, self.order = False, (None, [])
+        self.stopping = False
+        self.order: tuple[int | None, list[list[int]]] = (None, [])  # an epoch and its steps
         if config.packing:
             verify.check_packing(self)
-        # step: steps done; updates: steps that could change a weight; window: loss and labels since the last log line
-        self.count = {"step": 0, "updates": 0, "tokens": 0, "window_loss": 0.0, "window_weight": 0, "eval_losses": []}
+        self.count = Counts(step=0, updates=0, tokens=0, window_loss=0.0, window_weight=0, eval_losses=[])
+
+    @property
+    def peft_model(self) -> "PeftModel":
+        """The model of a run that trains an adapter."""
+        return cast("PeftModel", self.model)
+
+    @property
+    def lora_config(self) -> "LoraConfig":
+        """Its adapter's configuration."""
+        return cast("LoraConfig", self.peft_model.peft_config["default"])
 
     def initial_seed(self) -> int:
         """Seed of the adapter's initial weights and of the order of the rows."""
@@ -55,10 +80,8 @@ class Trainer:
         """The norm to which step() clips the whole gradient."""
         return self.config.max_grad_norm
 
-    def write_checkpoint(self, folder: Path, state: dict) -> None:
+    def write_checkpoint(self, folder: Path, state: dict[str, Any]) -> None:
         """Publish a checkpoint with its training state; older training states go."""
-        import torch
-
         with results.atomic_folder(folder) as new:
             checkpoint.publish(self, new, state["weights"])
             torch.save(state, new / "training_state.pt")
@@ -66,7 +89,7 @@ class Trainer:
             if other != folder:
                 (other / "training_state.pt").unlink()
 
-    def after_restore(self, state: dict) -> None:
+    def after_restore(self, state: dict[str, Any]) -> None:
         """What else a resumed run has to do once `state` is loaded."""
 
     @property
@@ -77,7 +100,8 @@ class Trainer:
     def total(self) -> int:
         return self.plan.steps_per_epoch * self.config.epochs
 
-    def batch(self, rows: list[Row], sequences: list[list[int]], packed: bool | None = None) -> dict:
+    def batch(self, rows: list[Row], sequences: list[list[int]], packed: bool | None = None) -> dict[str, torch.Tensor]:
+        """`collate` of rows given by their positions, on this process's device."""
         made = collate(
             [[rows[index] for index in sequence] for sequence in sequences],
             self.plan.tokenizer.pad_token_id,
@@ -86,15 +110,13 @@ class Trainer:
         )
         return {name: tensor.to(self.world.device, non_blocking=True) for name, tensor in made.items()}
 
-    def autocast(self):
-        import torch
+    def autocast(self) -> torch.autocast:
+        """Half precision for a forward pass; nothing in float32."""
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.device_type, self.dtype, enabled=enabled)
 
-        return torch.autocast(self.device_type, self.dtype, enabled=self.dtype != torch.float32)
-
-    def nll(self, batch: dict):
+    def nll(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """−log p of each of a micro-batch's K labels, float32 (K,)."""
-        import torch.nn.functional as F
-
         targets = batch.pop("targets")
         keep = batch.pop("logits_to_keep")
         with self.autocast():
@@ -105,17 +127,15 @@ class Trainer:
                 logits = self.model(**batch, use_cache=False, logits_to_keep=keep).logits
         return F.cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
 
-    def step(self) -> dict:
+    def step(self) -> dict[str, Any]:
         """One optimizer step (over all ranks). Returns what it adds to metrics.jsonl, and `stop`."""
-        import torch
-
         config, count = self.config, self.count
         number = count["step"] + 1
         torch.manual_seed(self.dropout_seed(number))
         found = self.gradient(number)
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.trainable, self.clip_bound)
-        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        length = torch.nn.utils.clip_grad_norm_(self.trainable, self.clip_bound)
+        norm = float(length.full_tensor() if hasattr(length, "full_tensor") else length)
         if not math.isfinite(norm) and not self.scaler.is_enabled():
             raise FloatingPointError(f"step {number}: the gradient's norm is {norm}; {self.last_good()}")
         rate, scale = self.optimizer.param_groups[0]["lr"], self.scaler.get_scale()
@@ -126,7 +146,7 @@ class Trainer:
         if not skipped and config.scheduler not in METRIC_SCHEDULERS:
             self.scheduler.step()
         count["step"] = number
-        count["updates"] += not skipped and rate > 0
+        count["updates"] += int(not skipped and rate > 0)
         return {"lr": rate, "grad_norm": norm if math.isfinite(norm) else None} | found
 
     def members(self, number: int) -> list[int]:
@@ -137,10 +157,8 @@ class Trainer:
             self.order = (epoch, batches)
         return self.order[1][place]
 
-    def gradient(self, number: int) -> dict:
+    def gradient(self, number: int) -> dict[str, Any]:
         """Leave in .grad the gradient of the mean loss over all label tokens of step `number`'s global batch."""
-        import torch
-
         plan, world, count = self.plan, self.world, self.count
         members = self.members(number)
         labels = sum(plan.train[index].labels for member in members for index in plan.sequences[member])
@@ -148,11 +166,12 @@ class Trainer:
         total = torch.zeros((), device=world.device)
         for group, weight in hands[world.rank]:
             nll = self.nll(self.batch(plan.train, [plan.sequences[member] for member in group])).sum()
-            loss = nll * (weight / max(1, labels))
+            share = nll * (weight / max(1, labels))
             # FSDP averages the gradients it reduces; ours are parts of one sum.
-            self.scaler.scale(loss * world.size if self.sharded else loss).backward()
-            total += loss.detach().to(total.device)
-        loss, stop = self.reduce([] if self.sharded else [one.grad for one in self.trainable], [total, self.stopping])
+            torch.autograd.backward(self.scaler.scale(share * world.size if self.sharded else share))
+            total += share.detach().to(total.device)
+        gradients = [one.grad for one in self.trainable if one.grad is not None]
+        loss, stop = self.reduce([] if self.sharded else gradients, [total, self.stopping])
         if not math.isfinite(loss):
             raise FloatingPointError(f"step {number}: the loss is {loss}; {self.last_good()}")
         count["tokens"] += sum(self.lengths[member] for member in members)
@@ -160,22 +179,19 @@ class Trainer:
         count["window_weight"] += labels
         return {"stop": stop > 0}
 
-    def reduce(self, shared: list, signals: list) -> list[float]:
+    def reduce(self, shared: list[torch.Tensor], signals: list[torch.Tensor | float]) -> list[float]:
         """Sum `shared` (tensors, in place) and `signals` (numbers, returned) over the ranks in one collective."""
-        import torch
-
-        signals = torch.stack([torch.as_tensor(one, dtype=torch.float64).cpu() for one in signals])
+        stacked = torch.stack([torch.as_tensor(one, dtype=torch.float64).cpu() for one in signals])
         if not self.world.backend:
-            return signals.tolist()
-        shared = [one for one in shared if one is not None]
+            return [float(one) for one in stacked.tolist()]
         # float32 holds what is summed here; a loss is rounded as on one rank
-        flat = [*(one.flatten().float() for one in shared), signals.float().to(self.world.device)]
-        flat = self.world.sum_(torch.cat(flat))
+        parts = [*(one.flatten().float() for one in shared), stacked.float().to(self.world.device)]
+        flat = self.world.sum_(torch.cat(parts))
         start = 0
         for one in shared:
             one.copy_(flat[start : start + one.numel()].view_as(one))
             start += one.numel()
-        return flat[start:].tolist()
+        return [float(one) for one in flat[start:].tolist()]
 
     def last_good(self) -> str:
         saved = checkpoint.checkpoints(self.plan.folder)
@@ -183,8 +199,6 @@ class Trainer:
 
     def evaluate(self) -> tuple[float, int]:
         """(mean loss, number) of the held-out rows' label tokens."""
-        import torch
-
         rows, world = self.plan.held, self.world
         lengths = [len(row.ids) for row in rows]
         hands = micro_batches(list(range(len(rows))), lengths, self.config.per_device_batch_size, world.size)
@@ -193,9 +207,9 @@ class Trainer:
         with torch.no_grad():
             for group, weight in hands[world.rank]:
                 batch = self.batch(rows, [[index] for index in group])
-                labels = len(batch["targets"])
+                n_labels = len(batch["targets"])
                 sums += weight * torch.tensor(
-                    [float(self.nll(batch).sum()), labels], dtype=torch.float64, device=world.device
+                    [float(self.nll(batch).sum()), n_labels], dtype=torch.float64, device=world.device
                 )
         self.model.train()
         loss, labels = world.sum_(sums).tolist()

@@ -1,7 +1,12 @@
 """Guards of a run: what was saved is what is in memory, and what --dp and --packing rely on holds on this model."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
+
+import torch
+from peft import set_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from common.cli import UserError
 from training.batches import whole_row
@@ -9,6 +14,8 @@ from training.checkpoint import weights
 from training.model import adapter_state, effective_weight, lora_layers
 
 if TYPE_CHECKING:
+    from peft import LoraModel
+
     from training.dp_trainer import DPTrainer
     from training.trainer import Trainer
 
@@ -20,8 +27,6 @@ def check_examples(trainer: "DPTrainer") -> None:
 
     Reads no data. B matrices that start at zero are moved for the occasion, else A's gradients would all be zero.
     """
-    import torch
-
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(len(trainer.plan.tokenizer), (n,), generator=generator).tolist() for n in (7, 12, 9)]
     rows, examples = [whole_row(one) for one in ids], trainer.examples
@@ -33,11 +38,11 @@ def check_examples(trainer: "DPTrainer") -> None:
             item.add_(0.02 * torch.randn(item.shape, generator=generator).to(item.device))
     examples.begin(len(rows))
     with examples.of(list(range(len(rows)))):
-        trainer.record_losses(rows).sum().backward()
+        torch.autograd.backward(trainer.record_losses(rows).sum())
     found, exact = examples.gradients, trainer.dtype == torch.float32
     for place, row in enumerate(rows):
         with examples.off():
-            trainer.record_losses([row]).sum().backward()
+            torch.autograd.backward(trainer.record_losses([row]).sum())
         missed = size = 0.0
         for name, item in examples.named.items():
             alone = torch.zeros_like(item) if item.grad is None else item.grad
@@ -60,8 +65,6 @@ def check_examples(trainer: "DPTrainer") -> None:
 def check_packing(trainer: "Trainer") -> None:
     """UserError unless two rows of random tokens in one sequence lose what each loses alone: a model that has its
     own idea of what a position sees (windows, ALiBi, a state) does not keep them apart."""
-    import torch
-
     generator, length = torch.Generator().manual_seed(0), trainer.plan.max_length
     sizes = (max(2, 2 * length // 3), max(2, length - 2 * length // 3))
     ids = [torch.randint(len(trainer.plan.tokenizer), (n,), generator=generator).tolist() for n in sizes]
@@ -81,15 +84,13 @@ def check_packing(trainer: "Trainer") -> None:
         raise refused
 
 
-def probe(trainer: "Trainer"):
+def probe(trainer: "Trainer") -> torch.Tensor:
     """Logits (float32, on the CPU) of a few training rows, dropout off."""
-    import torch
-
     rows = [whole_row(row.ids[:PROBE_TOKENS]) for row in trainer.plan.train[:PROBE_ROWS]]
     batch = trainer.batch(rows, [[index] for index in range(len(rows))])
     trainer.model.eval()
     with torch.no_grad(), trainer.autocast():
-        logits = trainer.model(input_ids=batch["input_ids"], use_cache=False).logits.float().cpu()
+        logits: torch.Tensor = trainer.model(input_ids=batch["input_ids"], use_cache=False).logits.float().cpu()
     trainer.model.train()
     return logits
 
@@ -100,15 +101,10 @@ def check_saved(trainer: "Trainer", folder: Path) -> None:
     LoRA and DoRA: the live adapter is zeroed and filled again from the file. PiSSA: the file, which fits the
     original base, is attached beside the initial adapter on the residual base. Whole models: tensors are compared.
     """
-    import torch
-
     if trainer.full:
         check_saved_model(trainer, folder)
         return
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    trained, before = adapter_state(trainer.model), probe(trainer)
+    trained, before = adapter_state(trainer.peft_model), probe(trainer)
     moved = any(not torch.equal(trained[name], trainer.initial[name]) for name in trained)
     if trainer.count["updates"] and not moved:
         raise RuntimeError(
@@ -118,8 +114,8 @@ def check_saved(trainer: "Trainer", folder: Path) -> None:
         after = probe_converted(trainer, folder)
     else:
         zeros = {name: torch.zeros_like(tensor) for name, tensor in trained.items()}
-        set_peft_model_state_dict(trainer.model, zeros)
-        set_peft_model_state_dict(trainer.model, load_file(folder / "adapter_model.safetensors"))
+        set_peft_model_state_dict(trainer.peft_model, zeros)
+        set_peft_model_state_dict(trainer.peft_model, load_file(folder / "adapter_model.safetensors"))
         after = probe(trainer)
     worst, scale = (after - before).abs().max().item(), before.abs().max().item()
     bound = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}[trainer.dtype]
@@ -127,23 +123,23 @@ def check_saved(trainer: "Trainer", folder: Path) -> None:
         raise RuntimeError(f"{folder}: reloaded, its logits differ from the model in memory by {worst:.2g}")
 
 
-def probe_converted(trainer: "Trainer", folder: Path):
+def probe_converted(trainer: "Trainer", folder: Path) -> torch.Tensor:
     """Logits of residual base + initial adapter + the saved, converted adapter."""
-    trainer.model.load_adapter(folder, adapter_name="reloaded")
-    trainer.model.load_adapter(trainer.plan.folder / "initial_adapter", adapter_name="initial")
-    trainer.model.base_model.set_adapter(["initial", "reloaded"])
+    model = trainer.peft_model
+    model.load_adapter(folder, adapter_name="reloaded")
+    model.load_adapter(trainer.plan.folder / "initial_adapter", adapter_name="initial")
+    lora = cast("LoraModel", model.base_model)
+    lora.set_adapter(["initial", "reloaded"])
     after = probe(trainer)
-    trainer.model.base_model.set_adapter("default")
-    trainer.model.delete_adapter("reloaded")
-    trainer.model.delete_adapter("initial")
+    lora.set_adapter("default")
+    model.delete_adapter("reloaded")
+    model.delete_adapter("initial")
     return after
 
 
 def check_saved_model(trainer: "Trainer", folder: Path) -> None:
-    import torch
-    from safetensors import safe_open
-
-    if trainer.count["updates"] and fingerprint(trainer) == trainer.initial:
+    """RuntimeError unless the whole model saved in `folder` moved and has the tensors of the one in memory."""
+    if trainer.count["updates"] and fingerprint(trainer) == trainer.initial_sums:
         raise RuntimeError(
             f"{folder}: the model is what it was before training, after {trainer.count['updates']} steps"
         )
@@ -161,16 +157,17 @@ def check_saved_model(trainer: "Trainer", folder: Path) -> None:
 def fingerprint(trainer: "Trainer") -> list[float]:
     """Sum of squares of every trainable parameter (over all ranks, where it is sharded)."""
     sums = [parameter.detach().double().square().sum() for parameter in trainer.trainable]
-    return [float(item.full_tensor() if trainer.sharded else item) for item in sums]
+    return [float(item.full_tensor() if hasattr(item, "full_tensor") else item) for item in sums]
 
 
 def relative_change(trainer: "Trainer") -> float | None:
     """‖ΔW‖ / ‖W‖ (Frobenius, all adapted matrices together): trained against untrained. None for whole models."""
     if trainer.full:
         return None
-    trained, change, total = adapter_state(trainer.model), 0.0, 0.0
-    for name, layer in lora_layers(trainer.model).items():
+    trained = adapter_state(trainer.peft_model)
+    change = total = 0.0
+    for name, layer in lora_layers(trainer.peft_model).items():
         before, after = (effective_weight(layer, name, state) for state in (trainer.initial, trained))
-        change += (after - before).square().sum().item()
-        total += before.square().sum().item()
-    return (change / total) ** 0.5
+        change += float((after - before).square().sum())
+        total += float(before.square().sum())
+    return float((change / total) ** 0.5)
