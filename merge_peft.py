@@ -115,7 +115,7 @@ def run(config: MergeConfig) -> Path:
                 if cost is not None:
                     words = f"saved as {config.dtype}, the adapted weights are rounded by {cost:.2g} times the update"
                     print(f"warning: {words}; float32 keeps it", file=sys.stderr)
-            merged.to(dtype).save_pretrained(folder)
+            merged.to(dtype).save_pretrained(str(folder))  # type: ignore[arg-type]
         models.load_tokenizer(ref).save_pretrained(folder)
         if spent := models.privacy(ref):
             results.write_json(folder / models.PRIVACY_FILE, spent)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from common.cli import Problems, UserError
 
@@ -79,15 +79,14 @@ class World:
             raise RuntimeError("; ".join(failures))
         return [item for item, _ in parts]
 
-    def broadcast(self, item: T) -> T:
-        """Rank 0's picklable `item` on every rank."""
-        if not self.backend:
-            return item
-        import torch.distributed as dist
+    def broadcast(self, item: T | None) -> T:
+        """Rank 0's picklable `item` on every rank; what the others give is not looked at."""
+        box: list[Any] = [item]
+        if self.backend:
+            import torch.distributed as dist
 
-        box = [item]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+            dist.broadcast_object_list(box, src=0)
+        return cast(T, box[0])
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

@@ -1,6 +1,6 @@
 """Decoys: values of the same format as a secret that nobody has, for its rank among them.
 
-What an attacker knows of the format stays (country code, issuer, domain, key prefix, layout); the rest is redrawn, with
+What an attacker may know stays (country and area code, issuer, domain, key prefix, layout); the rest is redrawn, with
 the check digits that the format asks for. Names, local parts and streets are Faker's.
 """
 
@@ -56,17 +56,16 @@ def redraw_characters(secret: Secret, rng: random.Random, region: str) -> str:
 
 
 def redraw_phone(secret: Secret, rng: random.Random, region: str) -> str | None:
-    """The country code stays; the number is valid and of the same type (fixed line, mobile, …)."""
+    """Country and area code stay; the number is valid and of the same type (fixed line, mobile, …)."""
     import phonenumbers
 
-    keep = 0
     parsed = phonenumbers.parse(secret.value, region)
-    if secret.value.lstrip("( ").startswith("+"):
-        digits = len(str(parsed.country_code))
-        keep = [match.end() for match in re.finditer(r"\d", secret.value)][digits - 1]
-    elif secret.value.lstrip("( ").startswith("0"):  # the trunk prefix
-        keep = secret.value.index("0") + 1
-    value = redraw(secret.value, rng, keep)
+    known = phonenumbers.length_of_national_destination_code(parsed)
+    own = phonenumbers.national_significant_number(parsed)[known:]  # the subscriber's, which ends the number
+    digits = [match.start() for match in re.finditer(r"\d", secret.value)]
+    if len(digits) < len(own):
+        return None
+    value = redraw(secret.value, rng, digits[-len(own)] if own else 0)
     try:
         number = phonenumbers.parse(value, region)
     except phonenumbers.NumberParseException:

@@ -162,6 +162,9 @@ def read_sets(reader: Reader) -> tuple[list[tuple], list[tuple], dict, int]:
             for index, (row, text) in enumerate(zip(others, texts))
             if not any(index in one for one in seen)
         ]
+        if others and len(rest) < 2:
+            told = f"{len(others) - len(rest)} of its {len(others)} rows were trained on"
+            problems.add(f"--nonmembers {config.nonmembers}: {told} (run.json); name rows that were not")
         kept, left_out = members(range(len(known)))
         return kept, rest, trained, left_out
     if not rows:

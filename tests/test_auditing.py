@@ -223,8 +223,10 @@ class TestATrainedModel:
         assert status == 0 and found["verdict"]["answer"] == verdict.NONE_FOUND
 
     def test_exchanged_files_are_told(self, adapter, rows, tmp_path):
-        words = ["--model", adapter, "--train", rows["heldout"], "--heldout", rows["train"], *self.WORDS]
-        _, found = run(*words, "--output_dir", tmp_path)
+        alone = tmp_path / "adapter"  # without the run.json that tells what it was trained on
+        shutil.copytree(adapter, alone)
+        words = ["--model", alone, "--train", rows["heldout"], "--heldout", rows["train"], *self.WORDS]
+        _, found = run(*words, "--output_dir", tmp_path / "out")
         question = found["verdict"]["questions"]["membership"]
         assert question["answer"] == verdict.UNJUDGED and "the other way" in question["why"]
         assert found["verdict"]["answer"] != verdict.LEAKS

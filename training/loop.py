@@ -142,7 +142,7 @@ def run_plan(config: TrainConfig, plan: Plan) -> Path:
     world = distributed.start(group_of_one=config.distribution_type == "fsdp")
     try:
         if not world.main or not sys.stderr.isatty():
-            transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+            transformers_logging.disable_progress_bar()
         if world.main:  # another run may have ended while this one waited or read its rows
             state = (config, plan.ref, plan.folder, plan.input, plan.global_batch, plan.world_size, plan.privacy)
             plan.start = run_state(*state)

@@ -106,7 +106,7 @@ def meta_model(architecture: "PreTrainedConfig") -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        made = AutoModelForCausalLM.from_config(architecture)  # type: ignore[no-untyped-call]
+        made = AutoModelForCausalLM.from_config(architecture)
     return cast("PreTrainedModel", made)
 
 
@@ -152,7 +152,7 @@ def linear_layers(model: "PreTrainedModel") -> dict[str, tuple[int, int]]:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    head = model.get_output_embeddings()
     return {
         name: (module.weight.shape[0], module.weight.shape[1])
         for name, module in model.named_modules()

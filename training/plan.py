@@ -173,11 +173,12 @@ def make_plan(config: TrainConfig) -> Plan:
     steps = math.ceil(len(chosen[0]) / global_batch) * config.epochs if chosen else 1
     if (config.scheduler, config.scheduler_kwargs) != (TrainConfig.scheduler, TrainConfig.scheduler_kwargs):
         problems.absorb(check_scheduler, config, steps)
-    public = problems.absorb(dataset.read_rows, config.suggest_max_grad_norm) if config.suggest_max_grad_norm else None
-    whole = bool(public and problems.absorb(dataset.validate, config.suggest_max_grad_norm, public))
+    public_path = config.suggest_max_grad_norm
+    public = problems.absorb(dataset.read_rows, public_path) if public_path else None
+    whole = bool(public and problems.absorb(dataset.validate, str(public_path), public))
     if public and whole and config.loss_on == "completion":
-        problems.absorb(boundaries, config.suggest_max_grad_norm, public, range(len(public))[:PUBLIC_ROWS])
-    if public and rows and results.sha256(config.suggest_max_grad_norm) == results.sha256(path):
+        problems.absorb(boundaries, str(public_path), public, range(len(public))[:PUBLIC_ROWS])
+    if public and rows and results.sha256(str(public_path)) == results.sha256(path):
         problems.add(
             f"--suggest_max_grad_norm {config.suggest_max_grad_norm}: is the private --input; name a public file"
         )
