@@ -75,8 +75,6 @@ def test_against_base_by_hand():
     assert found["mean"] == 2 and found["high"] - 2 == pytest.approx(2.4841, abs=1e-4) == 2 - found["low"]
 
 
-
-
 @pytest.mark.parametrize("content", ["[]", '{"args": []}', '{"args": {}, "inputs": [3]}', '{"args": {', None])
 def test_a_damaged_record_of_an_earlier_study_is_a_user_error(tmp_path, content):
     file = tmp_path / "run_quickstart.json"
