@@ -1,7 +1,7 @@
-"""Figures of the attacks: extraction, perplexity, privacy against utility, membership inference.
+"""Figures of the extraction attack, of perplexity, and of privacy against utility.
 
-Every function takes a Study, the Look and the compared models and returns the figures that its numbers allow; no file
-is read but the membership scores behind a ROC curve.
+Every function takes a Study, the Look and the compared models, and returns the figures that its numbers allow. No file
+is read here.
 """
 
 import math
@@ -28,11 +28,9 @@ from reporting.svg import AXIS, BASE, INK, MUTED, Figure, Panel, errors, percent
 from reporting.svg import line as plot_line
 from reporting.table import Model, Row, Study
 
-# ---------------------------------------------------------------- extraction
-
 
 def extraction_bars(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
-    """Loose matches and exact addresses by model, a panel a template, with the floor of the best name rule."""
+    """Loose matches and exact addresses by model, one panel per template, with the best name rule's floor."""
     made = []
     every = study.select("extraction", headline=True, role="target")
     sets = groups(every)
@@ -72,7 +70,7 @@ def extraction_bars(study: Study, look: Look, chosen: list[Model]) -> list[Figur
                 name_of("extraction_bars", place),
                 f"Addresses extracted at temperature {HEADLINE_TEMPERATURE}",
                 f"{group}. Solid: exact address; pale: the released tool's loose rule; whiskers: 95 % Clopper–Pearson. "
-                "Dotted: exact addresses that the best name rule guesses without any model." + more_groups(sets, place),
+                "Dotted: exact addresses that the best name rule guesses without a model." + more_groups(sets, place),
                 "Share of exact addresses by template. " + "; ".join(told),
                 panels,
                 keys,
@@ -116,7 +114,7 @@ def _bars(template, models, at, floors, look, high):
 
 
 def extraction_curves(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
-    """Successes against temperature, learning rate and epoch, a panel a template."""
+    """Success rates against temperature, learning rate and epoch, one panel per template."""
     made = []
     every = study.select("extraction", role="target")
     for place, group in enumerate(groups(every)[:MOST_GROUPS]):
@@ -144,10 +142,10 @@ def _over_temperature(name, group, rows, look, chosen) -> list[Figure]:
     def panel(metric, template):
         def draw(axes):
             for model in models:
-                found = at.get((model.key, metric, template), [])
+                line = at.get((model.key, metric, template), [])
                 colour, marker = look.of[model.arm]
-                if found:
-                    plot_line(axes, [row.temperature for row in found], found, colour, marker, markersize=4)
+                if line:
+                    plot_line(axes, [row.temperature for row in line], line, colour, marker, markersize=4)
             axes.axvline(HEADLINE_TEMPERATURE, color=AXIS, linestyle=":", linewidth=1)
             axes.set_ylim(bottom=0)
             axes.set_xlabel("temperature")
@@ -160,8 +158,8 @@ def _over_temperature(name, group, rows, look, chosen) -> list[Figure]:
     metrics = [metric for metric in ("matches", "exact") if any(key[1] == metric for key in at)]
     keys = [(names(models)[model.key], *look.of[model.arm], "-") for model in models]
     caption = (
-        f"{group}. One answer a person and template; band: 95 %. Dotted line: {HEADLINE_TEMPERATURE}, where the "
-        f"headline is read.{left_out(compared, models)}"
+        f"{group}. One answer per person and template; band: 95 %. Dotted line: the headline temperature, "
+        f"{HEADLINE_TEMPERATURE}.{left_out(compared, models)}"
     )
     told = "; ".join(
         f"{model.label}: {metric} {template} from {found[0].value:.1%} at {found[0].temperature:g} to "
@@ -173,7 +171,7 @@ def _over_temperature(name, group, rows, look, chosen) -> list[Figure]:
     )
     panels = [panel(metric, template) for metric in metrics for template in templates]
     return (
-        [Figure(name, "Successes against temperature, by template", caption, told, panels, keys, 4, "extraction")]
+        [Figure(name, "Success rate against temperature, by template", caption, told, panels, keys, 4, "extraction")]
         if models
         else []
     )
@@ -191,14 +189,14 @@ def _over_sweep(name, group, words, axis, series, rows, look) -> Figure:
     def panel(metric, template):
         def draw(axes):
             for label, models in series.items():
-                found = [(places[label](getattr(m, axis)), rows_of.get((m.key, metric, template))) for m in models]
-                found = [(x, row) for x, row in found if row is not None]
-                if found:
+                points = [(places[label](getattr(m, axis)), rows_of.get((m.key, metric, template))) for m in models]
+                points = [(x, row) for x, row in points if row is not None]
+                if points:
                     colour, marker, style = styles[label]
                     plot_line(
                         axes,
-                        [x for x, _ in found],
-                        [row for _, row in found],
+                        [x for x, _ in points],
+                        [row for _, row in points],
                         colour,
                         marker,
                         style,
@@ -220,7 +218,9 @@ def _over_sweep(name, group, words, axis, series, rows, look) -> Figure:
     keys += [("base", BASE, None, "--")] if bases else []
     rates = {model.learning_rate for model in fixed if model.learning_rate is not None}
     at = f", learning rate {rates.pop():g}" if axis == "epoch" and len(rates) == 1 else ""
-    caption = f"{group}, temperature {HEADLINE_TEMPERATURE}{at}. A point is a checkpoint; none is picked by its result."
+    caption = (
+        f"{group}, temperature {HEADLINE_TEMPERATURE}{at}. Each point is a checkpoint; none was selected by its result."
+    )
     caption += left_out((row.model for row in rows if axis == "epoch" or row.model.last), fixed)
     told = "; ".join(
         f"{label}: "
@@ -232,15 +232,12 @@ def _over_sweep(name, group, words, axis, series, rows, look) -> Figure:
         for label, models in series.items()
     )
     panels = [panel(metric, template) for metric in metrics for template in templates]
-    title = f"Successes against {words}, by template"
+    title = f"Success rate against {words}, by template"
     return Figure(name, title, caption, f"All templates, {metrics[-1]}. {told}", panels, keys, 4, "extraction")
 
 
-# ---------------------------------------------------------------- perplexity and the plane
-
-
 def perplexity_curves(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
-    """A figure a set of texts: by epoch and learning rate, or, where nothing differs in these, by model."""
+    """One figure per set of texts: by epoch and learning rate, or by model if these do not vary."""
     every = study.select("perplexity", "mean", role="target")
     made, sets = [], groups(every)
     for place, group in enumerate(sets[:MOST_GROUPS]):
@@ -313,9 +310,9 @@ def _perplexity(axis, words, series, rows, styles, bases):
     def draw(axes):
         for label, models in series.items():
             colour, marker, style = styles[label]
-            found = [(places[label](getattr(model, axis)), rows[model.key]) for model in models]
+            points = [(places[label](getattr(model, axis)), rows[model.key]) for model in models]
             plot_line(
-                axes, [x for x, _ in found], [row for _, row in found], colour, marker, style, band=len(series) <= 6
+                axes, [x for x, _ in points], [row for _, row in points], colour, marker, style, band=len(series) <= 6
             )
         for row in bases:
             axes.axhline(row.value, color=BASE, linestyle="--", linewidth=1.3)
@@ -327,7 +324,7 @@ def _perplexity(axis, words, series, rows, styles, bases):
 
 
 def front(points: list[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other one beats: nothing is as low in both and lower in one. By rising x."""
+    """Indices of the Pareto-optimal points (lower is better in both coordinates), by increasing x."""
     kept, lowest = [], math.inf
     for index in sorted(range(len(points)), key=lambda i: points[i]):
         if points[index][1] < lowest:
@@ -337,7 +334,7 @@ def front(points: list[tuple[float, float]]) -> list[int]:
 
 
 def plane(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
-    """Perplexity against exact extraction, a point a checkpoint, with the Pareto front."""
+    """Perplexity against exact extraction, one point per checkpoint, with the Pareto front."""
     means = study.select("perplexity", "mean", role="target", value=lambda value: value is not None)
     if not means:
         return []
@@ -362,8 +359,8 @@ def plane(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
     keys = [(arm, *look.of[arm], None) for arm in look.arms if arm in arms]
     keys.append(("Pareto front", INK, None, "-"))
     caption = (
-        f"A point is a checkpoint: perplexity on {main} and exact addresses at temperature {HEADLINE_TEMPERATURE}, all "
-        "templates, 95 % intervals. Lower left is better. The front joins point estimates: it says nothing of points "
+        f"Each point is a checkpoint: perplexity on {main} and exact addresses at temperature {HEADLINE_TEMPERATURE}, "
+        "all templates, 95 % intervals. Lower left is better. The front joins point estimates: it does not rank points "
         "whose intervals overlap." + left_out((row.model for row in (*means, *every)), drawn)
     )
     return [
@@ -393,6 +390,3 @@ def _plane(pairs, kept, look):
         percent(axes.yaxis)
 
     return draw
-
-
-# ---------------------------------------------------------------- membership inference

@@ -1,4 +1,4 @@
-"""report.html: one file that needs nothing else. Strings in, a string out; every text from a result file is escaped."""
+"""Render report.html, a self-contained page. Strings in, a string out; every text from a result file is escaped."""
 
 import json
 import shlex
@@ -14,9 +14,9 @@ from reporting.style import Look
 from reporting.table import Row, Study, literal
 
 HERE = Path(__file__).resolve().parent
-STATIC_ROWS = 100  # a longer detail table is built when it is opened
-MOST_MODELS = 24  # of the first table; with more it has the compared ones, the others are folded below
-EXTRA = {  # colours of the page beside those of the figures: (light, dark)
+STATIC_ROWS = 100  # a longer detail table is built only when it is opened
+MOST_MODELS = 24  # in the first table; if there are more, it has only the compared ones, and the rest is folded below
+EXTRA = {  # colours of the page in addition to those of the figures: (light, dark)
     "page": ("#fafaf8", "#14171b"),
     "card": ("#ffffff", "#1b1f25"),
     "line": ("#e3e6e9", "#2d343c"),
@@ -25,7 +25,7 @@ EXTRA = {  # colours of the page beside those of the figures: (light, dark)
     "bad": ("#b3261e", "#ff8a80"),
     "warn": ("#8a5a00", "#f0bd4c"),
 }
-MOST_RUNS = 25  # provenance blocks in sight; with more, only of runs that did not end well
+MOST_RUNS = 25  # provenance blocks shown; if there are more, only those of runs that did not succeed
 SECTIONS = {
     "extraction": "Extraction of addresses",
     "perplexity": "Perplexity",
@@ -45,15 +45,12 @@ SYNONYMS = {
 }
 
 
-# ---------------------------------------------------------------- pieces
-
-
 def number(value, form: str = "{:.3g}") -> str:
     return "–" if value is None else form.format(value)
 
 
 def cell(row: Row | None, form: str = "{:.1%}", count: bool = False, exact: bool = False) -> tuple:
-    """(text, sort value, small print): the value, below it interval and n."""
+    """(text, sort value, small print): the value, with interval and n below it."""
     if row is None:
         return "", None, ""
     row.shown = True
@@ -65,7 +62,7 @@ def cell(row: Row | None, form: str = "{:.1%}", count: bool = False, exact: bool
 
 
 def td(item, kind: str) -> str:
-    """A table cell of a string or (text, sort value[, small print])."""
+    """A table cell from a string or (text, sort value[, small print])."""
     if kind == "src" and isinstance(item, str) and "\n" in item:
         lines = item.split("\n")
         listed = "<br>".join(map(escape, lines))
@@ -77,9 +74,9 @@ def td(item, kind: str) -> str:
 
 
 def table(heads: list[str], rows: list[list], caption: str, strong=frozenset()) -> str:
-    """A sortable table. A head that begins with '<' is left-aligned, with '@' a path; '|' begins its small print.
+    """A sortable table. A head that begins with '<' is left-aligned, one with '@' is a path; small print follows '|'.
 
-    The first cell of a row is its head.
+    The first cell of a row is its row header.
     """
     kinds = [{"<": "l", "@": "src"}.get(head[0], "") for head in heads]
     names = [head.lstrip("<@") for head in heads]
@@ -88,7 +85,7 @@ def table(heads: list[str], rows: list[list], caption: str, strong=frozenset()) 
         f"<small>{escape(name.partition('|')[2])}</small></th>"
         for name, kind in zip(names, kinds)
     )
-    said = f'<p class="caption">{escape(caption)}</p>'
+    caption_html = f'<p class="caption">{escape(caption)}</p>'
     start = f'<div class="table"><table aria-label="{escape(caption[:120])}"><thead><tr>{head}</tr></thead>'
     if len(rows) > STATIC_ROWS:
         plain = [[_flat(item) for item in row] for row in rows]
@@ -104,7 +101,7 @@ def table(heads: list[str], rows: list[list], caption: str, strong=frozenset()) 
         mark = ' class="fixed"' if place in strong else ""
         cells = "".join(td(item, kind) for item, kind in zip(row[1:], kinds[1:]))
         body.append(f'<tr{mark}><th scope="row">{first}</th>{cells}</tr>')
-    return f"{said}{start}<tbody>{''.join(body)}</tbody></table></div>"
+    return f"{caption_html}{start}<tbody>{''.join(body)}</tbody></table></div>"
 
 
 def _flat(item) -> list:
@@ -119,7 +116,7 @@ def folded(caption: str, inner: str, kind: str = "print") -> str:
 
 
 def figure_html(figure: svg.Figure, linked: bool) -> str:
-    """Title, legend, panels as SVG, and the links to its files. The text alternative names the numbers drawn."""
+    """Title, legend, panels as SVG, and links to the files. The text alternative lists the numbers drawn."""
     keys = "".join(
         f"<li>{svg.key_svg(colour, marker, style)}{escape(label)}</li>" for label, colour, marker, style in figure.keys
     )
@@ -134,7 +131,7 @@ def figure_html(figure: svg.Figure, linked: bool) -> str:
         wide = " wide" if panel.size[0] > 6 else ""
         style = f"max-width:{round(width * 1.15)}px;--least:{round(width * 0.8)}px"
         pieces.append(f'<div class="panel{wide}" style="{style}">{drawn}</div>')
-    said = folded("What it shows, in words", f'<p class="caption">{escape(figure.summary)}</p>', "more")
+    in_words = folded("What it shows, in words", f'<p class="caption">{escape(figure.summary)}</p>', "more")
     files = (
         f'<a href="figures/{figure.name}.png">PNG</a>, <a href="figures/{figure.name}.pdf">PDF</a>' if linked else ""
     )
@@ -142,16 +139,16 @@ def figure_html(figure: svg.Figure, linked: bool) -> str:
         f'<figure id="fig-{figure.name}"><h3>{escape(figure.title)}</h3>'
         f'<p class="caption">{escape(figure.caption)}</p>{f"<ul class=keys>{keys}</ul>" if keys else ""}'
         f'<div class="panels" style="--columns:{min(figure.columns, len(pieces))}">{"".join(pieces)}</div>'
-        f'<div class="below">{said}<span class="files">{files}</span></div></figure>'
+        f'<div class="below">{in_words}<span class="files">{files}</span></div></figure>'
     )
 
 
 def cautions_html(cautions: list[Caution]) -> str:
     if not cautions:
-        return '<p class="lead">Nothing found that would mislead.</p>'
-    made = []
+        return '<p class="lead">No warnings.</p>'
+    blocks = []
     if all(caution.level == "note" for caution in cautions):
-        made.append('<p class="lead">Nothing was found that makes a number here wrong or doubtful.</p>')
+        blocks.append('<p class="lead">No warnings that make a number here wrong or doubtful.</p>')
     for level in LEVELS:
         same = [caution for caution in cautions if caution.level == level]
         pieces = []
@@ -167,21 +164,18 @@ def cautions_html(cautions: list[Caution]) -> str:
                 f'<div class="caution {level}">{tag}<strong>{escape(caution.title)}</strong>{text}{places}</div>'
             )
         many = level == "note" and len(pieces) > 3
-        made.append(folded(f"{len(pieces)} notes", "".join(pieces)) if many else "".join(pieces))
-    return "".join(made)
-
-
-# ---------------------------------------------------------------- tables
+        blocks.append(folded(f"{len(pieces)} notes", "".join(pieces)) if many else "".join(pieces))
+    return "".join(blocks)
 
 
 def glance(study: Study, look: Look) -> str:
-    """One row a model, each number at its fixed setting."""
+    """One row per model, each number at its fixed setting."""
     columns: list[tuple[str, dict, dict]] = []
 
     def add(head: str, rows: list[Row], form="{:.1%}", count=False, exact=False):
-        found = {row.model.key: row for row in rows}
-        if found:
-            columns.append((head, {key: cell(row, form, count, exact) for key, row in found.items()}, found))
+        by_model = {row.model.key: row for row in rows}
+        if by_model:
+            columns.append((head, {key: cell(row, form, count, exact) for key, row in by_model.items()}, by_model))
 
     every = study.select("extraction", role="target", template="all")
     by_group: dict[str, set] = {}
@@ -209,37 +203,37 @@ def glance(study: Study, look: Look) -> str:
     add(f"TPR at 1 % FPR{attack}", study.select("mia", "tpr", role="target", attack=HEADLINE_ATTACK, level="0.01"))
     add("ε|upper bound, PRV", study.select("privacy", "ε upper (PRV)"), "{:.2f}", exact=True)
     hardly = {model.key: model.change for model in study.models.values() if models.hardly_moved(model.change)}
-    if any(key in found for key in hardly for _, _, found in columns):
-        note = "the model has hardly moved: what its row shows is the base"
+    if any(key in by_model for key in hardly for _, _, by_model in columns):
+        note = "the model has hardly moved: its row is that of the base"
         cells = {key: (f"{change:.1g}", change, note) for key, change in hardly.items()}
-        columns.append(("‖ΔW‖/‖W‖|where it is small", cells, {}))
+        columns.append(("‖ΔW‖/‖W‖|if small", cells, {}))
     if not columns:
         return ""
     chosen, rule, _ = choose(study)
-    keys = {key for head, _, found in columns for key in found if not head.startswith("ε|")}
-    keys |= {model.key for model in chosen if any(model.key in found for _, _, found in columns)}
+    keys = {key for head, _, by_model in columns for key in by_model if not head.startswith("ε|")}
+    keys |= {model.key for model in chosen if any(model.key in by_model for _, _, by_model in columns)}
     measured = [model for model in look.sort(study.models.values()) if model.key in keys]
     rows = []
     for model in measured:
-        sources = dict.fromkeys(found[model.key].source for _, _, found in columns if model.key in found)
+        sources = dict.fromkeys(by_model[model.key].source for _, _, by_model in columns if model.key in by_model)
         items = [cells.get(model.key, ("", None)) for _, cells, _ in columns]
         rows.append([model.label, *items, "\n".join(sources)])
     strong = {place for place, model in enumerate(measured) if model in chosen and len(measured) > len(chosen)}
     caption = (
-        f"Each number at one setting that was fixed beforehand: extraction at temperature {HEADLINE_TEMPERATURE} over "
-        f"all templates (greedy beside it), membership by {HEADLINE_ATTACK}. 95 % intervals. Figures compare "
-        f"{rule}{', in bold here' if strong else ''}."
+        f"Each number at one setting fixed in advance: extraction at temperature {HEADLINE_TEMPERATURE} over all "
+        f"templates (with greedy next to it), membership inference with {HEADLINE_ATTACK}. 95 % intervals. Figures "
+        f"compare {rule}{', in bold here' if strong else ''}."
     )
     heads = ["<Model", *[head for head, _, _ in columns], "@Lines"]
     if len(measured) <= MOST_MODELS:
         return table(heads, rows, caption, strong)
     few = [row for place, row in enumerate(rows) if place in strong]
-    every = folded(f"All {len(measured):,} models", table(heads, rows, "Every checkpoint that was measured"), "all")
-    return table(heads, few, caption.replace(", in bold here", ", alone here")) + every
+    every = folded(f"All {len(measured):,} models", table(heads, rows, "All measured checkpoints"), "all")
+    return table(heads, few, caption.replace(", in bold here", ", the only ones here")) + every
 
 
 def extraction_table(study: Study, headline: bool) -> str:
-    """A row a line × template: counts, intervals, against the baseline, source."""
+    """One row per line × template: counts, intervals, comparison with the baseline, source."""
     rows = study.select("extraction", role="target", template=lambda name: name != "all")
     rows = [row for row in rows if (row.headline or row.temperature <= GREEDY_BELOW) == headline]
     lines: dict[tuple, dict[str, Row]] = {}
@@ -250,24 +244,24 @@ def extraction_table(study: Study, headline: bool) -> str:
         for row in study.select("extraction", role="baseline")
         if row.metric.startswith("exact")
     }
-    measures = [name for name in SYNONYMS if any(name in found for found in lines.values())]
+    measures = [name for name in SYNONYMS if any(name in by_metric for by_metric in lines.values())]
     extra = [
         name
         for name in ("expected exact in 1 draws", "truth log-probability (nats)")
-        if any(name in found for found in lines.values())
+        if any(name in by_metric for by_metric in lines.values())
     ]
-    made = []
-    for key, found in lines.items():
-        first = next(iter(found.values()))
-        items = [cell(found.get(name), count=True) for name in measures]
+    table_rows = []
+    for key, by_metric in lines.items():
+        first = next(iter(by_metric.values()))
+        items = [cell(by_metric.get(name), count=True) for name in measures]
         items += [
-            (number(found[name].value, "{:.2%}" if "draws" in name else "{:.2f}"), found[name].value)
-            if name in found
+            (number(by_metric[name].value, "{:.2%}" if "draws" in name else "{:.2f}"), by_metric[name].value)
+            if name in by_metric
             else ("", None)
             for name in extra
         ]
         pair = paired.get(key)
-        for row in [*(found[name] for name in extra if name in found), *([pair] if pair else [])]:
+        for row in [*(by_metric[name] for name in extra if name in by_metric), *([pair] if pair else [])]:
             row.shown = True
         if paired:
             items.append(
@@ -279,7 +273,7 @@ def extraction_table(study: Study, headline: bool) -> str:
                     f"p {number(pair.value, '{:.2g}')}",
                 )
             )
-        made.append(
+        table_rows.append(
             [
                 first.model.label,
                 first.group,
@@ -289,20 +283,20 @@ def extraction_table(study: Study, headline: bool) -> str:
                 first.source,
             ]
         )
-    heads = ["<Model", "<People asked", "Temperature", "<Template", *(SYNONYMS[name].capitalize() for name in measures)]
+    heads = ["<Model", "<People", "Temperature", "<Template", *(SYNONYMS[name].capitalize() for name in measures)]
     heads += [{"e": "Expected exact, one draw", "t": "log p(truth), nats"}[name[0]] for name in extra]
     heads += (["Exact against baseline (McNemar)"] if paired else []) + ["@Line"]
     caption = f"Temperature {HEADLINE_TEMPERATURE} and greedy" if headline else "All other temperatures"
-    return table(heads, made, caption) if made else ""
+    return table(heads, table_rows, caption) if table_rows else ""
 
 
 def plain_table(rows: list[Row], caption: str, heads: dict, form="{:.4g}") -> str:
-    """Rows as they are: `heads` {head: function of the row} before value, interval, n, source."""
-    made = []
+    """One table row per Row: the columns `heads` {head: function of the row}, then value, interval, n, source."""
+    table_rows = []
     for row in rows:
         row.shown = True
         ends = f"{form.format(row.low)}–{form.format(row.high)}" if row.low is not None else ""
-        made.append(
+        table_rows.append(
             [
                 *(function(row) for function in heads.values()),
                 (number(row.value, form) if row.value is not None else f"– {row.undefined or ''}", row.value),
@@ -313,7 +307,7 @@ def plain_table(rows: list[Row], caption: str, heads: dict, form="{:.4g}") -> st
             ]
         )
     names = [*heads, "Value", "<Interval", "<Kind", "n", "@Line"]
-    return table(names, made, caption) if made else ""
+    return table(names, table_rows, caption) if table_rows else ""
 
 
 def _who(row: Row) -> str:
@@ -325,23 +319,23 @@ AREAS = {"extraction": ["extraction"], "perplexity": ["perplexity"], "mia": ["mi
 
 
 def unshown(study: Study, section: str) -> str:
-    """What of a section's numbers no table here has, by name: those of one measure and role count together."""
-    found: dict[str, int] = {}
+    """The numbers of a section that no table here has, counted by measure and role."""
+    counts: dict[str, int] = {}
     for row in (row for area in AREAS.get(section, ()) for row in study.select(area) if not row.shown):
         of = "" if row.role in ("target", "mean") else f" of the {row.role}"
         name = f"{row.metric}{of}{', all templates together' if row.template == 'all' else ''}"
-        found[name] = found.get(name, 0) + 1
-    listed = "; ".join(f"{name} ({count:,})" for name, count in found.items())
-    return f'<p class="caption">In results.csv alone: {escape(listed)}.</p>' if found else ""
+        counts[name] = counts.get(name, 0) + 1
+    listed = "; ".join(f"{name} ({count:,})" for name, count in counts.items())
+    return f'<p class="caption">Only in results.csv: {escape(listed)}.</p>' if counts else ""
 
 
 def section_tables(study: Study, section: str) -> str:
     pick = study.select
     if section == "extraction":
         floor = {row.group: row for row in pick("extraction", "exact", role="floor")}
-        heads = {"<People asked": lambda row: row.group, "<Rule": lambda row: row.attack}
+        heads = {"<People": lambda row: row.group, "<Rule": lambda row: row.attack}
         for row in pick("extraction", "exact", role="floor"):
-            row.shown = row.value == floor[row.group].value  # one for all models and temperatures
+            row.shown = row.value == floor[row.group].value  # the same for all models and temperatures
         rule = plain_table(list(floor.values()), "Name-rule floor: exact addresses without a model", heads, "{:.1%}")
         few = folded("Every line at the fixed settings", extraction_table(study, True))
         return few + folded("Other temperatures", extraction_table(study, False), "more") + folded("Floor", rule)
@@ -356,7 +350,7 @@ def section_tables(study: Study, section: str) -> str:
             "<Texts": lambda row: row.group,
         }
         auc = plain_table(
-            pick("mia", "auc"), "ROC-AUC of every attack; blind baselines and the base beside them", heads, "{:.3f}"
+            pick("mia", "auc"), "ROC-AUC of every attack, with blind baselines and the base", heads, "{:.3f}"
         )
         heads |= {
             "Level": lambda row: (f"{float(row.level):.1%}", float(row.level)),
@@ -374,13 +368,13 @@ def section_tables(study: Study, section: str) -> str:
             "Sampling rate": lambda row: number(row.settings.get("sample_rate"), "{:.4g}"),
             "Steps": lambda row: str(row.settings.get("steps", "")),
         }
-        upper = plain_table(pick("privacy"), "ε by the accountant, add/remove", heads)
+        upper = plain_table(pick("privacy"), "ε from the accountants, add/remove adjacency", heads)
         heads = {
             "<Arm": _who,
             "<Measure": lambda row: row.metric,
             "<Part": lambda row: row.template or "",
             "<Canaries": lambda row: row.attack or "",
-            "Placed": lambda row: (number(row.repetitions, "{}×"), row.repetitions),
+            "Inserted": lambda row: (number(row.repetitions, "{}×"), row.repetitions),
             "Rows": lambda row: (number(row.count, "{:,}"), row.count),
         }
         return folded("ε", upper) + folded("Canaries", plain_table(pick("canary"), "Canaries", heads))
@@ -406,7 +400,7 @@ def section_tables(study: Study, section: str) -> str:
 
 def _change(row: Row) -> str:
     change = row.settings.get("relative_change")
-    note = ": hardly moved, this is the base" if models.hardly_moved(change) else ""
+    note = ": hardly moved, equals the base" if models.hardly_moved(change) else ""
     return "" if change is None else f"{change:.1g}{note}"
 
 
@@ -419,15 +413,15 @@ def inference_table(study: Study) -> str:
     """Dataset inference (Maini et al. 2024), from run_mia.json."""
     rows = []
     for path, run in study.runs.items():
-        for who, found in (run.get("dataset_inference") or {}).items():
-            if found:
+        for who, test in (run.get("dataset_inference") or {}).items():
+            if test:
                 rows.append(
                     [
                         str(run.get("args", {}).get("model") or Path(path).parent.name),
                         who,
-                        (number(found["p"], "{:.2g}"), found["p"]),
-                        (number(found["t"], "{:.2f}"), found["t"]),
-                        (f"{found['n_members']:,}", found["n_members"]),
+                        (number(test["p"], "{:.2g}"), test["p"]),
+                        (number(test["t"], "{:.2f}"), test["t"]),
+                        (f"{test['n_members']:,}", test["n_members"]),
                         study.shown(path),
                     ]
                 )
@@ -461,15 +455,15 @@ def training_table(study: Study) -> str:
 
 
 def groups_html(study: Study) -> str:
-    made = []
+    lists = []
     for area, groups in study.groups.items():
         items = "".join(
             f"<dt><b>{escape(label)}</b> ({escape(SECTIONS[area].lower())})</dt>"
-            f'<dd class="mono">{escape(", ".join(f"{k} {v}" for k, v in found.items()))}</dd>'
-            for label, found in groups.items()
+            f'<dd class="mono">{escape(", ".join(f"{key} {value}" for key, value in settings.items()))}</dd>'
+            for label, settings in groups.items()
         )
-        made.append(f"<dl>{items}</dl>")
-    return "".join(made)
+        lists.append(f"<dl>{items}</dl>")
+    return "".join(lists)
 
 
 def run_html(study: Study, path: str, run: dict) -> str:
@@ -490,11 +484,8 @@ def run_html(study: Study, path: str, run: dict) -> str:
     )
 
 
-# ---------------------------------------------------------------- the page
-
-
 def render(study: Study, figures: list[svg.Figure], cautions: list[Caution], made: dict, responses: str = "") -> str:
-    """The whole page. `made`: time, commit and dirty of this report, and whether it has images to link to."""
+    """The whole page. `made`: time, commit and dirty flag of this report, and whether there are images to link to."""
     look = Look(study)
     parts = {"glance": "At a glance"} if study.rows else {}
     body = []
@@ -515,18 +506,18 @@ def render(study: Study, figures: list[svg.Figure], cautions: list[Caution], mad
     if study.groups:
         parts["settings"] = "Settings"
         body.append(
-            '<h2 id="settings">Settings</h2><p class="lead">Numbers are comparable where these agree.</p>'
+            '<h2 id="settings">Settings</h2><p class="lead">Numbers are comparable if these agree.</p>'
             + groups_html(study)
         )
     if study.runs:
         parts["runs"] = "Runs"
-        said = '<p class="lead">What made these numbers, as each run recorded it.</p>'
+        lead = '<p class="lead">The provenance of these numbers, as recorded by each run.</p>'
         blocks = "".join(run_html(study, path, run) for path, run in study.runs.items())
         bad = {path: run for path, run in study.runs.items() if run.get("status") != "ok"}
         if len(study.runs) > MOST_RUNS:
             first = "".join(run_html(study, path, run) for path, run in bad.items())
             blocks = first + folded(f"All {len(study.runs):,} runs", blocks, "all")
-        body.append(f'<h2 id="runs">Runs</h2>{said}{blocks}')
+        body.append(f'<h2 id="runs">Runs</h2>{lead}{blocks}')
     bad = sum(caution.level == "wrong" for caution in cautions)
     careful = sum(caution.level == "careful" for caution in cautions)
     files = sum(len(paths) for kind, paths in study.files.items() if kind not in ("adapter", "responses"))
@@ -551,12 +542,12 @@ def render(study: Study, figures: list[svg.Figure], cautions: list[Caution], mad
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1"><link rel="icon" href="data:,">'
         f"<title>Results: {name}</title><style>{css}</style></head><body>"
-        f'<header><h1>Results: {name}</h1><p class="lead">Everything measured below '
-        f'<span class="mono">{root}</span>; paths on this page start there.</p>'
+        f'<header><h1>Results: {name}</h1><p class="lead">All results below '
+        f'<span class="mono">{root}</span>; paths on this page are relative to it.</p>'
         f'<ul class="facts">{shown}</ul></header><nav aria-label="Sections"><div>{links}</div></nav><main>'
         f'<h2 id="cautions" style="border:0;margin-top:1rem">Read first</h2>{cautions_html(cautions)}'
-        f"{''.join(body)}</main><footer>Made {escape(made['time'])} by plot_results.py at {escape(commit)}. All "
-        f"numbers, with settings and lines, are in results.csv{images}.</footer>"
+        f"{''.join(body)}</main><footer>Generated {escape(made['time'])} by plot_results.py at {escape(commit)}. All "
+        f"numbers, with settings and source lines, are in results.csv{images}.</footer>"
         f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script></body></html>\n"
     )
-    return text.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair, from a result file
+    return text.encode("utf-8", "backslashreplace").decode()  # escapes lone surrogates from result files
