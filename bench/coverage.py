@@ -16,9 +16,9 @@ error: about 0.5 % at 2,000 runs.
 """
 
 import sys
+from pathlib import Path
 
 from common import cli, stats
-from common.stats import interval
 
 KINDS = ("rate", "total", "auc", "tpr", "jackknife")
 SEED = 20250
@@ -153,7 +153,7 @@ def jackknife(runs: int, rng):
 
         groups = np.concatenate([metrics.deal(n, 2 * number), metrics.deal(n, 2 * number + 1)])
         for name, values in metrics.replicate(measure, groups).items():
-            estimate = interval(values, metrics.WIDER["Wasserstein-1 words a review"] if name[0] == "W" else 1)
+            estimate = metrics.interval(values, metrics.WIDER["Wasserstein-1 words a review"] if name[0] == "W" else 1)
             intervals[name].append([estimate["value"], estimate["low"], estimate["high"]])
     for name, simulated in intervals.items():
         values, bounds = np.array(simulated)[:, 0], np.array(simulated)[:, 1:]
@@ -179,4 +179,5 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # otherwise bench/ shadows the packages fidelity and mia
     sys.exit(cli.entry(main))

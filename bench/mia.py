@@ -213,4 +213,5 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # otherwise bench/ shadows the packages fidelity and mia
     sys.exit(cli.entry(main))
