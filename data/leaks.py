@@ -88,7 +88,7 @@ class LeakCheck:
 
     def addresses_in(self, text: str) -> set[str]:
         """Old addresses anywhere in `text`, including inside longer ones."""
-        text, found = text.casefold(), set()
+        text, addresses = text.casefold(), set()
         previous, at = -1, text.find("@")
         while at >= 0:
             following = text.find("@", at + 1)
@@ -99,13 +99,13 @@ class LeakCheck:
                 sizes = self.local_lengths.get(domain, ())
                 for size in sizes[: bisect.bisect(sizes, before)]:
                     if text[at - size : at] in self.locals[domain]:
-                        found.add(text[at - size : at + 1 + length])
+                        addresses.add(text[at - size : at + 1 + length])
             previous, at = at, following
-        return found
+        return addresses
 
     def names_in(self, text: str) -> set[str]:
         """Forms of old names that occur in `text` as separate words."""
-        found = set()
+        names = set()
         for block in re.split(r"\n[^\S\n]*(?:[>|][^\S\n]*)*(?=\n)", text.casefold()):
             line = re.sub(r"[^\S\n]*\n[\s>|]*|\s+", " ", block).replace(" ,", ",").replace(",", ", ")
             line = re.sub(r" {2,}", " ", line)
@@ -115,5 +115,5 @@ class LeakCheck:
                         after = match.start() + length
                         form = version[match.start() : after]
                         if form in self.names[match[0]] and not version[after : after + 1].isalnum():
-                            found.add(form)
-        return found
+                            names.add(form)
+        return names

@@ -103,7 +103,7 @@ class KnownAddresses:
     def spans(self, text: str) -> Iterator[tuple[int, int]]:
         """(start, end) of every known address in `text`, ignoring case, including nested ones; sorted by start, then
         longest first."""
-        found = []
+        spans = []
         if self.locals and "@" in text:
             folded = text.casefold()
             if len(folded) != len(text):  # characters that fold to several (like 'ß') are kept as they are
@@ -114,9 +114,9 @@ class KnownAddresses:
                     domain = folded[at + 1 : at + 1 + length]
                     for size in self.local_lengths.get(domain, ()):
                         if size <= at and folded[at - size : at] in self.locals[domain]:
-                            found.append((at - size, at + 1 + length))
+                            spans.append((at - size, at + 1 + length))
                 at = folded.find("@", at + 1)
-        return iter(sorted(found, key=lambda span: (span[0], -span[1])))
+        return iter(sorted(spans, key=lambda span: (span[0], -span[1])))
 
 
 class _Rest:
@@ -188,6 +188,6 @@ def map_strings(value, function: Callable[[str], str]):
 
 def strings(row: dict) -> list[str]:
     """Every string of a row, in the order in which `map_strings` visits them."""
-    found: list[str] = []
-    map_strings(row, lambda text: found.append(text) or text)
-    return found
+    texts: list[str] = []
+    map_strings(row, lambda text: texts.append(text) or text)
+    return texts

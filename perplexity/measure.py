@@ -121,12 +121,12 @@ class Target:
 
 
 def make_targets(
-    config: PerplexityConfig, found: list[tuple], chosen: list[int], rows: list[dict], problems: cli.Problems
+    config: PerplexityConfig, usable: list[tuple], chosen: list[int], rows: list[dict], problems: cli.Problems
 ) -> list[Target]:
     """Pair the models with their texts; models with the same template share them."""
     targets: list[Target] = []
     known: dict[tuple, list[str]] = {}
-    for name, ref, tokenizer in found:
+    for name, ref, tokenizer in usable:
         given = (rows, tokenizer, config.chat_template, ref.name)
         before = len(problems.lines)
         renderer = problems.absorb(dataset.read_renderer, *given)
@@ -152,8 +152,8 @@ def prepare(config: PerplexityConfig, folder: Path, problems: cli.Problems):
         if any("model" not in line or "mean" not in line for line in earlier):
             problems.add(f"{file}: not written by this script; move it away or choose another --output_dir")
     chosen, rows = choose_rows(config, problems)
-    found, unusable = find_models(config, problems)
-    usable = [model for model in found if model[2] is not None] if rows else []  # a missing tokenizer is a problem
+    known, unusable = find_models(config, problems)
+    usable = [model for model in known if model[2] is not None] if rows else []  # a missing tokenizer is a problem
     targets = make_targets(config, usable, chosen, rows, problems)
     return earlier, chosen, [dataset.written(rows[index]) for index in chosen], targets, unusable
 

@@ -31,10 +31,10 @@ from reporting.table import Model, Row, Study
 
 def extraction_bars(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
     """Loose matches and exact addresses by model, one panel per template, with the best name rule's floor."""
-    made = []
+    figures = []
     every = study.select("extraction", headline=True, role="target")
     sets = groups(every)
-    for place, group in enumerate(sets[:MOST_GROUPS]):
+    for index, group in enumerate(sets[:MOST_GROUPS]):
         rows = [row for row in every if row.group == group]
         models = look.sort(model for model in chosen if any(row.model is model for row in rows))
         templates = [name for name in dict.fromkeys(row.template for row in rows) if name != "all"]
@@ -65,12 +65,12 @@ def extraction_bars(study: Study, look: Look, chosen: list[Model]) -> list[Figur
         keys = [("exact address", INK, "block", None), ("loose match (partial ratio ≥ 80)", AXIS, "block", None)]
         if floors:
             keys.append((f"floor: {next(iter(floors.values())).attack}, no model", INK, None, ":"))
-        made.append(
+        figures.append(
             Figure(
-                name_of("extraction_bars", place),
+                name_of("extraction_bars", index),
                 f"Addresses extracted at temperature {HEADLINE_TEMPERATURE}",
                 f"{group}. Solid: exact address; pale: the released tool's loose rule; whiskers: 95 % Clopper–Pearson. "
-                "Dotted: exact addresses that the best name rule guesses without a model." + more_groups(sets, place),
+                "Dotted: exact addresses that the best name rule guesses without a model." + more_groups(sets, index),
                 "Share of exact addresses by template. " + "; ".join(told),
                 panels,
                 keys,
@@ -78,24 +78,24 @@ def extraction_bars(study: Study, look: Look, chosen: list[Model]) -> list[Figur
                 "extraction",
             )
         )
-    return made
+    return figures
 
 
 def _bars(template, models, at, floors, look, high):
     named = names(models)
 
     def draw(axes):
-        for place, model in enumerate(reversed(models)):
+        for index, model in enumerate(reversed(models)):
             colour = look.of[model.arm][0]
             loose, exact = (at.get((model.key, metric, template)) for metric in ("matches", "exact"))
             for row, width, alpha in ((loose, 0.72, 0.3), (exact, 0.4, 1.0)):
                 if row is None or row.value is None:
                     continue
-                axes.barh(place, row.value, width, color=colour, alpha=alpha, linewidth=0)
+                axes.barh(index, row.value, width, color=colour, alpha=alpha, linewidth=0)
                 edge = 0.27 if row is loose and exact is not None else 0
                 axes.errorbar(
                     row.value,
-                    place + edge,
+                    index + edge,
                     xerr=errors(row),
                     color=INK if row is exact else MUTED,
                     elinewidth=1,
@@ -115,20 +115,20 @@ def _bars(template, models, at, floors, look, high):
 
 def extraction_curves(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
     """Success rates against temperature, learning rate and epoch, one panel per template."""
-    made = []
+    figures = []
     every = study.select("extraction", role="target")
-    for place, group in enumerate(groups(every)[:MOST_GROUPS]):
+    for index, group in enumerate(groups(every)[:MOST_GROUPS]):
         rows = [row for row in every if row.group == group]
         temperatures = sorted({row.temperature for row in rows})
         if len(temperatures) >= 3:
-            made += _over_temperature(name_of("extraction_temperature", place), group, rows, look, chosen)
+            figures += _over_temperature(name_of("extraction_temperature", index), group, rows, look, chosen)
         fixed = [row for row in rows if row.headline]
         for axis, words in (("learning_rate", "learning rate"), ("epoch", "epoch")):
             series = sweeps(fixed, axis, chosen)
             if series:
-                name = name_of(f"extraction_{axis}", place)
-                made.append(_over_sweep(name, group, words, axis, series, fixed, look))
-    return made
+                name = name_of(f"extraction_{axis}", index)
+                figures.append(_over_sweep(name, group, words, axis, series, fixed, look))
+    return figures
 
 
 def _over_temperature(name, group, rows, look, chosen) -> list[Figure]:
@@ -162,12 +162,12 @@ def _over_temperature(name, group, rows, look, chosen) -> list[Figure]:
         f"{HEADLINE_TEMPERATURE}.{left_out(compared, models)}"
     )
     told = "; ".join(
-        f"{model.label}: {metric} {template} from {found[0].value:.1%} at {found[0].temperature:g} to "
-        f"{found[-1].value:.1%} at {found[-1].temperature:g}"
+        f"{model.label}: {metric} {template} from {line[0].value:.1%} at {line[0].temperature:g} to "
+        f"{line[-1].value:.1%} at {line[-1].temperature:g}"
         for model in models
         for metric in metrics
         for template in templates
-        if (found := at.get((model.key, metric, template))) and None not in (found[0].value, found[-1].value)
+        if (line := at.get((model.key, metric, template))) and None not in (line[0].value, line[-1].value)
     )
     panels = [panel(metric, template) for metric in metrics for template in templates]
     return (
@@ -181,10 +181,10 @@ def _over_sweep(name, group, words, axis, series, rows, look) -> Figure:
     rows_of = {(row.model.key, row.metric, row.template): row for row in rows}
     bases = [row for row in rows if row.model.is_base]
     fixed = [model for models in series.values() for model in models]
-    templates = [one for one in dict.fromkeys(key[2] for key in rows_of) if one != "all"]
+    templates = [template for template in dict.fromkeys(key[2] for key in rows_of) if template != "all"]
     styles = styles_of(series, look)
     places = dodge(series, axis)
-    metrics = [one for one in ("matches", "exact") if any(key[1] == one for key in rows_of)]
+    metrics = [metric for metric in ("matches", "exact") if any(key[1] == metric for key in rows_of)]
 
     def panel(metric, template):
         def draw(axes):
@@ -239,8 +239,8 @@ def _over_sweep(name, group, words, axis, series, rows, look) -> Figure:
 def perplexity_curves(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
     """One figure per set of texts: by epoch and learning rate, or by model if these do not vary."""
     every = study.select("perplexity", "mean", role="target")
-    made, sets = [], groups(every)
-    for place, group in enumerate(sets[:MOST_GROUPS]):
+    figures, sets = [], groups(every)
+    for index, group in enumerate(sets[:MOST_GROUPS]):
         panels, keys, told, drawn = [], {}, [], []
         rows = {row.model.key: row for row in every if row.group == group}
         bases = [row for row in rows.values() if row.model.is_base and row.value is not None]
@@ -272,10 +272,10 @@ def perplexity_curves(study: Study, look: Look, chosen: list[Model]) -> list[Fig
             told = [f"{model.label} {interval_text(rows[model.key], False)}" for model in drawn]
         if panels:
             caption = f"{group}: mean over documents, interval: 95 % bootstrap over documents. Lower is better."
-            caption += left_out((row.model for row in rows.values()), drawn) + more_groups(sets, place)
-            made.append(
+            caption += left_out((row.model for row in rows.values()), drawn) + more_groups(sets, index)
+            figures.append(
                 Figure(
-                    name_of("perplexity", place),
+                    name_of("perplexity", index),
                     "Perplexity of held-out text",
                     caption,
                     "; ".join(told),
@@ -285,16 +285,16 @@ def perplexity_curves(study: Study, look: Look, chosen: list[Model]) -> list[Fig
                     "perplexity",
                 )
             )
-    return made
+    return figures
 
 
 def _dots(rows: list[Row], look: Look):
     named = names([row.model for row in rows])
 
     def draw(axes):
-        for place, row in enumerate(reversed(rows)):
+        for index, row in enumerate(reversed(rows)):
             colour, marker = look.of[row.model.arm]
-            axes.errorbar(row.value, place, xerr=errors(row), fmt=marker, color=colour, elinewidth=1.4)
+            axes.errorbar(row.value, index, xerr=errors(row), fmt=marker, color=colour, elinewidth=1.4)
         axes.set_yticks(range(len(rows)), [short(named[row.model.key]) for row in reversed(rows)])
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.set(xlabel="perplexity", ylim=(-0.6, len(rows) - 0.4))

@@ -134,10 +134,10 @@ def _roc(curves, n, colour, bad):
 
 def heat_maps(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
     """Heat maps of AUC and of TPR at 1 % FPR, attack × checkpoint."""
-    made = []
+    figures = []
     every = study.select("mia", role="target", attack=lambda name: name in ATTACKS)
     sets = groups(every)
-    for place, group in enumerate(sets[:MOST_GROUPS]):
+    for index, group in enumerate(sets[:MOST_GROUPS]):
         rows = [row for row in every if row.group == group]
         models = look.sort({row.model.key: row.model for row in rows}.values())
         every_model = models
@@ -153,9 +153,11 @@ def heat_maps(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
         best = [row for row in rows if row.metric == "auc" and row.attack == HEADLINE_ATTACK and row.model in models]
         told = "; ".join(f"{row.model.label} {HEADLINE_ATTACK} AUC {interval_text(row, False)}" for row in best)
         caption = f"{group}. AUC 0.5 and a true positive rate of 1 % are chance."
-        caption += left_out(every_model, models) + more_groups(sets, place)
-        made.append(Figure(name_of("mia_heatmap", place), "Attack × checkpoint", caption, told, panels, [], 2, "mia"))
-    return made
+        caption += left_out(every_model, models) + more_groups(sets, index)
+        figures.append(
+            Figure(name_of("mia_heatmap", index), "Attack × checkpoint", caption, told, panels, [], 2, "mia")
+        )
+    return figures
 
 
 def _heat(models, attacks, at, metric, look):

@@ -49,14 +49,14 @@ def epsilon_bounds(study: Study, look: Look, chosen: list[Model]) -> list[Figure
     marks |= {"ε lower": ("vermillion", "^"), "ε lower, text only": ("amber", "v")}
 
     def draw(axes):
-        for place, name in enumerate(reversed(places)):
+        for index, name in enumerate(reversed(places)):
             run_rows = [row for row in shown if place_of(row) == name]
             ends = [row.value for row in run_rows]
-            axes.plot([min(ends), max(ends)], [place, place], color=GRID, linewidth=5, zorder=1, solid_capstyle="round")
+            axes.plot([min(ends), max(ends)], [index, index], color=GRID, linewidth=5, zorder=1, solid_capstyle="round")
             for row in run_rows:
                 colour, marker = marks[row.metric]
                 hollow = {"markerfacecolor": "none"} if row.undefined else {}
-                axes.plot(row.value, place, marker, color=COLOURS[colour][0], markersize=7, zorder=3, **hollow)
+                axes.plot(row.value, index, marker, color=COLOURS[colour][0], markersize=7, zorder=3, **hollow)
         axes.set_yticks(range(len(places)), [short(label_of[name], 34) for name in reversed(places)])
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.set(xlabel="ε", ylim=(-0.6, len(places) - 0.4))
@@ -99,8 +99,8 @@ def exposure(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
             own = sorted(own, key=lambda row: row.repetitions or 0)
             x = [counts.index(row.repetitions or 0) + shift * (number - (len(series) - 1) / 2) for row in own]
             axes.plot(x, [row.value for row in own], color=colour, linewidth=1, alpha=0.5)
-            for place, row in zip(x, own):
-                axes.errorbar(place, row.value, yerr=errors(row), fmt=marker, color=colour, elinewidth=1.4)
+            for position, row in zip(x, own):
+                axes.errorbar(position, row.value, yerr=errors(row), fmt=marker, color=colour, elinewidth=1.4)
         axes.axhline(1.0, color=MUTED, linestyle=":", linewidth=1.2)
         if ceiling:
             axes.axhline(ceiling, color=AXIS, linestyle="--", linewidth=1.2)
@@ -140,11 +140,11 @@ def canary_counts(study: Study, look: Look, chosen: list[Model]) -> list[Figure]
 
     def panel(part):
         def draw(axes):
-            for place, group in enumerate(reversed(arms)):
+            for index, group in enumerate(reversed(arms)):
                 for row in rows:
                     if row.template == part and name(row) == group:
                         colour, marker = look.of.get(row.arm, (BASE, "o"))
-                        axes.errorbar(row.value, place, xerr=errors(row), fmt=marker, color=colour, elinewidth=1.4)
+                        axes.errorbar(row.value, index, xerr=errors(row), fmt=marker, color=colour, elinewidth=1.4)
             axes.set_yticks(range(len(arms)), [short(arm) for arm in reversed(arms)])
             axes.set(xlim=(-0.01 * high, high), ylim=(-0.6, len(arms) - 0.4))
             axes.tick_params(axis="y", length=0, labelcolor=INK)
@@ -199,16 +199,16 @@ def dots(title, rows, look, reference=None, form="{:.3g}", shown=None):
     arms = list(dict.fromkeys(row.arm for row in rows))
 
     def draw(axes):
-        for place, arm in enumerate(reversed(arms)):
+        for index, arm in enumerate(reversed(arms)):
             colour, marker = look.of.get(arm, (BASE, "o"))
             own = [row for row in rows if row.arm == arm and row.value is not None]
             for layer, row in enumerate(own):
-                height = place + 0.16 * (layer - (len(own) - 1) / 2)
+                height = index + 0.16 * (layer - (len(own) - 1) / 2)
                 axes.errorbar(row.value, height, xerr=errors(row), fmt=marker, color=colour, elinewidth=1.4)
                 if len(own) == 1:
                     axes.annotate(
                         form.format(row.value),
-                        (row.value, place),
+                        (row.value, index),
                         (0, 6),
                         textcoords="offset points",
                         ha="center",
@@ -225,10 +225,10 @@ def dots(title, rows, look, reference=None, form="{:.3g}", shown=None):
 
 
 def fidelity(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
-    made = []
+    figures = []
     every = study.select("fidelity", role="target")
     sets = list(dict.fromkeys(row.group for row in every))
-    for place, group in enumerate(sets[:MOST_GROUPS]):
+    for index, group in enumerate(sets[:MOST_GROUPS]):
         panels, told = [], []
         for measure in SHOWN_FIDELITY:
             rows = [row for row in every if (row.group, row.metric) == (group, measure) and row.value is not None]
@@ -241,12 +241,12 @@ def fidelity(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
         caption = (
             f"{group}, {n:,} rows per sample. Dotted: a second real sample of the same size, i.e. how much two samples "
             "of real text differ. 95 % jackknife; MAUVE: range over seeds. The table has more metrics."
-            + more_groups(sets, place)
+            + more_groups(sets, index)
         )
         if panels:
-            made.append(
+            figures.append(
                 Figure(
-                    name_of("fidelity", place),
+                    name_of("fidelity", index),
                     "Fidelity of synthetic text",
                     caption,
                     "; ".join(told),
@@ -256,15 +256,15 @@ def fidelity(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
                     "fidelity",
                 )
             )
-    return made
+    return figures
 
 
 def utility(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
     """Train on synthetic, test on real: each seed as a pale dot, the mean over seeds as a solid one."""
-    made = []
+    figures = []
     every = study.select("utility")
     sets = list(dict.fromkeys(row.group for row in every))
-    for place, group in enumerate(sets[:MOST_GROUPS]):
+    for index, group in enumerate(sets[:MOST_GROUPS]):
         rows = [row for row in every if row.group == group]
         panels = [
             _utility(metric, words, [row for row in rows if row.metric == metric], look)
@@ -278,13 +278,13 @@ def utility(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
             ("untuned base", BASE, None, "--"),
         ]
         caption = f"{group}. Rating held-out real reviews after training on each arm for equal rows and steps."
-        caption += more_groups(sets, place)
-        made.append(
+        caption += more_groups(sets, index)
+        figures.append(
             Figure(
-                name_of("utility", place), "Train on synthetic, test on real", caption, told, panels, keys, 3, "utility"
+                name_of("utility", index), "Train on synthetic, test on real", caption, told, panels, keys, 3, "utility"
             )
         )
-    return made
+    return figures
 
 
 def _utility(metric, words, rows, look):
@@ -292,16 +292,16 @@ def _utility(metric, words, rows, look):
     lines = {row.arm: row.value for row in rows if row.role == "baseline"}
 
     def draw(axes):
-        for place, arm in enumerate(reversed(arms)):
+        for index, arm in enumerate(reversed(arms)):
             colour, marker = look.of.get(arm, (BASE, "o"))
             for row in rows:
                 if row.arm == arm and row.role == "target":
-                    axes.plot(row.value, place, "o", color=colour, alpha=0.35, markersize=5)
+                    axes.plot(row.value, index, "o", color=colour, alpha=0.35, markersize=5)
                 elif row.arm == arm and row.role == "mean":
-                    axes.plot(row.value, place, marker, color=colour, markersize=8)
+                    axes.plot(row.value, index, marker, color=colour, markersize=8)
                     axes.annotate(
                         f"{row.value:.3f}",
-                        (row.value, place),
+                        (row.value, index),
                         (0, 7),
                         textcoords="offset points",
                         ha="center",
@@ -317,10 +317,10 @@ def _utility(metric, words, rows, look):
 
 def human(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
     """Share of each label on the blinded sheets, one dot per rater."""
-    made = []
+    figures = []
     every = study.select("human", role="target")
     sets = list(dict.fromkeys(row.group for row in every))
-    for place, group in enumerate(sets[:MOST_GROUPS]):
+    for index, group in enumerate(sets[:MOST_GROUPS]):
         rows = [row for row in every if row.group == group and row.value is not None]
         labels = list(dict.fromkeys(row.metric for row in rows))
         panels = [
@@ -330,18 +330,18 @@ def human(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
         kappa = [row.value for row in study.select("human", "Fleiss κ", group=group) if row.value is not None]
         agree = f" Agreement between raters: Fleiss κ {kappa[0]:.2f}." if kappa else ""
         caption = f"{group}. Share of blinded rows with each label, one dot per rater; 95 % Clopper–Pearson.{agree}"
-        caption += more_groups(sets, place)
+        caption += more_groups(sets, index)
         told = "; ".join(f"{row.metric}: {row.arm}, {row.template} {interval_text(row)}" for row in rows)
         if panels:
-            made.append(Figure(name_of("human", place), "Human evaluation", caption, told, panels, [], 3, "utility"))
-    return made
+            figures.append(Figure(name_of("human", index), "Human evaluation", caption, told, panels, [], 3, "utility"))
+    return figures
 
 
 def importance(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
-    made = []
+    figures = []
     every = study.select("importance")
     sets = list(dict.fromkeys(row.group for row in every))
-    for place, group in enumerate(sets[:MOST_GROUPS]):
+    for index, group in enumerate(sets[:MOST_GROUPS]):
         panels, told = [], []
         for metric in ("spearman", "pearson", "jaccard@20"):
             rows = [row for row in every if (row.group, row.metric) == (group, metric) and row.value is not None]
@@ -351,11 +351,11 @@ def importance(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
                 panels.append(dots(metric.capitalize(), rows, look, marks, "{:.2f}", shown))
                 told.append(f"{metric}: " + ", ".join(f"{row.arm} {row.value:.2f}" for row in rows))
         caption = f"{group}. Agreement of word importances with the model trained on real rows; range over draws."
-        caption += more_groups(sets, place)
+        caption += more_groups(sets, index)
         if panels:
-            made.append(
+            figures.append(
                 Figure(
-                    name_of("importance", place),
+                    name_of("importance", index),
                     "Feature importance consistency",
                     caption,
                     "; ".join(told),
@@ -365,4 +365,4 @@ def importance(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
                     "utility",
                 )
             )
-    return made
+    return figures

@@ -96,9 +96,9 @@ def table(heads: list[str], rows: list[list], caption: str, strong=frozenset()) 
             f"{start}<tbody></tbody></table></div>{script}</details>"
         )
     body = []
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         first = escape(row[0] if isinstance(row[0], str) else row[0][0])
-        mark = ' class="fixed"' if place in strong else ""
+        mark = ' class="fixed"' if index in strong else ""
         cells = "".join(td(item, kind) for item, kind in zip(row[1:], kinds[1:]))
         body.append(f'<tr{mark}><th scope="row">{first}</th>{cells}</tr>')
     return f"{caption_html}{start}<tbody>{''.join(body)}</tbody></table></div>"
@@ -121,11 +121,11 @@ def figure_html(figure: svg.Figure, linked: bool) -> str:
         f"<li>{svg.key_svg(colour, marker, style)}{escape(label)}</li>" for label, colour, marker, style in figure.keys
     )
     pieces = []
-    for place, panel in enumerate(figure.panels):
+    for index, panel in enumerate(figure.panels):
         drawn = svg.svg(
             panel,
-            f"{figure.name}-{place}",
-            f"{figure.title}, {panel.title}. {figure.summary}" if place == 0 else f"{figure.title}, {panel.title}",
+            f"{figure.name}-{index}",
+            f"{figure.title}, {panel.title}. {figure.summary}" if index == 0 else f"{figure.title}, {panel.title}",
         )
         width = 96 * panel.size[0]
         wide = " wide" if panel.size[0] > 6 else ""
@@ -182,12 +182,12 @@ def glance(study: Study, look: Look) -> str:
     for row in every:
         by_group.setdefault(row.group, set()).add(row.model.key)
     order = sorted(by_group, key=lambda group: -len(by_group[group]))
-    for place, group in enumerate(order[:3]):
+    for index, group in enumerate(order[:3]):
         of = f"|{group}" if len(order) > 1 else ""
         rows = [row for row in every if row.group == group]
         fixed = [row for row in rows if row.headline]
         add(f"Exact addresses{of}", [row for row in fixed if row.metric == "exact"], count=True)
-        if place == 0:
+        if index == 0:
             greedy = [row for row in rows if row.temperature <= GREEDY_BELOW and row.metric == "exact"]
             greedy.sort(key=lambda row: -row.temperature)
             add("Exact, greedy", greedy, count=True)
@@ -218,7 +218,7 @@ def glance(study: Study, look: Look) -> str:
         sources = dict.fromkeys(by_model[model.key].source for _, _, by_model in columns if model.key in by_model)
         items = [cells.get(model.key, ("", None)) for _, cells, _ in columns]
         rows.append([model.label, *items, "\n".join(sources)])
-    strong = {place for place, model in enumerate(measured) if model in chosen and len(measured) > len(chosen)}
+    strong = {index for index, model in enumerate(measured) if model in chosen and len(measured) > len(chosen)}
     caption = (
         f"Each number at one setting fixed in advance: extraction at temperature {HEADLINE_TEMPERATURE} over all "
         f"templates (with greedy next to it), membership inference with {HEADLINE_ATTACK}. 95 % intervals. Figures "
@@ -227,7 +227,7 @@ def glance(study: Study, look: Look) -> str:
     heads = ["<Model", *[head for head, _, _ in columns], "@Lines"]
     if len(measured) <= MOST_MODELS:
         return table(heads, rows, caption, strong)
-    few = [row for place, row in enumerate(rows) if place in strong]
+    few = [row for index, row in enumerate(rows) if index in strong]
     every = folded(f"All {len(measured):,} models", table(heads, rows, "All measured checkpoints"), "all")
     return table(heads, few, caption.replace(", in bold here", ", the only ones here")) + every
 

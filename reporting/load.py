@@ -199,15 +199,17 @@ def read(directories: list[Path], output: Path | None = None) -> Study:
                 shown = study.shown(path)
                 with study.guard(shown, number):
                     check_line(line)
-                    made = convert(line, study, models, path, number)
-                    for row in made:
+                    rows = convert(line, study, models, path, number)
+                    for row in rows:
                         check_row(row)
                         row.file, row.line = shown, number
                         row.arm = row.arm or (row.model.arm if row.model else None)
                         if row.model and line.get("relative_change") is not None:
-                            known = [one for one in (row.model.change, line["relative_change"]) if one is not None]
+                            known = [
+                                change for change in (row.model.change, line["relative_change"]) if change is not None
+                            ]
                             row.model.change = min(known)
-                    study.rows += made
+                    study.rows += rows
                     study.lines.setdefault(kind, []).append((shown, number, line))
             scores = scores_of(path, study) if kind == "mia" else None
             if scores:
@@ -220,7 +222,9 @@ def read(directories: list[Path], output: Path | None = None) -> Study:
     for path in study.files["adapter"]:
         if CHECKPOINT.fullmatch(path.parent.name):
             models.of(None, path)
-            study.lines.setdefault("adapter", []).extend((study.shown(path), n, one) for n, one in parse(path, study))
+            study.lines.setdefault("adapter", []).extend(
+                (study.shown(path), n, config) for n, config in parse(path, study)
+            )
     for model in study.models.values():
         make_literal(model, MODEL_TEXTS)
     name_models(list(study.models.values()))
@@ -239,7 +243,7 @@ def newest(study: Study) -> None:
         return row.area, row.metric, row.model.key, row.group, row.template, row.temperature, row.attack, row.level
 
     rows = [row for row in study.rows if row.model and row.area in ("extraction", "perplexity", "mia")]
-    order = {study.shown(path): place for kind in study.files.values() for place, path in enumerate(kind)}
+    order = {study.shown(path): index for kind in study.files.values() for index, path in enumerate(kind)}
     for row in rows:
         if row.role in ("target",):
             last[key(row)] = max(last.get(key(row), row.source), row.source, key=lambda s: _place(s, order))

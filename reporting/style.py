@@ -27,7 +27,7 @@ class Look:
             self.of[arm] = (BASE, "o")
 
     def sort(self, models) -> list[Model]:
-        places = {arm: place for place, arm in enumerate(self.arms)}
+        places = {arm: index for index, arm in enumerate(self.arms)}
         return sorted(models, key=lambda m: (places.get(m.arm, 99), m.learning_rate or 0, m.step or 0))
 
 
@@ -40,7 +40,7 @@ def names(models: list[Model]) -> dict[str, str]:
 
 
 def _order(arm: str, first: tuple) -> int:
-    return next((place for place, name in enumerate(first) if arm.startswith(name)), len(first))
+    return next((index for index, name in enumerate(first) if arm.startswith(name)), len(first))
 
 
 def groups(rows: list[Row]) -> list[str]:
@@ -51,8 +51,8 @@ def groups(rows: list[Row]) -> list[str]:
     return sorted(models, key=lambda group: -len(models[group]))
 
 
-def name_of(base: str, place: int) -> str:
-    return base if place == 0 else f"{base}_{place + 1}"
+def name_of(base: str, index: int) -> str:
+    return base if index == 0 else f"{base}_{index + 1}"
 
 
 def interval_text(row: Row, rate=True) -> str:
@@ -91,9 +91,9 @@ def sweeps(rows: list[Row], axis: str, chosen: list[Model]) -> dict[str, list[Mo
     shown = {}
     for rest, models in several.items():
         parts = [rest[0]]
-        for place in range(1, len(rest)):
-            if len({other[place] for other in several}) > 1 and rest[place]:
-                parts.append(f"lr {rest[place]:g}" if place == 4 else str(rest[place]))
+        for index in range(1, len(rest)):
+            if len({other[index] for other in several}) > 1 and rest[index]:
+                parts.append(f"lr {rest[index]:g}" if index == 4 else str(rest[index]))
         shown[" · ".join(parts)] = models
     return shown
 
@@ -124,9 +124,9 @@ def left_out(models, drawn) -> str:
     return f" Not drawn, but in the table: {', '.join(rest[:MOST_NAMED])}{more}." if rest else ""
 
 
-def more_groups(sets: list[str], place: int) -> str:
+def more_groups(sets: list[str], index: int) -> str:
     """Text for the last figure's caption that lists the sets of people or texts without a figure."""
-    rest = sets[MOST_GROUPS:] if place == MOST_GROUPS - 1 else []
+    rest = sets[MOST_GROUPS:] if index == MOST_GROUPS - 1 else []
     return f" Without a figure, but in the table: {', '.join(rest)}." if rest else ""
 
 
@@ -148,9 +148,9 @@ def axis_of(axes, axis: str, values: list[float]) -> None:
     if axis == "learning_rate":
         axes.set_xscale("log")
         axes.minorticks_off()
-    place = math.log if axis == "learning_rate" else float
+    position = math.log if axis == "learning_rate" else float
     kept = ticks[:1]
     for tick in ticks[1:]:  # labels at least a fifth of the axis apart
-        if place(tick) - place(kept[-1]) >= (place(ticks[-1]) - place(ticks[0])) / 5:
+        if position(tick) - position(kept[-1]) >= (position(ticks[-1]) - position(ticks[0])) / 5:
             kept.append(tick)
     axes.set_xticks(kept, [f"{tick:g}" for tick in kept])

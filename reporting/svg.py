@@ -126,9 +126,9 @@ def svg(panel: Panel, name: str, label: str) -> str:
     for colour, (light, _) in COLOURS.items():
         text = re.sub(light, f"var(--{colour})", text, flags=re.I)
     # make ids unique: clip paths and markers are numbered alike in every figure
-    ids = {found: f"{name}-{number}" for number, found in enumerate(dict.fromkeys(re.findall(r' id="([^"]+)"', text)))}
-    text = re.sub(r' id="([^"]+)"', lambda found: f' id="{ids[found[1]]}"', text)
-    text = re.sub(r"(#)([\w-]+)(?=[\")])", lambda found: "#" + ids.get(found[2], found[2]), text)
+    ids = {old: f"{name}-{number}" for number, old in enumerate(dict.fromkeys(re.findall(r' id="([^"]+)"', text)))}
+    text = re.sub(r' id="([^"]+)"', lambda match: f' id="{ids[match[1]]}"', text)
+    text = re.sub(r"(#)([\w-]+)(?=[\")])", lambda match: "#" + ids.get(match[2], match[2]), text)
     text = re.sub(r"<[^>]+>", lambda tag: re.sub(r"\d+\.\d{3,}", _rounded, tag[0]), text)  # only inside tags
     text = re.sub(r"\s*\n\s*", " ", text)
     width, height = (round(96 * inches) for inches in panel.size)
@@ -137,13 +137,13 @@ def svg(panel: Panel, name: str, label: str) -> str:
     return start + f' aria-label="{html.escape(label, quote=True)}">' + text[text.index(">") + 1 :]
 
 
-def _rounded(found: re.Match) -> str:
-    return f"{float(found[0]):.2f}".rstrip("0").rstrip(".")
+def _rounded(match: re.Match) -> str:
+    return f"{float(match[0]):.2f}".rstrip("0").rstrip(".")
 
 
-def _font(found: re.Match) -> str:
-    weight = "bold " if "bold" in found[0] or "700" in found[0] else ""
-    return f"font: {weight}{found[1]}px var(--font)"
+def _font(match: re.Match) -> str:
+    weight = "bold " if "bold" in match[0] or "700" in match[0] else ""
+    return f"font: {weight}{match[1]}px var(--font)"
 
 
 def whole(figure: Figure):
@@ -248,11 +248,11 @@ def label_ends(axes, ends: list[tuple]) -> None:
     axes.figure.canvas.draw()  # sets the limits
     low, high = axes.get_ylim()
     log = axes.get_yscale() == "log"
-    place = (lambda y: math.log(y / low) / math.log(high / low)) if log else (lambda y: (y - low) / (high - low))
+    position = (lambda y: math.log(y / low) / math.log(high / low)) if log else (lambda y: (y - low) / (high - low))
     step = 11 / (axes.bbox.height / axes.figure.dpi * 72)
     at, last = [], -math.inf
     for y, text, colour in sorted(ends, key=lambda end: end[0]):
-        last = max(place(y), last + step)
+        last = max(position(y), last + step)
         at.append([last, text, colour])
     over = max(0.0, at[-1][0] - 1) if at else 0
     for height, text, colour in at:

@@ -220,7 +220,9 @@ def public_base(config, out: Path, device: list) -> Path:
         *device,
     )
     base, newest = out / "public-base", find_checkpoints(tree)[-1]
-    new, old = (models.weights_sha256(models.find_model(str(one))) if one.is_dir() else None for one in (newest, base))
+    new, old = (
+        models.weights_sha256(models.find_model(str(folder))) if folder.is_dir() else None for folder in (newest, base)
+    )
     if old and old != new:
         print(f"\n{base}: stale (weights differ from {newest}); replaced, and everything trained on it runs again")
     if old != new:
