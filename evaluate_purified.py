@@ -81,10 +81,10 @@ def run(config: EvaluateConfig) -> int:
     membership = sets = None
     if config.mia:
         from mia.config import MiaConfig
-        from mia.dataset import prepare
+        from mia.dataset import Reader, prepare
 
         membership = MiaConfig(dir=config.model, members=config.dataset, seed=config.seed, dtype=config.dtype)
-        sets = prepare(membership, problems)
+        sets = prepare(membership, problems, Reader(membership, problems))
     problems.check()
     with results.output_folder(config.model, config.dry_run, measure.KEY) as output:
         return evaluate(config, attack, tree, membership, sets, output)

@@ -107,7 +107,7 @@ def damage(study) -> list[str]:
 def write(config: ReportConfig, study, output: Path, record: results.Run) -> None:
     from reporting import caveats, figures, html, load, responses, svg
 
-    answers = responses.html(study, config.unredacted) if config.include_responses else ""
+    answers = responses.tables(study, config.unredacted) if config.include_responses else []
     drawn = figures.build(study)
     with results.atomic_folder(output / "figures") as folder:
         for figure in drawn if not config.no_figures else ():

@@ -4,10 +4,10 @@ A panel is drawn once, in the light colours. In the SVG these become CSS variabl
 applies to figures too; text stays text, in the page's font.
 """
 
-import html
 import io
 import math
 import re
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -25,6 +25,10 @@ COLOURS = {
     "amber": ("#b27d00", "#f0bd4c"),
     "sky": ("#2b95cf", "#8fd3ff"),
 }
+VARIABLES = {light: f"var(--{name})" for name, (light, _) in COLOURS.items()}
+SVG = "http://www.w3.org/2000/svg"
+ElementTree.register_namespace("", SVG)
+ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
 SERIES = ("blue", "vermillion", "green", "purple", "amber", "sky")
 MARKERS = ("o", "s", "D", "^", "v", "P")
 INK, MUTED, GRID, AXIS, BASE = (COLOURS[name][0] for name in ("ink", "muted", "grid", "axis", "base"))
@@ -83,10 +87,6 @@ class Figure:
     section: str = ""
 
 
-def css_variables(dark: bool) -> str:
-    return "".join(f"--{name}:{pair[dark]};" for name, pair in COLOURS.items())
-
-
 def fill(axes, panel: Panel) -> None:
     """Draw the panel; log axes get plain numbers, because matplotlib's use mathtext, which SETTINGS disables."""
     from matplotlib.ticker import LogFormatterSciNotation
@@ -107,7 +107,7 @@ def fill(axes, panel: Panel) -> None:
 
 
 def svg(panel: Panel, name: str, label: str) -> str:
-    """The panel as an <svg> element for a page that defines the variables of `css_variables`."""
+    """The panel as an <svg> element for a page that defines --font and a variable for each of COLOURS."""
     import matplotlib
     from matplotlib.figure import Figure as Canvas
 
@@ -116,34 +116,49 @@ def svg(panel: Panel, name: str, label: str) -> str:
         fill(canvas.subplots(), panel)
         buffer = io.StringIO()
         canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
-    text = re.sub(r'(<g) id="[^"]*"', r"\1", text)
-    text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.S)
-    text = re.sub(r"font:[^;\"]*?([\d.]+)px [^;\"]*", _font, text)
-    text = re.sub(r"font-family:[^;\"]*", "font-family: inherit", text)
-    for colour, (light, _) in COLOURS.items():
-        text = re.sub(light, f"var(--{colour})", text, flags=re.I)
-    # make ids unique: clip paths and markers are numbered alike in every figure
-    ids = {old: f"{name}-{number}" for number, old in enumerate(dict.fromkeys(re.findall(r' id="([^"]+)"', text)))}
-    text = re.sub(r' id="([^"]+)"', lambda match: f' id="{ids[match[1]]}"', text)
-    text = re.sub(r"(#)([\w-]+)(?=[\")])", lambda match: "#" + ids.get(match[2], match[2]), text)
-    text = re.sub(r"<[^>]+>", lambda tag: re.sub(r"\d+\.\d{3,}", _rounded, tag[0]), text)  # only inside tags
-    text = re.sub(r"\s*\n\s*", " ", text)
+    root = ElementTree.fromstring(buffer.getvalue())
+    for metadata in root.findall(f"{{{SVG}}}metadata"):
+        root.remove(metadata)
+    for group in root.iter(f"{{{SVG}}}g"):
+        group.attrib.pop("id", None)
+    ids = {element.attrib["id"]: f"{name}-{number}" for number, element in enumerate(root.findall(".//*[@id]"))}
+    for element in root.iter():
+        if not (element.text or "").strip():
+            element.text = None
+        element.tail = None
+        for key, value in element.attrib.items():
+            element.set(key, _attribute(key, value, ids))
     width, height = (round(96 * inches) for inches in panel.size)
-    box = f'viewBox="0 0 {72 * panel.size[0]:g} {72 * panel.size[1]:g}"'
-    start = f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" {box} width="{width}" height="{height}" role="img"'
-    return start + f' aria-label="{html.escape(label, quote=True)}">' + text[text.index(">") + 1 :]
+    root.attrib = {
+        "viewBox": f"0 0 {72 * panel.size[0]:g} {72 * panel.size[1]:g}",
+        "width": str(width),
+        "height": str(height),
+        "role": "img",
+        "aria-label": label,
+    }
+    return ElementTree.tostring(root, encoding="unicode")
 
 
-def _rounded(match: re.Match) -> str:
-    return f"{float(match[0]):.2f}".rstrip("0").rstrip(".")
+def _attribute(key: str, value: str, ids: dict[str, str]) -> str:
+    """Adapt an attribute value to the page: unique ids, two decimals, the page's font and colours."""
+    if key == "id":
+        return ids[value]
+    value = re.sub(r"#([\w-]+)", lambda target: "#" + ids.get(target[1], target[1]), value)
+    value = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), value)
+    if key != "style":
+        return value
+    return "; ".join(_themed(*part.split(":", 1)) for part in value.split(";") if part.strip())
 
 
-def _font(match: re.Match) -> str:
-    weight = "bold " if "bold" in match[0] or "700" in match[0] else ""
-    return f"font: {weight}{match[1]}px var(--font)"
+def _themed(key: str, value: str) -> str:
+    key, value = key.strip(), value.strip()
+    if key == "font":
+        size = re.search(r"[\d.]+px", value)
+        weight = "bold " if "bold" in value or "700" in value else ""
+        value = f"{weight}{size[0] if size else '10px'} var(--font)"
+    elif key == "font-family":
+        value = "inherit"
+    return f"{key}: {VARIABLES.get(value.lower(), value)}"
 
 
 def whole(figure: Figure):
@@ -180,7 +195,7 @@ def whole(figure: Figure):
             legend = canvas.legend(handles, ["-"] * len(handles), loc="outside lower left", ncols=columns, fontsize=8.5)
             for text, key in zip(
                 legend.get_texts(), figure.keys
-            ):  # set afterwards: matplotlib drops labels that begin with _
+            ):  # set afterwards: labels with a leading _ are dropped
                 text.set_text(key[0])
     return canvas
 
@@ -197,8 +212,7 @@ def save(figure: Figure, folder) -> None:
 
 def key_svg(colour: str, marker: str | None, style: str | None) -> str:
     """The symbol of a legend entry, 22 × 12 pixels."""
-    name = next((name for name, pair in COLOURS.items() if pair[0] == colour), None)
-    paint = f"var(--{name})" if name else colour
+    paint = VARIABLES.get(colour, colour)
     dashes = {"--": ' stroke-dasharray="5 3"', ":": ' stroke-dasharray="1.5 2.5"', "-.": ' stroke-dasharray="6 2 1 2"'}
     shapes = {
         "o": '<circle cx="11" cy="6" r="3.4"/>',
@@ -248,11 +262,11 @@ def label_ends(axes, ends: list[tuple]) -> None:
     axes.figure.canvas.draw()  # sets the limits
     low, high = axes.get_ylim()
     log = axes.get_yscale() == "log"
-    position = (lambda y: math.log(y / low) / math.log(high / low)) if log else (lambda y: (y - low) / (high - low))
+    place = (lambda y: math.log(y / low) / math.log(high / low)) if log else (lambda y: (y - low) / (high - low))
     step = 11 / (axes.bbox.height / axes.figure.dpi * 72)
     at, last = [], -math.inf
     for y, text, colour in sorted(ends, key=lambda end: end[0]):
-        last = max(position(y), last + step)
+        last = max(place(y), last + step)
         at.append([last, text, colour])
     over = max(0.0, at[-1][0] - 1) if at else 0
     for height, text, colour in at:

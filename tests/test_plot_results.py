@@ -833,7 +833,9 @@ def test_the_page_stands_alone(tmp_path):
     assert all(one[1:] in found.ids for one in found.references if one.startswith("#"))
     drawings = [attributes for tag, attributes in found.tags if tag == "svg" and "aria-hidden" not in attributes]
     assert drawings and all(len(one["aria-label"]) > 20 and one["role"] == "img" for one in drawings)
-    assert not re.search(r"url\(\s*['\"]?http|@import|<script src|https?://(?!www\.w3\.org/1999/xlink)", page)
+    assert not re.search(
+        r"url\(\s*['\"]?http|@import|<script src|https?://(?!www\.w3\.org/(?:1999/xlink|2000/svg))", page
+    )
     assert "prefers-color-scheme:dark" in page and "@media print" in page
     assert sorted(one.name for one in (tmp_path / "out").iterdir()) == [
         "figures",
