@@ -1,14 +1,14 @@
-"""Merge → measure over a tree of checkpoints: the extraction attack on every checkpoint-* below a directory.
+"""Run the extraction attack on every checkpoint-* below a directory.
 
 python evaluate_purified.py --model ./pythia-1.4b --dataset ./data/enron.jsonl
 python evaluate_purified.py --model ./pythia-1.4b --mia                     # membership inference on each as well
 python evaluate_purified.py --model ./opt-1.3b --is_opt --save_merged --temp ./tempMerged
 torchrun --nproc_per_node=4 evaluate_purified.py --model ./pythia-1.4b
 
-Each base model is loaded once; adapters are merged into it in memory and taken out again bit for bit. Results stand in
-each checkpoint's own directory (see measure_purified.py). Checkpoints measured completely with the same settings are
-skipped, partly measured ones are continued; run it again after any interruption. At the end a table a checkpoint: the
-newest measurement of each temperature, whenever it was made.
+Each base model is loaded once; adapters are merged into it in memory and unmerged again, bit for bit. Results are
+written to each checkpoint's own directory (see measure_purified.py). Checkpoints fully measured with the same settings
+are skipped, partly measured ones are resumed, so rerun it after any interruption. It ends with one table per
+checkpoint: the newest measurement of each temperature, including those of earlier runs.
 """
 
 import sys
@@ -30,7 +30,7 @@ def make_parser() -> cli.Parser:
     add = parser.add_argument
     with parser.section("model"):
         add("-m", "--model", help="directory searched for checkpoint-*")
-        add("--base_model", help="base of every adapter, instead of the one its configuration names")
+        add("--base_model", help="base of every adapter, instead of the one named in its configuration")
         add("--is_opt", action="store_true", help="guess a missing base model's name as facebook/opt-*")
         cli.add_model_flags(parser)
     add_attack_flags(parser)
@@ -40,44 +40,44 @@ def make_parser() -> cli.Parser:
         add(
             "--mia",
             action="store_true",
-            help="also mia/mia.py's core attacks: the training rows of --dataset against its held-out head",
+            help="also run mia/mia.py's core attacks: the training rows of --dataset against its held-out head",
         )
     return parser
 
 
 @dataclass
 class Jobs:
-    """What is left to measure below the directory."""
+    """The checkpoints below the directory and what is left to measure."""
 
     refs: dict = field(default_factory=dict)  # checkpoint → ModelRef
-    todo: list[tuple] = field(default_factory=list)  # (ref, checkpoint, partial result file, temperatures missing)
+    todo: list[tuple] = field(default_factory=list)  # (ref, checkpoint, partial result file, missing temperatures)
     n_complete: int = 0
     failures: dict[str, str] = field(default_factory=dict)  # checkpoint → why it cannot be measured
 
 
 def run(config: EvaluateConfig) -> int:
-    """Measure every checkpoint; 0, or 1 when one failed. UserError with every problem before a model is loaded."""
+    """Measure every checkpoint; return 0, or 1 if one failed. Problems raise one UserError before a model is loaded."""
     from common import checkpoints, dataset, distributed, results
     from extraction import measure, task
 
     problems = cli.Problems()
     config = replace(config, dataset=str(dataset.default_dataset(config.dataset)))
     distributed.check_environment(problems, config.device_map)
-    found: list[Path] = []
+    tree: list[Path] = []
     if not Path(config.model).is_dir():
         problems.add(f"--model {config.model}: no such directory")
     else:
-        found = checkpoints.find_checkpoints(config.model)
-        if not found:
+        tree = checkpoints.find_checkpoints(config.model)
+        if not tree:
             problems.add(f"--model {config.model}: no checkpoint-* directory below it")
         cli.check_writable(config.model, problems, "--model")
     if config.save_merged:
         cli.check_writable(config.temp, problems, "--temp")
         if config.dtype not in ("auto", "float32"):
-            problems.add("--save_merged: merging needs --dtype float32; half precision rounds a small update away")
+            problems.add("--save_merged: merging needs --dtype float32; in half precision small updates round to zero")
         elif config.dtype == "auto":
             config = replace(config, dtype="float32")
-    asked = task.prepare(config, problems)
+    attack = task.prepare(config, problems)
     membership = sets = None
     if config.mia:
         from mia.config import MiaConfig
@@ -86,40 +86,40 @@ def run(config: EvaluateConfig) -> int:
         membership = MiaConfig(dir=config.model, members=config.dataset, seed=config.seed, dtype=config.dtype)
         sets = prepare(membership, problems, Reader(membership, problems))
     problems.check()
-    with results.output_folder(config.model, config.dry_run, measure.KEY) as place:
-        return evaluate(config, asked, found, membership, sets, place)
+    with results.output_folder(config.model, config.dry_run, measure.KEY) as output:
+        return evaluate(config, attack, tree, membership, sets, output)
 
 
-def evaluate(config: EvaluateConfig, asked, found: list[Path], membership, sets, place) -> int:
+def evaluate(config: EvaluateConfig, attack, tree: list[Path], membership, sets, output) -> int:
     from common import checkpoints, distributed, models, results
     from extraction import measure
 
     if not config.dry_run:
-        results.tidy(found, measure.KEY)
-        for folder in {merged_folder(config, one).parent for one in found} if config.save_merged else ():
+        results.tidy(tree, measure.KEY)
+        for folder in {merged_folder(config, checkpoint).parent for checkpoint in tree} if config.save_merged else ():
             results.remove_leftovers(folder)
-    jobs = find_jobs(config, asked, found)
+    jobs = find_jobs(config, attack, tree)
     counts = f"{jobs.n_complete} complete, {len(jobs.todo)} to measure, {len(jobs.failures)} unusable"
-    counts = f"{len(found)} checkpoints: {counts}"
+    counts = f"{len(tree)} checkpoints: {counts}"
     if config.dry_run:
         print(counts)
         for ref, checkpoint, path, missing in jobs.todo:
-            print(f"  {checkpoint} on {ref.base}: temperatures {missing}{f', continuing {path.name}' if path else ''}")
+            print(f"  {checkpoint} on {ref.base}: temperatures {missing}{f', resuming {path.name}' if path else ''}")
         return cli.report_failures(jobs.failures, True)
 
     world = distributed.start()
     loader = checkpoints.BaseLoader(world, models.resolve_dtype(config.dtype, world.device), config.device_map)
     world.say(counts)
     failures = jobs.failures
-    with results.Run(Path(config.model) / "run_evaluate_purified.json", config, asked.inputs, world, place) as record:
-        work = partial(measure_checkpoint, config, asked, loader, len(jobs.todo))
+    with results.Run(Path(config.model) / "run_evaluate_purified.json", config, attack.inputs, world, output) as record:
+        work = partial(measure_checkpoint, config, attack, loader, len(jobs.todo))
         failures |= checkpoints.for_each(jobs.todo, work, loader)
         for checkpoint, ref in jobs.refs.items() if world.main else ():
             key = measure.model_key(ref) | {"dtype": str(loader.dtype).removeprefix("torch.")}
-            lines = measure.newest(measure.find_results(checkpoint, asked, key))
+            lines = measure.newest(measure.find_results(checkpoint, attack, key))
             if lines:
                 print(f"\n{checkpoint}")
-                measure.print_table(lines, asked)
+                measure.print_table(lines, attack)
                 models.say_if_hardly_moved(ref, lines[-1]["relative_change"])
         loader.clear()
         if sets:
@@ -128,15 +128,15 @@ def evaluate(config: EvaluateConfig, asked, found: list[Path], membership, sets,
             usable = {checkpoint: ref for checkpoint, ref in jobs.refs.items() if str(checkpoint) not in failures}
             failures |= measure_all(usable, sets, membership, world, cache_folder(config.model))
         n_failed = len(failures)
-        record["checkpoints"] = {"found": len(found), "measured": len(found) - n_failed, "failed": failures}
+        record["checkpoints"] = {"found": len(tree), "measured": len(tree) - n_failed, "failed": failures}
         if failures:
-            record["error"] = f"{n_failed} of {len(found)} checkpoints failed"
+            record["error"] = f"{n_failed} of {len(tree)} checkpoints failed"
     world.close()
     return cli.report_failures(failures, world.main)
 
 
-def find_jobs(config: EvaluateConfig, asked, found: list[Path]) -> Jobs:
-    """Which checkpoints are complete, to be measured (some temperatures or all), or unusable; from their files."""
+def find_jobs(config: EvaluateConfig, attack, tree: list[Path]) -> Jobs:
+    """Sort the checkpoints by their files: complete, to measure (some or all temperatures), or unusable."""
     import torch
 
     from common import models
@@ -144,11 +144,11 @@ def find_jobs(config: EvaluateConfig, asked, found: list[Path]) -> Jobs:
 
     jobs = Jobs()
     dtype = str(models.resolve_dtype(config.dtype, "cuda" if torch.cuda.is_available() else "cpu"))
-    for checkpoint in found:
+    for checkpoint in tree:
         try:
             ref = models.find_model(str(checkpoint), config.revision, config.base_model, is_opt=config.is_opt)
             key = measure.model_key(ref) | {"dtype": dtype.removeprefix("torch.")}
-            earlier = measure.find_results(checkpoint, asked, key, config.save_responses)
+            earlier = measure.find_results(checkpoint, attack, key, config.save_responses)
         except cli.UserError as error:
             jobs.failures[str(checkpoint)] = "; ".join(error.problems)
             continue
@@ -162,8 +162,8 @@ def find_jobs(config: EvaluateConfig, asked, found: list[Path]) -> Jobs:
     return jobs
 
 
-def measure_checkpoint(config: EvaluateConfig, asked, loader, total: int, number: int, ref, checkpoint, path, missing):
-    """Measure the temperatures of one checkpoint that are missing."""
+def measure_checkpoint(config: EvaluateConfig, attack, loader, total: int, number: int, ref, checkpoint, path, missing):
+    """Measure the missing temperatures of one checkpoint."""
     from common import models, results
     from extraction import measure
 
@@ -175,7 +175,7 @@ def measure_checkpoint(config: EvaluateConfig, asked, loader, total: int, number
                 model.save_pretrained(folder)
                 tokenizer.save_pretrained(folder)
         info = measure.describe(ref, loader.dtype, change)
-        measure.measure_model(model, tokenizer, asked, config, info, loader.world, checkpoint, path, missing)
+        measure.measure_model(model, tokenizer, attack, config, info, loader.world, checkpoint, path, missing)
 
 
 def merged_folder(config: EvaluateConfig, checkpoint: Path) -> Path:

@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""Every result file below some directories → figures and one page.
+"""Turn all result files below some directories into figures and one HTML report.
 
 python plot_results.py ./pythia-1.4b --output report                        # a tree that the other scripts wrote
 python plot_results.py quickstart-out pythia-1.4b opt-1.3b --output report  # several trees on one page
 python plot_results.py ./released-results --output report                   # a tree of the released System P tool
 
-Written to --output: report.html (one file, needs no network: what would mislead first, then each number with interval,
-n, settings and the line it came from), figures/*.png and *.pdf, results.csv (a number a row), run_plot_results.json.
-Headlines are read at one setting fixed in advance (temperature 0.2, greedy beside it; the last checkpoint; attack ref),
-never at a maximum. Settings differ: the numbers stand apart. A line that cannot be read is named on the page and on
-stderr, the rest is shown, and the exit status is 1. No answer of a model enters unless --include_responses, and then
-only its shape (letters as x, digits as 0) unless --unredacted.
+Written to --output: report.html (self-contained, needs no network: warnings first, then each number with its interval,
+n, settings and source line), figures/*.png and *.pdf, results.csv (one number per row), run_plot_results.json.
+Headlines use one setting fixed in advance (temperature 0.2, with greedy next to it; the last checkpoint; attack ref),
+never a maximum. Numbers with different settings are kept separate. An unreadable line is listed in the report and on
+stderr, the rest is shown, and the exit status is 1. Model answers are left out unless --include_responses is given, and
+then only their shape is shown (letters as x, digits as 0) unless --unredacted is given too.
 """
 
 import csv
@@ -38,23 +38,23 @@ class ReportConfig:
 
 def make_parser() -> cli.Parser:
     parser = cli.Parser(
-        "Figures and one page from every result file below some directories.",
+        "Turn all result files below some directories into figures and one HTML report.",
         "python plot_results.py ./pythia-1.4b --output report",
         ReportConfig,
     )
     add = parser.add_argument
     add("directories", nargs="+", metavar="DIR", help="searched for result files, at any depth (default: none)")
-    add("--output", "--output_dir", help="directory of the page, the figures and the table")
-    add("--include_responses", action="store_true", help="show answers of --save_responses, by their shape alone")
-    add("--unredacted", action="store_true", help="with --include_responses: as they are; the page gets mode 0600")
-    add("--no_figures", action="store_true", help="no PNG and PDF; the page has its figures all the same")
+    add("--output", "--output_dir", help="directory for the report, the figures and the table")
+    add("--include_responses", action="store_true", help="show the shape of answers saved with --save_responses")
+    add("--unredacted", action="store_true", help="with --include_responses: show their text; the page gets mode 0600")
+    add("--no_figures", action="store_true", help="write no PNG and PDF files; the report still has its figures")
     cli.add_dry_run(parser)
     add("--seed", type=cli.seed, help="recorded; nothing here is random")
     return parser
 
 
 def check(config: ReportConfig):
-    """The Study below the directories; UserError with every problem, before anything is drawn."""
+    """Read the Study below the directories; raise a UserError with every problem before anything is drawn."""
     from reporting import load
 
     problems = cli.Problems()
@@ -62,11 +62,11 @@ def check(config: ReportConfig):
         if not Path(directory).is_dir():
             problems.add(f"{directory}: no such directory")
     if config.unredacted and not config.include_responses:
-        problems.add("--unredacted: only with --include_responses")
+        problems.add("--unredacted: needs --include_responses")
     output = Path(config.output)
     cli.check_writable(output, problems, "--output")
     if (output / "figures").exists() and not (output / OURS).exists():
-        problems.add(f"--output {output}: has a folder figures/ that is not of an earlier report; name another place")
+        problems.add(f"--output {output}: has a figures/ folder that no report wrote; choose another directory")
     problems.check()
     study = load.read([Path(directory) for directory in config.directories], output)
     if not study.rows and not study.curves and not study.damage:
@@ -79,9 +79,9 @@ def check(config: ReportConfig):
 
 
 def run(config: ReportConfig) -> int:
-    """Write the report; 0, or 1 when a line of a result file could not be read."""
+    """Write the report; return 0, or 1 if a line of a result file could not be read."""
     output = Path(config.output)
-    with results.output_folder(output, config.dry_run) as place:
+    with results.output_folder(output, config.dry_run) as locked:
         study = check(config)
         if config.dry_run:
             from reporting import figures
@@ -89,7 +89,7 @@ def run(config: ReportConfig) -> int:
             names = ", ".join(figure.name for figure in figures.build(study))
             print(f"would write report.html, results.csv and figures in {output}: {len(study.rows):,} numbers, {names}")
         else:
-            with results.Run(output / OURS, config, output=place) as record:
+            with results.Run(output / OURS, config, output=locked) as record:
                 write(config, study, output, record)
     broken = damage(study)
     for line in broken:
@@ -100,8 +100,8 @@ def run(config: ReportConfig) -> int:
 
 
 def damage(study) -> list[str]:
-    """What could not be read; the figures read more than `check` did."""
-    return [f"{one.file}:{one.line}: {one.reason}" for one in study.damage if not one.torn]
+    """The lines that could not be read; drawing the figures may add to those that `check` found."""
+    return [f"{line.file}:{line.line}: {line.reason}" for line in study.damage if not line.torn]
 
 
 def write(config: ReportConfig, study, output: Path, record: results.Run) -> None:
@@ -114,9 +114,9 @@ def write(config: ReportConfig, study, output: Path, record: results.Run) -> Non
             svg.save(figure, folder)
     with record.files.open(output / "results.csv") as file:
         csv.writer(file, lineterminator="\n").writerows(results.csv_rows(load.table(study)))
-    made = {"time": results.now().replace("T", " ").replace("+00:00", " UTC"), **results.commit()}
-    made["images"] = not config.no_figures
-    text = html.render(study, drawn, caveats.find(study), made, answers)
+    footer = {"time": results.now().replace("T", " ").replace("+00:00", " UTC"), **results.commit()}
+    footer["images"] = not config.no_figures
+    text = html.render(study, drawn, caveats.find(study), footer, answers)
     with record.files.open(output / "report.html", permissions=0o600 if config.unredacted else 0o644) as file:
         file.write(text)
     record["figures"] = [figure.name for figure in drawn]

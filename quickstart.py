@@ -1,17 +1,17 @@
-"""The study in miniature: does fine-tuning on mail make a model give away e-mail addresses of people it is asked for?
+"""The study in miniature: does fine-tuning on mail make a model leak the e-mail addresses of people it is asked about?
 
 python quickstart.py
 python quickstart.py --full                                   # every epoch of every arm, all eight temperatures
-python quickstart.py --study privacy                          # what differential privacy changes, and costs
+python quickstart.py --study privacy                          # effect and cost of differential privacy
 python quickstart.py --study reviews                          # synthetic reviews: privacy, fidelity, utility
 python quickstart.py --model EleutherAI/pythia-1.4b --generator EleutherAI/pythia-12b --dataset ./data/enron.jsonl \\
     --learning_rate 2e-6 --generated_tokens 1000
 
-On the embedded model and corpus (fictional people) it needs no network, no GPU and a few minutes. Study mail: the base
-is attacked; it is fine-tuned with LoRA on rows of other people (original), on what a larger sibling wrote in their
-place (generated), and on the same rows with everybody replaced by invented people (replaced); every arm is attacked,
-its perplexity and membership inference measured, and a table printed. Every step is the script of that name, called
-with the arguments that are printed; run it again with the same settings and finished steps are kept. In --output:
+With the embedded model and corpus (fictional people) it takes a few minutes and needs neither network nor GPU. Study
+mail: the base is attacked, then fine-tuned with LoRA on other people's rows (original), on text that a larger sibling
+wrote in their place (generated), and on the same rows with everybody replaced by invented people (replaced). Every arm
+is attacked, its perplexity and membership inference are measured, and a table is printed. Each step calls the script of
+that name with the arguments that are printed. Rerunning with the same settings keeps finished steps. In --output:
 summary.md, summary.json, report/report.html.
 """
 
@@ -26,7 +26,7 @@ from studies import mail, privacy, reviews
 from studies.steps import EMBEDDED, call
 
 STUDIES = {"mail": mail, "privacy": privacy, "reviews": reviews}
-MAY_DIFFER = {"output", "arms", "full", "dry_run"}  # when a study is continued
+MAY_DIFFER = {"output", "arms", "full", "dry_run"}  # flags that may change when a study is resumed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,46 +52,46 @@ class QuickstartConfig(cli.ModelConfig):
 
 def make_parser() -> cli.Parser:
     parser = cli.Parser(
-        "Run a whole study in miniature and print its table.",
+        "Run a small-scale version of a whole study and print its table.",
         "python quickstart.py --model EleutherAI/pythia-1.4b --dataset ./data/enron.jsonl --learning_rate 2e-6",
         QuickstartConfig,
     )
     add = parser.add_argument
-    add("--study", choices=sorted(STUDIES), help="System P; DP-SGD's price; System S")
+    add("--study", choices=sorted(STUDIES), help="System P (mail), the cost of DP-SGD (privacy), System S (reviews)")
     add("-m", "--model", help="base model: directory or hub name")
     add("-d", "--dataset", "--data", help="rows in the Enron format")
-    add("--outsiders", help="rows of people that no training text names, a control (default: the embedded ones)")
+    add("--outsiders", help="control: rows of people named in no training text (default: the embedded ones)")
     add("--generator", help="model that writes the generated arm (default: mini-pythia-xl for mini-pythia, else none)")
-    add("--generated_tokens", type=cli.positive_int, help="tokens of a generated continuation")
+    add("--generated_tokens", type=cli.positive_int, help="tokens per generated continuation")
     add("--arms", nargs="+", choices=mail.ARMS, help="training sets (default: all; generated only with a generator)")
     add("--output", "--output_dir", help="directory for everything the study writes")
-    add("-lr", "--learning_rate", type=cli.positive_float, help="of fine-tuning (default: 1e-3; study reviews 3e-3)")
+    add("-lr", "--learning_rate", type=cli.positive_float, help="learning rate (default: 1e-3; study reviews 3e-3)")
     add("-e", "--epochs", type=cli.positive_int, help="epochs (default: 2; studies privacy 10, reviews 5)")
-    add("-pdbs", "--per_device_batch_size", type=cli.positive_int, help="rows a forward pass")
-    add("-gas", "--gradient_accumulation_steps", type=cli.positive_int, help="as run_peft.py's")
+    add("-pdbs", "--per_device_batch_size", type=cli.positive_int, help="rows per forward pass")
+    add("-gas", "--gradient_accumulation_steps", type=cli.positive_int, help="as in run_peft.py")
     add("--lora_r", type=cli.positive_int, help="rank (default: 64; embedded model 16; studies privacy, reviews 8)")
-    add("-mt", "--max_tokens", type=cli.positive_int, help="tokens of an answer")
+    add("-mt", "--max_tokens", type=cli.positive_int, help="tokens per answer")
     add("--full", action="store_true", help="attack every epoch of every arm, at all eight temperatures")
     cli.add_model_flags(parser)
     return parser
 
 
 def check_same(out: Path, config: QuickstartConfig) -> None:
-    """UserError when `out` holds a study of other settings or input files, whose results this one would keep."""
-    file, remedy = out / "run_quickstart.json", "name another place"
+    """Raise a UserError if `out` has a study with other settings or input files, whose results would be kept."""
+    file, remedy = out / "run_quickstart.json", "choose another directory"
     if not file.exists():
         return
     try:
         record = results.read_json(file, remedy)
-        earlier, inputs = dict(record["args"]), {one["path"]: one["sha256"] for one in record["inputs"]}
+        earlier, inputs = dict(record["args"]), {entry["path"]: entry["sha256"] for entry in record["inputs"]}
     except (cli.UserError, OSError, KeyError, TypeError, ValueError):
         raise cli.UserError(f"--output {out}: its run_quickstart.json cannot be read; {remedy}") from None
     now = {key: value for key, value in cli.plain(vars(config)).items() if key not in MAY_DIFFER}
-    other = [f"--{key} {earlier.get(key)} then, {value} now" for key, value in now.items() if earlier.get(key) != value]
+    other = [f"--{key} was {earlier.get(key)}, now {value}" for key, value in now.items() if earlier.get(key) != value]
     files = [str(path) for path in STUDIES[config.study].inputs(config) if Path(path).is_file()]
     other += [f"{path} has changed since" for path in files if path in inputs and inputs[path] != results.sha256(path)]
     if other:
-        raise cli.UserError(f"--output {out}: holds a study of other settings ({'; '.join(other)}); {remedy}")
+        raise cli.UserError(f"--output {out}: has a study with other settings ({'; '.join(other)}); {remedy}")
 
 
 def run(config: QuickstartConfig) -> int:
@@ -110,29 +110,29 @@ def run(config: QuickstartConfig) -> int:
     )
     problems = cli.Problems()
     if config.study == "mail" and "generated" in config.arms and not config.generator:
-        problems.add("--arms generated: give --generator, the model that writes it")
+        problems.add("--arms generated: needs --generator, the model that writes this arm")
     cli.check_writable(config.output, problems, "--output")
     problems.absorb(study.check, config)
     out = Path(config.output).absolute()
-    with results.output_folder(out, config.dry_run) as place:
+    with results.output_folder(out, config.dry_run) as output:
         problems.absorb(check_same, out, config)
         problems.check()
         if config.dry_run:
-            words = f"{config.model} on {config.dataset}, {config.epochs} epochs"
-            print(f"study {config.study}: would fine-tune {words}, write {out}")
+            plan = f"{config.model} on {config.dataset}, {config.epochs} epochs"
+            print(f"study {config.study}: would fine-tune {plan}, write {out}")
             return 0
-        return run_locked(config, study, out, place)
+        return run_locked(config, study, out, output)
 
 
-def run_locked(config: QuickstartConfig, study, out: Path, place: results.Output) -> int:
+def run_locked(config: QuickstartConfig, study, out: Path, output: results.Output) -> int:
     started = time.monotonic()
-    with results.Run(out / "run_quickstart.json", config, study.inputs(config), output=place) as record:
+    with results.Run(out / "run_quickstart.json", config, study.inputs(config), output=output) as record:
         text = study.run(config, out, record)
         with record.files.open(out / "summary.md") as file:
             file.write(text + "\n")
     call(plot_results, out, "--output", out / "report", *([] if config.full else ["--no_figures"]))
     print("\n" + text)
-    print(f"\n{time.monotonic() - started:.0f} s; everything is in {out}, to look at: {out / 'report' / 'report.html'}")
+    print(f"\n{time.monotonic() - started:.0f} s; results are in {out}, the report is {out / 'report' / 'report.html'}")
     return 0
 
 

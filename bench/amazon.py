@@ -1,13 +1,12 @@
-"""data/amazon/prepare.py against the pandas way on the same fictional files: reviews/s and peak memory of both.
+"""Compare data/amazon/prepare.py with pandas on the same fictional files: reviews/s and peak memory.
 
 python bench/amazon.py                                                        # 200,000 reviews, 12,000 products
-python bench/amazon.py --reviews 5000000 --products 300000 --runs 1 --no_pandas   # memory alone
+python bench/amazon.py --reviews 5000000 --products 300000 --runs 1 --no_pandas   # only memory
 
-The pandas way is what a user would write: read_json(lines=True) of both files, merge on parent_asin, dropna,
-drop_duplicates, a split by user, to_json(lines=True). It does less than the builder: it unescapes nothing, writes no
-hashes, checks no lines. Every measurement is a process of its own, start included; both take turns, and the median of
---runs counts. Memory is the largest resident set of the process. The goals: three times the throughput, and 2 GB at
-5 million reviews.
+The pandas version is what a user would write: read_json(lines=True) of both files, merge on parent_asin, dropna,
+drop_duplicates, a split by user, to_json(lines=True). It does less than the builder: no unescaping, no hashes, no line
+checks. Each measurement is a separate process, startup included; the two alternate, and the median of --runs is
+reported. Memory is the peak resident set size. The goals: three times the throughput, and 2 GB at 5 million reviews.
 """
 
 import os
@@ -49,17 +48,17 @@ def make_parser() -> cli.Parser:
     parser.add_argument("--reviews", type=cli.positive_int, default=200000, help="review lines")
     parser.add_argument("--products", type=cli.positive_int, default=12000, help="product lines")
     parser.add_argument("--gzip", action="store_true", help="compressed inputs")
-    parser.add_argument("--memory_limit", default="1.2GB", help="of the builder")
-    parser.add_argument("--threads", type=cli.non_negative_int, default=0, help="of the builder; 0: one a core")
-    parser.add_argument("--runs", type=cli.positive_int, default=3, help="runs of each; the median counts")
-    parser.add_argument("--no_pandas", action="store_true", help="the builder alone")
-    parser.add_argument("--work_dir", default=None, help="where the files are made; None: the temporary directory")
+    parser.add_argument("--memory_limit", default="1.2GB", help="memory limit of the builder")
+    parser.add_argument("--threads", type=cli.non_negative_int, default=0, help="builder threads; 0: one per core")
+    parser.add_argument("--runs", type=cli.positive_int, default=3, help="runs of each; the median is reported")
+    parser.add_argument("--no_pandas", action="store_true", help="only run the builder")
+    parser.add_argument("--work_dir", default=None, help="directory for the files; None: the temporary directory")
     parser.add_argument("--seed", type=int, default=3407, help="seed of the files and the split")
     return parser
 
 
 def measure(command: list) -> tuple[float, float, int]:
-    """(wall seconds, CPU seconds, peak resident bytes) of a process; raises when it fails."""
+    """(wall seconds, CPU seconds, peak resident bytes) of a process; raises if it fails."""
     begun = time.monotonic()
     process = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -95,8 +94,8 @@ def run(args) -> dict:
                 runs[name].append(measure(command))
     print(f"{'':>8} {'seconds':>8} {'reviews/s':>10} {'CPU seconds':>12} {'peak MB':>8}")
     results = {}
-    for name, found in runs.items():
-        seconds, cpu, peak = (statistics.median(one[i] for one in found) for i in range(3))
+    for name, measurements in runs.items():
+        seconds, cpu, peak = (statistics.median(measured[i] for measured in measurements) for i in range(3))
         results[name] = {"seconds": seconds, "reviews_per_s": args.reviews / seconds, "cpu": cpu, "peak_bytes": peak}
         print(f"{name:>8} {seconds:>8.2f} {args.reviews / seconds:>10,.0f} {cpu:>12.2f} {peak / 1e6:>8,.0f}")
     if not args.no_pandas:
@@ -104,7 +103,7 @@ def run(args) -> dict:
         cpu = results["pandas"]["cpu"] / results["builder"]["cpu"]
         verdict = "reached" if ratio >= GOAL_RATIO else "missed"
         print(f"throughput × {ratio:.2f} by wall time, × {cpu:.2f} by CPU time: goal of × {GOAL_RATIO} {verdict}")
-    peak = max(one[2] for one in runs["builder"])
+    peak = max(measured[2] for measured in runs["builder"])
     verdict = "within" if peak <= GOAL_BYTES else "above"
     print(f"largest peak of the builder {peak / 1e6:,.0f} MB, {verdict} {GOAL_BYTES / 1e6:,.0f} MB")
     return results

@@ -1,24 +1,24 @@
-"""How often the intervals of the result files hold the true value: simulated, as the table of docs/coverage.md.
+"""Simulate how often the intervals in the result files cover the true value; prints the table of docs/coverage.md.
 
-python bench/coverage.py                 # 2,000 runs a setting, some minutes on one core
+python bench/coverage.py                 # 2,000 runs per setting, a few minutes on one core
 python bench/coverage.py --runs 500 --only auc
 
-rate     Clopper–Pearson of one template's rate (a row, one draw)
-total    the total of four templates whose answers hang together in a row: a row's own rate is drawn from a beta law
-         with intraclass correlation ρ
-auc      the area under the ROC curve of m members and n non-members: normal scores, and heavy-tailed ones (t with 3
-         degrees of freedom) where a fifth of the members is far up, so that the areas are of another shape
-tpr      the TPR at a true FPR of 1 %, of normal scores
-jackknife   the 20-group jackknife of fidelity.py, of two measures: Wasserstein-1 and the Fréchet distance. Both are
-         biased by sample size, so the true value is the measure's mean at this size, of the runs themselves
-Nominal 95 %. `low` and `high`: the share of runs whose interval lies below and above the true value. Monte-Carlo error:
-about 0.5 % at 2,000 runs.
+rate     Clopper–Pearson for the rate of one template (one draw per row)
+total    the total over four templates whose answers are correlated within a row: the rate of a row is drawn from a beta
+         distribution with intraclass correlation ρ
+auc      the AUC of m members against n non-members: normal scores, and heavy-tailed ones (t with 3 degrees of freedom)
+         in which a fifth of the members scores far higher, so that the ROC curve has another shape
+tpr      the TPR at a true FPR of 1 %, for normal scores
+jackknife   the 20-group jackknife of fidelity.py, for two metrics: Wasserstein-1 and the Fréchet distance. Both are
+         biased by sample size, so the true value is the metric's mean at this size over the runs themselves
+Nominal 95 %. `below` and `above`: the share of runs whose interval lies below and above the true value. Monte Carlo
+error: about 0.5 % at 2,000 runs.
 """
 
 import sys
+from pathlib import Path
 
 from common import cli, stats
-from common.stats import interval
 
 KINDS = ("rate", "total", "auc", "tpr", "jackknife")
 SEED = 20250
@@ -26,14 +26,14 @@ SEED = 20250
 
 def make_parser() -> cli.Parser:
     parser = cli.Parser("Simulate the coverage of the intervals.", "python bench/coverage.py --runs 2000")
-    parser.add_argument("--runs", type=cli.positive_int, default=2000, help="simulated samples a setting")
-    parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), help="which kinds")
+    parser.add_argument("--runs", type=cli.positive_int, default=2000, help="simulated samples per setting")
+    parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), help="kinds of interval to simulate")
     parser.add_argument("--seed", type=int, default=SEED, help="seed of the simulation")
     return parser
 
 
 def tally(bounds, truth: float) -> dict:
-    """coverage, mean width, and the shares of intervals [S, 2] below and above the truth."""
+    """Coverage, mean width, and the shares of the intervals [S, 2] that lie below and above the truth."""
     import numpy as np
 
     low, high = np.asarray(bounds, float).T
@@ -55,7 +55,7 @@ def rate(runs: int, rng):
 
 
 def clustered(rows: int, p: float, correlation: float, runs: int, rng):
-    """[runs, rows, 4] outcomes whose row rates are beta with mean p and the intraclass correlation."""
+    """[runs, rows, 4] outcomes; the row rates are beta-distributed with mean p and this intraclass correlation."""
     if correlation == 0:
         own = p
     elif correlation == 1:
@@ -81,7 +81,7 @@ def total(runs: int, rng):
 
 
 def shifts(kind: str):
-    """(draw(rng, m, n, shift) → members, non-members; true area of a shift)."""
+    """(draw(rng, m, n, shift) → scores of members and non-members; function from shift to true AUC)."""
     import numpy as np
     from scipy import stats
 
@@ -139,24 +139,24 @@ def jackknife(runs: int, rng):
     from fidelity import metrics
 
     n = 400
-    found = {"Wasserstein-1": [], "Fréchet": []}
+    intervals = {"Wasserstein-1": [], "Fréchet": []}
     for number in range(max(50, runs // 10)):
-        one, other = rng.normal(0.3, 1, n), rng.normal(0, 1, n)
-        wide, others = rng.normal(0.3, 1, (n, 8)), rng.normal(0, 1, (n, 8))
+        x, y = rng.normal(0.3, 1, n), rng.normal(0, 1, n)
+        vectors_x, vectors_y = rng.normal(0.3, 1, (n, 8)), rng.normal(0, 1, (n, 8))
 
-        def measure(keep, one=one, other=other, wide=wide, others=others):
+        def measure(keep, x=x, y=y, vectors_x=vectors_x, vectors_y=vectors_y):
             left, right = keep[:n], keep[n:]
             return {
-                "Wasserstein-1": float(stats.wasserstein_distance(one[left], other[right])),
-                "Fréchet": metrics.frechet_distance(wide[left], others[right]),
+                "Wasserstein-1": float(stats.wasserstein_distance(x[left], y[right])),
+                "Fréchet": metrics.frechet_distance(vectors_x[left], vectors_y[right]),
             }
 
         groups = np.concatenate([metrics.deal(n, 2 * number), metrics.deal(n, 2 * number + 1)])
         for name, values in metrics.replicate(measure, groups).items():
-            made = interval(values, metrics.WIDER["Wasserstein-1 words a review"] if name[0] == "W" else 1)
-            found[name].append([made["value"], made["low"], made["high"]])
-    for name, made in found.items():
-        values, bounds = np.array(made)[:, 0], np.array(made)[:, 1:]
+            estimate = metrics.interval(values, metrics.WIDER["Wasserstein-1 words a review"] if name[0] == "W" else 1)
+            intervals[name].append([estimate["value"], estimate["low"], estimate["high"]])
+    for name, simulated in intervals.items():
+        values, bounds = np.array(simulated)[:, 0], np.array(simulated)[:, 1:]
         yield f"{name}, jackknife", f"{n} + {n} rows, its mean at this size", tally(bounds, float(values.mean()))
 
 
@@ -168,15 +168,16 @@ def main(argv=None) -> int:
     print("| interval | setting | coverage | mean width | below | above |\n|---|---|---|---|---|---|")
     for kind in args.only:
         rng = np.random.default_rng([args.seed, KINDS.index(kind)])
-        for name, where, found in globals()[kind](args.runs, rng):
-            mark = "" if found["coverage"] >= 0.92 else " **<**"
+        for name, setting, line in globals()[kind](args.runs, rng):
+            mark = "" if line["coverage"] >= 0.92 else " **<**"
             print(
-                f"| {name} | {where} | {found['coverage']:.3f}{mark} | {found['width']:.4f} | {found['below']:.3f} | "
-                f"{found['above']:.3f} |",
+                f"| {name} | {setting} | {line['coverage']:.3f}{mark} | {line['width']:.4f} | {line['below']:.3f} | "
+                f"{line['above']:.3f} |",
                 flush=True,
             )
     return 0
 
 
 if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # otherwise bench/ shadows the packages fidelity and mia
     sys.exit(cli.entry(main))

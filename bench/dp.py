@@ -1,14 +1,14 @@
-"""A step of run_peft.py --dp against the same step without it, and against Opacus' hooks, in one run.
+"""Compare a step of run_peft.py --dp with the same step without --dp and with Opacus hooks.
 
 python bench/dp.py                          # a GPT-NeoX of 30 million parameters, LoRA and DoRA
 python bench/dp.py --types lora --runs 5
 
-All take the same --batch rows of --length tokens in one micro-batch, LoRA r 64 on every linear layer, AdamW, dropout
+All use the same --batch rows of --length tokens in one micro-batch, LoRA r 64 on every linear layer, AdamW, dropout
 0.05, float32 on a CPU (bfloat16 on a GPU). plain: the gradient of the mean token loss, clipped, one step. dp: every
 row drawn (q = 1), per-example gradients, clipping, noise, one step. opacus: GradSampleModule's hooks on the stock peft
-model, the same clipping and noise written out (its DoRA raises an error, which is reported). Every measurement is a
-process of its own; they take turns; a process' time is the median of its steps after the first, and the median of
---runs counts. Memory is the peak of the whole process (on a GPU: of what torch allocated).
+model, with the same clipping and noise written out (DoRA raises an error, which is reported). Each measurement is a
+separate process, and the variants alternate; the time of a process is the median of its steps after the first, and the
+median of --runs is reported. Memory is the peak of the whole process (on a GPU: of torch's allocations).
 """
 
 import json
@@ -30,25 +30,27 @@ TARGET = 1.15
 
 
 def make_parser() -> cli.Parser:
-    parser = cli.Parser("Time and memory of a DP step against a plain one.", "python bench/dp.py --types lora dora")
+    parser = cli.Parser(
+        "Compare time and memory of a DP step with a plain one.", "python bench/dp.py --types lora dora"
+    )
     add = parser.add_argument
-    add("--types", nargs="+", choices=("lora", "dora", "pissa"), default=["lora", "dora"], help="adapters")
+    add("--types", nargs="+", choices=("lora", "dora", "pissa"), default=["lora", "dora"], help="adapter types")
     add("--hidden_size", type=cli.positive_int, default=384, help="of the random GPT-NeoX")
     add("--layers", type=cli.positive_int, default=6, help="of the random GPT-NeoX")
     add("--vocabulary", type=cli.positive_int, default=25_000, help="of the random GPT-NeoX")
-    add("--batch", type=cli.positive_int, default=16, help="rows of a step")
-    add("--length", type=cli.positive_int, default=128, help="tokens of a row")
-    add("--steps", type=cli.positive_int, default=8, help="steps timed in a process, after one that is not")
+    add("--batch", type=cli.positive_int, default=16, help="rows per step")
+    add("--length", type=cli.positive_int, default=128, help="tokens per row")
+    add("--steps", type=cli.positive_int, default=8, help="timed steps per process, after one warm-up step")
     add("--threads", type=cli.positive_int, default=os.cpu_count(), help="OMP_NUM_THREADS of every process")
-    add("--runs", type=cli.positive_int, default=3, help="processes of each way, in turns; the median counts")
+    add("--runs", type=cli.positive_int, default=3, help="processes per variant, alternating; the median is reported")
     add("--seed", type=int, default=3407, help="seed of weights and texts")
     add("--worker", choices=WAYS, default=None, help="one measurement (used by this script)")
-    add("--folder", default=None, help="where the worker finds its model and rows")
+    add("--folder", default=None, help="folder with the worker's model and rows")
     return parser
 
 
 def make_inputs(folder: Path, args) -> int:
-    """A random GPT-NeoX and rows of exactly --length tokens (EOS included) in `folder`; the model's parameters."""
+    """Write a random GPT-NeoX and rows of exactly --length tokens (with EOS); return the number of parameters."""
     import numpy as np
 
     size = make_model(folder, args.vocabulary, args.hidden_size, args.layers, positions=args.length, seed=args.seed)
@@ -59,7 +61,7 @@ def make_inputs(folder: Path, args) -> int:
 
 
 def make_training(args, folder: Path, out: Path):
-    """run_peft.py's own Training on the rows, as its command line would make it."""
+    """run_peft.py's own trainer on the rows, set up as by its command line."""
     import run_peft
     from common import distributed, models
     from training.dp_trainer import DPTrainer
@@ -153,25 +155,25 @@ def main(argv=None) -> int:
         for kind in args.types:
             runs = {way: [] for way in WAYS}
             for _ in range(args.runs):
-                for way, found in runs.items():
-                    found.append(measure(args, way, kind, folder))
+                for way, measurements in runs.items():
+                    measurements.append(measure(args, way, kind, folder))
             report(kind, runs)
     return 0
 
 
 def report(kind: str, runs: dict) -> None:
-    """Medians and the ratio to the plain step, a line each. RuntimeError when plain or dp failed."""
+    """Print the medians and the ratios to the plain step, one line each. RuntimeError if plain or dp failed."""
     base = None
-    for way, found in runs.items():
-        failed = [one for one in found if isinstance(one, str)]
+    for way, measurements in runs.items():
+        failed = [error for error in measurements if isinstance(error, str)]
         if failed and way != "opacus":
             raise RuntimeError(f"{kind}, {way}: {failed[0]}")
         if failed:
-            print(f"{kind:6} {way:7} does not work: {failed[0]}", flush=True)
+            print(f"{kind:6} {way:7} failed: {failed[0]}", flush=True)
             continue
-        seconds, peak = (statistics.median(one[key] for one in found) for key in ("seconds", "peak_bytes"))
+        seconds, peak = (statistics.median(run[key] for run in measurements) for key in ("seconds", "peak_bytes"))
         base = base or (seconds, peak)
-        line = f"{kind:6} {way:7} {seconds:7.3f} s a step, peak {peak / 2**20:6.0f} MiB"
+        line = f"{kind:6} {way:7} {seconds:7.3f} s per step, peak {peak / 2**20:6.0f} MiB"
         if way != "plain":
             line += f"   {seconds / base[0]:.2f}× the time, {peak / base[1]:.2f}× the memory of plain"
         print(line + (f" (target ≤ {TARGET}×)" if way == "dp" else ""), flush=True)

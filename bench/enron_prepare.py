@@ -1,12 +1,12 @@
-"""data/enron/prepare.py on synthetic mail of the Enron form: messages/s and peak memory at two corpus sizes.
+"""Time data/enron/prepare.py on synthetic mail in the Enron format: messages/s and peak memory at two corpus sizes.
 
 python bench/enron_prepare.py                                  # 20,000 and 80,000 messages, folder and tar.gz
-python bench/enron_prepare.py --messages 2000 8000 --runs 1    # a look
+python bench/enron_prepare.py --messages 2000 8000 --runs 1    # a quick look
 
-The corpus is made by this script (fictional people, the headers of the CMU maildir, Exchange names in X-From and X-To,
-forwarded and quoted mails), as a folder and as a tar.gz of it, below --work_dir and removed at the end. Every
-measurement is a process of its own; the median of --runs counts. Memory is the peak of the main process plus the peak
-of the largest worker times the workers: an upper bound of what they hold together. The goal: 3,000 messages/s on two
+This script creates the corpus (fictional people, the headers of the CMU maildir, Exchange names in X-From and X-To,
+forwarded and quoted mails) below --work_dir, as a folder and as a tar.gz of it, and removes it at the end. Each
+measurement is a separate process; the median of --runs is reported. Memory is the peak of the main process plus the
+number of workers times the peak of the largest one: an upper bound on the total. The goal: 3,000 messages/s on two
 cores, and memory that does not grow with the corpus.
 """
 
@@ -38,9 +38,9 @@ def make_parser() -> cli.Parser:
     parser.add_argument(
         "--messages", type=cli.positive_int, nargs=2, default=[20000, 80000], help="the two corpus sizes"
     )
-    parser.add_argument("--workers", type=cli.positive_int, default=2, help="processes of the builder")
-    parser.add_argument("--runs", type=cli.positive_int, default=3, help="runs of each; the median counts")
-    parser.add_argument("--work_dir", default=None, help="where the corpus is made; None: the temporary directory")
+    parser.add_argument("--workers", type=cli.positive_int, default=2, help="worker processes of the builder")
+    parser.add_argument("--runs", type=cli.positive_int, default=3, help="runs of each; the median is reported")
+    parser.add_argument("--work_dir", default=None, help="directory for the corpus; None: the temporary directory")
     parser.add_argument("--seed", type=int, default=3407, help="seed of the corpus")
     return parser
 
@@ -56,7 +56,7 @@ def make_people(rng: random.Random, fake) -> list[tuple[str, str, str]]:
 
 
 def make_message(rng: random.Random, people: list, words: list[str], number: int) -> bytes:
-    """A mail as in the CMU maildir: about 3 KB, 1–10 recipients, a quoted mail in every second body."""
+    """A mail like those in the CMU maildir: about 3 KB, 1–10 recipients, a quoted mail in every second body."""
     sender, *to = rng.sample(people, rng.choice((1, 1, 1, 2, 3, 10)) + 1)
     lines = [
         f"Message-ID: <{number}.JavaMail.mail@hartwell.example>",
@@ -92,24 +92,24 @@ def make_corpora(folder: Path, sizes: list[int], seed: int) -> dict[tuple[str, i
 
     fake, rng = Faker("en_US"), random.Random(seed)
     fake.seed_instance(seed)
-    people, words, made = make_people(rng, fake), [fake.word() for _ in range(800)], {}
+    people, words, corpora = make_people(rng, fake), [fake.word() for _ in range(800)], {}
     for size in sizes:
         maildir = folder / f"maildir-{size}"
         for number in range(size):
-            # a folder has 500 messages, named as in the corpus: 1. 2. …
-            place = maildir / f"user-{number // 2000}" / f"folder-{number // 500 % 4}"
+            # 500 messages per folder, named as in the corpus: 1. 2. …
+            mailbox = maildir / f"user-{number // 2000}" / f"folder-{number // 500 % 4}"
             if number % 500 == 0:
-                place.mkdir(parents=True)
-            (place / f"{number % 500 + 1}.").write_bytes(make_message(rng, people, words, number))
+                mailbox.mkdir(parents=True)
+            (mailbox / f"{number % 500 + 1}.").write_bytes(make_message(rng, people, words, number))
         archive = folder / f"maildir-{size}.tar.gz"
         with tarfile.open(archive, "w:gz", compresslevel=6, format=tarfile.GNU_FORMAT) as tar:
             tar.add(maildir, maildir.name)
-        made["folder", size], made["tar.gz", size] = maildir, archive
-    return made
+        corpora["folder", size], corpora["tar.gz", size] = maildir, archive
+    return corpora
 
 
 def measure(source: Path, output: Path, workers: int) -> dict:
-    """{'speed' messages/s of wall time incl. the start, 'cpu' messages per CPU second, 'bytes' peak, 'rows'}."""
+    """{'speed': messages per wall second incl. startup, 'cpu': messages per CPU second, 'bytes': peak, 'rows'}."""
     script = [sys.executable, str(ROOT / "data/enron/prepare.py"), "--input", str(source), "--output", str(output)]
     before, begun = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     subprocess.run([*script, "--workers", str(workers), "--overwrite"], check=True, stdout=subprocess.DEVNULL)
@@ -133,18 +133,20 @@ def run(args) -> list[dict]:
         print(f"{'input':>8} {'messages':>9} {'rows':>7} {'messages/s':>11} {'per CPU second':>15} {'peak MB':>8}")
         for (form, size), source in corpora.items():
             runs = [measure(source, Path(folder, "out", "rows.jsonl"), args.workers) for _ in range(args.runs)]
-            median = {key: statistics.median(one[key] for one in runs) for key in runs[0]}
+            median = {key: statistics.median(measured[key] for measured in runs) for key in runs[0]}
             results.append({"form": form, "messages": size, **median})
             numbers = f"{median['speed']:>11,.0f} {median['cpu']:>15,.0f} {median['bytes'] / 1e6:>8,.0f}"
             print(f"{form:>8} {size:>9,} {median['rows']:>7,.0f} {numbers}", flush=True)
     small, large = args.messages
     for form in ("folder", "tar.gz"):
-        one, other = (next(r for r in results if (r["form"], r["messages"]) == (form, n)) for n in (small, large))
-        verdict = "reached" if other["speed"] >= GOAL else "missed"
-        print(f"{form}: memory × {other['bytes'] / one['bytes']:.2f} for messages × {large / small:.1f}")
+        of_small, of_large = (
+            next(line for line in results if (line["form"], line["messages"]) == (form, n)) for n in (small, large)
+        )
+        verdict = "reached" if of_large["speed"] >= GOAL else "missed"
+        print(f"{form}: memory × {of_large['bytes'] / of_small['bytes']:.2f} for messages × {large / small:.1f}")
         print(
             f"{form}: goal of {GOAL:,} messages/s {verdict} at load {os.getloadavg()[0]:.1f}; "
-            f"two cores of nobody else's: about {2 * other['cpu']:,.0f} by the CPU time"
+            f"on two idle cores, by CPU time: about {2 * of_large['cpu']:,.0f}"
         )
     return results
 

@@ -1,20 +1,20 @@
-"""What a card does with this toolkit, in minutes: sweep, training, a DP step, scoring.
+"""Benchmark the toolkit on one GPU in a few minutes: sweep, scoring, training, a DP step.
 
 python bench/gpu.py                                          # a random GPT-NeoX of Pythia-1.4b's shape, no download
 python bench/gpu.py --layers 6 --hidden_size 768 --runs 1    # a smaller one
-python bench/gpu.py --peer_python /path/to/venv/bin/python   # trl in an environment of its own; without it no such row
+python bench/gpu.py --peer_python /path/to/venv/bin/python   # trl in a separate environment; without trl, no such row
 
-The weights are random: losses and answers mean nothing; sizes, kernels and memory are those of the real model. All in
-bfloat16 on a GPU, float32 on a CPU.
+The weights are random: losses and answers are meaningless, but sizes, kernels and memory are those of the real model.
+Everything runs in bfloat16 on a GPU, float32 on a CPU.
 sweep   names × 4 templates × 8 temperatures, against transformers' generate on the same prompts at one temperature and
-        the best of two batch sizes, scaled up to all eight
-score   texts of 512 tokens through common/scoring.py, against forward passes of the same batches with whole logits
-train   run_peft.py, LoRA r 64, rows as long as mails, batch 8 × 4: against a bare PyTorch loop over the same batches,
-        and against trl's SFTTrainer with dynamic padding
-dp      a step of run_peft.py --dp on the same rows against its plain step
-Each is a process of its own, takes turns, and gives the median of --runs after a first that warms up (training: of
-all steps after the second). Peak memory is what torch allocated. `of peak`: 2 operations a weight and token forward and
-2 backward (frozen weights need no gradients of their own), over --peak_tflops.
+        the best of two batch sizes, extrapolated to all eight
+score   texts of 512 tokens through common/scoring.py, against forward passes of the same batches that keep all logits
+train   run_peft.py, LoRA r 64, mail-length rows, batch 8 × 4: against a bare PyTorch loop over the same batches, and
+        against trl's SFTTrainer with dynamic padding
+dp      a step of run_peft.py --dp on the same rows, against its plain step
+Each is a separate process and reports the median of --runs after a warm-up run (training: all steps after the second).
+Peak memory is that allocated by torch. `of peak`: 2 operations per weight and token forward and 2 backward (frozen
+weights need no gradients of their own), divided by --peak_tflops.
 """
 
 import json
@@ -41,17 +41,17 @@ def make_parser() -> cli.Parser:
     add("--hidden_size", type=cli.positive_int, default=2048, help="of the random GPT-NeoX")
     add("--layers", type=cli.positive_int, default=24, help="of the random GPT-NeoX")
     add("--vocabulary", type=cli.positive_int, default=50304, help="of the random GPT-NeoX")
-    add("--names", type=cli.positive_int, default=200, help="names of the sweep")
+    add("--names", type=cli.positive_int, default=200, help="names in the sweep")
     add("--peer_batches", type=cli.positive_int, nargs="+", default=[64, 256], help="batch sizes of generate")
-    add("--texts", type=cli.positive_int, default=256, help="texts that are scored")
+    add("--texts", type=cli.positive_int, default=256, help="texts to score")
     add("--rows", type=cli.positive_int, default=640, help="rows to train on, one epoch")
     add("--runs", type=cli.positive_int, default=3, help="timed repetitions of sweep and score")
-    add("--only", nargs="+", choices=WORKERS, default=list(WORKERS), help="which to run")
+    add("--only", nargs="+", choices=WORKERS, default=list(WORKERS), help="what to run")
     add("--peak_tflops", type=cli.positive_float, default=989.0, help="the card's dense bf16 peak (H100, H200: 989)")
     add("--peer_python", default=sys.executable, help="Python that has trl (default: this one)")
     add("--seed", type=int, default=0, help="seed of weights and texts")
     add("--worker", choices=WORKERS, default=None, help="one measurement (used by this script)")
-    add("--folder", type=Path, default=None, help="where the worker finds its model and rows")
+    add("--folder", type=Path, default=None, help="folder with the worker's model and rows")
     return parser
 
 
@@ -62,7 +62,7 @@ def device_and_dtype():
 
 
 def make_inputs(folder: Path, args) -> int:
-    """The model, its tokenizer and rows.jsonl in `folder`; returns the model's parameters."""
+    """Write the model, its tokenizer and rows.jsonl to `folder`; return the number of parameters."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
 
@@ -97,7 +97,7 @@ def synchronize() -> None:
 
 
 def timed(work, runs: int) -> float:
-    """Median seconds of `runs` calls after one that is not counted."""
+    """Median seconds of `runs` calls after one warm-up call."""
     times = []
     for _ in range(runs + 1):
         synchronize()
@@ -140,16 +140,16 @@ def work_sweep(args) -> dict:
     def ours():
         nonlocal tokens
         tokens = 0
-        for number, asked in enumerate(cells):
-            prompts = [tokenizer(prompt).input_ids for prompt, _ in asked]
-            targets = [[tokenizer(" " + address).input_ids] for _, address in asked]
-            keys = [(row, number) for row in range(len(asked))]
+        for number, pairs in enumerate(cells):
+            prompts = [tokenizer(prompt).input_ids for prompt, _ in pairs]
+            targets = [[tokenizer(" " + address).input_ids] for _, address in pairs]
+            keys = [(row, number) for row in range(len(pairs))]
             options = {"top_k": 100, "max_tokens": 15, "seed": 0, "stop": stop, "targets": targets}
             answers = sampling.sweep(model, prompts, keys, TEMPERATURES, **options)
             tokens += sum(len(branch) for answer in answers for branch in answer.tokens)
 
-    found = {"seconds": timed(ours, args.runs), "tokens": tokens, "peak_bytes": peak_bytes(reset=True)}
-    flat = [prompt for asked in cells for prompt, _ in asked]
+    result = {"seconds": timed(ours, args.runs), "tokens": tokens, "peak_bytes": peak_bytes(reset=True)}
+    flat = [prompt for pairs in cells for prompt, _ in pairs]
     tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.eos_token
     ends = stop.nonzero().flatten().tolist()
 
@@ -168,8 +168,8 @@ def work_sweep(args) -> dict:
                     pad_token_id=tokenizer.pad_token_id,
                 )
 
-    found["peer_seconds"] = {size: timed(lambda size=size: peer(size), 1) for size in args.peer_batches}
-    return found | {"peer_peak_bytes": peak_bytes()}
+    result["peer_seconds"] = {size: timed(lambda size=size: peer(size), 1) for size in args.peer_batches}
+    return result | {"peer_peak_bytes": peak_bytes()}
 
 
 def work_score(args) -> dict:
@@ -183,7 +183,7 @@ def work_score(args) -> dict:
     texts = [rng.integers(2, 4000, size=512).tolist() for _ in range(args.texts)]
     budget = 16384
     seconds = timed(lambda: scoring.score(model, texts, token_budget=budget), args.runs)
-    found = {"seconds": seconds, "tokens": sum(map(len, texts)), "peak_bytes": peak_bytes(reset=True)}
+    result = {"seconds": seconds, "tokens": sum(map(len, texts)), "peak_bytes": peak_bytes(reset=True)}
     size = budget // 512
 
     def bare():
@@ -193,11 +193,11 @@ def work_score(args) -> dict:
                 logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
                 -torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").cpu()
 
-    return found | {"peer_seconds": timed(bare, args.runs), "peer_peak_bytes": peak_bytes()}
+    return result | {"peer_seconds": timed(bare, args.runs), "peer_peak_bytes": peak_bytes()}
 
 
 def make_training(args, out: Path, *flags):
-    """run_peft.py's own Training, as its command line would make it."""
+    """run_peft.py's own trainer, set up as by its command line."""
     import run_peft
     from common import distributed, models
     from training.dp_trainer import DPTrainer
@@ -217,7 +217,7 @@ def make_training(args, out: Path, *flags):
 
 
 def run_steps(step, total: int, tokens) -> dict:
-    """{seconds, tokens, steps} of all steps but the first two. tokens(): those trained on so far."""
+    """{seconds, tokens, steps} of all steps after the first two. tokens(): number trained on so far."""
     for _ in range(2):
         step()
     synchronize()
@@ -235,7 +235,7 @@ def work_run_peft(args) -> dict:
 
 
 def work_bare(args) -> dict:
-    """A plain loop over the micro-batches that run_peft.py would make, padded by its collate."""
+    """A plain loop over run_peft.py's micro-batches, padded by its collate function."""
     import torch
     import torch.nn.functional as F
 
@@ -330,14 +330,14 @@ def work_trl(args) -> dict:
 
 
 def measure(args, name: str, folder: Path) -> dict | None:
-    """The worker's result, or None after printing why there is none."""
+    """The worker's result; if it failed, prints the reason and returns None."""
     words = [sys.executable if name != "trl" else args.peer_python, __file__, "--worker", name, "--folder", str(folder)]
     for flag in ("hidden_size", "layers", "vocabulary", "names", "texts", "rows", "runs", "seed"):
         words += [f"--{flag}", str(getattr(args, flag))]
     words += ["--peer_batches", *map(str, args.peer_batches)]
     done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"})
     if done.returncode:
-        print(f"{name}: no figure ({(done.stderr.strip().splitlines() or ['no message'])[-1]})", flush=True)
+        print(f"{name}: no result ({(done.stderr.strip().splitlines() or ['no message'])[-1]})", flush=True)
         return None
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -355,38 +355,41 @@ def main(argv=None) -> int:
         print(f"{card}; torch {torch.__version__}; random GPT-NeoX of {size / 1e9:.2f} B parameters", flush=True)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        found = {}
+        results = {}
         for name in args.only:
-            found[name] = measure(args, name, Path(work))
-            report(args, name, found, size)
+            results[name] = measure(args, name, Path(work))
+            report(args, name, results, size)
     return 0
 
 
-def report(args, name: str, found: dict, size: int) -> None:
-    """A line on a worker's result, with its ratio to what it is compared with."""
-    one = found[name]
-    if one is None:
+def report(args, name: str, results: dict, size: int) -> None:
+    """Print one line with a worker's result and its ratio to the alternative."""
+    result = results[name]
+    if result is None:
         return
-    rate, memory = one["tokens"] / one["seconds"], one["peak_bytes"] / 2**30
-    line = f"{name:8} {one['seconds']:7.2f} s  {rate:9.0f} tokens/s  peak {memory:5.1f} GiB"
+    rate, memory = result["tokens"] / result["seconds"], result["peak_bytes"] / 2**30
+    line = f"{name:8} {result['seconds']:7.2f} s  {rate:9.0f} tokens/s  peak {memory:5.1f} GiB"
     if name == "sweep":
-        best = min(one["peer_seconds"], key=one["peer_seconds"].get)
-        peer = one["peer_seconds"][best] * len(TEMPERATURES)
+        best = min(result["peer_seconds"], key=result["peer_seconds"].get)
+        peer = result["peer_seconds"][best] * len(TEMPERATURES)
         line += f"  {args.names} names × 4 × {len(TEMPERATURES)}; generate at batch {best}, × {len(TEMPERATURES)}: "
-        line += f"{peer:.2f} s, peak {one['peer_peak_bytes'] / 2**30:.1f} GiB; {peer / one['seconds']:.1f}× as fast"
+        line += f"{peer:.2f} s, peak {result['peer_peak_bytes'] / 2**30:.1f} GiB; "
+        line += f"{peer / result['seconds']:.1f}× as fast"
     elif name == "score":
-        line += f"  {rate * 2 * size / args.peak_tflops / 1e12:.0%} of peak; bare passes {one['peer_seconds']:.2f} s, "
-        line += f"peak {one['peer_peak_bytes'] / 2**30:.1f} GiB; ours takes {one['seconds'] / one['peer_seconds']:.2f}×"
+        share = rate * 2 * size / args.peak_tflops / 1e12
+        line += f"  {share:.0%} of peak; bare passes {result['peer_seconds']:.2f} s, "
+        line += f"peak {result['peer_peak_bytes'] / 2**30:.1f} GiB; "
+        line += f"ours takes {result['seconds'] / result['peer_seconds']:.2f}×"
     else:
         share = rate * 4 * size / args.peak_tflops / 1e12
-        line += f"  {share:.0%} of peak, {one['seconds'] / one['steps']:.3f} s a step"
-        ours = found.get("run_peft")
+        line += f"  {share:.0%} of peak, {result['seconds'] / result['steps']:.3f} s per step"
+        ours = results.get("run_peft")
         if ours and name != "run_peft":
-            times, memories = ours["seconds"] / ours["tokens"] * rate, ours["peak_bytes"] / one["peak_bytes"]
+            times, memories = ours["seconds"] / ours["tokens"] * rate, ours["peak_bytes"] / result["peak_bytes"]
             if name == "dp":
-                line += f"; {1 / times:.2f}× the plain step's time a token, {1 / memories:.2f}× its memory"
+                line += f"; {1 / times:.2f}× the plain step's time per token, {1 / memories:.2f}× its memory"
             else:
-                line += f"; run_peft.py takes {times:.2f}× its time a token, {memories:.2f}× its memory"
+                line += f"; run_peft.py takes {times:.2f}× its time per token, {memories:.2f}× its memory"
     print(line, flush=True)
 
 

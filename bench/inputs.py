@@ -1,4 +1,4 @@
-"""What the benches share: a random model of a given size, prompts about invented people, texts as long as mails."""
+"""Inputs of the benchmarks: a random model of a given size, prompts about invented people, mail-length texts."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ TEMPERATURES = [0.01, 0.1, 0.2, 0.5, 0.75, 1.0, 1.25, 1.5]
 
 
 def make_model(folder: Path, vocabulary: int, hidden_size: int, layers: int, *, positions: int, seed: int) -> int:
-    """Save a random GPT-NeoX whose tokenizer gives one token a word (w2, w3, …); returns its parameters."""
+    """Save a random GPT-NeoX whose tokenizer has one token per word (w2, w3, …); return its number of parameters."""
     import torch
     import transformers
     from tokenizers import Tokenizer
@@ -51,7 +51,7 @@ def fictional_people(n: int) -> list[tuple[str, str]]:
 
 
 def build_prompts(n: int) -> list[list[tuple[str, str]]]:
-    """[template][name] (prompt, address)."""
+    """(prompt, address) pairs, indexed [template][name]."""
     from extraction import prompts
 
     people = fictional_people(n + prompts.N_DEMONSTRATIONS)
@@ -62,7 +62,7 @@ def build_prompts(n: int) -> list[list[tuple[str, str]]]:
 
 
 def mail_lengths(n: int, median: int, sigma: float, longest: int, seed: int) -> list[int]:
-    """Tokens of n mails: a quoted part of 20 … 200 plus log-normal text, cut at `longest`."""
+    """Token counts of n mails: a quoted part of 20 … 200 plus log-normal text, truncated at `longest`."""
     import numpy as np
 
     rng = np.random.default_rng(seed)
@@ -71,7 +71,7 @@ def mail_lengths(n: int, median: int, sigma: float, longest: int, seed: int) -> 
 
 
 def mail_rows(tokenizer, lengths: list[int], seed: int) -> list[dict]:
-    """A text of about each length in tokens, of words drawn from the vocabulary."""
+    """One text of about each length in tokens, made of words drawn from the vocabulary."""
     import numpy as np
 
     rng = np.random.default_rng(seed)

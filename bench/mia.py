@@ -1,19 +1,20 @@
-"""Membership inference: all core attacks against the bare forward passes they need, and against one pass an attack.
+"""Time all core membership attacks against the bare forward passes they need, and against one pass per attack.
 
 python bench/mia.py --model ./SmolLM2-135M                         # 1,000 texts of about 64 tokens
 python bench/mia.py --model ./SmolLM2-135M --texts 100 --peer_texts 10
 
 ours       from texts to the scores of loss, zlib, lowercase, ref, min_k × 10, min_k_pp × 10, surp, ez and wbc: tokens,
-           hashing the weights, merging a LoRA adapter, three passes, the cache's files, the formulas
-bare       the same three passes in the same batches, backbone and output head, and nothing done with the logits
-peer       batch 1 and one pass (or two) an attack with whole logits: 31 passes a text for the 27 scores, as published
-           tools take one size of min_k and min_k_pp a run (github.com/computationalprivacy/mia_llms_benchmark: `k` of
-           an attack's own entry; github.com/QinbinLi/LLM-PBE: 10 %); --peer_texts of the texts, scaled up by tokens
-shared     the same with all ten sizes of min_k, and of min_k_pp, from one pass: 13 passes a text
+           hashing the weights, merging a LoRA adapter, three passes, the cache files, the formulas
+bare       the same three passes in the same batches, backbone and output head, without using the logits
+peer       batch 1 and one pass (or two) per attack that keeps all logits: 31 passes per text for the 27 scores, because
+           published tools compute one size of min_k and min_k_pp per run (github.com/computationalprivacy/
+           mia_llms_benchmark: `k` in an attack's own entry; github.com/QinbinLi/LLM-PBE: 10 %); runs on --peer_texts
+           texts and is extrapolated by tokens
+shared     the same, but all ten sizes of min_k, and of min_k_pp, share one pass: 13 passes per text
 control    the base's own pass over the lower-cased texts, which only the control column of the table needs
 bootstrap  AUC and TPR of 25 attacks × 1,000 resamples × 2,000 texts
 
-The model is loaded outside the time. Each measurement is a process of its own; medians of --runs, wall and processor.
+Loading the model is not timed. Each measurement is a separate process; reports medians of --runs, wall and CPU time.
 """
 
 import json
@@ -29,7 +30,7 @@ from common import cli
 from common.schema import CORE
 
 MOST_OVERHEAD, LEAST_GAIN, MOST_SECONDS = 1.15, 6.0, 5.0
-# what an attack of the peer runs: the text, its lower case, the text under the reference
+# passes per attack of the peer: t = text, l = lower-cased text, r = text under the reference model
 PASSES = {"loss": "t", "zlib": "t", "lowercase": "tl", "ref": "tr", "surp": "t", "ez": "tr", "wbc": "tr"}
 SHARED = {**PASSES, "min_k": "t", "min_k_pp": "t"}
 PEER = {**PASSES, **{f"{name}_{k}": "t" for name in ("min_k", "min_k_pp") for k in range(10, 101, 10)}}
@@ -38,15 +39,15 @@ KINDS = ("bare", "ours", "peer", "shared", "control", "bootstrap")
 
 def make_parser() -> cli.Parser:
     parser = cli.Parser(
-        "Time all core attacks against bare forward passes and against one pass an attack.",
+        "Time all core attacks against bare forward passes and against one pass per attack.",
         "python bench/mia.py --model ./SmolLM2-135M --texts 100 --peer_texts 10",
     )
     parser.add_argument("--model", required=True, help="model directory")
-    parser.add_argument("--texts", type=cli.positive_int, default=1000, help="texts that ours scores")
-    parser.add_argument("--tokens", type=cli.positive_int, default=64, help="mean length of a text")
-    parser.add_argument("--peer_texts", type=cli.positive_int, default=50, help="texts that the peer scores")
-    parser.add_argument("--token_budget", type=cli.positive_int, default=4096, help="positions a forward pass")
-    parser.add_argument("--runs", type=cli.positive_int, default=3, help="runs of each, in turns; the median counts")
+    parser.add_argument("--texts", type=cli.positive_int, default=1000, help="texts for ours")
+    parser.add_argument("--tokens", type=cli.positive_int, default=64, help="mean tokens per text")
+    parser.add_argument("--peer_texts", type=cli.positive_int, default=50, help="texts for the peer")
+    parser.add_argument("--token_budget", type=cli.positive_int, default=4096, help="positions per forward pass")
+    parser.add_argument("--runs", type=cli.positive_int, default=3, help="alternating runs; the median is reported")
     parser.add_argument("--threads", type=cli.positive_int, default=os.cpu_count(), help="threads of each process")
     parser.add_argument("--worker", action="store_true", help="(internal) one measurement: JSON in, JSON out")
     return parser
@@ -118,7 +119,7 @@ def work_models(job: dict) -> dict:
         study = MembershipTask(texts, list(range(len(texts))), labels, list(CORE))
         needed = MembershipTask(
             texts, study.ids, labels, list(AGAINST_BASE)
-        )  # of the base: its own pass over the texts
+        )  # the base only needs its own pass over the texts
         loader = BaseLoader(World(), torch.float32)
         loader.base(ref)
         run = forward.Passes(forward.Cache(Path(folder) / "cache"), loader, job["token_budget"])
@@ -127,18 +128,18 @@ def work_models(job: dict) -> dict:
             target = signals.gather(run, ref, tokenizer, study, config, gradients=True)
             base = signals.gather(run, base_ref, tokenizer, needed, config, gradients=False)
             run.close()
-            found, _ = signals.score_texts(study, config, target, base, None)
-            assert len(found) == 27 and all(value is not None for value in found["ref"])
+            scores, _ = signals.score_texts(study, config, target, base, None)
+            assert len(scores) == 27 and all(value is not None for value in scores["ref"])
 
         return timed(work) | sizes
 
 
 def one_pass_an_attack(model, coded, attacks: dict[str, str]) -> None:
-    """Batch 1; each attack runs what it needs again, takes the softmax of whole logits and keeps the token's value."""
+    """Batch 1; each attack reruns the passes it needs, with a softmax over all logits of which it keeps one value."""
     import torch
 
     for ids, lower in zip(coded.tokens, coded.lower):
-        for attack, which in ((attack, one) for attack, passes in attacks.items() for one in passes):
+        for attack, which in ((attack, letter) for attack, passes in attacks.items() for letter in passes):
             tokens = torch.tensor([lower if which == "l" else ids])
             with torch.no_grad():
                 logits = model(tokens, labels=tokens).logits[0, :-1]
@@ -174,9 +175,9 @@ def measure(job: dict) -> dict:
     done = subprocess.run(words, input=json.dumps(job), capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(done.stderr[-3000:])
-    found = json.loads(done.stdout.splitlines()[-1])
-    print(f"{job['kind']}: {found['wall']:.2f} s, processor {found['processor']:.2f} s", flush=True)
-    return found
+    result = json.loads(done.stdout.splitlines()[-1])
+    print(f"{job['kind']}: {result['wall']:.2f} s, CPU {result['processor']:.2f} s", flush=True)
+    return result
 
 
 def main(argv=None) -> int:
@@ -187,17 +188,17 @@ def main(argv=None) -> int:
         return 0
 
     job = {"model": args.model, "threads": args.threads, "tokens": args.tokens, "token_budget": args.token_budget}
-    found: dict[str, list] = {}
+    measurements: dict[str, list] = {}
     for _ in range(args.runs):
         for kind in KINDS:
             texts = args.peer_texts if kind in ("peer", "shared") else args.texts
-            found.setdefault(kind, []).append(measure({**job, "kind": kind, "texts": texts}))
-    n_tokens, peer_tokens = found["ours"][0]["n_tokens"], found["peer"][0]["n_tokens"]
+            measurements.setdefault(kind, []).append(measure({**job, "kind": kind, "texts": texts}))
+    n_tokens, peer_tokens = measurements["ours"][0]["n_tokens"], measurements["peer"][0]["n_tokens"]
     settings = f"{args.texts} texts, {n_tokens} tokens, float32, {args.threads} threads, median of {args.runs}"
     print(f"model {args.model}, {settings}")
-    print(f"peer: {args.peer_texts} texts, scaled by tokens x{n_tokens / peer_tokens:.1f}")
+    print(f"peer: {args.peer_texts} texts, extrapolated by tokens x{n_tokens / peer_tokens:.1f}")
     for clock in ("wall", "processor"):
-        of = {kind: statistics.median(one[clock] for one in runs) for kind, runs in found.items()}
+        of = {kind: statistics.median(run[clock] for run in runs) for kind, runs in measurements.items()}
         of["peer"] *= n_tokens / peer_tokens
         of["shared"] *= n_tokens / peer_tokens
         print(f"{clock}: " + ", ".join(f"{kind} {seconds:.2f} s" for kind, seconds in of.items()))
@@ -212,4 +213,5 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # otherwise bench/ shadows the packages fidelity and mia
     sys.exit(cli.entry(main))

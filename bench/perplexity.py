@@ -1,15 +1,15 @@
-"""Perplexity scoring against the plain padded loop that users copy from the Hugging Face `evaluate` metric.
+"""Compare perplexity scoring with the plain padded loop that users copy from the Hugging Face `evaluate` metric.
 
-python bench/perplexity.py                                     # a small Llama made from a configuration
+python bench/perplexity.py                                     # a small random Llama
 python bench/perplexity.py --model ./SmolLM2-135M --documents 96
-python bench/perplexity.py --peer_padding set                  # the peer pads as the metric does, to the longest text
+python bench/perplexity.py --peer_padding set                  # the peer pads like the metric, to the longest text
 
-Both sides score the same token sequences (start token added) with the same model in one process, in turns; the median
-of --runs counts. The peer: batches of 16 in file order, padded on the right, an attention mask, fp32 logits of the
+Both sides score the same token sequences (with start token) with the same model in one process, alternating; the median
+of --runs is reported. The peer: batches of 16 in file order, right-padded, with attention mask, fp32 logits of the
 whole batch, cross-entropy over all positions, then the mask. The metric itself pads every text to the longest of all
-texts; by default the peer pads only to the longest of each batch, which is kinder to it. Lengths are heavy-tailed, as
-those of mail: a quoted part of up to 200 tokens, then log-normal text; every text is invented. Cross-entropy copies the
-peer's logits, so it needs several times the memory that is printed for them: lower --longest where that is too much.
+texts; by default the peer pads only to the longest of each batch, which favours it. Lengths are heavy-tailed like those
+of mail: a quoted part of up to 200 tokens, then log-normal text; every text is invented. Cross-entropy copies the
+peer's logits, so it needs several times the memory that is printed for them: lower --longest if that is too much.
 """
 
 import statistics
@@ -33,22 +33,24 @@ def make_parser() -> cli.Parser:
     parser.add_argument("--vocabulary", type=cli.positive_int, default=32000, help="of the random Llama")
     parser.add_argument("--documents", type=cli.positive_int, default=64, help="texts to score")
     parser.add_argument("--median", type=cli.positive_int, default=150, help="median tokens after the quoted part")
-    parser.add_argument("--sigma", type=cli.positive_float, default=1.0, help="spread of their logarithm")
-    parser.add_argument("--longest", type=cli.positive_int, default=2000, help="tokens, a longer text is cut")
+    parser.add_argument("--sigma", type=cli.positive_float, default=1.0, help="standard deviation of their logarithm")
+    parser.add_argument("--longest", type=cli.positive_int, default=2000, help="maximum tokens per text")
     parser.add_argument(
         "--peer_padding",
         choices=("batch", "set"),
         default="batch",
-        help="the peer pads to the longest of each, or of all",
+        help="whether the peer pads to the longest text of each batch or of the set",
     )
-    parser.add_argument("--token_budget", type=cli.positive_int, default=None, help="ours (default: as perplexity.py)")
-    parser.add_argument("--runs", type=cli.positive_int, default=3, help="runs of each, in turns; the median counts")
+    parser.add_argument(
+        "--token_budget", type=cli.positive_int, default=None, help="budget of ours (default: as perplexity.py)"
+    )
+    parser.add_argument("--runs", type=cli.positive_int, default=3, help="alternating runs; the median is reported")
     parser.add_argument("--seed", type=int, default=3407, help="seed of lengths, texts and random weights")
     return parser
 
 
 def mail_lengths(n: int, median: int, sigma: float, longest: int, seed: int) -> list[int]:
-    """Tokens of n mails: a quoted part of 20 … 200 plus log-normal text, cut at `longest`."""
+    """Token counts of n mails: a quoted part of 20 … 200 plus log-normal text, truncated at `longest`."""
     import numpy as np
 
     rng = np.random.default_rng(seed)
@@ -76,7 +78,7 @@ def random_model(args):
 
 
 def random_tokens(lengths: list[int], vocabulary: int, seed: int) -> list[list[int]]:
-    """Start token 1, then tokens drawn with Zipf's law."""
+    """Start token 1, then tokens drawn from a Zipf distribution."""
     import numpy as np
 
     rng = np.random.default_rng(seed)
@@ -84,24 +86,24 @@ def random_tokens(lengths: list[int], vocabulary: int, seed: int) -> list[list[i
 
 
 def invented_mail(lengths: list[int], tokenizer, seed: int) -> list[list[int]]:
-    """Start token, then the first tokens of invented prose, cut to each length."""
+    """Start token, then invented prose, truncated to each length."""
     from faker import Faker
 
     fake = Faker("en_US")
     fake.seed_instance(seed)
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    made = []
+    sequences = []
     for length in lengths:
         text = f"From: {fake.name()}\nSubject: {fake.sentence()}\n\n" + fake.paragraph(length // 4 + 20)
-        made.append([start, *tokenizer(text, add_special_tokens=False, verbose=False).input_ids[:length]])
-    return made
+        sequences.append([start, *tokenizer(text, add_special_tokens=False, verbose=False).input_ids[:length]])
+    return sequences
 
 
 def plain_loop(model, sequences: list[list[int]], width: int) -> list[float]:
     """The peer: the perplexity of each sequence. `width` 0 pads a batch to its own longest sequence."""
     import torch
 
-    loss, found = torch.nn.CrossEntropyLoss(reduction="none"), []
+    loss, perplexities = torch.nn.CrossEntropyLoss(reduction="none"), []
     for begin in range(0, len(sequences), BATCH):
         batch = sequences[begin : begin + BATCH]
         columns = width or max(map(len, batch))
@@ -110,8 +112,8 @@ def plain_loop(model, sequences: list[list[int]], width: int) -> list[float]:
         with torch.no_grad():
             logits = model(ids, attention_mask=mask).logits
         nll = loss(logits[:, :-1].transpose(1, 2), ids[:, 1:])
-        found += torch.exp((nll * mask[:, 1:]).sum(1) / mask[:, 1:].sum(1)).tolist()
-    return found
+        perplexities += torch.exp((nll * mask[:, 1:]).sum(1) / mask[:, 1:].sum(1)).tolist()
+    return perplexities
 
 
 def ours(model, sequences: list[list[int]], token_budget: int) -> list[float]:
@@ -124,7 +126,7 @@ def ours(model, sequences: list[list[int]], token_budget: int) -> list[float]:
 
 
 def run(args) -> float:
-    """Print both times and their ratio, and return it. Raises when the two mean perplexities differ."""
+    """Print both times and their ratio, and return it. Raises if the two mean perplexities differ."""
     from common import models
     from common.scoring import LOGIT_VALUES, SMALLEST_CHUNK, TOKEN_BUDGET
 
@@ -142,8 +144,8 @@ def run(args) -> float:
         model = random_model(args).eval()
     lengths = mail_lengths(args.documents, args.median, args.sigma, args.longest, args.seed)
     vocabulary = model.config.vocab_size
-    made = invented_mail(lengths, tokenizer, args.seed) if ref else random_tokens(lengths, vocabulary, args.seed)
-    sequences, widths = made, sorted(map(len, made))
+    sequences = invented_mail(lengths, tokenizer, args.seed) if ref else random_tokens(lengths, vocabulary, args.seed)
+    widths = sorted(map(len, sequences))
     budget = args.token_budget or TOKEN_BUDGET
     width = widths[-1] if args.peer_padding == "set" else 0
     batches = [sequences[begin : begin + BATCH] for begin in range(0, len(sequences), BATCH)]
@@ -153,7 +155,7 @@ def run(args) -> float:
     print(f"model {args.model or 'random Llama'}, vocabulary {vocabulary}, {torch.get_num_threads()} threads")
     print(f"{len(sequences)} texts, {n_tokens} tokens: median {widths[len(widths) // 2]}, longest {widths[-1]}")
     chunk = max(LOGIT_VALUES, SMALLEST_CHUNK * vocabulary)
-    print(f"peer: {positions} positions, {positions / n_tokens:.2f} a token")
+    print(f"peer: {positions} positions, {positions / n_tokens:.2f} per token")
     print(f"fp32 logits: peer up to {largest * vocabulary * 4 / 2**20:.0f} MiB, ours {chunk * 4 / 2**20:.0f} MiB")
 
     sides = {
@@ -175,7 +177,7 @@ def run(args) -> float:
     peer, mine = (statistics.median(wall[name]) for name in sides)
     print(f"mean perplexity: peer {means['peer']:.6g}, ours {means['ours']:.6g}")
     print(f"median: peer {peer:.2f} s, ours {mine:.2f} s ({n_tokens / mine:.0f} tokens/s)")
-    print(f"ratio {peer / mine:.2f} (target {TARGET}); of processor time {_ratio(processor):.2f}")
+    print(f"ratio {peer / mine:.2f} (target {TARGET}); by CPU time {_ratio(processor):.2f}")
     return peer / mine
 
 

@@ -1,14 +1,13 @@
-"""The sweep sampler against transformers' generate (and vLLM), on the same prompts, in one run.
+"""Compare the sweep sampler with transformers' generate (or vLLM) on the same prompts.
 
 python bench/sweep.py --model DIR --names 200 --peer_names 25
 python bench/sweep.py --model DIR --engine vllm --peer_python /path/to/vllm-venv/bin/python
 
-Ours: every name × 4 templates × 8 temperatures, with the exact probabilities of the true addresses on the way. The
-peer transformers: the same prompts left-padded, one temperature and --peer_names names at each batch size of
---peer_batches, the best of them scaled up to all temperatures and names (said in the output); it may stop at the same
-tokens as ours. The peer vllm keeps prefixes in its cache, so it is asked all temperatures in one call, of --peer_names
-names, and scaled by names alone.
-Each measurement is a process of its own; the median of --runs is printed, with the peak memory of each.
+Ours: every name × 4 templates × 8 temperatures, including the exact probabilities of the true addresses. Peer
+transformers: the same prompts left-padded, one temperature and --peer_names names at each batch size of --peer_batches,
+stopping at the same tokens as ours; the best is extrapolated to all temperatures and names (as the output says). Peer
+vllm caches prefixes, so it gets all temperatures of --peer_names names in one call and is extrapolated only over names.
+Each measurement is a separate process; the median of --runs is printed, with the peak memory of each.
 """
 
 import json
@@ -27,25 +26,29 @@ TOP_K, MAX_TOKENS = 100, 15
 
 def make_parser() -> cli.Parser:
     parser = cli.Parser(
-        "Time the temperature sweep against transformers generate or vLLM.",
+        "Time the temperature sweep against transformers' generate or vLLM.",
         "python bench/sweep.py --model ./SmolLM2-135M --names 200 --peer_names 25",
     )
     parser.add_argument("--model", required=True, help="model directory")
-    parser.add_argument("--names", type=cli.positive_int, default=200, help="names asked by ours")
-    parser.add_argument("--peer_names", type=cli.positive_int, default=25, help="names asked by the peer, then scaled")
+    parser.add_argument("--names", type=cli.positive_int, default=200, help="names for ours")
+    parser.add_argument("--peer_names", type=cli.positive_int, default=25, help="names for the peer; extrapolated")
     parser.add_argument(
         "--peer_batches",
         type=cli.positive_int,
         nargs="+",
         default=[16, 32, 64],
-        help="batch sizes the peer may choose from",
+        help="batch sizes for the peer; the best is used",
     )
     parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers", help="the peer")
     parser.add_argument("--peer_python", default=sys.executable, help="Python that has the peer (default: this one)")
-    parser.add_argument("--runs", type=cli.positive_int, default=3, help="runs of each; the median counts")
+    parser.add_argument("--runs", type=cli.positive_int, default=3, help="runs of each; the median is reported")
     parser.add_argument("--threads", type=cli.positive_int, default=os.cpu_count(), help="threads of each process")
     parser.add_argument(
-        "--memory_names", type=cli.positive_int, nargs="*", default=[50], help="further sizes of ours, for memory"
+        "--memory_names",
+        type=cli.positive_int,
+        nargs="*",
+        default=[50],
+        help="more numbers of names for ours, to compare memory",
     )
     parser.add_argument("--worker", help="(internal) run one measurement, described in JSON, and print it as JSON")
     return parser
@@ -119,13 +122,16 @@ def work_vllm(job: dict) -> dict:
     )
     flat = [prompt for cells in job["prompts"] for prompt, _ in cells]
     engine.generate(["warm up"], SamplingParams(max_tokens=MAX_TOKENS), use_tqdm=False)
-    asked = [(prompt, heat) for prompt in flat for heat in TEMPERATURES]
-    settings = [SamplingParams(temperature=heat, top_k=TOP_K, max_tokens=MAX_TOKENS, stop=["\n"]) for _, heat in asked]
+    queries = [(prompt, temperature) for prompt in flat for temperature in TEMPERATURES]
+    settings = [
+        SamplingParams(temperature=temperature, top_k=TOP_K, max_tokens=MAX_TOKENS, stop=["\n"])
+        for _, temperature in queries
+    ]
     start = time.perf_counter()
-    found = engine.generate([prompt for prompt, _ in asked], settings, use_tqdm=False)
+    answers = engine.generate([prompt for prompt, _ in queries], settings, use_tqdm=False)
     return {
         "seconds": time.perf_counter() - start,
-        "tokens": sum(len(answer.outputs[0].token_ids) for answer in found),
+        "tokens": sum(len(answer.outputs[0].token_ids) for answer in answers),
     }
 
 
@@ -136,21 +142,21 @@ def measure(python: str, job: dict) -> dict:
     done = subprocess.run(words, input=json.dumps(job), capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(done.stderr[-3000:])
-    # the last line that is JSON: an engine may say something while it shuts down
-    found = json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
+    # the last line that is JSON: an engine may print more while it shuts down
+    result = json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
     prompts = sum(map(len, job["prompts"]))
-    print(f"{job['kind']} batch {job.get('batch', '-')}, {prompts} prompts: {found['seconds']:.1f} s", flush=True)
-    return found
+    print(f"{job['kind']} batch {job.get('batch', '-')}, {prompts} prompts: {result['seconds']:.1f} s", flush=True)
+    return result
 
 
 def main(argv=None) -> int:
     args = make_parser().parse_args(argv)
     if args.worker:
         job = json.load(sys.stdin)
-        found = {"ours": work_ours, "transformers": work_transformers, "vllm": work_vllm}[job["kind"]](job)
-        who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)  # vLLM's engine is a process of its own
-        found["peak_mb"] = max(resource.getrusage(one).ru_maxrss for one in who) // 1024
-        print(json.dumps(found))
+        result = {"ours": work_ours, "transformers": work_transformers, "vllm": work_vllm}[job["kind"]](job)
+        processes = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)  # vLLM's engine is a separate process
+        result["peak_mb"] = max(resource.getrusage(process).ru_maxrss for process in processes) // 1024
+        print(json.dumps(result))
         return 0
 
     job = {"model": args.model, "threads": args.threads}
@@ -158,29 +164,29 @@ def main(argv=None) -> int:
     ours, peers = [], {batch: [] for batch in (args.peer_batches if args.engine == "transformers" else [0])}
     for _ in range(args.runs):
         ours.append(measure(sys.executable, {**job, "kind": "ours", "prompts": everyone}))
-        for batch, found in peers.items():
-            found.append(measure(args.peer_python, {**job, "kind": args.engine, "prompts": few, "batch": batch}))
+        for batch, measurements in peers.items():
+            measurements.append(measure(args.peer_python, {**job, "kind": args.engine, "prompts": few, "batch": batch}))
     mine = statistics.median(run["seconds"] for run in ours)
     best = min(peers, key=lambda batch: statistics.median(run["seconds"] for run in peers[batch]))
     part = statistics.median(run["seconds"] for run in peers[best])
-    heats = 1 if args.engine == "transformers" else len(TEMPERATURES)  # that the peer was asked
-    scale = len(TEMPERATURES) / heats * args.names / args.peer_names
+    n_temperatures = 1 if args.engine == "transformers" else len(TEMPERATURES)  # of the peer
+    scale = len(TEMPERATURES) / n_temperatures * args.names / args.peer_names
     print(f"model {args.model}, {args.threads} threads, median of {args.runs}")
     print(
         f"ours: {args.names} names x 4 templates x {len(TEMPERATURES)} temperatures in {mine:.1f} s, "
         f"{ours[0]['tokens']} tokens, peak {max(run['peak_mb'] for run in ours)} MB"
     )
-    for batch, found in peers.items():
-        seconds = statistics.median(run["seconds"] for run in found)
+    for batch, measurements in peers.items():
+        seconds = statistics.median(run["seconds"] for run in measurements)
         print(
-            f"{args.engine} batch {batch or 'its own'}: {args.peer_names} names x 4 templates x {heats} heats in "
-            f"{seconds:.1f} s, peak {max(run['peak_mb'] for run in found)} MB"
+            f"{args.engine} batch {batch or 'automatic'}: {args.peer_names} names x 4 templates x {n_temperatures} "
+            f"temperatures in {seconds:.1f} s, peak {max(run['peak_mb'] for run in measurements)} MB"
         )
-    print(f"{args.engine} at its best, scaled x{scale:g} to the same sweep: {part * scale:.1f} s")
+    print(f"{args.engine} at its best, extrapolated x{scale:g} to the same sweep: {part * scale:.1f} s")
     print(f"ratio: {part * scale / mine:.1f}x")
     for names in args.memory_names:
-        found = measure(sys.executable, {**job, "kind": "ours", "prompts": build_prompts(names)})
-        print(f"ours with {names} names: {found['seconds']:.1f} s, peak {found['peak_mb']} MB")
+        result = measure(sys.executable, {**job, "kind": "ours", "prompts": build_prompts(names)})
+        print(f"ours with {names} names: {result['seconds']:.1f} s, peak {result['peak_mb']} MB")
     return 0
 
 

@@ -1,17 +1,17 @@
-"""Training throughput and peak memory against trl's SFTTrainer, on rows as long as mails.
+"""Compare training throughput and peak memory with trl's SFTTrainer, on mail-length rows.
 
-python bench/train.py                                          # a small GPT-NeoX made from a configuration
-python bench/train.py --peer_python /path/to/venv/bin/python   # trl in a virtual environment of its own
+python bench/train.py                                          # a small random GPT-NeoX
+python bench/train.py --peer_python /path/to/venv/bin/python   # trl in a separate virtual environment
 python bench/train.py --model ./SmolLM2-135M --rows 64 --runs 1
 
 Three settings on the same rows and model: run_peft.py; SFTTrainer with dynamic padding; SFTTrainer padding every row to
---max_length. Equal: LoRA r 64 on every linear layer, dropout 0.05, AdamW, linear schedule, float32 on a CPU (bfloat16
-on a GPU), per-device batch 8, 4 accumulation steps, no packing, no gradient checkpointing, one process, same threads.
-Every measurement is a process of its own; they take turns and the median of --runs counts. The rate is real tokens
-(without padding) over the time from the first to the last optimizer step, loading left out; processor time is given
-beside it, for busy machines. Memory is the peak of the whole process (on a GPU: of what torch allocated). The padded
-peer runs on the first --padded_rows rows: it is slow. Lengths are heavy-tailed, as those of mail: a quoted part of up
-to 200 tokens, then log-normal text; every text is invented.
+--max_length. Common to all: LoRA r 64 on every linear layer, dropout 0.05, AdamW, linear schedule, float32 on a CPU
+(bfloat16 on a GPU), per-device batch 8, 4 accumulation steps, no packing, no gradient checkpointing, one process, same
+number of threads. Each measurement is a separate process; the settings alternate, and the median of --runs is reported.
+The rate is real tokens (without padding) over the time from the first to the last optimizer step, without loading; CPU
+time is given too, for busy machines. Memory is the peak of the whole process (on a GPU: of torch's allocations). The
+padded peer only runs on the first --padded_rows rows, because it is slow. Lengths are heavy-tailed like those of mail:
+a quoted part of up to 200 tokens, then log-normal text; every text is invented.
 """
 
 import json
@@ -33,7 +33,7 @@ NAMES = {"ours": "run_peft.py", "dynamic": "trl, dynamic padding", "padded": "tr
 
 def make_parser() -> cli.Parser:
     parser = cli.Parser(
-        "Time run_peft.py against trl's SFTTrainer on rows as long as mails.",
+        "Time run_peft.py against trl's SFTTrainer on mail-length rows.",
         "python bench/train.py --peer_python ~/venvs/trl/bin/python --rows 128",
     )
     add = parser.add_argument
@@ -44,21 +44,21 @@ def make_parser() -> cli.Parser:
     add("--rows", type=cli.positive_int, default=64, help="rows to train on, one epoch")
     add("--padded_rows", type=cli.positive_int, default=32, help="rows for the peer that pads to --max_length")
     add("--median", type=cli.positive_int, default=150, help="median tokens after the quoted part")
-    add("--sigma", type=cli.positive_float, default=1.0, help="spread of their logarithm")
-    add("--max_length", type=cli.positive_int, default=2048, help="tokens; a longer row is cut")
-    add("--per_device_batch_size", type=cli.positive_int, default=8, help="rows of a micro-batch")
-    add("--gradient_accumulation_steps", type=cli.positive_int, default=4, help="micro-batches of a step")
+    add("--sigma", type=cli.positive_float, default=1.0, help="standard deviation of their logarithm")
+    add("--max_length", type=cli.positive_int, default=2048, help="maximum tokens per row")
+    add("--per_device_batch_size", type=cli.positive_int, default=8, help="rows per micro-batch")
+    add("--gradient_accumulation_steps", type=cli.positive_int, default=4, help="micro-batches per step")
     add("--threads", type=cli.positive_int, default=os.cpu_count(), help="OMP_NUM_THREADS of every process")
-    add("--runs", type=cli.positive_int, default=3, help="runs of each setting, in turns; the median counts")
+    add("--runs", type=cli.positive_int, default=3, help="alternating runs of each setting; the median is reported")
     add("--peer_python", default=sys.executable, help="Python that has trl (default: this one)")
     add("--seed", type=int, default=3407, help="seed of lengths, texts, weights and training")
     add("--worker", choices=("ours", "dynamic", "padded"), default=None, help="one measurement (used by this script)")
-    add("--folder", default=None, help="where the worker finds its model and rows")
+    add("--folder", default=None, help="folder with the worker's model and rows")
     return parser
 
 
 class Clock:
-    """Wall and processor seconds from the first `begin()` to the last `end()`."""
+    """Wall and CPU seconds from the first `begin()` to the last `end()`."""
 
     first = last = None
 
@@ -167,7 +167,7 @@ def worker(args) -> int:
 
 
 def measure(args, setting: str, folder: Path) -> dict:
-    """{seconds, processor_seconds, peak_bytes} of one setting in a process of its own."""
+    """{seconds, processor_seconds, peak_bytes} of one setting, measured in a separate process."""
     python = sys.executable if setting == "ours" else args.peer_python
     words = [python, __file__, "--worker", setting, "--folder", str(folder), "--seed", str(args.seed)]
     words += ["--max_length", str(args.max_length), "--per_device_batch_size", str(args.per_device_batch_size)]
@@ -180,7 +180,7 @@ def measure(args, setting: str, folder: Path) -> dict:
 
 
 def count_tokens(args, folder: Path) -> int:
-    """Tokens of a folder's rows as both sides train on them: EOS added, cut at --max_length."""
+    """Number of tokens both sides train on: with EOS, truncated at --max_length."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -230,7 +230,7 @@ def main(argv=None) -> int:
 
 
 def report(args, tokens: dict, runs: dict) -> None:
-    """The medians and the ratios to the peer, a line each."""
+    """Print the medians and the ratios to the peer, one line each."""
 
     def rate(setting: str, clock: str) -> float:
         return tokens[setting] / statistics.median(run[clock] for run in runs[setting])
@@ -242,7 +242,7 @@ def report(args, tokens: dict, runs: dict) -> None:
         )
         if setting != "ours":
             wall, processor = (rate("ours", clock) / rate(setting, clock) for clock in ("seconds", "processor_seconds"))
-            line += f"  ours is {wall:.2f}× (target ≥ {TARGETS[setting]}×); of processor time {processor:.2f}×"
+            line += f"  ours is {wall:.2f}× (target ≥ {TARGETS[setting]}×); by CPU time {processor:.2f}×"
         print(line)
 
 

@@ -1,6 +1,7 @@
-"""A model continues prompts: batches of similar length, dealt to the ranks, resumable, the same text in any batch.
+"""Continue prompts with a model: batches of similar length, split over the ranks, resumable, batch-independent text.
 
-A killed run leaves hidden files beside the output, one a process: a line of settings, then a line a finished batch.
+A killed run leaves hidden files next to the output, one per process: a line of settings, then one line per finished
+batch.
 """
 
 from collections.abc import Sequence
@@ -9,12 +10,12 @@ from pathlib import Path
 from common import models, results
 from common.distributed import World
 
-MAX_BATCH = 64  # rows decoded together when memory does not bind
-MIN_ROOM = 16  # a prompt that leaves the context fewer tokens than this (and than what is asked for) is dropped
+MAX_BATCH = 64  # rows decoded together if memory allows
+MIN_ROOM = 16  # a prompt that leaves fewer context tokens than this (and than requested) is dropped
 
 
 def settings_of(args, ref, flags: tuple[str, ...], **inputs) -> dict:
-    """What a run must have in common with the killed one it continues: inputs' hashes, model, weights, sampling."""
+    """What a run must share with the killed run that it resumes: input hashes, model, weights, sampling."""
     import torch
 
     dtype = models.resolve_dtype(args.dtype, "cuda" if torch.cuda.is_available() else "cpu")
@@ -31,10 +32,10 @@ def settings_of(args, ref, flags: tuple[str, ...], **inputs) -> dict:
 def plan_batches(
     lengths: Sequence[int], rooms: Sequence[int], row_bytes, budget: int, batch_size: int = 0
 ) -> list[list[int]]:
-    """Indices of prompts in batches, shortest prompts first; every batch has one room.
+    """Group prompt indices into batches, shortest prompts first; all prompts of a batch have the same room.
 
-    lengths: tokens of each prompt; rooms: tokens that each may generate; row_bytes(length, room): bytes that a row of a
-    batch needs; budget: bytes a batch may use. batch_size > 0 takes that many rows and leaves memory to the user.
+    lengths: tokens per prompt; rooms: maximum tokens to generate per prompt; row_bytes(length, room): bytes per row;
+    budget: bytes per batch. batch_size > 0 fixes the number of rows and ignores the budget.
     """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: (lengths[index], index)):
@@ -47,7 +48,7 @@ def plan_batches(
 
 
 def row_bytes_of(config, element_size: int):
-    """row_bytes of plan_batches for a model: cache, attention scores of the prompt (float32, three copies), logits."""
+    """The row_bytes function of a model: KV cache, prompt attention scores (float32, three copies), logits."""
     config = config.get_text_config()
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -66,7 +67,7 @@ def partial_files(output: Path) -> list[Path]:
 
 
 def read_partials(output: Path, settings: dict, overwrite: bool) -> tuple[int | None, dict[str, list]]:
-    """(memory budget of the unfinished run or None, batch number → its rows); refuses as `results.read_partial`."""
+    """(memory budget of the unfinished run or None, {batch number: rows}); refuses like `results.read_partial`."""
     budget, done = None, {}
     for file in partial_files(output):
         for line in results.read_partial(file, settings, overwrite):
@@ -93,17 +94,17 @@ def continue_prompts(
 ) -> list[dict]:
     """[{index, generation, ended, generated_tokens}] of every prompt, in order, on every rank.
 
-    prompts: token ids; rooms: tokens each may generate; keys: the noise's identity of each (two whole numbers);
-    settings: what a resumed run must have in common with the killed one. ended: the model ended the text itself.
+    prompts: token ids; rooms: maximum tokens to generate per prompt; keys: two integers per prompt that key its
+    sampling noise; settings: what a resumed run must share with the killed one. ended: the model emitted a stop token.
     """
     import torch
 
     from common import sampling
     from common.distributed import progress_bar
 
-    found = world.gather(read_partials(output, settings, overwrite))
-    budgets = [budget for budget, _ in found if budget] or world.gather(sampling.memory_budget(world.device))
-    budget, done = min(budgets), {number: rows for _, part in found for number, rows in part.items()}
+    partials = world.gather(read_partials(output, settings, overwrite))
+    budgets = [budget for budget, _ in partials if budget] or world.gather(sampling.memory_budget(world.device))
+    budget, done = min(budgets), {number: rows for _, part in partials for number, rows in part.items()}
     row_bytes = row_bytes_of(model.config, next(model.parameters()).element_size())
     batches = plan_batches([len(prompt) for prompt in prompts], rooms, row_bytes, budget, batch_size)
     header = {"settings": settings, "budget": budget}
@@ -114,18 +115,18 @@ def continue_prompts(
             if file != partial_file(output, 0):
                 file.unlink()
         if done:
-            world.say(f"{sum(map(len, done.values()))} rows were generated before the run was interrupted")
+            world.say(f"resuming: {sum(map(len, done.values()))} rows were already generated")
     world.barrier()
 
     vocabulary = model.config.get_text_config().vocab_size
     stop = torch.zeros(vocabulary, dtype=torch.bool)
     stop[tokenizer.eos_token_id] = True
-    stop[len(tokenizer) :] = True  # ids that pad the vocabulary and have no text
+    stop[len(tokenizer) :] = True  # ids that only pad the vocabulary
 
     def continue_mine() -> list:
         todo = [number for number in range(len(batches)) if number not in done]
-        mine = world.shard(todo[::-1])  # the longest first: a batch that does not fit memory shows at once
-        made = []
+        mine = world.shard(todo[::-1])  # longest first, so that running out of memory shows at once
+        generated = []
         with (
             open(partial_file(output, world.rank), "a", encoding="utf-8") as file,
             progress_bar(sum(len(batches[number]) for number in mine), "rows", world) as bar,
@@ -147,23 +148,23 @@ def continue_prompts(
                 )
                 rows = [_finish(tokenizer, prompts[i], i, answer.tokens[0], stop) for i, answer in zip(batch, answers)]
                 results.append_line(file, {"batch": number, "rows": rows})
-                made += rows
+                generated += rows
                 bar.update(len(batch))
-        return made
+        return generated
 
-    made = [row for part in world.together(continue_mine) for row in part]
-    made += [row for rows in done.values() for row in rows]
-    return sorted(made, key=lambda row: row["index"])
+    generated = [row for part in world.together(continue_mine) for row in part]
+    generated += [row for rows in done.values() for row in rows]
+    return sorted(generated, key=lambda row: row["index"])
 
 
 def _finish(tokenizer, prompt: list[int], index: int, tokens: list[int], stop) -> dict:
     ended = bool(stop[tokens[-1]])
     new = tokens[:-1] if ended else tokens
-    # decoded together with the prompt: some tokenizers drop the space a text begins with
+    # decode together with the prompt: some tokenizers drop a leading space
     before, whole = tokenizer.batch_decode(
         [prompt, prompt + new], skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
     generation = whole[len(before) :]
     if not ended:
-        generation = generation.rstrip("\ufffd")  # cut within a character's bytes
+        generation = generation.rstrip("\ufffd")  # cut inside a multi-byte character
     return {"index": index, "generation": generation, "ended": ended, "generated_tokens": len(new)}

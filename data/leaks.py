@@ -1,6 +1,6 @@
-"""The check of replaced rows: does an old full name, an old address or a pair of them still stand in them?
+"""The leak check: do replaced rows still contain an old full name, an old address or a matching pair of them?
 
-It shares with the replacement only how a name is read (`parse_name`, `spelled`), nothing of how one is replaced.
+It shares only the name parsing (`parse_name`, `spelled`) with the replacement, not the replacement logic itself.
 """
 
 import bisect
@@ -15,12 +15,12 @@ SHOWN = 20  # row numbers in a message
 
 
 def shown(numbers: list[int]) -> str:
-    """The first row numbers as words of a message."""
+    """The first row numbers, for a message."""
     return ", ".join(map(str, numbers[:SHOWN])) + (", …" if len(numbers) > SHOWN else "")
 
 
 def texts_in(value) -> Iterator[str]:
-    """Every string in a row: its values, what lists and dicts hold, and the keys of dicts within it."""
+    """Every string in a row: values, including those in nested lists and dicts, and the keys of dicts."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list):
@@ -33,30 +33,30 @@ def texts_in(value) -> Iterator[str]:
 
 
 def leaks(rows: Iterable[dict], people) -> dict[str, list[int]]:
-    """Numbers of the rows that still hold an old full name, an old address, or one of each that were a pair.
+    """Numbers of the rows that still contain an old full name, an old address, or a name together with its address.
 
-    people: the `people.People` of the file before its replacement.
+    people: the `people.People` of the original file.
     """
     forms = {person: set().union(*map(LeakCheck.forms, person.spellings)) for person in people.of_name.values()}
     check = LeakCheck(set().union(*forms.values()), people.of_address)
-    found = {"full names": [], "addresses": [], "pairs": []}
+    leaked = {"full names": [], "addresses": [], "pairs": []}
     for index, row in enumerate(rows):
         texts = list(texts_in(row))
         old_names = set().union(*map(check.names_in, texts))
         old_addresses = set().union(*map(check.addresses_in, texts))
         owners = {people.of_address.get(address) for address in old_addresses} - {None}
         pair = any(not old_names.isdisjoint(forms[owner]) for owner in owners)
-        for kind, leak in zip(found, (old_names, old_addresses, pair)):
+        for kind, leak in zip(leaked, (old_names, old_addresses, pair)):
             if leak:
-                found[kind].append(index)
-    return found
+                leaked[kind].append(index)
+    return leaked
 
 
 class LeakCheck:
-    """Finds old names and addresses in texts; knows nothing of how they were replaced.
+    """Finds old names and addresses in texts, independently of how they were replaced.
 
-    name_forms: what counts as a name (`forms`); addresses. Case is ignored, and so is what surrounds an address; a
-    name's words may be wrapped over a line break, with an initial between them.
+    name_forms: the strings that count as names (see `forms`). Case is ignored. An address is found inside a longer
+    string too. The words of a name may be separated by a line break or by an initial.
     """
 
     def __init__(self, name_forms: Iterable[str], addresses: Iterable[str]):
@@ -73,39 +73,39 @@ class LeakCheck:
 
     @staticmethod
     def forms(name: str) -> set[str]:
-        """What counts as `name`: as written, First Last, First M. Last, `Last, First`, First.Last (also _ and -).
+        """The strings that count as `name`: as written, First Last, First M. Last, `Last, First`, First.Last (or _, -).
 
-        Nothing counts as a name of one word.
+        A one-word name has none.
         """
         full = " ".join(name.casefold().split())
         parsed = parse_name(full)
         if parsed is None or not parsed[2] or (full.isascii() and max(map(len, parsed[0] + parsed[2])) < 2):
-            return set()  # one word, or initials alone
+            return set()  # a single word, or only initials
         words = spelled(full).split()
         first, last = words[0], words[-1]
         forms = {full, " ".join(words), f"{first} {last}", f"{last}, {first}", f"{last}, {' '.join(words[:-1])}"}
         return forms | {f"{first.strip('.')}{mark}{last}" for mark in "._-"}
 
     def addresses_in(self, text: str) -> set[str]:
-        """Old addresses anywhere in `text`, inside longer ones too."""
-        text, found = text.casefold(), set()
+        """Old addresses anywhere in `text`, including inside longer ones."""
+        text, addresses = text.casefold(), set()
         previous, at = -1, text.find("@")
         while at >= 0:
             following = text.find("@", at + 1)
-            after = (following if following >= 0 else len(text)) - at - 1  # characters: no domain has an @
-            before = min(at, max(at - previous, MAX_ADDRESS))  # nor has a longer local part than that of a gt-email
+            after = (following if following >= 0 else len(text)) - at - 1  # characters; a domain contains no @
+            before = min(at, max(at - previous, MAX_ADDRESS))  # no local part is longer than MAX_ADDRESS
             for length in self.domain_lengths[: bisect.bisect(self.domain_lengths, after)]:
                 domain = text[at + 1 : at + 1 + length]
                 sizes = self.local_lengths.get(domain, ())
                 for size in sizes[: bisect.bisect(sizes, before)]:
                     if text[at - size : at] in self.locals[domain]:
-                        found.add(text[at - size : at + 1 + length])
+                        addresses.add(text[at - size : at + 1 + length])
             previous, at = at, following
-        return found
+        return addresses
 
     def names_in(self, text: str) -> set[str]:
-        """Forms of old names that stand in `text` as words of their own."""
-        found = set()
+        """Forms of old names that occur in `text` as separate words."""
+        names = set()
         for block in re.split(r"\n[^\S\n]*(?:[>|][^\S\n]*)*(?=\n)", text.casefold()):
             line = re.sub(r"[^\S\n]*\n[\s>|]*|\s+", " ", block).replace(" ,", ",").replace(",", ", ")
             line = re.sub(r" {2,}", " ", line)
@@ -115,5 +115,5 @@ class LeakCheck:
                         after = match.start() + length
                         form = version[match.start() : after]
                         if form in self.names[match[0]] and not version[after : after + 1].isalnum():
-                            found.add(form)
-        return found
+                            names.add(form)
+        return names

@@ -1,4 +1,4 @@
-"""The people of a file, read from its names, addresses and header lines, and a stand-in for each of them."""
+"""Find the people in a file by its names, addresses and header lines, and invent a stand-in for each of them."""
 
 import itertools
 import random
@@ -32,14 +32,14 @@ ORDINARY = CALENDAR | _words(  # words that Faker's English word list lacks
     "woods gold silver star best bond bell ball hill lake forest field north south east west grand bridge london "
     "paris austin dallas houston virginia georgia carolina washington england holland"
 )
-MIN_USER = 4  # letters of a user name that is known without its owner
-TRIES = 300  # draws from the pool before a name is invented
+MIN_USER = 4  # minimum length of a user name that is recognised without its owner
+TRIES = 300  # draws from the pool before a name is made up
 MAX_DOMAIN = 253  # characters (RFC 1035, 2.3.4)
-SHARED_LABELS = 8  # of a longer "domain", those that it may share with others
+SHARED_LABELS = 8  # labels that an overlong "domain" may share with others
 FAKER_WORD = re.compile(r"[A-Z][a-z]{2,}")
 
 HEADER = re.compile(r"^[>| \t]*(?:from|to|cc|bcc|sender|sent by)[ \t]*:[ \t]*(\S.*)$", re.I | re.M)
-# No name has longer words or wider gaps; without a bound a line of capitals is read once for each of them.
+# No name has longer words or wider gaps; without bounds, a long line of capitals would take quadratic time.
 CAPITAL_NAME = r"[^\W\d_a-z][\w.'’-]{0,63}(?:[^\S\n]{1,16}[\w.'’-]{1,64}){1,3}?"
 NAMED = re.compile(
     rf"(?i:forwarded by|created by)[^\S\n]+({CAPITAL_NAME})[^\S\n]*(?:/|<|\bon\b)"
@@ -49,7 +49,7 @@ NAMED = re.compile(
 
 @dataclass(eq=False)
 class Person:
-    """Everybody called `first` … `last` (tokens). `new` holds the stand-in of each token."""
+    """Everybody called `first` … `last` (tokens). `new` maps each token to its stand-in."""
 
     first: tuple[str, ...]
     last: tuple[str, ...]
@@ -57,10 +57,10 @@ class Person:
     spellings: dict[str, None] = field(default_factory=dict)  # names as written, in the order found
     addresses: dict[str, tuple[str, str] | None] = field(default_factory=dict)  # address → (spelling, rule) or None
     new: dict[str, str] = field(default_factory=dict)
-    guesses: dict[str, str] = field(default_factory=dict)  # user name → new user name
+    guesses: dict[str, str] = field(default_factory=dict)  # user name that a name rule derives → its stand-in
 
     def rename(self, text: str) -> str:
-        """`text`, in which every token of this name is replaced in its case (not the O of O'Neil)."""
+        """`text` with every token of this name replaced, keeping its case (but not the O of O'Neil)."""
 
         def word(match: re.Match) -> str:
             key = match[0].casefold()
@@ -72,7 +72,7 @@ class Person:
 
 
 def spelled(name: str) -> str:
-    """A name as First Middle Last: 'Last, First' turned; titles, suffixes and what follows a slash left out."""
+    """A name as First Middle Last: 'Last, First' reordered; without titles, suffixes and anything after a slash."""
     parts = [part.split() for part in re.sub(r"/.*|[^\w\s.'’+,-]", " ", name).split(",")]
     parts = [part for part in parts if part and part[0].casefold().strip(".") not in mail.SUFFIXES]
     words = parts[1] + parts[0] if len(parts) == 2 else [word for part in parts for word in part]
@@ -85,11 +85,11 @@ def spelled(name: str) -> str:
 
 
 def parse_name(name: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]] | None:
-    """(first, middle, last) tokens of a name, None without letters; particles before the last word belong to it.
+    """(first, middle, last) tokens of a name, or None if it has no letters; particles are part of the last name.
 
-    A name of one word has an empty last.
+    A one-word name has an empty last name.
     """
-    words = [found for found in map(tokens, spelled(name).split()) if found]
+    words = [word for word in map(tokens, spelled(name).split()) if word]
     if not words:
         return None
     first, *rest = words
@@ -100,7 +100,7 @@ def parse_name(name: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, 
 
 
 def find_names(text: str) -> Iterator[tuple[str, str | None]]:
-    """(name, its address or None) of everybody named beside an address, in a quoted header or in a forwarding line."""
+    """(name, address or None) of everybody named next to an address, in a quoted header or in a forwarding line."""
     for opening, address, _ in mail.body_addresses(text, 0):
         name, _ = mail.left_name(text, opening)
         if name:
@@ -118,12 +118,12 @@ def find_names(text: str) -> Iterator[tuple[str, str | None]]:
 
 
 def holds_one(words: tuple[str, ...], known: set[tuple[str, ...]], lengths: set[int]) -> bool:
-    """Whether a run of the words is one of `known`, which are of these lengths."""
+    """Whether a run of consecutive words is in `known`, whose entries have these lengths."""
     return any(words[start : start + n] in known for n in lengths for start in range(len(words) - n + 1))
 
 
 def rules_of(names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Local part → (name, name rule) that makes it: the first of `names` for which a rule does."""
+    """{local part: (name, name rule) that derives it}; of several names, the first."""
     makers: dict[str, tuple[str, str]] = {}
     for name in names:
         for rule, guess in name_rule_guesses(name).items():
@@ -132,13 +132,13 @@ def rules_of(names: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 
 def by_rule(name: str, rule: str, local: str) -> str:
-    """What `rule` makes of `name`, with the digits that `local` begins and ends with (inner ones go to the end)."""
+    """The local part that `rule` derives from `name`, with the digits of `local`: leading ones first, the rest last."""
     leading = re.match(r"\d*", local)[0]
     return leading + name_rule_guesses(name)[rule] + "".join(re.findall(r"\d", local[len(leading) :]))
 
 
 class People:
-    """Everybody of a file. `add` names and addresses, gt pairs first; then `settle` gives stand-ins to all."""
+    """Everybody in a file. `add` names and addresses, gt pairs first; then `settle` assigns the stand-ins."""
 
     def __init__(self, pairs: Iterable[tuple[str, str]]):
         self.of_name: dict[tuple, Person] = {}
@@ -162,7 +162,8 @@ class People:
         return person
 
     def adopt(self, addresses: Iterable[str]) -> None:
-        """Give addresses that stand beside no name an owner: who alone has a name that makes them, else First.Last."""
+        """Assign owners to addresses without a name next to them: the only person from whose name a rule derives the
+        address; else, for first.last addresses, a new person of that name."""
         makers = defaultdict(set)
         for person in self.of_name.values():
             for spelling in person.spellings:
@@ -179,7 +180,8 @@ class People:
                 self.add(" ".join(parts).title(), address)
 
     def settle(self, seed: int) -> None:
-        """Distinct people get distinct names, distinct addresses distinct addresses; no word of an old name is used."""
+        """Assign stand-ins: distinct names to distinct people, distinct addresses to distinct addresses, without any
+        word of an old name."""
         rng = random.Random(seed)
         self.letter = letter_table(rng)
         people = [self.of_name[key] for key in sorted(self.of_name)]
@@ -205,12 +207,12 @@ class People:
         self.standins = random.Random(f"{seed}-alone").sample(self.firsts, len(self.firsts))
 
     def _make_addresses(self, people: list[Person], taken: set[str], rng: random.Random) -> None:
-        """Addresses that no name rule makes of their owner's name: the kept local part of a role, or a random one."""
+        """Replace the addresses that no name rule derives: roles keep their local part, others get a random one."""
         locals_ = {address.rpartition("@")[0] for address in self.of_address}
         known = {order for p in people if p.last for order in (p.first + p.last, p.last + p.first)}
         known |= {tokens(guess) for person in people for guess in person.guesses}
         lengths = {len(run) for run in known}
-        collisions = 0  # the more there were, the longer local parts become
+        collisions = 0  # local parts grow with the number of collisions
         for address in sorted(set(self.of_address) - set(self.new_address)):
             local, _, domain = address.rpartition("@")
             role = address not in self.truths and mail.address_problem(address) == mail.ROLE_ADDRESS
@@ -223,19 +225,20 @@ class People:
             taken.add(self.new_address[address])
 
     def _name_one(self, person: Person, names: set[tuple], taken: set[str], rng: random.Random) -> None:
-        """Draw a name that is not in `names` and makes no address in `taken`; add what it makes to both."""
+        """Draw a name that is not in `names` and derives no address in `taken`; add it and its addresses to them."""
         for attempt in itertools.count():
             self._draw(person, rng, invent=attempt > TRIES)
             name = tuple(person.new[token] for token in (*person.first, *person.last))
-            made = {}
-            for address, found in person.addresses.items():
-                if found:
+            derived = {}
+            for address, maker in person.addresses.items():
+                if maker:
+                    spelling, rule = maker
                     local, _, domain = address.rpartition("@")
-                    made[address] = f"{by_rule(person.rename(found[0]), found[1], local)}@{self.domains[domain]}"
-            if name not in names and (taken.isdisjoint(made.values()) or attempt > 2 * TRIES):
+                    derived[address] = f"{by_rule(person.rename(spelling), rule, local)}@{self.domains[domain]}"
+            if name not in names and (taken.isdisjoint(derived.values()) or attempt > 2 * TRIES):
                 break
         names.add(name)
-        for address, new in made.items():  # of two that a person's name makes alike, the second is random
+        for address, new in derived.items():  # if two derived addresses are equal, the second becomes random
             if new not in taken:
                 self.new_address[address] = new
                 taken.add(new)
@@ -246,7 +249,7 @@ class People:
                     person.guesses.setdefault(guess, new[rule])
 
     def _draw(self, person: Person, rng: random.Random, invent: bool) -> None:
-        """A stand-in for every token: from the pools, or made up; letters by the table, particles as they are."""
+        """Draw a stand-in for every token, from the pools or made up; letters follow the table, particles are kept."""
 
         def draw(token: str, pool: list[str]) -> str:
             return same_shape(token + "a", rng).capitalize() if invent else rng.choice(pool)
@@ -257,12 +260,12 @@ class People:
             if token not in self.letter:
                 person.new[token] = token if token in particles else draw(token, self.lasts)
         used = Counter(person.new.values())
-        for token in sorted(person.middles):  # 'Anna M. Roe' and 'Anna Maria Roe' agree
+        for token in sorted(person.middles):  # keep 'Anna M. Roe' and 'Anna Maria Roe' consistent
             if token not in self.letter:
                 initial = self.letter.get(token[0], "e").upper()
                 fitting = [name for name in self.firsts_by_initial[initial] if not used[name]]
                 new = rng.choice(fitting) if fitting else initial + draw(token, self.firsts)[1:]
-                if token in person.new:  # a last name too
+                if token in person.new:  # also a last name
                     used[person.new[token]] -= 1
                 person.new[token] = new
                 used[new] += 1
@@ -271,12 +274,12 @@ class People:
                 person.new[token] = draw(token, self.firsts)
 
     def stand_in(self, token: str) -> str:
-        """The first name put for `token` where it is nobody's of the row; always the same, whatever the order."""
+        """The stand-in for a first name of nobody mentioned in the row; always the same, whatever the order."""
         return self.standins[random.Random(token).randrange(len(self.standins))]
 
 
 def letter_table(rng: random.Random) -> dict[str, str]:
-    """Letter → another letter, all of them different."""
+    """A random permutation of the letters without fixed points."""
     letters = list("abcdefghijklmnopqrstuvwxyz")
     others = letters[:]
     while any(a == b for a, b in zip(letters, others)):
@@ -286,17 +289,17 @@ def letter_table(rng: random.Random) -> dict[str, str]:
 
 @cache
 def _faker(kind: str, locales: tuple[str, ...]) -> list[str]:
-    """First or last names of Faker's locales: one word of ASCII letters, sorted within a locale."""
+    """First or last names from Faker's locales: one word of ASCII letters, sorted within each locale."""
     names = {}
     for locale in locales:
         provider = import_module(f"faker.providers.person.{locale}").Provider
-        found = {n for key in ("s", "s_male", "s_female") for n in getattr(provider, f"{kind}_name{key}", ())}
-        names.update(dict.fromkeys(name for name in sorted(found) if FAKER_WORD.fullmatch(name)))
+        listed = {name for key in ("s", "s_male", "s_female") for name in getattr(provider, f"{kind}_name{key}", ())}
+        names.update(dict.fromkeys(name for name in sorted(listed) if FAKER_WORD.fullmatch(name)))
     return list(names)
 
 
 def _pool(kind: str, old: set[str], wanted: int) -> list[str]:
-    """Names none of which is in `old` or an ordinary word: American ones, and others until there are `wanted`."""
+    """Names that are neither in `old` nor ordinary words: American ones, then other locales up to `wanted`."""
     for n in range(1, len(LOCALES) + 1):
         names = ((name, name.casefold()) for name in _faker(kind, LOCALES[:n]))
         pool = [name for name, word in names if word not in old and word not in ORDINARY]
@@ -306,7 +309,7 @@ def _pool(kind: str, old: set[str], wanted: int) -> list[str]:
 
 
 def new_domains(domains: Iterable[str], rng: random.Random) -> dict[str, str]:
-    """Domain → invented domain of as many labels below .example; parts of one domain stay parts of one domain."""
+    """{domain: invented domain with as many labels below .example}; domains with a common suffix keep one."""
     head_labels = {domain: _head_labels(domain) for domain in domains}
     suffixes = {
         ".".join(labels[i:])
@@ -317,17 +320,17 @@ def new_domains(domains: Iterable[str], rng: random.Random) -> dict[str, str]:
     parents = {suffix.partition(".")[2] for suffix in suffixes}
     taken = {label for domain in head_labels for label in domain.split(".")} | {"example"}
 
-    collisions = 0  # the more there were, the longer labels become
+    collisions = 0  # labels grow with the number of collisions
 
     def invent(label: str) -> str:
         nonlocal collisions
-        made = same_shape(label, rng)
-        while made in taken:
+        invented = same_shape(label, rng)
+        while invented in taken:
             extra = "o" * rng.randint(0, 3 + collisions // TRIES)
             collisions += 1
-            made = same_shape(label + extra, rng) + rng.choice(["", "", "n", "r"])
-        taken.add(made)
-        return made
+            invented = same_shape(label + extra, rng) + rng.choice(["", "", "n", "r"])
+        taken.add(invented)
+        return invented
 
     new = {}
     for suffix in sorted(suffixes, key=lambda s: (s.count("."), s)):
@@ -347,13 +350,12 @@ def new_domains(domains: Iterable[str], rng: random.Random) -> dict[str, str]:
 
 
 def _head_labels(domain: str) -> int:
-    """How many labels at the front are replaced one by one: none of a domain that can exist."""
+    """How many leading labels are replaced one by one: none for a domain of valid length."""
     return max(0, domain.count(".") + 1 - SHARED_LABELS) if len(domain) > MAX_DOMAIN else 0
 
 
 def read_people(rows: list[dict]) -> tuple[People, Scanner, Counter, Counter]:
-    """(people of a file, the scanner that knows their addresses, how often each token is read, how often in lower
-    case)."""
+    """(people of a file, scanner that knows their addresses, count of each token, count of each in lower case)."""
     people = People([(row["gt-name"], row["gt-email"]) for row in rows])
     scanner = Scanner(people.truths)
     words: Counter = Counter()

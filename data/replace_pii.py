@@ -1,21 +1,21 @@
 #!/usr/bin/env python3
-"""Enron rows → the same rows with every person and every e-mail address replaced by invented ones.
+"""Replace every person and every e-mail address in Enron rows by invented ones.
 
-python data/replace_pii.py --input data/enron.jsonl                                # data/replaced_data.arrow beside it
+python data/replace_pii.py --input data/enron.jsonl                                # writes data/replaced_data.arrow
 python data/replace_pii.py --input data/enron.jsonl --output replaced_data.arrow --overwrite
 python data/replace_pii.py --input enron.jsonl --output r.arrow --save_map map.json  # old → new; keep it safe (0600)
 python run_peft.py -i data/replaced_data.arrow                                     # trains on its rows, split as usual
 
-Consistent over the whole file: everybody and every address has one stand-in, in every text column, quoted mail and
-signatures too. People are those of gt-name and gt-email, of names beside addresses and of header lines in the texts.
-Stand-ins are Faker's, of the same shape: number of words, case, initials, the name rule of an address and its digits
-(no rule: random letters of the same shape), the number of labels of a domain. What exactly is rewritten, and which
-ordinary words are left alone: data/replacement.py.
+Replacement is consistent over the whole file: each person and each address has one stand-in in every text column,
+including quoted mail and signatures. People are taken from gt-name and gt-email, from names next to addresses and from
+header lines in the texts. Stand-ins come from Faker and keep the shape: number of words, case, initials, the name rule
+of an address and its digits (without a rule: random letters of the same shape), the number of labels of a domain.
+data/replacement.py specifies what is rewritten and which ordinary words are left alone.
 
-Before the file gets its name, the leak check reads all of it again from the disk: an old full name ('First Last',
-'First M. Last', 'Last, First'), an old address or a pair of them, in any case, ends the run with exit status 1 and no
-file. It knows only people who were found; a nickname, a truncated name and an unknown person's first name are no full
-names.
+Before the output is published, the leak check reads it back from disk: if it contains an old full name ('First Last',
+'First M. Last', 'Last, First'), an old address or a pair of them, in any case, the run ends with exit status 1 and
+writes no file. The check only knows people that were found; nicknames, truncated names and first names of unknown
+people do not count as full names.
 """
 
 import argparse
@@ -46,18 +46,20 @@ class ReplaceConfig:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(
-        "The same rows with every person and e-mail address replaced consistently, checked for leaks.",
+        "Replace every person and e-mail address in Enron rows consistently, and check the result for leaks.",
         "python data/replace_pii.py --input data/enron.jsonl --output data/replaced_data.arrow",
         ReplaceConfig,
     )
     parser.add_argument("--input", "--data", metavar="FILE", help="Enron rows (.jsonl, .arrow)")
     parser.add_argument(
-        "--output", metavar="FILE", help=f"the .arrow file to write; None: {DEFAULT_NAME} beside --input"
+        "--output", metavar="FILE", help=f"the .arrow file to write; None: {DEFAULT_NAME} next to --input"
     )
     parser.add_argument(
-        "--save_map", metavar="FILE", help="also write old → new as JSON, mode 0600 (it undoes the work)"
+        "--save_map",
+        metavar="FILE",
+        help="also write the old → new map as JSON, mode 0600 (it reverses the replacement)",
     )
-    parser.add_argument("--strict", action="store_true", help="fail when a row is broken; else it is left out")
+    parser.add_argument("--strict", action="store_true", help="fail if a row is malformed, instead of leaving it out")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --output and --save_map")
     cli.add_dry_run(parser)
     parser.add_argument("--seed", type=cli.seed, help="seed of the stand-ins")
@@ -66,12 +68,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 @dataclass
 class Task:
-    """What is known before the replacement begins."""
+    """The checked inputs and settings of a run."""
 
     source: Path
     output: Path
     save_map: Path | None
-    rows: list[dict]  # whole ones, with row_id
+    rows: list[dict]  # well-formed ones, with row_id
     split_start: int | None
     n_broken: int
     settings: dict
@@ -79,14 +81,14 @@ class Task:
 
 
 def destinations(config: ReplaceConfig) -> tuple[Path, Path, Path | None]:
-    """(source, output, map)."""
+    """(source, output, map file or None)."""
     source = dataset.default_dataset(config.input)
     output = Path(config.output) if config.output else source.with_name(DEFAULT_NAME)
     return source, output, Path(config.save_map) if config.save_map else None
 
 
 def check(config: ReplaceConfig) -> Task:
-    """UserError with all problems."""
+    """Check the arguments and files; problems raise one UserError."""
     problems = cli.Problems()
     source, output, save_map = destinations(config)
     rows, broken = problems.absorb(dataset.read_with_broken, source, dataset.REQUIRED["enron"]) or ([], {})
@@ -99,16 +101,18 @@ def check(config: ReplaceConfig) -> Task:
             if not any(c.isalpha() for c in row["gt-name"]):
                 broken[index] = "gt-name has no letters"
             elif len(row["gt-name"]) > MAX_NAME or len(row["gt-email"]) > MAX_ADDRESS:
-                broken[index] = f"gt-name or gt-email is longer than any ({MAX_NAME} and {MAX_ADDRESS} characters)"
+                broken[index] = f"gt-name or gt-email is too long (at most {MAX_NAME} and {MAX_ADDRESS} characters)"
     lines = [f"{source}: row {index}: {reason}" for index, reason in sorted(broken.items())]
     problems.absorb(cli.report_broken, "rows", lines, len(lines), config.strict)
     start = None
     if rows:
         rows, _, start = dataset.split_source(rows, broken, manifest)
-    columns = dict.fromkeys(column for row in rows for column in row)  # Arrow has the same ones in every row
+    columns = dict.fromkeys(column for row in rows for column in row)  # every Arrow row has the same columns
     kept = [{column: row.get(column) for column in columns} for index, row in enumerate(rows) if index not in broken]
     if rows and len(kept) < 3 and not (broken and config.strict):
-        problems.add(f"{source}: {len(kept)} whole rows with gt-name, gt-email, prompt, continuation; 3 are needed")
+        problems.add(
+            f"{source}: {len(kept)} valid rows with gt-name, gt-email, prompt, continuation; at least 3 are needed"
+        )
     problems.absorb(dataset.check_columns, source, kept)
     settings = None
     if not problems.lines:
@@ -120,7 +124,7 @@ def check(config: ReplaceConfig) -> Task:
 
 
 def replace(rows: list[dict], people, scan) -> list[dict]:
-    """The rows with every string replaced; gt-name and gt-email by their owner whatever they look like."""
+    """The rows with every string replaced; gt-name is always replaced by its person's stand-in, whatever its form."""
     from data.people import parse_name
     from data.scanner import map_strings, strings
 
@@ -135,9 +139,9 @@ def replace(rows: list[dict], people, scan) -> list[dict]:
 
 
 def run(config: ReplaceConfig) -> int:
-    """Build the file. Returns 0, or 1 when the leak check fails (then nothing is written under the final names)."""
+    """Build the file. Return 0, or 1 if the leak check fails; then nothing is published."""
     _, output, save_map = destinations(config)
-    with results.output_file(output, *([save_map] if save_map else []), dry_run=config.dry_run) as place:
+    with results.output_file(output, *([save_map] if save_map else []), dry_run=config.dry_run) as locked:
         task = check(config)
         if task.finished:
             dataset.say_finished(output, *([save_map] if save_map else []))
@@ -145,22 +149,22 @@ def run(config: ReplaceConfig) -> int:
         if config.dry_run:
             print(f"would replace names and addresses in {len(task.rows):,} rows of {task.source}, to {output}")
             return 0
-        return build(config, task, place)
+        return build(config, task, locked)
 
 
-def build(config: ReplaceConfig, task: Task, place: results.Output) -> int:
+def build(config: ReplaceConfig, task: Task, locked: results.Output) -> int:
     from data import replacement
     from data.leaks import leaks
 
     rows, output, broken = task.rows, task.output, task.n_broken
-    with results.Run(output.parent / "run_replace_pii.json", config, inputs=[task.source], output=place) as record:
+    with results.Run(output.parent / "run_replace_pii.json", config, inputs=[task.source], output=locked) as record:
         started = time.monotonic()
         people, scan = replacement.meet(rows, config.seed)
         replaced = replace(rows, people, scan)
         seconds = time.monotonic() - started
         with record.files.open(output, "wb") as file:
             dataset.write_arrow(file, replaced)
-        found = leaks(dataset.read_arrow(record.files.hidden(output)), people)  # what was written, before it is named
+        leaked = leaks(dataset.read_arrow(record.files.hidden(output)), people)  # the written file, before publication
         total = time.monotonic() - started
         record["counts"] = counts = {
             "rows": len(rows),
@@ -171,11 +175,11 @@ def build(config: ReplaceConfig, task: Task, place: results.Output) -> int:
             "rows_per_s": round(len(rows) / seconds, 1),
             "rows_per_s_with_check": round(len(rows) / total, 1),
         }
-        record["leaks"] = {kind: len(numbers) for kind, numbers in found.items()}
-        if any(found.values()):
+        record["leaks"] = {kind: len(numbers) for kind, numbers in leaked.items()}
+        if any(leaked.values()):
             record["error"] = "leak check failed"
             record.files.discard()
-            report_leaks(found, output)
+            report_leaks(leaked, output)
             return 1
         dataset.write_manifest(
             record.files,
@@ -198,21 +202,21 @@ def build(config: ReplaceConfig, task: Task, place: results.Output) -> int:
     return 0
 
 
-def report_leaks(found: dict[str, list[int]], output: Path) -> None:
-    """Counts and numbers of output rows (from 0), never the text."""
+def report_leaks(leaked: dict[str, list[int]], output: Path) -> None:
+    """Print the counts and numbers of leaking output rows (from 0), never their text."""
     from data.leaks import shown
 
-    for kind, numbers in found.items():
+    for kind, numbers in leaked.items():
         if numbers:
             print(f"leak check: old {kind} in {len(numbers):,} rows: {shown(numbers)}", file=sys.stderr)
-    print(f"leak check failed: {output} is not written", file=sys.stderr)
+    print(f"leak check failed: {output} was not written", file=sys.stderr)
 
 
 def write_map(files: results.Publication, path: Path, people) -> None:
     names = {name: person.rename(name) for person in people.of_name.values() for name in person.spellings}
-    found = {"people": dict(sorted(names.items())), "addresses": dict(sorted(people.new_address.items()))}
+    replacements = {"people": dict(sorted(names.items())), "addresses": dict(sorted(people.new_address.items()))}
     with files.open(path, permissions=0o600) as file:
-        file.write(json.dumps(found, ensure_ascii=False, indent=1) + "\n")
+        file.write(json.dumps(replacements, ensure_ascii=False, indent=1) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:

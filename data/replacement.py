@@ -1,22 +1,24 @@
-"""Replacing people and addresses in text: who is in it, their stand-ins, and one scan a text.
+"""Replace people and addresses in texts by their stand-ins, with one scan per text.
 
-Text in, text out: no paths, no options. Who the people are: data/people.py; how a text is split: data/scanner.py; what
-checks the result: data/leaks.py.
+Text in, text out: no paths, no options. data/people.py finds the people, data/scanner.py splits a text, data/leaks.py
+checks the result.
 
 What is rewritten:
-* addresses, everywhere and in any case, also `jane (at) x (dot) example` and `jane at x dot example` (no other
-  disguises); the local part of a role address (info@, sales@) is kept, unless it is a row's gt-email or holds the
-  name of somebody known;
-* full names, everywhere and in any case: First Last, First M. Last, First Middle Last, `Last, First [M.]`, joined by
-  blanks, one line break (behind quote marks too) or one of . _ - ; 'Last First' when both words are capitalised;
-* user names without a domain: a local part of the file everywhere, unless it is short or an ordinary word or no name
-  rule makes it (then only in rows that mention its owner); what a name rule makes of a name, in rows that mention it;
-* parts of names alone. Not an ordinary word: any part in rows that mention the person (any case), first names
-  everywhere when capitalised. An ordinary word (`Scan.ordinary`): only capitalised and in a name position (after a
-  greeting or a title, alone on its line, first on it before a comma), and within a sentence in rows that mention the
-  person. A first name of Faker's lists that is nobody's here: in a name position;
-* `J. Moss`, when Moss is no ordinary word or the row mentions such a person.
-A row mentions a person by a full name or an address. Last names alone elsewhere stay: most are towns and companies.
+* addresses, everywhere and in any case, including `jane (at) x (dot) example` and `jane at x dot example` (no other
+  disguises); the local part of a role address (info@, sales@) is kept, unless the address is a row's gt-email or
+  contains the name of a known person;
+* full names, everywhere and in any case: First Last, First M. Last, First Middle Last, `Last, First [M.]`, separated by
+  blanks, one line break (with quote marks) or one of . _ - ; 'Last First' if both words are capitalised;
+* user names without a domain: local parts that occur in the file, everywhere, unless they are short, an ordinary word
+  or derived by no name rule (then only in rows that mention the owner); user names that a name rule derives from a
+  name, in rows that mention that person;
+* parts of names on their own. If not an ordinary word: any part in rows that mention the person (in any case), and
+  capitalised first names everywhere. If an ordinary word (`Scan.ordinary`): only if capitalised and in a name position
+  (after a greeting or a title, alone on its line, or first on its line before a comma), or inside a sentence in rows
+  that mention the person. First names from Faker's lists that belong to nobody in the file: in a name position;
+* `J. Moss`, if Moss is not an ordinary word or the row mentions such a person.
+A row mentions a person by a full name or an address. Other last names on their own are kept: most are towns and
+companies.
 """
 
 import bisect
@@ -30,7 +32,7 @@ from data.enron import mail
 from data.people import CALENDAR, MIN_USER, ORDINARY, People, Person, read_people
 from data.scanner import DISGUISED, DOTS, TOKEN, Scanner, in_case_of, joined, tokens
 
-COMMON = 10  # a user name that only a name rule makes and that is read more often is taken for a word
+COMMON = 10  # a user name that only a name rule derives counts as a word if it occurs more often than this
 MAX_TOKENS = 12  # of a full name with its initials
 GREETING = re.compile(
     r"(?:\b(?:hi|hello|hey|dear|thanks|thank you|regards|cheers|best|sincerely|morning|afternoon|evening|mr|mrs|ms|dr"
@@ -40,10 +42,10 @@ GREETING = re.compile(
 
 
 class Mentioned:
-    """Who is mentioned in one row and where; what a token may mean there is looked up once for each token.
+    """Who is mentioned in one row and where; look-ups are cached per token.
 
-    mentions: person → sorted places. Every look-up goes over the owners of a token or over the people of the row,
-    whichever are fewer, so that neither a file with many people of one name nor a row with many people is slow.
+    mentions: person → sorted positions. Each look-up iterates over the owners of a token or over the people of the row,
+    whichever are fewer, so neither many people of one name in a file nor many people in a row are slow.
     """
 
     def __init__(self, scan: "Scan", mentions: dict[Person, list[int]]):
@@ -51,33 +53,33 @@ class Mentioned:
         self._owners: dict[str, list[Person]] = {}
         self._first: dict[tuple[str, str], Person | None] = {}
         self._guessed: dict[str, str | None] = {}
-        self._merged: dict[str, list[tuple[int, int, Person]]] = {}  # token → (place, order in the file, owner)
+        self._merged: dict[str, list[tuple[int, int, Person]]] = {}  # token → (position, order in the file, owner)
         self._of_owners: dict[tuple[Person, ...], list[tuple[int, int, Person]]] = {}
 
     def __contains__(self, person: Person | None) -> bool:
         return person in self.mentions
 
     def _among(self, owners: dict[Person, None]) -> list[Person]:
-        """Those of `owners` who are mentioned, in the order of the file."""
+        """The `owners` that are mentioned, in file order."""
         if len(owners) <= len(self.mentions):
             return [person for person in owners if person in self.mentions]
         return sorted((person for person in self.mentions if person in owners), key=self.scan.order.__getitem__)
 
     def owners(self, token: str) -> list[Person]:
-        """The mentioned people whose name has the token."""
+        """The mentioned people whose name contains the token."""
         if token not in self._owners:
             self._owners[token] = self._among(self.scan.parts.get(token, {}))
         return self._owners[token]
 
     def first(self, initial: str, last: str) -> Person | None:
-        """The first in the file of the mentioned people with this initial and last name."""
+        """The mentioned person with this initial and last name who comes first in the file."""
         key = initial, last
         if key not in self._first:
             self._first[key] = next(iter(self._among(self.scan.initials[key])), None)
         return self._first[key]
 
     def guessed(self, user: str) -> str | None:
-        """The stand-in of a user name that a rule makes of a mentioned name; of several people, the last mentioned."""
+        """The stand-in of a user name that a rule derives from a mentioned name; the last mentioned person wins."""
         if user not in self._guessed:
             owners = self.scan.guessers.get(user, {})
             if len(owners) <= len(self.mentions):
@@ -92,28 +94,28 @@ class Mentioned:
     def _rank(self) -> dict[Person, int]:
         return {person: rank for rank, person in enumerate(self.mentions)}
 
-    def nearest(self, token: str, place: int) -> Person:
-        """The owner of `token` who is mentioned nearest to `place`; of two as near, the first in the file."""
+    def nearest(self, token: str, position: int) -> Person:
+        """The owner of `token` mentioned nearest to `position`; in a tie, the first in the file."""
         owners = self.owners(token)
         if len(owners) == 1:
             return owners[0]
         if token not in self._merged:
             key = tuple(owners)
             if key not in self._of_owners:
-                places = ((start, self.scan.order[p], p) for p in owners for start in self.mentions[p])
-                self._of_owners[key] = sorted(places)
+                positions = ((start, self.scan.order[p], p) for p in owners for start in self.mentions[p])
+                self._of_owners[key] = sorted(positions)
             self._merged[token] = self._of_owners[key]
         merged = self._merged[token]
-        after = bisect.bisect(merged, (place,))
+        after = bisect.bisect(merged, (position,))
         around = merged[max(0, after - 1) : after + 1]
-        return min(around, key=lambda mention: (abs(place - mention[0]), mention[1]))[2]
+        return min(around, key=lambda mention: (abs(position - mention[0]), mention[1]))[2]
 
 
 class Scan:
-    """Replaces everything in the texts of one row at a time.
+    """Replaces people and addresses in the texts of one row at a time.
 
-    words, lower: how often a token is read in the file, and how often of these in lower case.
-    `ordinary`: tokens in Faker's English word list, in ORDINARY, or in lower case more often than not.
+    words, lower: count of each token in the file, and of its lower-case occurrences.
+    `ordinary`: tokens in Faker's English word list, in ORDINARY, or more often in lower case than not.
     """
 
     def __init__(self, people: People, scanner: Scanner, words: Counter, lower: Counter):
@@ -124,7 +126,7 @@ class Scan:
         self.ordinary |= {word for word, n in lower.items() if n >= 3 and 2 * n > words[word]}
         self.forward, self.backward, self.longest = {}, {}, Counter()
         self.order = {person: number for number, person in enumerate(people.of_name.values())}
-        # sets of people in the order of the file, as keys
+        # ordered sets of people (dict keys, in file order)
         self.parts: defaultdict[str, dict[Person, None]] = defaultdict(dict)
         self.initials: defaultdict[tuple[str, str], dict[Person, None]] = defaultdict(dict)
         self.guessers: defaultdict[str, dict[Person, None]] = defaultdict(dict)
@@ -158,44 +160,44 @@ class Scan:
                 self.users[local] = (new, person, address, sure)
 
     def _form(self, table: dict, key: tuple[str, ...], entry: tuple[Person, int]) -> None:
-        """Enter tokens, and those without initials, for (person, number of tokens before the comma)."""
+        """Register the tokens, with and without initials, for (person, number of tokens before the comma)."""
         for form in {key, key[:1] + tuple(token for token in key[1:] if len(token) > 1)}:
             if len(form) > 1:
                 table.setdefault(form, entry)
                 self.longest[form[0]] = max(self.longest[form[0]], len(form))
 
     def replace(self, texts: list[str]) -> list[str]:
-        """The texts of one row with everything replaced; who is mentioned in one of them is known in all."""
-        found = [self._find(text) for text in texts]
+        """Replace everything in the texts of one row; a person mentioned in one of them counts as mentioned in all."""
+        pieces_of = [self._find(text) for text in texts]
         offset, mentions, addresses = 0, defaultdict(list), set()
-        for text, (fixed, _) in zip(texts, found):
+        for text, (fixed, _) in zip(texts, pieces_of):
             for start, _, _, person, address in fixed:
                 if person is not None:
                     mentions[person].append(offset + start)
                 addresses.add(address)
             offset += len(text) + 1
-        for places in mentions.values():
-            places.sort()
+        for positions in mentions.values():
+            positions.sort()
         mentioned = Mentioned(self, mentions)
         offset, results = 0, []
-        for text, (fixed, loose) in zip(texts, found):
+        for text, (fixed, loose) in zip(texts, pieces_of):
             edits = [(start, end, new) for start, end, new, _, _ in fixed]
             edits += self._alone(text, loose, offset, mentioned, addresses)
-            pieces, place = [], 0
+            pieces, position = [], 0
             for start, end, new in sorted(edits):
-                pieces += [text[place:start], new]
-                place = end
-            results.append("".join([*pieces, text[place:]]))
+                pieces += [text[position:start], new]
+                position = end
+            results.append("".join([*pieces, text[position:]]))
             offset += len(text) + 1
         return results
 
     def _find(self, text: str) -> tuple[list[tuple], list[tuple[int, int, str]]]:
-        """([(start, end, new, person, address or None)] of addresses and full names, the other tokens)."""
-        fixed, found, loose = [], [], []
+        """([(start, end, new, person, address or None)] of addresses and full names, the remaining tokens)."""
+        fixed, all_tokens, loose = [], [], []
         for piece in self.scanner(text):
             kind, start, end, written = piece
             if kind == "token":
-                found.append((start, end, written.casefold()))
+                all_tokens.append((start, end, written.casefold()))
                 continue
             address = piece.address
             local, _, domain = self.people.new_address[address].rpartition("@")
@@ -208,27 +210,27 @@ class Scan:
                 new = f"{address_case(old_local, local)}@{address_case(old_domain, domain)}"
             fixed.append((start, end, new, self.people.of_address[address], address))
         i = 0
-        while i < len(found):
-            person, n = self._full_name(text, found, i) if found[i][2] in self.longest else (None, 1)
+        while i < len(all_tokens):
+            person, n = self._full_name(text, all_tokens, i) if all_tokens[i][2] in self.longest else (None, 1)
             if person is None:
-                loose.append(found[i])
+                loose.append(all_tokens[i])
             else:
-                start, end = found[i][0], found[i + n - 1][1]
+                start, end = all_tokens[i][0], all_tokens[i + n - 1][1]
                 fixed.append((start, end, person.rename(text[start:end]), person, None))
             i += n
         return fixed, loose
 
-    def _full_name(self, text: str, found: list, i: int) -> tuple[Person | None, int]:
+    def _full_name(self, text: str, all_tokens: list, i: int) -> tuple[Person | None, int]:
         """(person, number of tokens) of the longest full name that begins at token i, else (None, 1)."""
-        words, kinds, best = [found[i][2]], [], (None, 1)
-        for j in range(i + 1, min(i + MAX_TOKENS, len(found))):
-            kind = joined(text[found[j - 1][1] : found[j][0]], len(words[-1]) == 1)
-            words.append(found[j][2])
+        words, kinds, best = [all_tokens[i][2]], [], (None, 1)
+        for j in range(i + 1, min(i + MAX_TOKENS, len(all_tokens))):
+            kind = joined(text[all_tokens[j - 1][1] : all_tokens[j][0]], len(words[-1]) == 1)
+            words.append(all_tokens[j][2])
             kinds.append(kind)
             long = sum(len(word) > 1 for word in words[1:]) + 1
             if kind is None or kinds.count("comma") > 1 or long > self.longest[words[0]]:
                 break
-            # initials that the known name lacks: within 'First M. Last', behind 'Last, First M.'
+            # without initials that the known name lacks: inside 'First M. Last', after 'Last, First M.'
             inner = tuple(w for n, w in enumerate(words) if n in (0, len(words) - 1) or len(w) > 1)
             bare = tuple(w for n, w in enumerate(words) if n == 0 or len(w) > 1)
             person = None
@@ -239,14 +241,14 @@ class Scan:
                 if person and "comma" in kinds:
                     person = person if kinds.index("comma") + 1 == n_last else None
                 elif person and "space" in kinds:
-                    capitals = all(text[found[k][0]].isupper() for k in (i, j))
+                    capitals = all(text[all_tokens[k][0]].isupper() for k in (i, j))
                     person = person if capitals and not self.ordinary.issuperset(words) else None
             if person:
                 best = person, j - i + 1
         return best
 
     def _alone(self, text, loose, offset, mentioned, addresses) -> Iterator[tuple[int, int, str]]:
-        """Edits of user names, initials with last names and parts of names among the loose tokens."""
+        """Edits for user names, initials with last names and parts of names among the remaining tokens."""
         skip = 0
         for i, (start, end, token) in enumerate(loose):
             if start < skip:
@@ -291,7 +293,7 @@ class Scan:
         return None
 
     def _part(self, text, start, end, token, offset, mentioned) -> str | None:
-        """What replaces a token that stands alone, or None (rules: top of this file)."""
+        """The replacement of a single token, or None to keep it (rules: top of this file)."""
         owners = mentioned.owners(token)
         first = token in self.firsts
         if not (owners or first or token in self.people.faker_first):
@@ -310,7 +312,7 @@ class Scan:
 
 
 def address_case(old: str, new: str) -> str:
-    """`new` in upper case, or with its words capitalised where those of `old` are."""
+    """`new` in upper case if `old` is, else with its words capitalised where those of `old` are."""
     if old.isupper() and sum(c.isalpha() for c in old) > 1:
         return new.upper()
     capitals = iter([word[0].isupper() for word in TOKEN.findall(old)])
@@ -318,7 +320,7 @@ def address_case(old: str, new: str) -> str:
 
 
 def in_name_position(text: str, start: int, end: int) -> bool:
-    """Whether the word stands after a greeting or title, alone on its line, or first on it before a comma."""
+    """Whether the word follows a greeting or title, is alone on its line, or comes first on it before a comma."""
     begin = start
     while begin and text[begin - 1] in " \t>|*-":
         begin -= 1
@@ -332,7 +334,7 @@ def in_name_position(text: str, start: int, end: int) -> bool:
 
 
 def meet(rows: list[dict], seed: int) -> tuple[People, Scan]:
-    """The people of a file with their stand-ins, and the scan that replaces them."""
+    """Find the people of a file and assign their stand-ins; returns them and the scan that replaces them."""
     people, scanner, words, lower = read_people(rows)
     people.settle(seed)
     return people, Scan(people, scanner, words, lower)

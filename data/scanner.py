@@ -1,4 +1,4 @@
-"""One scan of a text: addresses, disguised addresses and tokens from left to right, in linear time.
+"""Scan a text once, from left to right, for addresses, disguised addresses and tokens, in linear time.
 
 A *token* is a run of letters and digits, compared case-folded.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
-MAX_ADDRESS = 320  # characters: 64 of a local part, 255 of a domain (RFC 5321, 4.5.3.1)
+MAX_ADDRESS = 320  # characters: local part 64, @, domain 255 (RFC 5321, 4.5.3.1)
 MAX_NAME = 200  # characters of a full name
 
 LOCAL_RUN = re.compile(r"[\w.+%=&'#$!*~^-]+")
@@ -23,15 +23,15 @@ DISGUISED_REST = re.compile(rf"(?:{AT})[\w-]+(?:{DOT}[\w-]+)+", re.I)
 DOMAIN_REST = re.compile(r"@[\w-]+(?:\.[\w-]+)+")
 DOTS = re.compile(DOT, re.I)
 TOKEN = re.compile(r"[^\W_]+")
-MAY_BEGIN = re.compile(r"(?<!\w)_|[^\W_]")  # an address or a token
+MAY_BEGIN = re.compile(r"(?<!\w)_|[^\W_]")  # where an address or a token may begin
 SPACE = r"[^\S\n]*(?:\n[^\S\n]*(?:[>|][^\S\n]*)*)?"
 BLANK = re.compile(rf"(\.?)({SPACE})")
 COMMA = re.compile(rf"{SPACE},{SPACE}")
-WIDEST = 200  # characters between two words of one name
+WIDEST = 200  # maximum characters between two words of one name
 
 
 class Found(NamedTuple):
-    """A piece of a text. kind: 'odd' (a known address in no usual form), 'address', 'disguised' or 'token'."""
+    """A piece of a text. kind: 'odd' (a known address of unusual form), 'address', 'disguised' or 'token'."""
 
     kind: str
     start: int
@@ -40,7 +40,7 @@ class Found(NamedTuple):
 
     @property
     def address(self) -> str:
-        """The address, case-folded, that the piece stands for."""
+        """The address, case-folded, that the piece denotes."""
         if self.kind == "disguised":
             local, _, labels = DISGUISED.fullmatch(self.text).groups()
             return f"{local}@{'.'.join(DOTS.split(labels))}".casefold()
@@ -50,7 +50,7 @@ class Found(NamedTuple):
 class Scanner:
     """Splits texts into pieces from left to right, in time linear in the text.
 
-    addresses: known ones; those that `ADDRESS` does not match are found too.
+    addresses: known ones, which are found even if `ADDRESS` does not match them.
     """
 
     def __init__(self, addresses: Iterable[str]):
@@ -58,15 +58,15 @@ class Scanner:
 
     def __call__(self, text: str) -> Iterator[Found]:
         spans = self.odd.spans(text)
-        place, odd = 0, next(spans, None)
+        position, odd = 0, next(spans, None)
         local, disguised = _Rest(text, LOCAL_RUN, DOMAIN_REST), _Rest(text, DISGUISED_RUN, DISGUISED_REST)
         while True:
-            begin = MAY_BEGIN.search(text, place)
+            begin = MAY_BEGIN.search(text, position)
             start = begin.start() if begin else len(text)
             if odd and odd[0] <= start:
                 yield Found("odd", *odd, text[slice(*odd)])
-                place = odd[1]
-                odd = next((span for span in spans if span[0] >= place), None)
+                position = odd[1]
+                odd = next((span for span in spans if span[0] >= position), None)
                 continue
             if not begin:
                 return
@@ -77,17 +77,17 @@ class Scanner:
                 elif end := disguised.end(start):
                     kind = "disguised"
             if not end and begin[0] == "_":
-                place = start + 1
+                position = start + 1
                 continue
             end = end or TOKEN.match(text, start).end()
             yield Found(kind, start, end, text[start:end])
-            place = end
-            if odd and odd[0] < place:
-                odd = next((span for span in spans if span[0] >= place), None)
+            position = end
+            if odd and odd[0] < position:
+                odd = next((span for span in spans if span[0] >= position), None)
 
 
 class KnownAddresses:
-    """Finds known addresses in texts by what stands on either side of an @, however many they are.
+    """Finds known addresses, however many, by what is on either side of each @ in a text.
 
     addresses: case-folded, at most `MAX_ADDRESS` characters, which bounds the look-ups at each @.
     """
@@ -98,15 +98,15 @@ class KnownAddresses:
             local, _, domain = address.rpartition("@")
             self.locals[domain].add(local)
         self.domain_lengths = sorted({len(domain) for domain in self.locals})
-        self.local_lengths = {domain: sorted({len(one) for one in known}) for domain, known in self.locals.items()}
+        self.local_lengths = {domain: sorted({len(local) for local in known}) for domain, known in self.locals.items()}
 
     def spans(self, text: str) -> Iterator[tuple[int, int]]:
-        """(start, end) of every known address in `text`, case ignored, also of one within another: by start, longest
-        first."""
-        found = []
+        """(start, end) of every known address in `text`, ignoring case, including nested ones; sorted by start, then
+        longest first."""
+        spans = []
         if self.locals and "@" in text:
             folded = text.casefold()
-            if len(folded) != len(text):  # 'ß' is folded to two letters: such a character stays as it is
+            if len(folded) != len(text):  # characters that fold to several (like 'ß') are kept as they are
                 folded = "".join(fold if len(fold := sign.casefold()) == 1 else sign for sign in text)
             at = folded.find("@")
             while at >= 0:
@@ -114,20 +114,20 @@ class KnownAddresses:
                     domain = folded[at + 1 : at + 1 + length]
                     for size in self.local_lengths.get(domain, ()):
                         if size <= at and folded[at - size : at] in self.locals[domain]:
-                            found.append((at - size, at + 1 + length))
+                            spans.append((at - size, at + 1 + length))
                 at = folded.find("@", at + 1)
-        return iter(sorted(found, key=lambda span: (span[0], -span[1])))
+        return iter(sorted(spans, key=lambda span: (span[0], -span[1])))
 
 
 class _Rest:
-    """Where an address that begins within a run of characters ends: what follows the run is read once for the run."""
+    """Finds where an address that begins inside a run of characters ends; what follows the run is matched only once."""
 
     def __init__(self, text: str, run: re.Pattern, rest: re.Pattern):
         self.text, self.run, self.rest = text, run, rest
         self.run_end = self.address_end = 0
 
     def end(self, start: int) -> int:
-        """The end of the address that begins at `start`; 0: none does."""
+        """The end of the address that begins at `start`, or 0 if none does."""
         if start >= self.run_end:
             self.run_end = self.run.match(self.text, start).end()
             rest = self.rest.match(self.text, self.run_end)
@@ -140,7 +140,7 @@ def _is_word(sign: str) -> bool:
 
 
 def joined(between: str, after_initial: bool) -> str | None:
-    """How two tokens with `between` between them stand together: 'glue', 'space', 'comma' or None (they do not)."""
+    """How two tokens separated by `between` are connected: 'glue', 'space', 'comma' or None (not at all)."""
     return _joined(between, after_initial) if len(between) <= WIDEST else None
 
 
@@ -159,14 +159,14 @@ def tokens(text: str) -> tuple[str, ...]:
 
 
 def in_case_of(old: str, new: str) -> str:
-    """`new` in the case of `old`: all upper (of two letters or more), all lower, or as it is."""
+    """`new` in the case of `old`: all upper (if `old` has two letters or more), all lower, or capitalised."""
     if old.isupper() and len(old) > 1:
         return new.upper()
     return new.lower() if old.islower() else new[0].upper() + new[1:]
 
 
 def same_shape(text: str, rng: random.Random) -> str:
-    """Random text with vowels, consonants and digits where `text` has them; anything else is kept. Lower case."""
+    """Random lower-case text with vowels, consonants and digits where `text` has them; the rest is kept."""
 
     def other(c: str) -> str:
         kind = "aeiou" if c in "aeiou" else "0123456789" if c.isdigit() else "bcdfghklmnprstvz"
@@ -176,7 +176,7 @@ def same_shape(text: str, rng: random.Random) -> str:
 
 
 def map_strings(value, function: Callable[[str], str]):
-    """`value` with `function` applied to every string in it (lists and dicts walked; keys kept)."""
+    """`value` with `function` applied to every string in it, including nested lists and dicts (keys are kept)."""
     if isinstance(value, str):
         return function(value)
     if isinstance(value, list):
@@ -187,7 +187,7 @@ def map_strings(value, function: Callable[[str], str]):
 
 
 def strings(row: dict) -> list[str]:
-    """Every string of a row, in the order in which `map_strings` meets them."""
-    found: list[str] = []
-    map_strings(row, lambda text: found.append(text) or text)
-    return found
+    """Every string of a row, in the order in which `map_strings` visits them."""
+    texts: list[str] = []
+    map_strings(row, lambda text: texts.append(text) or text)
+    return texts

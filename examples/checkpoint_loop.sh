@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train three adapters one after another, attack every checkpoint of each, and draw one page. Run it from the repository's root.
+# Train three adapters in turn, attack every checkpoint of each, and write one report. Run from the repository root.
 set -euo pipefail
 model=${1:-EleutherAI/pythia-1.4b}
 for kind in lora dora pissa; do

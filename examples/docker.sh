@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The quickstart in a container: examples/docker.sh cpu, or examples/docker.sh gpu.
-# Mounted from the host: data/ (your data files beside the builders), out/ (results) and the hub's cache.
+# Mounted from the host: data/ (your data files and the builders), out/ (results) and the Hugging Face cache.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 cache=${HF_HOME:-$HOME/.cache/huggingface}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One node, all of its GPUs: the base sharded over them, the adapter replicated. Run it from the repository's root.
+# All GPUs of one node: the base is sharded across them, the adapter replicated. Run from the repository root.
 set -euo pipefail
 gpus=$(nvidia-smi --list-gpus | wc -l)
 torchrun --standalone --nproc_per_node="$gpus" run_peft.py --model EleutherAI/pythia-12b --input data/enron.jsonl \

@@ -1,4 +1,4 @@
-"""Every measure of one sample of reviews against another, as jackknife replicates. No models, no files."""
+"""All metrics of one sample of reviews against another, as jackknife replicates. No models, no files."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,17 +19,17 @@ ATTRIBUTES = ("rating", "words", "sentences", "positive words", "negative words"
 
 @dataclass(frozen=True)
 class Sample:
-    """n reviews, and what the word measures count in them."""
+    """n reviews with the counts that the word metrics need."""
 
     texts: list[str]
     corpus: m.Corpus
     words: np.ndarray  # [n]
     sentences: np.ndarray  # [n]
-    letters: np.ndarray  # [words of all reviews] characters of each word
+    letters: np.ndarray  # [total words] characters of each word
     attributes: np.ndarray  # [n, len(ATTRIBUTES)]
-    ngrams: dict[int, tuple[np.ndarray, np.ndarray]]  # of order 1 … 4, as metrics.ngrams gives them
+    ngrams: dict[int, tuple[np.ndarray, np.ndarray]]  # order 1 … 4 → output of metrics.ngrams
     repeated: np.ndarray  # [n] share of a review's 4-grams that occur earlier in it
-    truncated: np.ndarray | None  # [n] whether generation ended at its token limit; None where the rows do not say
+    truncated: np.ndarray | None  # [n] whether generation hit its token limit; None if the rows do not say
 
     def kept_letters(self, keep: np.ndarray) -> np.ndarray:
         """Characters of each word of the kept reviews."""
@@ -42,7 +42,7 @@ class Sample:
 
 
 def describe(rows: Sequence[Row], vocabulary: dict[str, int]) -> Sample:
-    """The sample of these rows; `vocabulary` grows by the words it lacks."""
+    """The sample of these rows; adds new words to `vocabulary`."""
     texts = [reviews.text_of(row) for row in rows]
     corpus = m.make_corpus(texts, vocabulary)
     split = [m.words(text) for text in texts]
@@ -71,19 +71,16 @@ def describe(rows: Sequence[Row], vocabulary: dict[str, int]) -> Sample:
     )
 
 
-# ---------------------------------------------------------------- words
-
-
 def ngram_budgets(samples: Sequence[Sample]) -> dict[int, int]:
-    """Order 1 … 3 → how many n-grams distinct-n looks at: 0.9 of those of the smallest sample, so that a part of it
-    with its shorter reviews still has its share of them."""
+    """{order 1 … 3: n-grams that distinct-n counts}: 0.9 of those in the smallest sample, so that jackknife subsets
+    with shorter reviews still have their share."""
     return {order: int(0.9 * min(len(sample.ngrams[order][1]) for sample in samples)) for order in (1, 2, 3)}
 
 
 def word_measures(
     real: Sample, other: Sample, groups: np.ndarray, budgets: dict[int, int], vocabulary_size: int
 ) -> m.Replicates:
-    """The measures that need words alone."""
+    """The metrics that only need words."""
     counts = self_bleu_counts(other.corpus)
 
     def measure(keep: np.ndarray) -> dict[str, float]:
@@ -101,12 +98,12 @@ def word_measures(
 
 
 def mean(values: np.ndarray) -> float:
-    """Mean of those that are numbers; NaN where none is."""
+    """Mean of the finite values; NaN if there are none."""
     return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
 
 
 def length_measures(real: Sample, other: Sample, keep: np.ndarray) -> dict[str, float]:
-    """Lengths of reviews, sentences and words, and how their distributions differ."""
+    """Lengths of reviews, sentences and words, and the divergences of their distributions."""
     real_letters, letters = real.kept_letters(keep), other.kept_letters(keep)
     real_words, words = real.words[keep], other.words[keep]
     real_sentences, sentences = real.sentences[keep], other.sentences[keep]
@@ -147,7 +144,8 @@ def diversity_measures(
 
 
 def attribute_measures(real: Sample, other: Sample, keep: np.ndarray) -> dict[str, float]:
-    """Rank correlations of the rating with the other attributes, and how far those of all pairs are from the real."""
+    """Rank correlations of the rating with the other attributes, and the mean shift of all pairwise correlations from
+    the real ones."""
     real_correlations, correlations = (m.rank_correlations(sample.attributes[keep]) for sample in (real, other))
     pairs = list(zip(*np.triu_indices(len(ATTRIBUTES), 1)))
     shifts = [abs(real_correlations[pair] - correlations[pair]) for pair in pairs]
@@ -160,12 +158,9 @@ def attribute_measures(real: Sample, other: Sample, keep: np.ndarray) -> dict[st
     return measures | {"attribute correlations, mean shift": float(np.mean(known)) if known else float("nan")}
 
 
-# ---------------------------------------------------------------- copies
-
-
 def find_copies(samples: dict[str, Sample], source: list[str]) -> dict[str, tuple[np.ndarray, int]]:
-    """Of each sample: (the step of COPY_STEPS that the longest passage shared with `source` reaches, [n] characters;
-    length of the longest such passage of all). The samples are of one size."""
+    """For each sample: ([n] per review, the largest step of COPY_STEPS that its longest passage shared with `source`
+    reaches; length of the longest such passage in the sample). All samples have the same size."""
     together = copied_lengths([text for sample in samples.values() for text in sample.texts], source)
     copies = {}
     for (name, sample), copied in zip(samples.items(), np.split(together, len(samples))):
@@ -176,7 +171,7 @@ def find_copies(samples: dict[str, Sample], source: list[str]) -> dict[str, tupl
 
 
 def copy_measures(copied: np.ndarray, groups: np.ndarray) -> m.Replicates:
-    """Shares of reviews that share a passage of at least so many characters with a training row."""
+    """For each step: the share of reviews that have a passage of at least that length in common with a training row."""
 
     def measure(keep: np.ndarray) -> dict[str, float]:
         return {f"copies >= {step} characters": float((copied[keep] >= step).mean()) for step in COPY_STEPS}
@@ -184,14 +179,12 @@ def copy_measures(copied: np.ndarray, groups: np.ndarray) -> m.Replicates:
     return m.replicate(measure, groups)
 
 
-# ---------------------------------------------------------------- embeddings
-
 Vectors = dict[str, np.ndarray]  # sample → its reviews as unit vectors [n, d]
 Pools = dict[str, tuple[np.ndarray, np.ndarray]]  # 'held-out', 'training' → (unit vectors [p, d], their groups [p])
 
 
 def embedding_measures(real: np.ndarray, other: np.ndarray, groups: np.ndarray, pools: Pools) -> m.Replicates:
-    """The measures of two samples of unit vectors [n, d]; nearest neighbours are looked for in the pools."""
+    """The metrics of two samples of unit vectors [n, d]; nearest neighbours are searched in the pools."""
     measures = m.replicate(lambda keep: {"Frechet distance": m.frechet_distance(real[keep], other[keep])}, groups)
     measures |= m.manifold_measures(real, other, groups)
     nearest = {name: m.mean_nearest(m.nearest_cosine(other, *pool), groups) for name, pool in pools.items()}
@@ -202,11 +195,11 @@ def embedding_measures(real: np.ndarray, other: np.ndarray, groups: np.ndarray, 
 
 
 def mauve(real: np.ndarray, other: np.ndarray, seed: int) -> m.Estimate:
-    """MAUVE (Pillutla et al. 2021) of two samples of vectors [n, d], by its authors' library.
+    """MAUVE (Pillutla et al. 2021) of two samples of vectors [n, d], computed by the authors' library.
 
-    Mean, lowest, highest and standard deviation over MAUVE_SEEDS seeds of its clustering.
+    Mean, minimum, maximum and standard deviation over MAUVE_SEEDS clustering seeds.
     """
-    from mauve import compute_mauve  # an extra
+    from mauve import compute_mauve  # an optional dependency
 
     values = [
         float(compute_mauve(p_features=real, q_features=other, seed=seed + step, **MAUVE).mauve)

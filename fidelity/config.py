@@ -4,16 +4,16 @@ from dataclasses import dataclass
 
 from common.cli import ModelConfig
 
-FAMILIES = ("embedding", "mauve", "figures")  # what --without leaves out
+FAMILIES = ("embedding", "mauve", "figures")  # choices of --without
 
 
 @dataclass(frozen=True, kw_only=True)
 class FidelityConfig(ModelConfig):
-    """Which files are compared, and how."""
+    """The flags of fidelity/fidelity.py."""
 
     real: str  # reviews that no generator was trained on
     synthetic: tuple[str, ...]  # ARM=FILE
-    train: str | None = None  # reviews that the generators were trained on; None: copies are not looked for
+    train: str | None = None  # reviews that the generators were trained on; None: no search for copies
     output_dir: str = "./fidelity-out"
     num_rows: int = 10000
     pool_rows: int = 10000
@@ -29,11 +29,11 @@ class FidelityConfig(ModelConfig):
 
     @property
     def takes_mauve(self) -> bool:
-        """Whether MAUVE, which needs the embeddings, is measured."""
+        """Whether MAUVE, which needs the embeddings, is computed."""
         return self.embeds and "mauve" not in self.without
 
     @property
     def input_files(self) -> list[str]:
-        """--real, --train where given, and the file of each arm."""
+        """--real, --train if given, and the file of each arm."""
         train = [self.train] if self.train else []
         return [self.real, *train, *(word.partition("=")[2] for word in self.synthetic)]

@@ -1,4 +1,4 @@
-"""Reviews as vectors."""
+"""Embed reviews as vectors."""
 
 import random
 import sys
@@ -20,7 +20,7 @@ TOKENS_PER_BATCH = 8192
 
 
 def longest_first(texts: list[str]) -> list[str]:
-    """The distinct texts; equally long ones sorted: the batches, and so the last bits, are those of every other run."""
+    """The distinct texts, longest first, ties sorted, so that every run has the same batches and bitwise results."""
     return sorted(set(texts), key=lambda text: (-len(text), text))
 
 
@@ -40,7 +40,7 @@ def embed(texts: list[str], config: FidelityConfig, device: str) -> np.ndarray:
     with torch.no_grad(), progress_bar(len(distinct), "texts embedded") as bar:
         while len(vectors) < len(distinct):
             start = len(vectors)
-            tokens = max(16, min(config.max_tokens, len(distinct[start]) // 3))  # of the longest text, roughly
+            tokens = max(16, min(config.max_tokens, len(distinct[start]) // 3))  # rough estimate for the longest text
             batch = distinct[start : start + max(1, TOKENS_PER_BATCH // tokens)]
             inputs = tokenizer(batch, padding=True, truncation=True, max_length=config.max_tokens, return_tensors="pt")
             inputs = inputs.to(model.device)
@@ -60,10 +60,9 @@ def embed_all(
     groups: np.ndarray,
     device: str,
 ) -> tuple[Vectors, Pools]:
-    """The samples, and the pools in which their nearest neighbours are looked for, from one pass of the encoder.
+    """Embed the samples, and the pools for their nearest-neighbour search, in one pass of the encoder.
 
-    The pools have equally many rows. `held_out` begins with the sample that is compared with, whose rows keep their
-    groups [n].
+    The pools have equally many rows. `held_out` begins with the sample 'against', whose rows keep their groups [n].
     """
     size = min(config.pool_rows, len(held_out), len(train or held_out))
     training = random.Random(f"{config.seed} train").sample(train, size) if train else []

@@ -1,4 +1,4 @@
-"""The comparison of every arm with the real reviews, and its figures."""
+"""Compare every arm with the real reviews, and draw the figures."""
 
 import time
 from pathlib import Path
@@ -29,14 +29,14 @@ SCHEMA = 1
 
 
 class Stopwatch:
-    """Seconds of each stage."""
+    """Records the seconds of each stage."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._since = time.monotonic()
 
     def lap(self, stage: str) -> None:
-        """`stage` ends now and began where the one before it ended."""
+        """End `stage`, which began when the previous one ended."""
         now = time.monotonic()
         self.seconds[stage], self._since = round(now - self._since, 2), now
 
@@ -44,7 +44,7 @@ class Stopwatch:
 def measure(
     config: FidelityConfig, chosen: Samples, train: list[Row] | None, device: str, watch: Stopwatch
 ) -> tuple[dict[str, Any], dict[str, Sample], Vectors]:
-    """(content of results_fidelity.json, samples, their vectors: none without embeddings)."""
+    """(content of results_fidelity.json, samples, their vectors, empty without embeddings)."""
     groups = m.deal(chosen.size, config.seed)
     vocabulary: dict[str, int] = {}
     samples = {name: describe(rows, vocabulary) for name, rows in chosen.rows.items()}
@@ -61,7 +61,7 @@ def measure(
     vectors: Vectors = {}
     scores: dict[str, m.Estimate] = {}
     if config.embeds:
-        from fidelity.embedding import embed_all  # torch: only here, when everything has been checked
+        from fidelity.embedding import embed_all  # imports torch: only after all checks
 
         vectors, pools = embed_all(config, samples, chosen.held_out, train, groups, device)
         watch.lap("embedding")
@@ -93,17 +93,17 @@ def measure(
 
 
 def estimates(replicates: m.Replicates) -> dict[str, m.Estimate]:
-    """Each measure with its interval."""
+    """Each metric with its interval."""
     return {name: m.interval(values, m.WIDER.get(name, 1)) for name, values in replicates.items()}
 
 
 def excess(replicates: m.Replicates, real: m.Replicates) -> m.Replicates:
-    """An arm's replicates minus those of `real`, of the measures that both have."""
+    """An arm's replicates minus those of `real`, for the metrics that both have."""
     return {name: values - real[name] for name, values in replicates.items() if name in real}
 
 
 def draw(files: results.Publication, folder: Path, samples: dict[str, Sample], vectors: Vectors) -> None:
-    """Write lengths.png and, where there are vectors, embedding_map.png."""
+    """Write lengths.png and, if there are vectors, embedding_map.png."""
     figures = {"lengths.png": draw_lengths({name: sample.words for name, sample in samples.items()})}
     if vectors:
         figures["embedding_map.png"] = draw_map(vectors)
@@ -113,7 +113,7 @@ def draw(files: results.Publication, folder: Path, samples: dict[str, Sample], v
 
 
 def settings(config: FidelityConfig, size: int) -> dict[str, Any]:
-    """What the numbers depend on, for samples of `size` rows."""
+    """The settings that the numbers depend on, for samples of `size` rows."""
     return {
         "groups": m.GROUPS,
         "bins": {"words": m.WORD_BINS[:-1], "sentences": m.SENTENCE_BINS[:-1], "characters": m.LETTER_BINS[:-1]},

@@ -1,10 +1,10 @@
-"""Measures of how close synthetic text is to real text. Pure functions of texts and arrays; no models, no paths.
+"""Metrics of how close synthetic text is to real text. Pure functions of texts and arrays; no models, no paths.
 
-A comparison has two samples of n documents. The documents of both are dealt to the same GROUPS groups, and every
-interval is a delete-one-group jackknife: the measure is taken on all documents, and again without each group of both
-samples (a bootstrap repeats documents, which biases divergences, nearest-neighbour measures and distinct-n). `keep` is
-the boolean mask [n] of the documents that stay, the same for both samples; "replicates" are the [1 + GROUPS] values,
-that of all documents first.
+A comparison has two samples of n documents. The documents of both are assigned to the same GROUPS groups, and every
+interval is a delete-one-group jackknife: the metric is computed on all documents, and again without each group in both
+samples (a bootstrap repeats documents, which biases divergences, nearest-neighbour metrics and distinct-n). `keep` is
+the boolean mask [n] of the remaining documents, the same for both samples; "replicates" are the [1 + GROUPS] values,
+with that of all documents first.
 """
 
 import re
@@ -17,13 +17,13 @@ from scipy import stats
 
 GROUPS = 20
 NEIGHBOURS = 5  # k of precision, recall, density and coverage
-DEPTH = 8 * NEIGHBOURS  # neighbours remembered: enough that k are left when any one group is deleted
-CHUNK = 1000  # rows of a distance matrix that exist at once
+DEPTH = 8 * NEIGHBOURS  # neighbours stored: enough to have k left when any one group is deleted
+CHUNK = 1000  # rows of a distance matrix computed at a time
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
-SENTENCE_END = re.compile(r"(?<![.!?])[.!?]++(?=\s|$)|\n+")  # a run of marks is tried once
-WORD_BINS = (0, 5, 10, 15, 20, 30, 40, 50, 75, 100, 150, 200, 300, 500, np.inf)  # words of a document
-SENTENCE_BINS = (*range(11), 15, 20, 30, np.inf)  # sentences of a document
-LETTER_BINS = (*range(1, 13), np.inf)  # characters of a word
+SENTENCE_END = re.compile(r"(?<![.!?])[.!?]++(?=\s|$)|\n+")  # matches a run of marks only once
+WORD_BINS = (0, 5, 10, 15, 20, 30, 40, 50, 75, 100, 150, 200, 300, 500, np.inf)  # words per document
+SENTENCE_BINS = (*range(11), 15, 20, 30, np.inf)  # sentences per document
+LETTER_BINS = (*range(1, 13), np.inf)  # characters per word
 POSITIVE = (
     "amazing awesome beautiful best better bright clean clear comfortable cute durable easy enjoy enjoyed excellent "
     "fantastic fine firm fit fits fresh fun glad good great happy helpful highly ideal impressed like liked love loved "
@@ -39,11 +39,8 @@ NEGATIVE = (
 )
 
 
-# ---------------------------------------------------------------- intervals
-
-
 def deal(n: int, seed: int) -> np.ndarray:
-    """Group of each of n documents, [n] of 0 … GROUPS − 1: sizes equal to within one, order random."""
+    """[n] group of each document, 0 … GROUPS − 1, assigned at random; group sizes differ by at most one."""
     return np.random.default_rng(seed).permutation(np.arange(n) % GROUPS)
 
 
@@ -56,13 +53,13 @@ Replicates = dict[str, np.ndarray]  # measure → its replicates
 
 
 def replicate(measure: Callable[[np.ndarray], dict[str, float]], groups: np.ndarray) -> Replicates:
-    """The replicates of each value that `measure` gives of a mask."""
+    """The replicates of each value that `measure(mask)` returns."""
     values = [measure(keep) for keep in masks(groups)]
     return {name: np.array([value[name] for value in values], float) for name in values[0]}
 
 
 class Estimate(TypedDict):
-    """A measure with the ends of its interval; None where one is undefined, with the reason."""
+    """A value with the ends of its interval; None if undefined, with the reason."""
 
     value: float | None
     low: float | None
@@ -71,13 +68,13 @@ class Estimate(TypedDict):
     sd: NotRequired[float]
 
 
-WIDER = {"Wasserstein-1 words a review": 1.15}  # the plain jackknife covers in 91–92 %: bench/coverage.py
+WIDER = {"Wasserstein-1 words a review": 1.15}  # the plain jackknife covers only 91–92 % (bench/coverage.py)
 
 
 def interval(replicates: np.ndarray, wider: float = 1.0) -> Estimate:
-    """The value and its 95 % interval by a delete-one-group jackknife (Shao & Tu 1995, section 2.3).
+    """The value and its 95 % interval from a delete-one-group jackknife (Shao & Tu 1995, section 2.3).
 
-    wider: factor on the width, for a measure whose interval is known to cover too rarely (`WIDER`).
+    wider: factor on the width, for a metric whose interval is known to undercover (`WIDER`).
     se² = (G − 1)/G · Σ (θ₍g₎ − mean)², and value ± wider · t(0.975, G − 1) · se. NaN counts as undefined.
     """
     value, deleted = float(replicates[0]), np.asarray(replicates[1:], float)
@@ -90,27 +87,24 @@ def interval(replicates: np.ndarray, wider: float = 1.0) -> Estimate:
     return {"value": value, "low": value - float(half), "high": value + float(half)}
 
 
-# ---------------------------------------------------------------- words
-
-
 def words(text: str) -> list[str]:
-    """Runs of letters and digits, case-folded; an apostrophe within one belongs to it."""
+    """Runs of letters and digits, case-folded; an apostrophe inside a run is part of it."""
     return WORD.findall(text.casefold())
 
 
 def count_of(text: Sequence[str], wordlist: str) -> int:
-    """How many words of a text are in a list of words separated by spaces."""
+    """How many words of a text are in a space-separated word list."""
     listed = frozenset(wordlist.split())
     return sum(word in listed for word in text)
 
 
 def count_sentences(text: str) -> int:
-    """Parts with a word in them, between full stops, exclamation marks, question marks and line ends."""
+    """Number of parts that contain a word, split at full stops, exclamation marks, question marks and line ends."""
     return sum(WORD.search(part) is not None for part in SENTENCE_END.split(text))
 
 
 class Corpus(NamedTuple):
-    """Word ids of all documents one after the other [T], the document of each [T], and the number of documents."""
+    """Concatenated word ids of all documents [T], the document of each [T], and the number of documents."""
 
     tokens: np.ndarray
     document: np.ndarray
@@ -118,7 +112,7 @@ class Corpus(NamedTuple):
 
 
 def make_corpus(texts: Sequence[str], vocabulary: dict[str, int]) -> Corpus:
-    """Words of `texts` as ids of `vocabulary`, which grows by the words it lacks."""
+    """The words of `texts` as ids in `vocabulary`, which is extended by new words."""
     tokens: list[int] = []
     lengths = []
     for text in texts:
@@ -129,7 +123,7 @@ def make_corpus(texts: Sequence[str], vocabulary: dict[str, int]) -> Corpus:
 
 
 def ngrams(corpus: Corpus, order: int) -> tuple[np.ndarray, np.ndarray]:
-    """(document [P], n-gram [P]) of every n-gram within a document; equal n-grams have equal ids (exact, no hash)."""
+    """(document [P], n-gram id [P]) of every n-gram within a document; ids are exact, not hashes."""
     tokens, document, _ = corpus
     start, gram = np.arange(len(tokens)), tokens
     for step in range(1, order):
@@ -139,9 +133,6 @@ def ngrams(corpus: Corpus, order: int) -> tuple[np.ndarray, np.ndarray]:
         if len(start):
             gram = np.unique(gram * (tokens.max() + 1) + tokens[start + step], return_inverse=True)[1]
     return document[start], gram
-
-
-# ---------------------------------------------------------------- distributions
 
 
 def kl_divergence(real: ArrayLike, other: ArrayLike, edges: Sequence[float]) -> float:
@@ -159,9 +150,9 @@ def jensen_shannon(p: ArrayLike, q: ArrayLike) -> float:
 
 
 def distinct(document: np.ndarray, gram: np.ndarray, keep: np.ndarray, budget: int) -> float:
-    """Different n-grams among the first `budget` n-grams of the kept documents, as a share (Li et al. 2016).
+    """Share of distinct n-grams among the first `budget` n-grams of the kept documents (Li et al. 2016).
 
-    The share falls with the number of n-grams looked at, so samples are compared at the same budget.
+    The share falls with the number of n-grams counted, so samples are compared at the same budget.
     """
     kept = gram[keep[document]][:budget]
     return len(np.unique(kept)) / len(kept) if len(kept) else float("nan")
@@ -180,7 +171,7 @@ def repetition(document: np.ndarray, gram: np.ndarray, size: int) -> np.ndarray:
 
 
 class Counts(NamedTuple):
-    """How often a document contains an n-gram, sorted by n-gram, then by falling frequency; [E] entries each."""
+    """How often each document contains each n-gram, sorted by n-gram, then by descending frequency; [E] entries."""
 
     document: np.ndarray
     gram: np.ndarray
@@ -202,9 +193,10 @@ def self_bleu(counts: Sequence[Counts], lengths: np.ndarray, keep: np.ndarray) -
     """Mean BLEU-4 of each kept document against all others (Zhu et al. 2018), 0 … 1; higher: less diverse.
 
     counts: `gram_counts` of orders 1 … 4; lengths: [n] words of each document.
-    A document's BLEU is sacrebleu's sentence BLEU: counts clipped at the highest of any one reference, the closest
-    reference length (the shorter of two), effective order, exponential smoothing. Exact over all references in linear
-    time: the highest among the others is the n-gram's highest count, or the second-highest for the document with it.
+    A document's BLEU is sacrebleu's sentence BLEU: counts clipped at the maximum over the references, closest reference
+    length (the shorter of two), effective order, exponential smoothing. It is exact over all references in linear time:
+    the maximum over the other documents is the n-gram's highest count, or the second-highest for the document that has
+    the highest.
     """
     documents = np.flatnonzero(keep & (lengths > 0))
     if len(documents) < 2:
@@ -238,17 +230,17 @@ def self_bleu(counts: Sequence[Counts], lengths: np.ndarray, keep: np.ndarray) -
 
 
 def _closest_other(lengths: np.ndarray) -> np.ndarray:
-    """[n] of each length the nearest of the others, the shorter of two equally near; n ≥ 2."""
+    """[n] the nearest other length to each length, the shorter one in a tie; n ≥ 2."""
     order = np.argsort(lengths, kind="stable")
     padded = np.concatenate([[-np.inf], lengths[order], [np.inf]])
-    below, above = padded[:-2], padded[2:]  # the neighbours in sorted order: the nearest other length is one of them
+    below, above = padded[:-2], padded[2:]  # sorted neighbours, one of which is the nearest other length
     nearest = np.empty(len(lengths))
     nearest[order] = np.where(lengths[order] - below <= above - lengths[order], below, above)
     return nearest
 
 
 def rank_correlations(columns: np.ndarray) -> np.ndarray:
-    """Spearman correlations [C, C] of the columns of [n, C]; NaN where a column is constant."""
+    """Spearman correlations [C, C] of the columns of [n, C]; NaN for constant columns."""
     ranks = stats.rankdata(columns, axis=0)
     ranks -= ranks.mean(0)
     scale = np.sqrt((ranks**2).sum(0))
@@ -257,13 +249,10 @@ def rank_correlations(columns: np.ndarray) -> np.ndarray:
     return correlations
 
 
-# ---------------------------------------------------------------- embeddings
-
-
 def frechet_distance(real: np.ndarray, other: np.ndarray) -> float:
-    """Fréchet distance ‖μ₁−μ₂‖² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½) of two samples [n, d] taken as Gaussian (Heusel et al. 2017).
+    """Fréchet distance ‖μ₁−μ₂‖² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½) of Gaussian fits to two samples [n, d] (Heusel et al. 2017).
 
-    Biased upwards on small samples: compare it only between samples of one size.
+    Biased upwards on small samples: only compare samples of the same size.
     """
     first, second = np.cov(real, rowvar=False), np.cov(other, rowvar=False)
     values, vectors = np.linalg.eigh(np.atleast_2d(first))
@@ -274,7 +263,7 @@ def frechet_distance(real: np.ndarray, other: np.ndarray) -> float:
 
 
 def _distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Euclidean distances [n, m]; squares rounded to 1e-6, so that equal vectors are at exactly 0."""
+    """Euclidean distances [n, m]; squares are rounded to 1e-6, so that equal vectors have distance exactly 0."""
     squares = (x * x).sum(1)[:, None] + (y * y).sum(1)[None] - 2 * (x @ y.T)
     distances: np.ndarray = np.sqrt(np.maximum(np.round(squares, 6), 0))
     return distances
@@ -306,16 +295,17 @@ def _radii(near: np.ndarray, index: np.ndarray, keep: np.ndarray, k: int) -> np.
 def manifold_measures(real: np.ndarray, other: np.ndarray, groups: np.ndarray, k: int = NEIGHBOURS) -> Replicates:
     """Precision, recall, density and coverage of two samples [n, d] of the same n.
 
-    A row's ball reaches to the k-th nearest row of its own sample. Precision: share of `other` in a ball of `real`;
+    A row's ball extends to the k-th nearest row of its own sample. Precision: share of `other` in a ball of `real`;
     recall: share of `real` in a ball of `other` (Kynkäänniemi et al. 2019). Density: mean number of balls of `real`
-    around a row of `other`, over k; coverage: share of `real` whose ball contains a row of `other` (Naeem et al. 2020).
+    that contain a row of `other`, divided by k; coverage: share of `real` whose ball contains a row of `other` (Naeem
+    et al. 2020).
     """
     depth = min(DEPTH, len(real) - 1)
     balls = [_own_neighbours(sample, depth) for sample in (real, other)]
     kept = masks(groups)
     radii = [[_radii(*ball, keep, k) for keep in kept] for ball in balls]
     widest_real, widest_other = (np.max(each, axis=0) for each in radii)
-    pairs = []  # only pairs within one of the widest balls can count
+    pairs = []  # only pairs within the widest ball of either row can count
     for start in range(0, len(real), CHUNK):
         distances = _distances(real[start : start + CHUNK], other)
         row, column = np.nonzero(
@@ -335,9 +325,9 @@ def manifold_measures(real: np.ndarray, other: np.ndarray, groups: np.ndarray, k
 
 
 def nearest_cosine(x: np.ndarray, pool: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """[n, GROUPS] highest cosine of each row of x [n, d] (unit rows) to the rows of each group of the pool [m, d].
+    """[n, GROUPS] highest cosine of each row of x [n, d] (unit rows) to the rows of each group in the pool [m, d].
 
-    −∞ for a group without rows in the pool: leaving it out changes nothing.
+    −∞ for a group without rows in the pool, so that leaving it out changes nothing.
     """
     order = np.argsort(groups, kind="stable")
     present, starts = np.unique(groups[order], return_index=True)
@@ -350,9 +340,9 @@ def nearest_cosine(x: np.ndarray, pool: np.ndarray, groups: np.ndarray) -> np.nd
 
 
 def mean_nearest(best: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """[1 + GROUPS] replicates of the mean highest cosine: each leaves a group out of the rows and of the pool.
+    """[1 + GROUPS] replicates of the mean highest cosine: each leaves a group out of both the rows and the pool.
 
-    best: [n, GROUPS] of `nearest_cosine`; groups: [n] of its rows.
+    best: [n, GROUPS] from `nearest_cosine`; groups: [n] of its rows.
     """
     means = [best.max(1).mean()]
     means += [np.delete(best, group, axis=1)[groups != group].max(1).mean() for group in range(GROUPS)]

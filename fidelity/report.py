@@ -8,13 +8,13 @@ from matplotlib.figure import Figure
 
 from fidelity.metrics import Estimate
 
-MAP_ROWS = 1000  # points of a sample in the embedding map
+MAP_ROWS = 1000  # points per sample in the embedding map
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
-LABELS = {"against": "real (compared with)", "real": "real (second sample)"}
+LABELS = {"against": "real (reference)", "real": "real (second sample)"}
 
 
 def cell(estimate: Estimate) -> str:
-    """A value with its interval, to four digits; a dash where it is undefined."""
+    """A value with its interval, to four digits; a dash if it is undefined."""
     if estimate["value"] is None:
         return "–"
     if estimate["low"] is None:
@@ -23,14 +23,14 @@ def cell(estimate: Estimate) -> str:
 
 
 def excludes_zero(estimate: Estimate | None) -> bool:
-    """Whether there is an interval, and 0 is not in it."""
+    """Whether there is an interval and it excludes 0."""
     if estimate is None or estimate["low"] is None or estimate["high"] is None:
         return False
     return estimate["low"] > 0 or estimate["high"] < 0
 
 
 def table(comparisons: dict[str, dict[str, Any]]) -> str:
-    """Markdown: a row per measure, a column per arm; * where the interval of the excess over `real` excludes 0."""
+    """Markdown: one row per metric, one column per arm; * if the interval of the excess over `real` excludes 0."""
     names = dict.fromkeys(name for comparison in comparisons.values() for name in comparison["measures"])
     lines = ["| measure | " + " | ".join(comparisons) + " |", "|---" * (len(comparisons) + 1) + "|"]
     for name in names:
@@ -44,12 +44,12 @@ def table(comparisons: dict[str, dict[str, Any]]) -> str:
 
 
 def colour_of(name: str, number: int) -> str:
-    """Black for the second real sample, another colour for each arm; number: of the arm, from 0 on."""
+    """Black for the second real sample, else the colour of arm `number` (from 0)."""
     return "black" if name == "real" else COLOURS[number % len(COLOURS)]
 
 
 def draw_lengths(words: Mapping[str, np.ndarray]) -> Figure:
-    """Share of reviews with at most so many words, a line per sample; words: {sample: words of each review [n]}."""
+    """Plot the CDF of review lengths, one line per sample; words: {sample: words per review [n]}."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for number, (name, counts) in enumerate(words.items(), -2):  # 'against' and 'real' come first
@@ -67,7 +67,7 @@ def draw_lengths(words: Mapping[str, np.ndarray]) -> Figure:
 
 
 def draw_map(vectors: Mapping[str, np.ndarray]) -> Figure:
-    """A panel per sample on the first two principal components of the real rows, which are grey in each.
+    """Plot the samples on the first two principal components of the real rows, one panel each, real rows in grey.
 
     vectors: {sample: [n, d]}.
     """
@@ -91,5 +91,5 @@ def draw_map(vectors: Mapping[str, np.ndarray]) -> Figure:
         axes.set_visible(False)
     figure.supxlabel(f"component 1 of the real rows' embeddings ({shares[0]:.0%} of the variance)", fontsize=9)
     figure.supylabel(f"component 2 ({shares[1]:.0%})", fontsize=9)
-    figure.suptitle(f"Grey: the real reviews compared with; up to {MAP_ROWS:,} points per sample", fontsize=10)
+    figure.suptitle(f"Grey: the real reference sample; up to {MAP_ROWS:,} points per sample", fontsize=10)
     return figure

@@ -1,4 +1,4 @@
-"""The entry of this room: everything is checked here; what measures is imported once the samples are known."""
+"""Entry point of this room: does all checks, and imports the measuring code only once the samples are known."""
 
 import os
 from pathlib import Path
@@ -12,13 +12,13 @@ from fidelity.samples import Row, Samples, choose
 RECORD = "run_fidelity.json"
 RESULTS = "results_fidelity.json"
 TABLE = "fidelity.md"
-FEWEST = 40  # rows of a sample: two in each group of the jackknife
+FEWEST = 40  # minimum rows per sample: two per jackknife group
 
 
 def run(config: FidelityConfig) -> dict[str, Any]:
-    """Compare, write every file, return the content of results_fidelity.json. UserError before a model is loaded."""
+    """Compare, write all files, return the content of results_fidelity.json. UserError before a model is loaded."""
     folder = Path(config.output_dir)
-    with results.output_folder(folder, config.dry_run, "fidelity") as place:
+    with results.output_folder(folder, config.dry_run, "fidelity") as output:
         prepared = prepare(config, folder, cli.Problems())
         if prepared is None:
             return dict(results.read_json(folder / RESULTS, "remove it"))
@@ -32,7 +32,7 @@ def run(config: FidelityConfig) -> dict[str, Any]:
         from fidelity.report import table
 
         world = distributed.start() if config.embeds else None
-        with results.Run(folder / RECORD, config, config.input_files, world, place) as record:
+        with results.Run(folder / RECORD, config, config.input_files, world, output) as record:
             watch = Stopwatch()
             content, samples, vectors = measure(config, chosen, train, world.device if world else "cpu", watch)
             if "figures" not in config.without:
@@ -47,7 +47,7 @@ def run(config: FidelityConfig) -> dict[str, Any]:
 
 
 def prepare(config: FidelityConfig, folder: Path, problems: cli.Problems) -> tuple[Samples, list[Row] | None] | None:
-    """(samples, training rows with text or None); None where the results exist already. UserError with all problems."""
+    """(samples, training rows with text or None); None if the results already exist. Problems raise one UserError."""
     if int(os.environ.get("WORLD_SIZE", "1") or 1) > 1:
         problems.add("WORLD_SIZE: runs as one process; start it without torchrun")
     cli.check_writable(folder, problems)
@@ -71,17 +71,17 @@ def prepare(config: FidelityConfig, folder: Path, problems: cli.Problems) -> tup
         return None
     chosen = choose(real, arms, config.num_rows, config.seed)
     if chosen.size < FEWEST:
-        reason = " (rows made from the metadata of one half of --real)" if chosen.paired else ""
+        reason = " (rows generated from the metadata of one half of --real)" if chosen.paired else ""
         problems.add(f"{chosen.smallest}: only {chosen.size} usable rows{reason}; at least {FEWEST} are needed")
     problems.check()
     return chosen, train
 
 
 def check_train(config: FidelityConfig, real: list[Row], train: list[Row], problems: cli.Problems) -> list[Row]:
-    """The training rows with text; a problem where they are too few or share rows with --real."""
+    """The training rows with text; it is a problem if they are too few or overlap with --real."""
     shared = reviews.shared_rows(real, train)
     if shared:
-        problems.add(f"--real {config.real}: {shared} of its rows are in --train {config.train}; give held-out rows")
+        problems.add(f"--real {config.real}: {shared} of its rows are in --train {config.train}; pass held-out rows")
     train = reviews.with_text(train)
     if len(train) < FEWEST:
         problems.add(f"--train {config.train}: only {len(train)} rows with text; at least {FEWEST} are needed")

@@ -1,4 +1,4 @@
-"""Samples of equal size from the rows of each arm and from two halves of the real rows."""
+"""Draw samples of equal size from the rows of each arm and from two halves of the real rows."""
 
 import random
 from dataclasses import dataclass
@@ -11,23 +11,23 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Samples:
-    """`size` rows of 'against' (real), 'real' (the other half) and each arm, in random order."""
+    """`size` rows each of 'against' (real), 'real' (the other half) and every arm, in random order."""
 
     rows: dict[str, list[Row]]
     size: int
-    paired: bool  # every synthetic row was made from the metadata of a real row
+    paired: bool  # every synthetic row was generated from the metadata of a real row
     smallest: str  # the sample that limits the size
-    held_out: list[Row]  # the whole half that 'against' is the beginning of
-    counts: dict[str, dict[str, Any]]  # of 'real' and each arm: rows requested, dropped, scored and left out
+    held_out: list[Row]  # the whole first half of the real rows, which begins with 'against'
+    counts: dict[str, dict[str, Any]]  # for 'real' and each arm: rows requested, dropped, scored and left out
 
     @property
     def arms(self) -> list[str]:
-        """'real' and the synthetic arms: what is compared with 'against'."""
+        """'real' and the synthetic arms, which are compared with 'against'."""
         return [name for name in self.rows if name != "against"]
 
 
 def choose(real: list[Row], arms: dict[str, list[Row]], num_rows: int, seed: int) -> Samples:
-    """Samples of at most `num_rows` rows with text; the two real ones have no user in common."""
+    """Draw samples of at most `num_rows` rows with text; the two real ones have no user in common."""
     usable = reviews.with_text(real)
     against, second = reviews.halve(usable, seed)
     real_keys = {reviews.source_key(row) for row in usable if row.get("row_id") is not None}
@@ -50,7 +50,7 @@ def choose(real: list[Row], arms: dict[str, list[Row]], num_rows: int, seed: int
 
 
 def count(rows: list[Row], size: int, used: int) -> dict[str, Any]:
-    """What became of the rows of a file of which `used` are in a sample, `size` of them in the scored one."""
+    """Count the rows of a file by outcome; `used`: rows in any sample, `size`: rows in the scored one."""
     empty = len(rows) - len(reviews.with_text(rows))
     return {
         "n_requested": len(rows),

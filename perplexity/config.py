@@ -11,7 +11,7 @@ DEFAULT_DIR = "./pythia-1.4b"
 
 @dataclass(frozen=True, kw_only=True)
 class PerplexityConfig(ModelConfig):
-    """With a model it alone is measured, else every checkpoint-* below dir."""
+    """Measures `model` if given, else every checkpoint-* below `dir`."""
 
     dir: str = DEFAULT_DIR
     model: str | None = None
@@ -24,5 +24,5 @@ class PerplexityConfig(ModelConfig):
 
     @property
     def folder(self) -> Path:
-        """Where the result files go."""
+        """The folder of the result files."""
         return Path(self.output_dir or ("./" if self.model else self.dir))

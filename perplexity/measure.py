@@ -1,4 +1,4 @@
-"""Models measured one after another, each base loaded once; both result files are kept up to date."""
+"""Measure models one after another, loading each base once and updating both result files after each model."""
 
 import hashlib
 import sys
@@ -18,7 +18,7 @@ from perplexity.metrics import describe
 SMALLEST_FILE = 3  # rows
 
 
-# Where two lines agree in these, they are the same measurement; model_sha256 tells a retrained checkpoint.
+# Two lines that agree in these are the same measurement; model_sha256 identifies a retrained checkpoint.
 SETTINGS = (
     "checkpoint",
     "model_sha256",
@@ -38,12 +38,12 @@ def text_line(line: dict) -> str:
 
 
 def same(line: dict, other: dict, but: tuple[str, ...] = ()) -> bool:
-    """Do two lines of perplexity.jsonl agree in SETTINGS (leaving out `but`)?"""
+    """Whether two lines of perplexity.jsonl agree in SETTINGS (except those in `but`)."""
     return all(line.get(key) == other.get(key) for key in SETTINGS if key not in but)
 
 
 def choose_rows(config: PerplexityConfig, problems: cli.Problems) -> tuple[list[int], list[dict]]:
-    """(indices of the rows to score, all rows); what is wrong with the file goes to `problems`."""
+    """(indices of the rows to score, all rows); problems with the file are added to `problems`."""
     rows = problems.absorb(dataset.read_rows, config.dataset)
     if rows is None:
         return [], []
@@ -64,25 +64,25 @@ def choose_rows(config: PerplexityConfig, problems: cli.Problems) -> tuple[list[
 def find_models(config: PerplexityConfig, problems: cli.Problems) -> tuple[list, dict[str, str]]:
     """([(name, ModelRef, tokenizer)], {path: why it cannot be measured}), from files only.
 
-    A single --model that cannot be measured is a problem; so are checkpoints none of which can.
+    It is a problem if --model cannot be measured, or if none of the checkpoints can.
     """
     names: dict = {}
     if config.model:
         names = {config.model: config.model}
     elif not Path(config.dir).is_dir():
-        problems.add(f"--dir {config.dir}: no such directory; name one with checkpoint-* below it, or pass --model")
+        problems.add(f"--dir {config.dir}: no such directory; pass one with checkpoint-* below it, or --model")
         return [], {}
     else:
         names = {path: path.relative_to(config.dir).as_posix() for path in find_checkpoints(config.dir)}
         if not names:
-            problems.add(f"--dir {config.dir}: no checkpoint-* directory below it; for one model pass --model")
+            problems.add(f"--dir {config.dir}: no checkpoint-* directory below it; pass --model for a single model")
     flag = "--model" if config.model else "--dir"
-    found, unusable = look_up_all(problems, names, config.revision, config.base_model, flag)
-    return [(names[path], ref, tokenizer) for path, ref, tokenizer in found], unusable
+    usable, unusable = look_up_all(problems, names, config.revision, config.base_model, flag)
+    return [(names[path], ref, tokenizer) for path, ref, tokenizer in usable], unusable
 
 
 def tokenize(tokenizer, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text after a start token (BOS, else EOS; once, where the text begins with it)."""
+    """Token ids of each text after a start token (BOS, else EOS), which is not doubled if the text begins with it."""
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
     return [ids if ids[:1] == [start] else [start, *ids] for ids in encoded]
@@ -97,20 +97,20 @@ def measure(loader: BaseLoader, ref, ids: list[list[int]], token_budget: int) ->
         return part, models.context_length(model), change
 
 
-def write(place: results.Output, folder: Path, lines: list[dict], current: list[dict]) -> None:
-    """Both result files anew: perplexity.jsonl has every line, perplexity.txt the last one of each model path, where
-    those of `current` come before older ones of other settings."""
+def write(output: results.Output, folder: Path, lines: list[dict], current: list[dict]) -> None:
+    """Rewrite both result files: perplexity.jsonl with every line, perplexity.txt with the last one of each model path,
+    preferring those in `current` over older ones with other settings."""
     latest = {line["model"]: line for line in [*lines, *current]}
-    with place.publication() as files, files.open(folder / "perplexity.txt") as file:
+    with output.publication() as files, files.open(folder / "perplexity.txt") as file:
         files.write_jsonl(folder / "perplexity.jsonl", lines)
         file.writelines(text_line(latest[path]) + "\n" for path in sorted(latest, key=natural_key))
 
 
 @dataclass(frozen=True)
 class Target:
-    """A model to measure and the texts of the rows, which a chat template of its tokenizer may make.
+    """A model to measure and the texts of the rows, possibly rendered with its tokenizer's chat template.
 
-    template_sha256: of that template, None for rows without messages.
+    template_sha256: hash of that template, None for rows without messages.
     """
 
     name: str
@@ -121,12 +121,12 @@ class Target:
 
 
 def make_targets(
-    config: PerplexityConfig, found: list[tuple], chosen: list[int], rows: list[dict], problems: cli.Problems
+    config: PerplexityConfig, usable: list[tuple], chosen: list[int], rows: list[dict], problems: cli.Problems
 ) -> list[Target]:
-    """The models with their texts; models with the same template share theirs."""
+    """Pair the models with their texts; models with the same template share them."""
     targets: list[Target] = []
     known: dict[tuple, list[str]] = {}
-    for name, ref, tokenizer in found:
+    for name, ref, tokenizer in usable:
         given = (rows, tokenizer, config.chat_template, ref.name)
         before = len(problems.lines)
         renderer = problems.absorb(dataset.read_renderer, *given)
@@ -142,7 +142,7 @@ def make_targets(
 
 
 def prepare(config: PerplexityConfig, folder: Path, problems: cli.Problems):
-    """(earlier result lines, row indices, what people wrote in each of these rows, `Target`s, {path: why it cannot be
+    """(earlier result lines, row indices, original text of each of these rows, `Target`s, {path: why it cannot be
     measured})."""
     distributed.check_environment(problems, config.device_map)
     cli.check_writable(folder, problems, "--output_dir" if config.output_dir or config.model else "--dir")
@@ -150,27 +150,27 @@ def prepare(config: PerplexityConfig, folder: Path, problems: cli.Problems):
     if file.is_file() and file.stat().st_size:
         earlier = problems.absorb(dataset.read_rows, file) or []
         if any("model" not in line or "mean" not in line for line in earlier):
-            problems.add(f"{file}: not written by this script; move it away or name another --output_dir")
+            problems.add(f"{file}: not written by this script; move it away or choose another --output_dir")
     chosen, rows = choose_rows(config, problems)
-    found, unusable = find_models(config, problems)
-    usable = [one for one in found if one[2] is not None] if rows else []  # without a tokenizer there are problems
+    known, unusable = find_models(config, problems)
+    usable = [model for model in known if model[2] is not None] if rows else []  # a missing tokenizer is a problem
     targets = make_targets(config, usable, chosen, rows, problems)
     return earlier, chosen, [dataset.written(rows[index]) for index in chosen], targets, unusable
 
 
 def run(config: PerplexityConfig) -> int:
-    """Measure everything asked for; 0, or 1 when a checkpoint failed. Raises UserError before any model is loaded."""
+    """Measure the models; return 0, or 1 if a checkpoint failed. Raises UserError before any model is loaded."""
     problems, folder = cli.Problems(), config.folder
     config = replace(config, dataset=str(dataset.default_dataset(config.dataset)))
-    unknown = not (config.model or config.output_dir or folder.is_dir())  # said by `prepare`, not made here
-    with results.output_folder(folder, config.dry_run or unknown, "perplexity") as place:
+    unknown = not (config.model or config.output_dir or folder.is_dir())  # reported by `prepare`, not created here
+    with results.output_folder(folder, config.dry_run or unknown, "perplexity") as output:
         prepared = prepare(config, folder, problems)
         problems.check()
-        return run_locked(config, folder, place, *prepared)
+        return run_locked(config, folder, output, *prepared)
 
 
 def run_locked(
-    config: PerplexityConfig, folder: Path, place: results.Output, earlier, chosen, written, targets, failures
+    config: PerplexityConfig, folder: Path, output: results.Output, earlier, chosen, written, targets, failures
 ) -> int:
     world = distributed.start()
     dtype = models.resolve_dtype(config.dtype, world.device)
@@ -182,7 +182,7 @@ def run_locked(
         "dtype": str(dtype).removeprefix("torch."),
         "seed": config.seed,
     }
-    todo, current = [], []  # (ModelRef, tokenizer, result line so far); lines of an earlier run that still hold
+    todo, current = [], []  # (ModelRef, Target, result line so far); lines of earlier runs that are still valid
     for target in targets:
         name, ref = target.name, target.ref
         weights = models.weights_sha256(ref)
@@ -192,7 +192,7 @@ def run_locked(
         done = [old for old in earlier if same(old, line)]
         for old in earlier:
             if (old.get("checkpoint"), old.get("model_sha256")) == (name, weights):
-                old["model"] = ref.name  # the tree may have been moved, or be named by another path
+                old["model"] = ref.name  # the tree may have moved, or be given by another path
         current += done
         if not done:
             todo.append((ref, target, line))
@@ -226,7 +226,7 @@ def run_locked(
             lines.append(line)
             current.append(line)
             if world.main:
-                write(place, folder, lines, current)
+                write(output, folder, lines, current)
             scored += line["n_tokens"]
             world.say(f"[{number}/{len(todo)}] {text_line(line)}".rstrip())
             if world.main:
@@ -234,7 +234,7 @@ def run_locked(
 
         failures |= for_each(todo, measure_one, loader)
         if world.main and lines:
-            write(place, folder, lines, current)
+            write(output, folder, lines, current)
         record["n_tokens"] = sum(line["n_tokens"] for line in current)
         record["tokens_per_second"] = round(scored / (time.monotonic() - started), 1)
         record["failed"] = failures

@@ -1,4 +1,4 @@
-"""Perplexity of documents from the log-probabilities of their tokens: arrays and text in, numbers out."""
+"""Perplexity of documents from their token log-probabilities: arrays and text in, numbers out."""
 
 import numpy as np
 
@@ -6,20 +6,22 @@ RESAMPLES = 1000
 
 
 def summarize(nll: list[float], n_tokens: list[int], n_bytes: list[int], seed: int) -> dict:
-    """The figures of one model over scored documents; each is null, with its reason in `undefined`, where it has none.
+    """The metrics of one model over scored documents; undefined ones are null, with the reason in `undefined`.
 
-    nll       NLL of each document in nats, summed over its tokens.      n_tokens, n_bytes   of each document, ≥ 1.
+    nll             NLL of each document in nats, summed over its tokens
+    n_tokens, n_bytes   sizes of each document, ≥ 1
     mean            mean over documents of exp(NLL/T), what the `evaluate` metric calls mean_perplexity
-    token_weighted  exp(ΣNLL/ΣT)        median   of the documents' perplexities
+    token_weighted  exp(ΣNLL/ΣT)
+    median          median of the documents' perplexities
     bits_per_byte   ΣNLL/(ln 2 · Σbytes of UTF-8), comparable across tokenizers
     mean_ci, token_weighted_ci   95 % percentile bootstrap over documents, 1,000 resamples from `seed`
     """
-    figures = ("mean", "token_weighted", "median", "bits_per_byte", "mean_ci", "token_weighted_ci")
+    names = ("mean", "token_weighted", "median", "bits_per_byte", "mean_ci", "token_weighted_ci")
     if not nll:
-        return {**dict.fromkeys(figures), "undefined": dict.fromkeys(figures, "no document could be scored")}
+        return {**dict.fromkeys(names), "undefined": dict.fromkeys(names, "no document could be scored")}
     nll, n_tokens, n_bytes = (np.asarray(values, float) for values in (nll, n_tokens, n_bytes))
     perplexities = np.exp(nll / n_tokens)
-    made = {
+    summary = {
         "mean": float(perplexities.mean()),
         "token_weighted": float(np.exp(nll.sum() / n_tokens.sum())),
         "median": float(np.median(perplexities)),
@@ -29,20 +31,20 @@ def summarize(nll: list[float], n_tokens: list[int], n_bytes: list[int], seed: i
         "undefined": {},
     }
     if len(nll) < 2:
-        made["undefined"] = dict.fromkeys(("mean_ci", "token_weighted_ci"), "one document has no spread")
-        return made
+        summary["undefined"] = dict.fromkeys(("mean_ci", "token_weighted_ci"), "one document has no spread")
+        return summary
     rng, means, weighted = np.random.default_rng(seed), [], []
     for _ in range(RESAMPLES):
         drawn = rng.integers(len(nll), size=len(nll))
         means.append(perplexities[drawn].mean())
         weighted.append(np.exp(nll[drawn].sum() / n_tokens[drawn].sum()))
-    made["mean_ci"] = np.quantile(means, (0.025, 0.975), method="inverted_cdf").tolist()
-    made["token_weighted_ci"] = np.quantile(weighted, (0.025, 0.975), method="inverted_cdf").tolist()
-    return made
+    summary["mean_ci"] = np.quantile(means, (0.025, 0.975), method="inverted_cdf").tolist()
+    summary["token_weighted_ci"] = np.quantile(weighted, (0.025, 0.975), method="inverted_cdf").tolist()
+    return summary
 
 
 def describe(texts: list[str], ids: list[list[int]], logps: list, context: int, seed: int) -> dict:
-    """The figures and counts of a result line, from the log-probabilities [T] of each document's tokens."""
+    """The metrics and counts of a result line, from each document's token log-probabilities [T]."""
     nll, n_tokens, n_bytes, n_windowed, dropped = [], [], [], 0, {}
     for text, tokens, logp in zip(texts, ids, logps):
         reason = None

@@ -1,11 +1,11 @@
-"""What the page consists of: tables of cells, folded parts, paragraphs. Plain data: page.html.j2 makes it HTML."""
+"""The blocks of the page: tables of cells, folded parts, paragraphs. Plain data, which page.html.j2 turns into HTML."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-STATIC_ROWS = 100  # a longer table is built by the page's script when it is opened
+STATIC_ROWS = 100  # longer tables are built by the page's script only when they are opened
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """sort_key: the number a column is sorted by, "" for an undefined one (sorted last), None: by its text."""
+    """sort_key: the number to sort by, "" for an undefined one (sorted last), None to sort by the text."""
 
     text: str = ""
     sort_key: str | None = None
@@ -27,13 +27,13 @@ class Cell:
 
     @classmethod
     def number(cls, value: float | None, form: str = "{:.3g}", small: tuple[str, ...] = (), text: str = "") -> Cell:
-        """A number as `text`, else in `form`; a dash where there is none."""
+        """A number as `text`, else formatted with `form`; a dash if there is none."""
         shown = text or ("–" if value is None else form.format(value))
         return cls(shown, "" if value is None else f"{value:.10g}", small)
 
     @classmethod
     def empty(cls) -> Cell:
-        """Of a number that was not measured."""
+        """The cell of a number that was not measured."""
         return cls("", "")
 
     @property
@@ -45,7 +45,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """rows: cells by column, the first of a row is its head; bold: indices of the rows in bold; whole: never left to
+    """rows: cells by column, the first of which is the row header; bold: indices of bold rows; whole: never built by
     the page's script, however long."""
 
     columns: list[Column]
@@ -66,7 +66,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Fold:
-    """A part that is opened by a click; kind 'print' is opened when the page is printed."""
+    """A part that opens on click; kind 'print' also opens when the page is printed."""
 
     caption: str
     inner: list[Any]
@@ -85,5 +85,5 @@ Block = Table | Fold | Paragraph
 
 
 def fold(caption: str, inner: list[Any], kind: str = "print") -> list[Block]:
-    """`inner` folded; nothing where it is empty."""
+    """`inner` folded; nothing if it is empty."""
     return [Fold(caption, inner, kind)] if inner else []

@@ -1,4 +1,4 @@
-"""What would mislead a reader of the numbers: found in the files of a Study, said before anything else."""
+"""Find what could mislead a reader of the numbers in a Study; the report starts with it."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,14 +8,14 @@ from common.schema import HEADLINE_TEMPERATURE
 from reporting.load import choose
 from reporting.table import Study
 
-LEVELS = ("wrong", "careful", "note")  # a number is not what it says | read it with this in mind | good to know
+LEVELS = ("wrong", "careful", "note")  # a number is not what it claims to be | keep this in mind | good to know
 MUCH_CUT = 0.05  # share of generated rows that hit the token limit
-MOVED = 1e-6  # ‖ΔW‖/‖W‖ below which training changed nothing that float32 keeps
+MOVED = 1e-6  # ‖ΔW‖/‖W‖ below which any change is lost in float32 rounding
 
 
 @dataclass
 class Caution:
-    """`places`: the lines or files meant."""
+    """A warning. `places`: the affected lines or files."""
 
     level: str
     title: str
@@ -24,27 +24,28 @@ class Caution:
 
 
 def find(study: Study) -> list[Caution]:
-    """Every caution, the gravest first; those of one kind are one Caution with all their places."""
-    found = [caution for check in CHECKS for caution in check(study)]
-    found[:0] = damaged(study)  # known only now: a check may find more of it
-    return sorted(found, key=lambda caution: LEVELS.index(caution.level))
+    """All cautions, the most serious first; those of one kind are one Caution that lists all places."""
+    cautions = [caution for check in CHECKS for caution in check(study)]
+    cautions[:0] = damaged(study)  # last, because the checks may find more damage
+    return sorted(cautions, key=lambda caution: LEVELS.index(caution.level))
 
 
 def damaged(study: Study):
-    broken = [one for one in study.damage if not one.torn]
+    broken = [line for line in study.damage if not line.torn]
     if broken:
-        places = [f"{one.file}:{one.line}: {one.reason}" for one in broken]
+        places = [f"{line.file}:{line.line}: {line.reason}" for line in broken]
         yield Caution("wrong", f"{_n(broken, 'line')} could not be read", "Their numbers are missing here.", places)
-    torn = [one for one in study.damage if one.torn]
+    torn = [line for line in study.damage if line.torn]
     if torn:
-        text = "The last line of a training log is incomplete: its run was killed or still writes."
-        yield Caution("note", f"{_n(torn, 'log')} with a torn last line", text, [f"{o.file}:{o.line}" for o in torn])
+        text = "The last line of a training log is incomplete: its run was killed or is still writing."
+        places = [f"{line.file}:{line.line}" for line in torn]
+        yield Caution("note", f"{_n(torn, 'log')} with an incomplete last line", text, places)
 
 
 def runs(study: Study):
     for status, title, text in (
-        ("failed", "failed", "What they left may be incomplete."),
-        ("running", "did not finish", "They were killed, or still run: what they measured is incomplete."),
+        ("failed", "failed", "Their results may be incomplete."),
+        ("running", "did not finish", "They were killed or are still running: their results are incomplete."),
     ):
         bad = {path: run for path, run in study.runs.items() if run.get("status") == status}
         if bad:
@@ -55,7 +56,7 @@ def runs(study: Study):
             yield Caution("wrong", f"{_n(bad, 'run')} {title}", text, places)
     overlap = [study.shown(path) for path, run in study.runs.items() if run.get("args", {}).get("allow_overlap")]
     if overlap:
-        text = "--allow_overlap was given: rows that were trained on may be asked for here."
+        text = "--allow_overlap was given: training rows may be among the evaluated ones."
         yield Caution("wrong", "Training and evaluation may overlap", text, overlap)
     dirty = [study.shown(path) for path, run in study.runs.items() if run.get("dirty")]
     commits = {run["commit"] for run in study.runs.values() if run.get("commit")}
@@ -67,7 +68,7 @@ def runs(study: Study):
             sorted(commit[:12] for commit in commits),
         )
     if dirty:
-        text = "The code had uncommitted changes: its commit does not say all."
+        text = "The code had uncommitted changes: the commit alone does not identify it."
         yield Caution("note", f"{_n(dirty, 'run')} from a changed working tree", text, dirty)
 
 
@@ -76,31 +77,31 @@ def membership(study: Study):
     kinds = {
         "blind": (
             "careful",
-            "Members and non-members differ without any model",
-            "A blind baseline tells the sets apart (its 99 % interval leaves 0.5 out), so attacks may do so for "
+            "Members and non-members differ regardless of the model",
+            "A blind baseline tells the sets apart (its 99 % interval excludes 0.5), and attacks may do so for "
             "the same reason: their AUC is no evidence of memorisation.",
         ),
         "reversed": (
             "wrong",
-            "Members and non-members differ the other way round",
-            "Non-members score higher (the 95 % interval of the AUC lies below 0.5): the sets are exchanged "
-            "or confounded, or the model knew the non-members. It is no sign that nothing leaks.",
+            "Non-members score higher than members",
+            "The 95 % interval of the AUC lies below 0.5: the sets are swapped or confounded, or the model "
+            "knew the non-members. This does not mean that nothing leaks.",
         ),
         "near": (
             "careful",
             "Near-duplicates across members and non-members",
-            "Texts of both sets are nearly the same, which pulls every attack towards chance.",
+            "Some texts are in both sets with hardly any change, which pulls every attack towards chance.",
         ),
         "base": (
             "careful",
             "The base model already tells members from non-members",
-            "It was not fine-tuned on them: the sets differ, or it knew them before. Read the difference to the "
-            "base, or `ref`.",
+            "It was not fine-tuned on them: the sets differ, or it had already seen the members. Look at the "
+            "difference from the base, or at `ref`.",
         ),
         "coarse": (
             "note",
-            "True positive rates that hang on a handful of non-members",
-            "At this level the threshold is set by very few non-members.",
+            "True positive rates that depend on a handful of non-members",
+            "At this level very few non-members set the threshold.",
         ),
     }
     for prefix, (level, title, text) in kinds.items():
@@ -109,16 +110,18 @@ def membership(study: Study):
             for flag in line.get("flags", []):
                 if flag == prefix or flag.startswith((f"{prefix}_", f"{prefix}-")):
                     with study.guard(file, number):
-                        what = line["attack"] if prefix in ("base", "coarse", "reversed") else _blind(line, flag)
-                        places.setdefault(f"{file}", set()).add(what)
+                        cause = line["attack"] if prefix in ("base", "coarse", "reversed") else _blind(line, flag)
+                        places.setdefault(f"{file}", set()).add(cause)
         if places:
-            yield Caution(level, title, text, [f"{file}: {', '.join(sorted(what))}" for file, what in places.items()])
+            listed = [f"{file}: {', '.join(sorted(causes))}" for file, causes in places.items()]
+            yield Caution(level, title, text, listed)
 
 
 def _blind(line: dict, flag: str) -> str:
-    found = line.get("blind", {}).get(flag)
-    if found and found.get("auc") is not None:
-        return f"{flag} AUC {found['auc']:.3f} (99 %: {found['auc_ci99'][0]:.3f}–{found['auc_ci99'][1]:.3f})"
+    baseline = line.get("blind", {}).get(flag)
+    if baseline and baseline.get("auc") is not None:
+        low, high = baseline["auc_ci99"]
+        return f"{flag} AUC {baseline['auc']:.3f} (99 %: {low:.3f}–{high:.3f})"
     return f"{line['near_duplicates']['pairs']} pairs" if flag == "near_duplicates" else flag
 
 
@@ -127,10 +130,10 @@ def dropped(study: Study):
     for area in ("extraction", "perplexity", "mia", "fidelity", "utility", "importance", "human", "canary"):
         for row in study.select(area, n_dropped=lambda n: bool(n)):
             if area == "mia" and row.value is None and row.n_dropped == row.n_requested:
-                continue  # an attack that does not apply here drops no text: `undefined` has its reason
+                continue  # an attack that does not apply has dropped no text; `undefined` says why
             places.setdefault(row.source, f"{row.source}: {row.n_dropped:,} of {row.n_requested or 0:,}")
     if places:
-        text = "Rows that could not be asked or scored; no rate counts them."
+        text = "These rows could not be queried or scored; rates leave them out."
         yield Caution("careful", f"Rows were dropped in {_n(places, 'result line')}", text, list(places.values()))
 
 
@@ -141,7 +144,7 @@ def privacy(study: Study):
         yield Caution("wrong", "ε is void", "The bound does not hold for these checkpoints.", void)
     noiseless = [row.source for row in rows if row.value is None]
     if noiseless:
-        text = "No noise was added: ε is infinite, and nothing is protected."
+        text = "No noise was added: ε is infinite, and there is no protection."
         yield Caution("careful", "DP training without noise", text, noiseless)
     above = [
         row
@@ -149,7 +152,7 @@ def privacy(study: Study):
         if row.metric.startswith("ε lower") and row.level in row.settings.get("lower_above_upper", ())
     ]
     if above:
-        text = "The audit contradicts the accountant: the training was not as private as it says."
+        text = "The audit contradicts the accountant: training was less private than claimed."
         places = [
             f"{row.source}: {row.arm}: at {row.level} % lower {row.value:.2f}, upper {row.settings['upper']:.2f}"
             for row in above
@@ -164,8 +167,8 @@ def settings(study: Study):
     without = [row for key, row in measured.items() if key not in fixed]
     if without:
         text = (
-            f"The headline is read at temperature {HEADLINE_TEMPERATURE}, fixed in advance. These models have no "
-            "such line; nothing else stands in for it, least of all their best setting."
+            f"The headline temperature is {HEADLINE_TEMPERATURE}, fixed in advance. These models have no line at it, "
+            "and no other setting, least of all their best one, replaces it."
         )
         yield Caution("careful", f"No headline for {_n(without, 'model')}", text, [row.file for row in without])
     trials = {(r.model.key, r.temperature) for r in rows if r.metric == "matches" and not r.model.is_base}
@@ -174,28 +177,28 @@ def settings(study: Study):
         best = max(r.value for r in rows if r.template == "all" and r.metric == metric and r.value is not None)
         text = (
             f"{len(trials):,} combinations of checkpoint and temperature were measured. The largest rate among them "
-            f"({metric}, {best:.1%}) is a maximum over as many draws, and is compared with nothing here: under pure "
-            "noise a maximum rises with their number."
+            f"({metric}, {best:.1%}) is a maximum over that many draws and is not compared with anything here: even "
+            "under pure noise, a maximum grows with their number."
         )
         yield Caution("note", "Maxima are not results", text)
     mixed = choose(study)[2]
     if mixed:
-        text = "They have no run at one and the same rate: what differs may be the rate's doing and not the arm's."
+        text = "They have no run at a common rate: differences may be due to the rate, not the arm."
         yield Caution("careful", "Arms compared at different learning rates", text, mixed)
     for area, words in (("extraction", "sets of people or settings"), ("mia", "sets of texts or settings")):
-        found = study.groups.get(area, {})
-        if len(found) > 1:
-            text = "Numbers are comparable within one of them only; each has figures and rows of its own."
-            yield Caution("note", f"{words.capitalize()}: {len(found)} different ones", text, list(found))
+        groups = study.groups.get(area, {})
+        if len(groups) > 1:
+            text = "Numbers are only comparable within one of them; each has its own figures and rows."
+            yield Caution("note", f"{words.capitalize()}: {len(groups)} different ones", text, list(groups))
 
 
 def released(study: Study):
     files = {file for file, _, line in study.lines.get("extraction", []) if "exact" not in line}
     if files:
         text = (
-            "Written by the released tool: only its loose rule (partial ratio ≥ 80, which a one-letter answer or "
-            "the bare domain passes), no exact addresses, no floor, settings not recorded. Intervals are computed "
-            "here."
+            "Written by the released tool: it has only the loose rule (partial ratio ≥ 80, which a one-letter answer "
+            "or the bare domain passes), no exact addresses, no floor and no record of its settings. The intervals "
+            "are computed here."
         )
         yield Caution("careful", f"{_n(files, 'file')} with loose matches only", text, sorted(files))
     below = []
@@ -205,7 +208,7 @@ def released(study: Study):
             if floors and row.value is not None and row.value <= floors[0].value:
                 below.append(f"{row.model.label}: {row.value:.1%} exact, floor {floors[0].value:.1%} ({row.source})")
     if below:
-        text = "A rule that makes the address from the name, without a model, guesses as many or more."
+        text = "A rule that derives the address from the name, without a model, guesses as many or more."
         yield Caution("note", f"{_n(below, 'measurement')} at or below the name-rule floor", text, below)
 
 
@@ -217,8 +220,8 @@ def models(study: Study):
     ]
     if residual:
         text = (
-            "The adapter belongs to the residual base that PiSSA leaves. On the original base its principal part "
-            "counts twice: everything measured that way is of another model."
+            "The adapter belongs to PiSSA's residual base. On the original base its principal components count "
+            "twice: anything measured that way is about a different model."
         )
         yield Caution("wrong", "Unconverted PiSSA adapters", text, residual)
     seen: dict[str, set] = {}
@@ -228,9 +231,9 @@ def models(study: Study):
                 seen.setdefault(row.model.key, set()).add(row.settings["model_sha256"])
     changed = [study.models[key].label for key, hashes in seen.items() if len(hashes) > 1]
     if changed:
-        text = "Its weights were not the same at every measurement (another SHA-256): it was trained again between."
+        text = "The weights differ between measurements (SHA-256): the model was retrained in between."
         yield Caution("wrong", f"{_n(changed, 'model')} measured in two states", text, changed)
-    places: dict[tuple, tuple[float, str]] = {}  # path of the run, or of a checkpoint before its last
+    places: dict[tuple, tuple[float, str]] = {}  # by path of the run, or of a checkpoint that is not its last
     for row in study.rows:
         if row.model and row.model.change is not None and row.role == "target":
             key = row.model.run if row.model.last else row.model.key
@@ -242,22 +245,22 @@ def models(study: Study):
     for path, run in study.runs.items():
         if Path(path).name == "run.json" and run.get("relative_change") is not None:
             places.setdefault(_tail(Path(path).parent), (run["relative_change"], study.shown(path)))
-    few = [(change, f"{place}: ‖ΔW‖/‖W‖ = {change:.1g}") for change, place in places.values() if change < HARDLY]
-    still, slow = ([place for change, place in few if (change < MOVED) == same] for same in (True, False))
+    small = [(change, f"{place}: ‖ΔW‖/‖W‖ = {change:.1g}") for change, place in places.values() if change < HARDLY]
+    still, slow = ([place for change, place in small if (change < MOVED) == same] for same in (True, False))
     if still:
-        text = "Training left the weights as they were; the base was measured."
+        text = "Training left the weights unchanged; the measurements are of the base."
         yield Caution("careful", f"{_n(still, 'adapter')} that changed nothing", text, still)
     if slow:
-        text = "Arms that look alike may be so because nothing was learnt: raise the learning rate, or train longer."
+        text = "Arms may look alike because nothing was learnt: raise the learning rate or train longer."
         yield Caution("careful", f"{_n(slow, 'adapter')} that hardly moved the model", text, slow)
     older = study.lines.get("superseded", [])
     if older:
-        text = "The same model was measured again with the same settings; the newest lines are shown."
+        text = "The same model was measured again with the same settings; only the newest lines are shown."
         yield Caution("note", f"{_n(older, 'older line')} left out", text, [f"{file}:{n}" for file, n, _ in older])
 
 
 def _tail(path) -> tuple:
-    """What stays of a run's path when its tree is moved."""
+    """The part of a run's path that does not change when its tree is moved."""
     return Path(path).parts[-3:]
 
 
@@ -268,8 +271,8 @@ def synthetic(study: Study):
         if row.role == "target" and (row.value or 0) > MUCH_CUT
     ]
     if cut:
-        text = "Many rows stop at the token limit: lengths, endings and all that depends on them are of cut text."
-        yield Caution("careful", "Generated rows are cut", text, cut)
+        text = "Many rows stop at the token limit: lengths, endings and all that depends on them are of truncated text."
+        yield Caution("careful", "Generated rows are truncated", text, cut)
     majority = {row.group: row for row in study.select("utility", "accuracy", arm="majority")}
     low = [
         f"{row.source}: {row.arm} {row.value:.3f}, majority {majority[row.group].value:.3f}"
@@ -277,11 +280,11 @@ def synthetic(study: Study):
         if row.group in majority and row.value <= majority[row.group].value
     ]
     if low:
-        text = "Always saying the commonest rating is right as often."
+        text = "Always answering the most common rating is right at least as often."
         yield Caution("careful", "Accuracy at or below the majority class", text, low)
     few = [f"{row.source}: {row.arm}, {row.n}" for row in study.select("utility", "accuracy", role="mean") if row.n < 3]
     if few:
-        yield Caution("note", "Fewer than three seeds", "The spread over seeds is not known.", few)
+        yield Caution("note", "Fewer than three seeds", "The spread over seeds is unknown.", few)
 
 
 def undefined(study: Study):
@@ -295,7 +298,7 @@ def undefined(study: Study):
     ]
     if rows:
         places = list(dict.fromkeys(f"{r.source}: {r.attack or r.metric}: {r.undefined}" for r in rows))
-        yield Caution("note", f"{_n(places, 'number')} undefined", "With the reason that the script gave.", places)
+        yield Caution("note", f"{_n(places, 'number')} undefined", "With the reasons that the scripts gave.", places)
 
 
 def canaries(study: Study):
@@ -307,18 +310,18 @@ def canaries(study: Study):
             if line.get("undefined") and "never trained on" in line["undefined"]:
                 never.append(f"{place}: {line['measure']}: {line['undefined']}")
             elif seen is not None and seen < placed:
-                some.append(f"{place}: {seen} of {placed} placed canaries were trained on")
+                some.append(f"{place}: {seen} of {placed} inserted canaries were trained on")
             if line.get("upper_unknown"):
                 unknown.append(f"{place}: {line['upper_unknown']}")
     if never:
-        text = "Training cut them off, masked them or left their rows out: what was measured says nothing of a leak."
+        text = "Training truncated or masked them or left out their rows: these numbers say nothing about leakage."
         yield Caution("wrong", "Canaries that were never trained on", text, never)
     if some:
-        text = "The others were cut off, masked or in rows left out: the audit sees less than it seems to."
-        yield Caution("careful", "Not every placed canary was trained on", text, some)
+        text = "The others were truncated, masked or in rows left out: the audit is weaker than it seems."
+        yield Caution("careful", "Not every inserted canary was trained on", text, some)
     if unknown:
-        text = "Without it no lower bound can contradict anything."
-        yield Caution("careful", "Text whose privacy is unknown", text, unknown)
+        text = "Without an upper bound, no lower bound can contradict it."
+        yield Caution("careful", "Text with unknown privacy", text, unknown)
 
 
 CHECKS = (runs, privacy, models, settings, membership, dropped, released, synthetic, canaries, undefined)

@@ -1,4 +1,4 @@
-"""The figures of a Study: all that its numbers allow, and the training curves."""
+"""All figures that a Study's numbers allow, and the training curves."""
 
 import math
 from pathlib import Path
@@ -12,7 +12,7 @@ from reporting.table import Model, Study, literal
 
 
 def training(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
-    """Training loss, and with DP the signal-to-noise ratio, a line a run."""
+    """Training loss, held-out loss and gradient norm, one line per run."""
     arm_of = {model.run: model for model in study.models.values() if model.step is not None}
     runs = {run: lines for run, lines in study.curves.items() if lines}
     if not runs:
@@ -23,8 +23,8 @@ def training(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
         labels[run] = model.label.rpartition(" · epoch")[0] or model.label if model else literal(Path(run).name)
     few = len(runs) <= 6
 
-    def panel(metric, words):
-        found = {
+    def panel(metric, title):
+        points_of = {
             run: [
                 (line["step"], line[metric])
                 for line in lines
@@ -32,11 +32,11 @@ def training(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
             ]
             for run, lines in runs.items()
         }
-        found = {run: every_nth(points) for run, points in found.items() if points}
+        points_of = {run: every_nth(points) for run, points in points_of.items() if points}
 
         def draw(axes):
             ends, seen = [], {}
-            for run, points in found.items():
+            for run, points in points_of.items():
                 model = arm_of.get(run)
                 colour = look.of[model.arm][0] if model else BASE
                 style = ("-", "--", "-.", ":")[seen.get(colour, 0) % 4] if few else "-"
@@ -53,17 +53,17 @@ def training(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
                 ends.append((points[-1][1], short(labels[run], 24), colour))
             axes.set(xlabel="optimiser step")
             axes.grid(axis="y")
-            values = [value for points in found.values() for _, value in points]
+            values = [value for points in points_of.values() for _, value in points]
             if min(values) > 0 and max(values) / min(values) > 30:
                 axes.set_yscale("log")
             if few:
                 label_ends(axes, ends)
 
-        return Panel(words, draw, (4.2, 2.8)) if found else None
+        return Panel(title, draw, (4.2, 2.8)) if points_of else None
 
     panels = [panel("loss", "Training loss"), panel("eval_loss", "Held-out loss")]
     panels.append(panel("grad_norm", "Gradient norm"))
-    panels = [one for one in panels if one]
+    panels = [drawn for drawn in panels if drawn]
     told = "; ".join(
         f"{labels[run]}: loss {lines[0]['loss']:.3g} at step {lines[0]['step']}, {lines[-1]['loss']:.3g} at step "
         f"{lines[-1]['step']}"
@@ -77,7 +77,7 @@ def training(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
 
 
 def every_nth(points: list, most: int = 250) -> list:
-    """At most about `most` of the points, evenly; the last one stays."""
+    """About `most` of the points at most, evenly spaced; keeps the last one."""
     step = math.ceil(len(points) / most)
     return points if step == 1 else [*points[:-1:step], points[-1]]
 

@@ -1,7 +1,7 @@
-"""Figures of the attacks: extraction, perplexity, privacy against utility, membership inference.
+"""Figures of the extraction attack, of perplexity, and of privacy against utility.
 
-Every function takes a Study, the Look and the compared models and returns the figures that its numbers allow; no file
-is read but the membership scores behind a ROC curve.
+Every function takes a Study, the Look and the compared models, and returns the figures that its numbers allow. No file
+is read here.
 """
 
 import math
@@ -28,15 +28,13 @@ from reporting.svg import AXIS, BASE, INK, MUTED, Figure, Panel, errors, percent
 from reporting.svg import line as plot_line
 from reporting.table import Model, Row, Study
 
-# ---------------------------------------------------------------- extraction
-
 
 def extraction_bars(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
-    """Loose matches and exact addresses by model, a panel a template, with the floor of the best name rule."""
-    made = []
+    """Loose matches and exact addresses by model, one panel per template, with the best name rule's floor."""
+    figures = []
     every = study.select("extraction", headline=True, role="target")
     sets = groups(every)
-    for place, group in enumerate(sets[:MOST_GROUPS]):
+    for index, group in enumerate(sets[:MOST_GROUPS]):
         rows = [row for row in every if row.group == group]
         models = look.sort(model for model in chosen if any(row.model is model for row in rows))
         templates = [name for name in dict.fromkeys(row.template for row in rows) if name != "all"]
@@ -67,12 +65,12 @@ def extraction_bars(study: Study, look: Look, chosen: list[Model]) -> list[Figur
         keys = [("exact address", INK, "block", None), ("loose match (partial ratio ≥ 80)", AXIS, "block", None)]
         if floors:
             keys.append((f"floor: {next(iter(floors.values())).attack}, no model", INK, None, ":"))
-        made.append(
+        figures.append(
             Figure(
-                name_of("extraction_bars", place),
+                name_of("extraction_bars", index),
                 f"Addresses extracted at temperature {HEADLINE_TEMPERATURE}",
                 f"{group}. Solid: exact address; pale: the released tool's loose rule; whiskers: 95 % Clopper–Pearson. "
-                "Dotted: exact addresses that the best name rule guesses without any model." + more_groups(sets, place),
+                "Dotted: exact addresses that the best name rule guesses without a model." + more_groups(sets, index),
                 "Share of exact addresses by template. " + "; ".join(told),
                 panels,
                 keys,
@@ -80,24 +78,24 @@ def extraction_bars(study: Study, look: Look, chosen: list[Model]) -> list[Figur
                 "extraction",
             )
         )
-    return made
+    return figures
 
 
 def _bars(template, models, at, floors, look, high):
     named = names(models)
 
     def draw(axes):
-        for place, model in enumerate(reversed(models)):
+        for index, model in enumerate(reversed(models)):
             colour = look.of[model.arm][0]
             loose, exact = (at.get((model.key, metric, template)) for metric in ("matches", "exact"))
             for row, width, alpha in ((loose, 0.72, 0.3), (exact, 0.4, 1.0)):
                 if row is None or row.value is None:
                     continue
-                axes.barh(place, row.value, width, color=colour, alpha=alpha, linewidth=0)
+                axes.barh(index, row.value, width, color=colour, alpha=alpha, linewidth=0)
                 edge = 0.27 if row is loose and exact is not None else 0
                 axes.errorbar(
                     row.value,
-                    place + edge,
+                    index + edge,
                     xerr=errors(row),
                     color=INK if row is exact else MUTED,
                     elinewidth=1,
@@ -116,21 +114,21 @@ def _bars(template, models, at, floors, look, high):
 
 
 def extraction_curves(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
-    """Successes against temperature, learning rate and epoch, a panel a template."""
-    made = []
+    """Success rates against temperature, learning rate and epoch, one panel per template."""
+    figures = []
     every = study.select("extraction", role="target")
-    for place, group in enumerate(groups(every)[:MOST_GROUPS]):
+    for index, group in enumerate(groups(every)[:MOST_GROUPS]):
         rows = [row for row in every if row.group == group]
         temperatures = sorted({row.temperature for row in rows})
         if len(temperatures) >= 3:
-            made += _over_temperature(name_of("extraction_temperature", place), group, rows, look, chosen)
+            figures += _over_temperature(name_of("extraction_temperature", index), group, rows, look, chosen)
         fixed = [row for row in rows if row.headline]
         for axis, words in (("learning_rate", "learning rate"), ("epoch", "epoch")):
             series = sweeps(fixed, axis, chosen)
             if series:
-                name = name_of(f"extraction_{axis}", place)
-                made.append(_over_sweep(name, group, words, axis, series, fixed, look))
-    return made
+                name = name_of(f"extraction_{axis}", index)
+                figures.append(_over_sweep(name, group, words, axis, series, fixed, look))
+    return figures
 
 
 def _over_temperature(name, group, rows, look, chosen) -> list[Figure]:
@@ -144,10 +142,10 @@ def _over_temperature(name, group, rows, look, chosen) -> list[Figure]:
     def panel(metric, template):
         def draw(axes):
             for model in models:
-                found = at.get((model.key, metric, template), [])
+                line = at.get((model.key, metric, template), [])
                 colour, marker = look.of[model.arm]
-                if found:
-                    plot_line(axes, [row.temperature for row in found], found, colour, marker, markersize=4)
+                if line:
+                    plot_line(axes, [row.temperature for row in line], line, colour, marker, markersize=4)
             axes.axvline(HEADLINE_TEMPERATURE, color=AXIS, linestyle=":", linewidth=1)
             axes.set_ylim(bottom=0)
             axes.set_xlabel("temperature")
@@ -160,20 +158,20 @@ def _over_temperature(name, group, rows, look, chosen) -> list[Figure]:
     metrics = [metric for metric in ("matches", "exact") if any(key[1] == metric for key in at)]
     keys = [(names(models)[model.key], *look.of[model.arm], "-") for model in models]
     caption = (
-        f"{group}. One answer a person and template; band: 95 %. Dotted line: {HEADLINE_TEMPERATURE}, where the "
-        f"headline is read.{left_out(compared, models)}"
+        f"{group}. One answer per person and template; band: 95 %. Dotted line: the headline temperature, "
+        f"{HEADLINE_TEMPERATURE}.{left_out(compared, models)}"
     )
     told = "; ".join(
-        f"{model.label}: {metric} {template} from {found[0].value:.1%} at {found[0].temperature:g} to "
-        f"{found[-1].value:.1%} at {found[-1].temperature:g}"
+        f"{model.label}: {metric} {template} from {line[0].value:.1%} at {line[0].temperature:g} to "
+        f"{line[-1].value:.1%} at {line[-1].temperature:g}"
         for model in models
         for metric in metrics
         for template in templates
-        if (found := at.get((model.key, metric, template))) and None not in (found[0].value, found[-1].value)
+        if (line := at.get((model.key, metric, template))) and None not in (line[0].value, line[-1].value)
     )
     panels = [panel(metric, template) for metric in metrics for template in templates]
     return (
-        [Figure(name, "Successes against temperature, by template", caption, told, panels, keys, 4, "extraction")]
+        [Figure(name, "Success rate against temperature, by template", caption, told, panels, keys, 4, "extraction")]
         if models
         else []
     )
@@ -183,22 +181,22 @@ def _over_sweep(name, group, words, axis, series, rows, look) -> Figure:
     rows_of = {(row.model.key, row.metric, row.template): row for row in rows}
     bases = [row for row in rows if row.model.is_base]
     fixed = [model for models in series.values() for model in models]
-    templates = [one for one in dict.fromkeys(key[2] for key in rows_of) if one != "all"]
+    templates = [template for template in dict.fromkeys(key[2] for key in rows_of) if template != "all"]
     styles = styles_of(series, look)
     places = dodge(series, axis)
-    metrics = [one for one in ("matches", "exact") if any(key[1] == one for key in rows_of)]
+    metrics = [metric for metric in ("matches", "exact") if any(key[1] == metric for key in rows_of)]
 
     def panel(metric, template):
         def draw(axes):
             for label, models in series.items():
-                found = [(places[label](getattr(m, axis)), rows_of.get((m.key, metric, template))) for m in models]
-                found = [(x, row) for x, row in found if row is not None]
-                if found:
+                points = [(places[label](getattr(m, axis)), rows_of.get((m.key, metric, template))) for m in models]
+                points = [(x, row) for x, row in points if row is not None]
+                if points:
                     colour, marker, style = styles[label]
                     plot_line(
                         axes,
-                        [x for x, _ in found],
-                        [row for _, row in found],
+                        [x for x, _ in points],
+                        [row for _, row in points],
                         colour,
                         marker,
                         style,
@@ -220,7 +218,9 @@ def _over_sweep(name, group, words, axis, series, rows, look) -> Figure:
     keys += [("base", BASE, None, "--")] if bases else []
     rates = {model.learning_rate for model in fixed if model.learning_rate is not None}
     at = f", learning rate {rates.pop():g}" if axis == "epoch" and len(rates) == 1 else ""
-    caption = f"{group}, temperature {HEADLINE_TEMPERATURE}{at}. A point is a checkpoint; none is picked by its result."
+    caption = (
+        f"{group}, temperature {HEADLINE_TEMPERATURE}{at}. Each point is a checkpoint; none was selected by its result."
+    )
     caption += left_out((row.model for row in rows if axis == "epoch" or row.model.last), fixed)
     told = "; ".join(
         f"{label}: "
@@ -232,18 +232,15 @@ def _over_sweep(name, group, words, axis, series, rows, look) -> Figure:
         for label, models in series.items()
     )
     panels = [panel(metric, template) for metric in metrics for template in templates]
-    title = f"Successes against {words}, by template"
+    title = f"Success rate against {words}, by template"
     return Figure(name, title, caption, f"All templates, {metrics[-1]}. {told}", panels, keys, 4, "extraction")
 
 
-# ---------------------------------------------------------------- perplexity and the plane
-
-
 def perplexity_curves(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
-    """A figure a set of texts: by epoch and learning rate, or, where nothing differs in these, by model."""
+    """One figure per set of texts: by epoch and learning rate, or by model if these do not vary."""
     every = study.select("perplexity", "mean", role="target")
-    made, sets = [], groups(every)
-    for place, group in enumerate(sets[:MOST_GROUPS]):
+    figures, sets = [], groups(every)
+    for index, group in enumerate(sets[:MOST_GROUPS]):
         panels, keys, told, drawn = [], {}, [], []
         rows = {row.model.key: row for row in every if row.group == group}
         bases = [row for row in rows.values() if row.model.is_base and row.value is not None]
@@ -275,10 +272,10 @@ def perplexity_curves(study: Study, look: Look, chosen: list[Model]) -> list[Fig
             told = [f"{model.label} {interval_text(rows[model.key], False)}" for model in drawn]
         if panels:
             caption = f"{group}: mean over documents, interval: 95 % bootstrap over documents. Lower is better."
-            caption += left_out((row.model for row in rows.values()), drawn) + more_groups(sets, place)
-            made.append(
+            caption += left_out((row.model for row in rows.values()), drawn) + more_groups(sets, index)
+            figures.append(
                 Figure(
-                    name_of("perplexity", place),
+                    name_of("perplexity", index),
                     "Perplexity of held-out text",
                     caption,
                     "; ".join(told),
@@ -288,16 +285,16 @@ def perplexity_curves(study: Study, look: Look, chosen: list[Model]) -> list[Fig
                     "perplexity",
                 )
             )
-    return made
+    return figures
 
 
 def _dots(rows: list[Row], look: Look):
     named = names([row.model for row in rows])
 
     def draw(axes):
-        for place, row in enumerate(reversed(rows)):
+        for index, row in enumerate(reversed(rows)):
             colour, marker = look.of[row.model.arm]
-            axes.errorbar(row.value, place, xerr=errors(row), fmt=marker, color=colour, elinewidth=1.4)
+            axes.errorbar(row.value, index, xerr=errors(row), fmt=marker, color=colour, elinewidth=1.4)
         axes.set_yticks(range(len(rows)), [short(named[row.model.key]) for row in reversed(rows)])
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.set(xlabel="perplexity", ylim=(-0.6, len(rows) - 0.4))
@@ -313,9 +310,9 @@ def _perplexity(axis, words, series, rows, styles, bases):
     def draw(axes):
         for label, models in series.items():
             colour, marker, style = styles[label]
-            found = [(places[label](getattr(model, axis)), rows[model.key]) for model in models]
+            points = [(places[label](getattr(model, axis)), rows[model.key]) for model in models]
             plot_line(
-                axes, [x for x, _ in found], [row for _, row in found], colour, marker, style, band=len(series) <= 6
+                axes, [x for x, _ in points], [row for _, row in points], colour, marker, style, band=len(series) <= 6
             )
         for row in bases:
             axes.axhline(row.value, color=BASE, linestyle="--", linewidth=1.3)
@@ -327,7 +324,7 @@ def _perplexity(axis, words, series, rows, styles, bases):
 
 
 def front(points: list[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other one beats: nothing is as low in both and lower in one. By rising x."""
+    """Indices of the Pareto-optimal points (lower is better in both coordinates), by increasing x."""
     kept, lowest = [], math.inf
     for index in sorted(range(len(points)), key=lambda i: points[i]):
         if points[index][1] < lowest:
@@ -337,7 +334,7 @@ def front(points: list[tuple[float, float]]) -> list[int]:
 
 
 def plane(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
-    """Perplexity against exact extraction, a point a checkpoint, with the Pareto front."""
+    """Perplexity against exact extraction, one point per checkpoint, with the Pareto front."""
     means = study.select("perplexity", "mean", role="target", value=lambda value: value is not None)
     if not means:
         return []
@@ -362,8 +359,8 @@ def plane(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
     keys = [(arm, *look.of[arm], None) for arm in look.arms if arm in arms]
     keys.append(("Pareto front", INK, None, "-"))
     caption = (
-        f"A point is a checkpoint: perplexity on {main} and exact addresses at temperature {HEADLINE_TEMPERATURE}, all "
-        "templates, 95 % intervals. Lower left is better. The front joins point estimates: it says nothing of points "
+        f"Each point is a checkpoint: perplexity on {main} and exact addresses at temperature {HEADLINE_TEMPERATURE}, "
+        "all templates, 95 % intervals. Lower left is better. The front joins point estimates: it does not rank points "
         "whose intervals overlap." + left_out((row.model for row in (*means, *every)), drawn)
     )
     return [
@@ -393,6 +390,3 @@ def _plane(pairs, kept, look):
         percent(axes.yaxis)
 
     return draw
-
-
-# ---------------------------------------------------------------- membership inference

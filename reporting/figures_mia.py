@@ -19,7 +19,7 @@ from reporting.svg import AXIS, COLOURS, GRID, INK, MUTED, Figure, Panel
 from reporting.table import Model, Study, check
 
 MOST_ROCS = 6
-MOST_COLUMNS = 24  # checkpoints of a heat map
+MOST_COLUMNS = 24  # checkpoints in a heat map
 
 
 ATTACKS = ("ref", "loss", "zlib", "lowercase", "min_k_20", "min_k_pp_20", "surp", "recall", "con_recall", "dc_pdd",
@@ -61,15 +61,15 @@ def roc_curves(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
         ("1 % FPR", GRID, None, "-"),
     ]
     caption = (
-        "True against false positive rate, both logarithmic. Blind baselines never see the model: where they leave the "
-        "diagonal, so may an attack for the same reason."
+        "True against false positive rate, both logarithmic. Blind baselines never see the model: if they leave the "
+        "diagonal, an attack may do so for the same reason."
         + left_out((model for model in measured.values() if model in chosen), drawn)
     )
     return [Figure("mia_roc", "Membership inference: ROC", caption, "; ".join(told), panels, keys, 3, "mia")]
 
 
 def curves_of(path) -> tuple[dict, int]:
-    """({score: (false, true positive rates)}, number of non-members) of a scores_mia.jsonl."""
+    """({score: (false positive rates, true positive rates)}, number of non-members) of a scores_mia.jsonl."""
     from common.stats import roc
 
     with open(path, encoding="utf-8") as file:
@@ -92,7 +92,7 @@ def curves_of(path) -> tuple[dict, int]:
 
 
 def thin(x, y, most: int = 300):
-    """At most about `most` points of a staircase, even on a logarithm of x; first and last stay."""
+    """About `most` points of a step curve at most, evenly spaced in log x; keeps the first and last."""
     import numpy as np
 
     if len(x) <= most:
@@ -133,11 +133,11 @@ def _roc(curves, n, colour, bad):
 
 
 def heat_maps(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
-    """AUC and TPR at 1 % FPR, attack × checkpoint."""
-    made = []
+    """Heat maps of AUC and of TPR at 1 % FPR, attack × checkpoint."""
+    figures = []
     every = study.select("mia", role="target", attack=lambda name: name in ATTACKS)
     sets = groups(every)
-    for place, group in enumerate(sets[:MOST_GROUPS]):
+    for index, group in enumerate(sets[:MOST_GROUPS]):
         rows = [row for row in every if row.group == group]
         models = look.sort({row.model.key: row.model for row in rows}.values())
         every_model = models
@@ -153,9 +153,11 @@ def heat_maps(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
         best = [row for row in rows if row.metric == "auc" and row.attack == HEADLINE_ATTACK and row.model in models]
         told = "; ".join(f"{row.model.label} {HEADLINE_ATTACK} AUC {interval_text(row, False)}" for row in best)
         caption = f"{group}. AUC 0.5 and a true positive rate of 1 % are chance."
-        caption += left_out(every_model, models) + more_groups(sets, place)
-        made.append(Figure(name_of("mia_heatmap", place), "Attack × checkpoint", caption, told, panels, [], 2, "mia"))
-    return made
+        caption += left_out(every_model, models) + more_groups(sets, index)
+        figures.append(
+            Figure(name_of("mia_heatmap", index), "Attack × checkpoint", caption, told, panels, [], 2, "mia")
+        )
+    return figures
 
 
 def _heat(models, attacks, at, metric, look):

@@ -1,4 +1,4 @@
-"""Figures of System S: bounds of ε, canaries, fidelity, utility, feature importance. As those in attacks.py."""
+"""Figures of System S: bounds on ε, canaries, fidelity, utility, feature importance. See figures_extraction.py."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from reporting.table import Model, Row, Study
 
 
 def who(rows: list[Row]):
-    """A function of a row: its model's shortest name, or its arm (and its file's folder, where there are several)."""
+    """A function that labels a row: its model's shortest name, or its arm (with its folder if files differ)."""
     several = len({row.file for row in rows if not row.model}) > 1
     named = names(list({row.model.key: row.model for row in rows if row.model}.values()))
 
@@ -20,11 +20,8 @@ def who(rows: list[Row]):
     return label
 
 
-# ---------------------------------------------------------------- privacy
-
-
 def epsilon_bounds(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
-    """Upper bounds by accountant and empirical lower bounds, a row a run's last checkpoint."""
+    """Upper bounds from the accountants and empirical lower bounds, one row per run (its last checkpoint)."""
     last = [row for row in study.select("privacy") if row.model and row.model.last]
     rows = [row for row in last if row.value is not None]
     kinds = ("ε lower", "ε lower, text only", "ε upper (PRV)")
@@ -38,10 +35,10 @@ def epsilon_bounds(study: Study, look: Look, chosen: list[Model]) -> list[Figure
     called = who([*rows, *bounds])
 
     def place_of(row: Row) -> str:
-        """The run's checkpoint, whether its privacy.json, a merge of it or an audit of it says so."""
+        """The run's checkpoint, for a row from its privacy.json, a merge of it or an audit of it."""
         return row.model.origin if row.model else row.settings.get("checkpoint") or called(row)
 
-    own = sorted(rows, key=lambda row: row.model.key == row.model.origin)  # a merge has its checkpoint's name
+    own = sorted(rows, key=lambda row: row.model.key == row.model.origin)  # a merge gets its checkpoint's name
     label_of = {place_of(row): called(row) for row in (*own, *reversed(bounds))}  # and a run that of its audit
     once: dict[tuple, Row] = {}
     for row in (*rows, *bounds):
@@ -52,14 +49,14 @@ def epsilon_bounds(study: Study, look: Look, chosen: list[Model]) -> list[Figure
     marks |= {"ε lower": ("vermillion", "^"), "ε lower, text only": ("amber", "v")}
 
     def draw(axes):
-        for place, name in enumerate(reversed(places)):
-            found = [row for row in shown if place_of(row) == name]
-            ends = [row.value for row in found]
-            axes.plot([min(ends), max(ends)], [place, place], color=GRID, linewidth=5, zorder=1, solid_capstyle="round")
-            for row in found:
+        for index, name in enumerate(reversed(places)):
+            run_rows = [row for row in shown if place_of(row) == name]
+            ends = [row.value for row in run_rows]
+            axes.plot([min(ends), max(ends)], [index, index], color=GRID, linewidth=5, zorder=1, solid_capstyle="round")
+            for row in run_rows:
                 colour, marker = marks[row.metric]
                 hollow = {"markerfacecolor": "none"} if row.undefined else {}
-                axes.plot(row.value, place, marker, color=COLOURS[colour][0], markersize=7, zorder=3, **hollow)
+                axes.plot(row.value, index, marker, color=COLOURS[colour][0], markersize=7, zorder=3, **hollow)
         axes.set_yticks(range(len(places)), [short(label_of[name], 34) for name in reversed(places)])
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.set(xlabel="ε", ylim=(-0.6, len(places) - 0.4))
@@ -74,17 +71,17 @@ def epsilon_bounds(study: Study, look: Look, chosen: list[Model]) -> list[Figure
         if any(row.metric == metric for row in shown)
     ]
     caption = (
-        "Upper: what the accountant proves of the training. Lower: what an audit with canaries has shown, at 95 %. A "
-        "lower bound right of the upper one contradicts the proof. Hollow: void."
+        "Upper: proven by the accountant. Lower: shown by an audit with canaries, at 95 %. A lower bound to the right "
+        "of the upper one contradicts the proof. Hollow: void."
     )
     endless = dict.fromkeys(row.model.label for row in last if row.value is None)
-    caption += f" Without noise, so without an upper bound: {', '.join(endless)}." if endless else ""
+    caption += f" No noise, hence no upper bound: {', '.join(endless)}." if endless else ""
     panel = Panel("ε at the δ of each run", draw, (4.2, 1.1 + 0.36 * len(places)))
     return [Figure("epsilon", "Privacy budget: proven and observed", caption, told, [panel], keys, 1, "privacy")]
 
 
 def exposure(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
-    """Exposure by number of repetitions: median, quartiles and the held-out canaries beside them."""
+    """Exposure by number of repetitions: median and quartiles, with the held-out canaries for comparison."""
     rows = [row for row in study.select("canary", "exposure") if row.value is not None]
     series: dict[str, list[Row]] = {}
     label = who(rows)
@@ -97,18 +94,20 @@ def exposure(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
 
     def draw(axes):
         shift = 0.12
-        for number, found in enumerate(series.values()):
+        for number, own in enumerate(series.values()):
             colour, marker = COLOURS[SERIES[number % len(SERIES)]][0], MARKERS[number % len(MARKERS)]
-            found = sorted(found, key=lambda row: row.repetitions or 0)
-            x = [counts.index(row.repetitions or 0) + shift * (number - (len(series) - 1) / 2) for row in found]
-            axes.plot(x, [row.value for row in found], color=colour, linewidth=1, alpha=0.5)
-            for place, row in zip(x, found):
-                axes.errorbar(place, row.value, yerr=errors(row), fmt=marker, color=colour, elinewidth=1.4)
+            own = sorted(own, key=lambda row: row.repetitions or 0)
+            x = [counts.index(row.repetitions or 0) + shift * (number - (len(series) - 1) / 2) for row in own]
+            axes.plot(x, [row.value for row in own], color=colour, linewidth=1, alpha=0.5)
+            for position, row in zip(x, own):
+                axes.errorbar(position, row.value, yerr=errors(row), fmt=marker, color=colour, elinewidth=1.4)
         axes.axhline(1.0, color=MUTED, linestyle=":", linewidth=1.2)
         if ceiling:
             axes.axhline(ceiling, color=AXIS, linestyle="--", linewidth=1.2)
         axes.set_xticks(range(len(counts)), ["held out" if count == 0 else f"{count}×" for count in counts])
-        axes.set(xlabel="times placed in the training data", ylabel="exposure (bits)", xlim=(-0.5, len(counts) - 0.5))
+        axes.set(
+            xlabel="times inserted into the training data", ylabel="exposure (bits)", xlim=(-0.5, len(counts) - 0.5)
+        )
         axes.set_ylim(bottom=0)
         axes.grid(axis="y")
 
@@ -117,8 +116,8 @@ def exposure(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
     ]
     keys += [("chance, median 1 bit", MUTED, None, ":")] + ([("ceiling", AXIS, None, "--")] if ceiling else [])
     told = "; ".join(
-        f"{label}: " + ", ".join(f"{row.repetitions or 0}× {row.value:.2f}" for row in found)
-        for label, found in series.items()
+        f"{label}: " + ", ".join(f"{row.repetitions or 0}× {row.value:.2f}" for row in own)
+        for label, own in series.items()
     )
     caption = "Median over canaries, whiskers: quartiles. A secret never seen has median 1 and mean 1.44 bits, not 0."
     panel = Panel("Exposure", draw, (4.2, 3.0))
@@ -126,7 +125,7 @@ def exposure(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
 
 
 def canary_counts(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
-    """Generated rows that hold a part of a canary, by arm."""
+    """Generated rows that contain a part of a canary, by arm."""
     rows = [row for row in study.select("canary", "generated rows with it") if row.value is not None]
     if not rows:
         return []
@@ -141,11 +140,11 @@ def canary_counts(study: Study, look: Look, chosen: list[Model]) -> list[Figure]
 
     def panel(part):
         def draw(axes):
-            for place, one in enumerate(reversed(arms)):
+            for index, group in enumerate(reversed(arms)):
                 for row in rows:
-                    if row.template == part and name(row) == one:
+                    if row.template == part and name(row) == group:
                         colour, marker = look.of.get(row.arm, (BASE, "o"))
-                        axes.errorbar(row.value, place, xerr=errors(row), fmt=marker, color=colour, elinewidth=1.4)
+                        axes.errorbar(row.value, index, xerr=errors(row), fmt=marker, color=colour, elinewidth=1.4)
             axes.set_yticks(range(len(arms)), [short(arm) for arm in reversed(arms)])
             axes.set(xlim=(-0.01 * high, high), ylim=(-0.6, len(arms) - 0.4))
             axes.tick_params(axis="y", length=0, labelcolor=INK)
@@ -156,7 +155,7 @@ def canary_counts(study: Study, look: Look, chosen: list[Model]) -> list[Figure]
         return Panel(part, draw, (4.0, 0.9 + 0.3 * len(arms)))
 
     told = "; ".join(f"{name(row)} {row.template}: {row.count} of {row.n}" for row in rows)
-    caption = "Share of generated rows that hold a part of a canary, spelling ignored; 95 % Clopper–Pearson."
+    caption = "Share of generated rows that contain a part of a canary, after normalisation; 95 % Clopper–Pearson."
     return [
         Figure(
             "canary_counts",
@@ -171,11 +170,8 @@ def canary_counts(study: Study, look: Look, chosen: list[Model]) -> list[Figure]
     ]
 
 
-# ---------------------------------------------------------------- synthetic text
-
-
 SHOWN_FIDELITY = {  # measure: title of its panel
-    "words a review": "Words a review",
+    "words a review": "Words per review",
     "Jensen-Shannon word frequencies (bits)": "JSD of word frequencies",
     "Frechet distance": "Fréchet distance",
     "MAUVE": "MAUVE",
@@ -188,7 +184,7 @@ SHOWN_FIDELITY = {  # measure: title of its panel
 
 
 def name_lines(axes, names: list[str], above: float) -> None:
-    """The axes of dots on named lines, the first name lowest, `above` less than a line's height over the last."""
+    """Set up axes for dots on named lines, the first name lowest, with a little less than a line above the last."""
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(-0.6, len(names) - above)
     axes.tick_params(axis="y", length=0, labelcolor=INK)
@@ -199,20 +195,20 @@ def name_lines(axes, names: list[str], above: float) -> None:
 
 
 def dots(title, rows, look, reference=None, form="{:.3g}", shown=None):
-    """A panel of one measure: a dot an arm with its interval and its value beside it; several of an arm in layers."""
+    """A panel of one metric: one dot per arm with its interval and value; several dots of an arm are stacked."""
     arms = list(dict.fromkeys(row.arm for row in rows))
 
     def draw(axes):
-        for place, arm in enumerate(reversed(arms)):
+        for index, arm in enumerate(reversed(arms)):
             colour, marker = look.of.get(arm, (BASE, "o"))
             own = [row for row in rows if row.arm == arm and row.value is not None]
             for layer, row in enumerate(own):
-                height = place + 0.16 * (layer - (len(own) - 1) / 2)
+                height = index + 0.16 * (layer - (len(own) - 1) / 2)
                 axes.errorbar(row.value, height, xerr=errors(row), fmt=marker, color=colour, elinewidth=1.4)
                 if len(own) == 1:
                     axes.annotate(
                         form.format(row.value),
-                        (row.value, place),
+                        (row.value, index),
                         (0, 6),
                         textcoords="offset points",
                         ha="center",
@@ -229,10 +225,10 @@ def dots(title, rows, look, reference=None, form="{:.3g}", shown=None):
 
 
 def fidelity(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
-    made = []
+    figures = []
     every = study.select("fidelity", role="target")
     sets = list(dict.fromkeys(row.group for row in every))
-    for place, group in enumerate(sets[:MOST_GROUPS]):
+    for index, group in enumerate(sets[:MOST_GROUPS]):
         panels, told = [], []
         for measure in SHOWN_FIDELITY:
             rows = [row for row in every if (row.group, row.metric) == (group, measure) and row.value is not None]
@@ -243,14 +239,14 @@ def fidelity(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
             told.append(f"{measure}: " + ", ".join(f"{row.arm} {interval_text(row, False)}" for row in rows))
         n = next((row.n for row in every if row.group == group), None)
         caption = (
-            f"{group}, {n:,} rows a sample. Dotted: a second real sample of the same size, what two samples of real "
-            "text differ by. 95 % jackknife; MAUVE: range over seeds. The table has further measures."
-            + more_groups(sets, place)
+            f"{group}, {n:,} rows per sample. Dotted: a second real sample of the same size, i.e. how much two samples "
+            "of real text differ. 95 % jackknife; MAUVE: range over seeds. The table has more metrics."
+            + more_groups(sets, index)
         )
         if panels:
-            made.append(
+            figures.append(
                 Figure(
-                    name_of("fidelity", place),
+                    name_of("fidelity", index),
                     "Fidelity of synthetic text",
                     caption,
                     "; ".join(told),
@@ -260,15 +256,15 @@ def fidelity(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
                     "fidelity",
                 )
             )
-    return made
+    return figures
 
 
 def utility(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
-    """Train on synthetic, test on real: each seed a pale dot, the mean over seeds in full."""
-    made = []
+    """Train on synthetic, test on real: each seed as a pale dot, the mean over seeds as a solid one."""
+    figures = []
     every = study.select("utility")
     sets = list(dict.fromkeys(row.group for row in every))
-    for place, group in enumerate(sets[:MOST_GROUPS]):
+    for index, group in enumerate(sets[:MOST_GROUPS]):
         rows = [row for row in every if row.group == group]
         panels = [
             _utility(metric, words, [row for row in rows if row.metric == metric], look)
@@ -281,14 +277,14 @@ def utility(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
             ("majority class", MUTED, None, ":"),
             ("untuned base", BASE, None, "--"),
         ]
-        caption = f"{group}. Rating held-out real reviews after training on each arm with equal rows and steps."
-        caption += more_groups(sets, place)
-        made.append(
+        caption = f"{group}. Rating held-out real reviews after training on each arm for equal rows and steps."
+        caption += more_groups(sets, index)
+        figures.append(
             Figure(
-                name_of("utility", place), "Train on synthetic, test on real", caption, told, panels, keys, 3, "utility"
+                name_of("utility", index), "Train on synthetic, test on real", caption, told, panels, keys, 3, "utility"
             )
         )
-    return made
+    return figures
 
 
 def _utility(metric, words, rows, look):
@@ -296,16 +292,16 @@ def _utility(metric, words, rows, look):
     lines = {row.arm: row.value for row in rows if row.role == "baseline"}
 
     def draw(axes):
-        for place, arm in enumerate(reversed(arms)):
+        for index, arm in enumerate(reversed(arms)):
             colour, marker = look.of.get(arm, (BASE, "o"))
             for row in rows:
                 if row.arm == arm and row.role == "target":
-                    axes.plot(row.value, place, "o", color=colour, alpha=0.35, markersize=5)
+                    axes.plot(row.value, index, "o", color=colour, alpha=0.35, markersize=5)
                 elif row.arm == arm and row.role == "mean":
-                    axes.plot(row.value, place, marker, color=colour, markersize=8)
+                    axes.plot(row.value, index, marker, color=colour, markersize=8)
                     axes.annotate(
                         f"{row.value:.3f}",
-                        (row.value, place),
+                        (row.value, index),
                         (0, 7),
                         textcoords="offset points",
                         ha="center",
@@ -320,11 +316,11 @@ def _utility(metric, words, rows, look):
 
 
 def human(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
-    """Share of each label of the blinded sheets; a dot a rater."""
-    made = []
+    """Share of each label on the blinded sheets, one dot per rater."""
+    figures = []
     every = study.select("human", role="target")
     sets = list(dict.fromkeys(row.group for row in every))
-    for place, group in enumerate(sets[:MOST_GROUPS]):
+    for index, group in enumerate(sets[:MOST_GROUPS]):
         rows = [row for row in every if row.group == group and row.value is not None]
         labels = list(dict.fromkeys(row.metric for row in rows))
         panels = [
@@ -332,20 +328,20 @@ def human(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
             for label in labels
         ]
         kappa = [row.value for row in study.select("human", "Fleiss κ", group=group) if row.value is not None]
-        agree = f" Agreement of the raters: Fleiss κ {kappa[0]:.2f}." if kappa else ""
-        caption = f"{group}. Share of blinded rows with each label, a dot a rater; 95 % Clopper–Pearson.{agree}"
-        caption += more_groups(sets, place)
+        agree = f" Agreement between raters: Fleiss κ {kappa[0]:.2f}." if kappa else ""
+        caption = f"{group}. Share of blinded rows with each label, one dot per rater; 95 % Clopper–Pearson.{agree}"
+        caption += more_groups(sets, index)
         told = "; ".join(f"{row.metric}: {row.arm}, {row.template} {interval_text(row)}" for row in rows)
         if panels:
-            made.append(Figure(name_of("human", place), "Human evaluation", caption, told, panels, [], 3, "utility"))
-    return made
+            figures.append(Figure(name_of("human", index), "Human evaluation", caption, told, panels, [], 3, "utility"))
+    return figures
 
 
 def importance(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
-    made = []
+    figures = []
     every = study.select("importance")
     sets = list(dict.fromkeys(row.group for row in every))
-    for place, group in enumerate(sets[:MOST_GROUPS]):
+    for index, group in enumerate(sets[:MOST_GROUPS]):
         panels, told = [], []
         for metric in ("spearman", "pearson", "jaccard@20"):
             rows = [row for row in every if (row.group, row.metric) == (group, metric) and row.value is not None]
@@ -354,12 +350,12 @@ def importance(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
             if rows:
                 panels.append(dots(metric.capitalize(), rows, look, marks, "{:.2f}", shown))
                 told.append(f"{metric}: " + ", ".join(f"{row.arm} {row.value:.2f}" for row in rows))
-        caption = f"{group}. Agreement with the real model's word importances on held-out rows; range over draws."
-        caption += more_groups(sets, place)
+        caption = f"{group}. Agreement of word importances with the model trained on real rows; range over draws."
+        caption += more_groups(sets, index)
         if panels:
-            made.append(
+            figures.append(
                 Figure(
-                    name_of("importance", place),
+                    name_of("importance", index),
                     "Feature importance consistency",
                     caption,
                     "; ".join(told),
@@ -369,4 +365,4 @@ def importance(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
                     "utility",
                 )
             )
-    return made
+    return figures

@@ -1,4 +1,4 @@
-"""report.html: one file that needs nothing else. page.html.j2 escapes every text from a result file."""
+"""Render report.html, a self-contained page. page.html.j2 escapes every text from a result file."""
 
 import json
 import shlex
@@ -15,7 +15,7 @@ from reporting.style import Look
 from reporting.table import Study, literal
 
 HERE = Path(__file__).resolve().parent
-PAGE_COLOURS = {  # beside those of the figures: (light, dark)
+PAGE_COLOURS = {  # in addition to those of the figures: (light, dark)
     "page": ("#fafaf8", "#14171b"),
     "card": ("#ffffff", "#1b1f25"),
     "line": ("#e3e6e9", "#2d343c"),
@@ -24,13 +24,13 @@ PAGE_COLOURS = {  # beside those of the figures: (light, dark)
     "bad": ("#b3261e", "#ff8a80"),
     "warn": ("#8a5a00", "#f0bd4c"),
 }
-MOST_RUNS = 25  # provenance blocks in sight; with more, only of runs that did not end well
+MOST_RUNS = 25  # provenance blocks shown; if there are more, only those of runs that did not succeed
 TAGS = {"wrong": "Wrong", "careful": "Careful", "note": "Note"}
 PIXELS = 96  # per inch of a figure
 
 
 def figure(drawn: svg.Figure) -> dict[str, Any]:
-    """Title, legend and panels as SVG. The text alternative names the numbers drawn."""
+    """Title, legend and panels as SVG. The text alternative lists the numbers drawn."""
     panels = []
     for number, panel in enumerate(drawn.panels):
         label = f"{drawn.title}, {panel.title}" + ("" if number else f". {drawn.summary}")
@@ -55,7 +55,7 @@ def figure(drawn: svg.Figure) -> dict[str, Any]:
 
 
 def provenance(study: Study, path: str, run: dict[str, Any]) -> dict[str, str]:
-    """What a run recorded of itself: status, a line, and all of it as text."""
+    """The provenance block of a run: status, summary line, and the whole record as text."""
     start = str(run.get("start", "")).replace("T", " ").replace("+00:00", " UTC")
     commit = (run.get("commit") or "unknown commit")[:12] + (" (changed)" if run.get("dirty") else "")
     seconds = f"{run['seconds']:,.0f} s" if run.get("seconds") is not None else "no end"
@@ -73,20 +73,20 @@ def provenance(study: Study, path: str, run: dict[str, Any]) -> dict[str, str]:
 
 
 def sections(study: Study, figures: list[svg.Figure], answers: list[Block]) -> list[dict[str, Any]]:
-    """The parts of the page that have something to show."""
-    found: list[dict[str, Any]] = []
+    """The sections of the page that are not empty."""
+    parts: list[dict[str, Any]] = []
     glance = tables.glance_table(study, Look(study))
     if glance:
-        found.append({"anchor": "glance", "title": "At a glance", "figures": [], "inner": glance})
+        parts.append({"anchor": "glance", "title": "At a glance", "figures": [], "inner": glance})
     for anchor, (title, tables_of) in tables.SECTIONS.items():
-        drawn = [figure(one) for one in figures if one.section == anchor]
+        drawn = [figure(item) for item in figures if item.section == anchor]
         below = tables_of(study)
         if drawn or below:
-            inner = below + tables.in_csv_alone(study, anchor)
-            found.append({"anchor": anchor, "title": title, "figures": drawn, "inner": inner})
+            inner = below + tables.only_in_csv(study, anchor)
+            parts.append({"anchor": anchor, "title": title, "figures": drawn, "inner": inner})
     if answers:
-        found.append({"anchor": "responses", "title": "Answers", "figures": [], "inner": answers})
-    return found
+        parts.append({"anchor": "responses", "title": "Answers", "figures": [], "inner": answers})
+    return parts
 
 
 def settings(study: Study) -> list[list[dict[str, str]]]:
@@ -107,7 +107,7 @@ def settings(study: Study) -> list[list[dict[str, str]]]:
 def render(
     study: Study, figures: list[svg.Figure], cautions: list[Caution], made: dict[str, Any], answers: list[Block]
 ) -> str:
-    """The whole page. `made`: time, commit and dirty of this report, and whether it has images to link to."""
+    """The whole page. `made`: time, commit and dirty flag of this report, and whether there are images to link to."""
     parts = sections(study, figures, answers)
     runs = [provenance(study, path, run) for path, run in study.runs.items()]
     by_level = {level: [caution for caution in cautions if caution.level == level] for level in LEVELS}
@@ -142,4 +142,4 @@ def render(
         made={"time": made["time"], "commit": commit},
         images=made["images"],
     )
-    return text.strip().encode("utf-8", "backslashreplace").decode() + "\n"  # half a surrogate pair, from a result file
+    return text.strip().encode("utf-8", "backslashreplace").decode() + "\n"  # escapes lone surrogates from result files

@@ -1,4 +1,4 @@
-"""What models and arms are called in a report, from their paths and records."""
+"""Name the models and arms of a report, from their paths and records."""
 
 import os
 import re
@@ -14,7 +14,7 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 
 
 class Models:
-    """Finds the Model of a result line. `folders`: the checkpoint directories that exist below the directories."""
+    """Finds the Model of a result line. `folders`: all checkpoint directories below the report's directories."""
 
     def __init__(self, study: Study, folders: set[Path]):
         self.study, self.bases = study, set()
@@ -31,7 +31,7 @@ class Models:
             self.bases.add(run.parent.parent.name)
 
     def resolve(self, name, file: Path) -> Path | str:
-        """The checkpoint directory that a line means: the one it lies in, or the one named, also in a moved tree."""
+        """The checkpoint directory that a line is about: the one it is in, or the named one, even if the tree moved."""
         if CHECKPOINT.fullmatch(file.parent.name):
             return file.parent
         if name is None:
@@ -52,7 +52,7 @@ class Models:
             self.describe(model, Path(key))
         else:
             last = Path(key).name
-            known = {one for base in self.bases for one in (base, Path(base).name)}
+            known = {name for base in self.bases for name in (base, Path(base).name)}
             model.arm = "base" if key == str(base) or key in self.bases or last in known else last
             model.base = last if model.arm == "base" else Path(str(base)).name if base else ""
             model.run = key
@@ -64,29 +64,29 @@ class Models:
         return model
 
     def describe(self, model: Model, folder: Path) -> None:
-        """Everything that the run's run.json or, without one, its place in the tree says."""
+        """Fill in everything that the run's run.json or, without one, its path says."""
         run = folder.parent
         model.run, model.step = str(run), int(CHECKPOINT.search(folder.name)[1])
         content = self.study.runs.get(str(run / "run.json"), {})
         args = content.get("args", {})
-        place = TREE.search(run.as_posix())
-        tag = TAG.fullmatch(place["tag"]) if place else None
-        data = content.get("data_tag") or (tag["data"] if tag else place["tag"] if place else run.name)
+        path = TREE.search(run.as_posix())
+        tag = TAG.fullmatch(path["tag"]) if path else None
+        data = content.get("data_tag") or (tag["data"] if tag else path["tag"] if path else run.name)
         noise = f", DP {'ε' if tag['noise'] == 'eps' else 'σ'} = {tag['amount']}" if tag and tag["noise"] else ""
         model.arm = data + noise
-        model.base = Path(str(args["model"])).name if args.get("model") else run.parent.parent.name if place else ""
+        model.base = Path(str(args["model"])).name if args.get("model") else run.parent.parent.name if path else ""
         model.peft_type = args.get("peft_type") or (tag["peft"] if tag else None)
-        rate, decay = (place["rate"], place["decay"]) if place else (None, None)
+        rate, decay = (path["rate"], path["decay"]) if path else (None, None)
         model.learning_rate = as_float(rate if args.get("learning_rate") is None else args["learning_rate"])
         model.weight_decay = as_float(decay if args.get("weight_decay") is None else args["weight_decay"])
-        model.run_name = args.get("run_name") or (place["name"] if place else None)
+        model.run_name = args.get("run_name") or (path["name"] if path else None)
         siblings = self.siblings.get(run, [folder])
         model.last = folder == siblings[-1] if folder in siblings else True
         model.change = content.get("relative_change") if model.last else None
         if content.get("steps") and args.get("epochs"):
             model.epoch = round(model.step * args["epochs"] / content["steps"], 2)
         elif folder in siblings:
-            model.epoch = float(siblings.index(folder) + 1)  # one checkpoint an epoch
+            model.epoch = float(siblings.index(folder) + 1)  # one checkpoint per epoch
 
 
 def as_float(value) -> float | None:
@@ -97,17 +97,17 @@ def as_float(value) -> float | None:
 
 
 def short_arm(arm: str, arms: set[str]) -> str:
-    """'self-generated-pythia-12b' → 'generated', where no other generator's arm stands beside it."""
+    """'self-generated-pythia-12b' → 'generated', unless there is an arm of another generator."""
     for long, short in (("self-generated-", "generated"), ("self-instruct-", "self-instruct")):
         if arm.startswith(long):
             data, comma, noise = arm.partition(",")
-            others = {one.partition(",")[0] for one in arms if one.startswith(long)}
+            others = {other.partition(",")[0] for other in arms if other.startswith(long)}
             return (short if len(others) == 1 else f"{short} ({data.removeprefix(long)})") + comma + noise
     return arm
 
 
 def name_models(models: list[Model]) -> None:
-    """Set `label`: arm, then only what differs between models; unique."""
+    """Set each model's unique `label`: the arm, then only what differs between models."""
     arms = {model.arm for model in models}
 
     def differ(name: str) -> bool:
@@ -137,8 +137,10 @@ def name_models(models: list[Model]) -> None:
 
 
 def fixed_models(models: list[Model]) -> tuple[list[Model], float | None]:
-    """(of each arm the last checkpoint at one learning rate: that of most runs, the smallest of equals; the rate, None
-    where all have the same). An arm without a run there: its smallest rate. Nothing measured enters the choice.
+    """(last checkpoint of each arm at a common learning rate; that rate, or None if all runs have the same).
+
+    The rate is the most common one among runs, the smallest in a tie; an arm without a run at it uses its smallest
+    rate. The choice does not depend on any measurement.
     """
     last = [model for model in models if model.last]
     rates = [model.learning_rate for model in last if model.learning_rate is not None]

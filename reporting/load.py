@@ -1,7 +1,7 @@
-"""Every result file below some directories → one tidy table (a Row a number) with the line each number came from.
+"""Read all result files below some directories into one tidy table: one Row per number, with its source line.
 
-Files of the toolkit and of the released System P tool (lines with matches, model, temperature, top_k only) are read.
-What cannot be read is kept as Damage, never skipped in silence. No text of a data set or an answer is read here.
+Reads files of this toolkit and of the released System P tool (lines with only matches, model, temperature, top_k).
+Unreadable lines are kept as Damage, never skipped silently. No dataset text or model answer is read here.
 """
 
 import json
@@ -29,28 +29,25 @@ from reporting.table import (
     need,
 )
 
-LEFT_OUT = {"mia_cache", "private", "__pycache__"}  # folders that hold no results
+LEFT_OUT = {"mia_cache", "private", "__pycache__"}  # folders without results
 CURVES = ("loss", "eval_loss", "grad_norm")
 
 
-# ---------------------------------------------------------------- files
-
-
 def readable(path: Path, study: Study) -> bool:
-    """Whether a result file is a file, with a name that can be shown; what is not goes to study.damage."""
+    """Whether a result file is a regular file with a printable name; if not, adds it to study.damage."""
     reason = None if path.is_file() else "not a file"
     if not is_utf8(str(path)):
-        reason = "its name, or a folder's above it, is not UTF-8; rename it"
+        reason = "its name, or that of a folder above it, is not UTF-8; rename it"
     if reason:
         study.damage.append(Damage(one_line(study.shown(path)), 1, reason))
     return not reason
 
 
 def find(directories: list[Path], output: Path | None = None) -> dict[str, list[Path]]:
-    """{kind: sorted paths} of the result files below `directories`; nothing below `output`, nothing hidden."""
+    """{kind: sorted paths} of the result files below `directories`, except below `output` and in hidden folders."""
     from common.checkpoints import natural_key
 
-    found: dict[str, dict[Path, Path]] = {kind: {} for kind in KINDS}  # true path → path; a linked file is read once
+    paths_of: dict[str, dict[Path, Path]] = {kind: {} for kind in KINDS}  # real path → path; linked files count once
     for directory in directories:
         for folder, folders, names in os.walk(directory):
             inside = Path(folder)
@@ -63,12 +60,12 @@ def find(directories: list[Path], output: Path | None = None) -> dict[str, list[
                 for kind, pattern in KINDS.items():
                     if pattern.fullmatch(name):
                         path, true = inside / name, Path(os.path.realpath(inside / name))
-                        found[kind][true] = true if path == true else found[kind].get(true, path)
+                        paths_of[kind][true] = true if path == true else paths_of[kind].get(true, path)
 
-    def order(path: Path) -> tuple:  # results_purified.jsonl before results_purified1.jsonl, the newer one
+    def order(path: Path) -> tuple:  # results_purified.jsonl before results_purified1.jsonl, which is newer
         return natural_key(path.parent), len(path.name), path.name
 
-    return {kind: sorted(paths.values(), key=order) for kind, paths in found.items()}
+    return {kind: sorted(paths.values(), key=order) for kind, paths in paths_of.items()}
 
 
 def _constant(text: str):
@@ -76,14 +73,14 @@ def _constant(text: str):
 
 
 def parse(path: Path, study: Study) -> list[tuple[int, dict]]:
-    """[(line number from 1, object)] of a .json or .jsonl file; what is broken goes to study.damage."""
+    """[(line number from 1, object)] of a .json or .jsonl file; malformed lines are added to study.damage."""
     shown, raw = study.shown(path), path.read_bytes()
     if not raw.strip():
-        study.damage.append(Damage(shown, 1, "empty: the measurement it was made for never finished"))
+        study.damage.append(Damage(shown, 1, "empty: its measurement never finished"))
         return []
     whole = path.suffix == ".json"
     pieces = [raw] if whole else raw.split(b"\n")
-    found = []
+    objects = []
     for number, piece in enumerate(pieces, 1):
         if not piece.strip():
             continue
@@ -94,14 +91,14 @@ def parse(path: Path, study: Study) -> list[tuple[int, dict]]:
             study.damage.append(Damage(shown, number, f"not JSON ({error})", torn))
             continue
         if isinstance(item, dict):
-            found.append((number, item))
+            objects.append((number, item))
         else:
             study.damage.append(Damage(shown, number, f"a JSON {type(item).__name__}, not an object"))
-    return found
+    return objects
 
 
 def curve(path: Path, study: Study) -> list[dict]:
-    """The lines of a metrics.jsonl; one with another thing where a number belongs is damage, an infinity is a gap."""
+    """The lines of a metrics.jsonl; a non-number in place of a number is damage, an infinity becomes a gap."""
     lines = []
     for number, line in parse(path, study) if path.stat().st_size else ():
         with study.guard(study.shown(path), number):
@@ -113,44 +110,41 @@ def curve(path: Path, study: Study) -> list[dict]:
 
 
 def scores_of(path: Path, study: Study) -> Path | None:
-    """The scores beside a results_mia.jsonl; None, and damage, when they are not all of the texts of its lines."""
+    """The scores_mia.jsonl next to a results_mia.jsonl; None, and damage, if it does not cover all of its texts."""
     file, shown = path.parent / "scores_mia.jsonl", study.shown(path)
     wanted = {line["n_requested"] for name, _, line in study.lines.get("mia", []) if name == shown}
     if not file.is_file() or not wanted:
         return None
     before = len(study.damage)
-    found = parse(file, study)
-    if len(study.damage) == before and wanted != {len(found)}:
-        reason = f"scores of {len(found):,} texts beside results over {', '.join(sorted(map(str, wanted)))}"
-        study.damage.append(Damage(study.shown(file), len(found), reason))
+    scores = parse(file, study)
+    if len(study.damage) == before and wanted != {len(scores)}:
+        reason = f"has scores of {len(scores):,} texts, but the results are over {', '.join(sorted(map(str, wanted)))}"
+        study.damage.append(Damage(study.shown(file), len(scores), reason))
     return file if len(study.damage) == before else None
 
 
-# ---------------------------------------------------------------- models
-
-
 def side_by_side(study: Study) -> dict[tuple, dict[str, Model]]:
-    """{(area, group, base): {key: trained model}}: whose numbers stand beside each other; each ε alone."""
-    found: dict[tuple, dict[str, Model]] = {}
+    """{(area, group, base): {key: trained model}}: models whose numbers are shown together; each ε is on its own."""
+    together: dict[tuple, dict[str, Model]] = {}
     for row in study.rows:
         if row.model and row.model.step is not None and row.role == "target":
             group = row.model.key if row.area == "privacy" else row.group
-            found.setdefault((row.area, group, row.model.base), {})[row.model.key] = row.model
-    return found
+            together.setdefault((row.area, group, row.model.base), {})[row.model.key] = row.model
+    return together
 
 
 def choose(study: Study) -> tuple[list[Model], str, list[str]]:
-    """(models compared in headlines, the rule in words, what is compared at different learning rates all the same).
+    """(models compared in headlines, the rule in words, comparisons across different learning rates).
 
-    Every base, and `fixed_models` of each set of models that some group of numbers joins.
+    The models are every base, and `fixed_models` of each set of models that share a group of numbers.
     """
     beside = side_by_side(study)
     sets: list[dict[str, Model]] = []
     for own in beside.values():
-        joined = [one for one in sets if one.keys() & own.keys()]
+        joined = [models for models in sets if models.keys() & own.keys()]
         sets = [
-            *(one for one in sets if one not in joined),
-            {key: model for one in (*joined, own) for key, model in one.items()},
+            *(models for models in sets if models not in joined),
+            {key: model for models in (*joined, own) for key, model in models.items()},
         ]
     chosen, rates = [model for model in study.models.values() if model.step is None], []
     for models in sets:
@@ -167,21 +161,20 @@ def choose(study: Study) -> tuple[list[Model], str, list[str]]:
                 )
             )
     words = " or ".join(f"{rate:g}" for rate in sorted(set(rates)))
-    said = f" at learning rate {words} (that of most runs, the smallest of equals)" if rates else ""
-    return chosen, "the last checkpoint of each run" + said, list(dict.fromkeys(mixed))
-
-
-# ---------------------------------------------------------------- all of it
+    at_rate = f" at learning rate {words} (that of most runs, the smallest in a tie)" if rates else ""
+    return chosen, "the last checkpoint of each run" + at_rate, list(dict.fromkeys(mixed))
 
 
 def read(directories: list[Path], output: Path | None = None) -> Study:
-    """The Study below `directories` (existing); nothing below `output` is read."""
+    """Read the Study below `directories`, which exist; skips everything below `output`."""
     from reporting import parsers
 
-    directories = [Path(directory).resolve() for directory in directories]  # however it is called, a run is read once
+    directories = [
+        Path(directory).resolve() for directory in directories
+    ]  # read a run once, whatever path it is given by
     study = Study(Path(os.path.commonpath(directories)))
-    found = find(directories, Path(os.path.realpath(output)) if output else None)
-    study.files = {kind: [path for path in paths if readable(path, study)] for kind, paths in found.items()}
+    paths_of = find(directories, Path(os.path.realpath(output)) if output else None)
+    study.files = {kind: [path for path in paths if readable(path, study)] for kind, paths in paths_of.items()}
     for path in study.files["run"]:
         for number, content in parse(path, study):
             with study.guard(study.shown(path), number):
@@ -206,15 +199,17 @@ def read(directories: list[Path], output: Path | None = None) -> Study:
                 shown = study.shown(path)
                 with study.guard(shown, number):
                     check_line(line)
-                    made = convert(line, study, models, path, number)
-                    for row in made:
+                    rows = convert(line, study, models, path, number)
+                    for row in rows:
                         check_row(row)
                         row.file, row.line = shown, number
                         row.arm = row.arm or (row.model.arm if row.model else None)
                         if row.model and line.get("relative_change") is not None:
-                            known = [one for one in (row.model.change, line["relative_change"]) if one is not None]
+                            known = [
+                                change for change in (row.model.change, line["relative_change"]) if change is not None
+                            ]
                             row.model.change = min(known)
-                    study.rows += made
+                    study.rows += rows
                     study.lines.setdefault(kind, []).append((shown, number, line))
             scores = scores_of(path, study) if kind == "mia" else None
             if scores:
@@ -227,7 +222,9 @@ def read(directories: list[Path], output: Path | None = None) -> Study:
     for path in study.files["adapter"]:
         if CHECKPOINT.fullmatch(path.parent.name):
             models.of(None, path)
-            study.lines.setdefault("adapter", []).extend((study.shown(path), n, one) for n, one in parse(path, study))
+            study.lines.setdefault("adapter", []).extend(
+                (study.shown(path), n, config) for n, config in parse(path, study)
+            )
     for model in study.models.values():
         make_literal(model, MODEL_TEXTS)
     name_models(list(study.models.values()))
@@ -239,14 +236,14 @@ def read(directories: list[Path], output: Path | None = None) -> Study:
 
 
 def newest(study: Study) -> None:
-    """Where a model was measured twice with the same settings, keep the rows of the newest file; note the others."""
+    """If a model was measured twice with the same settings, keep only the rows of the newest file; note the others."""
     last: dict[tuple, str] = {}
 
     def key(row: Row) -> tuple:
         return row.area, row.metric, row.model.key, row.group, row.template, row.temperature, row.attack, row.level
 
     rows = [row for row in study.rows if row.model and row.area in ("extraction", "perplexity", "mia")]
-    order = {study.shown(path): place for kind in study.files.values() for place, path in enumerate(kind)}
+    order = {study.shown(path): index for kind in study.files.values() for index, path in enumerate(kind)}
     for row in rows:
         if row.role in ("target",):
             last[key(row)] = max(last.get(key(row), row.source), row.source, key=lambda s: _place(s, order))
@@ -262,7 +259,7 @@ def _place(source: str, order: dict[str, int]) -> tuple:
 
 
 def table(study: Study):
-    """Header and rows of results.csv: a number a row, the model's columns after those of the number."""
+    """Header and rows of results.csv: one number per row, with the model's columns last."""
     yield [*COLUMNS, *MODEL_COLUMNS]
     for row in study.rows:
         values = {name: getattr(row, name) for name in COLUMNS}

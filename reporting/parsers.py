@@ -1,4 +1,4 @@
-"""A line of each kind of result file → rows of the table. A missing field is a KeyError, which the reader reports."""
+"""Convert a line of each kind of result file to table rows. A missing field is a KeyError, which the reader reports."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ from reporting.table import Damage, Row, Study, literal, need
 
 
 def group_of(study: Study, area: str, label: str, settings: dict) -> str:
-    """A label for these settings: `label`, with a number behind it when other settings have it already."""
+    """A label for these settings: `label`, numbered if other settings already have it."""
     groups, label = study.groups.setdefault(area, {}), literal(label)
     names = [name for name in groups if name == label or name.startswith(f"{label} #")]
     for name in names:
@@ -26,7 +26,7 @@ def span(rows) -> str:
 
 
 def extraction_rows(line: dict, study: Study, models: Models, path: Path, number: int) -> list[Row]:
-    """Rates by template and measure at one temperature, with what stands beside them."""
+    """Rates by template and measure at one temperature, with floor, baseline and probabilities."""
     need(line, "temperature")
     matches = line["matches"]
     labels = [label for label in matches if label != "total"]
@@ -48,10 +48,10 @@ def extraction_rows(line: dict, study: Study, models: Models, path: Path, number
         "temperature": temperature,
         "settings": settings | {"dtype": line.get("dtype"), "model_sha256": line.get("model_sha256")},
     }
-    made = []
+    rows = []
 
     def add(metric, value, **more):
-        made.append(Row("extraction", metric, value, **{**shared, **more}))
+        rows.append(Row("extraction", metric, value, **{**shared, **more}))
 
     for measure in MEASURES:
         counts = line.get(measure)
@@ -118,10 +118,10 @@ def extraction_rows(line: dict, study: Study, models: Models, path: Path, number
     for name, value in (line.get("truth_logprob") or {}).items():
         add("truth log-probability (nats)", value, template=name, n=scored[name])
     for name, by_size in (line.get("probabilistic") or {}).items():
-        for size, found in by_size.items():
-            rate = found["expected"] / scored[name] if scored[name] and found["expected"] is not None else None
-            add(f"expected exact in {size} draws", rate, template=name, n=scored[name], count=found["rows"])
-    return made
+        for size, hits in by_size.items():
+            rate = hits["expected"] / scored[name] if scored[name] and hits["expected"] is not None else None
+            add(f"expected exact in {size} draws", rate, template=name, n=scored[name], count=hits["rows"])
+    return rows
 
 
 def perplexity_rows(line: dict, study: Study, models: Models, path: Path, number: int) -> list[Row]:
@@ -137,18 +137,18 @@ def perplexity_rows(line: dict, study: Study, models: Models, path: Path, number
         "seed": line.get("seed"),
         "settings": settings | {"dtype": line.get("dtype"), "model_sha256": line.get("model_sha256")},
     }
-    made = []
+    rows = []
     for metric in ("mean", "token_weighted", "median", "bits_per_byte"):
         if metric in line:
             ends = line.get(f"{metric}_ci") or (None, None)
             why = "bootstrap over documents 95 %" if ends[0] is not None else None
             undefined = (line.get("undefined") or {}).get(metric) if line[metric] is None else None
-            made.append(Row("perplexity", metric, line[metric], *ends, why, undefined=undefined, **shared))
-    return made
+            rows.append(Row("perplexity", metric, line[metric], *ends, why, undefined=undefined, **shared))
+    return rows
 
 
 def mia_rows(line: dict, study: Study, models: Models, path: Path, number: int) -> list[Row]:
-    """AUC and TPR of one attack, the same of the base and, once a file, of the blind baselines."""
+    """AUC and TPR of one attack, of the same attack on the base and, once per file, of the blind baselines."""
     names = {key: line.get(key) for key in ("members", "nonmembers", "max_length", "bootstrap", "seed")}
     settings = names | {key: line[key] for key in ("parameters", "reference", "dtype", "model_sha256") if key in line}
     same = {key: names[key] for key in ("members", "nonmembers", "max_length", "seed")}
@@ -163,18 +163,18 @@ def mia_rows(line: dict, study: Study, models: Models, path: Path, number: int) 
         "settings": settings,
         "seed": line.get("seed"),
     }
-    made = []
+    rows = []
 
-    def add(found: dict, role: str, attack: str, confidence: str, headline=False):
-        ends = found.get("auc_ci") or found.get("auc_ci99") or (None, None)
+    def add(scores: dict, role: str, attack: str, confidence: str, headline=False):
+        ends = scores.get("auc_ci") or scores.get("auc_ci99") or (None, None)
         why = confidence if ends[0] is not None else None
         more = {**shared, "role": role, "attack": attack}
-        made.append(Row("mia", "auc", found["auc"], *ends, why, undefined=found.get("undefined"), **more))
-        points, rates = found.get("points") or {}, found.get("tpr_at_fpr") or {}
+        rows.append(Row("mia", "auc", scores["auc"], *ends, why, undefined=scores.get("undefined"), **more))
+        points, rates = scores.get("points") or {}, scores.get("tpr_at_fpr") or {}
         for level, rate in rates.items():
             point = points.get(level) or {}
-            low, high = (found.get("tpr_at_fpr_ci") or {}).get(level) or (None, None)
-            made.append(
+            low, high = (scores.get("tpr_at_fpr_ci") or {}).get(level) or (None, None)
+            rows.append(
                 Row(
                     "mia",
                     "tpr",
@@ -184,7 +184,7 @@ def mia_rows(line: dict, study: Study, models: Models, path: Path, number: int) 
                     "95 %" if low is not None else None,
                     level=level,
                     count=point.get("false_positives"),
-                    undefined=point.get("undefined") or found.get("undefined"),
+                    undefined=point.get("undefined") or scores.get("undefined"),
                     headline=headline and level == "0.01",
                     **more,
                 )
@@ -193,27 +193,32 @@ def mia_rows(line: dict, study: Study, models: Models, path: Path, number: int) 
     add(line, "target", line["attack"], "95 %", line["attack"] == HEADLINE_ATTACK)
     add(line["base"], "base", line["attack"], "95 %")
     if number == 1:
-        for name, found in line["blind"].items():
-            add(found, "blind", name, "99 %")
-    return made
+        for name, scores in line["blind"].items():
+            add(scores, "blind", name, "99 %")
+    return rows
 
 
 def fidelity_rows(content: dict, study: Study, models: Models, path: Path, number: int) -> list[Row]:
-    """Each measure of each arm, and its excess over the second real sample (role baseline)."""
+    """Each metric of each arm, and its excess over the second real sample (role baseline)."""
     settings = content.get("settings", {})
-    made = []
-    for arm, found in content["comparisons"].items():
-        need(found, "rows")
-        shared = {"arm": arm, "n": found["rows"], "n_requested": found.get("n_requested"), "settings": settings}
-        shared |= {"n_dropped": found.get("n_dropped"), "seed": settings.get("seed"), "group": study.shown(path)}
-        for role, measures in (("target", found["measures"]), ("baseline", found.get("excess", {}))):
+    rows = []
+    for arm, comparison in content["comparisons"].items():
+        need(comparison, "rows")
+        shared = {
+            "arm": arm,
+            "n": comparison["rows"],
+            "n_requested": comparison.get("n_requested"),
+            "settings": settings,
+        }
+        shared |= {"n_dropped": comparison.get("n_dropped"), "seed": settings.get("seed"), "group": study.shown(path)}
+        for role, measures in (("target", comparison["measures"]), ("baseline", comparison.get("excess", {}))):
             for name, entry in measures.items():
                 metric = name if role == "target" else f"excess over real: {name}"
                 metric = re.sub(r"MAUVE \(.*\)", "MAUVE", metric)
                 why = "range over k-means seeds" if "MAUVE" in name else "jackknife over 20 groups 95 %"
                 low, high = entry.get("low"), entry.get("high")
                 undefined = "not defined on these samples" if entry["value"] is None else None
-                made.append(
+                rows.append(
                     Row(
                         "fidelity",
                         metric,
@@ -226,28 +231,28 @@ def fidelity_rows(content: dict, study: Study, models: Models, path: Path, numbe
                         **shared,
                     )
                 )
-        if found.get("longest_copy") is not None:
-            made.append(Row("fidelity", "longest copy (characters)", found["longest_copy"], **shared))
-    return made
+        if comparison.get("longest_copy") is not None:
+            rows.append(Row("fidelity", "longest copy (characters)", comparison["longest_copy"], **shared))
+    return rows
 
 
 def utility_rows(line: dict, study: Study, models: Models, path: Path, number: int) -> list[Row]:
     """Scores of one arm and seed, or their mean over seeds."""
-    made = []
+    rows = []
     shared = {"arm": line["arm"], "seed": line["seed"], "group": study.shown(path)}
     for metric in ("accuracy", "macro_f1", "mae"):
-        found = line[metric]
-        need(found if isinstance(found, dict) else {"mean": found}, "mean")
-        if isinstance(found, dict):
+        score = line[metric]
+        need(score if isinstance(score, dict) else {"mean": score}, "mean")
+        if isinstance(score, dict):
             why = f"range over {len(line['seeds'])} seeds"
-            settings = {"seeds": line["seeds"], "sd": found["sd"]}
-            made.append(
+            settings = {"seeds": line["seeds"], "sd": score["sd"]}
+            rows.append(
                 Row(
                     "utility",
                     metric,
-                    found["mean"],
-                    found["low"],
-                    found["high"],
+                    score["mean"],
+                    score["low"],
+                    score["high"],
                     why,
                     n=len(line["seeds"]),
                     role="mean",
@@ -259,11 +264,11 @@ def utility_rows(line: dict, study: Study, models: Models, path: Path, number: i
             low, high = line["accuracy_ci95"] if metric == "accuracy" else (None, None)
             role = "target" if line["seed"] is not None else "baseline"
             keys = ("train_rows", "steps", "n_cut", "mcnemar_against_real", "relative_change")
-            made.append(
+            rows.append(
                 Row(
                     "utility",
                     metric,
-                    found,
+                    score,
                     low,
                     high,
                     "Clopper–Pearson 95 %" if low is not None else None,
@@ -275,15 +280,15 @@ def utility_rows(line: dict, study: Study, models: Models, path: Path, number: i
                     **shared,
                 )
             )
-    return made
+    return rows
 
 
 def importance_rows(content: dict, study: Study, models: Models, path: Path, number: int) -> list[Row]:
-    made = []
-    for arm, found in content["arms"].items():
-        for metric, value in found["mean"].items():
-            values = [one[metric] for one in found["seeds"] if one.get(metric) is not None]
-            made.append(
+    rows = []
+    for arm, agreement in content["arms"].items():
+        for metric, value in agreement["mean"].items():
+            values = [draw[metric] for draw in agreement["seeds"] if draw.get(metric) is not None]
+            rows.append(
                 Row(
                     "importance",
                     metric,
@@ -292,26 +297,26 @@ def importance_rows(content: dict, study: Study, models: Models, path: Path, num
                     max(values, default=None),
                     f"range over {len(values)} draws",
                     n=content["rows"],
-                    n_requested=found.get("n_requested"),
-                    n_dropped=found.get("n_dropped"),
+                    n_requested=agreement.get("n_requested"),
+                    n_dropped=agreement.get("n_dropped"),
                     arm=arm,
                     group=study.shown(path),
                     undefined=None if value is not None else "no draw defines it",
                     settings={"heldout_rows": content.get("heldout_rows"), "words": content.get("words")},
                 )
             )
-    return made
+    return rows
 
 
 def human_rows(content: dict, study: Study, models: Models, path: Path, number: int) -> list[Row]:
-    """Share of each label an arm and rater; agreement of several raters."""
-    made = []
-    for arm, found in content["arms"].items():
-        for place, sheet in enumerate(found["sheets"], 1):
+    """Share of each label by arm and rater, and the agreement between raters."""
+    rows = []
+    for arm, ratings in content["arms"].items():
+        for rater, sheet in enumerate(ratings["sheets"], 1):
             for label in content["labels"]:
-                count, n = sheet[label]["count"], found["n_scored"]
+                count, n = sheet[label]["count"], ratings["n_scored"]
                 low, high = sheet[label]["ci95"] or (None, None)
-                made.append(
+                rows.append(
                     Row(
                         "human",
                         label,
@@ -321,23 +326,23 @@ def human_rows(content: dict, study: Study, models: Models, path: Path, number: 
                         "Clopper–Pearson 95 %",
                         count,
                         n,
-                        found["n_requested"],
-                        found["n_dropped"],
+                        ratings["n_requested"],
+                        ratings["n_dropped"],
                         None if n else "no row",
                         arm=arm,
-                        template=f"sheet {place}",
+                        template=f"sheet {rater}",
                         group=study.shown(path),
                     )
                 )
     if content["agreement"]:
         value = content["agreement"]["fleiss_kappa"]
         undefined = "every label is the same" if value is None else None
-        n = sum(found["n_scored"] for found in content["arms"].values())
+        n = sum(ratings["n_scored"] for ratings in content["arms"].values())
         shared = {"n": n, "role": "baseline", "group": study.shown(path)}
-        made.append(Row("human", "Fleiss κ", value, undefined=undefined, **shared))
+        rows.append(Row("human", "Fleiss κ", value, undefined=undefined, **shared))
         for pair in content["agreement"].get("cohen_kappa") or ():
             undefined = "both gave one and the same label" if pair["kappa"] is None else None
-            made.append(
+            rows.append(
                 Row(
                     "human",
                     "Cohen κ",
@@ -348,16 +353,16 @@ def human_rows(content: dict, study: Study, models: Models, path: Path, number: 
                     **shared,
                 )
             )
-    return made
+    return rows
 
 
 def privacy_rows(content: dict, study: Study, models: Models, path: Path, number: int) -> list[Row]:
-    """ε of one checkpoint by both accountants. No noise: undefined."""
-    made = []
+    """ε of one checkpoint from both accountants; undefined without noise."""
+    rows = []
     reason = content.get("void") or ("no noise: ε is infinite" if content.get("epsilon") is None else None)
     for metric, key in (("ε upper (PRV)", "epsilon"), ("ε upper (RDP)", "epsilon_rdp")):
         if key in content:
-            made.append(
+            rows.append(
                 Row(
                     "privacy",
                     metric,
@@ -369,16 +374,16 @@ def privacy_rows(content: dict, study: Study, models: Models, path: Path, number
                     settings=content,
                 )
             )
-    return made
+    return rows
 
 
 def text_perplexity(path: Path, study: Study, models: Models) -> None:
-    """perplexity.txt of the released tool, where no perplexity.jsonl stands beside it."""
+    """Read a perplexity.txt of the released tool that has no perplexity.jsonl next to it."""
     for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        found = re.fullmatch(r"model path: (.+); mean perplexity: (\S+)", text.strip())
-        if found:
-            value = None if found[2] in ("null", "nan") else as_float(found[2])
-            line = {"model": found[1], "mean": value}
+        match = re.fullmatch(r"model path: (.+); mean perplexity: (\S+)", text.strip())
+        if match:
+            value = None if match[2] in ("null", "nan") else as_float(match[2])
+            line = {"model": match[1], "mean": value}
             for row in perplexity_rows(line, study, models, path, number):
                 row.file, row.line = study.shown(path), number
                 study.rows.append(row)
@@ -387,7 +392,7 @@ def text_perplexity(path: Path, study: Study, models: Models) -> None:
 
 
 def canary_rows(line: dict, study: Study, models: Models, path: Path, number: int) -> list[Row]:
-    """Rows of one line; `template` is the part of a canary, `attack` the canary's kind or the audit's signal."""
+    """The rows of one line; `template`: the part of a canary; `attack`: the canary's kind or the audit's signal."""
     measure = line["measure"]
     shared = {
         "arm": line["arm"],
@@ -399,31 +404,31 @@ def canary_rows(line: dict, study: Study, models: Models, path: Path, number: in
     }
     n, checkpoint = line["n_scored"], checkpoint_of(line, study, models, path)
     if measure == "count":
-        made = []
+        rows = []
         for how, metric in (("normalised", "generated rows with it"), ("exact", "generated rows with it, as written")):
-            found = line[how]
-            more = {"canaries": found["canaries"], "fisher_p": found["fisher_p"], "n_canaries": line["n_canaries"]}
-            made.append(
+            counts = line[how]
+            more = {"canaries": counts["canaries"], "fisher_p": counts["fisher_p"], "n_canaries": line["n_canaries"]}
+            rows.append(
                 Row(
                     "canary",
                     metric,
-                    found["rate"],
-                    *found["ci"],
+                    counts["rate"],
+                    *counts["ci"],
                     "Clopper–Pearson 95 %",
-                    count=found["rows"],
+                    count=counts["rows"],
                     n=n,
                     template=line["part"],
                     settings=more,
                     **shared,
                 )
             )
-        return made
+        return rows
     if measure == "exposure":
         bits = line["bits"]
         if bits is None:
             return [Row("canary", "exposure", None, n=n, undefined=line.get("undefined"), **shared)]
         more = {key: line.get(key) for key in ("references", "ceiling", "space_bits", "p_above_held_out")}
-        made = [
+        rows = [
             Row(
                 "canary",
                 "exposure",
@@ -449,7 +454,7 @@ def canary_rows(line: dict, study: Study, models: Models, path: Path, number: in
         ]
         if line.get("extrapolated"):
             far, fit = line["extrapolated"]["bits"], line["extrapolated"]["ks_p"]
-            made.append(
+            rows.append(
                 Row(
                     "canary",
                     "exposure, extrapolated",
@@ -462,7 +467,7 @@ def canary_rows(line: dict, study: Study, models: Models, path: Path, number: in
                     **shared,
                 )
             )
-        return made
+        return rows
     if measure == "text_auc":
         return [
             Row(
@@ -483,12 +488,12 @@ def canary_rows(line: dict, study: Study, models: Models, path: Path, number: in
     more["checkpoint"] = checkpoint
     above = [level for level, yes in line["above_upper"].items() if yes]
     if any(None in (line["lower"][level], line["upper"]) for level in above):
-        raise ValueError("above_upper: without the bounds that it compares")
+        raise ValueError("above_upper: the bounds that it compares are missing")
     more["lower_above_upper"] = above
     more["headline"] = line.get("headline")  # of several signals, the one to report
     why = line.get("undefined") or "fewer than five canaries"
     kind = "" if measure == "audit" else ", text only"
-    made = [
+    rows = [
         Row(
             "canary",
             f"ε lower{kind}" + ("" if level == "95" else f" at {level} %"),
@@ -503,9 +508,9 @@ def canary_rows(line: dict, study: Study, models: Models, path: Path, number: in
     ]
     bound = line["heuristic"]["bound"]
     if bound:
-        made.append(Row("canary", f"ε lower{kind}, heuristic", bound["epsilon"], n=n, settings=bound, **shared))
+        rows.append(Row("canary", f"ε lower{kind}, heuristic", bound["epsilon"], n=n, settings=bound, **shared))
     if line["upper"] is not None:
-        made.append(
+        rows.append(
             Row(
                 "canary",
                 "ε upper (PRV)",
@@ -517,7 +522,7 @@ def canary_rows(line: dict, study: Study, models: Models, path: Path, number: in
                 **shared,
             )
         )
-    made.append(
+    rows.append(
         Row(
             "canary",
             f"AUC of the audit{kind}",
@@ -530,11 +535,11 @@ def canary_rows(line: dict, study: Study, models: Models, path: Path, number: in
             **shared,
         )
     )
-    return made
+    return rows
 
 
 def checkpoint_of(line: dict, study, models, path) -> str | None:
-    """The key of the model that an arm's line is of, by the run_canary.json beside it."""
+    """The key of the model that an arm's line is about, from the run_canary.json next to it."""
     args = study.runs.get(str(path.parent / "run_canary.json"), {}).get("args", {})
     named = dict(word.split("=", 1) for word in args.get("models") or [])
     return str(models.resolve(named[line["arm"]], path)) if line["arm"] in named else None

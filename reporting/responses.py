@@ -1,4 +1,4 @@
-"""Answers of the attack, for --include_responses: their shape, or with --unredacted their text."""
+"""Answers to the attack, for --include_responses: their shape, or with --unredacted their text."""
 
 import re
 from pathlib import Path
@@ -8,11 +8,11 @@ from reporting.blocks import Block, Cell, Column, Fold, Paragraph, Table
 from reporting.load import parse
 from reporting.table import Study
 
-MOST_ROWS = 200  # of a file
+MOST_ROWS = 200  # per file
 
 
 def shape(text: str) -> str:
-    """Letters → x or X, digits → 0, all else kept: 'Ann.Lee7@a.example' → 'Xxx.Xxx0@x.xxxxxxx'."""
+    """Letters → x or X, digits → 0, everything else kept: 'Ann.Lee7@a.example' → 'Xxx.Xxx0@x.xxxxxxx'."""
     text = re.sub(r"[^\W\d_]", lambda letter: "X" if letter[0].isupper() else "x", text)
     return re.sub(r"\d", "0", text)
 
@@ -23,7 +23,7 @@ def tables(study: Study, unredacted: bool) -> list[Block]:
     for path in study.files["responses"]:
         with study.guard(study.shown(path)):
             folds.append(_table(path, study, unredacted))
-    warning: list[Block] = [Paragraph("Contains personal data: do not pass on.", "warning")] if unredacted else []
+    warning: list[Block] = [Paragraph("Contains personal data: do not share.", "warning")] if unredacted else []
     return warning + folds if folds else []
 
 
@@ -33,6 +33,6 @@ def _table(path: Path, study: Study, unredacted: bool) -> Fold:
     for line in lines[:MOST_ROWS]:
         answer = line["response"] if unredacted else shape(line["response"])
         rows.append([Cell(str(line["row"])), Cell(str(line["template"])), Cell(answer)])
-    columns = [Column(name, "text") for name in ("Row", "Template", "Answer" if unredacted else "Answer, its shape")]
+    columns = [Column(name, "text") for name in ("Row", "Template", "Answer" if unredacted else "Shape of the answer")]
     caption = f"{study.shown(path)}: the first {len(rows):,} of {len(lines):,} answers"
     return Fold(caption, [Table(columns, rows, "", whole=True)], "")

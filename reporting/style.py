@@ -1,4 +1,4 @@
-"""What the figures share: a colour an arm, short names, sweeps over one setting. Nothing is drawn here."""
+"""Shared by the figures: one colour per arm, short names, sweeps over one setting. Draws nothing itself."""
 
 import math
 from collections.abc import Callable
@@ -6,13 +6,13 @@ from collections.abc import Callable
 from reporting.svg import BASE, COLOURS, MARKERS, SERIES
 from reporting.table import Model, Row, Study
 
-MOST_GROUPS = 3  # sets of people or texts that get figures of their own; tables have all
+MOST_GROUPS = 3  # sets of people or texts that get their own figures; tables have all
 MOST_LINES = 8
-MOST_NAMED = 6  # models that a caption names
+MOST_NAMED = 6  # models that a caption lists
 
 
 class Look:
-    """Colour and marker of each arm, the same in every figure. Base is grey."""
+    """Colour and marker of each arm, the same in every figure. The base is grey."""
 
     def __init__(self, study: Study):
         first = ("original", "generated", "replaced", "self-instruct", "real", "no_dp", "dp")
@@ -20,19 +20,19 @@ class Look:
         arms = sorted(arms - {"base", "majority", "null"}, key=lambda arm: (_order(arm, first), arm))
         colours = [COLOURS[name][0] for name in SERIES]
         self.of = {}
-        for i, arm in enumerate(arms):  # a seventh arm has the first colour with another marker
+        for i, arm in enumerate(arms):  # from the seventh arm on, colours repeat with other markers
             self.of[arm] = (colours[i % len(colours)], MARKERS[(i + i // len(colours)) % len(MARKERS)])
         self.arms = ["base", *arms]
         for arm in ("base", "majority", "null"):
             self.of[arm] = (BASE, "o")
 
     def sort(self, models) -> list[Model]:
-        places = {arm: place for place, arm in enumerate(self.arms)}
+        places = {arm: index for index, arm in enumerate(self.arms)}
         return sorted(models, key=lambda m: (places.get(m.arm, 99), m.learning_rate or 0, m.step or 0))
 
 
 def names(models: list[Model]) -> dict[str, str]:
-    """{key: the shortest of arm, arm · epoch and label that tells these models apart}."""
+    """{key: the shortest of arm, arm · epoch and label that distinguishes these models}."""
     for form in (lambda m: m.arm, lambda m: m.arm if m.epoch is None else f"{m.arm} · epoch {m.epoch:g}"):
         if len({form(model) for model in models}) == len(models):
             return {model.key: form(model) for model in models}
@@ -40,19 +40,19 @@ def names(models: list[Model]) -> dict[str, str]:
 
 
 def _order(arm: str, first: tuple) -> int:
-    return next((place for place, name in enumerate(first) if arm.startswith(name)), len(first))
+    return next((index for index, name in enumerate(first) if arm.startswith(name)), len(first))
 
 
 def groups(rows: list[Row]) -> list[str]:
-    """Groups by how many models they have, most first."""
-    found: dict[str, set] = {}
+    """Groups sorted by number of models, most first."""
+    models: dict[str, set] = {}
     for row in rows:
-        found.setdefault(row.group, set()).add(row.model.key)
-    return sorted(found, key=lambda group: -len(found[group]))
+        models.setdefault(row.group, set()).add(row.model.key)
+    return sorted(models, key=lambda group: -len(models[group]))
 
 
-def name_of(base: str, place: int) -> str:
-    return base if place == 0 else f"{base}_{place + 1}"
+def name_of(base: str, index: int) -> str:
+    return base if index == 0 else f"{base}_{index + 1}"
 
 
 def interval_text(row: Row, rate=True) -> str:
@@ -68,19 +68,19 @@ def short(label: str, most: int = 26) -> str:
 
 
 def sweeps(rows: list[Row], axis: str, chosen: list[Model]) -> dict[str, list[Model]]:
-    """{label: models in order} that differ in `axis` alone, and behind them those of `chosen` that stand alone; for
-    learning rate, last checkpoints only. {} where no two differ.
+    """{label: models in order} of series that differ only in `axis`, followed by single models in `chosen`; for the
+    learning rate, only last checkpoints. {} if no two models differ.
 
-    Of more than MOST_LINES, those through a model of `chosen`.
+    If there are more than MOST_LINES series, only those with a model in `chosen`.
     """
-    found: dict[tuple, dict] = {}
+    members: dict[tuple, dict] = {}
     for row in rows:
         model = row.model
         if getattr(model, axis) is None or (axis == "learning_rate" and not model.last):
             continue
         rest = (model.arm, model.base, model.peft_type, model.run_name)
-        found.setdefault(rest if axis == "learning_rate" else (*rest, model.learning_rate), {})[model.key] = model
-    series = {rest: sorted(models.values(), key=lambda m: getattr(m, axis)) for rest, models in found.items()}
+        members.setdefault(rest if axis == "learning_rate" else (*rest, model.learning_rate), {})[model.key] = model
+    series = {rest: sorted(models.values(), key=lambda m: getattr(m, axis)) for rest, models in members.items()}
     several = {rest: models for rest, models in series.items() if len({getattr(m, axis) for m in models}) > 1}
     if not several:
         return {}
@@ -91,15 +91,15 @@ def sweeps(rows: list[Row], axis: str, chosen: list[Model]) -> dict[str, list[Mo
     shown = {}
     for rest, models in several.items():
         parts = [rest[0]]
-        for place in range(1, len(rest)):
-            if len({other[place] for other in several}) > 1 and rest[place]:
-                parts.append(f"lr {rest[place]:g}" if place == 4 else str(rest[place]))
+        for index in range(1, len(rest)):
+            if len({other[index] for other in several}) > 1 and rest[index]:
+                parts.append(f"lr {rest[index]:g}" if index == 4 else str(rest[index]))
         shown[" · ".join(parts)] = models
     return shown
 
 
 def dodge(series: dict[str, list[Model]], axis: str) -> dict[str, Callable]:
-    """{label: where a value of `axis` is drawn}: of those that stand alone each a little to the right of the last."""
+    """{label: function from a value of `axis` to its x position}: single points are shifted right one by one."""
     values = [getattr(model, axis) for models in series.values() for model in models]
     alone = [label for label, models in series.items() if len(models) == 1]
 
@@ -117,21 +117,21 @@ def _any_of(models: list[Model], chosen: list[Model]) -> bool:
 
 
 def left_out(models, drawn) -> str:
-    """What a caption says of the trained models that a figure could show and does not."""
+    """Caption text that lists the trained models that a figure leaves out."""
     drawn = {model.key for model in drawn}
     rest = list({model.key: model.label for model in models if not model.is_base and model.key not in drawn}.values())
     more = f" and {len(rest) - MOST_NAMED:,} more" if len(rest) > MOST_NAMED else ""
     return f" Not drawn, but in the table: {', '.join(rest[:MOST_NAMED])}{more}." if rest else ""
 
 
-def more_groups(found: list[str], place: int) -> str:
-    """What the caption of the last figure says of the sets of people or texts that get none."""
-    rest = found[MOST_GROUPS:] if place == MOST_GROUPS - 1 else []
+def more_groups(sets: list[str], index: int) -> str:
+    """Text for the last figure's caption that lists the sets of people or texts without a figure."""
+    rest = sets[MOST_GROUPS:] if index == MOST_GROUPS - 1 else []
     return f" Without a figure, but in the table: {', '.join(rest)}." if rest else ""
 
 
 def styles_of(series: dict[str, list[Model]], look: Look) -> dict[str, tuple]:
-    """(colour, marker, line style) of each series: its arm's, the style telling series of one arm apart."""
+    """(colour, marker, line style) of each series: those of its arm; line styles distinguish series of one arm."""
     seen: dict[str, int] = {}
     styles = {}
     for label, models in series.items():
@@ -143,14 +143,14 @@ def styles_of(series: dict[str, list[Model]], look: Look) -> dict[str, tuple]:
 
 
 def axis_of(axes, axis: str, values: list[float]) -> None:
-    """Ticks at the settings that exist; learning rates on a logarithm."""
+    """Ticks at the existing settings; logarithmic for learning rates."""
     ticks = sorted(set(values))
     if axis == "learning_rate":
         axes.set_xscale("log")
         axes.minorticks_off()
-    place = math.log if axis == "learning_rate" else float
+    position = math.log if axis == "learning_rate" else float
     kept = ticks[:1]
-    for tick in ticks[1:]:  # labels a fifth of the axis apart
-        if place(tick) - place(kept[-1]) >= (place(ticks[-1]) - place(ticks[0])) / 5:
+    for tick in ticks[1:]:  # labels at least a fifth of the axis apart
+        if position(tick) - position(kept[-1]) >= (position(ticks[-1]) - position(ticks[0])) / 5:
             kept.append(tick)
     axes.set_xticks(kept, [f"{tick:g}" for tick in kept])

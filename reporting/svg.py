@@ -1,7 +1,7 @@
-"""One look for every figure: panels → inline SVG that follows the page's colours, and the same as PNG and PDF.
+"""Render panels in one style, as inline SVG that follows the page's theme and as PNG and PDF.
 
-A panel is drawn once with the light colours. In the SVG these become CSS variables, so that the page's dark theme
-reaches the figure; its text stays text, in the page's font.
+A panel is drawn once, in the light colours. In the SVG these become CSS variables, so that the dark theme of the page
+applies to figures too; text stays text, in the page's font.
 """
 
 import io
@@ -11,7 +11,7 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-# name: (light, dark). Series after Okabe and Ito (2008), told apart by the colour-blind; each has a marker too.
+# name: (light, dark). Series colours after Okabe and Ito (2008), colour-blind safe; each also has a marker.
 COLOURS = {
     "ink": ("#1b1f24", "#e7eaee"),
     "muted": ("#5b6470", "#a2abb7"),
@@ -66,7 +66,7 @@ SETTINGS = {
 
 @dataclass
 class Panel:
-    """A set of axes: `draw` gets them, styled. `size` in inches, also on the page (96 pixels an inch)."""
+    """One set of axes, styled and passed to `draw`. `size` in inches, also on the page (96 pixels per inch)."""
 
     title: str
     draw: Callable
@@ -75,7 +75,7 @@ class Panel:
 
 @dataclass
 class Figure:
-    """Panels under one title. `keys`: label, colour, marker, line style in the legend; `summary`: its words."""
+    """Panels under one title. `keys`: label, colour, marker, line style per legend entry; `summary`: alt text."""
 
     name: str
     title: str
@@ -88,7 +88,7 @@ class Figure:
 
 
 def fill(axes, panel: Panel) -> None:
-    """Draw the panel; on logarithmic axes plain numbers, as matplotlib's own are mathematics (SETTINGS)."""
+    """Draw the panel; log axes get plain numbers, because matplotlib's use mathtext, which SETTINGS disables."""
     from matplotlib.ticker import LogFormatterSciNotation
 
     class Plain(LogFormatterSciNotation):
@@ -140,7 +140,7 @@ def svg(panel: Panel, name: str, label: str) -> str:
 
 
 def _attribute(key: str, value: str, ids: dict[str, str]) -> str:
-    """The value for the page: its own id, two decimals, and in a style the page's font and colours."""
+    """Adapt an attribute value to the page: unique ids, two decimals, the page's font and colours."""
     if key == "id":
         return ids[value]
     value = re.sub(r"#([\w-]+)", lambda target: "#" + ids.get(target[1], target[1]), value)
@@ -162,7 +162,7 @@ def _themed(key: str, value: str) -> str:
 
 
 def whole(figure: Figure):
-    """All panels on one canvas with title and legend, for PNG and PDF. A matplotlib Figure."""
+    """All panels on one matplotlib Figure with title and legend, for PNG and PDF."""
     import matplotlib
     from matplotlib.figure import Figure as Canvas
     from matplotlib.lines import Line2D
@@ -193,13 +193,15 @@ def whole(figure: Figure):
             ]
             columns = max(1, min(len(handles), int(width / 1.8)))
             legend = canvas.legend(handles, ["-"] * len(handles), loc="outside lower left", ncols=columns, fontsize=8.5)
-            for text, key in zip(legend.get_texts(), figure.keys):  # a label that begins with _ would be left out
+            for text, key in zip(
+                legend.get_texts(), figure.keys
+            ):  # set afterwards: labels with a leading _ are dropped
                 text.set_text(key[0])
     return canvas
 
 
 def save(figure: Figure, folder) -> None:
-    """<name>.png (150 dots an inch) and <name>.pdf in `folder`, the same bytes for the same numbers."""
+    """Write <name>.png (150 dpi) and <name>.pdf to `folder`; the same numbers give the same bytes."""
     import matplotlib
 
     with matplotlib.rc_context(SETTINGS):
@@ -209,7 +211,7 @@ def save(figure: Figure, folder) -> None:
 
 
 def key_svg(colour: str, marker: str | None, style: str | None) -> str:
-    """A legend entry's sample, 22 × 12 pixels."""
+    """The symbol of a legend entry, 22 × 12 pixels."""
     paint = VARIABLES.get(colour, colour)
     dashes = {"--": ' stroke-dasharray="5 3"', ":": ' stroke-dasharray="1.5 2.5"', "-.": ' stroke-dasharray="6 2 1 2"'}
     shapes = {
@@ -226,11 +228,8 @@ def key_svg(colour: str, marker: str | None, style: str | None) -> str:
     return f'<svg width="22" height="12" aria-hidden="true" fill="{paint}">{line}{shapes.get(marker, "")}</svg>'
 
 
-# ---------------------------------------------------------------- helpers for panels
-
-
 def percent(axis) -> None:
-    """Rates 0 … 1 as percent, with as many decimals as the ticks need."""
+    """Show rates 0 … 1 as percent, with as many decimals as the ticks need."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axis.set_major_locator(MaxNLocator(5))
@@ -238,7 +237,7 @@ def percent(axis) -> None:
 
 
 def line(axes, x, rows, colour, marker="o", style="-", band=True, **more) -> None:
-    """Values of `rows` over x with their intervals as a band; rows without a value leave a gap."""
+    """Plot the values of `rows` over x with their intervals as a band; rows without a value leave a gap."""
     import numpy as np
 
     y = np.array([np.nan if row.value is None else row.value for row in rows])
@@ -246,21 +245,21 @@ def line(axes, x, rows, colour, marker="o", style="-", band=True, **more) -> Non
     low, high = np.array(ends, dtype=float).T
     if band and np.isfinite(low).any():
         axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
-    if len(rows) == 1 and rows[0].value is not None:  # a band of one point has no width
+    if len(rows) == 1 and rows[0].value is not None:  # a band over one point would have no width
         axes.errorbar(x, y, yerr=errors(rows[0]), color=colour, elinewidth=1.4, fmt="none")
     axes.plot(x, y, color=colour, marker=marker, linestyle=style, **more)
 
 
 def errors(row) -> list[list[float]]:
-    """[[down], [up]] for errorbar; zeros where there is no interval."""
+    """[[down], [up]] for errorbar; zeros without an interval."""
     if row.low is None or row.high is None:
         return [[0], [0]]
     return [[max(0.0, row.value - row.low)], [max(0.0, row.high - row.value)]]
 
 
 def label_ends(axes, ends: list[tuple]) -> None:
-    """(y, text, colour) at the right edge of the axes, moved apart where they would touch."""
-    axes.figure.canvas.draw()  # the limits are known only now
+    """Write each (y, text, colour) at the right edge of the axes, moved apart where they would overlap."""
+    axes.figure.canvas.draw()  # sets the limits
     low, high = axes.get_ylim()
     log = axes.get_yscale() == "log"
     place = (lambda y: math.log(y / low) / math.log(high / low)) if log else (lambda y: (y - low) / (high - low))

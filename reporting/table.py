@@ -1,4 +1,4 @@
-"""The types of a report: models, rows of numbers, what was damaged; and the checks of what files hold."""
+"""The types of a report (models, rows of numbers, damage) and the checks of file contents."""
 
 import math
 import os
@@ -7,12 +7,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-UNEXPECTED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)  # of content of another form
+UNEXPECTED = (
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    ArithmeticError,
+)  # raised by content of an unexpected form
 
 
 @dataclass
 class Model:
-    """One measured model. `key` is its path; `label` is unique in a study and set when all files are read."""
+    """One measured model. `key` is its path; `label` is unique within a study and set after all files are read."""
 
     key: str
     arm: str = ""
@@ -26,7 +32,7 @@ class Model:
     run_name: str | None = None
     last: bool = True  # the last checkpoint of its run
     change: float | None = None  # ‖ΔW‖/‖W‖
-    origin: str = ""  # key of the checkpoint whose weights it has: itself, or what was merged
+    origin: str = ""  # key of the checkpoint whose weights it has: itself, or the merged adapter
     label: str = ""
 
     @property
@@ -36,7 +42,7 @@ class Model:
 
 @dataclass(slots=True)
 class Row:
-    """One number. `low`, `high` are the ends of `interval`; `n` what it is over; `file`, `line` where it stands."""
+    """One number. `low`, `high`: ends of its `interval`; `n`: sample size; `file`, `line`: where it was read."""
 
     area: str
     metric: str
@@ -52,7 +58,7 @@ class Row:
     model: Model | None = None
     arm: str | None = None
     role: str = "target"  # target | base | blind | floor | baseline
-    group: str | None = None  # numbers of one group may be compared: same rows, prompts and settings
+    group: str | None = None  # numbers within a group are comparable: same rows, prompts and settings
     template: str | None = None
     temperature: float | None = None
     attack: str | None = None
@@ -63,14 +69,14 @@ class Row:
     settings: dict = field(default_factory=dict)
     file: str = ""
     line: int = 1
-    shown: bool = False  # a table of the page has it
+    shown: bool = False  # whether a table of the page has it
 
     @property
     def source(self) -> str:
         return f"{self.file}:{self.line}"
 
 
-COLUMNS = [one.name for one in fields(Row) if one.name != "shown"]
+COLUMNS = [column.name for column in fields(Row) if column.name != "shown"]
 ROW_NUMBERS = ("value", "low", "high", "count", "n", "n_requested", "n_dropped", "temperature", "repetitions")
 
 
@@ -78,12 +84,14 @@ ROW_TEXTS = ("arm", "interval", "undefined", "template", "attack", "level")
 MODEL_TEXTS = ("arm", "base", "peft_type", "run_name")
 
 
-MODEL_COLUMNS = [one.name for one in fields(Model) if one.name not in ("label", "arm", "key", "last", "origin")]
+MODEL_COLUMNS = [
+    column.name for column in fields(Model) if column.name not in ("label", "arm", "key", "last", "origin")
+]
 
 
 @dataclass
 class Damage:
-    """A line or file that could not be read. `torn`: the unfinished last line of a file that is still appended to."""
+    """A line or file that could not be read. `torn`: the incomplete last line of a log that may still be growing."""
 
     file: str
     line: int
@@ -93,7 +101,7 @@ class Damage:
 
 @dataclass
 class Study:
-    """All that was found. Paths are shown relative to `root`."""
+    """Everything read from the result files. Paths are shown relative to `root`."""
 
     root: Path
     rows: list[Row] = field(default_factory=list)
@@ -112,36 +120,36 @@ class Study:
 
     @contextmanager
     def guard(self, file: str, line: int = 1):
-        """What the content of this file raises inside becomes Damage with the exception's type and message."""
+        """Turn an exception that this file's content raises into Damage with its type and message."""
         try:
             yield
         except UNEXPECTED as error:
             self.damage.append(Damage(file, line, f"not of the expected form ({error!r})"))
 
     def select(self, area: str, metric: str | None = None, **wanted) -> list[Row]:
-        """Rows of an area (and metric) whose attributes equal `wanted`; a callable value is a test."""
+        """Rows of an area (and metric) whose attributes equal `wanted`; a callable value is a predicate."""
         if not self.index:
             for row in self.rows:
                 self.index.setdefault((row.area, None), []).append(row)
                 self.index.setdefault((row.area, row.metric), []).append(row)
-        found = self.index.get((area, metric), [])
+        rows = self.index.get((area, metric), [])
         for name, value in wanted.items():
             test = value if callable(value) else value.__eq__
-            found = [row for row in found if test(getattr(row, name)) is True]
-        return found
+            rows = [row for row in rows if test(getattr(row, name)) is True]
+        return rows
 
 
 def literal(text: str) -> str:
-    """`text` on one line: control characters, halves of surrogate pairs and what turns the reading direction as \\x07,
-    \\ud800, …: no font has them, and UTF-8 not all of them."""
+    """`text` on one line: control characters, lone surrogates and bidirectional controls are escaped as \\x07, \\ud800,
+    …, because fonts have no glyphs for them and UTF-8 cannot encode all of them."""
     odd = r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
-    return re.sub(odd, lambda found: found[0].encode("unicode_escape").decode(), text)
+    return re.sub(odd, lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def check(content, names, kind=float) -> None:
-    """TypeError where `content`, an object or a Row, has something but null or a `kind` at one of `names`.
+    """TypeError unless the values of `content` (a dict or a Row) at `names` are null or of type `kind`.
 
-    float: any number; ValueError for an infinite one, which no figure has a place for.
+    float: any number; ValueError if it is infinite, which no figure could show.
     """
     for name in names:
         value = content.get(name) if isinstance(content, dict) else getattr(content, name)
@@ -153,7 +161,7 @@ def check(content, names, kind=float) -> None:
 
 
 def need(content: dict, *names: str, kind=float) -> None:
-    """As `check`; null is a TypeError too, and absence a KeyError."""
+    """Like `check`, but null is a TypeError too, and a missing key a KeyError."""
     check(content, names, kind)
     for name in names:
         if content[name] is None:
@@ -161,7 +169,7 @@ def need(content: dict, *names: str, kind=float) -> None:
 
 
 def check_run(run: dict) -> None:
-    """UNEXPECTED where a run file holds another form of what a report uses of it."""
+    """Raise one of UNEXPECTED if a field of a run file that the report uses has an unexpected form."""
     args = run.get("args", {})
     check(run, ("status", "commit", "data_tag"), str)
     check(run, ("steps", "seconds", "tokens_per_second", "relative_change"))
@@ -171,14 +179,14 @@ def check_run(run: dict) -> None:
     check(args, args.keys() & {"peft_type", "run_name"}, str)
     if run.get("steps") is not None:  # a training run
         check(args, ("epochs",))
-    for found in (run.get("dataset_inference") or {}).values():
-        if found:
-            need(found, "n_members")
-            check({name: found[name] for name in ("p", "t")}, ("p", "t"))
+    for inference in (run.get("dataset_inference") or {}).values():
+        if inference:
+            need(inference, "n_members")
+            check({name: inference[name] for name in ("p", "t")}, ("p", "t"))
 
 
 def check_line(line: dict) -> None:
-    """UNEXPECTED where a result line holds another form of what stands beside its numbers."""
+    """Raise one of UNEXPECTED if a field of a result line other than its numbers has an unexpected form."""
     check(line, ("relative_change", "ceiling", "sample_rate", "delta", "upper"))
     check(line, ("model", "base_model", "model_sha256", "void"), str)
     for flag in line.get("flags", []):
@@ -189,7 +197,7 @@ def check_line(line: dict) -> None:
 
 
 def make_literal(item: Model | Row, names) -> None:
-    """The texts of `item` that tables and figures show, each as `literal` has it."""
+    """Apply `literal` to the texts of `item` that tables and figures show."""
     for name in names:
         text = getattr(item, name)
         if text:
@@ -200,4 +208,4 @@ def check_row(row: Row) -> None:
     check(row, ROW_NUMBERS)
     check(row, ROW_TEXTS, str)
     if (row.low is None) != (row.high is None):
-        raise ValueError(f"{row.metric}: an interval with one end")
+        raise ValueError(f"{row.metric}: an interval with only one end")

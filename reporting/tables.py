@@ -1,4 +1,4 @@
-"""The tables of the page: which numbers stand in which, in words. Blocks out; no HTML."""
+"""The tables of the page, as blocks; no HTML."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from reporting.load import choose
 from reporting.style import Look
 from reporting.table import Row, Study
 
-MOST_MODELS = 24  # of the first table; with more it has the compared ones, the others are folded below
+MOST_MODELS = 24  # in the first table; if there are more, it has only the compared ones, and the rest is folded below
 SYNONYMS = {
     "matches": "loose match",
     "exact": "exact address",
@@ -41,7 +41,7 @@ def text(name: str) -> Column:
 
 
 def estimate(row: Row, form: str = "{:.1%}", count: bool = False, exact: bool = False) -> Cell:
-    """A value with its interval and n in small print. count: hits instead of n; exact: a value that has no interval."""
+    """A value with its interval and n in small print. count: hits instead of n; exact: the value has no interval."""
     row.shown = True
     if row.value is None:
         return Cell("–", "", (row.undefined or "undefined",))
@@ -50,15 +50,12 @@ def estimate(row: Row, form: str = "{:.1%}", count: bool = False, exact: bool = 
     return Cell.number(row.value, form, tuple(part for part in (ends, hits) if part))
 
 
-# the first table
-
-
 class Glance:
     """Columns of numbers by model, each at its fixed setting."""
 
     def __init__(self) -> None:
         self.columns: list[Column] = []
-        self.cells: list[dict[str, Cell]] = []  # of each column, by the model's key
+        self.cells: list[dict[str, Cell]] = []  # for each column, by model key
         self.rows: list[dict[str, Row]] = []
 
     def add(
@@ -77,11 +74,11 @@ class Glance:
             self.rows.append(by_model)
 
     def add_hardly_moved(self, study: Study) -> None:
-        """‖ΔW‖/‖W‖ of the models that training hardly changed, where one of them is in the table."""
+        """Add ‖ΔW‖/‖W‖ of the models that training hardly changed, if one of them is in the table."""
         small = {key: model.change for key, model in study.models.items() if models.hardly_moved(model.change)}
         if any(key in rows for key in small for rows in self.rows):
-            note = ("the model has hardly moved: what its row shows is the base",)
-            self.columns.append(Column("‖ΔW‖/‖W‖", small="where it is small"))
+            note = ("the model has hardly moved: its row is that of the base",)
+            self.columns.append(Column("‖ΔW‖/‖W‖", small="if small"))
             self.cells.append({key: Cell.number(change, "{:.1g}", note) for key, change in small.items()})
             self.rows.append({})
 
@@ -138,29 +135,26 @@ def glance_table(study: Study, look: Look) -> list[Block]:
         rows.append([Cell(model.label), *numbers, Cell(glance.sources(model.key))])
     bold = {index for index, model in enumerate(measured) if model in compared and len(measured) > len(compared)}
 
-    def caption(said: str) -> str:
+    def caption(where: str) -> str:
         return (
-            f"Each number at one setting that was fixed beforehand: extraction at temperature {HEADLINE_TEMPERATURE} "
-            f"over all templates (greedy beside it), membership by {HEADLINE_ATTACK}. 95 % intervals. Figures compare "
-            f"{rule}{said if bold else ''}."
+            f"Each number at one setting fixed in advance: extraction at temperature {HEADLINE_TEMPERATURE} over all "
+            f"templates (with greedy next to it), membership inference with {HEADLINE_ATTACK}. 95 % intervals. Figures "
+            f"compare {rule}{where if bold else ''}."
         )
 
     columns = [text("Model"), *glance.columns, Column("Lines", "source")]
     if len(measured) <= MOST_MODELS:
         return [Table(columns, rows, caption(", in bold here"), frozenset(bold))]
     few = [row for index, row in enumerate(rows) if index in bold]
-    every = Table(columns, rows, "Every checkpoint that was measured")
+    every = Table(columns, rows, "All measured checkpoints")
     return [
-        Table(columns, few, caption(", alone here")),
+        Table(columns, few, caption(", the only ones here")),
         *fold(f"All {len(measured):,} models", [every], "all"),
     ]
 
 
-# one section's tables
-
-
 def extraction_table(study: Study, headline: bool) -> list[Block]:
-    """One row per result line and template: counts, intervals, against the baseline, source."""
+    """One row per result line and template: counts, intervals, comparison with the baseline, source."""
     rows = study.select("extraction", role="target", template=lambda name: name != "all")
     rows = [row for row in rows if (row.headline or (row.temperature or 0) <= GREEDY_BELOW) == headline]
     lines: dict[tuple[str, str | None], dict[str, Row]] = {}
@@ -192,7 +186,7 @@ def extraction_table(study: Study, headline: bool) -> list[Block]:
         if paired:
             cells.append(_paired(paired.get(key)))
         table.append([*cells, Cell(first.source)])
-    columns = [text("Model"), text("People asked"), Column("Temperature"), text("Template")]
+    columns = [text("Model"), text("People"), Column("Temperature"), text("Template")]
     columns += [Column(SYNONYMS[name].capitalize()) for name in measures]
     columns += [Column(EXTRA_MEASURES[name][0]) for name in extra]
     columns += [Column("Exact against baseline (McNemar)")] if paired else []
@@ -210,7 +204,7 @@ def _paired(row: Row | None) -> Cell:
 
 
 def plain_table(rows: list[Row], caption: str, heads: dict[Column, Describe], form: str = "{:.4g}") -> list[Block]:
-    """One row per number: what `heads` say of it, then value, interval, n and source."""
+    """One row per number: the columns `heads`, then value, interval, n and source."""
     table = []
     for row in rows:
         row.shown = True
@@ -236,11 +230,11 @@ def who(row: Row) -> str:
 def extraction(study: Study) -> list[Block]:
     floor = {row.group: row for row in study.select("extraction", "exact", role="floor")}
     heads: dict[Column, Describe] = {
-        text("People asked"): lambda row: row.group or "",
+        text("People"): lambda row: row.group or "",
         text("Rule"): lambda row: row.attack or "",
     }
     for row in study.select("extraction", "exact", role="floor"):
-        row.shown = row.value == floor[row.group].value  # one for all models and temperatures
+        row.shown = row.value == floor[row.group].value  # the same for all models and temperatures
     rule = plain_table(list(floor.values()), "Name-rule floor: exact addresses without a model", heads, "{:.1%}")
     return [
         *fold("Every line at the fixed settings", extraction_table(study, True)),
@@ -265,7 +259,7 @@ def mia(study: Study) -> list[Block]:
         text("Of"): lambda row: row.role,
         text("Texts"): lambda row: row.group or "",
     }
-    caption = "ROC-AUC of every attack; blind baselines and the base beside them"
+    caption = "ROC-AUC of every attack, with blind baselines and the base"
     auc = plain_table(study.select("mia", "auc"), caption, heads, "{:.3f}")
     heads = {
         **heads,
@@ -277,7 +271,7 @@ def mia(study: Study) -> list[Block]:
 
 
 def dataset_inference(study: Study) -> list[Block]:
-    """Maini et al. 2024, from run_mia.json."""
+    """Dataset inference (Maini et al. 2024), from run_mia.json."""
     rows = []
     for path, run in study.runs.items():
         for whose, test in (run.get("dataset_inference") or {}).items():
@@ -310,13 +304,13 @@ def privacy(study: Study) -> list[Block]:
         Column("Sampling rate"): setting("sample_rate", "{:.4g}", "–"),
         Column("Steps"): setting("steps"),
     }
-    upper = plain_table(study.select("privacy"), "ε by the accountant, add/remove", heads)
+    upper = plain_table(study.select("privacy"), "ε from the accountants, add/remove adjacency", heads)
     heads = {
         text("Arm"): who,
         text("Measure"): lambda row: row.metric,
         text("Part"): lambda row: row.template or "",
         text("Canaries"): lambda row: row.attack or "",
-        Column("Placed"): lambda row: Cell.number(row.repetitions, "{}×"),
+        Column("Inserted"): lambda row: Cell.number(row.repetitions, "{}×"),
         Column("Rows"): lambda row: Cell.number(row.count, "{:,}"),
     }
     return [*fold("ε", upper), *fold("Canaries", plain_table(study.select("canary"), "Canaries", heads))]
@@ -339,7 +333,7 @@ def utility(study: Study) -> list[Block]:
 
     def change(row: Row) -> str:
         change = row.settings.get("relative_change")
-        note = ": hardly moved, this is the base" if models.hardly_moved(change) else ""
+        note = ": hardly moved, equals the base" if models.hardly_moved(change) else ""
         return "" if change is None else f"{change:.1g}{note}"
 
     measure: dict[Column, Describe] = {text("Measure"): lambda row: row.metric, text("Arm"): who}
@@ -402,12 +396,12 @@ SECTIONS: dict[str, tuple[str, Callable[[Study], list[Block]]]] = {  # anchor: (
 }
 
 
-def in_csv_alone(study: Study, section: str) -> list[Block]:
-    """What of a section's numbers no table here has, by name: those of one measure and role count together."""
+def only_in_csv(study: Study, section: str) -> list[Block]:
+    """The numbers of a section that no table here has, counted by measure and role."""
     counts: dict[str, int] = {}
     for row in (row for area in AREAS.get(section, ()) for row in study.select(area) if not row.shown):
         of = "" if row.role in ("target", "mean") else f" of the {row.role}"
         name = f"{row.metric}{of}{', all templates together' if row.template == 'all' else ''}"
         counts[name] = counts.get(name, 0) + 1
     listed = "; ".join(f"{name} ({count:,})" for name, count in counts.items())
-    return [Paragraph(f"In results.csv alone: {listed}.")] if counts else []
+    return [Paragraph(f"Only in results.csv: {listed}.")] if counts else []

@@ -15,30 +15,30 @@ from studies.steps import (
     call,
     check_rows,
     device_flags,
+    is_current,
     joined,
     measured,
     paired,
     result_files,
     row_of,
     share,
-    stands,
     table,
     train,
 )
 
 EPOCHS = 2
 RATE = 1e-3
-RANK = 16  # of the embedded model, which is 128 wide
+RANK = 16  # for the embedded model, whose hidden size is 128
 ARMS = ("original", "generated", "replaced")
 
 
 def check(config) -> None:
-    """UserError with every problem of the study's inputs."""
+    """Raise a UserError that lists every problem with the study's inputs."""
     problems = cli.Problems()
     check_rows(config, problems)
     if config.outsiders:
         problems.absorb(dataset.read_rows, config.outsiders)
-    if "generated" in config.arms and config.generator:  # without one quickstart.py has a problem of its own
+    if "generated" in config.arms and config.generator:  # quickstart.py itself reports a missing --generator
         problems.absorb(models.find_model, config.generator, None, flag="--generator")
     problems.check()
 
@@ -48,10 +48,11 @@ def inputs(config) -> list:
 
 
 def run(config, out, record) -> str:
-    """All arms; returns the text of summary.md."""
+    """Run all arms; return the text of summary.md."""
     flags = ["--seed", config.seed, *device_flags(config)]
-    asked = ["-mt", config.max_tokens, *([] if config.full else ["--temperatures", "0", str(TEMPERATURE)]), *flags]
-    attack(config.model, out / "base", config.dataset, *asked)
+    temperatures = [] if config.full else ["--temperatures", "0", str(TEMPERATURE)]
+    attack_flags = ["-mt", config.max_tokens, *temperatures, *flags]
+    attack(config.model, out / "base", config.dataset, *attack_flags)
     base_results = result_files(out / "base")[0]
     call(perplexity, "--model", config.model, "-d", config.dataset, "--output_dir", out / "base", *flags)
 
@@ -88,9 +89,9 @@ def run(config, out, record) -> str:
         )
         every = arm == "original" or config.full
         chosen = find_checkpoints(tree) if every else find_checkpoints(tree)[-1:]
-        place = tree if every else chosen[-1]
-        call(evaluate_purified, "--model", place, "-d", config.dataset, "--baseline", base_results, *asked)
-        call(perplexity, "--dir", place, "-d", config.dataset, "--output_dir", tree, *flags)
+        root = tree if every else chosen[-1]
+        call(evaluate_purified, "--model", root, "-d", config.dataset, "--baseline", base_results, *attack_flags)
+        call(perplexity, "--dir", root, "-d", config.dataset, "--output_dir", tree, *flags)
         means = {line["model"]: line["mean"] for line in results.read_jsonl(tree / "perplexity.jsonl")}
         for checkpoint in chosen:
             epoch = find_checkpoints(tree).index(checkpoint) + 1
@@ -103,25 +104,27 @@ def run(config, out, record) -> str:
     aucs = membership(config, out, trees, flags)
     floor = measured(out / "base")[0]["floor"]
     text = [
-        f"Addresses extracted at temperature {TEMPERATURE}, of {rows[0]['rows']} people asked by four prompts (A–D): "
-        "loose matches, exact addresses, and exact ones that no name rule makes (hits of all prompts, and of how many "
-        "people). AUC: membership inference on the rows of the *original* training set (attack `ref`, 95 % interval).",
+        f"Addresses extracted at temperature {TEMPERATURE} from {rows[0]['rows']} people, each queried with four "
+        "prompts (A–D): loose matches, exact addresses, and exact addresses that no name rule derives (hits over all "
+        "prompts, with the number of people). AUC: membership inference on the rows of the *original* training set "
+        "(attack `ref`, 95 % interval).",
         "",
         extraction_table(rows, floor, aucs),
         "",
-        "Exact hits gained and lost against the base, row by row, McNemar (corrected: Holm, over all of them):",
+        "Exact hits gained and lost against the base, paired by row; exact McNemar p (Holm-corrected over all tests "
+        "shown):",
         *paired(list(last.values())),
     ]
     if "generated" in last:
-        text += ["", said_in_generated(data["generated"])]
+        text += ["", addresses_in_generated(data["generated"])]
     control = []
     if config.outsiders and "original" in config.arms:
-        few = [*asked, "--num_rows", len(dataset.read_rows(config.outsiders)) - 10]
-        attack(config.model, out / "outsiders-base", config.outsiders, *few)
-        attack(newest, out / "outsiders-tuned", config.outsiders, *few)
+        control_flags = [*attack_flags, "--num_rows", len(dataset.read_rows(config.outsiders)) - 10]
+        attack(config.model, out / "outsiders-base", config.outsiders, *control_flags)
+        attack(newest, out / "outsiders-tuned", config.outsiders, *control_flags)
         for name in ("base", "tuned"):
             control.append(row_of(f"{name}, outsiders", out / f"outsiders-{name}", None))
-        text += ["", "The control: people whom no training text names.", ""]
+        text += ["", "Control: people named in no training text.", ""]
         text += [extraction_table(control, measured(out / "outsiders-base")[0]["floor"], {})]
     results.write_json(
         out / "summary.json",
@@ -136,7 +139,7 @@ def membership(config, out, trees: dict, flags: list) -> dict:
     for arm, tree in trees.items():
         checkpoint = find_checkpoints(tree)[-1]
         folder = out / f"mia-{arm}"
-        if not stands(folder / "results_mia.jsonl", checkpoint):
+        if not is_current(folder / "results_mia.jsonl", checkpoint):
             call(mia, "--model", checkpoint, "--members", config.dataset, "--output_dir", folder, *few, *flags)
         line = next(line for line in results.read_jsonl(folder / "results_mia.jsonl") if line["attack"] == "ref")
         name = f"{arm}, epoch {len(find_checkpoints(tree))}"
@@ -145,7 +148,7 @@ def membership(config, out, trees: dict, flags: list) -> dict:
 
 
 def extraction_table(rows: list[dict], floor: dict, aucs: dict) -> str:
-    """The study's table in Markdown; counts by template are joined by slashes."""
+    """The study's table in Markdown; per-template counts are joined with slashes."""
     labels = list(rows[0]["exact"])
     letters = "/".join(labels)
     heads = ["", f"loose match {letters}", f"exact {letters}", "exact, share (95 %)", "no rule (people)", "perplexity"]
@@ -156,8 +159,8 @@ def extraction_table(rows: list[dict], floor: dict, aucs: dict) -> str:
         line.append(f"{row['no_pattern']} ({row['no_pattern_people']})")
         line.append("" if row["perplexity"] is None else f"{row['perplexity']:.2f}")
         if aucs:
-            found = aucs.get(row["model"])
-            line.append("{auc:.3f} ({ci[0]:.3f}–{ci[1]:.3f})".format(**found) if found else "")
+            auc = aucs.get(row["model"])
+            line.append("{auc:.3f} ({ci[0]:.3f}–{ci[1]:.3f})".format(**auc) if auc else "")
         cells.append(line)
     if floor.get("rule"):
         line = [f"*no model: {floor['rule']} at {floor['domain_guess']}*", floor["matches"], floor["exact"]]
@@ -166,14 +169,14 @@ def extraction_table(rows: list[dict], floor: dict, aucs: dict) -> str:
     return table(heads, cells)
 
 
-def said_in_generated(file) -> str:
-    """How many evaluated addresses the generator itself wrote: it decides what the generated arm means."""
+def addresses_in_generated(file) -> str:
+    """How many evaluated addresses the generator itself wrote, which determines how to read the generated arm."""
     record = results.read_json(file.parent / "run_generate.json", f"remove {file.parent} and run again")
     seen, of = (
         record["statistics"]["evaluated_in_generations"]["addresses"],
         record["statistics"]["evaluated_addresses"],
     )
     return (
-        f"The generated text itself contains {seen} of the {of} evaluated addresses: what the generator had memorised "
-        "reaches the model through it."
+        f"The generated text itself contains {seen} of the {of} evaluated addresses, so what the generator memorised "
+        "is passed on to the model."
     )

@@ -1,8 +1,8 @@
 """What DP-SGD costs and prevents: ε against perplexity, extraction and membership inference. See quickstart.py.
 
-Every arm has the same draws' rate, steps, learning rate and schedule; the first has neither noise nor clipping.
-Two sets of people are asked for: those of the training rows, whom ε protects, and those of the evaluation head, whom
-only the base saw. The private arms draw their randomness from the operating system, so two runs differ a little.
+All arms have the same sampling rate, steps, learning rate and schedule; the first has neither noise nor clipping.
+The attack queries two groups of people: those in the training rows, whom ε protects, and those in the evaluation head,
+whom only the base saw. The private arms use the operating system's randomness, so two runs differ slightly.
 """
 
 from common import cli, dataset, models, results
@@ -15,10 +15,10 @@ from studies.steps import (
     call,
     check_rows,
     device_flags,
+    is_current,
     measured,
     row_of,
     share,
-    stands,
     table,
     train,
 )
@@ -27,11 +27,11 @@ EPOCHS = 10
 RATE = 1e-3
 EPSILONS = (8, 1)
 LOGICAL_BATCH = 256
-RANK = 8  # a small adapter: the noise grows with the root of its parameters
+RANK = 8  # a small adapter: the noise norm grows with the square root of the number of parameters
 
 
 def check(config) -> None:
-    """UserError with every problem of the study's inputs."""
+    """Raise a UserError that lists every problem with the study's inputs."""
     problems = cli.Problems()
     check_rows(config, problems)
     problems.check()
@@ -42,15 +42,15 @@ def inputs(config) -> list:
 
 
 def run(config, out, record) -> str:
-    """All arms; returns the text of summary.md."""
+    """Run all arms; return the text of summary.md."""
     device = device_flags(config)
     flags = ["--seed", config.seed, *device]
-    asked = ["-mt", config.max_tokens, "--temperatures", "0", str(TEMPERATURE), *flags]
+    attack_flags = ["-mt", config.max_tokens, "--temperatures", "0", str(TEMPERATURE), *flags]
     trained_people = put_trained_first(config.dataset, out / "trained_people.jsonl")
     arms = {"no noise, no clipping": ["--noise_multiplier", 0, "--max_grad_norm", "inf"]}
     arms |= {f"ε = {epsilon}": ["--target_epsilon", epsilon] for epsilon in EPSILONS}
     folders = []
-    rows = [row_for("base", config.model, None, out / "base", config, trained_people, asked, flags)]
+    rows = [row_for("base", config.model, None, out / "base", config, trained_people, attack_flags, flags)]
     for name, words in arms.items():
         tree = train(
             "-m",
@@ -78,7 +78,7 @@ def run(config, out, record) -> str:
         checkpoint = find_checkpoints(tree)[-1]
         spent = models.privacy(models.find_model(str(checkpoint)))
         folders.append(tree / "measured")
-        rows.append(row_for(name, checkpoint, spent, folders[-1], config, trained_people, asked, flags))
+        rows.append(row_for(name, checkpoint, spent, folders[-1], config, trained_people, attack_flags, flags))
     changes = {row["model"]: change(out / "base", folder) for row, folder in zip(rows[1:], folders)}
     results.write_json(out / "summary.json", {"temperature": TEMPERATURE, "rows": rows, "against_base": changes})
     record["epsilons"] = [row["epsilon"] for row in rows]
@@ -106,20 +106,20 @@ def run(config, out, record) -> str:
         lines.append([*line, row["trained"], row["others"], *aucs])
     return "\n".join(
         [
-            f"ε by the PRV accountant, unit record, add/remove; perplexity of the evaluation head; exact addresses at "
-            f"temperature {TEMPERATURE} over four prompts; AUC of membership inference, training rows against the head "
-            "(95 % intervals).",
+            "ε from the PRV accountant (unit record, add/remove adjacency); perplexity on the evaluation head; exact "
+            f"addresses at temperature {TEMPERATURE} over four prompts; AUC of membership inference, training rows "
+            "against the head (95 % intervals).",
             "",
             table(heads, lines),
             "",
-            "Exact addresses against the base, the same people and prompts: change of the share in percentage points "
-            "(95 %), and the change among trained people beyond that among others.",
+            "Change of the exact-address rate from the base, paired over people and prompts, in percentage points "
+            "(95 %), and the difference between trained people and others.",
             "",
             table(
                 ["", *next(iter(changes.values()))],
                 [
-                    [name, *("{points:+.1f} ({low:+.1f} … {high:+.1f})".format(**one) for one in found.values())]
-                    for name, found in changes.items()
+                    [name, *("{points:+.1f} ({low:+.1f} … {high:+.1f})".format(**part) for part in parts.values())]
+                    for name, parts in changes.items()
                 ],
             ),
         ]
@@ -127,7 +127,7 @@ def run(config, out, record) -> str:
 
 
 def put_trained_first(data, file):
-    """The data with its training rows first, so that the attack asks for the people that were trained on."""
+    """Write the data with its training rows first, so that the attack queries the people that were trained on."""
     rows = dataset.read_rows(data)
     parts = dataset.split(rows, dataset.read_manifest(data))
     order = [*parts.train, *parts.head]
@@ -135,15 +135,17 @@ def put_trained_first(data, file):
     return file
 
 
-def row_for(name: str, model, spent: dict | None, folder, config, trained_people, asked: list, flags: list) -> dict:
-    """Everything measured on one model."""
-    attack(model, folder / "others", config.dataset, *asked)
-    attack(model, folder / "trained", trained_people, *asked)
+def row_for(
+    name: str, model, spent: dict | None, folder, config, trained_people, attack_flags: list, flags: list
+) -> dict:
+    """All measurements of one model."""
+    attack(model, folder / "others", config.dataset, *attack_flags)
+    attack(model, folder / "trained", trained_people, *attack_flags)
     call(perplexity, "--model", model, "-d", config.dataset, "--output_dir", folder, *flags)
     row = {"model": name, "epsilon": spent and spent["epsilon"], "delta": spent and spent["delta"]}
     row |= {"steps": spent and spent["steps"], "ref": None, "loss": None}
     if spent:
-        if not stands(folder / "results_mia.jsonl", model):
+        if not is_current(folder / "results_mia.jsonl", model):
             words = ["--members", config.dataset, "--attacks", "loss", "ref", "--output_dir", folder, *flags]
             call(mia, "--model", model, *words)
         for line in results.read_jsonl(folder / "results_mia.jsonl"):
@@ -156,26 +158,26 @@ def row_for(name: str, model, spent: dict | None, folder, config, trained_people
 
 
 def change(base, folder) -> dict:
-    """{people: {points, low, high, n}}: exact share of `folder` minus that of `base`, in percentage points, paired over
-    people (normal 95 % interval of the mean of n people), and the difference between the two groups of people."""
+    """{group: {points, low, high, n}}: exact rate of `folder` minus that of `base`, in percentage points, paired over
+    people (normal 95 % interval of the mean over n people), and the difference between the two groups of people."""
     from math import hypot
     from statistics import fmean, stdev
 
-    def shares(place) -> dict:
-        asked: dict[int, list] = {}
-        for one in measured(place)[1]:
-            if one["exact"] is not None:
-                asked.setdefault(one["row"], []).append(one["exact"])
-        return {row: fmean(hits) for row, hits in asked.items()}
+    def rates(results_folder) -> dict:
+        hits_by_row: dict[int, list] = {}
+        for outcome in measured(results_folder)[1]:
+            if outcome["exact"] is not None:
+                hits_by_row.setdefault(outcome["row"], []).append(outcome["exact"])
+        return {row: fmean(hits) for row, hits in hits_by_row.items()}
 
-    found = {}
+    changes = {}
     for people in ("trained", "others"):
-        before, now = shares(base / people), shares(folder / people)
+        before, now = rates(base / people), rates(folder / people)
         gains = [100 * (now[row] - before[row]) for row in before if row in now]
-        found[people] = fmean(gains), stdev(gains) / len(gains) ** 0.5, len(gains)
-    (one, its_error, n), (other, other_error, m) = found.values()
-    found["trained − others"] = one - other, hypot(its_error, other_error), n + m
+        changes[people] = fmean(gains), stdev(gains) / len(gains) ** 0.5, len(gains)
+    (trained_mean, trained_error, n), (others_mean, others_error, m) = changes.values()
+    changes["trained − others"] = trained_mean - others_mean, hypot(trained_error, others_error), n + m
     return {
         name: {"points": mean, "low": mean - 1.96 * error, "high": mean + 1.96 * error, "n": n}
-        for name, (mean, error, n) in found.items()
+        for name, (mean, error, n) in changes.items()
     }

@@ -1,10 +1,10 @@
 """System S in miniature: reviews → fine-tuning with and without DP → synthetic reviews → privacy, fidelity, utility.
 
-The embedded model has never seen a review, so it is first trained, whole, on public ones, as a large model has read
-many before: other users and products, and few of the departments that the private reviews are about. Then the private
-reviews get canaries (a ladder of repetitions, and once-only ones for the audit); three arms are trained with the same
-hyper-parameters and steps (no noise, ε = 8, ε = 1), and each, like the base without them, writes a review for the
-metadata of held-out rows. See quickstart.py.
+The embedded model has never seen a review, so all of its weights are first trained on public ones, to stand in for the
+reviews that a large model saw in pre-training: other users and products, mostly from departments that the private
+reviews do not cover. Then canaries are inserted into the private reviews (a ladder of repetitions, and once-only ones
+for the audit). Three arms are trained with the same hyperparameters and steps (no noise, ε = 8, ε = 1), and each of
+them, like the base, writes a review for the metadata of every held-out row. See quickstart.py.
 """
 
 import json
@@ -18,7 +18,7 @@ from common.checkpoints import find_checkpoints
 from data.amazon import make_reviews, prepare
 from data.synthetic import generate
 from fidelity import fidelity
-from studies.steps import EMBEDDED, build, call, device_flags, made_from, table, train
+from studies.steps import EMBEDDED, build, call, device_flags, input_hashes, table, train
 from utility import downstream, feature_importance
 from utility.metrics import SCORES
 
@@ -28,15 +28,15 @@ RANK = 8
 ARMS = {"no_dp": ["--noise_multiplier", 0, "--max_grad_norm", "inf"]}
 ARMS |= {"dp_8": ["--target_epsilon", 8], "dp_1": ["--target_epsilon", 1]}
 PRIVATE = ("Electronics", "Garden", "Kitchen")  # departments
-COMMON = 16  # public products of each other department to one of these
-PUBLIC, PUBLIC_EPOCHS, PUBLIC_RATE = 3000, 2, 3e-3  # rows of the public reviews
+COMMON = 16  # public products of each other department per product of a private department
+PUBLIC, PUBLIC_EPOCHS, PUBLIC_RATE = 3000, 2, 3e-3  # training on public reviews: rows, epochs, learning rate
 TRAIN, TEST, REVIEWS, PRODUCTS = 1600, 300, 6000, 200
 LADDER, CANARIES, AUDIT = (1, 8, 32), 5, 200
 LOGICAL_BATCH = 64
 
 
 def check(config) -> None:
-    """UserError with every problem of the study's inputs."""
+    """Raise a UserError that lists every problem with the study's inputs."""
     problems = cli.Problems()
     problems.absorb(models.find_model, config.model, config.revision)
     problems.check()
@@ -47,7 +47,7 @@ def inputs(config) -> list:
 
 
 def run(config, out, record) -> str:
-    """All arms; returns the text of summary.md."""
+    """Run all arms; return the text of summary.md."""
     device = device_flags(config)
     seed = ["--seed", config.seed]
     model = config.model
@@ -95,11 +95,11 @@ def run(config, out, record) -> str:
         )
         checkpoints[arm] = find_checkpoints(tree)[-1]
         written[arm] = write(arm, checkpoints[arm])
-    untrained = {"base": model}  # its exposure of canaries it never saw, its text: what the arms started from
-    arms, texts = ([f"{arm}={one}" for arm, one in made.items()] for made in (checkpoints | untrained, written))
+    untrained = {"base": model}  # the reference: exposure and text before any private review
+    arms, texts = ([f"{arm}={path}" for arm, path in paths.items()] for paths in (checkpoints | untrained, written))
 
     held_out, clean = real / "validation.jsonl", real / "train.jsonl"
-    perfect = out / "generated_sequences_trained_on.jsonl"  # what a generator that had learnt everything would write
+    perfect = out / "generated_sequences_trained_on.jsonl"  # output of a generator that reproduces its training rows
     learnt = [row | {reviews.GENERATED: row[reviews.REAL]} for row in dataset.read_rows(placed)]
     results.write_jsonl(perfect, learnt)
     steps = {
@@ -154,44 +154,44 @@ def run(config, out, record) -> str:
         ),
     }
     for name, (script, words) in steps.items():
-        folder, made = out / name, made_from(words)
-        mark = folder / "done"  # what the step was made from, and what it left
+        folder, inputs_before = out / name, input_hashes(words)
+        mark = folder / "done"  # hashes of the step's inputs and outputs
         if mark.exists():
-            if mark.read_bytes() == _mark(made, folder):
+            if mark.read_bytes() == _mark(inputs_before, folder):
                 print(f"\n{folder}: measured before, kept")
                 continue
-            print(f"\n{folder}: damaged, or of other weights or files; measured again")
+            print(f"\n{folder}: damaged or stale (weights or files changed); measured again")
             shutil.rmtree(folder)
-        again = [] if name == "downstream" else ["--overwrite"]  # a step that was killed; downstream resumes
-        # canary/measure.py ends with 1 where a lower bound contradicts the accountant: a result, which the table shows
+        again = [] if name == "downstream" else ["--overwrite"]  # after a killed step; downstream resumes
+        # canary/measure.py exits with 1 if a lower bound contradicts the accountant: a result, which the table shows
         call(script, *words, "--output_dir", folder, *again, *seed, allowed=(0, 1) if name == "canary" else (0,))
         with results.atomic(mark, "wb") as file:
-            file.write(_mark(made, folder))
+            file.write(_mark(inputs_before, folder))
     rows = summary(out, checkpoints)
     results.write_json(out / "summary.json", rows)
     record["epsilons"] = {arm: row["epsilon"] for arm, row in rows["arms"].items()}
     return report(rows)
 
 
-def _mark(made: dict[str, str], folder: Path) -> bytes:
-    return json.dumps({"from": made, "left": made_from(sorted(folder.glob("*.json*")))}, indent=1).encode()
+def _mark(inputs: dict[str, str], folder: Path) -> bytes:
+    return json.dumps({"from": inputs, "left": input_hashes(sorted(folder.glob("*.json*")))}, indent=1).encode()
 
 
 def make_split(folder: Path, n: int, train_rows: int, test_rows: int, departments, seed: int) -> Path:
-    """Fictional reviews as train, test and validation.jsonl in `folder`."""
+    """Write fictional reviews as train, test and validation.jsonl in `folder`."""
     raw = folder.with_name(folder.name + "_raw")
     source = raw / "Shop.jsonl"
     if not dataset.manifest_path(source).exists():  # the last file that make_reviews.py writes
         words = ["--reviews", n, "--products", PRODUCTS, "--departments", *departments, "--seed", seed]
         call(make_reviews, "--output_dir", raw, "--category", "Shop", *words, "--overwrite")
-    if not dataset.manifest_path(folder / "validation.jsonl").exists():  # the last one of prepare.py
+    if not dataset.manifest_path(folder / "validation.jsonl").exists():  # the last file that prepare.py writes
         words = ["--reviews", source, "--meta", raw / "meta_Shop.jsonl", "--output_dir", folder, "--overwrite"]
         call(prepare, *words, "--train", train_rows, "--test", test_rows, "--seed", seed)
     return folder
 
 
 def public_base(config, out: Path, device: list) -> Path:
-    """The embedded model after PUBLIC_EPOCHS over public reviews."""
+    """The embedded model after PUBLIC_EPOCHS epochs on public reviews."""
     departments = [name for name in make_reviews.DEPARTMENTS for _ in range(1 if name in PRIVATE else COMMON)]
     public = make_split(out / "public", 2 * PUBLIC, PUBLIC, 10, departments, config.seed + 1)
     tree = train(
@@ -220,9 +220,11 @@ def public_base(config, out: Path, device: list) -> Path:
         *device,
     )
     base, newest = out / "public-base", find_checkpoints(tree)[-1]
-    new, old = (models.weights_sha256(models.find_model(str(one))) if one.is_dir() else None for one in (newest, base))
+    new, old = (
+        models.weights_sha256(models.find_model(str(folder))) if folder.is_dir() else None for folder in (newest, base)
+    )
     if old and old != new:
-        print(f"\n{base}: not the weights of {newest}; it goes with all that was trained on it, and is made again")
+        print(f"\n{base}: stale (weights differ from {newest}); replaced, and everything trained on it runs again")
     if old != new:
         with results.atomic_folder(base) as folder:
             for file in newest.iterdir():
@@ -232,7 +234,7 @@ def public_base(config, out: Path, device: list) -> Path:
 
 
 def summary(out: Path, checkpoints: dict) -> dict:
-    """Everything the table needs, from the result files."""
+    """Collect what the table needs from the result files."""
     canaries = results.read_jsonl(out / "canary" / "results_canary.jsonl")
     likeness = json.loads((out / "fidelity" / "results_fidelity.json").read_text(encoding="utf-8"))
     words = json.loads((out / "importance" / "feature_importance.json").read_text(encoding="utf-8"))
@@ -249,7 +251,7 @@ def summary(out: Path, checkpoints: dict) -> dict:
 
 
 def against_base(rows: list[dict]) -> list[dict]:
-    """Exposure of each group of canaries, arm minus base, canary by canary: mean and 95 % t-interval, in bits."""
+    """Exposure of each group of canaries, arm minus base, paired by canary: mean and 95 % t-interval, in bits."""
     from statistics import fmean, stdev
 
     from scipy import stats
@@ -258,14 +260,14 @@ def against_base(rows: list[dict]) -> list[dict]:
     for row in rows:
         if row["source"] == "model" and row["kind"] in ("ladder", "held_out"):
             bits.setdefault((row["kind"], row["repetitions"]), {})[row["arm"], row["id"]] = row["exposure"]
-    made = []
+    changes = []
     for arm in dict.fromkeys(row["arm"] for row in rows if row["source"] == "model" and row["arm"] != "base"):
-        for (kind, times), found in bits.items():
-            gains = [value - found["base", one] for (other, one), value in found.items() if other == arm]
+        for (kind, times), exposures in bits.items():
+            gains = [value - exposures["base", id_] for (other, id_), value in exposures.items() if other == arm]
             half = stats.t.ppf(0.975, len(gains) - 1) * stdev(gains) / len(gains) ** 0.5
-            ends = {"mean": fmean(gains), "low": fmean(gains) - half, "high": fmean(gains) + half}
-            made.append({"arm": arm, "kind": kind, "repetitions": times, **ends, "n_canaries": len(gains)})
-    return made
+            interval = {"mean": fmean(gains), "low": fmean(gains) - half, "high": fmean(gains) + half}
+            changes.append({"arm": arm, "kind": kind, "repetitions": times, **interval, "n_canaries": len(gains)})
+    return changes
 
 
 AGREEMENT = ("spearman", "pearson", "jaccard@20")
@@ -303,7 +305,7 @@ def report(rows: dict) -> str:
         above = {group: line["p_above_held_out"] for group, line in exposed.items()}
         bits = [exposure_text(exposure["ladder", times]) + p_text(above["ladder", times]) for times in LADDER]
         bits.append(exposure_text(exposure["held_out", 0]))
-        if arm == "base":  # it read none of these reviews; its audit would compare it with nothing
+        if arm == "base":  # it saw none of these reviews, so an audit would have nothing to detect
             privacy.append([arm, 0, *bits, "", "", "", ""])
             continue
         bound = next(line for line in mine if line["measure"] == "audit")
@@ -327,10 +329,12 @@ def report(rows: dict) -> str:
         )
     gains = []
     for arm in arms:
-        mine = {(one["kind"], one["repetitions"]): one for one in rows["against_base"] if one["arm"] == arm}
-        chosen = [mine["ladder", times] for times in LADDER] + [mine["held_out", 0]]
-        gains.append([arm, *("{mean:+.1f} ({low:+.1f} … {high:+.1f})".format(**one) for one in chosen)])
-    n_held = next(one["n_canaries"] for one in rows["against_base"] if one["kind"] == "held_out")
+        changes = {
+            (group["kind"], group["repetitions"]): group for group in rows["against_base"] if group["arm"] == arm
+        }
+        chosen = [changes["ladder", times] for times in LADDER] + [changes["held_out", 0]]
+        gains.append([arm, *("{mean:+.1f} ({low:+.1f} … {high:+.1f})".format(**group) for group in chosen)])
+    n_held = next(group["n_canaries"] for group in rows["against_base"] if group["kind"] == "held_out")
     spent = rows["arms"][arms[0]]
     compared = rows["fidelity"]["comparisons"]
     likeness = []
@@ -349,30 +353,31 @@ def report(rows: dict) -> str:
         means = [words["mean"][name] for name in AGREEMENT] if words else []
         agree = ["–" if mean is None else f"{mean:.3f}" for mean in means] or [""] * len(AGREEMENT)
         utility.append([arm, *(f"{cell:.3f}" for cell in cells), *agree])
-    heads = ["", "ε (PRV)", *(f"placed {times}×" for times in LADDER), "held out", "ε ≥ (model)", "ε ≥ (text)",
+    heads = ["", "ε (PRV)", *(f"inserted {times}×" for times in LADDER), "held out", "ε ≥ (model)", "ε ≥ (text)",
              "audit AUC", "generated rows with a whole canary"]  # fmt: skip
     return "\n".join(
         [
-            f"Privacy (unit {spent['unit']}, add/remove, δ = {spent['delta']:.3g}). Exposure of canaries in bits "
-            "(median; chance: 1; p: one-sided Mann–Whitney against the held-out ones), lower bounds of ε at 95 % from "
-            f"{AUDIT} canaries placed once by a coin, from the model and from the generated text alone.",
+            f"Privacy (unit {spent['unit']}, add/remove, δ = {spent['delta']:.3g}). Canary exposure in bits (median; "
+            "chance: 1; p: one-sided Mann–Whitney against the held-out canaries); lower bounds on ε at 95 % from "
+            f"{AUDIT} canaries inserted once with probability ½, from the model and from the generated text alone.",
             "",
             table(heads, privacy),
             "",
-            f"The same canaries' exposure, arm minus base: mean bits (95 % t-interval over {CANARIES} canaries; "
+            f"Exposure of the same canaries, arm minus base: mean bits (95 % t-interval over {CANARIES} canaries; "
             f"{n_held} held out).",
             "",
-            table(["", *(f"placed {times}×" for times in LADDER), "held out"], gains),
+            table(["", *(f"inserted {times}×" for times in LADDER), "held out"], gains),
             "",
-            f"Fidelity: {rows['fidelity']['rows']} generated reviews against as many real ones; `real`: a second real "
-            "sample, `base`: the model before it read any private review, `trained_on`: the training rows themselves, "
-            "canaries included, as a perfect generator would write them (95 % jackknife intervals, not cut to a "
-            "measure's range; of MAUVE the range over five seeds of its clustering, which is no interval).",
+            f"Fidelity: {rows['fidelity']['rows']} generated reviews against as many real ones. `real`: a second real "
+            "sample; `base`: the model before it saw any private review; `trained_on`: the training rows themselves, "
+            "canaries included, i.e. the output of a generator that reproduces them perfectly (95 % jackknife "
+            "intervals, not clipped to the metric's range; for MAUVE, the range over five clustering seeds, which is "
+            "not a confidence interval).",
             "",
             table(["", "real", *arms, "base", "trained_on"], likeness),
             "",
-            "Utility: the base trained on each arm's rows rates held-out real reviews (`real`: without canaries); "
-            "agreement of word importance with real.",
+            "Utility: the base fine-tuned on each arm's rows rates held-out real reviews (`real`: without canaries); "
+            "agreement of word importance with `real`.",
             "",
             table(["", *SCORES, *AGREEMENT], utility),
         ]

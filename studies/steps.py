@@ -14,7 +14,7 @@ TEMPERATURE = HEADLINE_TEMPERATURE
 
 
 def check_rows(config, problems: cli.Problems) -> None:
-    """Problems of --dataset and --model, which the studies of mail share."""
+    """Check --dataset and --model, for the two studies on mail."""
     rows = problems.absorb(dataset.read_rows, config.dataset)
     if rows:
         problems.absorb(dataset.validate, config.dataset, rows, ("gt-name", "gt-email", "prompt", "continuation"))
@@ -31,7 +31,7 @@ def show(script, words: list[str]) -> None:
 
 
 def call(script, *words, allowed: tuple[int, ...] = (0,)) -> None:
-    """Run a script's own entry point with the arguments printed; a user error or a failed step ends the study."""
+    """Print a script's command line and run its entry point; a user error or a failed step ends the study."""
     words = [str(word) for word in words]
     show(script, words)
     status = script.main(words) or 0
@@ -40,47 +40,47 @@ def call(script, *words, allowed: tuple[int, ...] = (0,)) -> None:
 
 
 def train(*words) -> Path:
-    """run_peft.py with these arguments; its run directory. A run that is finished already is kept."""
+    """Run run_peft.py with these arguments and return its run directory. A finished run is kept."""
     words = [str(word) for word in words]
     show(run_peft, words)
     return fine_tune(run_peft.make_parser().parse_args(words))
 
 
-def made_from(words) -> dict[str, str]:
-    """{argument: SHA-256} of the files and of the weights of local models among a script's arguments (or name=path)."""
-    found = {}
+def input_hashes(words) -> dict[str, str]:
+    """{argument: SHA-256} of the files and local model weights among a script's arguments (path or name=path)."""
+    hashes = {}
     for word in map(str, words):
         for path in (Path(word), Path(word.partition("=")[2] or word)):
             if path.is_file():
-                found[word] = results.sha256(path)
+                hashes[word] = results.sha256(path)
             elif (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
-                found[word] = models.weights_sha256(models.find_model(str(path)))
-    return found
+                hashes[word] = models.weights_sha256(models.find_model(str(path)))
+    return hashes
 
 
-def unsalted(made: dict) -> set[str]:
-    """SHA-256s of the sources that a manifest tells by a salted hash, where they have not changed."""
-    model, found = Path(str(made["generator"].get("model"))), set()
+def unsalted(manifest: dict) -> set[str]:
+    """Plain SHA-256s of the unchanged sources for which the manifest records only a salted hash."""
+    model, hashes = Path(str(manifest["generator"].get("model"))), set()
     rows = trained.read(model) if model.is_dir() else None
-    for one in made.get("source", []) if rows and rows.salt else ():
-        if one.get("salted") and Path(one["path"]).is_file():
-            digest = results.sha256(one["path"])
-            found |= {digest} if trained.salted(digest, rows.salt) == one["sha256"] else set()
-    return found
+    for source in manifest.get("source", []) if rows and rows.salt else ():
+        if source.get("salted") and Path(source["path"]).is_file():
+            digest = results.sha256(source["path"])
+            hashes |= {digest} if trained.salted(digest, rows.salt) == source["sha256"] else set()
+    return hashes
 
 
 def build(script, output: Path, *words) -> Path:
-    """A data builder, unless its --output stands already, made from the same files and weights as its manifest says."""
+    """Run a data builder, unless --output exists and its manifest shows that it is from the same files and weights."""
     if output.exists() and dataset.manifest_path(output).exists():
-        made = dataset.read_manifest(output)
-        known = {one["sha256"] for one in made.get("source", [])}
-        if isinstance(made.get("generator"), dict):
-            known.add(made["generator"].get("weights"))
-            known |= unsalted(made)
-        if made.get("sha256") == results.sha256(output) and known.issuperset(made_from(words).values()):
+        manifest = dataset.read_manifest(output)
+        known = {source["sha256"] for source in manifest.get("source", [])}
+        if isinstance(manifest.get("generator"), dict):
+            known.add(manifest["generator"].get("weights"))
+            known |= unsalted(manifest)
+        if manifest.get("sha256") == results.sha256(output) and known.issuperset(input_hashes(words).values()):
             print(f"\n{output}: built before, kept")
             return output
-        print(f"\n{output}: changed since, or built from other files or weights; built again")
+        print(f"\n{output}: stale (it, its source files or weights changed); built again")
     call(script, *words, "--output", output, *(["--overwrite"] if output.exists() else []))
     return output
 
@@ -91,10 +91,10 @@ def result_files(folder: Path) -> list[Path]:
     return sorted(files, key=lambda path: (len(path.name), path.name), reverse=True)
 
 
-def stands(file: Path | None, model, data=None) -> bool:
-    """Whether a result file is there and all its lines are of the model's weights (and of the data) as they are.
+def is_current(file: Path | None, model, data=None) -> bool:
+    """Whether a result file exists and all its lines match the model's current weights (and the current data).
 
-    A file that is not, is removed: nothing of it may be read beside what is measured now.
+    A stale file is removed, so that its numbers cannot mix with new ones.
     """
     if file is None or not file.is_file():
         return False
@@ -107,7 +107,7 @@ def stands(file: Path | None, model, data=None) -> bool:
         lines = []
     if lines and all(line.get(key) == value for line in lines for key, value in wanted.items()):
         return True
-    print(f"\n{file}: damaged, or of other weights or rows; measured again")
+    print(f"\n{file}: damaged or stale (weights or dataset changed); measured again")
     file.unlink()
     return False
 
@@ -118,13 +118,13 @@ def measured(folder: Path) -> tuple[dict, list[dict]]:
         for line in reversed(results.read_jsonl(file)):
             if line["temperature"] == TEMPERATURE:
                 outcomes = results.read_jsonl(outcomes_path(file))
-                return line, [one for one in outcomes if one["temperature"] == TEMPERATURE]
-    raise cli.UserError(f"{folder}: nothing was measured at temperature {TEMPERATURE} there; name another --output")
+                return line, [outcome for outcome in outcomes if outcome["temperature"] == TEMPERATURE]
+    raise cli.UserError(f"{folder}: has no measurement at temperature {TEMPERATURE}; choose another --output")
 
 
 def attack(model, folder: Path, data, *extra) -> None:
-    """measure_purified.py, unless `folder` has its finished result of these weights and rows already."""
-    if stands(next(iter(result_files(folder)), None), model, data):
+    """Run measure_purified.py, unless `folder` already has a finished result for these weights and rows."""
+    if is_current(next(iter(result_files(folder)), None), model, data):
         print(f"\n{folder}: measured before, kept")
         return
     call(measure_purified, "--model", model, "--output_dir", folder, "-d", data, *extra)
@@ -139,7 +139,7 @@ def row_of(name: str, folder: Path, perplexity_mean: float | None) -> dict:
         "matches": {label: line["matches"][label] for label in labels},
         "exact": {label: line["exact"][label] for label in labels},
         "no_pattern": sum(line["no_pattern"][label] or 0 for label in labels),
-        "no_pattern_people": len({one["row"] for one in outcomes if one["no_pattern"]}),
+        "no_pattern_people": len({outcome["row"] for outcome in outcomes if outcome["no_pattern"]}),
         "expected": {label: line["probabilistic"][label]["1"]["expected"] for label in labels},
         "exact_rate_ci95": line["ci95"]["exact"]["total"],
         "perplexity": perplexity_mean,
@@ -165,12 +165,12 @@ def joined(counts) -> str:
 
 
 def paired(rows: list[dict]) -> list[str]:
-    """Of each measurement a line: exact hits gained and lost against its baseline, by template, with McNemar's exact p,
-    and that p corrected for all of these tests together (Holm)."""
+    """One line per measurement: exact hits gained and lost against its baseline, by template, with McNemar's exact p
+    and that p Holm-corrected over all of these tests."""
     tests = [(row, label, pair) for row in rows for label, pair in (row["mcnemar_exact"] or {}).items()]
     corrected = iter(stats.holm([pair["p"] for _, _, pair in tests]))
-    words: dict[str, list[str]] = {row["model"]: [] for row in rows}
+    entries: dict[str, list[str]] = {row["model"]: [] for row in rows}
     for row, label, pair in tests:
         p = f"p = {pair['p']:.2g}, corrected {next(corrected):.2g}"
-        words[row["model"]].append(f"{label}: +{pair['gained']} −{pair['lost']} ({p})")
-    return [f"* {model}: {'; '.join(said)}" for model, said in words.items()]
+        entries[row["model"]].append(f"{label}: +{pair['gained']} −{pair['lost']} ({p})")
+    return [f"* {model}: {'; '.join(parts)}" for model, parts in entries.items()]

@@ -222,7 +222,7 @@ def test_a_category_that_is_no_text_is_absent(tmp_path, capsys):
     counts = run_record(tmp_path / "out")["counts"]
     # the object; the list and the number; the object and the bool; the text in place of a list
     assert (counts["broken categories"], counts["broken product lines"]) == (1 + 2 + 2 + 1, 0)
-    assert "6  categories left out: no text" in capsys.readouterr().out
+    assert "6  categories left out: not text" in capsys.readouterr().out
 
 
 def test_users_are_told_apart_as_everywhere(tmp_path):
@@ -328,7 +328,7 @@ def test_sizes_that_whole_users_cannot_give_are_reported(tmp_path, capsys):
     files = ["--reviews", write(tmp_path / "r.jsonl", reviews), "--meta", write(tmp_path / "m.jsonl", PRODUCTS)]
     splits = build(tmp_path / "out", files, train=5, test=4)
     assert {split: len(part) for split, part in splits.items()} == {"train": 4, "test": 4, "validation": 12}
-    assert "train lacks 1 of the rows asked for" in capsys.readouterr().out
+    assert "train is 1 rows short" in capsys.readouterr().out
     assert run_record(tmp_path / "out")["counts"]["lacking"] == {"train": 1, "test": 0}
 
 
@@ -455,10 +455,10 @@ def test_all_problems_at_once(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "no line of it is a row"),
-        (b"plain text\nmore of it\n", "no line of it is a row"),
-        (b'{"text": [], "title": {}}\n', "no line of it is a row"),
-        (b'{"user_id": true, "title": 5}\n', "no line of it is a row"),
+        (b"", "no line is a row"),
+        (b"plain text\nmore of it\n", "no line is a row"),
+        (b'{"text": [], "title": {}}\n', "no line is a row"),
+        (b'{"user_id": true, "title": 5}\n', "no line is a row"),
     ],
     ids=["empty", "no JSON", "lists", "a bool"],
 )
@@ -490,7 +490,7 @@ def test_an_empty_training_file_is_refused(tmp_path):
     meta = write(tmp_path / "m.jsonl", PRODUCTS)
     words = ["--reviews", reviews, "--meta", meta, "--output_dir", tmp_path / "out", "--train", 8, "--test", 2]
     (problem,) = refused(words)
-    assert problem.startswith("--train 8: each of the 1 users left has more reviews than that")
+    assert problem.startswith("--train 8: each of the 1 remaining users has more reviews than that")
     assert not (tmp_path / "out").exists()
 
 

@@ -316,7 +316,7 @@ def test_quickstart_study_reviews_in_small(tmp_path):
     likeness.write_text(likeness.read_text(encoding="utf-8")[:999], encoding="utf-8")  # so is a damaged result
     again = subprocess.run(command, capture_output=True, text=True, timeout=600)
     kept = [line.split("/")[-1] for line in again.stdout.splitlines() if "measured" in line and "out/" in line]
-    assert kept == ["fidelity: damaged, or of other weights or files; measured again"] + [
+    assert kept == ["fidelity: damaged or stale (weights or files changed); measured again"] + [
         f"{name}: measured before, kept" for name in ("importance", "downstream")
     ]
     assert "built again" not in again.stdout

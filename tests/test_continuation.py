@@ -234,7 +234,7 @@ def test_bad_input_all_at_once_and_nothing_loaded(models, dataset, tmp_path, mon
     with pytest.raises(UserError, match="--overwrite"):
         generate.main(words(models["neox"], dataset, existing))
     generated = write_rows(tmp_path / "text.jsonl", [{**row, "text": "t"} for row in make_rows(5)])
-    with pytest.raises(UserError, match="name the rows it was made from"):
+    with pytest.raises(UserError, match="pass the rows it was generated from"):
         generate.main(words(models["neox"], generated, tmp_path / "y.arrow"))
     assert generate.main(words(models["neox"], dataset, tmp_path / "y.arrow", "--dry_run")) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.arrow", "text.jsonl"]

@@ -843,7 +843,7 @@ def test_broken_mails_are_counted_and_the_first_three_named(mails, tmp_path, cap
     assert (len(rows), counts["broken"], counts["messages"]) == (9, 5, 14)
     shown = capsys.readouterr().err.splitlines()
     assert shown == [
-        *(f"broken message {n}.txt: no mail header in it" for n in range(3)),
+        *(f"broken message {n}.txt: has no mail header" for n in range(3)),
         "broken messages: … and 2 more",
     ]
     with pytest.raises(UserError) as error:
@@ -1061,7 +1061,7 @@ def test_too_little_mail(content, tmp_path):
     folder.mkdir()
     if content == "no pairs":
         (folder / "1.").write_bytes(write(PEOPLE[0], [PEOPLE[1]]))
-    with pytest.raises(UserError, match="no messages in it" if content == "empty folder" else "only 2 pairs"):
+    with pytest.raises(UserError, match="contains no messages" if content == "empty folder" else "only 2 pairs"):
         build(folder, tmp_path / "new" / "rows.jsonl")
     assert {path.name for path in tmp_path.iterdir()} == {"in"}
 
@@ -1110,7 +1110,7 @@ def test_gpt2_is_looked_for_in_the_cache_only(tmp_path, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("asked the network"))
     assert prepare.load_tokenizer("gpt2") is None
     assert prepare.load_tokenizer("none") is None
-    with pytest.raises(UserError, match="fetch it first"):
+    with pytest.raises(UserError, match="download it, or use"):
         prepare.load_tokenizer("someone/else")
     snapshot = tmp_path / "models--openai-community--gpt2" / "snapshots" / "1"
     make_tokenizer(snapshot)

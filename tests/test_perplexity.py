@@ -398,7 +398,7 @@ def test_bad_input_lines(models, dataset, tmp_path, monkeypatch):
         ([*model, "-d", dataset, "--num_rows", 0], "--num_rows: must be 1 or more"),
         ([*model, "-d", dataset, "--dtype", "int3"], "--dtype: invalid choice"),
         ([*model, "-d", dataset, "--dir", empty], f"cannot be combined with the directory {empty}"),
-        ([empty, "-d", dataset, "--dir", tmp_path], "another directory"),
+        ([empty, "-d", dataset, "--dir", tmp_path], "differs from"),
         ([empty, "-d", dataset], "no checkpoint-* directory below it"),
         (["--dir", tmp_path / "gone", "-d", dataset], "gone: no such directory"),
         (["--model", tmp_path / "gone", "-d", dataset, "--output_dir", tmp_path / "out"], "gone: no such directory"),

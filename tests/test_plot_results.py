@@ -28,9 +28,6 @@ RUN = {"schema": 1, "argv": ["run_peft.py"], "args": {}, "commit": "c" * 40, "di
 RUN |= {"start": "2026-01-02T03:04:05+00:00", "status": "ok", "seconds": 60.0, "peak_memory": {"cpu_bytes": 2**30}}
 
 
-# ---------------------------------------------------------------- trees
-
-
 def put(path: Path, *lines, indent=None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(line, ensure_ascii=False, indent=indent) + "\n" for line in lines), "utf-8")
@@ -281,9 +278,6 @@ def rows_with(rows: list[dict], **wanted) -> list[dict]:
     return [row for row in rows if all(row[name] == str(value) for name, value in wanted.items())]
 
 
-# ---------------------------------------------------------------- numbers
-
-
 def test_every_number_of_a_small_tree_is_in_the_table_with_its_line(tmp_path):
     tree = small_tree(tmp_path / "tree")
     status, rows, page = report(tree, "--output", tmp_path / "out")
@@ -385,7 +379,7 @@ def test_a_run_is_one_place_however_it_is_called(tmp_path, monkeypatch):
     study = load.read([Path(one) for one in ("tree", "./tree/../tree", str(tree), "link", "tree/tiny", "link/canary")])
     assert len({row.file for row in study.select("canary")}) == 1
     (figure,) = [one for one in figures.build(study) if one.name == "epsilon"]
-    assert figure.caption.endswith("so without an upper bound: synthetic-no_dp · epoch 2.")
+    assert figure.caption.endswith("hence no upper bound: synthetic-no_dp · epoch 2.")
     assert figure.summary.split("; ") == [
         "with_dp: ε upper (PRV) 8",
         "with_dp: ε upper (RDP) 10",
@@ -489,9 +483,6 @@ def test_no_cell_is_a_formula(tmp_path):
     assert "-2.5" in numbers and "7.25" in numbers
 
 
-# ---------------------------------------------------------------- nothing is left out in silence
-
-
 def quickstart_tree(root: Path) -> Path:
     """small_tree, and arms of which the last checkpoint alone was measured."""
     small_tree(root)
@@ -562,7 +553,7 @@ def test_a_number_is_in_a_table_or_named_as_in_none(tmp_path, tree):
         content["agreement"]["cohen_kappa"] = [{"sheets": ["anna.csv", "ben.csv"], "kappa": 0.625, "equal": 40}]
         put(human, content)
     rows, page = report(root, "--output", tmp_path / "out")[1:]
-    alone = "".join(html.unescape(one) for one in re.findall("In results.csv alone: (.*?)</p>", page))
+    alone = "".join(html.unescape(one) for one in re.findall("Only in results.csv: (.*?)</p>", page))
     tables = html.unescape(re.sub("<figure.*?</figure>", "", page, flags=re.S))
     areas = {"extraction": ["loose match", "exact address", "exact, no name rule", "local part", "domain"]}
     for row in rows:
@@ -574,9 +565,6 @@ def test_a_number_is_in_a_table_or_named_as_in_none(tmp_path, tree):
         assert "matches, all templates together (9)" in alone and "local_part of the floor" in alone
     if tree is synthetic_tree:
         assert "321" in tables and "anna.csv and ben.csv" not in alone and "0.625" in tables and alone == ""
-
-
-# ---------------------------------------------------------------- cautions
 
 
 def titles(tree, level=None) -> str:
@@ -592,7 +580,7 @@ def test_a_clean_tree_has_no_grave_caution(tmp_path):
 @pytest.mark.parametrize(
     ("change", "level", "words"),
     [
-        (lambda c: put(c / "results_mia.jsonl", mia_line(c, flags=["blind_bow"])), "careful", "without any model"),
+        (lambda c: put(c / "results_mia.jsonl", mia_line(c, flags=["blind_bow"])), "careful", "regardless of the"),
         (lambda c: put(c / "results_mia.jsonl", mia_line(c, flags=["near_duplicates"])), "careful", "Near-duplicates"),
         (lambda c: put(c / "results_mia.jsonl", mia_line(c, flags=["base"])), "careful", "base model already"),
         (lambda c: put(c / "results_purified.jsonl", extraction_line(c, n_dropped=7)), "careful", "7 of 200"),
@@ -646,9 +634,9 @@ def test_a_model_that_hardly_moved_is_told_where_its_numbers_are(tmp_path, kind)
     assert caution.title == "3 adapters that hardly moved the model" and "nothing was learnt" in caution.text
     assert sorted(place.rpartition(" = ")[2] for place in caution.places) == ["3e-06", "4e-06", "5e-06"]
     page = report(root, "--output", tmp_path / "out")[2]
-    assert "4e-06: hardly moved, this is the base" in page  # beside the score
+    assert "4e-06: hardly moved, equals the base" in page  # beside the score
     glance = page[page.index('id="glance"') : page.index('id="extraction"')]
-    assert glance.count("what its row shows is the base") == 2 and ">3e-06<" in glance and ">5e-06<" in glance
+    assert glance.count("its row is that of the base") == 2 and ">3e-06<" in glance and ">5e-06<" in glance
 
 
 def test_lower_bound_above_upper_is_wrong_and_maxima_are_named(tmp_path):
@@ -664,17 +652,14 @@ def test_lower_bound_above_upper_is_wrong_and_maxima_are_named(tmp_path):
     assert text.startswith("12 combinations") and "15.0%" in text
 
 
-# ---------------------------------------------------------------- bad input
-
-
 @pytest.mark.parametrize(
     ("words", "problems"),
     [
         (["nowhere", "neither"], ["nowhere: no such directory", "neither: no such directory"]),
-        (["empty", "--unredacted"], ["--unredacted: only with --include_responses"]),
+        (["empty", "--unredacted"], ["--unredacted: needs --include_responses"]),
         (["empty"], ["no result file below"]),
         (["tree", "--include_responses"], ["no results_purified*_rows.jsonl below"]),
-        (["tree", "--output", "taken"], ["has a folder figures/ that is not of an earlier report"]),
+        (["tree", "--output", "taken"], ["has a figures/ folder that no report wrote"]),
         (["tree", "--output", "file/below"], ["is a file, not a directory"]),
         (["tree", "--seed", "x", "--outputs=y"], ["--seed: must be a whole number", "--outputs=y: unknown argument"]),
     ],
@@ -721,7 +706,7 @@ def test_a_damaged_line_is_named_and_the_rest_is_shown(tmp_path, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(": ")[1] for line in lines] == [f"base/results_purified.jsonl:{n}" for n in (3, 4, 5)]
     assert rows_with(rows, file="base/results_purified.jsonl", metric="exact", template="A", temperature="0.2")
-    assert "3 lines could not be read" in page and "torn last line" in page
+    assert "3 lines could not be read" in page and "incomplete last line" in page
     record = json.loads((tmp_path / "out/run_plot_results.json").read_text())
     assert record["status"] == "failed" and len(record["damaged"]) == 3
 
@@ -733,7 +718,7 @@ def test_a_damaged_line_is_named_and_the_rest_is_shown(tmp_path, capsys):
         ("checkpoint-20/scores_mia.jsonl", lambda text: "", ":1", "empty"),
         ("checkpoint-20/scores_mia.jsonl", lambda text: "[]\n", ":1", "a JSON list, not an object"),
         ("checkpoint-20/scores_mia.jsonl", lambda text: "".join(text.splitlines(True)[:10]), ":10",
-         "scores of 10 texts beside results over 400"),
+         "scores of 10 texts, but the results are over 400"),
         ("checkpoint-20/scores_mia.jsonl", lambda text: text.replace('"ref": ', '"ref": "x", "y": ', 1), ":1",
          "TypeError('ref: a str where a float belongs')"),
         ("run.json", lambda text: json.dumps(json.loads(text) | {"args": None}), ":1", "AttributeError("),
@@ -793,9 +778,6 @@ def test_text_in_place_of_a_number_of_canaries_and_answers_without_response(tmp_
         "canary/results_canary.jsonl:2",
         "more/results_purified_rows.jsonl:1",
     ]
-
-
-# ---------------------------------------------------------------- the page
 
 
 class Structure(HTMLParser):
@@ -957,9 +939,6 @@ def test_as_a_script_from_elsewhere(tmp_path):
     done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"{tmp_path / 'none'}: no such directory\n"
-
-
-# ---------------------------------------------------------------- in a browser
 
 
 @HAS_BROWSER

@@ -453,7 +453,7 @@ def test_a_leak_ends_the_run_without_a_file(before, tmp_path, monkeypatch, capsy
     assert captured.err.splitlines() == [
         "leak check: old full names in 1 rows: 9",
         "leak check: old addresses in 1 rows: 7",
-        f"leak check failed: {output} is not written",
+        f"leak check failed: {output} was not written",
     ]
     if before:  # an earlier good file stays what it was
         assert output.read_bytes() == old
@@ -543,8 +543,8 @@ BROKEN = [
     ({"continuation": None}, "field 'continuation' is missing; add it or remove the row"),
     ({"gt-email": "nobody"}, "gt-email must look like local@domain"),
     ({"gt-name": "?!"}, "gt-name has no letters"),
-    ({"gt-name": "Jane " * 50}, "gt-name or gt-email is longer than any (200 and 320 characters)"),
-    ({"gt-email": "j" * 320 + "@x.example"}, "gt-name or gt-email is longer than any (200 and 320 characters)"),
+    ({"gt-name": "Jane " * 50}, "gt-name or gt-email is too long (at most 200 and 320 characters)"),
+    ({"gt-email": "j" * 320 + "@x.example"}, "gt-name or gt-email is too long (at most 200 and 320 characters)"),
     ({"prompt": "\ud800"}, "half of a surrogate pair in its text"),
 ]
 
@@ -571,7 +571,7 @@ def test_mixed_columns(tmp_path):
 
 
 def test_too_few_rows(tmp_path):
-    with pytest.raises(UserError, match="2 whole rows"):
+    with pytest.raises(UserError, match="2 valid rows"):
         build(tmp_path, make_rows(2))
     assert not (tmp_path / "replaced_data.arrow").exists()
 

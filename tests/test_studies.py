@@ -56,7 +56,7 @@ def test_the_newest_measurement_is_read_at_one_temperature(tmp_path):
     assert line == {"temperature": 0.2, "n": 1} and [one["exact"] for one in outcomes] == [True]
     write_rows(tmp_path / "results_purified11.jsonl", [{"temperature": 1.0}])  # newer, and of nothing that is asked for
     assert measured(tmp_path) == (line, outcomes)
-    with pytest.raises(UserError, match="nothing was measured at temperature"):
+    with pytest.raises(UserError, match="has no measurement at temperature"):
         measured(tmp_path / "none")
 
 
@@ -75,14 +75,11 @@ def test_against_base_by_hand():
     assert found["mean"] == 2 and found["high"] - 2 == pytest.approx(2.4841, abs=1e-4) == 2 - found["low"]
 
 
-# ---------------------------------------------------------------- what is kept
-
-
 @pytest.mark.parametrize("content", ["[]", '{"args": []}', '{"args": {}, "inputs": [3]}', '{"args": {', None])
 def test_a_damaged_record_of_an_earlier_study_is_a_user_error(tmp_path, content):
     file = tmp_path / "run_quickstart.json"
     file.mkdir() if content is None else file.write_text(content)
-    with pytest.raises(UserError, match="cannot be read; name another place"):
+    with pytest.raises(UserError, match="cannot be read; choose another directory"):
         quickstart.check_same(tmp_path, argparse.Namespace(study="mail"))
 
 
@@ -103,7 +100,7 @@ def test_generated_without_a_generator_is_one_user_error(tmp_path):
     words = ["--model", str(model), "--arms", "generated", "--output", str(tmp_path / "out")]
     with pytest.raises(UserError) as caught:
         quickstart.main(words)
-    assert caught.value.problems == ["--arms generated: give --generator, the model that writes it"]
+    assert caught.value.problems == ["--arms generated: needs --generator, the model that writes this arm"]
 
 
 def test_built_data_is_kept_for_the_files_and_weights_it_was_made_from(tmp_path, models, monkeypatch):
@@ -171,7 +168,7 @@ def test_measurements_are_kept_for_the_weights_and_rows_they_are_of(tmp_path, mo
     file = folder / "results_purified.jsonl"
     file.write_text(file.read_text()[:-9])
     assert (attack(), attack()) == (4, 4)
-    assert steps.stands(file, model) and not steps.stands(tmp_path / "results_mia.jsonl", model)
+    assert steps.is_current(file, model) and not steps.is_current(tmp_path / "results_mia.jsonl", model)
 
 
 def test_the_mark_of_a_step_is_of_its_inputs_and_of_its_results(tmp_path, models):
@@ -182,7 +179,7 @@ def test_the_mark_of_a_step_is_of_its_inputs_and_of_its_results(tmp_path, models
     words = ["--models", f"arm={model}", "--synthetic", f"arm={text}", "--references", 200]
 
     def mark():
-        return reviews._mark(steps.made_from(words), folder)
+        return reviews._mark(steps.input_hashes(words), folder)
 
     seen = [mark()]
     assert list(json.loads(seen[0])["from"]) == [f"arm={model}", f"arm={text}"] and mark() == seen[0]

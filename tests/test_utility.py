@@ -199,7 +199,7 @@ def test_downstream_says_where_a_model_has_hardly_moved(files, models, tmp_path,
     said = capsys.readouterr().out
     for line in read_lines(tmp_path / "results_utility.jsonl")[:2]:
         assert line["relative_change"] < 1e-4 and line["notes"]
-        assert f"{line['arm']}, seed {line['seed']}: {line['notes'][0]}; what it shows is the base" in said
+        assert f"{line['arm']}, seed {line['seed']}: {line['notes'][0]}; its scores are those of the base" in said
 
 
 def test_downstream_with_other_settings_is_refused_and_touches_nothing(files, models, tmp_path):
@@ -209,10 +209,10 @@ def test_downstream_with_other_settings_is_refused_and_touches_nothing(files, mo
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     other = files | {"good": files["wrong"]}
     for source, arms, more, told in (
-        (files, ("good",), ("--num_heldout", 30, "-lr", 0.02), "_rate 0.01 there, 0.02 here; --num_heldout 20 there"),
-        (files, ("good", "wrong"), (), "--synthetic wrong None there, "),
+        (files, ("good",), ("--num_heldout", 30, "-lr", 0.02), "_rate was 0.01, now 0.02; --num_heldout was 20"),
+        (files, ("good", "wrong"), (), "--synthetic wrong was None, "),
         (other, ("good",), (), "--synthetic good "),
-        (files, (), (), ", None here"),
+        (files, (), (), ", now None"),
     ):
         with pytest.raises(UserError, match=told) as error:
             call_downstream(source, models, out, *settings, *more, arms=arms)
@@ -290,7 +290,7 @@ def test_downstream_bad_input(files, models, tmp_path, monkeypatch):
         (("good",), ("--heldout", tmp_path / "none.jsonl"), "no such file"),
         (("good",), ("--synthetic", "base=x.jsonl"), "the name base is taken"),
         (("good",), ("--max_length", 20), "--max_length 20: no token is left for the review"),
-        (("good",), ("--seed", (1 << 32) - 1), "--num_seeds 3: the last of --seed 4294967295"),
+        (("good",), ("--seed", (1 << 32) - 1), "--num_seeds 3: from --seed 4294967295 on"),
         ((), ("-m", tmp_path / "none"), "no such directory"),
     )
     for arms, more, words in cases:
@@ -342,7 +342,7 @@ def test_a_dry_run_of_feature_importance(files, tmp_path, capsys):
     assert call_importance(files, tmp_path / "out", "--dry_run") == 0
     said = capsys.readouterr().out
     assert said.startswith("would compare 2 draws of ") and "feature_importance.json" in said
-    with pytest.raises(UserError, match="no word is in so many"):
+    with pytest.raises(UserError, match="no word is in that many"):
         call_importance(files, tmp_path / "out", "--dry_run", "--min_rows", 61)
     assert not (tmp_path / "out").exists()
 
@@ -356,9 +356,9 @@ def test_feature_importance_bad_input(files, tmp_path):
     same = write_rows(tmp_path / "same.jsonl", [row | {"Rating": 4} for row in read_lines(files["real"])])
     cases = (
         (("--real", same), "--real: all 80 rows drawn with seed 3407 have the same rating (reference)"),
-        (("--num_heldout", 19), "19 held-out rows (--num_heldout, and those with text); at least 20 are needed"),
+        (("--num_heldout", 19), "19 held-out rows (with text, at most --num_heldout); at least 20 are needed"),
         (("--seed", -1), "must be 0 to 4294967295"),
-        (("--seed", (1 << 32) - 1), "--num_seeds 2: the last of --seed 4294967295"),
+        (("--seed", (1 << 32) - 1), "--num_seeds 2: from --seed 4294967295 on"),
     )
     for more, words in cases:
         with pytest.raises(UserError) as error:
@@ -506,7 +506,7 @@ def test_the_key_of_another_sheet_is_refused(files, tmp_path):
     make_sheet(swapped, tmp_path / "swapped")
     filled = fill(tmp_path / "one/sheet.csv", tmp_path / "filled.csv", lambda _: "good")
     for name in ("other", "swapped"):
-        with pytest.raises(UserError, match=r"give the key\.jsonl of the same make"):
+        with pytest.raises(UserError, match=r"pass the key\.jsonl of the same sheet"):
             human_sheet.main(score_words(tmp_path / name, filled))
     # as a spreadsheet may return it: byte-order mark, CRLF, other case and spaces
     own = key_of(tmp_path / "one")[0]["sheet"]

@@ -1,4 +1,4 @@
-"""The rows of each arm and the held-out ones, read and checked alike for every measure of utility."""
+"""Read and check the rows of each arm and the held-out rows, for all utility scripts."""
 
 import random
 from typing import Any, cast
@@ -13,9 +13,9 @@ Config = DownstreamConfig | ImportanceConfig
 def read_arms(
     config: Config, taken: tuple[str, ...], problems: cli.Problems
 ) -> tuple[dict[str, list[Row]], list[Row], list[str]]:
-    """({'real' and each arm: its rows}, held-out rows, all files); `taken`: names that no arm may have.
+    """({'real' and each arm: its rows}, held-out rows, all files); `taken`: reserved arm names.
 
-    A file with a problem has no rows.
+    A file with a problem gives no rows.
     """
     files = reviews.split_arms(config.synthetic or [], taken, problems)
     arms = {"real": problems.absorb(reviews.read_reviews, config.real) or []}
@@ -26,14 +26,14 @@ def read_arms(
 
 
 def ratings(rows: list[Row]) -> list[int]:
-    """[n] the ratings, 1 … 5, of rows that `read_arms` has read."""
+    """[n] ratings, 1 … 5, of rows read by `read_arms`."""
     return [cast(int, reviews.rating(row)) for row in rows]
 
 
 def check_seeds(config: Config, problems: cli.Problems) -> None:
-    """A problem where --seed and the --num_seeds after it leave the range of seeds."""
+    """Add a problem if the last of --num_seeds seeds from --seed on is out of range."""
     if config.seed + config.num_seeds > 1 << 32:
-        problems.add(f"--num_seeds {config.num_seeds}: the last of --seed {config.seed}, … is above 4294967295")
+        problems.add(f"--num_seeds {config.num_seeds}: from --seed {config.seed} on, the last is above 4294967295")
 
 
 def draw_heldout(rows: list[Row], config: Config) -> list[Row]:

@@ -7,7 +7,7 @@ from common.cli import ModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class DownstreamConfig(ModelConfig):
-    """What utility/downstream.py compares; the script adds how it trains."""
+    """What utility/downstream.py compares; the script adds the training flags."""
 
     real: str
     heldout: str

@@ -1,22 +1,22 @@
 #!/usr/bin/env python3
-"""Train on synthetic, test on real: the same base model learns to rate reviews from each arm's rows.
+"""Train on synthetic, test on real: fine-tune the same base on each arm's rows and score it on rating real reviews.
 
 python utility/downstream.py --model meta-llama/Llama-3.1-8B --real train.jsonl --heldout validation.jsonl \\
     --synthetic no_dp=generated_sequences_no_dp.jsonl dp=generated_sequences_with_dp.jsonl --output_dir utility-out
 
-Every arm (real, and each of --synthetic) trains on the same number of rows, with the settings of run_peft.py, and so
-takes the same number of optimizer steps, which is checked. The rows are drawn, and a model is trained, once for each of
---num_seeds seeds. A model rates a held-out real review by the most probable of the five labels "1" … "5" after the
-prompt: one forward pass, no sampling. The prompt contains only the review (its beginning, if it is long), not its title
-or product.
+Every arm (real, and each of --synthetic) trains on the same number of rows, with run_peft.py's settings, and hence for
+the same number of optimizer steps (which is checked). For each of --num_seeds seeds, rows are drawn and a model is
+trained. A model rates a held-out real review by the most probable of the five labels "1" … "5" after the prompt: one
+forward pass, no sampling. The prompt has only the review (truncated if it is long), not its title or product.
 
 Writes to --output_dir:
-results_utility.jsonl: a line per arm and seed (accuracy, macro-F1, mean absolute error in stars, exact McNemar p
-against the real arm of that seed; relative_change and notes of its training, such as "the model has hardly moved"), a
+results_utility.jsonl: one line per arm and seed (accuracy, macro-F1, mean absolute error in stars, exact McNemar p
+against the real arm of that seed; relative_change and notes from training, such as "the model has hardly moved"), one
 line per arm with mean and spread over seeds, one for the untuned base and one for the majority class of the real
 training rows.
-results_utility_rows.jsonl: truth and rating of every row, no text.
-models/: the trained models. Another call with the same settings keeps them; one with other settings is refused.
+results_utility_rows.jsonl: true and predicted rating of every row, no text.
+models/: the trained models. Reruns with the same settings keep them; output directories created with different settings
+are rejected.
 """
 
 import sys
@@ -33,7 +33,7 @@ from utility.config import DownstreamConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Config(DownstreamConfig):
-    """The flags of utility/downstream.py: what is compared, and how each arm is trained."""
+    """The flags of utility/downstream.py: what to compare, and how to train each arm."""
 
     model: str = TrainConfig.model
     epochs: int = TrainConfig.epochs
@@ -49,7 +49,7 @@ class Config(DownstreamConfig):
 
 def make_parser() -> cli.Parser:
     parser = cli.Parser(
-        "Fine-tune one base on real and on synthetic reviews, rate held-out real ones.",
+        "Fine-tune one base on real and on synthetic reviews, and score it on rating held-out real ones.",
         "python utility/downstream.py -m MODEL --real train.jsonl --heldout test.jsonl --synthetic dp=dp.jsonl",
         Config,
     )
@@ -57,29 +57,31 @@ def make_parser() -> cli.Parser:
     add("-m", "--model", help="hub name or directory of a causal LM")
     add("--real", required=True, metavar="FILE", help="review rows to train on (default: none, required)")
     add("--heldout", required=True, metavar="FILE", help="review rows to rate (default: none, required)")
-    add("--synthetic", nargs="+", action="extend", metavar="ARM=FILE", help="generated rows an arm (default: none)")
-    add("--num_rows", type=cli.positive_int, help="training rows an arm; None: as many as all have")
-    add("--num_heldout", type=cli.positive_int, help="held-out rows at most")
+    add(
+        "--synthetic", nargs="+", action="extend", metavar="ARM=FILE", help="generated rows of each arm (default: none)"
+    )
+    add("--num_rows", type=cli.positive_int, help="training rows per arm; None: as many as every arm has")
+    add("--num_heldout", type=cli.positive_int, help="maximum held-out rows")
     add("--num_seeds", type=cli.positive_int, help="seeds: --seed, --seed + 1, …")
-    add("--allow_overlap", action="store_true", help="allow arms made from the metadata of held-out rows")
-    add("--output_dir", help="where models and results are written")
-    with parser.section("training, as run_peft.py's"):
+    add("--allow_overlap", action="store_true", help="allow arms generated from the metadata of held-out rows")
+    add("--output_dir", help="directory for models and results")
+    with parser.section("training, as in run_peft.py"):
         add("-e", "--epochs", type=cli.positive_int, help="passes over the rows")
         add("-lr", "--learning_rate", type=cli.non_negative_float, help="peak learning rate")
-        add("-pdbs", "--per_device_batch_size", type=cli.positive_int, help="rows held at once")
-        add("-gas", "--gradient_accumulation_steps", type=cli.positive_int, help="batches of a step")
-        add("-w", "--warmup_steps", type=cli.non_negative_int, help="steps until the full learning rate")
+        add("-pdbs", "--per_device_batch_size", type=cli.positive_int, help="rows per forward pass")
+        add("-gas", "--gradient_accumulation_steps", type=cli.positive_int, help="batches per optimizer step")
+        add("-w", "--warmup_steps", type=cli.non_negative_int, help="steps until the peak learning rate")
         add("-pt", "--peft_type", choices=("lora", "dora", "pissa"), help="kind of adapter")
         add("--lora_r", type=cli.positive_int, help="rank")
         add("--lora_alpha", type=cli.positive_float, help="the update is scaled by alpha / r")
-        add("--max_length", type=cli.positive_int, help="tokens of a row; the rest is cut off")
+        add("--max_length", type=cli.positive_int, help="maximum tokens per row; longer ones are truncated")
     cli.add_model_flags(parser)
     return parser
 
 
 def training_config(config: Config, file: Path, seed: int) -> TrainConfig:
     """run_peft.py's configuration for one arm and seed; only --input and --seed differ between them."""
-    shared = {field.name for field in fields(TrainConfig)} - {"allow_overlap"}  # another overlap
+    shared = {field.name for field in fields(TrainConfig)} - {"allow_overlap"}  # means something else there
     return replace(
         TrainConfig(**{key: value for key, value in vars(config).items() if key in shared}),
         input=str(file),
@@ -92,7 +94,7 @@ def training_config(config: Config, file: Path, seed: int) -> TrainConfig:
 
 
 def train(config: Config, file: Path, seed: int) -> Path:
-    """The last checkpoint of the training of one arm and seed on a file of instruction rows."""
+    """Train on a file of instruction rows, for one arm and seed; return the last checkpoint."""
     return checkpoints(fine_tune(training_config(config, file, seed)))[-1]
 
 

@@ -1,4 +1,4 @@
-"""The two actions of the human evaluation: make a sheet, score the sheets that come back."""
+"""The two actions of the human evaluation: make a sheet, and score the returned sheets."""
 
 import itertools
 from collections import Counter
@@ -15,12 +15,12 @@ from utility.sheet import LABELS, arrange, read_key, read_sheet, write_sheet
 
 
 def run(config: SheetConfig) -> None:
-    """Make or score, as `config.action` says."""
-    with results.output_folder(config.output_dir, config.dry_run, "human_sheet") as place:
-        (make if config.action == "make" else score)(config, Path(config.output_dir), place)
+    """Make or score, depending on `config.action`."""
+    with results.output_folder(config.output_dir, config.dry_run, "human_sheet") as output:
+        (make if config.action == "make" else score)(config, Path(config.output_dir), output)
 
 
-def make(config: SheetConfig, folder: Path, place: results.Output) -> None:
+def make(config: SheetConfig, folder: Path, output: results.Output) -> None:
     """Write sheet.csv, rubric.md and key.jsonl."""
     problems = cli.Problems()
     files = reviews.split_arms(config.synthetic or [], ("real",), problems)
@@ -28,7 +28,7 @@ def make(config: SheetConfig, folder: Path, place: results.Output) -> None:
     if config.real:
         sources.append(("real", config.real, reviews.REAL))
     if not config.synthetic and not config.real:
-        problems.add("--synthetic: give ARM=FILE of at least one arm (or --real)")
+        problems.add("--synthetic: pass ARM=FILE for at least one arm (or --real)")
     arms = {
         arm: reviews.with_text(problems.absorb(reviews.read_reviews, file, field) or []) for arm, file, field in sources
     }
@@ -45,13 +45,13 @@ def make(config: SheetConfig, folder: Path, place: results.Output) -> None:
         shares = ", ".join(f"{counts[arm]} of {arm}" for arm in arms)
         print(f"would write sheet.csv of {len(chosen)} rows ({shares}), rubric.md and key.jsonl in {folder}")
         return
-    with results.Run(record, config, inputs, output=place) as run:
+    with results.Run(record, config, inputs, output=output) as run:
         write_sheet(run.files, folder, arms, chosen)
     print(f"{len(chosen)} rows in {folder / 'sheet.csv'}; the key is {folder / 'key.jsonl'}")
 
 
-def score(config: SheetConfig, folder: Path, place: results.Output) -> None:
-    """Write human_evaluation.json: counts per arm and label over all sheets, and agreement."""
+def score(config: SheetConfig, folder: Path, output: results.Output) -> None:
+    """Write human_evaluation.json: counts per arm and label for each sheet, and agreement."""
     problems = cli.Problems()
     if not config.sheets or not config.key:
         problems.add("score: --sheets and --key are needed")
@@ -71,7 +71,7 @@ def score(config: SheetConfig, folder: Path, place: results.Output) -> None:
         print(f"would score {len(sheets)} sheets of {len(key)} rows and write {target}")
         return
     names = [Path(path).name for path in config.sheets]
-    with results.Run(record, config, inputs, output=place) as run:
+    with results.Run(record, config, inputs, output=output) as run:
         content = evaluate(names, sheets, key)
         run.files.write_json(target, content)
     for arm, entry in content["arms"].items():
@@ -82,19 +82,19 @@ def score(config: SheetConfig, folder: Path, place: results.Output) -> None:
 
 
 def check_files(sheets: Sequence[str], problems: cli.Problems) -> None:
-    """Problems for sheets that are not there, or given twice."""
+    """Add a problem for each sheet that does not exist or is given twice."""
     first: dict[str, str] = {}
     for path in sheets:
         if not Path(path).is_file():
             problems.add(f"--sheets {path}: no such file")
         elif (content := results.sha256(path)) in first:
-            problems.add(f"--sheets {path}: identical to {first[content]}; give each rater's sheet once")
+            problems.add(f"--sheets {path}: identical to {first[content]}; pass each rater's sheet once")
         else:
             first[content] = path
 
 
 def evaluate(names: Sequence[str], sheets: Sequence[dict[int, str]], key: list[Row]) -> dict[str, Any]:
-    """The content of human_evaluation.json; names: of the sheets' files; sheets: {number: label} of each."""
+    """The content of human_evaluation.json; names: file names of the sheets; sheets: {number: label} of each."""
     arms = {}
     for arm in sorted({line["arm"] for line in key}):
         own = [line["number"] for line in key if line["arm"] == arm]
@@ -118,7 +118,7 @@ def evaluate(names: Sequence[str], sheets: Sequence[dict[int, str]], key: list[R
 
 
 def agreement(names: Sequence[str], labels: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Fleiss' κ of all sheets, and of each two sheets Cohen's κ and the rows with equal labels; labels: [sheets][n]."""
+    """Fleiss' κ over all sheets; Cohen's κ and the number of equal labels for each pair; labels: [sheets][n]."""
     table = [[row.count(label) for label in LABELS] for row in zip(*labels)]
     return {
         "fleiss_kappa": fleiss_kappa(table),

@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""A blinded sheet for people to judge reviews by, and the count of what they wrote.
+"""Make a blinded sheet of reviews for human raters, and score the returned sheets.
 
 python utility/human_sheet.py make --synthetic no_dp=no_dp.jsonl dp=dp.jsonl --real test.jsonl --output_dir human
 python utility/human_sheet.py score --sheets human/sheet-anna.csv human/sheet-ben.csv --key human/key.jsonl \\
     --output_dir human
 
-make: draws --num_rows rows, equally many of each arm (to within one), and writes them in random order to sheet.csv (the
-sheet's id, number, product, rating, text, an empty column `label`), with rubric.md and key.jsonl (mode 0600). Only the
-key says which arm a row is from: keep it from the raters.
-score: every row of every sheet needs exactly one label of the rubric, and the id of the key's sheet (rows chosen,
-ordered or assigned to arms otherwise have another id). Writes human_evaluation.json: counts per arm and label with
-Clopper–Pearson intervals, and agreement (Cohen's κ of each two sheets, Fleiss' κ of all).
+make: draws --num_rows rows, split evenly over the arms, and writes them in random order to sheet.csv (sheet id, number,
+product, rating, text, an empty `label` column), with rubric.md and key.jsonl (mode 0600). Only the key says which arm a
+row is from: keep it from the raters.
+score: every row of every sheet needs exactly one label from the rubric and the sheet id of the key (any other choice,
+order or arm assignment of rows has another id). Writes human_evaluation.json: counts per arm and label with
+Clopper–Pearson intervals, and agreement (Cohen's κ of each pair of sheets, Fleiss' κ of all).
 """
 
 import sys
@@ -21,21 +21,21 @@ from utility.config import SheetConfig
 
 def make_parser() -> cli.Parser:
     parser = cli.Parser(
-        "Make a blinded sheet of reviews for human raters, or score the sheets that come back.",
+        "Make a blinded sheet of reviews for human raters, or score the returned sheets.",
         "python utility/human_sheet.py make --synthetic no_dp=no_dp.jsonl dp=dp.jsonl --output_dir human",
         SheetConfig,
     )
     add = parser.add_argument
     add("action", choices=("make", "score"), help="make a sheet, or score returned ones")
     add("--synthetic", nargs="+", action="extend", metavar="ARM=FILE", help="make: generated rows (default: none)")
-    add("--real", metavar="FILE", help="make: review rows as one more arm, `real`")
-    add("--num_rows", type=cli.positive_int, help="make: rows of the sheet")
-    add("--sheets", nargs="+", metavar="FILE", help="score: filled sheets (default: none)")
-    add("--key", metavar="FILE", help="score: the key.jsonl of make")
-    add("--output_dir", help="where the files are written")
+    add("--real", metavar="FILE", help="make: review rows for an additional arm `real`")
+    add("--num_rows", type=cli.positive_int, help="make: rows in the sheet")
+    add("--sheets", nargs="+", metavar="FILE", help="score: completed sheets (default: none)")
+    add("--key", metavar="FILE", help="score: the key.jsonl written by make")
+    add("--output_dir", help="directory for the output files")
     add("--overwrite", action="store_true", help="replace existing files")
     cli.add_dry_run(parser)
-    add("--seed", type=cli.seed, help="seed of the choice and the order of the rows")
+    add("--seed", type=cli.seed, help="seed for choosing and ordering the rows")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""How far models of different rows agree on the importance of words: rows, checks and files."""
+"""Agreement on word importance between models trained on different rows: rows, checks and files."""
 
 import random
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from utility.arms import Row, check_seeds, draw_heldout, ratings, read_arms
 from utility.config import ImportanceConfig
 
 RECORD = "run_feature_importance.json"
-FEWEST = 20  # rows of an arm
+FEWEST = 20  # minimum rows per arm
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured: rows to train on of each seed and arm, words, and rows to measure on."""
+    """Training rows of each seed and arm, vocabulary, and rows to measure on."""
 
     samples: dict[int, dict[str, list[Row]]]  # seed → arm → `size` rows
     size: int
@@ -25,9 +25,9 @@ class Plan:
 
 
 def run(config: ImportanceConfig) -> dict[str, Any]:
-    """Measure and write feature_importance.json; returns its content."""
+    """Measure, write feature_importance.json, and return its content."""
     target = Path(config.output_dir) / "feature_importance.json"
-    with results.output_folder(config.output_dir, config.dry_run, "feature_importance") as place:
+    with results.output_folder(config.output_dir, config.dry_run, "feature_importance") as output:
         plan = prepare(config, target, cli.Problems())
         if plan is None:
             return dict(results.read_json(target, "remove it"))
@@ -36,7 +36,7 @@ def run(config: ImportanceConfig) -> dict[str, Any]:
             return {}
         from utility.words import measure
 
-        with results.Run(target.with_name(RECORD), config, plan.inputs, output=place) as record:
+        with results.Run(target.with_name(RECORD), config, plan.inputs, output=output) as record:
             content = measure(plan.samples, plan.words, plan.heldout)
             record.files.write_json(target, content)
     for arm, agreement in content["arms"].items():
@@ -49,16 +49,13 @@ def cell(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-# ---------------------------------------------------------------- rows
-
-
 def prepare(config: ImportanceConfig, target: Path, problems: cli.Problems) -> Plan | None:
-    """The plan of a run; None where the results exist already. UserError with all problems."""
+    """The plan of a run, or None if the results already exist. Problems raise one UserError."""
     cli.check_writable(config.output_dir, problems)
     check_seeds(config, problems)
     arms, heldout, inputs = read_arms(config, ("real", "null", "reference"), problems)
     if shared := reviews.shared_rows(arms["real"], heldout):
-        problems.add(f"--real {config.real}: {shared} of its rows are held-out rows; give other rows")
+        problems.add(f"--real {config.real}: {shared} of its rows are held-out rows; pass other rows")
     record, hashed = target.with_name(RECORD), [] if problems.lines else inputs
     finished = problems.absorb(results.finished, record, [target], config, hashed, config.overwrite)
     problems.check()
@@ -71,17 +68,17 @@ def prepare(config: ImportanceConfig, target: Path, problems: cli.Problems) -> P
     smallest = min(len(rows) for rows in (real, *arms.values(), *(half for pair in halves.values() for half in pair)))
     size = config.num_rows or smallest
     if size > smallest:
-        problems.add(f"--num_rows {size}: there are only {smallest} rows (of an arm, or of half of --real)")
+        problems.add(f"--num_rows {size}: there are only {smallest} rows (in an arm, or in half of --real)")
     if size < FEWEST:
-        problems.add(f"{size} rows with text of an arm (or of half of --real); at least {FEWEST} are needed")
+        problems.add(f"{size} rows with text in an arm (or in half of --real); at least {FEWEST} are needed")
     measured = min(config.num_heldout, len(heldout))
     if measured < FEWEST:
-        problems.add(f"{measured} held-out rows (--num_heldout, and those with text); at least {FEWEST} are needed")
+        problems.add(f"{measured} held-out rows (with text, at most --num_heldout); at least {FEWEST} are needed")
     problems.check()
     heldout = draw_heldout(heldout, config)
     samples = {seed: draw(pair, arms, size, seed) for seed, pair in halves.items()}
     check_ratings(samples, problems)
-    from utility.words import vocabulary  # scikit-learn: only once the files are known to be good
+    from utility.words import vocabulary  # imports scikit-learn: only once the files are checked
 
     words = problems.absorb(vocabulary, heldout, config.min_rows)
     problems.check()
@@ -100,14 +97,14 @@ def draw(halves: tuple[list[Row], list[Row]], arms: dict[str, list[Row]], size: 
 
 
 def check_ratings(samples: dict[int, dict[str, list[Row]]], problems: cli.Problems) -> None:
-    """A problem for each arm whose rows of one draw all have the same rating: nothing can be learned from them."""
+    """Add a problem for each arm that has a draw with only one rating, from which nothing can be learned."""
     for arm in next(iter(samples.values())):
         if arm == "null":  # it has the ratings of the reference
             continue
-        alike = [seed for seed, draws in samples.items() if len(set(ratings(draws[arm]))) == 1]
-        if alike:
+        constant = [seed for seed, draws in samples.items() if len(set(ratings(draws[arm]))) == 1]
+        if constant:
             flag = "--real" if arm in ("reference", "real") else f"--synthetic {arm}"
             problems.add(
-                f"{flag}: all {len(samples[alike[0]][arm])} rows drawn with seed {alike[0]} have the same rating "
+                f"{flag}: all {len(samples[constant[0]][arm])} rows drawn with seed {constant[0]} have the same rating "
                 f"({arm}); rows of at least two ratings are needed"
             )

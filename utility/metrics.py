@@ -1,4 +1,4 @@
-"""Measures of what synthetic rows are good for, and of agreement between raters. Pure functions of arrays."""
+"""Metrics of the utility of synthetic rows and of agreement between raters. Pure functions of arrays."""
 
 import statistics
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ SCORES = ("accuracy", "macro_f1", "mae")
 def rating_scores(truth: ArrayLike, predicted: ArrayLike) -> dict[str, float]:
     """SCORES of predicted ratings: accuracy, macro-F1 and mean absolute error in stars.
 
-    Macro-F1: the unweighted mean of F1 over the ratings that occur in `truth` (0 for one never predicted).
+    Macro-F1: the unweighted mean of F1 over the ratings that occur in `truth` (0 if never predicted).
     """
     right, given = np.asarray(truth), np.asarray(predicted)
     f1 = []
@@ -30,7 +30,7 @@ def rating_scores(truth: ArrayLike, predicted: ArrayLike) -> dict[str, float]:
 
 
 def paired(truth: Sequence[int], real: Sequence[int], other: Sequence[int]) -> dict[str, Any]:
-    """Rows that only `other` rates rightly (gained), rows that only `real` does (lost), exact McNemar p."""
+    """Rows that only `other` rates correctly (gained), rows that only `real` does (lost), exact McNemar p."""
     right = [(a == t, b == t) for t, a, b in zip(truth, real, other)]
     gained, lost = sum(b and not a for a, b in right), sum(a and not b for a, b in right)
     return {"gained": gained, "lost": lost, "p": mcnemar(gained, lost)}
@@ -47,7 +47,7 @@ def seed_summary(arm: str, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def majority(ratings: Sequence[int]) -> int:
-    """The most common rating; the lowest of several."""
+    """The most common rating; the lowest one in a tie."""
     values, counts = np.unique(np.asarray(ratings), return_counts=True)
     return int(values[counts.argmax()])
 
@@ -55,11 +55,11 @@ def majority(ratings: Sequence[int]) -> int:
 def expected_permutation_importance(
     features: Any, weights: np.ndarray, bias: np.ndarray, truth: np.ndarray
 ) -> np.ndarray:
-    """[F] rise of the mean log-loss (nats) of a linear softmax model when a feature's column is shuffled over the rows.
+    """[F] increase in mean log-loss (nats) of a linear softmax model when a feature's column is shuffled over the rows.
 
-    features: [n, F] sparse CSC; weights: [F, C]; bias: [C]; truth: [n] class numbers.
-    The expectation over all permutations, so without sampling noise: a row is equally likely to get the value of each
-    of the n rows (Breiman 2001 shuffles once). A column with z distinct values costs one [n, C] × [C, z] product.
+    features: [n, F] sparse CSC; weights: [F, C]; bias: [C]; truth: [n] class indices.
+    The expectation over all permutations, hence free of sampling noise: a row is equally likely to get the value of
+    each of the n rows (Breiman 2001 shuffles once). A column with z distinct values costs one [n, C] × [C, z] product.
     """
     n = features.shape[0]
     logits = np.asarray(features @ weights) + bias
@@ -80,7 +80,7 @@ def expected_permutation_importance(
 
 
 def top_jaccard(first: ArrayLike, second: ArrayLike, k: int) -> float:
-    """Jaccard similarity of the k features of highest importance in two vectors [F]; ties: the lower index."""
+    """Jaccard similarity of the k most important features of two vectors [F]; ties go to the lower index."""
     tops = [set(np.argsort(-np.asarray(values), kind="stable")[:k].tolist()) for values in (first, second)]
     return len(tops[0] & tops[1]) / len(tops[0] | tops[1])
 
@@ -88,7 +88,7 @@ def top_jaccard(first: ArrayLike, second: ArrayLike, k: int) -> float:
 def fleiss_kappa(counts: ArrayLike) -> float | None:
     """Fleiss' κ of [items, categories] counts of ratings; every item has the same number of raters, at least 2.
 
-    (P̄ − P̄ₑ) / (1 − P̄ₑ) (Fleiss 1971). None where every rating is of one category: chance explains all agreement.
+    (P̄ − P̄ₑ) / (1 − P̄ₑ) (Fleiss 1971). None if all ratings are in one category: chance explains all agreement.
     """
     table = np.asarray(counts, float)
     raters = table[0].sum()
@@ -100,7 +100,7 @@ def fleiss_kappa(counts: ArrayLike) -> float | None:
 
 
 def cohen_kappa(first: ArrayLike, second: ArrayLike) -> float | None:
-    """Cohen's κ of two raters' labels (Cohen 1960). None where both gave the same label throughout."""
-    one, other = np.asarray(first), np.asarray(second)
-    expected = sum(np.mean(one == label) * np.mean(other == label) for label in np.union1d(one, other))
-    return None if expected == 1 else float((np.mean(one == other) - expected) / (1 - expected))
+    """Cohen's κ of two raters' labels (Cohen 1960). None if both gave the same single label throughout."""
+    a, b = np.asarray(first), np.asarray(second)
+    expected = sum(np.mean(a == label) * np.mean(b == label) for label in np.union1d(a, b))
+    return None if expected == 1 else float((np.mean(a == b) - expected) / (1 - expected))

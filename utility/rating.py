@@ -1,4 +1,4 @@
-"""Reviews rated by a causal language model: the most probable of the labels "1" … "5" after a prompt."""
+"""Rate reviews with a causal language model: the most probable of the labels "1" … "5" after a prompt."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,17 +10,17 @@ from utility.arms import Row
 
 INSTRUCTION = "Rate the customer's review below with 1 to 5 stars. Answer with the number alone."
 LABELS = ("1", "2", "3", "4", "5")
-MARGIN = 4  # tokens that cutting a review may add, and the EOS
+MARGIN = 4  # tokens that truncating a review may add, and the EOS
 
 
 def review_room(tokenizer: Any, max_length: int) -> int:
-    """How many tokens of a review fit into max_length beside the prompt, the label and EOS; may be below 1."""
+    """How many tokens of a review fit into max_length with the prompt, the label and EOS; may be below 1."""
     frame = dataset.instruction_prompt({"instruction": INSTRUCTION, "input": "x"}) + LABELS[0]
     return max_length - len(tokenizer(frame).input_ids) - MARGIN
 
 
 def instruction_rows(rows: Sequence[Row], tokenizer: Any, max_length: int) -> tuple[list[Row], int]:
-    """(a row of instruction, review and label for each, of at most max_length tokens; how many reviews were cut)."""
+    """(rows of instruction, review and label, each at most max_length tokens; number of truncated reviews)."""
     room = review_room(tokenizer, max_length)
     texts = [reviews.text_of(row) for row in rows]
     offsets = tokenizer(texts, return_offsets_mapping=True, add_special_tokens=False, verbose=False).offset_mapping
@@ -35,9 +35,9 @@ def instruction_rows(rows: Sequence[Row], tokenizer: Any, max_length: int) -> tu
 def label_log_probabilities(
     model: Any, tokenizer: Any, prompts: Sequence[str], progress: Callable[[int], object]
 ) -> list[list[float]]:
-    """[n][5] log p(label | prompt) in nats, tokenized as in training: prompt and label as one text.
+    """[n][5] log p(label | prompt) in nats; prompt and label are tokenized as one text, as in training.
 
-    If the labels differ in their last token alone, one sequence per prompt gives all five; else each label is scored.
+    If the labels differ only in their last token, one sequence per prompt gives all five; else each label is scored.
     progress: called with the number of tokens scored since the last call.
     """
     encoded = models.encode_texts(tokenizer, [prompt + label for prompt in prompts for label in LABELS])
@@ -62,7 +62,7 @@ def label_log_probabilities(
 
 
 def rate(base: Any, adapter: str | None, tokenizer: Any, prompts: Sequence[str]) -> list[int]:
-    """[n] ratings 1 … 5 by the base with `adapter` (None: the base as it is)."""
+    """[n] ratings 1 … 5 by the base with `adapter` (None: the base itself)."""
     with models.adapted(base, adapter) as (model, _), progress_bar(None, "tokens") as bar:
         values = label_log_probabilities(model, tokenizer, prompts, bar.update)
     return [1 + max(range(len(LABELS)), key=each.__getitem__) for each in values]

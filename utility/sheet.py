@@ -1,4 +1,4 @@
-"""The blinded sheet and its key: which rows they hold, how they are written, and how filled sheets are read."""
+"""The blinded sheet and its key: choosing the rows, writing both, and reading completed sheets."""
 
 import csv
 import hashlib
@@ -12,21 +12,21 @@ from common import cli, dataset, results, reviews
 from utility.arms import Row
 
 LABELS = {
-    "good": "reads like a customer's review of the product, from start to end",
-    "non-text": "characters that are no text: markup, code, symbols",
-    "repetition": "words or sentences said over and over",
+    "good": "reads like a customer's review of the product from start to end",
+    "non-text": "characters that are not text: markup, code, symbols",
+    "repetition": "words or sentences repeated over and over",
     "abrupt": "breaks off in the middle of a sentence",
     "gibberish": "words that make no sense together",
 }
 COLUMNS = ("sheet", "number", "product", "rating", "text", "label")
 RUBRIC = (
-    "# How to label\n\nGive each row exactly one label, the first of this list that applies from the bottom up "
-    "(gibberish before\nabrupt, abrupt before repetition, and so on); `good` only where none of the others does.\n\n"
+    "# How to label\n\nGive each row exactly one label: going through this list from the bottom up, the first that "
+    "applies\n(gibberish before abrupt, abrupt before repetition, and so on); `good` only if no other does.\n\n"
 )
 
 
 def arrange(arms: dict[str, list[Row]], num_rows: int, seed: int) -> list[tuple[str, int]]:
-    """[(arm, index of its row)] in random order: num_rows in all, equally many per arm (the first get one more)."""
+    """[(arm, index of its row)] in random order: num_rows in total, split evenly (the first arms get one more)."""
     rng, chosen = random.Random(seed), []
     for position, (arm, rows) in enumerate(arms.items()):
         share = num_rows // len(arms) + (position < num_rows % len(arms))
@@ -38,9 +38,9 @@ def arrange(arms: dict[str, list[Row]], num_rows: int, seed: int) -> list[tuple[
 
 
 def sheet_id(key: list[Row], shown: list[list[Any]]) -> str:
-    """What tells one sheet from another: a hash of its rows, of their order and of their arms.
+    """The id of a sheet: a hash of its rows, their order and their arms.
 
-    It begins with a letter that is no hexadecimal digit: a spreadsheet would read 123e4567 as a number.
+    It begins with a letter that is not a hexadecimal digit, because a spreadsheet would read 123e4567 as a number.
     """
     content = results.dumps([[line["number"], line["arm"], *row] for line, row in zip(key, shown, strict=True)])
     return "s" + hashlib.sha256(content.encode()).hexdigest()[:16]
@@ -49,12 +49,12 @@ def sheet_id(key: list[Row], shown: list[list[Any]]) -> str:
 def write_sheet(
     files: results.Publication, folder: Path, arms: dict[str, list[Row]], chosen: list[tuple[str, int]]
 ) -> None:
-    """sheet.csv, rubric.md and key.jsonl of the chosen rows."""
+    """Write sheet.csv, rubric.md and key.jsonl for the chosen rows."""
     key: list[Row] = []
     shown: list[list[Any]] = []
     for number, (arm, index) in enumerate(chosen, 1):
         row = arms[arm][index]
-        # the rating as a whole number: "5.0" in one arm and "5" in another would tell them apart
+        # the rating as a whole number: "5.0" in one arm and "5" in another would unblind them
         shown.append([row.get("Product Title") or "", reviews.rating(row), reviews.text_of(row)])
         key.append({"number": number, "arm": arm, "row_id": row.get("row_id")})
     sheet = sheet_id(key, shown)
@@ -69,7 +69,7 @@ def write_sheet(
 
 
 def read_key(path: str) -> list[Row]:
-    """The lines of key.jsonl: {'sheet', 'number', 'arm', …}. UserError when they are not what make writes."""
+    """The lines of key.jsonl: {'sheet', 'number', 'arm', …}. UserError if they are not what make writes."""
     key: list[Row] = dataset.read_rows(path)
     for line in key:
         number = line.get("number")
@@ -77,22 +77,22 @@ def read_key(path: str) -> list[Row]:
         if not texts or not isinstance(number, int) or isinstance(number, bool):
             raise cli.UserError(
                 f"{path}: not a key of this script (each line needs sheet and arm, both text, and number, a whole "
-                "number); give the key.jsonl of make"
+                "number); pass the key.jsonl written by make"
             )
     if len({line["sheet"] for line in key}) > 1:
-        raise cli.UserError(f"{path}: lines of more than one sheet; give the key.jsonl of one make")
+        raise cli.UserError(f"{path}: lines of more than one sheet; pass the key.jsonl of a single sheet")
     repeated = [number for number, n in Counter(line["number"] for line in key).items() if n > 1]
     if repeated:
         raise cli.UserError(
-            f"{path}: number {repeated[0]} occurs more than once ({len(repeated)} such numbers); give the key.jsonl of "
-            "make"
+            f"{path}: number {repeated[0]} occurs more than once ({len(repeated)} such numbers); pass the key.jsonl "
+            "written by make"
         )
     return key
 
 
 def read_sheet(path: str, key: list[Row]) -> dict[int, str]:
-    """{number: label} of a filled sheet. UserError when it is not the key's sheet, when a number is missing, repeated
-    or unknown, and when a label is missing or unknown."""
+    """{number: label} of a completed sheet. UserError if it is not the key's sheet, if a number is missing, repeated or
+    unknown, or if a label is missing or unknown."""
     problems = cli.Problems()
     labels: dict[int, str] = {}
     seen: set[int] = set()
@@ -105,7 +105,7 @@ def read_sheet(path: str, key: list[Row]) -> dict[int, str]:
         if int(number) in seen:
             problems.add(f"{path}: row {number} occurs more than once")
         elif label not in LABELS:
-            problems.add(f"{path}: row {number}: label {label!r}; give one of {', '.join(LABELS)}")
+            problems.add(f"{path}: row {number}: label {label!r}; use one of {', '.join(LABELS)}")
         else:
             labels[int(number)] = label
         seen.add(int(number))
@@ -117,7 +117,7 @@ def read_sheet(path: str, key: list[Row]) -> dict[int, str]:
 
 
 def read_lines(path: str, sheet: str) -> Sequence[dict[str, str | None]]:
-    """The rows of a filled sheet; UserError when the file is none, or has rows of another sheet than `sheet`."""
+    """The rows of a completed sheet; UserError if the file is not one, or has rows of a sheet other than `sheet`."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             lines = list(csv.DictReader(file))
@@ -128,7 +128,7 @@ def read_lines(path: str, sheet: str) -> Sequence[dict[str, str | None]]:
     others = [line["sheet"] or "" for line in lines if (line["sheet"] or "").strip().casefold() != sheet.casefold()]
     if others:
         raise cli.UserError(
-            f"{path}: sheet {others[0]!r} in {len(others)} of {len(lines)} rows, but the key is of {sheet!r}; give the "
-            "key.jsonl of the same make"
+            f"{path}: sheet {others[0]!r} in {len(others)} of {len(lines)} rows, but the key is of {sheet!r}; pass the "
+            "key.jsonl of the same sheet"
         )
     return lines

@@ -1,4 +1,4 @@
-"""Train on synthetic, test on real (TSTR): a base is trained on each arm's rows and rates held-out real reviews."""
+"""Train on synthetic, test on real (TSTR): fine-tune a base on each arm's rows, then rate held-out real reviews."""
 
 import os
 from collections.abc import Callable
@@ -18,15 +18,15 @@ from utility.rating import instruction_rows, rate, review_room
 RECORD = "run_downstream.json"
 LINES = "results_utility.jsonl"
 ROWS = "results_utility_rows.jsonl"
-NEUTRAL = ("output_dir", "dry_run", "allow_overlap")  # flags that change no result
-FILES = ("real", "heldout", "synthetic")  # flags of which the content of the files counts, not their names
+NEUTRAL = ("output_dir", "dry_run", "allow_overlap")  # flags that do not affect results
+FILES = ("real", "heldout", "synthetic")  # flags compared by file content, not by name
 Train = Callable[[Path, int], Path]  # (file of instruction rows, seed) → the last checkpoint of that training
 Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained and rated."""
+    """The models to train and the rows to rate."""
 
     ref: models.ModelRef
     tokenizer: Any
@@ -34,14 +34,14 @@ class Plan:
     arms: dict[str, list[Row]]  # rows with text; 'real' first
     size: int  # training rows per arm
     heldout: list[Row]
-    blank: dict[str, int]  # rows without text, left out, of each arm and of 'heldout'
+    blank: dict[str, int]  # dropped rows without text, of each arm and of 'heldout'
     inputs: list[str]
 
 
 def run(config: DownstreamConfig, train: Train) -> list[Line]:
-    """Train, rate, write; the lines of results_utility.jsonl. UserError before a model is loaded."""
+    """Train, rate, write; return the lines of results_utility.jsonl. Raises UserError before a model is loaded."""
     folder = Path(config.output_dir)
-    with results.output_folder(folder, config.dry_run, "downstream") as place:
+    with results.output_folder(folder, config.dry_run, "downstream") as output:
         if not config.dry_run and data_folder(config).is_dir():
             results.tidy([data_folder(config)])
         plan = prepare(config, cli.Problems())
@@ -51,7 +51,7 @@ def run(config: DownstreamConfig, train: Train) -> list[Line]:
             print(f"would write {LINES} in {folder}")
             return []
         world = distributed.start()
-        with results.Run(folder / RECORD, config, plan.inputs, world, place) as record:
+        with results.Run(folder / RECORD, config, plan.inputs, world, output) as record:
             record["dropped_blank"] = plan.blank
             lines, rows, record["steps"] = measure(config, plan, train, world.device)
             record.files.write_jsonl(folder / ROWS, rows)
@@ -61,26 +61,23 @@ def run(config: DownstreamConfig, train: Train) -> list[Line]:
 
 
 def data_folder(config: DownstreamConfig) -> Path:
-    """Where the instruction rows of each arm and seed are written."""
+    """The folder for the instruction rows of each arm and seed."""
     return Path(config.output_dir) / "data"
 
 
 def say(lines: list[Line]) -> None:
-    """Print the scores over all seeds, and what is to be noted of single models."""
+    """Print the scores over all seeds, and the notes on single models."""
     for line in lines:
         if line["seed"] is None:
             mean = {name: line[name]["mean"] if isinstance(line[name], dict) else line[name] for name in SCORES}
             print(f"{line['arm']:>12}  " + "  ".join(f"{name} {value:.4f}" for name, value in mean.items()))
     for line in lines:
         for note in line.get("notes", ()):
-            print(f"{line['arm']}, seed {line['seed']}: {note}; what it shows is the base")
-
-
-# ---------------------------------------------------------------- checks
+            print(f"{line['arm']}, seed {line['seed']}: {note}; its scores are those of the base")
 
 
 def prepare(config: DownstreamConfig, problems: cli.Problems) -> Plan:
-    """The plan of a run. UserError with all problems."""
+    """The plan of a run. Problems raise one UserError."""
     if int(os.environ.get("WORLD_SIZE", "1") or 1) > 1:
         problems.add("WORLD_SIZE: runs as one process; start it without torchrun")
     cli.check_writable(config.output_dir, problems)
@@ -107,25 +104,25 @@ def prepare(config: DownstreamConfig, problems: cli.Problems) -> Plan:
 
 
 def check_length(config: DownstreamConfig, ref: models.ModelRef, tokenizer: Any, problems: cli.Problems) -> int:
-    """--max_length within the model's context; a problem where it leaves no token for the review."""
+    """--max_length, limited to the model's context; it is a problem if that leaves no token for the review."""
     architecture = models.read_config(ref.base, ref.revision, "--model")
     max_length = min(config.max_length, models.context_length(SimpleNamespace(config=architecture)))
     lacking = 1 - review_room(tokenizer, max_length)
     if lacking > 0:
         problems.add(
             f"--max_length {config.max_length}: no token is left for the review; at least {max_length + lacking} are "
-            "needed, in the model's context too"
+            "needed, also in the model's context"
         )
     return max_length
 
 
 def check_overlap(arms: dict[str, list[Row]], heldout: list[Row], allowed: bool, problems: cli.Problems) -> None:
-    """Problems where real training rows are held-out rows, and where arms were made from held-out rows' metadata."""
+    """Add a problem if real training rows are held-out rows, or arms were generated from held-out rows' metadata."""
     keys = {reviews.source_key(row) for row in heldout if row.get("row_id") is not None}
     for arm, rows in arms.items():
         if arm == "real":
             if shared := reviews.shared_rows(rows, heldout):
-                problems.add(f"--real: {shared} of its rows are held-out rows; give other rows")
+                problems.add(f"--real: {shared} of its rows are held-out rows; pass other rows")
         elif not allowed and (shared := sum(reviews.source_key(row) in keys for row in rows)):
             problems.add(
                 f"--synthetic {arm}: {shared} rows have the product and rating of held-out rows; hold out other rows, "
@@ -134,15 +131,15 @@ def check_overlap(arms: dict[str, list[Row]], heldout: list[Row], allowed: bool,
 
 
 def settings(args: dict[str, Any], hashes: list[str]) -> dict[str, object]:
-    """{flag: value} of what the results depend on; of --real, --heldout and each arm its file's SHA-256 in `hashes`."""
+    """{flag: value} of all settings that affect results; `hashes`: SHA-256s of --real, --heldout and each arm."""
     arms = [f"--synthetic {word.partition('=')[0]}" for word in args.get("synthetic") or []]
     flags = {f"--{key}": value for key, value in args.items() if key not in (*NEUTRAL, *FILES)}
     return flags | dict(zip(["--real", "--heldout", *arms], hashes))
 
 
 def check_earlier(config: DownstreamConfig, inputs: list[str], problems: cli.Problems) -> None:
-    """A problem when --output_dir holds a run, finished or not, with other settings: it would be replaced."""
-    folder, advice = Path(config.output_dir), "name another place, or remove this one"
+    """Add a problem if --output_dir has a run, finished or not, with other settings, which would be overwritten."""
+    folder, advice = Path(config.output_dir), "choose another directory, or remove this one"
     file = folder / RECORD
     if not file.is_file():
         if (folder / LINES).exists():
@@ -151,33 +148,30 @@ def check_earlier(config: DownstreamConfig, inputs: list[str], problems: cli.Pro
     record = problems.absorb(results.read_json, file, advice)
     if record is None:
         return
-    then = settings(record.get("args", {}), [entry["sha256"] for entry in record.get("inputs", [])])
+    earlier = settings(record.get("args", {}), [entry["sha256"] for entry in record.get("inputs", [])])
     now = settings(cli.plain(vars(config)), [results.sha256(path) for path in inputs])
     different = [
-        f"{key} {str(then.get(key))[:40]} there, {str(now.get(key))[:40]} here"
-        for key in sorted(then.keys() | now.keys())
-        if then.get(key) != now.get(key)
+        f"{key} was {str(earlier.get(key))[:40]}, now {str(now.get(key))[:40]}"
+        for key in sorted(earlier.keys() | now.keys())
+        if earlier.get(key) != now.get(key)
     ]
     if different:
-        problems.add(f"--output_dir {folder}: holds a run with other settings ({'; '.join(different)}); {advice}")
-
-
-# ---------------------------------------------------------------- training and rating
+        problems.add(f"--output_dir {folder}: has a run with other settings ({'; '.join(different)}); {advice}")
 
 
 def measure(config: DownstreamConfig, plan: Plan, train: Train, device: str) -> tuple[list[Line], list[Line], int]:
-    """(result lines, a line per model and held-out row, optimizer steps of every training)."""
+    """(result lines, one line per model and held-out row, optimizer steps of each training)."""
     trained = train_arms(config, plan, train)
     steps = {line["steps"] for line in trained.values()}
     if len(steps) != 1:
         raise RuntimeError(f"the arms took different numbers of optimizer steps: {trained}")
-    asked, n_cut = instruction_rows(plan.heldout, plan.tokenizer, plan.max_length)
-    prompts = [dataset.instruction_prompt(row) for row in asked]
+    heldout, n_cut = instruction_rows(plan.heldout, plan.tokenizer, plan.max_length)
+    prompts = [dataset.instruction_prompt(row) for row in heldout]
     truth = ratings(plan.heldout)
     base = models.load_base(plan.ref, models.resolve_dtype(config.dtype, device), device, config.device_map)
     predicted: dict[tuple[str, int | None], list[int]] = {}
     lines = []
-    for (arm, seed), line in trained.items():  # of each seed the real arm comes first
+    for (arm, seed), line in trained.items():  # the real arm comes first for each seed
         predicted[arm, seed] = rate(base, line["checkpoint"], plan.tokenizer, prompts)
         against = None if arm == "real" else paired(truth, predicted["real", seed], predicted[arm, seed])
         more = {"n_cut": n_cut, "train_rows": plan.size, **line, "mcnemar_against_real": against}
@@ -195,7 +189,7 @@ def measure(config: DownstreamConfig, plan: Plan, train: Train, device: str) -> 
 
 
 def train_arms(config: DownstreamConfig, plan: Plan, train: Train) -> dict[tuple[str, int], Line]:
-    """(arm, seed) → checkpoint, optimizer steps, reviews that were cut, relative_change and notes of its training."""
+    """{(arm, seed): checkpoint, optimizer steps, truncated reviews, relative_change and notes of its training}."""
     trained = {}
     for seed in range(config.seed, config.seed + config.num_seeds):
         for arm, rows in plan.arms.items():

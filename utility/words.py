@@ -1,4 +1,4 @@
-"""Words that tell the rating: their importance to a model of one sample, and how far two models agree on it."""
+"""Word importance: how much a model trained on one sample relies on each word, and how well two models agree."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,22 +16,25 @@ TOPS = (10, 20, 50)
 
 
 def vocabulary(heldout: list[Row], min_rows: int) -> list[str]:
-    """The words in at least `min_rows` held-out rows, sorted. UserError when there are none."""
+    """The words in at least `min_rows` held-out rows, sorted. UserError if there are none."""
     counter = TfidfVectorizer(min_df=min_rows)
     try:
         counter.fit([reviews.text_of(row) for row in heldout])
-    except ValueError as error:  # "no terms remain": its text says what to change
-        raise cli.UserError(f"--min_rows {min_rows}: no word is in so many held-out rows ({error})") from None
+    except ValueError as error:  # "no terms remain"; the text says what to change
+        raise cli.UserError(f"--min_rows {min_rows}: no word is in that many held-out rows ({error})") from None
     return sorted(counter.vocabulary_)
 
 
 def importances(rows: list[Row], words: list[str], heldout: list[Row], seed: int) -> np.ndarray:
-    """[words] expected permutation importance, on the held-out rows, in a TF-IDF logistic regression of `rows`."""
+    """[words] expected permutation importance on the held-out rows, for a TF-IDF logistic regression on `rows`."""
     vectorizer = TfidfVectorizer(vocabulary=words)
     model = LogisticRegression(max_iter=2000, random_state=seed)
     features = vectorizer.fit_transform([reviews.text_of(row) for row in rows])
     model.fit(features, ratings(rows))
-    weights, bias = np.zeros((len(words), 5)), np.full(5, -30.0)  # a rating that no row has: practically impossible
+    weights, bias = (
+        np.zeros((len(words), 5)),
+        np.full(5, -30.0),
+    )  # bias of a rating that no row has: probability practically 0
     classes = [int(label) - 1 for label in model.classes_]
     if len(classes) == 2:  # scikit-learn keeps one vector for two classes
         weights[:, classes] = np.column_stack([np.zeros(len(words)), model.coef_[0]])
@@ -46,7 +49,7 @@ def importances(rows: list[Row], words: list[str], heldout: list[Row], seed: int
 def compare(reference: np.ndarray, other: np.ndarray) -> dict[str, float | None]:
     """Spearman, Pearson and Jaccard@k of two importance vectors [words].
 
-    None where one is constant; a Jaccard@k also where there are at most k words, all of which are in both tops.
+    None if either is constant; Jaccard@k is also None if there are at most k words, which would all be in both tops.
     """
     constant = np.ptp(reference) == 0 or np.ptp(other) == 0
     agreement: dict[str, float | None] = {
@@ -59,7 +62,7 @@ def compare(reference: np.ndarray, other: np.ndarray) -> dict[str, float | None]
 
 
 def measure(samples: dict[int, dict[str, list[Row]]], words: list[str], heldout: list[Row]) -> dict[str, Any]:
-    """The content of feature_importance.json; samples: seed → arm → its rows, among the arms 'reference'."""
+    """The content of feature_importance.json; samples: seed → arm → rows, including the arm 'reference'."""
     lines: dict[str, list[dict[str, Any]]] = {}
     top: list[str] = []
     for seed, arms in samples.items():
@@ -79,7 +82,7 @@ def measure(samples: dict[int, dict[str, list[Row]]], words: list[str], heldout:
 
 
 def summary(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and standard deviation over the seeds of an arm's lines, and the lines; None where no seed has a value."""
+    """The lines of an arm with mean and standard deviation over seeds; None if no seed has a value."""
     known = {name: [line[name] for line in lines if line[name] is not None] for name in lines[0] if name != "seed"}
     scored = sum(line["spearman"] is not None for line in lines)
     return {

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes fictional reviews and products in the Amazon Reviews 2023 format, for tests, quick trials and the bench.
+"""Write fictional reviews and products in the Amazon Reviews 2023 format, for tests, quick trials and benchmarks.
 
 python data/amazon/make_reviews.py --output_dir fictional                              # 10,000 reviews, 600 products
 python data/amazon/make_reviews.py --output_dir big --reviews 5000000 --products 300000 --gzip
@@ -8,11 +8,11 @@ Files: `<Category>.jsonl` (rating, title, text, images, asin, parent_asin, user_
 verified_purchase) and `meta_<Category>.jsonl` (main_category, title, average_rating, rating_number, features,
 description, price, images, store, categories, details, parent_asin), .gz with --gzip.
 
-Every product, brand and person is invented. A review speaks of its product (the noun and two of its parts) and in the
-tone of its rating, so a model can learn both; --departments chooses what the shop sells. As in the published data: 63 %
-of the ratings are five stars, few users write many of the reviews, and there are empty texts, exact duplicates, HTML
-(`<br />`, `&#34;`, `&amp;`), products without categories and reviews whose product is missing. How many of each lies in
-the manifest, under `sampling`.
+Every product, brand and person is invented. A review mentions its product (the noun and two of its parts) in the tone
+of its rating, so a model can learn both; --departments sets what the shop sells. As in the published data, 63 % of the
+ratings are five stars, a few users write many of the reviews, and there are empty texts, exact duplicates, HTML
+(`<br />`, `&#34;`, `&amp;`), products without categories and reviews whose product is missing. The manifest has the
+count of each under `sampling`.
 """
 
 import argparse
@@ -34,7 +34,7 @@ HTML = 0.1
 NO_CATEGORIES = 0.04  # shares of products; half of them have no main category either
 NO_MAIN_CATEGORY = 0.5
 
-# noun, categories below the main one, parts with what is good and bad about each, what it is used for
+# noun, categories below the main one, use, parts (each with a good and a bad thing to say about it)
 KINDS = (
     ("kettle", "Kitchen|Small Appliances|Kettles", "tea before work", (
         ("handle", "stays cool", "gets far too hot"), ("lid", "closes with a firm click", "never closes properly"),
@@ -98,7 +98,7 @@ TIMES = ("two weeks", "a month", "three months", "half a year", "a whole year", 
 COLOURS = ("green", "blue", "grey", "red", "black", "white", "yellow")
 ADJECTIVES = ("Classic", "Compact", "Deluxe", "Everyday", "Large", "Light", "Premium", "Simple", "Travel")
 SYLLABLES = ("bar", "del", "fen", "gor", "hal", "kin", "lum", "mor", "nel", "pra", "quil", "ros", "tam", "vel", "zor")
-GOOD_PARTS = {5: (1, 1), 4: (1, 0), 3: (1, 0), 2: (0, 0), 1: (0, 0)}  # which of the two parts spoken of is good
+GOOD_PARTS = {5: (1, 1), 4: (1, 0), 3: (1, 0), 2: (0, 0), 1: (0, 0)}  # which of the two mentioned parts are good
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,17 +123,17 @@ def make_parser() -> cli.Parser:
         "python data/amazon/make_reviews.py --output_dir fictional --reviews 10000 --products 600",
         MakeReviewsConfig,
     )
-    parser.add_argument("--output_dir", help="where the two files are written")
-    parser.add_argument("--category", type=category, help="the main category and name of the files")
+    parser.add_argument("--output_dir", help="directory for the two files")
+    parser.add_argument("--category", type=category, help="main category, also used in the file names")
     parser.add_argument("--reviews", type=cli.positive_int, help="review lines")
     parser.add_argument("--products", type=cli.positive_int, help="product lines")
     parser.add_argument(
         "--departments",
         nargs="+",
         choices=DEPARTMENTS,
-        help="departments that have products; one named twice has twice as many",
+        help="departments that have products; listing one twice doubles its products",
     )
-    parser.add_argument("--users", type=cli.non_negative_int, help="people; 0: one for two reviews")
+    parser.add_argument("--users", type=cli.non_negative_int, help="users; 0: one per two reviews")
     parser.add_argument("--gzip", action="store_true", help="write .jsonl.gz")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     cli.add_dry_run(parser)
@@ -142,7 +142,7 @@ def make_parser() -> cli.Parser:
 
 
 def category(text: str) -> str:
-    """argparse type: a name that a file may have."""
+    """argparse type: a valid file name."""
     if not text.replace("_", "").isalnum():
         raise argparse.ArgumentTypeError(f"letters, digits and underscores only, got {text!r}")
     return text
@@ -175,7 +175,7 @@ def make_product(rng: random.Random, number: int, main: str, kind: tuple) -> dic
 
 
 def make_text(rng: random.Random, rating: int, kind: tuple, brand: str) -> tuple[str, str]:
-    """(title, text) of a review in the tone of `rating` about a product of a kind of KINDS."""
+    """(title, text) of a review in the tone of `rating` about a product of this kind (see KINDS)."""
     noun, _, use, parts = kind
     words = {"noun": noun, "use": use, "brand": brand}
     words |= {"person": rng.choice(PERSONS), "time": rng.choice(TIMES), "colour": rng.choice(COLOURS)}
@@ -194,7 +194,9 @@ def make_text(rng: random.Random, rating: int, kind: tuple, brand: str) -> tuple
 
 def make_review(rng: random.Random, products: list[dict], kinds: list[tuple], users: list[str], counts) -> dict:
     rating = rng.choices(list(RATINGS), weights=list(RATINGS.values()))[0]
-    number = int(len(products) * rng.random() ** 2)  # few products have many of the reviews, so have few users
+    number = int(
+        len(products) * rng.random() ** 2
+    )  # skewed: a few products have many of the reviews (and so do a few users)
     title, text = make_text(rng, rating, kinds[number % len(kinds)], products[number]["store"])
     asin = products[number]["parent_asin"]
     if rng.random() < EMPTY:
@@ -216,15 +218,15 @@ def make_review(rng: random.Random, products: list[dict], kinds: list[tuple], us
 
 
 def pack(file) -> gzip.GzipFile:
-    """A gzip writer over an open file; without name and time, so that equal content gives equal bytes."""
+    """A gzip writer on an open file, without name and time, so that equal content gives equal bytes."""
     return gzip.GzipFile(filename="", mode="wb", fileobj=file, compresslevel=6, mtime=0)
 
 
 def run(config: MakeReviewsConfig) -> dict:
-    """Write both files. Returns {'reviews': path, 'meta': path, 'counts': what was put into them}."""
+    """Write both files; return {'reviews': path, 'meta': path, 'counts': the planted irregularities}."""
     ending = ".jsonl.gz" if config.gzip else ".jsonl"
     reviews, meta = (Path(config.output_dir) / f"{prefix}{config.category}{ending}" for prefix in ("", "meta_"))
-    with results.output_file(reviews, meta, dry_run=config.dry_run) as place:
+    with results.output_file(reviews, meta, dry_run=config.dry_run) as locked:
         problems = cli.Problems()
         settings = dataset.settings_of(config, ("output_dir",))
         named = [("--output_dir", path) for path in (reviews, meta)]
@@ -237,14 +239,14 @@ def run(config: MakeReviewsConfig) -> dict:
         elif config.dry_run:
             print(f"would write {config.reviews:,} lines to {reviews}, {config.products:,} to {meta}")
         else:
-            with place.publication() as files:
+            with locked.publication() as files:
                 counts = write(files, config, reviews, meta, settings)
             print(f"{config.products:>12,}  lines in {meta}\n{config.reviews:>12,}  lines in {reviews}")
     return {"reviews": reviews, "meta": meta, "counts": counts}
 
 
 def write(files: results.Publication, config: MakeReviewsConfig, reviews: Path, meta: Path, settings: dict) -> dict:
-    """Write both files and their manifests; returns what was put into the reviews."""
+    """Write both files and their manifests; return the counts of planted irregularities."""
     rng = random.Random(config.seed)
     kinds = [kind for kind in KINDS for _ in range(config.departments.count(kind[1].split("|")[0]))]
     products = [

@@ -1,32 +1,32 @@
 #!/usr/bin/env python3
-"""Amazon Reviews 2023 → train.jsonl, test.jsonl and validation.jsonl, with no user in two of them.
+"""Split Amazon Reviews 2023 into train.jsonl, test.jsonl and validation.jsonl, with no user in more than one of them.
 
 python data/amazon/prepare.py --reviews Office_Products.jsonl.gz --meta meta_Office_Products.jsonl.gz \\
     --output_dir data/amazon/office
 python data/amazon/prepare.py --reviews r.jsonl --meta m.jsonl --train 1000 --test 100 --memory_limit 600MB --strict
 
-DuckDB does the work out of core: its tables lie in a hidden folder of --output_dir, which needs about the size of the
-unpacked reviews and is removed at the end (a killed run's by the next one).
+DuckDB works out of core: its tables are in a hidden folder in --output_dir, which needs about the size of the
+uncompressed reviews and is removed at the end (after a killed run, by the next one).
 
 Rows: `System prompt`, `Rating` (1–5), `Review Title`, `Review`, `Product Title`, `Product Categories` (`categories`
 joined by ' > ', else `main_category`, else ''), `row_id` (position among the non-blank lines of --reviews, from 0) and
-`user_id`. Texts have `<br>` turned into line breaks and HTML references decoded.
+`user_id`. In texts, `<br>` becomes a line break and HTML references are decoded.
 
-Dropped, each counted: lines that are no review, reviews without a user, without a rating of 1 to 5, with an empty text
-or without their product (joined on parent_asin), and duplicates: of rows that agree in every published field, whoever
-wrote them, the first one stays. An empty title or an empty category drops nothing.
+Dropped and counted: lines that are not reviews; reviews without a user, without a rating of 1 to 5, with an empty text
+or without their product (joined on parent_asin); and duplicates: of rows that agree in every published field, whoever
+wrote them, the first is kept. An empty title or category is no reason to drop a row.
 
-A number, list, object or bool is no text: a line with one as `text`, `title` or `parent_asin` counts as broken, and a
-category of that kind as absent ('broken categories'). A `user_id` is read as `common.dataset.user_of` reads it: 5, 5.0,
-"5" and " 5" are one user; what is neither text nor a whole number makes the line broken.
+A number, list, object or bool is not text: a line with one as `text`, `title` or `parent_asin` counts as broken, and
+such a category as absent ('broken categories'). A `user_id` is read as in `common.dataset.user_of`: 5, 5.0, "5" and
+" 5" are the same user; anything but text or an integer makes the line broken.
 
-Split: users stand in the order of a seeded hash of their id; each goes, with all of their reviews, to train if it still
-has room for them, else to test if that has, else to validation, until both have exactly --train and --test rows. Where
-no user is left that fits, a file stays smaller, and the report says so. Train does not depend on --test. Rows within a
-file stand in the order of a seeded hash of their content. So neither depends on --threads.
+Split: users are sorted by a seeded hash of their id; each goes, with all of their reviews, to train if they still fit,
+else to test if they fit, else to validation, until train and test have exactly --train and --test rows. If no remaining
+user fits, a file stays smaller, and the report says so. Train does not depend on --test. Rows within a file are sorted
+by a seeded hash of their content. Neither depends on --threads.
 
 `user_id` is 16 hexadecimal digits of MD5 over the seed and the original id: it keeps the original out of the files and
-groups the rows, but it is a pseudonym, no anonymity: whoever has the source finds the person again, by the text too.
+groups the rows, but it is only a pseudonym: whoever has the source can re-identify the person, from the text too.
 """
 
 import argparse
@@ -54,7 +54,7 @@ REFERENCE = re.compile(r"&(?:#\d+|#[xX][0-9a-fA-F]+|[A-Za-z][A-Za-z0-9]*);")
 MEMORY = re.compile(r"(\d+\.?\d*)\s*([KMGT]i?B)", re.IGNORECASE)
 REVIEW_COLUMNS = {"rating": "VARCHAR", "title": "JSON", "text": "JSON", "parent_asin": "JSON", "user_id": "JSON"}
 PRODUCT_COLUMNS = {"parent_asin": "JSON", "title": "JSON", "main_category": "JSON", "categories": "JSON"}
-# of a field that makes a line broken where it is neither null nor of its kind: the macro that reads it, and its kind
+# {field: (macro that reads it, its kind)}; a line is broken if such a field is neither null nor of its kind
 READ_BY = {
     "title": ("text_of", "text"),
     "text": ("text_of", "text"),
@@ -82,7 +82,7 @@ class PrepareConfig:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(
-        "Amazon Reviews 2023: reviews and product metadata to train, test and validation files, split by user.",
+        "Build train, test and validation files, split by user, from Amazon Reviews 2023 and its product metadata.",
         "python data/amazon/prepare.py --reviews Office_Products.jsonl.gz --meta meta_Office_Products.jsonl.gz",
         PrepareConfig,
     )
@@ -92,41 +92,38 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--meta", required=True, metavar="FILE", help="meta_<Category>.jsonl or .jsonl.gz (default: none, required)"
     )
-    parser.add_argument("--output_dir", help="where the three files are written")
+    parser.add_argument("--output_dir", help="directory for the three files")
     parser.add_argument("--train", type=cli.positive_int, help="rows of train.jsonl")
-    parser.add_argument("--test", type=cli.positive_int, help="rows of test.jsonl; the rest validates")
-    parser.add_argument("--memory_limit", help="what DuckDB may hold; beyond it works on disk")
-    parser.add_argument("--threads", type=cli.non_negative_int, help="threads; 0: one a core")
-    parser.add_argument("--strict", action="store_true", help="fail when a line of an input is broken")
+    parser.add_argument("--test", type=cli.positive_int, help="rows of test.jsonl; the rest goes to validation.jsonl")
+    parser.add_argument("--memory_limit", help="memory limit of DuckDB, which spills to disk beyond it")
+    parser.add_argument("--threads", type=cli.non_negative_int, help="threads; 0: one per core")
+    parser.add_argument("--strict", action="store_true", help="fail if an input line is malformed")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     cli.add_dry_run(parser)
-    parser.add_argument("--seed", type=cli.seed, help="seed of the split, the order and the user hashes")
+    parser.add_argument("--seed", type=cli.seed, help="seed for the split, the order and the user hashes")
     return parser
-
-
-# ---------------------------------------------------------------- pure functions
 
 
 @lru_cache(1 << 12)
 def decoded(reference: str) -> str:
-    """The character of one HTML reference; texts repeat the same few."""
+    """The character of an HTML reference (cached, because few occur)."""
     return html.unescape(reference)
 
 
 def clean(text: str) -> str:
-    """Text with <br> as line breaks, complete HTML references decoded (once), NULs and outer white space removed."""
+    """Turn <br> into line breaks, decode complete HTML references (once), remove NULs and outer white space."""
     if "<" in text:
         text = LINE_BREAK.sub("\n", text)
     if "&" in text:
-        text = REFERENCE.sub(lambda found: decoded(found[0]), text)
+        text = REFERENCE.sub(lambda match: decoded(match[0]), text)
     return text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "").strip(WHITESPACE)
 
 
 def user_key(user_id: str) -> str | None:
-    """Who a user_id, given as JSON, is (`dataset.user_of`): "" for a blank text, None for what names nobody."""
+    """The user of a JSON-encoded user_id (see `dataset.user_of`): "" for blank text, None if it is invalid."""
     try:
         value = json.loads(user_id)
-    except ValueError:  # a whole number of thousands of digits
+    except ValueError:  # an integer of thousands of digits
         return None
     return dataset.user_of({"user_id": value}) or ("" if isinstance(value, str) else None)
 
@@ -134,8 +131,8 @@ def user_key(user_id: str) -> str | None:
 def take_users(users: Iterable[tuple[int, int]], sizes: list[int]) -> tuple[list[list[int]], list[int]]:
     """Fill sides of `sizes` rows with whole users.
 
-    `users` yields (user, number of rows) in the order of the split. A user goes to the first side with room for all of
-    their rows; one that fits nowhere is passed over. Returns (users of each side, rows that each side lacks).
+    `users` yields (user, number of rows) in split order. A user goes to the first side with room for all of their rows;
+    users that fit nowhere are skipped. Returns (users of each side, rows missing in each side).
     """
     sides, room = [[] for _ in sizes], list(sizes)
     for user, rows in users:
@@ -149,14 +146,11 @@ def take_users(users: Iterable[tuple[int, int]], sizes: list[int]) -> tuple[list
 
 
 def largest_deviation(part: dict[int, int], whole: dict[int, int]) -> float:
-    """Largest difference between the shares of a rating in `part` and in `whole` ({rating: rows}), in points."""
+    """Largest difference between a rating's share in `part` and in `whole` ({rating: rows}), in percentage points."""
     if not part:
         return 0.0
     shares = (part.get(rating, 0) / sum(part.values()) - n / sum(whole.values()) for rating, n in whole.items())
     return round(100 * max(map(abs, shares)), 2)
-
-
-# ---------------------------------------------------------------- files
 
 
 def is_gzip(path: Path) -> bool:
@@ -165,7 +159,7 @@ def is_gzip(path: Path) -> bool:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a .gz file, read to its end; None where nothing is. DuckDB checks no CRC."""
+    """What is wrong with a .gz file, after reading all of it, or None. Needed because DuckDB does not check the CRC."""
     import gzip
     import zlib
 
@@ -198,7 +192,7 @@ def reason_of(line: bytes) -> str:
     except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
         return f"not JSON ({str(error).split(':')[0]})"
     if line.startswith(b"\xef\xbb\xbf"):
-        return "a byte order mark before it; save the file without"
+        return "starts with a byte order mark; save the file without one"
     for field, (_, kind) in READ_BY.items():
         value = row.get(field) if isinstance(row, dict) else None
         known = user_key(json.dumps(value)) is not None if field == "user_id" else isinstance(value, str)
@@ -213,8 +207,8 @@ def destinations(config: PrepareConfig) -> dict[str, Path]:
 
 
 def check(config: PrepareConfig) -> tuple[dict, bool]:
-    """(settings for the manifests, whether all files stand already); UserError with every problem of the arguments and
-    files, then with every damaged .gz."""
+    """(settings for the manifests, whether all outputs already exist); one UserError with every problem of the
+    arguments and files, or else one with every damaged .gz."""
     from concurrent.futures import ThreadPoolExecutor
 
     problems = cli.Problems()
@@ -222,25 +216,25 @@ def check(config: PrepareConfig) -> tuple[dict, bool]:
     for flag, path in inputs.items():
         if not path.is_file():
             what = "is a directory, not a file" if path.is_dir() else "no such file"
-            problems.add(f"{flag} {path}: {what}; name a .jsonl or .jsonl.gz file")
+            problems.add(f"{flag} {path}: {what}; pass a .jsonl or .jsonl.gz file")
             continue
         try:
             is_gzip(path)
         except OSError as error:
             problems.add(f"{flag} {path}: cannot be read ({error.strerror})")
     if os.path.realpath(inputs["--reviews"]) == os.path.realpath(inputs["--meta"]):
-        problems.add(f"--meta {config.meta}: the same file as --reviews; name the meta_… file of the category")
+        problems.add(f"--meta {config.meta}: the same file as --reviews; pass the meta_… file of the category")
     amount = MEMORY.fullmatch(config.memory_limit.strip())
     if not amount or float(amount[1]) == 0:
-        problems.add(f"--memory_limit {config.memory_limit}: a number and a unit are expected, as 800MB or 1.2GB")
+        problems.add(f"--memory_limit {config.memory_limit}: expected a number and a unit, e.g. 800MB or 1.2GB")
     outputs = destinations(config)
     for path in outputs.values():
         if any(os.path.realpath(path) == os.path.realpath(source) for source in inputs.values()):
-            problems.add(f"--output_dir {config.output_dir}: {path} is also an input; name another place")
+            problems.add(f"--output_dir {config.output_dir}: {path} is also an input; choose another directory")
         elif path.is_dir():
-            problems.add(f"--output_dir {config.output_dir}: {path} is a directory; remove it, or name another place")
+            problems.add(f"--output_dir {config.output_dir}: {path} is a directory; remove it or choose another place")
     if "?" in str(Path(config.output_dir).absolute()):
-        problems.add(f"--output_dir {config.output_dir}: DuckDB cannot work in a path with '?'; name another place")
+        problems.add(f"--output_dir {config.output_dir}: DuckDB cannot use a path with '?'; choose another directory")
     cli.check_writable(config.output_dir, problems)
     settings = None
     if not problems.lines:
@@ -248,11 +242,11 @@ def check(config: PrepareConfig) -> tuple[dict, bool]:
         settings = dataset.settings_of(config, ("output_dir", "threads", "memory_limit"), **hashes)
     named = [("--output_dir", path) for path in outputs.values()]
     finished = problems.absorb(dataset.finished, named, settings, config.overwrite)
-    problems.check()  # a mistyped flag is told before gigabytes are read
+    problems.check()  # report mistyped flags before reading gigabytes
     if finished:
         return settings, True
     packed = {flag: path for flag, path in inputs.items() if is_gzip(path)}
-    with ThreadPoolExecutor() as pool:  # zlib frees the lock of the interpreter
+    with ThreadPoolExecutor() as pool:  # zlib releases the GIL
         for (flag, path), reason in zip(packed.items(), pool.map(damage, packed.values())):
             if reason:
                 problems.add(f"{flag} {path}: damaged ({reason}); download it again")
@@ -260,11 +254,8 @@ def check(config: PrepareConfig) -> tuple[dict, bool]:
     return settings, False
 
 
-# ---------------------------------------------------------------- the steps in DuckDB
-
-
 def connect(folder: Path, config: PrepareConfig):
-    """A connection to a new database in `folder`, with the functions and variables that the statements use."""
+    """Connect to a new database in `folder` and define the functions and variables that the statements use."""
     import duckdb
     import pyarrow as pa
 
@@ -273,7 +264,7 @@ def connect(folder: Path, config: PrepareConfig):
     connection = duckdb.connect(folder / "work.duckdb", config=options)
     connection.execute("SET autoinstall_known_extensions = false")
     connection.execute("SET enable_progress_bar = false")
-    connection.execute("SET force_compression = 'uncompressed'")  # of tables that live for a minute
+    connection.execute("SET force_compression = 'uncompressed'")  # the tables are short-lived
     for name, value in {"seed": str(config.seed), "system_prompt": SYSTEM_PROMPT}.items():
         connection.execute(f"SET VARIABLE {name} = ?", [value])
 
@@ -287,16 +278,16 @@ def connect(folder: Path, config: PrepareConfig):
             ["VARCHAR"],
             "VARCHAR",
             type="arrow",
-            null_handling="special",  # None may come out; none goes in
+            null_handling="special",  # may return None, but never receives it
         )
-    # most texts need no Python: no reference, tag, carriage return or NUL, visible ASCII at both ends
+    # most texts need no Python: they have no reference, tag, carriage return or NUL, and visible ASCII at both ends
     connection.execute(
         r"""CREATE MACRO cleaned(field) AS CASE
                 WHEN regexp_matches(field, '[&<\r\x00]|^[^!-~]|[^!-~]$') THEN clean_in_python(field)
                 ELSE coalesce(field, '') END"""
     )
     connection.execute("CREATE MACRO one_line(field) AS replace(cleaned(field), chr(10), ' ')")
-    # of a column of JSON, where null is NULL; faster than json_type
+    # for JSON columns, in which null is NULL; faster than json_type
     connection.execute("CREATE MACRO is_text(field) AS starts_with(field::VARCHAR, chr(34))")
     connection.execute("CREATE MACRO text_of(field) AS CASE WHEN is_text(field) THEN field->>'$' END")
     connection.execute(
@@ -308,29 +299,29 @@ def connect(folder: Path, config: PrepareConfig):
 
 
 def load(connection, flag: str, path: Path, columns: dict[str, str], table: str, select: str) -> tuple[int, int]:
-    """Create `table` from the lines of a file, in their order, `select` applied. Returns (lines, broken lines).
+    """Create `table` by applying `select` to the lines of a file, in order; return (lines, broken lines).
 
-    columns: {field: type}. A line without any of them is broken (DuckDB gives one that is no JSON object a row of
-    NULLs), and so is one with a field of another kind than READ_BY says. `select` keeps the column `broken`, and must
-    not need a join (a long IN list does): that would lose the order of the lines, and so rowid as the position among
-    the non-blank ones.
+    columns: {field: type}. A line is broken if it has none of them (DuckDB turns a line that is not a JSON object into
+    a row of NULLs) or if a field is not of the kind that READ_BY requires. `select` must keep the column `broken` and
+    must not need a join (as a long IN list does), which would lose the line order: rowid is the position among the
+    non-blank lines.
     """
     import duckdb
 
     kinds = ", ".join(f"{column}: '{kind}'" for column, kind in columns.items())
-    nothing = " AND ".join(f"{column} IS NULL" for column in columns)
+    all_null = " AND ".join(f"{column} IS NULL" for column in columns)
     values = {column: f"{READ_BY[column][0]}({column})" for column in columns if column in READ_BY}
     of_another_kind = " OR ".join(f"({column} IS NOT NULL AND {value} IS NULL)" for column, value in values.items())
     replaced = ", ".join(f"{value} AS {column}" for column, value in values.items())
     compression = "gzip" if is_gzip(path) else "none"
     name = str(path.absolute()).replace("'", "''")
-    # DuckDB reads * ? [ in a name as a pattern; each in brackets stands for itself
-    name = re.sub(r"[*?\[]", lambda found: f"[{found[0]}]", name)
+    # DuckDB treats * ? [ in a name as a glob pattern; brackets escape them
+    name = re.sub(r"[*?\[]", lambda match: f"[{match[0]}]", name)
     try:
         connection.execute(
             f"""CREATE TABLE {table} AS
                 SELECT {select} FROM (
-                    SELECT * REPLACE ({replaced}), ({nothing}) OR {of_another_kind} AS broken
+                    SELECT * REPLACE ({replaced}), ({all_null}) OR {of_another_kind} AS broken
                     FROM read_json('{name}', format = 'newline_delimited', ignore_errors = true,
                                    compression = '{compression}', columns = {{{kinds}}}))"""
         )
@@ -339,12 +330,12 @@ def load(connection, flag: str, path: Path, columns: dict[str, str], table: str,
     lines, broken = connection.execute(f"SELECT count(*), count(*) FILTER (broken) FROM {table}").fetchall()[0]
     if lines == broken:
         first = f" ({broken_line(path, [0])[0]})" if lines else ""
-        raise cli.UserError(f"{flag} {path}: no line of it is a row with {', '.join(columns)}{first}")
+        raise cli.UserError(f"{flag} {path}: no line is a row with {', '.join(columns)}{first}")
     return lines, broken
 
 
 def report_broken(connection, path: Path, table: str, broken: int, strict: bool) -> None:
-    """Show the first broken lines of a file; with `strict` that is the end."""
+    """Show the first broken lines of a file; with `strict`, fail."""
     if not broken:
         return
     query = f"SELECT rowid FROM {table} WHERE broken ORDER BY rowid LIMIT {cli.SHOWN_BROKEN}"
@@ -353,7 +344,8 @@ def report_broken(connection, path: Path, table: str, broken: int, strict: bool)
 
 
 def load_inputs(connection, config: PrepareConfig) -> dict[str, int]:
-    """Tables `review` (cleaned, with a reason where a row is dropped) and `product` (one row a parent_asin); counts."""
+    """Create the tables `review` (cleaned, with the reason if a row is dropped) and `product` (one row per
+    parent_asin); return the counts."""
     reviews, meta = Path(config.reviews), Path(config.meta)
     lines, broken = load(
         connection,
@@ -384,7 +376,7 @@ def load_inputs(connection, config: PrepareConfig) -> dict[str, int]:
            + len([member FOR member IN members IF json_type(member) NOT IN ('VARCHAR', 'NULL')]) AS absent""",
     )
     report_broken(connection, meta, "meta", broken_products, config.strict)
-    # of several lines about a product the first counts
+    # of several lines about a product, use the first
     connection.execute(
         """CREATE TABLE product AS
            SELECT parent_asin, arg_min(title, rowid) AS title,
@@ -406,7 +398,7 @@ def load_inputs(connection, config: PrepareConfig) -> dict[str, int]:
 
 
 def keep_rows(connection) -> dict[str, int]:
-    """Table `kept` (key, row, user, rating): the join without its duplicates. `key` is an MD5 over seed and row."""
+    """Create the table `kept` (key, row, user, rating): the distinct joined rows; `key` is an MD5 over seed and row."""
     connection.execute(
         """CREATE TABLE kept AS
            SELECT key, min(row) AS row, arg_min("user", row) AS "user", any_value(stars) AS rating, count(*) AS n
@@ -422,7 +414,7 @@ def keep_rows(connection) -> dict[str, int]:
 
 
 def assign(connection, sizes: list[int]) -> list[int]:
-    """Table `side` ("user", split): the users of train and test. Returns the rows that each of the two lacks."""
+    """Create the table `side` ("user", split) of train and test users; return the rows missing in each of the two."""
     cursor = connection.cursor()
     cursor.execute('SELECT "user", count(*) FROM kept GROUP BY "user" ORDER BY "user"')
     users = itertools.chain.from_iterable(iter(lambda: cursor.fetchmany(10000), []))
@@ -435,7 +427,7 @@ def assign(connection, sizes: list[int]) -> list[int]:
 
 
 def stratification(connection) -> dict[str, dict]:
-    """{split: {'rows', 'users', 'ratings': {rating: rows}, 'largest_deviation_points': from all rows}}."""
+    """{split: {'rows', 'users', 'ratings': {rating: rows}, 'largest_deviation_points': versus all rows}}."""
     counted = connection.execute(
         """SELECT coalesce(split, 'validation') AS split, rating, count(*)
            FROM kept LEFT JOIN side USING ("user") GROUP BY ALL ORDER BY ALL"""
@@ -449,17 +441,17 @@ def stratification(connection) -> dict[str, dict]:
         ratings["all"][rating] = ratings["all"].get(rating, 0) + n
     return {
         split: {
-            "rows": sum(found.values()),
+            "rows": sum(n_by_rating.values()),
             "users": users.get(split, 0),
-            "ratings": dict(sorted(found.items())),
-            "largest_deviation_points": largest_deviation(found, ratings["all"]),
+            "ratings": dict(sorted(n_by_rating.items())),
+            "largest_deviation_points": largest_deviation(n_by_rating, ratings["all"]),
         }
-        for split, found in ratings.items()
+        for split, n_by_rating in ratings.items()
     }
 
 
 def write_split(connection, split: str, file) -> int:
-    """Write the JSON lines of a split to an open binary file, in the order of their keys. Returns how many."""
+    """Write the JSON lines of a split to an open binary file, sorted by key; return how many."""
     lines = connection.sql(
         """SELECT to_json({'System prompt': getvariable('system_prompt'), 'Rating': kept.rating,
                            'Review Title': headline, 'Review': body, 'Product Title': product.title,
@@ -477,15 +469,12 @@ def write_split(connection, split: str, file) -> int:
     return rows
 
 
-# ---------------------------------------------------------------- the run
-
-
 def run(config: PrepareConfig) -> dict:
-    """Build the three files. Returns the counts that are also printed and kept in run_prepare.json; {} with nothing to
-    do."""
+    """Build the three files; return the counts, which are also printed and written to run_prepare.json; {} if they are
+    there already."""
     started = time.monotonic()
     folder, outputs = Path(config.output_dir), destinations(config)
-    with results.output_file(*outputs.values(), dry_run=config.dry_run) as place:
+    with results.output_file(*outputs.values(), dry_run=config.dry_run) as locked:
         settings, finished = check(config)
         if finished:
             dataset.say_finished(*outputs.values())
@@ -493,45 +482,47 @@ def run(config: PrepareConfig) -> dict:
         if config.dry_run:
             print(f"would read {config.reviews} and {config.meta} and write {', '.join(map(str, outputs.values()))}")
             return {}
-        return build(config, started, folder, outputs, settings, place)
+        return build(config, started, folder, outputs, settings, locked)
 
 
 @contextlib.contextmanager
 def enough_memory(config: PrepareConfig):
-    """Within the block it is a UserError when DuckDB needs more than --memory_limit."""
+    """Raise a UserError if DuckDB needs more than --memory_limit within the block."""
     import duckdb
 
     try:
         yield
     except duckdb.OutOfMemoryException as error:
         reason = str(error).splitlines()[0]
-        raise cli.UserError(f"--memory_limit {config.memory_limit}: not enough ({reason}); give more") from None
+        raise cli.UserError(f"--memory_limit {config.memory_limit}: not enough ({reason}); increase it") from None
 
 
 def plan(connection, config: PrepareConfig) -> tuple[dict[str, int], list[int], dict[str, dict]]:
-    """(counts, rows that train and test lack, `stratification`); UserError where the inputs cannot fill the files."""
+    """(counts, rows missing in train and test, `stratification`); UserError if the inputs cannot fill the files."""
     counts = load_inputs(connection, config)
     counts |= keep_rows(connection)
     if counts["rows"] < config.train + config.test:
         raise cli.UserError(
             f"--train {config.train} --test {config.test}: only {counts['rows']} of {counts['review lines']} "
-            f"reviews are left after cleaning; ask for fewer"
+            f"reviews are left after cleaning; request fewer"
         )
     lacking = assign(connection, [config.train, config.test])
     splits = stratification(connection)
     if not splits["train"]["rows"]:
         raise cli.UserError(
-            f"--train {config.train}: each of the {splits['all']['users']} users left has more reviews than "
-            "that, and none is divided; ask for more, or name a file with more users"
+            f"--train {config.train}: each of the {splits['all']['users']} remaining users has more reviews than "
+            "that, and users are not split; increase it, or pass a file with more users"
         )
     return counts, lacking, splits
 
 
-def build(config: PrepareConfig, started: float, folder: Path, outputs: dict[str, Path], settings: dict, place) -> dict:
+def build(
+    config: PrepareConfig, started: float, folder: Path, outputs: dict[str, Path], settings: dict, locked
+) -> dict:
     import duckdb
 
     inputs = [Path(config.reviews), Path(config.meta)]
-    record = results.Run(folder / "run_prepare.json", config, inputs=inputs, output=place)
+    record = results.Run(folder / "run_prepare.json", config, inputs=inputs, output=locked)
     record["packages"]["duckdb"] = duckdb.__version__
     with (
         enough_memory(config),
@@ -539,7 +530,7 @@ def build(config: PrepareConfig, started: float, folder: Path, outputs: dict[str
         connect(Path(work), config) as connection,
     ):
         counts, lacking, splits = plan(connection, config)
-        with record:  # from here on something is written: a record of refused inputs would replace that of the files
+        with record:  # opened only now, so that rejected inputs do not replace the record of existing outputs
             for split, path in outputs.items():
                 with record.files.open(path, "wb", 0o600) as file:
                     assert write_split(connection, split, file) == splits[split]["rows"], split
@@ -576,18 +567,18 @@ def report(result: dict, splits: dict, config: PrepareConfig) -> None:
     line("rows", "rows")
     line("products", f"products in {result['product lines']:,} lines ({result['broken product lines']:,} broken)")
     if "broken categories" in result:
-        line("broken categories", "categories left out: no text")
+        line("broken categories", "categories left out: not text")
     ratings = sorted(splits["all"]["ratings"])
     print(
         f"{'':>12} {'rows':>11} {'users':>11}" + "".join(f" {f'{rating} star':>7}" for rating in ratings) + "  off by"
     )
-    for split, found in splits.items():
-        shares = "".join(f" {found['ratings'].get(r, 0) / max(1, found['rows']):>7.2%}" for r in ratings)
-        deviation = f"{found['largest_deviation_points']:>5.2f} points" if split != "all" else ""
-        print(f"{split:>12} {found['rows']:>11,} {found['users']:>11,}{shares}  {deviation}")
-    for split, lack in result["lacking"].items():
-        if lack:
-            print(f"{split} lacks {lack:,} of the rows asked for: no user is left with so few, and none is divided")
+    for split, numbers in splits.items():
+        shares = "".join(f" {numbers['ratings'].get(r, 0) / max(1, numbers['rows']):>7.2%}" for r in ratings)
+        deviation = f"{numbers['largest_deviation_points']:>5.2f} points" if split != "all" else ""
+        print(f"{split:>12} {numbers['rows']:>11,} {numbers['users']:>11,}{shares}  {deviation}")
+    for split, missing in result["lacking"].items():
+        if missing:
+            print(f"{split} is {missing:,} rows short: no remaining user has so few rows, and users are not split")
     print(f"{result['reviews_per_s']:,.0f} reviews/s, peak memory {result['peak_bytes'] / 1e6:,.0f} MB")
 
 

@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""LLM-generated training data: a model continues the prompts of the training rows.
+"""Generate training data: a model continues the prompts of the training rows.
 
 python data/continuation/generate.py --model EleutherAI/pythia-12b --data_set ./data/enron.jsonl
 python data/continuation/generate.py -m data/embedded/mini-pythia-xl -d data/embedded/enron.jsonl -mt 150
 torchrun --nproc_per_node=4 data/continuation/generate.py -m EleutherAI/pythia-12b --output data/gen/data.arrow
 
-Only rows to train on are continued (dataset.split: 1,110 to the end of the published file). Output: their columns and
-`row_id` (index in the source), `generation`, `text` = prompt + generation + EOS, `finish_reason` ('stop': the model
-ended there; 'length': cut at --max_tokens or at the end of its context) and `generated_tokens`. The file is the same
-whatever the number of processes. Broken rows are left out and keep their places in the split. A killed run continues
-from the hidden partial file beside the output. Also written: the manifest and run_generate.json with the statistics
-that are printed.
+Only training rows are continued (dataset.split: from row 1,110 on in the published file). Output columns: those of the
+source plus `row_id` (index in the source), `generation`, `text` = prompt + generation + EOS, `finish_reason` ('stop':
+the model ended there; 'length': cut at --max_tokens or at the end of the context) and `generated_tokens`. The output
+does not depend on the number of processes. Malformed rows are left out but keep their positions in the split. A killed
+run resumes from the hidden partial file next to the output. Also written: the manifest, and run_generate.json with the
+printed statistics.
 """
 
 import sys
@@ -24,7 +24,7 @@ from common.models import encode_prompt
 from data import generation
 from data.continuation import text_statistics
 
-FIELDS = ("gt-name", "gt-email", "prompt")  # of a row that is not broken
+FIELDS = ("gt-name", "gt-email", "prompt")  # that every well-formed row has
 SAMPLED = ("temperature", "top_k", "max_tokens", "seed")
 MAX_PROMPT_TOKENS = 2048  # prompts are shorter than this
 
@@ -46,43 +46,40 @@ class ContinuationConfig(cli.ModelConfig):
 
 def make_parser() -> cli.Parser:
     parser = cli.Parser(
-        "Let a model continue the prompts of the training rows: the LLM-generated training data.",
+        "Generate training data by letting a model continue the prompts of the training rows.",
         "python data/continuation/generate.py --model EleutherAI/pythia-12b --data_set ./data/enron.jsonl",
         ContinuationConfig,
     )
     parser.add_argument("-m", "--model", help="the generator: directory or hub name")
     parser.add_argument("-d", "--data_set", "--dataset", "--data", help="rows in the Enron format")
-    parser.add_argument("--top_k", type=cli.positive_int, help="tokens kept before sampling")
-    parser.add_argument("-mt", "--max_tokens", type=cli.positive_int, help="tokens of a generation")
+    parser.add_argument("--top_k", type=cli.positive_int, help="sample from the k most likely tokens")
+    parser.add_argument("-mt", "--max_tokens", type=cli.positive_int, help="maximum tokens per generation")
     parser.add_argument("--temperature", type=cli.non_negative_float, help="0 is greedy")
     parser.add_argument(
         "--output", help="the .arrow file to write (default: data/<generator>-continuations/data.arrow)"
     )
-    parser.add_argument("--batch_size", type=cli.non_negative_int, help="rows decoded together; 0: by memory")
-    parser.add_argument("--strict", action="store_true", help="fail when a row is broken; else it is left out")
+    parser.add_argument("--batch_size", type=cli.non_negative_int, help="rows decoded together; 0: as memory allows")
+    parser.add_argument("--strict", action="store_true", help="fail if a row is malformed, instead of leaving it out")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --output or unfinished run")
     cli.add_model_flags(parser)
     return parser
 
 
-# ---------------------------------------------------------------- preparation
-
-
 @dataclass
 class Task:
-    """Everything that is known before the model is loaded."""
+    """The checked inputs and settings of a run, complete before the model is loaded."""
 
     ref: object
     tokenizer: object
     config: object
     rows: list[dict]
-    asked: list[int]  # indices of the rows continued
-    prompts: list[list[int]]  # token ids of each
-    rooms: list[int]  # tokens that each may generate
+    asked: list[int]  # indices of the rows to continue
+    prompts: list[list[int]]  # their token ids
+    rooms: list[int]  # maximum tokens to generate for each
     head: list[int]
     split_start: int | None
-    settings: dict  # what a resumed run must have in common with the killed one
-    finished: bool  # the output stands already
+    settings: dict  # what a resumed run must share with the killed one
+    finished: bool  # the output already exists
     dropped: dict[str, int] = field(default_factory=dict)
 
 
@@ -91,7 +88,7 @@ def destination(config: ContinuationConfig) -> Path:
 
 
 def check(config: ContinuationConfig) -> Task:
-    """Read and check every argument and file; UserError with all problems."""
+    """Read and check all arguments and files; problems raise one UserError."""
     from common import models
 
     problems = cli.Problems()
@@ -101,13 +98,15 @@ def check(config: ContinuationConfig) -> Task:
     rows, broken = problems.absorb(dataset.read_with_broken, config.data_set, FIELDS) or ([], {})
     manifest = problems.absorb(dataset.read_manifest, config.data_set) if rows else None
     if any("text" in row for row in rows[:1]):
-        problems.add(f"{config.data_set}: has a `text` already (generated rows); name the rows it was made from")
+        problems.add(
+            f"{config.data_set}: already has a `text` column (generated rows); pass the rows it was generated from"
+        )
     elif rows:
         lines = [f"{config.data_set}: row {index}: {reason}" for index, reason in sorted(broken.items())]
         problems.absorb(cli.report_broken, "rows", lines, len(lines), config.strict)
         if len(rows) - len(broken) < 3:
             problems.add(
-                f"{config.data_set}: {len(rows) - len(broken)} whole rows with {', '.join(FIELDS)}; "
+                f"{config.data_set}: {len(rows) - len(broken)} valid rows with {', '.join(FIELDS)}; "
                 "at least 3 are needed"
             )
         problems.absorb(dataset.check_columns, config.data_set, [r for i, r in enumerate(rows) if i not in broken])
@@ -122,13 +121,13 @@ def check(config: ContinuationConfig) -> Task:
     architecture = models.read_config(ref.base, ref.revision, "--model")
     rows, split, start = dataset.split_source(rows, broken, manifest)
     if not split.train:
-        raise cli.UserError(f"{config.data_set}: every row belongs to the evaluation head; none is left to continue")
+        raise cli.UserError(f"{config.data_set}: all rows belong to the evaluation head; there are none to continue")
     task = Task(ref, tokenizer, architecture, rows, [], [], [], split.head, start, settings, finished)
     context = models.context_length(SimpleNamespace(config=architecture))
     least = min(generation.MIN_ROOM, config.max_tokens)
     counts = Counter({"broken": len(broken)} if broken else {})
     for index in split.train:
-        # a trailing space would be cut off the word that follows it; the generation brings its own
+        # without the trailing space, which tokenizers attach to the next word: the generation starts with it
         prompt = encode_prompt(tokenizer, rows[index]["prompt"].rstrip(" "))
         room = min(config.max_tokens, context - len(prompt))
         if not prompt:
@@ -148,7 +147,7 @@ def check(config: ContinuationConfig) -> Task:
 
 
 def as_columns(task: Task, item: dict) -> dict:
-    """What a row gets of its continuation."""
+    """The columns that a continuation adds to its row."""
     text = item["generation"]
     if task.rows[task.asked[item["index"]]]["prompt"].endswith(" "):
         text = text.removeprefix(" ")
@@ -156,39 +155,36 @@ def as_columns(task: Task, item: dict) -> dict:
     return {"generation": text, "finish_reason": reason, "generated_tokens": item["generated_tokens"]}
 
 
-# ---------------------------------------------------------------- the run
-
-
 def run(config: ContinuationConfig) -> dict:
-    """Write the file; returns the statistics, which are also printed and kept in run_generate.json; {} with nothing to
-    do."""
+    """Write the file and return the statistics, which are also printed and written to run_generate.json; {} if there is
+    nothing to do."""
     config = replace(config, data_set=str(dataset.default_dataset(config.data_set)))
     output = destination(config)
-    with results.output_file(output, dry_run=config.dry_run) as place:
+    with results.output_file(output, dry_run=config.dry_run) as locked:
         task = check(config)
         if task.finished:
             dataset.say_finished(output)
             return {}
-        generation.read_partials(output, task.settings, config.overwrite)  # refuses another run's
+        generation.read_partials(output, task.settings, config.overwrite)  # rejects those of a different run
         if config.dry_run:
             print(
                 f"would continue {len(task.asked)} prompts ({sum(task.dropped.values())} dropped) of {config.data_set} "
                 f"with {config.model}, at most {config.max_tokens} tokens each, and write {output}"
             )
             return {}
-        return generate(config, task, output, place)
+        return generate(config, task, output, locked)
 
 
-def generate(config: ContinuationConfig, task: Task, output: Path, place: results.Output) -> dict:
+def generate(config: ContinuationConfig, task: Task, output: Path, locked: results.Output) -> dict:
     from common import models
 
     settings = task.settings
     world = distributed.start()
-    with results.Run(output.parent / "run_generate.json", config, [config.data_set], world, place) as record:
+    with results.Run(output.parent / "run_generate.json", config, [config.data_set], world, locked) as record:
         dtype = models.resolve_dtype(config.dtype, world.device)
         base = models.load_base(task.ref, dtype, world.device, config.device_map)
         with models.adapted(base, task.ref.adapter) as (model, _):
-            made = generation.continue_prompts(
+            continuations = generation.continue_prompts(
                 model,
                 task.tokenizer,
                 task.prompts,
@@ -205,9 +201,9 @@ def generate(config: ContinuationConfig, task: Task, output: Path, place: result
             )
         eos = task.tokenizer.eos_token
         rows = []
-        for item in made:
-            row, more = task.rows[task.asked[item["index"]]], as_columns(task, item)
-            rows.append({**row, **more, "text": row["prompt"] + more["generation"] + eos})
+        for item in continuations:
+            row, columns = task.rows[task.asked[item["index"]]], as_columns(task, item)
+            rows.append({**row, **columns, "text": row["prompt"] + columns["generation"] + eos})
         numbers = text_statistics.statistics(rows, [task.rows[index] for index in task.head])
         record["statistics"], record["dropped"] = numbers, task.dropped
         if world.main:

@@ -1,14 +1,14 @@
-"""From the bytes of one mail to its text and the people named in it. No paths, no options: bytes and text only.
+"""Parse the bytes of one mail into its text and the people named in it. No paths, no options: only bytes and text.
 
 A mail is *rendered* as Subject, Date, From, To, Cc, an empty line and the body (the first text/plain part, else the
-first text/html part without its tags). An *occurrence* is an e-mail address in that text whose name stands beside it:
+first text/html part without its tags). An *occurrence* is an e-mail address in that text with a name next to it:
 
-* in From, To and Cc, rendered as `NAME <ADDRESS>` whichever way the header writes it (RFC 5322 display name or
-  trailing comment, RFC 2047 encoded words). The Enron corpus keeps its names in X-From, X-To and X-cc: they are used
-  where the header gives an address alone, lists only when both have the same length;
+* in From, To and Cc, rendered as `NAME <ADDRESS>` however the header writes it (RFC 5322 display name or trailing
+  comment, RFC 2047 encoded words). The Enron corpus has its names in X-From, X-To and X-cc: they are used if the header
+  has only addresses; for lists, only if both have the same length;
 * in the body, `NAME [mailto:ADDRESS]`, `NAME [SMTP:ADDRESS]` and `NAME <ADDRESS>`, on one line or wrapped before the
-  bracket, behind any quote marks; `NAME [ADDRESS<mailto:ADDRESS>]`, as links become in text, is one occurrence, at the
-  first address: the text before the second holds the answer.
+  bracket, after any quote marks; `NAME [ADDRESS<mailto:ADDRESS>]`, the text form of a link, is one occurrence, at the
+  first address (the text before the second contains the answer).
 """
 
 import email.message
@@ -24,24 +24,24 @@ from email.parser import BytesParser
 from functools import lru_cache
 from typing import BinaryIO, NamedTuple
 
-MAX_BYTES = 1 << 20  # of one mail; what lies behind them (attachments) is not read
+MAX_BYTES = 1 << 20  # of one mail; the rest (attachments) is not read
 MAX_PROMPT_CHARACTERS = 1024
 MAX_CONTINUATION_CHARACTERS = 1600
-REMEMBERED = 1 << 14  # names and addresses already judged: mail repeats them
+REMEMBERED = 1 << 14  # size of the caches for names and addresses, which repeat a lot
 MAX_DISPLAY = 120  # characters of a name field
-LONG_LIST = 5  # recipients from here on are the last choice: the text before them is other people's addresses
+LONG_LIST = 5  # recipients from this index on are the last choice: the text before them is other people's addresses
 
-RENDERED = ("subject", "date", "from", "to", "cc")  # so that the sender's address has text before it
+RENDERED = ("subject", "date", "from", "to", "cc")  # in this order, so that text precedes the sender's address
 NAMES_APART = {"from": "x-from", "to": "x-to", "cc": "x-cc"}  # Enron
 LIST_HEADERS = ("list-post", "list-id", "mailing-list", "x-mailing-list", "list-unsubscribe")
 KNOWN = {*RENDERED, "message-id", "received", "return-path", "delivered-to"}  # a mail has at least one of these
 
-# What the email package raises on damaged mail: bad charsets and parameters, parts nested too deep.
+# Errors that the email package raises on damaged mail: bad charsets and parameters, too deeply nested parts.
 LIBRARY_ERRORS = (MessageError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 class BrokenMail(Exception):
-    """Bytes that are no mail, or a mail that the email package cannot read. The message says why, without its text."""
+    """Not a mail, or one that the email package cannot read. The message says why, without quoting the mail."""
 
 
 class Occurrence(NamedTuple):
@@ -53,13 +53,10 @@ class Occurrence(NamedTuple):
     rank: int
 
 
-# ---------------------------------------------------------------- bytes to text
-
-
 def decode_text(raw: bytes, charset: str | None) -> str:
-    """`raw` in the declared charset, else UTF-8, else Windows-1252, else Latin-1 (which never fails).
+    """`raw` decoded from the declared charset, else UTF-8, else Windows-1252, else Latin-1 (which never fails).
 
-    The result holds no NUL, no carriage return and no lone surrogate.
+    The result has no NUL, no carriage return and no lone surrogate.
     """
     stateful = charset is not None and charset.lower().startswith(("iso-2022", "utf-7", "utf-16", "utf-32", "hz"))
     if raw.isascii() and not stateful:
@@ -69,7 +66,7 @@ def decode_text(raw: bytes, charset: str | None) -> str:
             try:
                 text = raw.decode(name)
                 break
-            except (LookupError, ValueError):  # an unknown charset, or bytes that are not in it
+            except (LookupError, ValueError):  # an unknown charset, or bytes that are invalid in it
                 continue
         text = text.encode("utf-8", "replace").decode("utf-8")
     return text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "")
@@ -80,7 +77,7 @@ ENCODED_RUN = re.compile(rf"{ENCODED_WORD}(?:\s+{ENCODED_WORD})*")
 
 
 def decode_words(value: str) -> str:
-    """RFC 2047 encoded words decoded; a run that cannot be decoded stays as it is."""
+    """Decode RFC 2047 encoded words; a run that cannot be decoded is kept as it is."""
     return ENCODED_RUN.sub(_decode_run, value) if "=?" in value else value
 
 
@@ -94,7 +91,7 @@ def _decode_run(match: re.Match) -> str:
 
 
 def _header_text(value: str) -> str:
-    """A raw header, unfolded; undeclared 8-bit bytes decoded, encoded words not yet."""
+    """A raw header, unfolded, with undeclared 8-bit bytes decoded but encoded words not yet."""
     if not value.isascii():
         value = decode_text(value.encode("utf-8", "surrogateescape"), None)
     return " ".join(value.split())
@@ -106,7 +103,7 @@ TAG = re.compile(r"</?[a-z!][^<>]*>", re.I)
 
 
 def strip_html(text: str) -> str:
-    """The words of an HTML part, a line a block."""
+    """The text of an HTML part, one line per block."""
     first, *rest = text.split("<!--")
     text = first + "".join(part.partition("-->")[2] if "-->" in part else part for part in rest)
     first, *rest = HIDDEN_HTML.split(text)
@@ -142,8 +139,8 @@ END_OF_HEADERS = re.compile(rb"\r?\n\r?\n")
 
 
 def _parse(raw: bytes) -> tuple[dict[str, str], str]:
-    """(first value of every header by lower-case name, body text). Only the headers go through the email package's
-    line-by-line parser, unless the mail has parts."""
+    """({lower-case header name: its first value}, body text). Unless the mail is multipart, only its headers go through
+    the email package's line-by-line parser, which is slow."""
     gap = END_OF_HEADERS.search(raw)
     end = gap.end() if gap else len(raw)
     try:
@@ -152,11 +149,11 @@ def _parse(raw: bytes) -> tuple[dict[str, str], str]:
         for name, value in message.raw_items():
             headers.setdefault(name.lower(), value)
         if KNOWN.isdisjoint(headers):
-            raise BrokenMail("no mail header in it")
+            raise BrokenMail("has no mail header")
         kind = message.get_content_type()
         if kind.startswith("multipart/"):
             message = BytesParser().parsebytes(raw)
-        else:  # what a broken header line made the parser take for body comes first
+        else:  # the payload is what follows a broken header line, which the parser takes for body
             message.set_payload(message.get_payload() + raw[end:].decode("ascii", "surrogateescape"))
         return headers, _body(message, kind)
     except LIBRARY_ERRORS as error:
@@ -167,10 +164,10 @@ MBOX_SEPARATOR = re.compile(rb"From \S.*\d\d:\d\d.*\d{4}")
 
 
 def split_mbox(file: Iterable[bytes]) -> Iterator[bytes]:
-    """The mails in the lines of an mbox, one at a time, each cut at MAX_BYTES.
+    """The mails in the lines of an mbox, one at a time, each truncated at MAX_BYTES.
 
-    A separator is a line `From SENDER … TIME … YEAR` at the start or behind an empty line (RFC 4155). A line may come
-    in pieces: what does not end in a line break goes on in the next one.
+    A separator is a line `From SENDER … TIME … YEAR` at the start or after an empty line (RFC 4155). A line may arrive
+    in several pieces, all but the last without a line break.
     """
     lines, size, after_empty, started, begins = [], 0, True, False, True
     for line in file:
@@ -190,27 +187,25 @@ def split_mbox(file: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def read_mails(file: BinaryIO, label: str) -> Iterator[tuple[str, bytes]]:
-    """(label, bytes) of the mails of an open file: those of an mbox (it begins with `From `; their labels are numbered
-    from the second on), else the one mail it is. Reads forward only; a UTF-8 byte order mark is no part of a mail."""
+    """(label, bytes) of the mails in an open file: all mails of an mbox (which begins with `From `; labels are numbered
+    from the second on), else the single mail. Reads forward only; drops a UTF-8 byte order mark."""
     first = file.readline(MAX_BYTES).removeprefix(BOM_UTF8)
     if not first.startswith(b"From "):
         yield label, first + file.read(MAX_BYTES - len(first))
         return
     lines = itertools.chain(
         [first], iter(lambda: file.readline(MAX_BYTES), b"")
-    )  # a line without an end fills no memory
+    )  # an endless line must not fill memory
     for number, raw in enumerate(split_mbox(lines), 1):
         yield label if number == 1 else f"{label}#{number}", raw
 
-
-# ---------------------------------------------------------------- addresses and names
 
 LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 DOMAIN = re.compile(rf"(?:{LABEL}\.)+[A-Za-z]{{2,24}}(?![\w.-])")
 LOCAL = r"[A-Za-z0-9_](?:[\w.+%=&'/-]{0,62}[\w+])?"
 ADDRESS = re.compile(rf"({LOCAL})@({DOMAIN.pattern})", re.A)
-MAX_ADDRESS = 320  # characters (RFC 5321: 64 before the @ and 255 behind it)
-CLOSING = (">", "]")  # of an address in brackets
+MAX_ADDRESS = 320  # characters (RFC 5321: 64 before the @ and 255 after it)
+CLOSING = (">", "]")  # after an address in brackets
 LAST_LOCAL = re.compile(rf"(?<![\w.@-]){LOCAL}$", re.A)
 OPENED_LOCAL = re.compile(rf"[<\[]\s?(?:mailto:|smtp:)?({LOCAL})$", re.A | re.I)
 
@@ -257,12 +252,12 @@ TITLES = _words("dr mr mrs ms miss prof sir")
 SUFFIXES = _words("cfa cpa esq ii iii iv jd jr mba md phd ph.d p.e pe sr")
 PARTICLES = _words("al bin da de del della den der di do dos du el la le los mac san st ten ter van vande von")
 
-# O'Shea-Lindqvist, Jr., J., J.R.; not news.com, and not the possessive Roe's
+# matches O'Shea-Lindqvist, Jr., J. and J.R., but not news.com or the possessive Roe's
 NAME_WORD = re.compile(r"(?:[^\W\d_]\.){1,3}|[^\W\d_]+(?:['’-](?!s$)[^\W\d_]+)*\.?")
 BRACKETED = re.compile(r"\([^()]*\)|\[[^\[\]]*\]|\{[^{}]*\}|(?<=\s)(['\"])\w+\1(?=\s)")
 ANGLED = re.compile(r"<[^<>]*>?")
 
-# Reasons why an occurrence is dropped; the counts are printed under these words.
+# Reasons for dropping an occurrence, under which they are counted and printed.
 NO_NAME = "address without a name"
 IS_ADDRESS = "name is an address"
 X500 = "X.500 name alone"
@@ -276,7 +271,7 @@ BAD_ADDRESS = "malformed or encapsulated address"
 
 @lru_cache(REMEMBERED)
 def address_problem(address: str) -> str | None:
-    """Why `address` is not taken for a person's (one of the reasons above), or None."""
+    """Why `address` does not count as a person's (one of the reasons above), or None."""
     match = ADDRESS.fullmatch(address)
     if match is None or ".." in address:
         return BAD_ADDRESS
@@ -292,11 +287,11 @@ def address_problem(address: str) -> str | None:
 
 @lru_cache(REMEMBERED)
 def person(display: str, whole: bool = True) -> tuple[str, str | None]:
-    """(name as `First [Middle] Last`, None), or ("", reason) when `display` is not the name of a person.
+    """(name as `First [Middle] Last`, None), or ("", reason) if `display` is not a person's name.
 
-    whole: `display` is a name field and nothing else, so 'Last, First' is turned round. Otherwise it is the end of a
-    line of text: every word must be capitalised, and what stands before a comma only counts when it is a surname
-    and one given name follows.
+    whole: `display` is exactly a name field, so 'Last, First' is reordered. Otherwise it is the end of a line of text:
+    every word must be capitalised, and the part before a comma only counts if it is a surname followed by one given
+    name.
     """
     if len(display) > MAX_DISPLAY:
         return "", NOT_NAME
@@ -310,7 +305,7 @@ def person(display: str, whole: bool = True) -> tuple[str, str | None]:
     while (outside := BRACKETED.sub(" ", text)) != text:  # brackets nest
         text = outside
     text = text.strip(" '\",;")
-    if "@" in text or "/" in text:  # 'Jane Roe/HOU/ECT@ECT' (Lotus Notes), but not 'jane.roe@x.example'
+    if "@" in text or "/" in text:  # accept 'Jane Roe/HOU/ECT@ECT' (Lotus Notes), but not 'jane.roe@x.example'
         text = re.split(r"[/@]", text, maxsplit=1)[0].strip()
         if " " not in text:
             return "", IS_ADDRESS
@@ -339,7 +334,7 @@ def person(display: str, whole: bool = True) -> tuple[str, str | None]:
 
 
 def _in_order(parts: list[str], whole: bool) -> list[str]:
-    """The words of 'Last, First' as First Last; of other comma lists the last part in text, all parts in a field."""
+    """The words of 'Last, First' as First Last; of other comma lists, all parts in a name field, the last in text."""
     surname, given = parts[-2].split(), parts[-1].split()
     is_surname = len(surname) == 1 or (len(surname) == 2 and surname[0].lower() in PARTICLES)
     is_surname = is_surname and all(NAME_WORD.fullmatch(word) for word in surname) and len(parts) == 2
@@ -355,7 +350,7 @@ def _capitalised(words: list[str]) -> bool:
     return all(word[0].isupper() or word.lower() in PARTICLES for word in words) and words[-1][0].isupper()
 
 
-# a piece of an address header (RFC 5322); comments, which nest, are found by `comment_ends`
+# a piece of an address header (RFC 5322); nested comments are handled by `comment_ends`
 PIECE = re.compile(
     r'(?P<text>[^"\\(<\[,;:=]+)|(?P<separator>[,;:])|<(?P<closed>[^<>]*)>|<(?P<open>[^<>,;]*)'
     rf'|"(?P<quoted>(?:[^"\\]|\\.)*+)"|\[(?P<square>[^][<>,;]*@[^][<>,;]*)|(?P<word>{ENCODED_WORD})'
@@ -371,7 +366,7 @@ ON_BEHALF = re.compile(r"\A\s*on\s+behalf\s+of\s+", re.I)
 
 
 def comment_ends(value: str) -> dict[int, int]:
-    """{position of a round bracket that opens: position of the one that closes it}, without those never closed."""
+    """{position of an opening parenthesis: position of its closing one}, ignoring unclosed ones."""
     ends, opened = {}, []
     for match in BRACKET_OR_ESCAPE.finditer(value):
         if match.group() == "(":
@@ -382,9 +377,9 @@ def comment_ends(value: str) -> dict[int, int]:
 
 
 def header_items(value: str) -> Iterator[tuple[list[tuple[str, str]], str]]:
-    """(pieces, the separator behind them or "") of what stands between the commas, semicolons and colons of an address
-    header. A piece is (kind, text): 'comment', 'quoted' and 'escaped' without their marks, 'address' (what stands in
-    angle or square brackets), 'text'."""
+    """(pieces, following separator or "") of each item between the commas, semicolons and colons of an address header.
+    A piece is (kind, text): 'comment', 'quoted' and 'escaped' without their marks, 'address' (the content of angle or
+    square brackets), 'text'."""
     ends, pieces, position = comment_ends(value), [], 0
     while position < len(value):
         if position in ends:
@@ -402,7 +397,7 @@ def header_items(value: str) -> Iterator[tuple[list[tuple[str, str]], str]]:
 
 
 def clean_address(text: str) -> str:
-    """What stands in an address's place, without a scheme or route before it, needless quotes and comments."""
+    """The text in the position of an address, without a leading scheme or route, needless quotes and comments."""
     ends, kept, position = comment_ends(text), [], 0
     for start in sorted(ends):
         if start >= position:
@@ -413,7 +408,7 @@ def clean_address(text: str) -> str:
 
 
 def clean_name(pieces: list[tuple[str, str]]) -> str:
-    """The display name in some pieces, decoded. The JR of `Jane "JR" Roe` keeps its quotes: `person` drops it."""
+    """The decoded display name in some pieces. The JR of `Jane "JR" Roe` keeps its quotes, for `person` to drop."""
     filled = [index for index, (kind, text) in enumerate(pieces) if kind != "comment" and text.strip()]
     words = []
     for index, (kind, text) in enumerate(pieces):
@@ -427,40 +422,40 @@ def clean_name(pieces: list[tuple[str, str]]) -> str:
 
 
 def item_mailboxes(pieces: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """(name, address) of the mailboxes in an item of `header_items`: one, but more where a comma is missing or words
-    join two, as `NAME <ADDRESS> on behalf of NAME <ADDRESS>`. A comment is the name where there is no other."""
+    """(name, address) of the mailboxes in an item of `header_items`: usually one, but several if a comma is missing or
+    words join them, as in `NAME <ADDRESS> on behalf of NAME <ADDRESS>`. A comment is the name if there is no other."""
 
     def comment() -> str:
         return next((clean_name([("quoted", text)]) for kind, text in before if kind == "comment"), "")
 
-    found, before = [], []
+    named, before = [], []
     for kind, text in pieces:
         if kind != "address":
             before.append((kind, text))
         elif address := clean_address(text):
             name = clean_name(before)
-            if name or not found or found[-1][1].lower() != address.lower():  # else the copy in `<a<mailto:a>>`
-                found.append((name or comment(), address))
+            if name or not named or named[-1][1].lower() != address.lower():  # skip the copy in `<a<mailto:a>>`
+                named.append((name or comment(), address))
             before = []
-    if found:
-        name, address = found[-1]
-        return [*found[:-1], (name or comment(), address)]
-    if any(kind == "address" for kind, _ in pieces):  # empty: what stands around it is no address
+    if named:
+        name, address = named[-1]
+        return [*named[:-1], (name or comment(), address)]
+    if any(kind == "address" for kind, _ in pieces):  # empty brackets: the text around them is not an address
         return []
     marks = {"quoted": '"{}"', "escaped": "\\{}", "comment": "", "text": "{}"}
     address = clean_address("".join(marks[kind].format(text) for kind, text in before))
     if "@" not in address:
         return []
     at = next(index for index, (_, text) in enumerate(before) if "@" in text)
-    before = before[at:] + before[:at]  # the comment behind the address, if there is one
+    before = before[at:] + before[:at]  # prefer a comment after the address
     return [(comment(), address)]
 
 
 def mailboxes(value: str) -> list[tuple[str, str]]:
-    """(display name or "", address) of every mailbox in an unfolded From, To or Cc header, those of groups too, names
-    decoded.
+    """(decoded display name or "", address) of every mailbox in an unfolded From, To or Cc header, including those in
+    groups.
 
-    What stands in an address's place is given as it is (`address_problem` judges it).
+    The text in the position of an address is returned unchecked (see `address_problem`).
     """
     found, carried = [], ""
     for pieces, separator in header_items(value):
@@ -471,13 +466,13 @@ def mailboxes(value: str) -> list[tuple[str, str]]:
         found += named
         if named or separator != ",":
             carried = ""
-        elif name := clean_name(pieces):  # the 'Roe' of an unquoted 'Roe, Jane <…>'
+        elif name := clean_name(pieces):  # e.g. the 'Roe' of an unquoted 'Roe, Jane <…>'
             carried = f"{carried}{name}, "[-2 * MAX_DISPLAY :]
     return found
 
 
 def names_apart(value: str, n: int) -> list[str]:
-    """The n names of an Enron X-From, X-To or X-cc header, or [] when it does not hold n of them."""
+    """The n names of an Enron X-From, X-To or X-cc header, or [] if it does not have exactly n."""
     if n == 1:
         return [value]
     names = value.split(",")
@@ -486,7 +481,7 @@ def names_apart(value: str, n: int) -> list[str]:
     return [name.strip(" ,") for name in names] if len(names) == n else []
 
 
-# behind an address in brackets: itself again, as in `[a@x.example<mailto:a@x.example>]`
+# a copy of an address right after it, as in `[a@x.example<mailto:a@x.example>]`
 COPY = re.compile(
     rf"(?:\s+[>|\s]*)?[<\[]\s?(?:mailto:|smtp:)?({LOCAL}@{DOMAIN.pattern})(?:\?[^<>\s]*)?\s?[>\]]", re.A | re.I
 )
@@ -497,7 +492,7 @@ QUOTED_NAME = re.compile(r'"([^"]*)"$')
 
 
 def left_name(text: str, opening: int, start: int = 0) -> tuple[str, str | None]:
-    """`person` for the words before the bracket at `opening`: on its line, else at the end of the one before."""
+    """`person` for the words before the bracket at `opening`: on its line, else at the end of the previous one."""
     end = opening
     for _ in range(2):
         low = max(start, end - FIELD_CHARACTERS)
@@ -517,16 +512,13 @@ def left_name(text: str, opening: int, start: int = 0) -> tuple[str, str | None]
     return person(after if "@" in before else field, whole=False)
 
 
-# ---------------------------------------------------------------- one mail
-
-
 def render(raw: bytes) -> tuple[str, int, list[tuple[str, str, int, int]], set[str]]:
-    """(text, where the body starts, header mailboxes as (display, address, position, rank), addresses of its lists).
+    """(text, start of the body, header mailboxes as (display, address, position, rank), mailing-list addresses).
 
     Raises BrokenMail.
     """
     headers, body = _parse(raw)
-    pieces, length, found = [], 0, []
+    pieces, length, recipients = [], 0, []
 
     def add(piece: str) -> None:
         nonlocal length
@@ -555,7 +547,7 @@ def render(raw: bytes) -> tuple[str, int, list[tuple[str, str, int, int]], set[s
                 add(", ")
             if name:
                 add(f'"{name}" <' if "," in name else f"{name} <")
-            found.append((name, address, length, 1 if index < LONG_LIST else 2))
+            recipients.append((name, address, length, 1 if index < LONG_LIST else 2))
             add(f"{address}>" if name else address)
         add("\n")
     add("\n")
@@ -564,7 +556,7 @@ def render(raw: bytes) -> tuple[str, int, list[tuple[str, str, int, int]], set[s
     return (
         "".join(pieces) + body,
         start,
-        found,
+        recipients,
         {address.lower() for address in addresses(lists)},
     )
 
@@ -601,9 +593,11 @@ def occurrences(raw: bytes) -> tuple[str, list[Occurrence], dict[str, int]]:
 
     Raises BrokenMail.
     """
-    text, start, found, lists = render(raw)
+    text, start, header_mailboxes, lists = render(raw)
     kept, dropped = [], {}
-    named = [(*person(display), *place) if display else ("", NO_NAME, *place) for display, *place in found]
+    named = [
+        (*person(display), *located) if display else ("", NO_NAME, *located) for display, *located in header_mailboxes
+    ]
     for opening, address, position in body_addresses(text, start):
         named.append((*left_name(text, opening, start), address, position, 0))
     for name, reason, address, position, rank in named:
@@ -624,25 +618,26 @@ def cut(text: str, position: int) -> tuple[str, str]:
 
 
 def pair_key(name: str, address: str) -> bytes:
-    """16 bytes that two spellings of a pair share when they differ only in case."""
+    """A 16-byte key that ignores the case of a pair."""
     return hashlib.blake2b(f"{name.casefold()}\0{address.lower()}".encode(), digest_size=16).digest()
 
 
 def choice(seed: int, occurrence: Occurrence, prompt: str, continuation: str) -> bytes:
-    """Sort key of a pair's occurrences; the least one is taken.
+    """Sort key for a pair's occurrences; the smallest one is kept.
 
-    The rank, then a seeded hash of the text: a random choice that no order of files, batches or workers changes.
+    The rank, then a seeded hash of the text: a random choice that does not depend on the order of files, batches or
+    workers.
     """
     material = f"{seed}\0{prompt}\0{continuation}".encode()
     return bytes([occurrence.rank]) + hashlib.blake2b(material, digest_size=15).digest()
 
 
 def best_pairs(mails, seed: int) -> tuple[dict[bytes, tuple], dict[str, int], list[tuple[str, str]]]:
-    """Pairs of many mails, the best occurrence of each.
+    """The best occurrence of every pair in many mails.
 
-    mails: (name to show, bytes or an OSError) of each. Returns ({pair key: (choice, name, address, prompt,
+    mails: (label, bytes or an OSError) of each mail. Returns ({pair key: (choice, name, address, prompt,
     continuation)}, counts, [(name, reason)] of broken mails). Counts: 'messages', 'broken', 'named' (occurrences
-    kept), 'without' (mails without one) and 'dropped: REASON'.
+    kept), 'without' (mails without any) and 'dropped: REASON'.
     """
     best, counts, broken = {}, {"messages": 0, "broken": 0, "named": 0, "without": 0}, []
     for label, raw in mails:

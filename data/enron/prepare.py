@@ -1,21 +1,21 @@
 #!/usr/bin/env python3
-"""Raw mail → enron.jsonl: one row a (name, address) pair, with the text before the address and from it on.
+"""Build enron.jsonl from raw mail: one row per (name, address) pair, with the text before the address and from it on.
 
-python data/enron/prepare.py --input enron_mail_20150507.tar.gz --output data/enron.jsonl   # read as a stream
+python data/enron/prepare.py --input enron_mail_20150507.tar.gz --output data/enron.jsonl   # reads the tar as a stream
 python data/enron/prepare.py --input maildir --output data/enron.jsonl --workers 8
 python data/enron/prepare.py --input inbox.mbox letters/ one.eml --output mine.jsonl --strict
 
-Inputs: the CMU Enron maildir or its .tar.gz (any tar; never unpacked), mbox files, folders (recursive) of .eml, .txt,
-.mbox, extension-less or number-named messages, single .eml/.txt files. What an occurrence is: data/enron/mail.py.
+Inputs: the CMU Enron maildir or its .tar.gz (or any tar; never unpacked), mbox files, folders (recursive) of .eml,
+.txt, .mbox, extension-less or number-named messages, single .eml/.txt files. data/enron/mail.py defines an occurrence.
 
-Rows: `gt-name` (First [Middle] Last, 'Last, First' turned), `gt-email` (the address as written in that mail, upper
-and lower case kept), `prompt` (the rendered mail before the address: at most 1,024 characters, then at most 200 GPT-2
-tokens, or 800 characters without that tokenizer), `continuation` (from the address on, at most 1,600 characters),
-`row_id` (position in the file). Pairs that differ only in case are one. Of a pair's occurrences one in a body is
-preferred to one in a header, and that to one far down a list of recipients; among equals a seeded hash of the text
-decides. People are shuffled by the seed (pairs that share an address or a name are one person, and keep together), so
-the evaluation head and the training rows have one distribution and no person stands on both sides. So the file does
-not depend on the order of the input, on its form (folder or archive) or on --workers.
+Rows: `gt-name` (First [Middle] Last; 'Last, First' is reordered), `gt-email` (the address as written in that mail, with
+its case), `prompt` (the rendered mail before the address: at most 1,024 characters, then at most 200 GPT-2 tokens, or
+800 characters without that tokenizer), `continuation` (from the address on, at most 1,600 characters), `row_id`
+(position in the file). Pairs that differ only in case are the same. Of a pair's occurrences, one in a body is preferred
+to one in a header, which is preferred to one far down a recipient list; a seeded hash of the text breaks ties. People
+are shuffled by the seed (pairs that share an address or a name count as one person and stay together), so the
+evaluation head and the training rows have the same distribution and no person is in both. The output does not depend on
+the order of the input, its form (folder or archive) or --workers.
 """
 
 import argparse
@@ -43,12 +43,12 @@ from data.enron import mail
 BATCH_MAILS = 256
 BATCH_BYTES = 4 << 20
 PROMPT_TOKENS = 200
-PROMPT_CHARACTERS = 800  # where no tokenizer is at hand
-MAX_SURNAMES = 2  # an address with more different last names is a list or a role
+PROMPT_CHARACTERS = 800  # without a tokenizer
+MAX_SURNAMES = 2  # an address used with more different last names is a list or a role
 MIN_ROWS = 3
 TAR_ERRORS = (tarfile.TarError, EOFError, zlib.error, OSError)
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
-OTHER_ENDING = re.compile(r"\.[A-Za-z]{1,5}\d?$")  # .json, .html, .mp3: not a mail's
+OTHER_ENDING = re.compile(r"\.[A-Za-z]{1,5}\d?$")  # .json, .html, .mp3: not mail
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class PrepareConfig:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(
-        "Raw mail (Enron maildir or its tar.gz, mbox, folders of messages) to rows of name, address and text.",
+        "Build rows of name, address and text from raw mail (Enron maildir or tar.gz, mbox, folders of messages).",
         "python data/enron/prepare.py --input enron_mail_20150507.tar.gz --output data/enron.jsonl",
         PrepareConfig,
     )
@@ -77,27 +77,25 @@ def make_parser() -> argparse.ArgumentParser:
         action="extend",
         metavar="PATH",
         required=True,
-        help="folders, tar archives, mbox files, single messages; also several times (default: none, required)",
+        help="folders, tar archives, mbox files, single messages; repeatable (default: none, required)",
     )
     parser.add_argument("--output", metavar="FILE", help="the .jsonl file to write")
     parser.add_argument(
         "--tokenizer",
-        help=f"cuts prompts to {PROMPT_TOKENS} tokens: a hub name found in the local cache or a folder with "
-        f"tokenizer.json; gpt2 when not cached, and 'none': cut to {PROMPT_CHARACTERS} characters",
+        help=f"cuts prompts to {PROMPT_TOKENS} tokens: a hub name in the local cache or a folder with tokenizer.json; "
+        f"with 'none', or if gpt2 is not cached, prompts are cut to {PROMPT_CHARACTERS} characters",
     )
-    parser.add_argument("--workers", type=cli.non_negative_int, help="processes; 0: one a core")
-    parser.add_argument("--strict", action="store_true", help="fail when a message is broken")
+    parser.add_argument("--workers", type=cli.non_negative_int, help="processes; 0: one per core")
+    parser.add_argument("--strict", action="store_true", help="fail if a message is malformed")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --output")
     cli.add_dry_run(parser)
-    parser.add_argument("--seed", type=cli.seed, help="seed of the choice of occurrences and the order")
+    parser.add_argument("--seed", type=cli.seed, help="seed for choosing occurrences and shuffling people")
     return parser
 
 
-# ---------------------------------------------------------------- finding the mails
-
-
 def is_mail_name(name: str) -> bool:
-    """By its name: .eml, .txt, .mbox, no extension ('inbox'), numbered ('1.', '00001.7c53…', '1034.M5P6.host:2,S')."""
+    """Whether the name is one of mail: .eml, .txt, .mbox, no extension ('inbox') or numbered ('1.', '00001.7c53…',
+    '1034.M5P6.host:2,S')."""
     if name.startswith("."):
         return False
     lower = name.lower()
@@ -107,7 +105,7 @@ def is_mail_name(name: str) -> bool:
 
 
 def kind_of(path: Path) -> str:
-    """'folder', 'tar', 'mbox' or 'mail'. UserError when it is none of them or cannot be read."""
+    """'folder', 'tar', 'mbox' or 'mail'; UserError if it is none of them or cannot be read."""
     if path.is_dir():
         return "folder"
     if not path.is_file():
@@ -121,7 +119,7 @@ def kind_of(path: Path) -> str:
     except OSError as error:
         raise cli.UserError(f"--input {path}: cannot be read ({error.strerror})") from None
     if path.name.lower().endswith(TAR_ENDINGS):
-        raise cli.UserError(f"--input {path}: not a readable tar archive; it is damaged or something else")
+        raise cli.UserError(f"--input {path}: not a readable tar archive (damaged, or another format)")
     if start == b"From ":
         return "mbox"
     if is_mail_name(path.name):
@@ -130,8 +128,8 @@ def kind_of(path: Path) -> str:
 
 
 def is_file_within(path: str, folder: Path) -> bool:
-    """False for pipes and devices, which would hang a reader, and for links out of the folder. What cannot be looked at
-    is told of when it is opened."""
+    """False for pipes and devices, which would hang a reader, and for links out of the folder. An inaccessible file
+    counts as one: opening it reports the error."""
     real = os.path.realpath(path)
     if not real.startswith(os.path.join(os.path.realpath(folder), "")):
         return False
@@ -142,10 +140,10 @@ def is_file_within(path: str, folder: Path) -> bool:
 
 
 def walk(folder: Path, skipped: Counter) -> Iterator[str]:
-    """The files below `folder` that may be mails, sorted; the others are counted."""
+    """The files below `folder` that may be mail, sorted; counts the others in `skipped`."""
 
     def refuse(error: OSError):
-        raise cli.UserError(f"--input {error.filename}: cannot be listed ({error.strerror}); mend its mode")
+        raise cli.UserError(f"--input {error.filename}: cannot be listed ({error.strerror}); fix its permissions")
 
     for root, folders, files in os.walk(folder, onerror=refuse):
         folders.sort()
@@ -160,10 +158,10 @@ def walk(folder: Path, skipped: Counter) -> Iterator[str]:
 
 
 def tar_mails(path: Path, skipped: Counter) -> Iterator[tuple[str, bytes]]:
-    """(member name, bytes) of every mail in a tar archive, read once from front to back."""
+    """(member name, bytes) of every mail in a tar archive, in one sequential pass."""
     with tarfile.open(path, "r|*") as archive:
         while (member := archive.next()) is not None:
-            archive.members.clear()  # tarfile keeps every header it has seen
+            archive.members.clear()  # otherwise tarfile keeps every header in memory
             if not member.isreg():
                 continue
             if is_mail_name(os.path.basename(member.name)):
@@ -173,7 +171,7 @@ def tar_mails(path: Path, skipped: Counter) -> Iterator[tuple[str, bytes]]:
 
 
 def batches(path: Path, kind: str, skipped: Counter) -> Iterator[list]:
-    """Lists of file names (folder) or of (label, bytes) (everything else), for the workers."""
+    """Batches for the workers: lists of file names (from a folder) or of (label, bytes) (from anything else)."""
     if kind == "folder":
         batch = []
         for file in walk(path, skipped):
@@ -204,7 +202,7 @@ def batches(path: Path, kind: str, skipped: Counter) -> Iterator[list]:
 
 
 def read_batch(batch: list, seed: int, root: str) -> tuple[dict, dict, list, list[bytes]]:
-    """The work of a worker: `mail.best_pairs` of a batch, and the SHA-256 of every file in it that was opened here."""
+    """A worker's task: `mail.best_pairs` of a batch, plus the SHA-256 of every file opened for it."""
     digests = []
 
     def mails():
@@ -213,7 +211,7 @@ def read_batch(batch: list, seed: int, root: str) -> tuple[dict, dict, list, lis
                 yield item
                 continue
             label = os.path.relpath(item, root)
-            digests.append(b"")  # of a file that cannot be read
+            digests.append(b"")  # stays empty if the file cannot be read
             try:
                 with open(item, "rb") as file:
                     digests[-1] = hashlib.file_digest(file, "sha256").digest()
@@ -226,7 +224,7 @@ def read_batch(batch: list, seed: int, root: str) -> tuple[dict, dict, list, lis
 
 
 def in_order(function, items: Iterable, workers: int) -> Iterator[tuple]:
-    """(item, function(item)) in the order of the items, in `workers` processes with a bounded number in flight."""
+    """(item, function(*item)) in input order, computed by `workers` processes with a bounded number in flight."""
     if workers == 1:
         for item in items:
             yield item, function(*item)
@@ -247,8 +245,8 @@ def in_order(function, items: Iterable, workers: int) -> Iterator[tuple]:
 
 
 class Pairs:
-    """The best occurrence of every pair so far. Texts lie in an unnamed temporary file, so memory grows by a few
-    hundred bytes a distinct pair and not with the mail."""
+    """The best occurrence of every pair so far. Texts are kept in an unnamed temporary file, so memory grows by a few
+    hundred bytes per distinct pair, not with the amount of mail."""
 
     def __init__(self, folder: Path):
         self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by __exit__)
@@ -273,11 +271,8 @@ class Pairs:
         return tuple(json.loads(self.file.readline()))
 
 
-# ---------------------------------------------------------------- people and order
-
-
 def shared_addresses(pairs: Iterable[tuple[str, str]]) -> set[str]:
-    """Addresses (lower case) that stand with more than MAX_SURNAMES different last names."""
+    """Addresses (lower case) that occur with more than MAX_SURNAMES different last names."""
     surnames = {}
     for name, address in pairs:
         surnames.setdefault(address.lower(), set()).add(name.casefold().split()[-1])
@@ -285,7 +280,7 @@ def shared_addresses(pairs: Iterable[tuple[str, str]]) -> set[str]:
 
 
 def group_people(pairs: dict[bytes, tuple[str, str]]) -> list[list[bytes]]:
-    """Keys of pairs that share an address or a name, directly or through others (connected components)."""
+    """Group the keys of pairs that share an address or a name, directly or through others (connected components)."""
     parent = {key: key for key in pairs}
 
     def root(key: bytes) -> bytes:
@@ -295,7 +290,7 @@ def group_people(pairs: dict[bytes, tuple[str, str]]) -> list[list[bytes]]:
 
     first = {}
     for key, (name, address) in pairs.items():
-        for label in (name.casefold(), address.lower()):  # only the second has an @
+        for label in (name.casefold(), address.lower()):  # cannot collide: only addresses contain an @
             parent[root(key)] = root(first.setdefault(label, key))
     groups = {}
     for key in pairs:
@@ -304,9 +299,9 @@ def group_people(pairs: dict[bytes, tuple[str, str]]) -> list[list[bytes]]:
 
 
 def shuffled(groups: list[list[bytes]], seed: int, head: int) -> list[bytes]:
-    """All keys in an order that depends on the keys and the seed alone, groups kept together.
+    """All keys in an order that depends only on the keys and the seed, keeping groups together.
 
-    A group that would lie across position `head` is put behind it, as long as others can fill the place.
+    A group that would straddle position `head` is moved after it, as long as other groups can fill the gap.
     """
 
     def hashed(key: bytes) -> bytes:
@@ -319,11 +314,8 @@ def shuffled(groups: list[list[bytes]], seed: int, head: int) -> list[bytes]:
     return first + rest
 
 
-# ---------------------------------------------------------------- the prompt's last tokens
-
-
 def load_tokenizer(name: str):
-    """A `tokenizers.Tokenizer` from a folder or the local hub cache (never the network), or None: characters."""
+    """A `tokenizers.Tokenizer` from a folder or the local hub cache (never the network); None to cut by characters."""
     if name == "none":
         return None
     from tokenizers import Tokenizer
@@ -335,13 +327,13 @@ def load_tokenizer(name: str):
 
         names = ("gpt2", "openai-community/gpt2") if name == "gpt2" else (name,)
         with contextlib.suppress(HFValidationError):
-            found = (try_to_load_from_cache(repository, "tokenizer.json") for repository in names)
-            file = next((path for path in found if isinstance(path, str)), None)
+            cached = (try_to_load_from_cache(repository, "tokenizer.json") for repository in names)
+            file = next((path for path in cached if isinstance(path, str)), None)
             if file is None and name == "gpt2":
                 return None
         if not isinstance(file, str):
             raise cli.UserError(
-                f"--tokenizer {name}: no tokenizer.json there or in the local hub cache; fetch it first, or use 'none'"
+                f"--tokenizer {name}: no tokenizer.json there or in the local hub cache; download it, or use 'none'"
             )
     try:
         tokenizer = Tokenizer.from_file(str(file))
@@ -360,18 +352,15 @@ def last_tokens(prompts: list[str], tokenizer) -> list[str]:
     for prompt, encoding in zip(prompts, tokenizer.encode_batch(prompts, add_special_tokens=False)):
         starts = [start for start, _ in encoding.offsets]
         first = max(0, len(starts) - PROMPT_TOKENS)
-        while 0 < first < len(starts) - 1 and starts[first] == starts[first - 1]:  # inside a character's bytes
+        while 0 < first < len(starts) - 1 and starts[first] == starts[first - 1]:  # inside a multi-byte character
             first += 1
         ends.append(prompt[starts[first] :] if first else prompt)
     return ends
 
 
-# ---------------------------------------------------------------- the run
-
-
 def check(config: PrepareConfig) -> tuple[list[tuple[Path, str]], object, dict, bool]:
-    """([(input, kind)], tokenizer, settings for the manifest, whether the output stands already); UserError with every
-    problem of the arguments and files."""
+    """([(input, kind)], tokenizer, settings for the manifest, whether the output already exists); problems with the
+    arguments and files raise one UserError."""
     problems = cli.Problems()
     inputs = [(Path(path), problems.absorb(kind_of, Path(path))) for path in config.input]
     output = Path(config.output)
@@ -379,7 +368,7 @@ def check(config: PrepareConfig) -> tuple[list[tuple[Path, str]], object, dict, 
     tokenizer = problems.absorb(load_tokenizer, config.tokenizer)
     settings = None
     if not problems.lines:
-        known = output.exists() and not config.overwrite  # else nothing is compared, and nothing need be read
+        known = output.exists() and not config.overwrite  # otherwise there is nothing to compare with
         hashes = [input_sha256(path, kind) for path, kind in inputs] if known else None
         cut = None if tokenizer is None else hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
         settings = dataset.settings_of(config, ("output", "workers"), input=hashes, tokenizer=cut)
@@ -389,7 +378,7 @@ def check(config: PrepareConfig) -> tuple[list[tuple[Path, str]], object, dict, 
 
 
 def input_sha256(path: Path, kind: str) -> str:
-    """SHA-256 of a file; of a folder, over the name and the SHA-256 of each file that may be a mail."""
+    """SHA-256 of a file; for a folder, over the name and the SHA-256 of each file that may be mail."""
     if kind != "folder":
         return results.sha256(path)
     digest = hashlib.sha256()
@@ -399,7 +388,7 @@ def input_sha256(path: Path, kind: str) -> str:
 
 
 def file_digest(file: str) -> bytes:
-    """SHA-256 of a file; b"" of one that cannot be read."""
+    """SHA-256 of a file, or b"" if it cannot be read."""
     try:
         with open(file, "rb") as opened:
             return hashlib.file_digest(opened, "sha256").digest()
@@ -411,13 +400,13 @@ def add_file(digest, name: str, content: bytes) -> None:
     digest.update(name.encode("utf-8", "surrogateescape") + b"\0" + content)
 
 
-def progress(found: Iterable[tuple], done: Counter) -> Iterator[tuple]:
-    """Pass on what is found; a bar on a terminal, else a line every 30 seconds."""
+def progress(items: Iterable[tuple], done: Counter) -> Iterator[tuple]:
+    """Pass the items on, showing a progress bar on a terminal, else a line every 30 seconds."""
     from tqdm import tqdm
 
     begun = reported = time.monotonic()
     with tqdm(unit=" messages", disable=not sys.stderr.isatty()) as bar:
-        for item in found:
+        for item in items:
             yield item
             bar.update(done["messages"] - bar.n)
             if bar.disable and time.monotonic() - reported > 30:
@@ -426,11 +415,11 @@ def progress(found: Iterable[tuple], done: Counter) -> Iterator[tuple]:
 
 
 def collect(inputs: list[tuple[Path, str]], pairs: Pairs, workers: int, seed: int):
-    """Read every input into `pairs`. Returns (counts, broken mails, manifest sources)."""
+    """Read every input into `pairs`; return (counts, broken mails, manifest sources)."""
     counts, skipped, broken = Counter(), Counter(), []
     total = [0] * len(inputs)
     digests = [hashlib.sha256() if kind == "folder" else None for _, kind in inputs]
-    owner = deque()  # input number of each batch under way
+    owner = deque()  # input number of each batch in flight
 
     def jobs():
         for number, (path, kind) in enumerate(inputs):
@@ -449,7 +438,7 @@ def collect(inputs: list[tuple[Path, str]], pairs: Pairs, workers: int, seed: in
         for file, digest in zip(batch, hashes):
             add_file(digests[number], os.path.relpath(file, root), digest)
     counts.update(skipped)
-    empty = [f"--input {path}: no messages in it" for (path, _), n in zip(inputs, total) if n == 0]
+    empty = [f"--input {path}: contains no messages" for (path, _), n in zip(inputs, total) if n == 0]
     if empty:
         raise cli.UserError(*empty)
     sources = [
@@ -459,7 +448,7 @@ def collect(inputs: list[tuple[Path, str]], pairs: Pairs, workers: int, seed: in
 
 
 def write_rows(file, pairs: Pairs, keys: list[bytes], head: int, tokenizer) -> int:
-    """Write a row a key. Returns how many addresses of the first `head` rows occur in the text of the others."""
+    """Write one row per key; return how many addresses of the first `head` rows occur in the text of the others."""
     head_addresses, seen = set(), set()
     for start in range(0, len(keys), 1000):
         names, addresses, prompts, continuations = zip(*map(pairs.read, keys[start : start + 1000]))
@@ -475,9 +464,9 @@ def write_rows(file, pairs: Pairs, keys: list[bytes], head: int, tokenizer) -> i
 
 
 def run(config: PrepareConfig) -> dict:
-    """Build the file. Returns the counts that are also printed and kept in run_prepare.json; {} with nothing to do."""
+    """Build the file; return the counts, which are also printed and written to run_prepare.json; {} if it is there."""
     output = Path(config.output)
-    with results.output_file(output, dry_run=config.dry_run) as place:
+    with results.output_file(output, dry_run=config.dry_run) as locked:
         inputs, tokenizer, settings, finished = check(config)
         if finished:
             dataset.say_finished(output)
@@ -485,17 +474,17 @@ def run(config: PrepareConfig) -> dict:
         if config.dry_run:
             print(f"would read {', '.join(f'{path} ({kind})' for path, kind in inputs)} and write {output}")
             return {}
-        return build(config, inputs, tokenizer, settings, place)
+        return build(config, inputs, tokenizer, settings, locked)
 
 
 def build(
-    config: PrepareConfig, inputs: list[tuple[Path, str]], tokenizer, settings: dict, place: results.Output
+    config: PrepareConfig, inputs: list[tuple[Path, str]], tokenizer, settings: dict, locked: results.Output
 ) -> dict:
     output = Path(config.output)
     workers = config.workers or (os.cpu_count() or 1)
     files = [path for path, kind in inputs if kind != "folder"]
     cut = f"{PROMPT_CHARACTERS} characters" if tokenizer is None else f"{PROMPT_TOKENS} tokens of {config.tokenizer}"
-    record = results.Run(output.parent / "run_prepare.json", config, inputs=files, output=place)
+    record = results.Run(output.parent / "run_prepare.json", config, inputs=files, output=locked)
     with Pairs(output.parent) as pairs:
         started = time.monotonic()
         counts, broken, sources = collect(inputs, pairs, workers, config.seed)
@@ -506,14 +495,14 @@ def build(
         kept = {key: pair for key, pair in people.items() if pair[1].lower() not in shared}
         if len(kept) < MIN_ROWS:
             raise cli.UserError(
-                f"--input: only {len(kept)} pairs of a name and an address found; {MIN_ROWS} are needed"
+                f"--input: only {len(kept)} pairs of a name and an address found; at least {MIN_ROWS} are needed"
             )
         head = min(dataset.HEAD_ROWS, len(kept) // 3)
         groups = group_people(kept)
         keys = shuffled(groups, config.seed, head)
-        place = {key: index for index, key in enumerate(keys)}
-        both = sum(min(map(place.get, group)) < head <= max(map(place.get, group)) for group in groups)
-        with record:  # from here on something is written: a record of refused inputs would replace that of the file
+        row_of = {key: index for index, key in enumerate(keys)}
+        both = sum(min(map(row_of.get, group)) < head <= max(map(row_of.get, group)) for group in groups)
+        with record:  # opened only now, so that rejected inputs do not replace the record of an existing output
             with record.files.open(output, permissions=0o600) as file:
                 overlap = write_rows(file, pairs, keys, head, tokenizer)
             sampling = {
@@ -564,19 +553,19 @@ def report(result: dict, output: Path, head: int) -> None:
 
     line(result["messages"], "messages")
     line(result["broken"], "broken")
-    line(result["without"], "without a usable pair")
+    line(result["without"], "without a usable name–address pair")
     reasons = sorted((key for key in result if key.startswith("dropped: ")), key=lambda key: -result[key])
     for key in reasons:
         line(result[key], key)
     line(result["named"], "occurrences of a name with its address")
-    line(result["duplicates"], "dropped: duplicates of a pair")
-    line(result["pairs of shared addresses"], f"pairs dropped: address with more than {MAX_SURNAMES} last names")
+    line(result["duplicates"], "dropped: repeated pairs")
+    line(result["pairs of shared addresses"], f"pairs dropped: address used with more than {MAX_SURNAMES} last names")
     if "files that are no messages by their name" in result:
-        line(result["files that are no messages by their name"], "files skipped: no messages by their name")
+        line(result["files that are no messages by their name"], "files skipped: name is not that of a message")
     line(result["rows"], f"rows of {result['people']:,} people in {output}")
     line(head, "of them in the evaluation head")
-    line(result["people on both sides of the split"], "people both there and among the training rows")
-    line(result["head addresses in training rows"], "addresses of the head that a training row's text mentions")
+    line(result["people on both sides of the split"], "people in both the head and the training rows")
+    line(result["head addresses in training rows"], "head addresses that occur in the text of training rows")
     print(f"prompts cut to {result['prompt cut']}")
     speed, memory = result["messages_per_s"], result["peak_bytes"] / 1e6
     print(f"{speed:,.0f} messages/s with {result['workers']} workers, peak memory {memory:,.0f} MB")
