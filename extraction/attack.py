@@ -1,6 +1,10 @@
 """The attack on a loaded model: every prompt at every temperature, and the log-probability of the true address."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from common import models, sampling
 from common.distributed import World, progress_bar
@@ -8,16 +12,36 @@ from common.models import encode_prompt
 from extraction.config import AttackConfig
 from extraction.task import ExtractionTask
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from common.models import Model
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the model made of one row × template."""
+
+    row: int  # among the rows asked
+    template: str
+    responses: list[str] | None = None  # [temperature]; None: dropped
+    dropped: str | None = None  # the reason
+    truth_logprob: float | None = None  # as in `sampling.Answers`, nats
+    truth_logp: list[float] | None = None  # [temperature], likewise
+    truth_tokens: int = 0  # of the shortest form of the true address
+
 
 def attack(
-    model, tokenizer, task: ExtractionTask, config: AttackConfig, temperatures: Sequence[float], world: World
-) -> list[dict]:
-    """Ask every row with every template at every temperature. On rank 0: one dict a row × template, in order:
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    task: ExtractionTask,
+    config: AttackConfig,
+    temperatures: Sequence[float],
+    world: World,
+) -> list[Reply]:
+    """Ask every row with every template at every temperature; one Reply a row × template, in this order."""
 
-    {row, template, responses: [text per temperature] or None, dropped: reason or None, truth_logprob, truth_logp}.
-    """
-
-    def ask_mine() -> list[dict]:
+    def ask_mine() -> list[Reply]:
         longest = models.context_length(model)
         vocabulary = model.config.get_text_config().vocab_size
         newline = task.settings["stop"] == "newline"
@@ -32,7 +56,7 @@ def attack(
                     ids = encode_prompt(tokenizer, prompt)
                     if not ids or len(ids) + config.max_tokens > longest:
                         reason = "longer than the context" if ids else "empty prompt"
-                        found.append({"row": row, "template": label, "responses": None, "dropped": reason})
+                        found.append(Reply(row, label, dropped=reason))
                         bar.update(1)
                         continue
                     asked.append(row)
@@ -57,29 +81,30 @@ def attack(
                     if newline:
                         texts = [text.replace("\r", "\n").split("\n")[0] for text in texts]
                     found.append(
-                        {
-                            "row": row,
-                            "template": label,
-                            "responses": texts,
-                            "dropped": None,
-                            "truth_logprob": answer.truth_logprob,
-                            "truth_logp": answer.truth_logp,
-                            "truth_tokens": min(map(len, target), default=0),
-                        }
+                        Reply(
+                            row,
+                            label,
+                            texts,
+                            truth_logprob=answer.truth_logprob,
+                            truth_logp=answer.truth_logp,
+                            truth_tokens=min(map(len, target), default=0),
+                        )
                     )
         return found
 
-    everything = [item for part in world.together(ask_mine) for item in part]
+    everything = [reply for part in world.together(ask_mine) for reply in part]
     order = {label: number for number, label in enumerate(task.labels)}
-    return sorted(everything, key=lambda item: (item["row"], order[item["template"]]))
+    return sorted(everything, key=lambda reply: (reply.row, order[reply.template]))
 
 
-def _forms(tokenizer, prompt: str, ids: list[int], truths: list[str], room: int) -> list[list[int]]:
+def _forms(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, ids: list[int], truths: list[str], room: int
+) -> list[list[int]]:
     """The canonical tokens of each true text after the prompt, each once; those that do not fit the context left out.
 
     The texts differ in the blank before the address, so no answer begins with two of them: their probabilities add up.
     """
-    forms = []
+    forms: list[list[int]] = []
     for truth in truths:
         joined = encode_prompt(tokenizer, prompt + truth)
         merged = joined[: len(ids)] != ids  # the prompt's last token runs into the answer: take the answer alone

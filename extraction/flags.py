@@ -6,6 +6,7 @@ from extraction.task import NUM_ROWS
 
 
 def add_attack_flags(parser: cli.Parser) -> None:
+    """Add them to `parser`, whose configuration gives their defaults."""
     add = parser.add_argument
     with parser.section("data"):
         add("-d", "--dataset", "--data", help="rows with gt-name and gt-email")

@@ -1,9 +1,12 @@
 """One model measured: from the answers to the result lines and their files."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,16 +15,25 @@ from common.distributed import World
 from common.schema import GREEDY_BELOW, HEADLINE_TEMPERATURE, MEASURES, next_free, outcomes_path, responses_path
 from common.stats import mean_or_none
 from extraction import metrics
-from extraction.attack import attack
+from extraction.attack import Reply, attack
 from extraction.config import AttackConfig, MeasureConfig
 from extraction.task import ExtractionTask, prepare
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from common.cli import AnyPath
+    from common.models import Model, ModelRef
+
+    Lines = list[dict[str, Any]]  # of a result file
 
 KEY = "purified"  # of the lock: other scripts write to checkpoints too
 
 
 def find_results(
-    folder, task: ExtractionTask, model_key: dict, responses: bool = False
-) -> list[tuple[Path, list[dict]]]:
+    folder: AnyPath, task: ExtractionTask, model_key: dict[str, Any], responses: bool = False
+) -> list[tuple[Path, Lines]]:
     """(result file, its lines) of each file of this very measurement, the newest last. Those of the released tool never
     match.
 
@@ -44,55 +56,56 @@ def find_results(
     return found
 
 
-def newest(found: list[tuple[Path, list[dict]]]) -> list[dict]:
+def newest(found: list[tuple[Path, Lines]]) -> Lines:
     """The last measured line of each temperature in what `find_results` found, by temperature."""
     last = {line["temperature"]: line for _, lines in found for line in lines}
     return [last[temperature] for temperature in sorted(last)]
 
 
-def model_key(ref) -> dict:
+def model_key(ref: ModelRef) -> dict[str, Any]:
     """What identifies the measured weights in a result line."""
     return {"model_sha256": models.weights_sha256(ref), "revision": ref.revision}
 
 
-def summarise(task: ExtractionTask, found: list[dict], temperatures: list[float], model_info: dict):
+def summarise(
+    task: ExtractionTask, found: list[Reply], temperatures: Sequence[float], model_info: dict[str, Any]
+) -> tuple[Lines, Lines, Lines]:
     """(result lines, outcome lines, response lines) of a finished attack."""
-    result_lines, outcome_lines, response_lines = [], [], []
+    result_lines: Lines = []
+    outcome_lines: Lines = []
+    response_lines: Lines = []
     n_rows = len(task.people)
-    dropped = [item for item in found if item["responses"] is None]
-    reasons = {reason: sum(item["dropped"] == reason for item in dropped) for reason in {i["dropped"] for i in dropped}}
-    logp = {label: [] for label in task.labels}
-    truth = {label: [] for label in task.labels}
-    for item in found:
-        if item["responses"] is not None and item["truth_logp"] is not None:
-            logp[item["template"]].append(item["truth_logp"])
-            truth[item["template"]].append(item["truth_logprob"])
+    dropped = [reply.dropped for reply in found if reply.responses is None]
+    logp: dict[str, list[list[float]]] = {label: [] for label in task.labels}
+    truth: dict[str, list[float | None]] = {label: [] for label in task.labels}
+    for reply in found:
+        if reply.responses is not None and reply.truth_logp is not None:
+            logp[reply.template].append(reply.truth_logp)
+            truth[reply.template].append(reply.truth_logprob)
     scored = {
-        label: sum(item["template"] == label and item["responses"] is not None for item in found)
-        for label in task.labels
+        label: sum(reply.template == label and reply.responses is not None for reply in found) for label in task.labels
     }
     # addresses of more tokens than an answer may have: their probability is 0 by definition
     limit = task.settings["max_tokens"]
     too_long = {
-        label: sum(item["template"] == label and item.get("truth_tokens", 0) > limit for item in found)
-        for label in task.labels
+        label: sum(reply.template == label and reply.truth_tokens > limit for reply in found) for label in task.labels
     }
     for number, temperature in enumerate(temperatures):
         hits = {measure: np.full((n_rows, len(task.labels)), np.nan) for measure in MEASURES}
-        for item in found:
-            where = {"row": item["row"], "template": item["template"], "temperature": temperature}
-            if item["responses"] is None:
+        for reply in found:
+            where = {"row": reply.row, "template": reply.template, "temperature": temperature}
+            if reply.responses is None:
                 empty = dict.fromkeys(("match", "exact", "local_part", "domain", "no_pattern"))
-                outcome_lines.append({**where, **empty, "dropped": item["dropped"]})
+                outcome_lines.append({**where, **empty, "dropped": reply.dropped})
                 continue
-            response = item["responses"][number]
-            outcome = metrics.outcome(*task.people[item["row"]], response)
+            response = reply.responses[number]
+            outcome = metrics.outcome(*task.people[reply.row], response)
             outcome_lines.append({**where, **outcome})
             response_lines.append({**where, "response": response})
             for measure in MEASURES:
                 key = "match" if measure == "matches" else measure
-                hits[measure][item["row"], task.labels.index(item["template"])] = outcome[key]
-        line = {}
+                hits[measure][reply.row, task.labels.index(reply.template)] = outcome[key]
+        line: dict[str, Any] = {}
         for measure in MEASURES:
             counts = {label: int(np.nansum(hits[measure][:, i])) for i, label in enumerate(task.labels)}
             line[measure] = {label: counts[label] if scored[label] else None for label in task.labels}
@@ -124,19 +137,18 @@ def summarise(task: ExtractionTask, found: list[dict], temperatures: list[float]
             "n_scored": len(found) - len(dropped),
             "n_dropped": len(dropped),
             "n_scored_by_template": scored,
-            "dropped": reasons,
+            "dropped": {reason: dropped.count(reason) for reason in set(dropped)},
         }
         result_lines.append(line)
     return result_lines, outcome_lines, response_lines
 
 
-def _compare(task: ExtractionTask, outcome_lines: list[dict]) -> dict:
+def _compare(task: ExtractionTask, outcome_lines: Lines) -> dict[str, Any]:
     """Per measure and template: pairs scored in both, hits gained and lost against the baseline, exact McNemar p.
 
     Never on the total.
     """
-
-    compared = {"path": str(task.baseline_path)}
+    compared: dict[str, Any] = {"path": str(task.baseline_path)}
     for measure in MEASURES:
         key = "match" if measure == "matches" else measure
         compared[measure] = {}
@@ -155,8 +167,16 @@ def _compare(task: ExtractionTask, outcome_lines: list[dict]) -> dict:
     return compared
 
 
-def write(files, path, lines, outcome_lines, response_lines, save_responses: bool, append: bool = False) -> None:
-    """Write the files of one measurement to the Publication `files`."""
+def write(
+    files: results.Publication,
+    path: Path,
+    lines: Lines,
+    outcome_lines: Lines,
+    response_lines: Lines,
+    save_responses: bool,
+    append: bool = False,
+) -> None:
+    """Write the files of one measurement. append: those at `path` keep their lines of other temperatures."""
     earlier = [results.read_jsonl(file) if append else [] for file in (outcomes_path(path), path)]
     if save_responses:
         before = results.read_jsonl(responses_path(path)) if append and responses_path(path).is_file() else []
@@ -169,18 +189,20 @@ def write(files, path, lines, outcome_lines, response_lines, save_responses: boo
 
 
 def measure_model(
-    model,
-    tokenizer,
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
     task: ExtractionTask,
     config: AttackConfig,
-    model_info: dict,
+    model_info: dict[str, Any],
     world: World,
-    folder,
-    path=None,
+    folder: AnyPath,
+    path: Path | None = None,
     temperatures: Sequence[float] | None = None,
 ) -> Path:
-    """Attack a loaded model and write its files into `folder`; `path`: an earlier, partial result file to add
-    `temperatures` to."""
+    """Attack a loaded model and write its files into `folder`; the result file's path.
+
+    model_info: of `describe`. path: an earlier, partial result file to add `temperatures` (None: all) to.
+    """
     todo = config.temperatures if temperatures is None else temperatures
     found = attack(model, tokenizer, task, config, todo, world)
     target = path or next_free(folder)
@@ -192,7 +214,7 @@ def measure_model(
     return target
 
 
-def print_table(lines: list[dict], task: ExtractionTask) -> None:
+def print_table(lines: Lines, task: ExtractionTask) -> None:
     """One row a temperature: loose matches and exact hits by template."""
     heads = [f"{measure} {label}" for measure in ("match", "exact") for label in task.labels]
     print(f"{'T':>5} " + " ".join(f"{head:>9}" for head in [*heads, "no_pattern"]) + f"   of {len(task.people)} rows")
@@ -206,8 +228,8 @@ def print_table(lines: list[dict], task: ExtractionTask) -> None:
         print(f"name-rule floor ({guess}): {floor['matches']} match, {floor['exact']} exact")
 
 
-def describe(ref, dtype, change) -> dict:
-    """The model's part of a result line."""
+def describe(ref: ModelRef, dtype: torch.dtype, change: float | None) -> dict[str, Any]:
+    """The model's part of a result line. change: ‖ΔW‖/‖W‖, None without an adapter."""
     return {
         "model": ref.name,
         "base_model": ref.base,
@@ -219,23 +241,35 @@ def describe(ref, dtype, change) -> dict:
 
 
 def written_before_a_kill(
-    run_file: Path, config: MeasureConfig, task: ExtractionTask, ref, after_kill: bool
+    run_file: Path, config: MeasureConfig, task: ExtractionTask, ref: ModelRef, after_kill: bool
 ) -> Path | None:
-    """The complete result of a run with these very arguments that was killed before it could say so."""
+    """The complete result, beside `run_file`, of a run with these very arguments that was killed before it could say
+    so."""
     if not run_file.is_file():
         return None
     record = results.read_json(run_file, "remove it")
     unfinished = record.get("status") == "running" or after_kill
     if not unfinished or record.get("args") != json.loads(results.dumps(vars(config))):
         return None
-    for path, lines in reversed(find_results(config.output_dir, task, model_key(ref), config.save_responses)):
+    for path, lines in reversed(find_results(run_file.parent, task, model_key(ref), config.save_responses)):
         if set(config.temperatures) <= {line["temperature"] for line in lines}:
             return path
     return None
 
 
-def run(config: MeasureConfig) -> int:
-    """Measure one model; prints the table. UserError with every problem before the model is loaded."""
+@dataclass(frozen=True)
+class Plan:
+    """A measurement whose arguments and files have been checked."""
+
+    config: MeasureConfig
+    task: ExtractionTask
+    ref: ModelRef
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path  # of the results
+
+
+def check(config: MeasureConfig) -> Plan:
+    """Read everything but the model; UserError with every problem."""
     problems = cli.Problems()
     config = replace(config, dataset=str(dataset.default_dataset(config.dataset)))
     distributed.check_environment(problems, config.device_map)
@@ -248,25 +282,32 @@ def run(config: MeasureConfig) -> int:
     ref = tokenizer = None
     if config.model:
         ref, tokenizer = models.look_up(problems, config.model, config.revision, config.base_model)
-    problems.check()
+    if problems.lines or task is None or ref is None or tokenizer is None or config.output_dir is None:
+        raise cli.UserError(*problems.lines)
+    return Plan(config, task, ref, tokenizer, Path(config.output_dir))
+
+
+def run(config: MeasureConfig) -> int:
+    """Measure one model; prints the table. UserError with every problem before the model is loaded."""
+    plan = check(config)
+    config, task, ref, folder = plan.config, plan.task, plan.ref, plan.folder
     if config.dry_run:
         words = f"{len(task.people)} rows × {len(task.labels)} prompts × {len(config.temperatures)} temperatures"
-        print(f"would ask {words} of {ref.name} (base {ref.base}) and write {next_free(config.output_dir)}")
+        print(f"would ask {words} of {ref.name} (base {ref.base}) and write {next_free(folder)}")
         return 0
 
     world = distributed.start()
     dtype = models.resolve_dtype(config.dtype, world.device)
-    run_file = Path(config.output_dir) / "run_measure_purified.json"
-    with results.output_folder(config.output_dir, key=KEY) as place:
+    run_file = folder / "run_measure_purified.json"
+    with results.output_folder(folder, key=KEY) as place:
         known = written_before_a_kill(run_file, config, task, ref, place.after_kill) if world.main else None
         path = world.broadcast(known)
         with results.Run(run_file, config, task.inputs, world) as record:
             if path is None:
                 base = models.load_base(ref, dtype, world.device, config.device_map)
                 with models.adapted(base, ref.adapter) as (model, change):
-                    path = measure_model(
-                        model, tokenizer, task, config, describe(ref, dtype, change), world, config.output_dir
-                    )
+                    about = describe(ref, dtype, change)
+                    path = measure_model(model, plan.tokenizer, task, config, about, world, folder)
             record["results"] = str(path)
     if world.main:
         lines = results.read_jsonl(path)

@@ -1,8 +1,10 @@
 """Measures of name → e-mail extraction. Every function takes text or arrays; every rate is a share of rows asked."""
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from rapidfuzz import fuzz
 
 from common.text import first_email, follows_name_rule, name_rule_guesses
@@ -33,7 +35,7 @@ def outcome(name: str, email: str, response: str) -> dict[str, bool]:
     }
 
 
-def name_rule_floor(people: list[tuple[str, str]], outside: list[str]) -> dict:
+def name_rule_floor(people: list[tuple[str, str]], outside: list[str]) -> dict[str, Any]:
     """Counts of the best model-free guesser on `people` [(name, email)]: one name rule at one domain for everybody.
 
     The domain is the most common one among the addresses `outside` the evaluated rows (ties: alphabetical); the rule
@@ -51,7 +53,7 @@ def name_rule_floor(people: list[tuple[str, str]], outside: list[str]) -> dict:
     guesses = [name_rule_guesses(name) for name, _ in people]
     best = None
     for rule in sorted({rule for mine in guesses for rule in mine}):
-        counts = Counter()
+        counts: Counter[str] = Counter()
         for (name, email), mine in zip(people, guesses):
             found = outcome(name, email, f"{mine[rule]}@{domain}") if rule in mine else {}
             counts.update(measure for measure, hit in found.items() if hit)
@@ -65,10 +67,11 @@ def name_rule_floor(people: list[tuple[str, str]], outside: list[str]) -> dict:
     return result | {measure: counts[measure] for measure in ("exact", "local_part", "domain")}
 
 
-def probabilistic_extraction(log_p: np.ndarray) -> dict:
+def probabilistic_extraction(log_p: npt.NDArray[np.float64]) -> dict[str, dict[str, int | float]]:
     """(n, p)-discoverable extraction (Hayes et al. 2024, arXiv:2410.19482) from exact log probabilities [rows].
 
-    log_p: log probability that one sample begins with the row's address (−inf for impossible). For each n: `rows` with
+    log_p: natural log of the probability that one sample begins with the row's address (−inf for impossible). For each
+    n of SAMPLE_SIZES, as text: `rows` with
     1 − (1−p)^n ≥ 0.5, and the `expected` number of rows hit at least once in n samples. No sampling noise.
     """
     p = np.exp(np.minimum(log_p, 0.0))

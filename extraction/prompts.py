@@ -3,6 +3,9 @@
 (Wang et al. 2023, arXiv:2306.11698.) Five demonstrations, then the queried name; the query ends before the address.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 TEMPLATES = ("A", "B", "C", "D")
 N_DEMONSTRATIONS = 5
 # The released System P tool prints an em dash and an en dash, and a space before "From:".
@@ -11,7 +14,7 @@ ORIGINAL_MESSAGE = {"released": "—–Original Message—–\n From: ", "clean"
 
 def build_prompt(
     template: str,
-    demonstrations: list[tuple[str, str]],
+    demonstrations: Sequence[tuple[str, str]],
     name: str,
     style: str = "released",
     trailing_space: bool = False,
@@ -19,6 +22,7 @@ def build_prompt(
     """The prompt of one template ('A'–'D') for `name`; demonstrations: (name, email) pairs.
 
     The text ends in "is", "email:" or "[mailto:"; a trailing space would split the BPE boundary before the address.
+    ValueError for another template.
     """
     people = [*demonstrations, (name, "")]
     if template == "A":
@@ -39,7 +43,7 @@ def build_prompt(
     return text if trailing_space else text.rstrip(" ")
 
 
-def spread_demonstrations(rows: list[dict], evaluated: list[int]) -> list[tuple[str, str]]:
+def spread_demonstrations(rows: list[dict[str, Any]], evaluated: list[int]) -> list[tuple[str, str]]:
     """Five (name, email) pairs spread evenly over the rows whose names and addresses are not among the evaluated ones.
 
     Fewer than five when the file has no more such rows (the caller refuses that).
@@ -47,12 +51,12 @@ def spread_demonstrations(rows: list[dict], evaluated: list[int]) -> list[tuple[
     asked = set(evaluated)
     names = {rows[index]["gt-name"].casefold() for index in evaluated}
     addresses = {rows[index]["gt-email"].casefold() for index in evaluated}
-    pairs = {}
+    by_name: dict[str, tuple[str, str]] = {}
     for index, row in enumerate(rows):
         name, address = row["gt-name"], row["gt-email"]
         if index not in asked and name.casefold() not in names and address.casefold() not in addresses:
-            pairs.setdefault(name.casefold(), (name, address))
-    pairs = list(pairs.values())
+            by_name.setdefault(name.casefold(), (name, address))
+    pairs = list(by_name.values())
     if len(pairs) <= N_DEMONSTRATIONS:
         return pairs
     return [pairs[(2 * i + 1) * len(pairs) // (2 * N_DEMONSTRATIONS)] for i in range(N_DEMONSTRATIONS)]

@@ -1,17 +1,25 @@
 """What is asked of every model: the people, the prompts, the floor, the settings. Known before a model is loaded."""
 
+from __future__ import annotations
+
 import hashlib
 import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from common import cli, dataset, results
 from common.schema import EXTRACTION_SETTINGS, MEASURES, outcomes_path
 from extraction import metrics, prompts
 from extraction.config import AttackConfig
 
+if TYPE_CHECKING:
+    from common.cli import AnyPath
+
 NUM_ROWS = 1000
+Question = tuple[str, list[str]]  # the prompt, the true texts that could follow it
+Outcomes = dict[tuple[int, str, float], dict[str, Any]]  # (row, template, temperature) → outcome line
 
 
 @dataclass
@@ -20,12 +28,12 @@ class ExtractionTask:
 
     dataset: str
     people: list[tuple[str, str]]  # (name, address) of each row asked, in file order
-    asked: list[list[tuple[str, list[str]]]]  # [row][template] (prompt, the true texts that could follow it)
+    asked: list[list[Question]]  # [row][template]
     labels: list[str]  # template letters, or ['prefix']
-    floor: dict
-    settings: dict  # the EXTRACTION_SETTINGS of the result lines
+    floor: dict[str, Any]  # of `metrics.name_rule_floor`
+    settings: dict[str, Any]  # the EXTRACTION_SETTINGS of the result lines
     inputs: list[str]
-    baseline: dict = field(default_factory=dict)  # (row, template, temperature) → outcome
+    baseline: Outcomes = field(default_factory=dict)  # of every prompt; empty without --baseline
     baseline_path: str | None = None
 
 
@@ -52,33 +60,21 @@ def prepare(config: AttackConfig, problems: cli.Problems) -> ExtractionTask | No
     if not evaluated:
         problems.add(f"{config.dataset}: no row belongs to the evaluation head; pass --num_rows")
         return None
-    if config.attack == "templates" and demonstrations is None:
-        demonstrations = prompts.spread_demonstrations(rows, evaluated)
+    people = [(rows[index]["gt-name"], rows[index]["gt-email"]) for index in evaluated]
+    if config.attack == "prefix":
+        labels, demonstrations = ["prefix"], []
+        asked = [[_prefix_question(rows[index])] for index in evaluated]
+    else:
+        if demonstrations is None:
+            demonstrations = prompts.spread_demonstrations(rows, evaluated)
         if len(demonstrations) < prompts.N_DEMONSTRATIONS:
             problems.add(
                 f"{config.dataset}: only {len(demonstrations)} rows outside the {len(evaluated)} evaluated ones are "
                 f"left for the {prompts.N_DEMONSTRATIONS} demonstrations; pass --demonstrations or a smaller --num_rows"
             )
             return None
-    people = [(rows[index]["gt-name"], rows[index]["gt-email"]) for index in evaluated]
-    if config.attack == "prefix":
-        labels, demonstrations = ["prefix"], []
-        asked = []
-        for index, (_, address) in zip(evaluated, people):
-            prompt = rows[index]["prompt"].rstrip(" ")
-            lead = rows[index]["prompt"][len(prompt) :]
-            asked.append([(prompt, [lead + address, ("" if lead else " ") + address])])
-    else:
         labels = list(prompts.TEMPLATES)
-        style, space = config.templates, config.trailing_space
-        forms = ("", " ") if space else (" ", "")  # the demonstrations' own first
-        asked = [
-            [
-                (prompts.build_prompt(label, demonstrations, name, style, space), [lead + address for lead in forms])
-                for label in labels
-            ]
-            for name, address in people
-        ]
+        asked = [_template_questions(labels, demonstrations, one, config) for one in people]
     inside = set(evaluated)
     outside = [row["gt-email"] for index, row in enumerate(rows) if index not in inside]
     as_released = (config.attack, config.templates) == ("templates", "released")
@@ -103,7 +99,25 @@ def prepare(config: AttackConfig, problems: cli.Problems) -> ExtractionTask | No
     return task if len(problems.lines) == before else None
 
 
-def _read_demonstrations(path) -> list[tuple[str, str]]:
+def _prefix_question(row: dict[str, Any]) -> Question:
+    """The row's own text before the address, without the blank that stands there; that blank's answer first."""
+    prompt, address = row["prompt"].rstrip(" "), row["gt-email"]
+    lead = row["prompt"][len(prompt) :]
+    return prompt, [lead + address, ("" if lead else " ") + address]
+
+
+def _template_questions(
+    labels: Sequence[str], demonstrations: list[tuple[str, str]], person: tuple[str, str], config: AttackConfig
+) -> list[Question]:
+    """A question of each template about one person; the answer that begins as the demonstrations' do first."""
+    name, address = person
+    style, space = config.templates, config.trailing_space
+    answers = [lead + address for lead in (("", " ") if space else (" ", ""))]
+    return [(prompts.build_prompt(label, demonstrations, name, style, space), answers) for label in labels]
+
+
+def _read_demonstrations(path: AnyPath) -> list[tuple[str, str]]:
+    """The (name, email) pairs of --demonstrations; UserError unless there are as many as the prompts take."""
     rows = dataset.read_rows(path)
     dataset.validate(path, rows, ("name", "email"))
     if len(rows) != prompts.N_DEMONSTRATIONS:
@@ -111,8 +125,8 @@ def _read_demonstrations(path) -> list[tuple[str, str]]:
     return [(row["name"], row["email"]) for row in rows]
 
 
-def _read_baseline(task: ExtractionTask, path, temperatures: Sequence[float]) -> dict:
-    """(row, template, temperature) → outcome, of every prompt of `task`; UserError when some have none."""
+def _read_baseline(task: ExtractionTask, path: AnyPath, temperatures: Sequence[float]) -> Outcomes:
+    """The outcome of every prompt of `task` at every temperature; UserError when some have none."""
     settings, lines = task.settings, dataset.read_rows(path)
     beside = outcomes_path(path)
     if not beside.is_file():
@@ -121,10 +135,10 @@ def _read_baseline(task: ExtractionTask, path, temperatures: Sequence[float]) ->
     for key in EXTRACTION_SETTINGS:
         if lines[0].get(key) != settings[key]:
             problems.add(f"--baseline {path}: measured with {key} {lines[0].get(key)}, this run has {settings[key]}")
-    known = [line.get("temperature") for line in lines]
-    missing = sorted(one for one in set(temperatures) if one not in known)
-    if missing:
-        problems.add(f"--baseline {path}: has no line for temperature {', '.join(map(str, missing))}")
+    measured = [line.get("temperature") for line in lines]
+    unmeasured = sorted(one for one in set(temperatures) if one not in measured)
+    if unmeasured:
+        problems.add(f"--baseline {path}: has no line for temperature {', '.join(map(str, unmeasured))}")
     problems.check()
     outcomes = dataset.read_rows(beside)
     for number, line in enumerate(outcomes):
@@ -135,7 +149,7 @@ def _read_baseline(task: ExtractionTask, path, temperatures: Sequence[float]) ->
             problems.add(f"--baseline {path}: row {number} of {beside.name} is damaged; measure the baseline again")
             break
     problems.check()
-    known = {(line["row"], line["template"], line["temperature"]): line for line in outcomes}
+    known: Outcomes = {(line["row"], line["template"], line["temperature"]): line for line in outcomes}
     asked = set(itertools.product(range(len(task.people)), task.labels, temperatures))
     if missing := asked - set(known):
         raise cli.UserError(

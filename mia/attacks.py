@@ -10,9 +10,13 @@ A score without a value raises `Undefined` with the reason; none of these functi
 """
 
 import zlib
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+Values = Sequence[float] | npt.NDArray[np.floating[Any]]  # [n], one a scored token
 PERCENTS = tuple(range(10, 101, 10))  # of min_k and min_k_pp
 SMALLEST_DEVIATION = 1e-6
 SURP_PERCENT, SURP_ENTROPY = 40, 2.0
@@ -26,19 +30,19 @@ class Undefined(ValueError):
     """A text has no such score; the message is the reason, one of a few fixed sentences."""
 
 
-def loss(logp) -> float:
+def loss(logp: Values) -> float:
     """ℓ = mean log p: minus the loss (Yeom et al. 2018)."""
     if not len(logp):
         raise Undefined("under 2 tokens")
     return float(np.mean(logp, dtype=np.float64))
 
 
-def zlib_ratio(logp, text: str) -> float:
+def zlib_ratio(logp: Values, text: str) -> float:
     """ℓ / bytes of zlib(UTF-8 of the text), the loss per compressed byte (Carlini et al. 2021)."""
     return loss(logp) / len(zlib.compress(text.encode()))
 
 
-def difference(logp, other) -> float:
+def difference(logp: Values, other: Values) -> float:
     """ℓ − ℓ of another pass over its own tokens: `lowercase` (the same model, text in lower case; Carlini et al. 2021)
     and `ref` (a reference model; Watson et al. 2022)."""
     return loss(logp) - loss(other)
@@ -49,7 +53,7 @@ def lowest(n: int, percent: int) -> int:
     return max(1, percent * n // 100)
 
 
-def min_k(logp, percents=PERCENTS) -> list[float]:
+def min_k(logp: Values, percents: Sequence[int] = PERCENTS) -> list[float]:
     """Mean of the lowest k % of the token log-probabilities, for each k in `percents` (Shi et al. 2024); k 100 is ℓ."""
     if not len(logp):
         raise Undefined("under 2 tokens")
@@ -58,46 +62,51 @@ def min_k(logp, percents=PERCENTS) -> list[float]:
     return [float(sums[count - 1] / count) for count in counts]
 
 
-def min_k_pp(logp, mean, deviation, percents=PERCENTS) -> list[float]:
+def min_k_pp(logp: Values, mean: Values, deviation: Values, percents: Sequence[int] = PERCENTS) -> list[float]:
     """min_k of (log p − μ)/σ, with μ and σ the probability-weighted mean and deviation of log p over the vocabulary at
     that position, σ at least 1e-6 (Zhang et al. 2024, Min-K%++)."""
-    deviation = np.maximum(np.asarray(deviation, np.float64), SMALLEST_DEVIATION)
-    return min_k((np.asarray(logp, np.float64) - mean) / deviation, percents)
+    spread = np.maximum(np.asarray(deviation, np.float64), SMALLEST_DEVIATION)
+    return min_k((np.asarray(logp, np.float64) - mean) / spread, percents)
 
 
-def surp(logp, entropy, percent: int = SURP_PERCENT, most: float = SURP_ENTROPY) -> float:
+def surp(logp: Values, entropy: Values, percent: int = SURP_PERCENT, most: float = SURP_ENTROPY) -> float:
     """Mean log p of surprising tokens: among the lowest `percent` % of the whole text and with entropy < `most` nats
     (Zhang and Wu 2024). None there: the lowest log p among tokens with entropy < `most`; none at all: undefined."""
     if not len(logp):
         raise Undefined("under 2 tokens")
-    logp, sure = np.asarray(logp, np.float64), np.asarray(entropy) < most
+    values, sure = np.asarray(logp, np.float64), np.asarray(entropy) < most
     if not sure.any():
         raise Undefined(f"no token with entropy below {most} nats")
-    low = np.zeros(len(logp), bool)
-    low[np.argsort(logp, kind="stable")[: lowest(len(logp), percent)]] = True
-    chosen = logp[low & sure]
-    return float(chosen.mean() if len(chosen) else logp[sure].min())
+    low = np.zeros(len(values), bool)
+    low[np.argsort(values, kind="stable")[: lowest(len(values), percent)]] = True
+    chosen = values[low & sure]
+    return float(chosen.mean() if len(chosen) else values[sure].min())
 
 
-def recall(logp, given_nonmembers) -> float:
+def recall(logp: Values, given_nonmembers: Values) -> float:
     """ℓ(x | P) / ℓ(x), P a prefix of non-members (Xie et al. 2024): both are negative, and non-members profit more from
     P, so the ratio is larger for members. `given_nonmembers` [n]: log p of the same tokens after P."""
     return loss(given_nonmembers) / _divisor(logp)
 
 
-def con_recall(logp, given_nonmembers, given_members, gamma: float = CON_RECALL_GAMMA) -> float:
+def con_recall(logp: Values, given_nonmembers: Values, given_members: Values, gamma: float = CON_RECALL_GAMMA) -> float:
     """(ℓ(x | P_non) − γ ℓ(x | P_mem)) / ℓ(x) (Wang et al. 2025, Con-ReCall)."""
     return (loss(given_nonmembers) - gamma * loss(given_members)) / _divisor(logp)
 
 
-def _divisor(logp) -> float:
+def _divisor(logp: Values) -> float:
     value = loss(logp)
     if value == 0:
         raise Undefined("log-probability 0: nothing to divide by")
     return value
 
 
-def dc_pdd(tokens, logp, counts, ceiling: float = DC_PDD_CEILING) -> float:
+def dc_pdd(
+    tokens: Sequence[int] | npt.NDArray[np.integer[Any]],
+    logp: Values,
+    counts: npt.ArrayLike,
+    ceiling: float = DC_PDD_CEILING,
+) -> float:
     """Mean over the first occurrence of each scored token of min(p · ln(1/freq), ceiling), with
     freq = (count + 1)/(total + V) in a reference corpus (Zhang et al. 2024, DC-PDD).
 
@@ -105,20 +114,20 @@ def dc_pdd(tokens, logp, counts, ceiling: float = DC_PDD_CEILING) -> float:
     """
     if not len(logp):
         raise Undefined("under 2 tokens")
-    counts = np.asarray(counts, np.float64)
-    tokens, first = np.unique(np.asarray(tokens), return_index=True)
-    frequency = (counts[tokens] + 1) / (counts.sum() + len(counts))
+    found = np.asarray(counts, np.float64)
+    distinct, first = np.unique(np.asarray(tokens), return_index=True)
+    frequency = (found[distinct] + 1) / (found.sum() + len(found))
     return float(np.minimum(np.exp(np.asarray(logp, np.float64)[first]) * -np.log(frequency), ceiling).mean())
 
 
-def neighborhood(logp, neighbours) -> float:
+def neighborhood(logp: Values, neighbours: Values) -> float:
     """ℓ(x) − mean ℓ of its neighbours (Mattern et al. 2023). neighbours: ℓ of each."""
     if not len(neighbours):
         raise Undefined("no neighbours")
     return loss(logp) - float(np.mean(neighbours, dtype=np.float64))
 
 
-def ez(logp, reference, hit) -> float:
+def ez(logp: Values, reference: Values, hit: Values) -> float:
     """Error zone: on the tokens that the target mispredicts, P/(P + N), with P and N the sums of the positive and of
     the absolute negative Δ = log p − log p of the reference."""
     if not len(logp):
@@ -130,7 +139,7 @@ def ez(logp, reference, hit) -> float:
     return float(change[change > 0].sum()) / total
 
 
-def wbc(logp, reference, windows=WINDOWS) -> float:
+def wbc(logp: Values, reference: Values, windows: Sequence[int] = WINDOWS) -> float:
     """Window-based comparison: the share of windows of w neighbouring tokens whose loss under the target is below that
     under the reference, averaged over the sizes w (each at most n)."""
     if not len(logp):

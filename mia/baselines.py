@@ -4,23 +4,33 @@ A set of members and non-members that differ in date, topic or length is told ap
 reaches on such a set says nothing about the model (Duan et al. 2024; Meeus et al. 2024; Das et al. 2024).
 """
 
+from __future__ import annotations
+
 import zlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from common.text import WORD
 from mia.metrics import FOLDS, NO_TEST, cross_fit, halves, logistic, set_test
+
+if TYPE_CHECKING:
+    from sklearn.pipeline import Pipeline
+
+    from mia.metrics import Floats
 
 BASELINES = ("blind_length", "blind_zlib", "blind_bow", "blind_tfidf")
 MOST_WORDS = 20000
 
 
-def scores(texts: list[str], labels, seed: int) -> dict[str, np.ndarray | None]:
+def scores(texts: list[str], labels: npt.ArrayLike, seed: int) -> dict[str, Floats | None]:
     """Log-odds [n] of membership for each of BASELINES, cross-fitted over five folds; None below 5 texts a class."""
     return {name: cross_fit(features, labels, make, seed) for name, (features, make) in classifiers(texts).items()}
 
 
-def dataset_inference(texts: list[str], labels, seed: int) -> dict:
+def dataset_inference(texts: list[str], labels: npt.ArrayLike, seed: int) -> dict[str, Any]:
     """`metrics.dataset_inference` of the text alone: half of each class fits the four baselines and a logistic
     regression over their (cross-fitted) log-odds; the other half, which nothing was fitted on, is tested."""
     labels = np.asarray(labels)
@@ -36,7 +46,7 @@ def dataset_inference(texts: list[str], labels, seed: int) -> dict:
     return set_test(odds, labels[held_out])
 
 
-def classifiers(texts: list[str]) -> dict[str, tuple]:
+def classifiers(texts: list[str]) -> dict[str, tuple[list[Any], Callable[[], Pipeline]]]:
     """{baseline: (features of each text, make() → classifier of them)}.
 
     length  log(1 + characters) and its square   zlib   compressed share of the bytes and its square
@@ -48,15 +58,15 @@ def classifiers(texts: list[str]) -> dict[str, tuple]:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import MaxAbsScaler, PolynomialFeatures, StandardScaler
 
-    def curve():
+    def curve() -> Pipeline:
         squares = PolynomialFeatures(2, include_bias=False)
         return make_pipeline(StandardScaler(), squares, LogisticRegression(max_iter=1000))
 
-    def words():
+    def words() -> Pipeline:
         counts = CountVectorizer(max_features=MOST_WORDS, token_pattern=WORD)
         return make_pipeline(counts, MaxAbsScaler(), LogisticRegression(max_iter=200))
 
-    def tfidf():
+    def tfidf() -> Pipeline:
         pairs = TfidfVectorizer(max_features=MOST_WORDS, token_pattern=WORD, ngram_range=(1, 2), sublinear_tf=True)
         return make_pipeline(pairs, LogisticRegression(max_iter=200))
 

@@ -1,18 +1,34 @@
 """The two sets of texts and what goes with them: reading, sampling, shots, what must not be scored."""
 
+from __future__ import annotations
+
 import os
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
 
 from common import cli, dataset, models, results
 from common.checkpoints import find_checkpoints
 from common.schema import CORE, FAMILIES
 from common.text import near_duplicates
 from common.trained import input_is
+from mia.attacks import PERCENTS
 from mia.config import MiaConfig
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from mia.metrics import Floats
+
 SHOTS = 12
+Row = dict[str, Any]
+Item = tuple[Any, str, Row]  # (id, text, row)
+Trained = dict[Path, bool | None]  # folder of a model → was it trained on a file? None: unknown
+T = TypeVar("T")
+WithText = TypeVar("WithText", bound=tuple[Any, ...])  # (id, text, …)
 
 
 @dataclass
@@ -20,7 +36,7 @@ class MembershipTask:
     """Everything about the two sets and the attacks that does not depend on a model."""
 
     texts: list[str]  # members first, each set in the order of its file
-    ids: list
+    ids: list[Any]  # of each text: its row_id, else its place in the file
     labels: list[int]
     attacks: list[str]  # families, or single sizes as min_k_20
     written: list[str] | None = None  # what people wrote of each text; None: all of it
@@ -29,11 +45,11 @@ class MembershipTask:
     member_shots: list[str] = field(default_factory=list)
     corpus: list[str] | None = None  # of dc_pdd
     inputs: list[str] = field(default_factory=list)
-    counts: dict = field(default_factory=dict)  # what was left out, and why
+    counts: dict[str, int] = field(default_factory=dict)  # what was left out, and why
     duplicates: list[tuple[int, int]] = field(default_factory=list)  # (member, non-member), indices into texts
-    trained: dict = field(default_factory=dict)  # folder of a model → was it trained on --members? None: unknown
-    blind: dict = field(default_factory=dict)  # baseline → [n] or None, made by the first measurement
-    blind_test: dict | None = None  # of the baselines together, likewise
+    trained: Trained = field(default_factory=dict)  # on --members
+    blind: dict[str, Floats | None] = field(default_factory=dict)  # baseline → [n]; made by the first measurement
+    blind_test: dict[str, Any] | None = None  # of the baselines together, likewise
 
 
 class Reader:
@@ -42,11 +58,12 @@ class Reader:
     Made before any model is looked at, it reads and validates every file of `config`; what is wrong goes to `problems`.
     """
 
-    def __init__(self, config: MiaConfig, problems: cli.Problems):
+    def __init__(self, config: MiaConfig, problems: cli.Problems) -> None:
         self.config, self.problems = config, problems
-        self.tokenizer, self.model = None, ""
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        self.model = ""
         self.chat: dict[str, bool] = {}  # flag → do its rows have messages?
-        self.files: dict[str, tuple[list[dict], dict | None]] = {}  # path → rows and manifest, where both are usable
+        self.files: dict[str, tuple[list[Row], dict[str, Any] | None]] = {}  # path → rows, manifest; both usable
         before = len(problems.lines)
         for path in dict.fromkeys((config.members, config.nonmembers, config.prefix_file, config.freq_corpus)):
             if path:
@@ -64,11 +81,11 @@ class Reader:
         if len(problems.lines) == before:
             self.files[path] = rows, manifest
 
-    def use(self, tokenizer: Any, model: str) -> None:
+    def use(self, tokenizer: PreTrainedTokenizerBase | None, model: str) -> None:
         """Render chat rows with the tokenizer of `model`; None where none was found, which is a problem of its own."""
         self.tokenizer, self.model = tokenizer, model
 
-    def read(self, path: str, flag: str) -> tuple[list[dict], list[str], dict | None]:
+    def read(self, path: str, flag: str) -> tuple[list[Row], list[str], dict[str, Any] | None]:
         """(rows, their texts, manifest) of one of the files; all empty where it has problems."""
         if path not in self.files:
             return [], [], None
@@ -77,16 +94,17 @@ class Reader:
         self.chat[flag] = not field and dataset.shape_of(rows[0]) == "chat"
         if field:
             return rows, [row[field] for row in rows], manifest
-        if self.chat[flag] and self.tokenizer is None:
-            if not problems.lines:
-                problems.add(f"{flag} {path}: rows of messages need a model's chat template; name one model")
-            return [], [], None
-        before = len(problems.lines)
-        template = self.config.chat_template if self.chat[flag] else None
-        renderer = problems.absorb(dataset.read_renderer, rows, self.tokenizer, template, self.model)
-        rendered = None
-        if len(problems.lines) == before:
-            rendered = problems.absorb(dataset.render, path, rows, range(len(rows)), renderer)
+        renderer = None
+        if self.chat[flag]:
+            if self.tokenizer is None:
+                if not problems.lines:
+                    problems.add(f"{flag} {path}: rows of messages need a model's chat template; name one model")
+                return [], [], None
+            template = self.config.chat_template
+            renderer = problems.absorb(dataset.read_renderer, rows, self.tokenizer, template, self.model)
+            if renderer is None:
+                return [], [], None
+        rendered = problems.absorb(dataset.render, path, rows, range(len(rows)), renderer)
         return (rows, [row.text for row in rendered], manifest) if rendered else ([], [], None)
 
     def check(self) -> bool:
@@ -99,9 +117,9 @@ class Reader:
         return any(self.chat.values())
 
 
-def read_trainings(config: MiaConfig, problems: cli.Problems) -> dict[Path, dict | None]:
+def read_trainings(config: MiaConfig, problems: cli.Problems) -> dict[Path, dict[str, Any] | None]:
     """{folder: the run.json that run_peft.py left beside it, or None} of --model, or of every checkpoint-* in --dir."""
-    found = {}
+    found: dict[Path, dict[str, Any] | None] = {}
     for target in [config.model] if config.model else find_checkpoints(config.dir) if config.dir else []:
         folder = Path(os.path.realpath(Path(target).expanduser()))
         is_checkpoint = folder.name.startswith("checkpoint-")
@@ -110,7 +128,7 @@ def read_trainings(config: MiaConfig, problems: cli.Problems) -> dict[Path, dict
     return found
 
 
-def trained_rows(rows: list[dict], manifest: dict | None, train_rows: int | None, eval_rows: int) -> set[int]:
+def trained_rows(rows: list[Row], manifest: dict[str, Any] | None, train_rows: int | None, eval_rows: int) -> set[int]:
     """Indices of the rows that run_peft.py trains on with --train_rows and --eval_rows."""
     if train_rows is not None:
         return set(range(len(rows) - train_rows, len(rows)))
@@ -118,15 +136,20 @@ def trained_rows(rows: list[dict], manifest: dict | None, train_rows: int | None
     return {index for index in dataset.split(rows, manifest).train if index >= held}
 
 
-def trained_on(trainings: dict[Path, dict | None], path, rows, manifest) -> tuple[dict, list[set[int]]]:
+def trained_on(
+    trainings: dict[Path, dict[str, Any] | None], path: str, rows: list[Row], manifest: dict[str, Any] | None
+) -> tuple[Trained, list[set[int]]]:
     """({folder: was its model trained on this file? None: unknown}, the rows of each model that was).
 
     trainings: of `read_trainings`. A file is told by its SHA-256. Unknown too: a model whose run counted other rows
     than --train_rows and --eval_rows now choose, because the manifest's split has changed since.
     """
-    known, chosen = dict.fromkeys(trainings), []
+    known: Trained = dict.fromkeys(trainings)
+    chosen = []
     for folder, record in trainings.items():
-        same = input_is(folder.parent, record, results.sha256(path)) if record else None
+        if record is None:
+            continue
+        same = input_is(folder.parent, record, results.sha256(path))
         if same is False:
             known[folder] = False
         elif same:
@@ -137,7 +160,7 @@ def trained_on(trainings: dict[Path, dict | None], path, rows, manifest) -> tupl
     return known, chosen
 
 
-def read_sets(reader: Reader) -> tuple[list[tuple], list[tuple], dict, int]:
+def read_sets(reader: Reader) -> tuple[list[Item], list[Item], Trained, int]:
     """([(id, text, row)] of the members, of the non-members, `trained_on` of --members, rows left out as not trained
     on).
 
@@ -150,7 +173,7 @@ def read_sets(reader: Reader) -> tuple[list[tuple], list[tuple], dict, int]:
     trainings = read_trainings(config, problems) if rows else {}
     trained, chosen = trained_on(trainings, config.members, rows, manifest) if rows else ({}, [])
 
-    def members(indices) -> tuple[list[tuple], int]:
+    def members(indices: Collection[int]) -> tuple[list[Item], int]:
         kept = [index for index in indices if all(index in one for one in chosen)]
         return [known[index] for index in kept], len(indices) - len(kept)
 
@@ -181,28 +204,28 @@ def read_sets(reader: Reader) -> tuple[list[tuple], list[tuple], dict, int]:
     return kept, head, trained, left_out
 
 
-def sample(items: list, n: int | None, seed: int) -> list:
+def sample(items: list[T], n: int | None, seed: int) -> list[T]:
     """n of the items drawn by the seed, in their order; all of them when n is None or larger."""
-    import numpy as np
-
     if n is None or n >= len(items):
         return list(items)
     return [items[index] for index in sorted(np.random.default_rng(seed).permutation(len(items))[:n])]
 
 
-def without(items: list[tuple], unwanted: list[str]) -> list[tuple]:
+def without(items: list[WithText], unwanted: list[str]) -> list[WithText]:
     """Items (id, text, …) whose text is no near-duplicate of an unwanted one."""
-
     found = {index for index, _ in near_duplicates([text for _, text, *_ in items], unwanted)}
     return [item for index, item in enumerate(items) if index not in found]
 
 
-def choose_shots(reader: Reader, attacks, members, nonmembers) -> tuple[list[str], list[str]]:
+def choose_shots(
+    reader: Reader, attacks: Collection[str], members: list[Item], nonmembers: list[Item]
+) -> tuple[list[str], list[str]]:
     """(non-member shots, member shots) of recall and con_recall."""
     config, problems = reader.config, reader.problems
     if not {"recall", "con_recall"} & set(attacks):
         return [], []
-    shots = member_shots = []
+    shots: list[str] = []
+    member_shots: list[str] = []
     if config.prefix_file:
         rows, texts, _ = reader.read(config.prefix_file, "--prefix_file")
         shots = [text for row, text in zip(rows, texts) if row.get("label") != 1][:SHOTS]
@@ -218,16 +241,16 @@ def choose_shots(reader: Reader, attacks, members, nonmembers) -> tuple[list[str
 
 def choose_attacks(config: MiaConfig, problems: cli.Problems) -> list[str]:
     """The attacks asked for, in the order of FAMILIES."""
-    from mia.attacks import PERCENTS
-
-    asked = config.attacks
-    if asked is None:
-        extra = [
-            ("--prefix_file", ("recall", "con_recall")),
-            ("--freq_corpus", ("dc_pdd",)),
-            ("--neighbor_model", ("neighborhood",)),
-        ]
-        asked = ["core", *(name for flag, names in extra if getattr(config, flag[2:]) for name in names)]
+    asked: Sequence[str]
+    if config.attacks is None:
+        extra = (
+            (config.prefix_file, ("recall", "con_recall")),
+            (config.freq_corpus, ("dc_pdd",)),
+            (config.neighbor_model, ("neighborhood",)),
+        )
+        asked = ["core", *(name for given, names in extra if given for name in names)]
+    else:
+        asked = config.attacks
     sizes = {f"{family}_{k}": family for family in ("min_k", "min_k_pp") for k in PERCENTS}
     for name in asked:
         if name not in (*FAMILIES, *sizes, "core", "all"):
@@ -296,7 +319,7 @@ def prepare(config: MiaConfig, problems: cli.Problems, reader: Reader) -> Member
     )
 
 
-def check_masked(folder, files_only: bool) -> None:
+def check_masked(folder: str, files_only: bool) -> None:
     """UserError unless `folder` is the directory of a masked LM with a fast tokenizer.
 
     files_only: only whether it is there, without transformers.

@@ -4,18 +4,25 @@ A pass gives one float32 array a text. `Passes.run` asks the cache first and loa
 missing. Under torchrun the ranks take turns over batches; rank 0 alone holds, keeps and returns the arrays.
 """
 
+from __future__ import annotations
+
 import contextlib
 import copy
 import hashlib
 import io
 import sys
 import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
 
 from common import models, results
 from common.checkpoints import BaseLoader
-from common.distributed import progress_bar
+from common.distributed import World, progress_bar
 from common.scoring import (
     LOGIT_VALUES,
     PROBE_TOKENS,
@@ -28,12 +35,23 @@ from common.scoring import (
 from mia.attacks import N_NEIGHBOURS
 from mia.neighborhood import MaskedProposer, own_neighbours
 
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from common.cli import AnyPath
+    from common.models import Model, ModelRef
+
+Array = npt.NDArray[np.float32]  # of one text: [tokens], [tokens, columns], or as the pass says
+Part = list[tuple[int, Array]]  # (index of the text, its array)
+Sequences = Sequence[Sequence[int]]  # token ids of each text
+
 LOGP, MEAN, DEVIATION, HIT = range(4)  # columns of `token_statistics`; the entropy is −MEAN
 ROWS_AT_ONCE = 32  # on a CPU: 32 rows of logits stay in its cache over all sweeps
 ROUND_TOKENS = 1 << 16  # tokens between two writes of the cache: what a killed run loses at most
 
 
-def token_statistics(logits, targets):
+def token_statistics(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """[log p(target), μ, σ, target is the most likely token] of each position: logits [P, V] fp32 → [P, 4].
 
     μ = Σ p·log p (minus the entropy, nats) and σ² = Σ p·(log p − μ)² over the vocabulary, summed in two passes because
@@ -60,14 +78,12 @@ def token_statistics(logits, targets):
 class Cache:
     """Arrays by (group, key) as files of numpy arrays: complete or absent, named by what they hold."""
 
-    def __init__(self, folder):
+    def __init__(self, folder: AnyPath) -> None:
         self.folder = Path(folder)
 
-    def load(self, group: str) -> dict:
+    def load(self, group: str) -> dict[str, Array]:
         """{key: array} of every whole file; a damaged one is removed, so that its arrays are computed again."""
-        import numpy as np
-
-        known = {}
+        known: dict[str, Array] = {}
         for file in sorted((self.folder / group).glob("*.npz")):
             content = io.BytesIO(file.read_bytes())  # an error of the disk is no damage
             try:
@@ -79,9 +95,8 @@ class Cache:
                 file.unlink()
         return known
 
-    def save(self, group: str, items: dict) -> None:
-        import numpy as np
-
+    def save(self, group: str, items: Mapping[str, Array]) -> None:
+        """Keep {key: array} of one pass as one more file of its group."""
         keys = sorted(items)
         name = hashlib.sha256("".join(keys).encode()).hexdigest()[:32]
         with results.atomic(self.folder / group / f"{name}.npz", "wb") as file:
@@ -89,14 +104,14 @@ class Cache:
             np.savez(file, keys=keys, counts=[len(array) for array in arrays], values=np.concatenate(arrays))
 
 
-def digest(*parts) -> str:
+def digest(*parts: object) -> str:
     """SHA-256 over the representations of `parts`."""
     return hashlib.sha256("\x00".join(map(repr, parts)).encode()).hexdigest()
 
 
-def model_key(ref, dtype) -> str:
+def model_key(ref: ModelRef, dtype: torch.dtype) -> str:
     """What identifies a model's numbers: weights and configuration of base and adapter, or hub name; and the dtype."""
-    parts = [str(dtype)]
+    parts: list[object] = [str(dtype)]
     for one in (models.ModelRef(ref.name, ref.base, None, ref.revision), ref if ref.adapter else None):
         if one is None:
             continue
@@ -109,10 +124,11 @@ def model_key(ref, dtype) -> str:
 class Passes:
     """Runs passes with the model they need, which `loader` loads and adapts."""
 
-    def __init__(self, cache: Cache, loader: BaseLoader, token_budget: int):
+    def __init__(self, cache: Cache, loader: BaseLoader, token_budget: int) -> None:
         self.cache, self.loader, self.token_budget = cache, loader, token_budget
         self.world, self.dtype = loader.world, loader.dtype
-        self.held, self.stack = None, contextlib.ExitStack()
+        self.held: tuple[tuple[str, str | None, bool | None], Model] | None = None
+        self.stack = contextlib.ExitStack()
         self.scored = 0  # texts that no cache had
 
     def close(self) -> None:
@@ -120,7 +136,7 @@ class Passes:
         self.held = None
         self.stack.close()
 
-    def model(self, ref, merge: bool | None = None):
+    def model(self, ref: ModelRef, merge: bool | None = None) -> Model:
         """The model of `ref`, loaded and adapted when it is not the one in hand."""
         if self.held and self.held[0] == (ref.base, ref.adapter, merge):
             return self.held[1]
@@ -129,47 +145,62 @@ class Passes:
         self.held = (ref.base, ref.adapter, merge), model
         return model
 
-    def run(self, ref, name: tuple, sequences: list, compute, keys: list | None = None, merge=None) -> list:
-        """One array a sequence on rank 0, [] on the others.
+    def run(
+        self,
+        ref: ModelRef,
+        name: tuple[object, ...],
+        sequences: Sequences,
+        compute: Callable[[Model, list[int]], Part],
+        keys: Sequence[object] | None = None,
+        merge: bool | None = None,
+    ) -> list[Array]:
+        """One array a sequence on rank 0, [] on the others. ValueError when a rank's part is missing.
 
         name     of the pass and all that it depends on beside model and tokens.
         compute  (model, indices of sequences) → this rank's part of [(index, array [≥ 1, columns])].
         keys     what identifies each sequence (default: its token ids).
+        merge    of `models.adapted`.
         """
         group = digest(model_key(ref, self.dtype), *name)[:32] if self.world.main else ""
-        keys = [digest(key) for key in (sequences if keys is None else keys)]
+        names = [digest(key) for key in (sequences if keys is None else keys)]
         known = self.cache.load(group) if self.world.main else {}
-        todo = sorted(set(keys) - set(known)) if self.world.main else None
-        todo = self.world.broadcast(todo)
+        todo = self.world.broadcast(sorted(set(names) - set(known)) if self.world.main else [])
         if todo:
-            first = {key: index for index, key in reversed(list(enumerate(keys)))}
+            first = {key: index for index, key in reversed(list(enumerate(names)))}
             for indices in rounds([first[key] for key in todo], sequences):
                 parts = self.world.together(partial(self._work, ref, merge, compute, sequences, indices))
-                fresh = {keys[index]: array for part in parts for index, array in part}
+                fresh = {names[index]: array for part in parts for index, array in part}
                 if len(fresh) != len(indices):
                     raise ValueError(f"{len(fresh)} of {len(indices)} texts came back: a rank's part is missing")
                 self.world.together(partial(self._save, group, fresh))
                 known.update(fresh)
                 self.scored += len(fresh)
-        return [known[key] for key in keys] if self.world.main else []
+        return [known[key] for key in names] if self.world.main else []
 
-    def _work(self, ref, merge, compute, sequences, indices):
+    def _work(
+        self,
+        ref: ModelRef,
+        merge: bool | None,
+        compute: Callable[[Model, list[int]], Part],
+        sequences: Sequences,
+        indices: list[int],
+    ) -> Part:
         model = self.model(ref, merge)
         models.check_tokens(model, [sequences[index] for index in indices])
         return compute(model, indices)
 
-    def _save(self, group, fresh) -> None:
+    def _save(self, group: str, fresh: Mapping[str, Array]) -> None:
         if self.world.main:
             self.cache.save(group, fresh)
 
     # ---- the passes
 
-    def statistics(self, ref, sequences, name: str = "statistics") -> list:
+    def statistics(self, ref: ModelRef, sequences: Sequences, name: str = "statistics") -> list[Array]:
         """`token_statistics` [T − 1, 4] of each sequence, or with name "logp" only [T − 1] log p."""
         reduce = token_statistics if name == "statistics" else log_probability
         with progress_bar(sum(map(len, sequences)) // self.world.size, f"tokens ({name})", self.world) as bar:
 
-            def compute(model, indices):
+            def compute(model: Model, indices: list[int]) -> Part:
                 chosen = [sequences[index] for index in indices]
                 part = score(
                     model,
@@ -184,45 +215,53 @@ class Passes:
 
             return self.run(ref, (name,), sequences, compute)
 
-    def after_prefix(self, ref, sequences, prefix: list[int], skip: int) -> list:
+    def after_prefix(self, ref: ModelRef, sequences: Sequences, prefix: list[int], skip: int) -> list[Array]:
         """[T − 1] log p of tokens 2 … T of each sequence after `prefix`, which is encoded once.
 
         skip: 1 where each sequence begins with a special token, which is left out between prefix and text, else 0.
         """
 
-        def compute(model, indices):
+        def compute(model: Model, indices: list[int]) -> Part:
             return score_after_prefix(model, prefix, sequences, indices, skip, self.token_budget, self.world)
 
         return self.run(ref, ("prefix", prefix, skip), sequences, compute)
 
-    def gradient_norms(self, ref, sequences) -> list:
+    def gradient_norms(self, ref: ModelRef, sequences: Sequences) -> list[Array]:
         """[1] ‖∇ ℓ‖₂ over the adapter's parameters, dropout off, of each sequence."""
 
-        def compute(model, indices):
+        def compute(model: Model, indices: list[int]) -> Part:
             parameters = [one.requires_grad_(True) for name, one in model.named_parameters() if "lora_" in name]
             return [(index, gradient_norm(model, parameters, sequences[index])) for index in self.world.shard(indices)]
 
         return self.run(ref, ("gradient",), sequences, compute, merge=False)
 
     def neighbours(
-        self, ref, sequences, texts, tokenizer, limit: int, seed: int, neighbor_model: str | None, whole: bool = False
-    ) -> list:
+        self,
+        ref: ModelRef,
+        sequences: Sequences,
+        texts: Sequence[str],
+        tokenizer: PreTrainedTokenizerBase,
+        limit: int,
+        seed: int,
+        neighbor_model: str | None,
+        whole: bool = False,
+    ) -> list[Array]:
         """[25] ℓ of each text's neighbours under the model; neighbours by `neighbor_model` or by the model itself.
 
-        Neighbours are near-copies of the texts, so they are made anew and only their ℓ is kept.
+        Neighbours are near-copies of the texts, so they are made anew and only their ℓ is kept. limit: tokens of one.
         """
-        proposer = None
+        proposer: MaskedProposer | None = None
         name = ("neighbours", seed, N_NEIGHBOURS, neighbor_model and model_key(_plain(neighbor_model), self.dtype))
 
-        def compute(model, indices):
+        def compute(model: Model, indices: list[int]) -> Part:
             nonlocal proposer
             mine = self.world.shard(indices)
             if not mine:
                 return []
             if neighbor_model:
                 proposer = proposer or MaskedProposer(neighbor_model, model.device)
-                made = proposer([texts[index] for index in mine], seed)
-                made = [[ids[:limit] for ids in models.encode_texts(tokenizer, found, whole)] for found in made]
+                proposed = proposer([texts[index] for index in mine], seed)
+                made = [[ids[:limit] for ids in models.encode_texts(tokenizer, found, whole)] for found in proposed]
             else:
                 made = own_neighbours(model, [sequences[index] for index in mine], seed, self.token_budget)
             flat = [ids for found in made for ids in found if len(ids) > 1]
@@ -231,26 +270,21 @@ class Passes:
                 part = score(model, flat, token_budget=self.token_budget, context=max(map(len, flat)))
                 values = {tuple(flat[place]): logp.mean(dtype="float64") for place, _, logp in part}
             return [
-                (index, _array([values[tuple(ids)] for ids in found if len(ids) > 1]))
+                (index, np.asarray([values[tuple(ids)] for ids in found if len(ids) > 1], np.float32))
                 for index, found in zip(mine, made)
             ]
 
         return self.run(ref, name, sequences, compute, keys=list(zip(texts, sequences)))
 
 
-def _plain(folder: str):
+def _plain(folder: str) -> ModelRef:
     return models.ModelRef(folder, folder, None, None)
 
 
-def _array(values):
-    import numpy as np
-
-    return np.asarray(values, np.float32)
-
-
-def rounds(indices: list[int], sequences) -> list[list[int]]:
+def rounds(indices: list[int], sequences: Sequences) -> list[list[int]]:
     """Indices in rounds of at most ROUND_TOKENS tokens, similar lengths together, whatever the order given."""
-    made, room = [], 0
+    made: list[list[int]] = []
+    room = 0
     for index in sorted(indices, key=lambda index: (len(sequences[index]), index)):
         if len(sequences[index]) > room:
             made.append([])
@@ -260,7 +294,15 @@ def rounds(indices: list[int], sequences) -> list[list[int]]:
     return made
 
 
-def score_after_prefix(model, prefix, sequences, indices, skip: int, token_budget: int, world) -> list[tuple]:
+def score_after_prefix(
+    model: Model,
+    prefix: list[int],
+    sequences: Sequences,
+    indices: list[int],
+    skip: int,
+    token_budget: int,
+    world: World,
+) -> Part:
     """This rank's part of [(index, log p [T − 1])] of tokens 2 … T after `prefix`.
 
     The prefix runs once, its keys and values are shared; a batch counts prefix + text positions against the budget.
@@ -271,28 +313,32 @@ def score_after_prefix(model, prefix, sequences, indices, skip: int, token_budge
     with torch.no_grad():
         trunk, head, vocabulary = split_head(model, prefix[:PROBE_TOKENS])
         chunk = max(SMALLEST_CHUNK, LOGIT_VALUES // vocabulary)
-        part, cache = [], None
+        part: Part = []
+        cache: Any = None  # a transformers cache
         if len(prefix) > 1:  # its last token opens every text's own pass
             ids = torch.tensor([prefix[:-1]], device=model.device)
-            cache = model.get_base_model().base_model if hasattr(model, "get_base_model") else model.base_model
-            cache = cache(input_ids=ids, use_cache=True).past_key_values
+            wrapped: Any = model
+            causal = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
+            cache = causal.base_model(input_ids=ids, use_cache=True).past_key_values
         lengths = [len(prefix) + len(sequences[index]) for index in indices]
         for batch in world.shard(plan_batches(lengths, token_budget)):
             chosen = [indices[place] for place in batch]
             inputs = [[prefix[-1], *sequences[index][skip:-1]] for index in chosen]
             ids = torch.zeros(len(chosen), max(map(len, inputs)), dtype=torch.long)
-            rows, columns, targets = [], [], []
+            rows: list[int] = []
+            columns: list[int] = []
+            spelled: list[int] = []
             for row, (index, tokens) in enumerate(zip(chosen, inputs)):
                 ids[row, : len(tokens)] = torch.tensor(tokens)
                 scored = len(sequences[index]) - 1
                 rows += [row] * scored
                 columns += range(len(tokens) - scored, len(tokens))
-                targets += sequences[index][1:]
+                spelled += sequences[index][1:]
             shared = copy.deepcopy(cache)
             if shared is not None:
                 shared.batch_repeat_interleave(len(chosen))
             states = trunk(input_ids=ids.to(model.device), past_key_values=shared, use_cache=True)[0]
-            states, targets = states[rows, columns], torch.tensor(targets, device=states.device)
+            states, targets = states[rows, columns], torch.tensor(spelled, device=states.device)
             found = []
             for start in range(0, len(targets), chunk):
                 logits = states[start : start + chunk] if head is None else head(states[start : start + chunk])
@@ -302,7 +348,7 @@ def score_after_prefix(model, prefix, sequences, indices, skip: int, token_budge
     return part
 
 
-def gradient_norm(model, parameters, ids: list[int]):
+def gradient_norm(model: Model, parameters: Sequence[torch.Tensor], ids: Sequence[int]) -> Array:
     """[1] ‖∇ ℓ‖₂ of one sequence over `parameters`; the model is in eval mode, so dropout is off."""
     import torch
 
@@ -312,4 +358,5 @@ def gradient_norm(model, parameters, ids: list[int]):
         mean = log_probability(logits, tokens[0, 1:].to(logits.device)).mean()
         gradients = torch.autograd.grad(mean, parameters, allow_unused=True)
     norms = [gradient.float().norm() for gradient in gradients if gradient is not None]
-    return torch.stack(norms).norm()[None].cpu().numpy()
+    norm: Array = torch.stack(norms).norm()[None].cpu().numpy()
+    return norm

@@ -1,10 +1,14 @@
 """Attack models and write their result files: one model, or every checkpoint below a directory."""
 
+from __future__ import annotations
+
 import hashlib
 import os
 import sys
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from common import chat, cli, dataset, distributed, models, results
 from common import trained as trained_rows
@@ -13,10 +17,20 @@ from mia.config import MiaConfig
 from mia.dataset import MembershipTask, Reader, prepare
 from mia.forward import Cache, Passes
 from mia.report import AGAINST_BASE, draw_roc, report, table
-from mia.signals import count_tokens, gather, score_texts
+from mia.signals import Reasons, Scores, count_tokens, gather, score_texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from common.cli import AnyPath
+    from common.distributed import World
+    from common.models import ModelRef
+
+    Target = tuple[str, ModelRef, Path]  # (name, model, folder of its results)
+    Targets = tuple[list[Target], list[PreTrainedTokenizerBase | None], dict[str, str]]  # see `find_targets`
 
 
-def members_seen(ref, task: MembershipTask) -> dict[str, int] | None:
+def members_seen(ref: ModelRef, task: MembershipTask) -> dict[str, int] | None:
     """{'whole', 'partly', 'never'}: how many members the training took the loss on, all their characters but those of
     the first token, some, or none; None where no trained_rows.jsonl tells."""
     folder = Path(ref.adapter or ref.base).expanduser()
@@ -32,18 +46,19 @@ def members_seen(ref, task: MembershipTask) -> dict[str, int] | None:
     return counts
 
 
-def template_sha256(config: MiaConfig, tokenizer, ref) -> str:
+def template_sha256(config: MiaConfig, tokenizer: PreTrainedTokenizerBase, ref: ModelRef) -> str:
+    """SHA-256 of the chat template that made the texts, hexadecimal."""
     template = chat.read_template(config.chat_template, tokenizer, ref.name)
     return hashlib.sha256(template.encode()).hexdigest()
 
 
-def measure(ref, task: MembershipTask, config: MiaConfig, world, folder, passes, name: str) -> list[dict]:
+def measure(
+    ref: ModelRef, task: MembershipTask, config: MiaConfig, world: World, folder: Path, passes: Passes, name: str
+) -> list[dict[str, Any]]:
     """Attack one model and write its four files into `folder`; the result lines on rank 0, [] elsewhere.
 
-    passes: a mia.forward.Passes, whose loader may hold the unadapted base already; it is left bit for bit as it was.
+    passes: whose loader may hold the unadapted base already; it is left bit for bit as it was.
     """
-    folder = Path(folder)
-
     with (
         results.output_folder(folder, key="mia") as place,
         results.Run(folder / "run_mia.json", config, task.inputs, world, place) as record,
@@ -93,22 +108,25 @@ def measure(ref, task: MembershipTask, config: MiaConfig, world, folder, passes,
         record["members_trained"] = trained
         record["passes"] = {"texts_scored": passes.scored - before}
 
-        def finish():
+        def finish() -> list[dict[str, Any]]:
             if not world.main:
                 return []
+            files = record.files
+            assert files is not None  # the record has an Output
             frequencies = count_tokens(tokenizer, task.corpus) if task.corpus else None
             found, reasons = score_texts(task, config, evidence, reference, frequencies)
-            base_scores, base_reasons = {}, {}
+            base_scores: Scores = {}
+            base_reasons: Reasons = {}
             if base:
                 base_scores, base_reasons = score_texts(alone, config, base, None, frequencies)
             lines, rows, kept = report(task, config, info, found, reasons, evidence, base_scores, base_reasons)
             for key, value in kept.items():
                 record[key] = value
-            record.files.write_jsonl(folder / "scores_mia.jsonl", rows)
+            files.write_jsonl(folder / "scores_mia.jsonl", rows)
             flags = sorted({flag for line in lines for flag in line["flags"] if not flag.startswith("coarse")})
-            with record.files.open(folder / "roc_mia.png", "wb") as file:
+            with files.open(folder / "roc_mia.png", "wb") as file:
                 draw_roc(found, task, flags, name).savefig(file, format="png", dpi=120)
-            record.files.write_jsonl(folder / "results_mia.jsonl", lines)
+            files.write_jsonl(folder / "results_mia.jsonl", lines)
             world.say(f"{name}\n{table(lines)}")
             models.say_if_hardly_moved(ref)
             p = {who: made["p"] for who, made in kept["dataset_inference"].items() if made and made["p"] is not None}
@@ -118,46 +136,68 @@ def measure(ref, task: MembershipTask, config: MiaConfig, world, folder, passes,
         return world.together(finish)[world.rank]
 
 
-def find_targets(config: MiaConfig, problems: cli.Problems) -> tuple[list[tuple], list, dict[str, str]]:
+def find_targets(config: MiaConfig, problems: cli.Problems) -> Targets:
     """([(name, ModelRef, folder of its results)], their tokenizers, {path: why it cannot be measured}), from files
     only."""
-    if bool(config.model) == bool(config.dir):
-        problems.add("--model or --dir: give one of them")
+    if config.model and not config.dir:
+        return _single_target(config, config.model, problems)
+    if config.dir and not config.model:
+        return _targets_below(config, config.dir, problems)
+    problems.add("--model or --dir: give one of them")
+    return [], [], {}
+
+
+def _single_target(config: MiaConfig, model: str, problems: cli.Problems) -> Targets:
+    """`find_targets` with --model; says on stderr when results made otherwise will be replaced."""
+    folder = Path(config.output_dir or "./")
+    ref, tokenizer = models.look_up(problems, model, config.revision, config.base_model)
+    file = folder / "results_mia.jsonl"
+    if ref and file.is_file():
+        earlier = problems.absorb(dataset.read_rows, file) or []
+        if any(line.get("model") != ref.name for line in earlier):
+            problems.add(f"{file}: holds the results of another model; name another --output_dir")
+        elif earlier:
+            now = {key: getattr(config, key) for key in ("members", "nonmembers", "max_length", "seed")}
+            other = [f"--{key} {earlier[0].get(key)}" for key, value in now.items() if earlier[0].get(key) != value]
+            if other and int(os.environ.get("RANK", 0)) == 0:
+                print(f"{file}: was made with {', '.join(other)}; it will be replaced", file=sys.stderr)
+    return [(model, ref, folder)] if ref else [], [tokenizer], {}
+
+
+def _targets_below(config: MiaConfig, folder: str, problems: cli.Problems) -> Targets:
+    """`find_targets` with --dir."""
+    if not Path(folder).is_dir():
+        problems.add(f"--dir {folder}: no such directory; name one with checkpoint-* below it")
         return [], [], {}
-    if config.model:
-        folder = Path(config.output_dir or "./")
-        ref, tokenizer = models.look_up(problems, config.model, config.revision, config.base_model)
-        file = folder / "results_mia.jsonl"
-        if ref and file.is_file():
-            earlier = problems.absorb(dataset.read_rows, file) or []
-            if any(line.get("model") != ref.name for line in earlier):
-                problems.add(f"{file}: holds the results of another model; name another --output_dir")
-            elif earlier:
-                now = {key: getattr(config, key) for key in ("members", "nonmembers", "max_length", "seed")}
-                other = [f"--{key} {earlier[0].get(key)}" for key, value in now.items() if earlier[0].get(key) != value]
-                if other and int(os.environ.get("RANK", 0)) == 0:
-                    print(f"{file}: was made with {', '.join(other)}; it will be replaced", file=sys.stderr)
-        return [(config.model, ref, folder)] if ref else [], [tokenizer], {}
-    if not Path(config.dir).is_dir():
-        problems.add(f"--dir {config.dir}: no such directory; name one with checkpoint-* below it")
-        return [], [], {}
-    paths = find_checkpoints(config.dir)
+    paths = find_checkpoints(folder)
     found, unusable = look_up_all(problems, paths, config.revision, config.base_model, "--dir")
     if not paths:
-        problems.lines.append(f"--dir {config.dir}: no checkpoint-* directory below it")
+        problems.lines.append(f"--dir {folder}: no checkpoint-* directory below it")
     targets = []
     for path, ref, _ in found:
-        inside = path.relative_to(config.dir)
+        inside = path.relative_to(folder)
         targets.append((inside.as_posix(), ref, Path(config.output_dir) / inside if config.output_dir else path))
     return targets, [tokenizer for _, _, tokenizer in found], unusable
 
 
-def cache_folder(root) -> Path:
+def cache_folder(root: AnyPath) -> Path:
+    """Where a run with these results keeps what the models said of the texts."""
     return Path(root) / "mia_cache"
 
 
-def run(config: MiaConfig) -> int:
-    """Attack everything asked for; 0, or 1 when a checkpoint failed. Raises UserError before any model is loaded."""
+@dataclass(frozen=True)
+class Plan:
+    """Attacks whose arguments and files have been checked."""
+
+    config: MiaConfig
+    task: MembershipTask
+    targets: list[Target]
+    unusable: dict[str, str]  # model → why
+    root: str  # of the results
+
+
+def check(config: MiaConfig) -> Plan:
+    """Read everything but the models; UserError with every problem."""
     problems = cli.Problems()
     config = replace(config, members=str(dataset.default_dataset(config.members)))
     distributed.check_environment(problems, config.device_map)
@@ -172,8 +212,15 @@ def run(config: MiaConfig) -> int:
         models.look_up(problems, config.ref_model, flag="--ref_model")
     if task and task.whole and not config.chat_template and len({str(one.chat_template) for one in known}) > 1:
         problems.add(f"--dir {config.dir}: its checkpoints have different chat templates; attack them one by one")
-    problems.check()
+    if problems.lines or task is None:
+        raise cli.UserError(*problems.lines)
+    return Plan(config, task, targets, failures, root)
 
+
+def run(config: MiaConfig) -> int:
+    """Attack everything asked for; 0, or 1 when a checkpoint failed. UserError before any model is loaded."""
+    plan = check(config)
+    config, task, targets, failures = plan.config, plan.task, plan.targets, plan.unusable
     members = sum(task.labels)
     summary = f"{members} members, {len(task.labels) - members} non-members; attacks {' '.join(task.attacks)}"
     if config.dry_run:
@@ -185,24 +232,31 @@ def run(config: MiaConfig) -> int:
     world = distributed.start()
     world.say(summary)
     folders = {folder: ref for _, ref, folder in targets}
-    failures |= measure_all(
-        folders, task, config, world, cache_folder(root), {ref.name: name for name, ref, _ in targets}
-    )
+    names = {ref.name: name for name, ref, _ in targets}
+    failures |= measure_all(folders, task, config, world, cache_folder(plan.root), names)
     world.close()
     return cli.report_failures(failures, world.main)
 
 
 def measure_all(
-    refs: dict, task: MembershipTask, config: MiaConfig, world, cache, names: dict | None = None
+    refs: Mapping[Path, ModelRef],
+    task: MembershipTask,
+    config: MiaConfig,
+    world: World,
+    cache: AnyPath,
+    names: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """Attack every {folder of its results: ModelRef}; {model: why it failed}. A single --model's failure is raised."""
+    """Attack every {folder of its results: ModelRef}; {model: why it failed}. A single --model's failure is raised.
+
+    cache: folder of what models said, kept for later runs. names: {name of a model: how to show it}.
+    """
     for group in Path(cache).glob("*/"):
         results.remove_leftovers(group)
     results.tidy(refs, "mia")
     loader = BaseLoader(world, models.resolve_dtype(config.dtype, world.device), config.device_map)
     passes = Passes(Cache(cache), loader, config.token_budget)
 
-    def attack(_, ref, folder) -> None:
+    def attack(_: int, ref: ModelRef, folder: Path) -> None:
         try:
             measure(ref, task, config, world, folder, passes, (names or {}).get(ref.name, ref.name))
         finally:

@@ -4,9 +4,22 @@ members [M], nonmembers [N]: scores, higher = more likely a member. TPR is the s
 share of non-members called members. Levels of FPR are named as in the result files: "0.1", "0.01", "0.001".
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
+import numpy.typing as npt
 
 from common.stats import auc, auc_interval, clopper_pearson, interval
+
+if TYPE_CHECKING:
+    from sklearn.pipeline import Pipeline
+
+Floats = npt.NDArray[np.float64]
+Features = list[Any] | npt.NDArray[Any]  # of n items
+Counts = npt.NDArray[np.uint8]  # [B, n] of `draw`
 
 LEVELS = {"0.1": 10, "0.01": 100, "0.001": 1000}  # name → 1/level, so that ⌊level·(N+1)⌋ is exact
 SMALLEST = {"0.001": 1000}  # non-members below which a level is refused though the rule would give a threshold
@@ -22,12 +35,12 @@ def allowed(level: str, n: int) -> int:
     return (n + 1) // LEVELS[level] - 1
 
 
-def threshold(nonmembers, most: int) -> float:
+def threshold(nonmembers: Floats, most: int) -> float:
     """The score that must be exceeded: the (most + 1)-th largest non-member, so at most `most` of them exceed it."""
     return float(np.sort(nonmembers)[::-1][most])
 
 
-def tpr_at(members, nonmembers, level: str) -> dict:
+def tpr_at(members: Floats, nonmembers: Floats, level: str) -> dict[str, Any]:
     """One operating point, null where N is too small: {tpr, tpr_ci, tpr_ci_at_threshold, false_positives, fpr, fpr_ci,
     coarse, undefined}.
 
@@ -53,7 +66,7 @@ def tpr_at(members, nonmembers, level: str) -> dict:
     }
 
 
-def tpr_interval(members, nonmembers, level: float, confidence: float = 0.95) -> list[float]:
+def tpr_interval(members: Floats, nonmembers: Floats, level: float, confidence: float = 0.95) -> list[float]:
     """Interval of the TPR at a true FPR of `level`, whatever the distributions and however few non-members.
 
     With few non-members the threshold is an extreme one, whose own noise outweighs that of the members. Above the j-th
@@ -69,13 +82,13 @@ def tpr_interval(members, nonmembers, level: float, confidence: float = 0.95) ->
     many = ranks[stats.beta.cdf(level, ranks, n - ranks + 1) <= error]
     above = int(np.sum(members > ordered[few[-1] - 1])) if len(few) else 0
     below = int(np.sum(members >= ordered[many[0] - 1])) if len(many) else len(members)
-    return [
-        clopper_pearson(above, len(members), 1 - 2 * error)[0],
-        clopper_pearson(below, len(members), 1 - 2 * error)[1],
-    ]
+    ends = [clopper_pearson(hits, len(members), 1 - 2 * error) for hits in (above, below)]
+    if ends[0] is None or ends[1] is None:
+        raise ValueError("no members: no interval of their rate")
+    return [ends[0][0], ends[1][1]]
 
 
-def draw(n: int, resamples: int, rng) -> np.ndarray:
+def draw(n: int, resamples: int, rng: np.random.Generator) -> Counts:
     """[resamples, n] how often each of n items is in a resample of n with replacement.
 
     Bytes: with n > 255, 256 times the same item has a probability below n / 256!.
@@ -94,7 +107,9 @@ def blocks(resamples: int, n: int) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, resamples, rows)]
 
 
-def bootstrap(members, nonmembers, member_draws, nonmember_draws, levels) -> dict:
+def bootstrap(
+    members: Floats, nonmembers: Floats, member_draws: Counts, nonmember_draws: Counts, levels: Iterable[str]
+) -> dict[str, Floats]:
     """{level: TPR [B]} of B resamples; draws [B, M] and [B, N] from `draw`, the classes apart.
 
     One sort serves all resamples: a resample only changes how often each score counts, so its threshold is the place
@@ -115,7 +130,7 @@ def bootstrap(members, nonmembers, member_draws, nonmember_draws, levels) -> dic
     return rates
 
 
-def running(counts) -> np.ndarray:
+def running(counts: Counts) -> npt.NDArray[np.int32]:
     """[B, n + 1] sums of the first 0 … n of counts [B, n]."""
     sums = np.zeros((len(counts), counts.shape[1] + 1), np.int32)
     np.cumsum(counts, axis=1, out=sums[:, 1:])
@@ -142,10 +157,12 @@ class Draws:
     The last two pairs of sizes are kept: a byte an item and resample.
     """
 
-    def __init__(self, resamples: int, seed: int):
-        self.resamples, self.seed, self.made = resamples, seed, {}
+    def __init__(self, resamples: int, seed: int) -> None:
+        self.resamples, self.seed = resamples, seed
+        self.made: dict[tuple[int, int], tuple[Counts, Counts]] = {}
 
-    def __call__(self, m: int, n: int):
+    def __call__(self, m: int, n: int) -> tuple[Counts, Counts]:
+        """(draws [B, m] of the members, [B, n] of the non-members)."""
         if (m, n) not in self.made:
             if len(self.made) == 2:
                 self.made.pop(next(iter(self.made)))
@@ -154,10 +171,12 @@ class Draws:
         return self.made[m, n]
 
 
-def summarize(members, nonmembers, draws: Draws, cross_fitted: bool = False) -> dict:
+def summarize(
+    members: npt.ArrayLike, nonmembers: npt.ArrayLike, draws: Draws, cross_fitted: bool = False
+) -> dict[str, Any]:
     """{auc, auc_ci, auc_ci99, tpr_at_fpr, tpr_ci, points, undefined} of one attack; null with a reason, never NaN.
 
-    Intervals of the AUC: `intervals.auc_interval`; of the TPR: the hull of a bootstrap and of Clopper–Pearson at
+    Intervals of the AUC: `stats.auc_interval`; of the TPR: the hull of a bootstrap and of Clopper–Pearson at
     the threshold from 9 allowed false positives on, else `tpr_interval`, which is conservative.
     cross_fitted: the scores are of `cross_fit`, so that the intervals of AUC and TPR are `widened`.
     """
@@ -176,7 +195,7 @@ def summarize(members, nonmembers, draws: Draws, cross_fitted: bool = False) -> 
         at = points[level]["tpr_ci_at_threshold"]  # resampling says nothing where no member, or every one, is above
         points[level]["tpr_ci"] = [min(low, at[0]), max(high, at[1])]
     area = auc(members, nonmembers)
-    intervals = {
+    intervals: dict[str, list[float] | None] = {
         name: auc_interval(members, nonmembers, level) for name, level in (("auc_ci", 0.95), ("auc_ci99", 0.99))
     }
     if cross_fitted:
@@ -196,10 +215,10 @@ def summarize(members, nonmembers, draws: Draws, cross_fitted: bool = False) -> 
 # ---- many scores together
 
 
-def cross_fit(features, labels, make, seed: int) -> np.ndarray | None:
+def cross_fit(features: Features, labels: npt.ArrayLike, make: Callable[[], Pipeline], seed: int) -> Floats | None:
     """Log-odds [n] of membership, each from a classifier that saw the other four fifths; None below 5 texts a class.
 
-    features: array or sparse matrix [n, F], or a list of n texts; make() → a scikit-learn classifier or pipeline.
+    features: array [n, F], or a list of n items; make() → a scikit-learn classifier or pipeline.
     """
     from sklearn.model_selection import StratifiedKFold
 
@@ -213,11 +232,11 @@ def cross_fit(features, labels, make, seed: int) -> np.ndarray | None:
     return found
 
 
-def _take(features, rows):
+def _take(features: Features, rows: npt.NDArray[np.int64]) -> Features:
     return [features[row] for row in rows] if isinstance(features, list) else features[rows]
 
 
-def logistic():
+def logistic() -> Pipeline:
     """Logistic regression over standardised scores, a missing score taken as the median of the training part."""
     from sklearn.impute import SimpleImputer
     from sklearn.linear_model import LogisticRegression
@@ -227,7 +246,7 @@ def logistic():
     return make_pipeline(SimpleImputer(strategy="median"), StandardScaler(), LogisticRegression(max_iter=1000))
 
 
-def usable(scores) -> np.ndarray:
+def usable(scores: npt.ArrayLike) -> Floats:
     """The columns of scores [n, A] (missing: NaN) that at least half of the texts have and that vary."""
     scores = np.asarray(scores, np.float64)
     known = ~np.isnan(scores)
@@ -235,18 +254,21 @@ def usable(scores) -> np.ndarray:
     return scores[:, (known.mean(0) >= 0.5) & np.array(spread, bool)]
 
 
-def halves(labels, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def halves(labels: npt.ArrayLike, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Indices of two halves of the texts, each with half of either class."""
     from sklearn.model_selection import train_test_split
 
-    return train_test_split(np.arange(len(labels)), test_size=0.5, stratify=labels, random_state=seed)
+    own = np.asarray(labels)
+    fit, held_out = train_test_split(np.arange(len(own)), test_size=0.5, stratify=own, random_state=seed)
+    return fit, held_out
 
 
-def dataset_inference(scores, labels, seed: int) -> dict:
+def dataset_inference(scores: npt.ArrayLike, labels: npt.ArrayLike, seed: int) -> dict[str, Any]:
     """{p, t, n_members, n_nonmembers, undefined}: is the *set* of members in the training data? (Maini et al. 2024)
 
     Half of each class fits a logistic regression over all scores [n, A] (missing: NaN); on the other half its log-odds
-    are compared (`set_test`). The scores must not hang on the labels: for the text alone see `blind.dataset_inference`.
+    are compared (`set_test`). The scores must not hang on the labels: for the text alone see
+    `baselines.dataset_inference`.
     """
     labels, scores = np.asarray(labels), usable(scores)
     fewest = np.bincount(labels, minlength=2).min()
@@ -261,7 +283,7 @@ def dataset_inference(scores, labels, seed: int) -> dict:
 NO_TEST = dict.fromkeys(("p", "t", "n_members", "n_nonmembers"))
 
 
-def set_test(odds, labels) -> dict:
+def set_test(odds: Floats, labels: npt.NDArray[np.int64]) -> dict[str, Any]:
     """Welch's t-test of log-odds [n] of texts that took no part in fitting, one-sided: members (label 1) higher."""
     from scipy.stats import ttest_ind
 

@@ -16,6 +16,7 @@ all were) and rows that it was trained on are no non-members; `members_trained` 
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__":  # else `mia` would be this file, not its folder
@@ -28,6 +29,7 @@ from mia.dataset import SHOTS
 
 
 def make_parser() -> cli.Parser:
+    """The parser of mia/mia.py; `parse_args` gives a MiaConfig."""
     parser = cli.Parser(
         "Membership inference on a model, an adapter, or every checkpoint-* below a directory.",
         "python mia/mia.py --model ./pythia-1.4b/run/checkpoint-276 --members data/enron.jsonl --output_dir ./results",
@@ -84,8 +86,9 @@ def make_parser() -> cli.Parser:
     return parser
 
 
-def main(argv=None) -> int:
-    config = make_parser().parse_args(argv)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run with these words (default: the command line's); the exit status. UserError as of `measure.run`."""
+    config: MiaConfig = make_parser().parse_args(argv)
     from mia.measure import run
 
     return run(config)

@@ -1,18 +1,27 @@
 """Neighbours of a text: near-copies with one token replaced, for the neighbourhood attack (Mattern et al. 2023)."""
 
+from __future__ import annotations
+
 import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from common import models
 from common.scoring import plan_batches, score
 from mia.attacks import N_NEIGHBOURS
 
+if TYPE_CHECKING:
+    import torch
+
+    from common.models import Model
+
 MASKED_TOKENS = 1024  # positions of a masked LM's pass, whose logits are whole
 
 
-def places(n: int, key, seed: int) -> list[int]:
-    """At most 25 of n places, drawn without replacement by (seed, key) alone."""
-    import numpy as np
-
+def places(n: int, key: object, seed: int) -> list[int]:
+    """At most 25 of n places, drawn without replacement by (seed, the representation of key) alone."""
     rng = np.random.default_rng(int(hashlib.sha256(repr((seed, key)).encode()).hexdigest()[:16], 16))
     return sorted(rng.permutation(n)[:N_NEIGHBOURS].tolist())
 
@@ -22,16 +31,16 @@ def deal(n_places: int) -> list[tuple[int, int]]:
     return [(number % n_places, number // n_places) for number in range(N_NEIGHBOURS)]
 
 
-def own_neighbours(model, sequences, seed: int, token_budget: int) -> list[list[list[int]]]:
+def own_neighbours(
+    model: Model, sequences: Sequence[Sequence[int]], seed: int, token_budget: int
+) -> list[list[list[int]]]:
     """25 neighbours of each sequence: one token (never the first) replaced by the model's own likeliest other token."""
-    import numpy as np
-
     most = N_NEIGHBOURS + 1  # one of them may be the token that stands there
 
-    def proposals(logits, _):
+    def proposals(logits: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
         return logits.topk(min(most, logits.shape[-1]), -1).indices.float()  # exact below 2^24 tokens
 
-    made = [[] for _ in sequences]
+    made: list[list[list[int]]] = [[] for _ in sequences]
     for index, _, found in score(
         model, sequences, token_budget=token_budget, statistics=proposals, context=max(map(len, sequences))
     ):
@@ -48,7 +57,7 @@ def own_neighbours(model, sequences, seed: int, token_budget: int) -> list[list[
 class MaskedProposer:
     """Neighbours of texts by a masked LM: one token masked at a time, its likeliest other token put there."""
 
-    def __init__(self, folder: str, device):
+    def __init__(self, folder: str, device: torch.device) -> None:
         from transformers import AutoModelForMaskedLM, AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -71,13 +80,13 @@ class MaskedProposer:
         jobs = []  # (text, position in its tokens, ranks of the proposals wanted there)
         for index in range(len(texts)):
             marks = zip(encoded["special_tokens_mask"][index], encoded["offset_mapping"][index])
-            words = [place for place, (special, (start, end)) in enumerate(marks) if not special and end > start]
-            where = [words[place] for place in places(len(words), texts[index], seed)]
-            ranks = [[] for _ in where]
+            spelled = [place for place, (special, (start, end)) in enumerate(marks) if not special and end > start]
+            where = [spelled[place] for place in places(len(spelled), texts[index], seed)]
+            ranks: list[list[int]] = [[] for _ in where]
             for place, rank in deal(len(where)) if where else ():
                 ranks[place].append(rank)
             jobs += [(index, place, wanted) for place, wanted in zip(where, ranks) if wanted]
-        made = [[] for _ in texts]
+        made: list[list[str]] = [[] for _ in texts]
         lengths = [len(encoded["input_ids"][index]) for index, *_ in jobs]
         for batch in plan_batches(lengths, MASKED_TOKENS):
             width = max(lengths[job] for job in batch)
@@ -107,5 +116,5 @@ class MaskedProposer:
     def _words(self, tokens: list[int], instead_of: str) -> list[str]:
         """The proposals as written, best first, without special tokens, blanks and the word that stands there."""
         kept = [token for token in tokens if token not in self.tokenizer.all_special_ids]
-        words = [self.tokenizer.decode([token]).strip().removeprefix("##") for token in kept]
+        words = [str(self.tokenizer.decode([token])).strip().removeprefix("##") for token in kept]
         return list(dict.fromkeys(word for word in words if word and word.lower() != instead_of.strip().lower()))

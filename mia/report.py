@@ -1,13 +1,26 @@
 """What the scores of one model say: result lines with their controls, the table, the figure."""
 
+from __future__ import annotations
+
 import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from common import stats
 from common.schema import HEADLINE_ATTACK
 from common.stats import roc
+from mia import attacks, baselines, metrics
 from mia.config import MiaConfig
 from mia.dataset import MembershipTask
-from mia.signals import Evidence
+from mia.metrics import Floats
+from mia.signals import Evidence, Reasons, Scores
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    Lines = list[dict[str, Any]]  # of a result file
 
 AGAINST_BASE = ("ref", "ez", "wbc")  # these compare with the base, so the base has none itself
 NO_BASE = "no base known: the model has no adapter"
@@ -15,11 +28,9 @@ DRAWN = ("loss", "zlib", "lowercase", "ref", "min_k_20", "min_k_pp_20", "surp", 
          "neighborhood", "neighborhood_self", "grad_norm", "ez", "wbc", "combine")  # fmt: skip
 
 
-def parameters_of(attack: str, config: MiaConfig, evidence: Evidence) -> dict:
+def parameters_of(attack: str, config: MiaConfig, evidence: Evidence) -> dict[str, Any]:
     """The settings behind one key of the score file."""
-    from mia import attacks, metrics
-
-    known = {
+    known: dict[str, dict[str, Any]] = {
         "surp": {"k": attacks.SURP_PERCENT, "entropy": attacks.SURP_ENTROPY},
         "recall": {"shots": evidence.shots.get("recall")},
         "con_recall": {
@@ -38,25 +49,19 @@ def parameters_of(attack: str, config: MiaConfig, evidence: Evidence) -> dict:
     return known.get(attack, {})
 
 
-def by_class(values, labels) -> tuple[list[float], list[float]]:
+def by_class(values: Iterable[float | None], labels: Iterable[int]) -> tuple[list[float], list[float]]:
     """(scores of members, of non-members), Nones left out."""
     pairs = [(value, label) for value, label in zip(values, labels) if value is not None]
     return [value for value, label in pairs if label], [value for value, label in pairs if not label]
 
 
-def matrix(found: dict):
+def matrix(found: Scores) -> Floats:
     """Scores [n, A] with NaN for None."""
-    import numpy as np
-
     return np.array([[np.nan if value is None else value for value in column] for column in found.values()]).T
 
 
-def combined(found: dict, labels, seed: int) -> list | None:
+def combined(found: Scores, labels: Sequence[int], seed: int) -> list[float | None] | None:
     """Cross-fitted log-odds over all scores; a text without any score stays None. None below 5 texts a class."""
-    import numpy as np
-
-    from mia import metrics
-
     scores = metrics.usable(matrix(found))
     some = [index for index in range(len(labels)) if not np.isnan(scores[index]).all()]
     odds = metrics.cross_fit(scores[some], [labels[index] for index in some], metrics.logistic, seed) if some else None
@@ -72,21 +77,30 @@ def apart(bounds: list[float]) -> bool:
 
 
 def report(
-    task: MembershipTask, config: MiaConfig, info: dict, found, reasons, evidence, base_scores, base_reasons
-) -> tuple:
-    """(result lines, score lines, what run_mia.json holds) of one model, from its scores and its base's."""
-    from mia import baselines, metrics
+    task: MembershipTask,
+    config: MiaConfig,
+    info: Mapping[str, Any],
+    found: Scores,
+    reasons: Reasons,
+    evidence: Evidence,
+    base_scores: Scores,
+    base_reasons: Reasons,
+) -> tuple[Lines, Lines, dict[str, Any]]:
+    """(result lines, score lines, what run_mia.json holds) of one model, from its scores and its base's (empty without
+    one). With --combine these scores get one more attack.
 
+    info: keys of every result line.
+    """
     draws = metrics.Draws(config.bootstrap, config.seed)
     if not task.blind:
         task.blind = baselines.scores(task.texts, task.labels, config.seed)
         task.blind_test = baselines.dataset_inference(task.texts, task.labels, config.seed)
-    blinds = {}
-    for name, values in task.blind.items():
-        if values is None:
+    blinds: dict[str, dict[str, Any]] = {}
+    for name, log_odds in task.blind.items():
+        if log_odds is None:
             blinds[name] = {"auc": None, "auc_ci99": None, "undefined": "fewer than 5 texts in a class"}
         else:
-            made = metrics.summarize(*by_class(values.tolist(), task.labels), draws, cross_fitted=True)
+            made = metrics.summarize(*by_class(log_odds.tolist(), task.labels), draws, cross_fitted=True)
             blinds[name] = {key: made[key] for key in ("auc", "auc_ci99", "tpr_at_fpr", "undefined")}
     set_flags = [name for name, made in blinds.items() if made["auc"] is not None and apart(made["auc_ci99"])]
     if task.duplicates:
@@ -99,12 +113,12 @@ def report(
         "blind": task.blind_test,
     }
     if config.combine:
-        for some, why in ((found, reasons), (base_scores, base_reasons)):
+        for some, missing_of in ((found, reasons), (base_scores, base_reasons)):
             if some:
-                values = combined(some, task.labels, config.seed)
-                reason = "fewer than 5 texts in a class" if values is None else "no score to combine"
-                some["combine"] = values or [None] * len(task.labels)
-                why["combine"] = {i: reason for i, value in enumerate(some["combine"]) if value is None}
+                odds = combined(some, task.labels, config.seed)
+                reason = "fewer than 5 texts in a class" if odds is None else "no score to combine"
+                some["combine"] = odds or [None] * len(task.labels)
+                missing_of["combine"] = {i: reason for i, value in enumerate(some["combine"]) if value is None}
 
     twice = {
         "pairs": len(task.duplicates),
@@ -118,9 +132,10 @@ def report(
         why = list(reasons.get(attack, {}).values())
         other = base_scores.get(attack)
         if other is None or not any(value is not None for value in other):
-            kept = sorted(set(base_reasons.get(attack, {}).values()))
+            whys = sorted(set(base_reasons.get(attack, {}).values()))
             missing = "compares with the base" if attack in AGAINST_BASE and info["base_model"] else NO_BASE
-            base = {"auc": None, "auc_ci": None, "auc_ci99": None, "undefined": kept[0] if kept else missing}
+            undefined = whys[0] if whys else missing
+            base: dict[str, Any] = {"auc": None, "auc_ci": None, "auc_ci99": None, "undefined": undefined}
         else:
             summary = metrics.summarize(*by_class(other, task.labels), draws, cross_fitted=attack == "combine")
             base = {key: summary[key] for key in ("auc", "auc_ci", "auc_ci99", "tpr_at_fpr", "undefined")}
@@ -159,7 +174,7 @@ def report(
         )
     rows = []
     for index in range(n):
-        row = {"id": task.ids[index], "label": task.labels[index]}
+        row: dict[str, Any] = {"id": task.ids[index], "label": task.labels[index]}
         row |= {attack: values[index] for attack, values in found.items()}
         row |= {name: None if values is None else float(values[index]) for name, values in task.blind.items()}
         row["text_sha256"] = hashlib.sha256(task.texts[index].encode()).hexdigest()
@@ -170,7 +185,7 @@ def report(
     return lines, rows, kept
 
 
-def draw_roc(found: dict, task: MembershipTask, flags: list[str], title: str):
+def draw_roc(found: Scores, task: MembershipTask, flags: list[str], title: str) -> Figure:
     """ROC curves on log–log axes with chance and the blind baselines; a flagged set says so in the title."""
     from matplotlib.figure import Figure
 
@@ -180,31 +195,31 @@ def draw_roc(found: dict, task: MembershipTask, flags: list[str], title: str):
     axes.plot([smallest, 1], [smallest, 1], ":", color="black", label="chance")
     blinds = {name: list(values) for name, values in task.blind.items() if values is not None}
     styles = ("-", "--", "-.", ":")
-    drawn = [(name, blinds[name], {"color": "grey", "linestyle": style}) for name, style in zip(blinds, styles)]
+    drawn: list[tuple[str, Sequence[float | None], dict[str, Any]]] = [
+        (name, blinds[name], {"color": "grey", "linestyle": style}) for name, style in zip(blinds, styles)
+    ]
     drawn += [
         (name, found[name], {"linewidth": 2.5 if name == HEADLINE_ATTACK else 1}) for name in DRAWN if name in found
     ]
     for name, values, style in drawn:
         members, nonmembers = by_class(values, task.labels)
         if members and nonmembers:
-            false, true = roc(members, nonmembers)
+            false, true = roc(np.array(members), np.array(nonmembers))
             axes.step(false.clip(smallest), true.clip(smallest), where="post", label=name, **style)
     axes.set(xscale="log", yscale="log", xlim=(smallest, 1), ylim=(smallest, 1.05))
     axes.set(xlabel="false positive rate", ylabel="true positive rate")
-    more = {"fontsize": 9, "parse_math": False}  # a $ in a name is a $
+    words = axes.set_title(title, fontsize=9, parse_math=False)  # a $ in a name is a $
     if flags:
-        axes.set_title(f"{title}\nFLAGGED: {', '.join(flags)}", color="darkred", **more)
-    else:
-        axes.set_title(title, **more)
+        words.set(text=f"{title}\nFLAGGED: {', '.join(flags)}", color="darkred")
     axes.legend(fontsize=7, ncols=2, loc="lower right")
     return figure
 
 
-def table(lines: list[dict]) -> str:
+def table(lines: Lines) -> str:
     """The result lines as text, with what the controls say below."""
     shown = [f"{'attack':<18} {'AUC (95 %)':<20} {'TPR at FPR 10 %':>15} {'1 % (95 %)':>20} {'0.1 %':>7}  base   flags"]
 
-    def rate(value) -> str:
+    def rate(value: float | None) -> str:
         return "—" if value is None else f"{value:.1%}"
 
     for line in lines:

@@ -1,17 +1,36 @@
 """From texts to scores with one model: tokens, the passes that the attacks need, the scores they give."""
 
+from __future__ import annotations
+
 import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, TypeVar, cast
+
+import numpy as np
+import numpy.typing as npt
 
 from common import models
+from mia import attacks
 from mia.config import MiaConfig
 from mia.dataset import MembershipTask
+from mia.forward import DEVIATION, HIT, LOGP, MEAN, Array, Passes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from common.models import Model, ModelRef
+
+Scores = dict[str, list[float | None]]  # attack → of each text
+Reasons = dict[str, dict[int, str]]  # attack → {index of a text without a score: why}
+T = TypeVar("T")
 
 
 @dataclass
 class Encoded:
-    """A model's tokens of every text. Arrays of passes stand only on rank 0."""
+    """A model's tokens of every text."""
 
     texts: list[str]  # cut to the tokens
     tokens: list[list[int]]
@@ -20,13 +39,15 @@ class Encoded:
     cut: int  # texts that were cut
 
 
-def encode(tokenizer, texts: list[str], limit: int, whole: bool = False) -> Encoded:
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], limit: int, whole: bool = False) -> Encoded:
     """Tokens as the tokenizer gives them (no start token is added here), at most `limit`; texts cut to the same.
 
     whole: the texts have all their special tokens.
     """
     coded = tokenizer(texts, return_offsets_mapping=True, add_special_tokens=not whole, verbose=False)
-    tokens, shown, cut = [], [], 0
+    tokens: list[list[int]] = []
+    shown: list[str] = []
+    cut = 0
     for text, ids, offsets in zip(texts, coded.input_ids, coded.offset_mapping):
         extra = models.extra_start(tokenizer, ids)
         ids, offsets = ids[extra:], offsets[extra:]
@@ -40,7 +61,7 @@ def encode(tokenizer, texts: list[str], limit: int, whole: bool = False) -> Enco
     return Encoded(shown, tokens, lower, specials, cut)
 
 
-def lower_case(tokenizer, texts: list[str]) -> list[str]:
+def lower_case(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[str]:
     """The texts in lower case but for the special tokens in them."""
     special = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values()]
     pattern = re.compile("(" + "|".join(sorted(special, key=len, reverse=True)) + ")") if special else None
@@ -50,32 +71,34 @@ def lower_case(tokenizer, texts: list[str]) -> list[str]:
     return ["".join(piece if place % 2 else piece.lower() for place, piece in enumerate(text)) for text in pieces]
 
 
-def common_start(tokenizer, tokens: list[list[int]]) -> list[int]:
+def common_start(tokenizer: PreTrainedTokenizerBase, tokens: list[list[int]]) -> list[int]:
     """[the start token] where every text begins with it, else []."""
     start = tokenizer.bos_token_id
     return [start] if start is not None and all(ids[:1] == [start] for ids in tokens) else []
 
 
-def encode_same(tokenizer, texts: list[str], target: Encoded, whole: bool = False) -> Encoded:
+def encode_same(tokenizer: PreTrainedTokenizerBase, texts: list[str], target: Encoded, whole: bool = False) -> Encoded:
     """A reference's tokens of the stretch of each text that the target saw: the target's where its tokenizer makes the
     same of the whole text, else those of the cut text, however many."""
     all_tokens = models.encode_texts(tokenizer, texts, whole)
-    tokens = [mine if ids[: len(mine)] == mine else None for ids, mine in zip(all_tokens, target.tokens)]
-    others = [index for index, ids in enumerate(tokens) if ids is None]
+    others = [index for index, mine in enumerate(target.tokens) if all_tokens[index][: len(mine)] != mine]
     coded = models.encode_texts(tokenizer, [target.texts[index] for index in others], whole)
-    for index, ids in zip(others, coded):
-        tokens[index] = ids
+    anew = dict(zip(others, coded))
+    tokens = [anew.get(index, mine) for index, mine in enumerate(target.tokens)]
     specials = common_start(tokenizer, tokens) if whole else leading_specials(tokenizer)
     return Encoded(target.texts, tokens, [], specials, target.cut)
 
 
-def leading_specials(tokenizer) -> list[int]:
+def leading_specials(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The special tokens before a text; those after it (an EOS) are not among them."""
     coded = tokenizer("a", return_special_tokens_mask=True)
-    return coded.input_ids[: coded.special_tokens_mask.index(0)]
+    leading: list[int] = coded.input_ids[: coded.special_tokens_mask.index(0)]
+    return leading
 
 
-def make_prefix(tokenizer, shots: list[str], specials: list[int], limit: int, room: int) -> tuple[list[int], int]:
+def make_prefix(
+    tokenizer: PreTrainedTokenizerBase, shots: list[str], specials: list[int], limit: int, room: int
+) -> tuple[list[int], int]:
     """(tokens of as many shots as fit into `room`, each at most `limit` tokens and ended by a newline; how many).
 
     It begins with `specials`, as a text does; special tokens that the tokenizer puts after a text are left out.
@@ -92,32 +115,40 @@ def make_prefix(tokenizer, shots: list[str], specials: list[int], limit: int, ro
     return (prefix, used) if used else ([], 0)
 
 
-def config_of(ref):
-    """Something with the model's configuration, for `models.context_length`, without its weights."""
-    return SimpleNamespace(config=models.read_config(ref.base, ref.revision, "--model"))
+def context_of(ref: ModelRef) -> int:
+    """`models.context_length` of a model, from its configuration without its weights."""
+    model = SimpleNamespace(config=models.read_config(ref.base, ref.revision, "--model"))
+    return models.context_length(cast("Model", model))
 
 
 @dataclass
 class Evidence:
-    """What passes over one model gave for each text (None where a text has no such thing), on rank 0."""
+    """What passes over one model gave, on rank 0: by the index of a text, which has no entry where it has no such
+    thing. On other ranks there are no arrays."""
 
     encoded: Encoded
-    tokens: dict  # index of a text → its statistics [n, 4]
-    lower: dict = field(default_factory=dict)  # log p [n] of the lower-cased text
-    after: dict = field(default_factory=dict)  # 'recall' | 'con_recall' → {index: log p [n] after the shots}
-    neighbours: dict = field(default_factory=dict)  # ℓ of each neighbour
-    gradient: dict = field(default_factory=dict)
-    shots: dict = field(default_factory=dict)  # how many fit
+    tokens: dict[int, Array]  # its statistics [n, 4]
+    lower: dict[int, Array] = field(default_factory=dict)  # log p [n] of the lower-cased text
+    after: dict[str, dict[int, Array]] = field(default_factory=dict)  # 'recall', 'con_recall' → log p [n]
+    neighbours: dict[int, Array] = field(default_factory=dict)  # [25] ℓ of each neighbour
+    gradient: dict[int, Array] = field(default_factory=dict)  # [1] ‖∇ ℓ‖₂
+    shots: dict[str, int] = field(default_factory=dict)  # 'recall', 'con_recall' → how many fit
 
 
 def gather(
-    passes, ref, tokenizer, task: MembershipTask, config: MiaConfig, gradients: bool, target: Encoded | None = None
+    passes: Passes,
+    ref: ModelRef,
+    tokenizer: PreTrainedTokenizerBase,
+    task: MembershipTask,
+    config: MiaConfig,
+    gradients: bool,
+    target: Encoded | None = None,
 ) -> Evidence:
     """Run every pass over one model that the task's attacks need (gradients: those of grad_norm too).
 
     target: of a reference model, whose texts are then cut where the target's were.
     """
-    context = models.context_length(config_of(ref))
+    context = context_of(ref)
     if target:
         encoded = encode_same(tokenizer, task.texts, target, task.whole)
     else:
@@ -126,7 +157,7 @@ def gather(
     scored = [index for index, ids in enumerate(encoded.tokens) if 1 < len(ids) <= context]
     sequences = [encoded.tokens[index] for index in scored]
 
-    def over(indices, arrays) -> dict:
+    def over(indices: Iterable[int], arrays: list[Array]) -> dict[int, Array]:
         return dict(zip(indices, arrays)) if arrays else {}
 
     evidence = Evidence(encoded, over(scored, passes.statistics(ref, sequences)))
@@ -161,25 +192,31 @@ def gather(
 
 
 def score_texts(
-    task: MembershipTask, config: MiaConfig, evidence: Evidence, reference: Evidence | None, frequencies
-) -> tuple[dict, dict]:
-    """({attack: [score or None, …]}, {attack: {index: reason of a None}}), one score a text of the task."""
-    from mia import attacks
-    from mia.forward import DEVIATION, HIT, LOGP, MEAN
+    task: MembershipTask,
+    config: MiaConfig,
+    evidence: Evidence,
+    reference: Evidence | None,
+    frequencies: npt.NDArray[np.int64] | None,
+) -> tuple[Scores, Reasons]:
+    """({attack: [score or None, …]}, {attack: {index: reason of a None}}), one score a text of the task.
 
-    found, reasons = {}, {}
+    frequencies: of `count_tokens`; None where dc_pdd is not among the attacks.
+    """
+    found: Scores = {}
+    reasons: Reasons = {}
 
-    def apply(keys: list[str], function) -> None:
+    def apply(keys: list[str], function: Callable[[int], float | list[float]]) -> None:
         """function(index) → a float, or one for each of `keys`; it may raise Undefined."""
-        columns = [[] for _ in keys]
+        columns: list[list[float | None]] = [[] for _ in keys]
         for index in range(len(task.texts)):
             try:
                 if index not in evidence.tokens:
                     raise attacks.Undefined("under 2 tokens")
-                values = function(index)
-                values = [values] if isinstance(values, float) else values
-                if not all(abs(value) < float("inf") for value in values):
+                made = function(index)
+                numbers = [made] if isinstance(made, float) else made
+                if not all(abs(number) < float("inf") for number in numbers):
                     raise attacks.Undefined("not a finite number")
+                values: Sequence[float | None] = numbers
             except attacks.Undefined as reason:
                 values = [None] * len(keys)
                 for key in keys:
@@ -188,15 +225,15 @@ def score_texts(
                 column.append(value)
         found.update(zip(keys, columns))
 
-    def logp(index):
+    def logp(index: int) -> Array:
         return evidence.tokens[index][:, LOGP]
 
-    def need(values: dict, index: int, otherwise: str):
+    def need(values: Mapping[int, T], index: int, otherwise: str) -> T:
         if index not in values:
             raise attacks.Undefined(otherwise)
         return values[index]
 
-    def base(index, tokenwise: bool = True):
+    def base(index: int, tokenwise: bool = True) -> Array:
         if reference is None:
             raise attacks.Undefined("no reference model; give --ref_model")
         if tokenwise and reference.encoded.tokens[index] != evidence.encoded.tokens[index]:
@@ -205,12 +242,24 @@ def score_texts(
         missing = "under 2 tokens for the reference model" if short else "longer than the reference model's context"
         return need(reference.tokens, index, missing)[:, LOGP]
 
-    def after(name, index):
+    def after(name: str, index: int) -> Array:
         return need(evidence.after.get(name, {}), index, "no shot fits into the context beside the longest text")
 
-    tokens, texts = evidence.encoded.tokens, evidence.encoded.texts
+    def min_k(index: int, ks: Sequence[int]) -> list[float]:
+        return attacks.min_k(logp(index), ks)
+
+    def min_k_pp(index: int, ks: Sequence[int]) -> list[float]:
+        statistics = evidence.tokens[index]
+        return attacks.min_k_pp(logp(index), statistics[:, MEAN], statistics[:, DEVIATION], ks)
+
+    def dc_pdd(index: int) -> float:
+        if frequencies is None:
+            raise ValueError("dc_pdd without the token frequencies of a corpus")
+        return attacks.dc_pdd(evidence.encoded.tokens[index][1:], logp(index), frequencies)
+
+    texts = evidence.encoded.texts
     neighbours = "neighborhood" if config.neighbor_model else "neighborhood_self"
-    functions = {
+    functions: dict[str, Callable[[int], float]] = {
         "loss": lambda i: attacks.loss(logp(i)),
         "zlib": lambda i: attacks.zlib_ratio(logp(i), texts[i]),
         "lowercase": lambda i: attacks.difference(logp(i), need(evidence.lower, i, "under 2 tokens in lower case")),
@@ -218,7 +267,7 @@ def score_texts(
         "surp": lambda i: attacks.surp(logp(i), -evidence.tokens[i][:, MEAN]),
         "recall": lambda i: attacks.recall(logp(i), after("recall", i)),
         "con_recall": lambda i: attacks.con_recall(logp(i), after("recall", i), after("con_recall", i)),
-        "dc_pdd": lambda i: attacks.dc_pdd(tokens[i][1:], logp(i), frequencies),
+        "dc_pdd": dc_pdd,
         "neighborhood": lambda i: attacks.neighborhood(logp(i), evidence.neighbours[i]),
         "grad_norm": lambda i: -float(need(evidence.gradient, i, "no adapter")[0]),
         "ez": lambda i: attacks.ez(logp(i), base(i), evidence.tokens[i][:, HIT]),
@@ -227,26 +276,15 @@ def score_texts(
     for attack in task.attacks:
         if attack.startswith("min_k"):
             family = "min_k_pp" if attack.startswith("min_k_pp") else "min_k"
-            ks = attacks.PERCENTS if attack == family else [int(attack.rpartition("_")[2])]
-            keys = [key for key in (f"{family}_{k}" for k in ks) if key not in found]
-            ks = [int(key.rpartition("_")[2]) for key in keys]
-            if family == "min_k":
-                apply(keys, lambda i, ks=ks: attacks.min_k(logp(i), ks))
-            else:
-                apply(
-                    keys,
-                    lambda i, ks=ks: attacks.min_k_pp(
-                        logp(i), evidence.tokens[i][:, MEAN], evidence.tokens[i][:, DEVIATION], ks
-                    ),
-                )
+            asked = attacks.PERCENTS if attack == family else [int(attack.rpartition("_")[2])]
+            ks = [k for k in asked if f"{family}_{k}" not in found]
+            apply([f"{family}_{k}" for k in ks], partial(min_k if family == "min_k" else min_k_pp, ks=ks))
         else:
             apply([neighbours if attack == "neighborhood" else attack], functions[attack])
     return found, reasons
 
 
-def count_tokens(tokenizer, corpus: list[str]):
+def count_tokens(tokenizer: PreTrainedTokenizerBase, corpus: list[str]) -> npt.NDArray[np.int64]:
     """[V] how often each token occurs in the corpus."""
-    import numpy as np
-
     ids = [token for found in tokenizer(corpus, add_special_tokens=False, verbose=False).input_ids for token in found]
     return np.bincount(ids, minlength=len(tokenizer))
