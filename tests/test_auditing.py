@@ -214,7 +214,7 @@ class TestATrainedModel:
             part = found["extraction"][kind]
             assert part["train"]["exposure"]["calibrated"]["first"]["rate"] > 0.8
             assert part["heldout"]["exposure"]["calibrated"]["first"]["rate"] < 0.2
-            assert part["train"]["greedy"]["tuned"]["rate"] > 0.5 and part["heldout"]["greedy"]["tuned"]["hits"] == 0
+            assert part["train"]["greedy"]["tuned"]["rate"] > 0.25 and part["heldout"]["greedy"]["tuned"]["hits"] == 0
 
     def test_the_base_alone_does_not(self, rows, tmp_path):
         base = ROOT / "data/embedded/mini-pythia"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, make_model, make_rows, write_manifest, write_rows
+from planted import text_rows
 from test_enron_prepare import PEOPLE, write
 from test_fidelity import generated, make_reviews
 from test_self_instruct import DRIVER
@@ -160,6 +161,17 @@ def downstream(start, have):
     return f"-m {have['models']['llama']} {words} -e 1 -pdbs 4 -gas 2 --lora_r 2 --num_heldout 20 --output_dir WORK/out"
 
 
+def audit(start, have):
+    tree(start, have)
+    for name, seed in (("train", 1), ("heldout", 2)):
+        write_rows(start / f"{name}.jsonl", text_rows(10, seed))
+    small = "--quick --decoys 20 --samples 2 --max_length 120"
+    return (
+        f"--model WORK/tree/run/checkpoint-1 --train WORK/train.jsonl --heldout WORK/heldout.jsonl {small} "
+        "--output_dir WORK/out"
+    )
+
+
 CASES = {
     "enron": ("data/enron/prepare.py", mails, ""),
     "replace_pii": ("data/replace_pii.py", rows, ""),
@@ -186,6 +198,7 @@ CASES = {
     "feature_importance": ("utility/feature_importance.py", importance, ""),
     "human_sheet": ("utility/human_sheet.py", sheet, ""),
     "downstream": ("utility/downstream.py", downstream, ""),
+    "audit": ("audit.py", audit, "--save_responses"),
 }  # fmt: skip
 
 
