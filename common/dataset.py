@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from common import chat, strict_json, tables
+from common import chat, records, strict_json, tables
 from common.cli import AnyPath, UserError, one_line, plain
 from common.results import ROOT, Publication, commit, now, read_json, sha256
 
@@ -497,15 +497,6 @@ def manifest_path(path: AnyPath) -> Path:
     return path.parent / f"{path.name}.meta.json"
 
 
-MANIFEST_TYPES = {
-    "tag": str,
-    "rows": int,
-    "split_start": int,
-    "sha256": str,
-    "source": list,
-    "privacy": dict,
-    "settings": dict,
-}
 TAG_BYTES = 100  # it enters the names of output folders
 
 
@@ -516,24 +507,10 @@ def read_manifest(path: AnyPath) -> dict[str, Any] | None:
         return None
     remedy = f"remove it or build {path} again"
     manifest = read_json(beside, remedy)
-    for key, kind in MANIFEST_TYPES.items():
-        value = manifest.get(key)
-        if not isinstance(value, (kind, type(None))) or isinstance(value, bool):
-            raise UserError(f"{beside}: {key} is a {type(value).__name__}, not a {kind.__name__}; {remedy}")
-        if isinstance(value, int) and not is_count(value):
-            raise UserError(f"{beside}: {key} is not a number of rows; {remedy}")
+    records.check(manifest, records.Manifest, beside, remedy)
     tag = manifest.get("tag") or ""
     if "/" in tag or not tag.isprintable() or tag in (".", "..") or len(tag.encode()) > TAG_BYTES:
         raise UserError(f"{beside}: tag is no name for a folder (at most {TAG_BYTES} bytes, no slash); {remedy}")
-    for one in manifest.get("source") or []:
-        if not isinstance(one, dict):
-            raise UserError(f"{beside}: source is not a list of objects; {remedy}")
-        if any(not isinstance(one.get(key), (str, type(None))) for key in ("path", "sha256")):
-            raise UserError(f"{beside}: source has a path or sha256 that is not text; {remedy}")
-    for key in ("epsilon", "delta"):
-        value = (manifest.get("privacy") or {}).get(key)
-        if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
-            raise UserError(f"{beside}: privacy's {key} is a {type(value).__name__}, not a number; {remedy}")
     return manifest
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
-from common import models
+from common import records
 from common.cli import AnyPath, Problems, UserError
 from common.results import read_json, sha256
 
@@ -368,10 +368,7 @@ def privacy(ref: ModelRef) -> dict[str, Any] | None:
         return None
     remedy = "what the training spent is in its run.json"
     block = read_json(file, remedy)
-    if not {"epsilon", "delta", "unit"} <= set(block) or not all(
-        isinstance(block[key], (int, float, type(None))) for key in ("epsilon", "delta")
-    ):
-        raise UserError(f"{file}: no epsilon, delta and unit in it; {remedy}")
+    records.check(block, records.Spent, file, remedy)
     return block
 
 
@@ -381,10 +378,7 @@ def training_record(checkpoint: AnyPath) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     record = read_json(file, "remove it if it is lost")
-    inputs = record.get("inputs", [])
-    whole = isinstance(inputs, list) and all(isinstance(one, dict) and "sha256" in one for one in inputs)
-    if not whole or not isinstance(record.get("args", {}), dict):
-        raise UserError(f"{file}: its args or inputs are not what run_peft.py writes; remove it if it is lost")
+    records.check(record, records.RunRecord, file, "remove it if it is lost")
     return record
 
 
@@ -735,4 +729,4 @@ def context_length(model: Model | SimpleNamespace) -> int:
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a prompt, without the EOS that some tokenizers add: it would end the text before it is continued."""
-    return models.without_end(tokenizer, models.encode_texts(tokenizer, [text])[0])
+    return without_end(tokenizer, encode_texts(tokenizer, [text])[0])

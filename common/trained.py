@@ -16,7 +16,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from common import models, results
+from common import models, records, results
 from common.cli import AnyPath, UserError
 
 FILE = "trained_rows.jsonl"
@@ -132,22 +132,20 @@ def read_folder(run_folder: AnyPath) -> TrainedRows | None:
 @cache
 def _parse(path: str, digest: str) -> TrainedRows:
     try:
-        header, *lines = results.read_jsonl(path)
-        if header["schema"] != SCHEMA:
-            raise ValueError(f"its schema is {header['schema']!r}, not {SCHEMA}")
-        bytes.fromhex(header["salt"])
-        rows = tuple(map(TrainedRow.of_line, lines))
-        kinds = {"row": int, "sha256": str, "tokens": int, "loss_tokens": int, "cut": bool}
-        for number, row in enumerate(rows):
-            kept = all([type(place) for place in span] == [int, int] for span in row.kept)
-            if any(type(getattr(row, name)) is not kind for name, kind in kinds.items()) or not kept:
-                raise ValueError(f"row {number} has fields of other types")
-        if type(header["max_length"]) is not int or not isinstance(header["loss_on"], str):
-            raise ValueError("its header has fields of other types")
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        reason = f"no field {error}" if isinstance(error, KeyError) else error
-        raise UserError(f"{path}: damaged ({reason}); {REMEDY}") from None
-    return TrainedRows(header["salt"], header["loss_on"], header["max_length"], rows)
+        first, *lines = results.read_jsonl(path)
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error}); {REMEDY}") from None
+    header = records.check(first, records.TrainedHeader, path, REMEDY)
+    for number, line in enumerate(lines):
+        records.check(line, records.TrainedLine, f"{path}: row {number}", REMEDY)
+    if header.schema != SCHEMA:
+        raise UserError(f"{path}: its schema is {header.schema}, not {SCHEMA}; {REMEDY}")
+    try:
+        bytes.fromhex(header.salt)
+    except ValueError:
+        raise UserError(f"{path}: its salt is not hexadecimal; {REMEDY}") from None
+    rows = tuple(map(TrainedRow.of_line, lines))
+    return TrainedRows(header.salt, header.loss_on, header.max_length, rows)
 
 
 def trained_on(checkpoint: AnyPath, sha256: str) -> bool | None:

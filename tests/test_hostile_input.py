@@ -134,14 +134,14 @@ def test_braces_in_a_row_are_text():
 
 
 MANIFESTS = [
-    ('{"rows": true}', "rows is a bool"), ('{"split_start": -5}', "split_start is not a number of rows"),
-    ('{"rows": "30"}', "rows is a str"), ('{"rows": ' + "9" * 5000 + "}", "an integer of more than 4,300 digits"),
+    ('{"rows": true}', "rows: expected int, got bool"), ('{"split_start": -5}', "split_start: expected int >= 0"),
+    ('{"rows": "30"}', "rows: expected int, got str"), ('{"rows": ' + "9" * 5000 + "}", "an integer of more than 4,300 digits"),
     ("[" * 50_000, "nested more than 100 deep"), ("[]", "a JSON object was expected"),
     ('{"tag": "../../elsewhere"}', "tag is no name"), ('{"tag": "' + "x" * 300 + '"}', "tag is no name"),
-    ('{"tag": "a\\u0000b"}', "tag is no name"), ('{"tag": 5}', "tag is a int"),
+    ('{"tag": "a\\u0000b"}', "tag is no name"), ('{"tag": 5}', "tag: expected str, got int"),
     ('{"tag": "\\ud800"}', "half of a surrogate pair"),
-    ('{"source": [{"path": 5}]}', "source has a path or sha256 that is not text"),
-    ('{"privacy": {"epsilon": "8"}}', "privacy's epsilon is a str, not a number"),
+    ('{"source": [{"path": 5}]}', "source[0].path: expected str, got int"),
+    ('{"privacy": {"epsilon": "8"}}', "privacy.epsilon: expected float, got str"),
 ]  # fmt: skip
 
 
