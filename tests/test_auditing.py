@@ -252,3 +252,33 @@ class TestATrainedModel:
             assert done.returncode == 0, done.stderr
         one, two = (json.loads((tmp_path / name / "audit.json").read_text()) for name in ("one", "two"))
         assert one == two
+
+
+@pytest.mark.slow
+def test_models_that_saw_no_row_are_seldom_called_leaking(models, tmp_path, capsys):
+    """40 random adapters, each with rows of its own, none trained: at a nominal 5 % more than 5 have p = 0.014."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    leaking = []
+    for seed in range(40):
+        torch.manual_seed(seed)
+        base = AutoModelForCausalLM.from_pretrained(models["llama"], dtype=torch.float32)
+        model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.2)
+        model.save_pretrained(tmp_path / "adapter")
+        for name, rows_seed in (("train", 2 * seed), ("heldout", 2 * seed + 1)):
+            write_rows(tmp_path / f"{name}.jsonl", text_rows(24, 100 + rows_seed))
+        words = ["--model", tmp_path / "adapter", "--train", tmp_path / "train.jsonl", "--heldout"]
+        words += [tmp_path / "heldout.jsonl", *SMALL, "--without", "untargeted"]
+        _, found = run(*words, "--output_dir", tmp_path / "out")
+        shutil.rmtree(tmp_path / "out")
+        if found["verdict"]["answer"] == verdict.LEAKS:
+            leaking.append(seed)
+    with capsys.disabled():
+        print(f"\n{len(leaking)} of 40 audits of untrained models say leaks (nominal: at most 5 %)")
+    assert len(leaking) <= 5

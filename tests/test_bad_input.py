@@ -320,7 +320,8 @@ def test_an_output_is_no_input(tmp_path):
 
 
 @pytest.mark.parametrize(("manifest", "said"), [
-    ({"privacy": "none"}, "privacy: expected object, got str"), ({"split_start": "20"}, "split_start: expected int, got str"),
+    ({"privacy": "none"}, "privacy: expected object, got str"),
+    ({"split_start": "20"}, "split_start: expected int, got str"),
     ({"sha256": 5}, "sha256: expected str, got int"), ({"source": ["x"]}, r"source\[0\]: expected object, got str"),
 ])  # fmt: skip
 def test_a_manifest_of_other_types(manifest, said, tmp_path):

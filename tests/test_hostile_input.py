@@ -135,7 +135,8 @@ def test_braces_in_a_row_are_text():
 
 MANIFESTS = [
     ('{"rows": true}', "rows: expected int, got bool"), ('{"split_start": -5}', "split_start: expected int >= 0"),
-    ('{"rows": "30"}', "rows: expected int, got str"), ('{"rows": ' + "9" * 5000 + "}", "an integer of more than 4,300 digits"),
+    ('{"rows": "30"}', "rows: expected int, got str"),
+    ('{"rows": ' + "9" * 5000 + "}", "an integer of more than 4,300 digits"),
     ("[" * 50_000, "nested more than 100 deep"), ("[]", "a JSON object was expected"),
     ('{"tag": "../../elsewhere"}', "tag is no name"), ('{"tag": "' + "x" * 300 + '"}', "tag is no name"),
     ('{"tag": "a\\u0000b"}', "tag is no name"), ('{"tag": 5}', "tag: expected str, got int"),
