@@ -10,7 +10,9 @@ from functools import cache
 from importlib import import_module
 
 from common.text import name_rule_guesses
-from data.enron import mail
+from data.enron.names import PARTICLES, ROLE_ADDRESS, SUFFIXES, TITLES, address_problem
+from data.enron.names import person as as_person
+from data.enron.occurrences import body_addresses, left_name
 from data.scanner import TOKEN, Scanner, in_case_of, same_shape, strings, tokens
 
 LOCALES = ("en_US", "en_GB", "en_IE", "en_NZ", "de_DE", "fr_FR", "nl_NL", "it_IT", "es_ES", "sv_SE", "da_DK", "fi_FI")
@@ -74,12 +76,12 @@ class Person:
 def spelled(name: str) -> str:
     """A name as First Middle Last: 'Last, First' reordered; without titles, suffixes and anything after a slash."""
     parts = [part.split() for part in re.sub(r"/.*|[^\w\s.'’+,-]", " ", name).split(",")]
-    parts = [part for part in parts if part and part[0].casefold().strip(".") not in mail.SUFFIXES]
+    parts = [part for part in parts if part and part[0].casefold().strip(".") not in SUFFIXES]
     words = parts[1] + parts[0] if len(parts) == 2 else [word for part in parts for word in part]
     words = [word for word in words if any(c.isalpha() for c in word)]
-    while len(words) > 1 and words[0].casefold().strip(".") in mail.TITLES:
+    while len(words) > 1 and words[0].casefold().strip(".") in TITLES:
         words = words[1:]
-    while len(words) > 1 and words[-1].casefold().strip(".") in mail.SUFFIXES:
+    while len(words) > 1 and words[-1].casefold().strip(".") in SUFFIXES:
         words = words[:-1]
     return " ".join(words)
 
@@ -94,15 +96,15 @@ def parse_name(name: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, 
         return None
     first, *rest = words
     last = rest.pop() if rest else ()
-    while rest and rest[-1][-1] in mail.PARTICLES:
+    while rest and rest[-1][-1] in PARTICLES:
         last = rest.pop() + last
     return first, tuple(token for word in rest for token in word), last
 
 
 def find_names(text: str) -> Iterator[tuple[str, str | None]]:
     """(name, address or None) of everybody named next to an address, in a quoted header or in a forwarding line."""
-    for opening, address, _ in mail.body_addresses(text, 0):
-        name, _ = mail.left_name(text, opening)
+    for opening, address, _ in body_addresses(text, 0):
+        name, _ = left_name(text, opening)
         if name:
             yield name, address.casefold()
     fields = [match[1] for match in HEADER.finditer(text)]
@@ -112,7 +114,7 @@ def find_names(text: str) -> Iterator[tuple[str, str | None]]:
         if len(items) == 1 and "," in value and (all(" " in part.strip() for part in value.split(","))):
             items = value.split(",")
         for item in items:
-            name, _ = mail.person(re.split(r"[<\[(]", item)[0])
+            name, _ = as_person(re.split(r"[<\[(]", item)[0])
             if name and name[0].isupper() and name.split()[-1][0].isupper():
                 yield name, None
 
@@ -215,7 +217,7 @@ class People:
         collisions = 0  # local parts grow with the number of collisions
         for address in sorted(set(self.of_address) - set(self.new_address)):
             local, _, domain = address.rpartition("@")
-            role = address not in self.truths and mail.address_problem(address) == mail.ROLE_ADDRESS
+            role = address not in self.truths and address_problem(address) == ROLE_ADDRESS
             role = role and not holds_one(tokens(local), known, lengths)
             new = local if role else same_shape(local, rng)
             while f"{new}@{self.domains[domain]}" in taken or (new in locals_ and not role):
@@ -255,7 +257,7 @@ class People:
             return same_shape(token + "a", rng).capitalize() if invent else rng.choice(pool)
 
         person.new = {letter: new.upper() for letter, new in self.letter.items()}
-        particles = {token for token in person.last[:-1] if token in mail.PARTICLES}
+        particles = {token for token in person.last[:-1] if token in PARTICLES}
         for token in person.last:
             if token not in self.letter:
                 person.new[token] = token if token in particles else draw(token, self.lasts)

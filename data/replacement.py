@@ -28,7 +28,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import cached_property
 
-from data.enron import mail
+from data.enron.names import PARTICLES
 from data.people import CALENDAR, MIN_USER, ORDINARY, People, Person, read_people
 from data.scanner import DISGUISED, DOTS, TOKEN, Scanner, in_case_of, joined, tokens
 
@@ -134,8 +134,7 @@ class Scan:
         for person in self.order:
             if person.last:
                 short = (
-                    tuple(itertools.dropwhile(lambda token: token in mail.PARTICLES, person.last[:-1]))
-                    + person.last[-1:]
+                    tuple(itertools.dropwhile(lambda token: token in PARTICLES, person.last[:-1])) + person.last[-1:]
                 )
                 for last in (person.last, short):
                     self._form(self.forward, person.first + last, (person, 0))

@@ -15,7 +15,7 @@ from common.cli import UserError
 from common.results import sha256
 from common.text import follows_name_rule, name_rule_guesses
 from data import leaks, replace_pii, replacement, scanner
-from data.enron import mail
+from data.enron.names import ROLE_ADDRESS, address_problem
 from data.people import People
 
 PEOPLE = [
@@ -278,7 +278,7 @@ def test_role_addresses_keep_their_local_part_unless_they_are_asked_for(tmp_path
 @pytest.mark.parametrize("local", ["joe-moss-request", "moss.joe-admin", "jmoss-owner"])
 def test_a_role_address_that_holds_the_name_of_somebody_is_no_exception(local, tmp_path):
     """A list may be named after a person; 'Talk Admin' of spamassassin-talk-admin@ is such a person too."""
-    assert mail.address_problem(f"{local}@lists.example") == mail.ROLE_ADDRESS
+    assert address_problem(f"{local}@lists.example") == ROLE_ADDRESS
     text, _ = one_text(tmp_path, 3, f"write to {local}@lists.example or plain-request@lists.example today")
     assert "moss" not in text and "plain-request@" in text
 
