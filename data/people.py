@@ -1,4 +1,4 @@
-"""Find the people in a file by its names, addresses and header lines, and invent a stand-in for each of them."""
+"""Find the people in a file by its names, addresses and header lines, and assign a stand-in to each of them."""
 
 import itertools
 import random
@@ -6,39 +6,15 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
-from importlib import import_module
 
 from common.text import name_rule_guesses
 from data.enron.names import PARTICLES, ROLE_ADDRESS, SUFFIXES, TITLES, address_problem
 from data.enron.names import person as as_person
 from data.enron.occurrences import body_addresses, left_name
 from data.scanner import TOKEN, Scanner, in_case_of, same_shape, strings, tokens
+from data.stand_ins import LOCALES, ORDINARY, TRIES, faker_names, letter_table, name_pool, new_domains
 
-LOCALES = ("en_US", "en_GB", "en_IE", "en_NZ", "de_DE", "fr_FR", "nl_NL", "it_IT", "es_ES", "sv_SE", "da_DK", "fi_FI")
-
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-CALENDAR = _words(
-    "january february march april may june july august september october november december "
-    "monday tuesday wednesday thursday friday saturday sunday"
-)
-ORDINARY = CALENDAR | _words(  # words that Faker's English word list lacks
-    "amber banks baker bear berry black blue brook brown bush butler buck case chance chase cherry chip church cook "
-    "cross crystal dale dawn day dean drew duke earl faith fields frank gas grace grant gray guy hunter iris ivy jack "
-    "jasmine joy king lance lane major mark marsh mason miles norm olive page parks pat pope power prince ray rice "
-    "rivers rob rocky rose royal ruby sandy sharp short skip small stone sue summers sunny swift violet waters wise "
-    "woods gold silver star best bond bell ball hill lake forest field north south east west grand bridge london "
-    "paris austin dallas houston virginia georgia carolina washington england holland"
-)
 MIN_USER = 4  # minimum length of a user name that is recognised without its owner
-TRIES = 300  # draws from the pool before a name is made up
-MAX_DOMAIN = 253  # characters (RFC 1035, 2.3.4)
-SHARED_LABELS = 8  # labels that an overlong "domain" may share with others
-FAKER_WORD = re.compile(r"[A-Z][a-z]{2,}")
 
 HEADER = re.compile(r"^[>| \t]*(?:from|to|cc|bcc|sender|sent by)[ \t]*:[ \t]*(\S.*)$", re.I | re.M)
 # No name has longer words or wider gaps; without bounds, a long line of capitals would take quadratic time.
@@ -147,7 +123,7 @@ class People:
         self.of_address: dict[str, Person | None] = {}
         self.truths = {address.strip().casefold() for _, address in pairs}
         self.new_address: dict[str, str] = {}
-        self.faker_first: frozenset[str] = frozenset(map(str.casefold, _faker("first", LOCALES[:1])))
+        self.faker_first: frozenset[str] = frozenset(map(str.casefold, faker_names("first", LOCALES[:1])))
         for name, address in pairs:
             self.add(name, address.strip().casefold())
 
@@ -188,8 +164,8 @@ class People:
         self.letter = letter_table(rng)
         people = [self.of_name[key] for key in sorted(self.of_name)]
         old = {token for person in people for token in (*person.first, *person.middles, *person.last)}
-        self.firsts = _pool("first", old, len({person.first for person in people}))
-        self.lasts = _pool("last", old, len({person.last for person in people}))
+        self.firsts = name_pool("first", old, len({person.first for person in people}))
+        self.lasts = name_pool("last", old, len({person.last for person in people}))
         self.firsts_by_initial = defaultdict(list)
         for name in self.firsts:
             self.firsts_by_initial[name[0]].append(name)
@@ -278,82 +254,6 @@ class People:
     def stand_in(self, token: str) -> str:
         """The stand-in for a first name of nobody mentioned in the row; always the same, whatever the order."""
         return self.standins[random.Random(token).randrange(len(self.standins))]
-
-
-def letter_table(rng: random.Random) -> dict[str, str]:
-    """A random permutation of the letters without fixed points."""
-    letters = list("abcdefghijklmnopqrstuvwxyz")
-    others = letters[:]
-    while any(a == b for a, b in zip(letters, others)):
-        rng.shuffle(others)
-    return dict(zip(letters, others))
-
-
-@cache
-def _faker(kind: str, locales: tuple[str, ...]) -> list[str]:
-    """First or last names from Faker's locales: one word of ASCII letters, sorted within each locale."""
-    names = {}
-    for locale in locales:
-        provider = import_module(f"faker.providers.person.{locale}").Provider
-        listed = {name for key in ("s", "s_male", "s_female") for name in getattr(provider, f"{kind}_name{key}", ())}
-        names.update(dict.fromkeys(name for name in sorted(listed) if FAKER_WORD.fullmatch(name)))
-    return list(names)
-
-
-def _pool(kind: str, old: set[str], wanted: int) -> list[str]:
-    """Names that are neither in `old` nor ordinary words: American ones, then other locales up to `wanted`."""
-    for n in range(1, len(LOCALES) + 1):
-        names = ((name, name.casefold()) for name in _faker(kind, LOCALES[:n]))
-        pool = [name for name, word in names if word not in old and word not in ORDINARY]
-        if len(pool) >= max(wanted, 100):
-            break
-    return pool
-
-
-def new_domains(domains: Iterable[str], rng: random.Random) -> dict[str, str]:
-    """{domain: invented domain with as many labels below .example}; domains with a common suffix keep one."""
-    head_labels = {domain: _head_labels(domain) for domain in domains}
-    suffixes = {
-        ".".join(labels[i:])
-        for domain, n in head_labels.items()
-        for labels in [domain.split(".")[n:]]
-        for i in range(len(labels))
-    }
-    parents = {suffix.partition(".")[2] for suffix in suffixes}
-    taken = {label for domain in head_labels for label in domain.split(".")} | {"example"}
-
-    collisions = 0  # labels grow with the number of collisions
-
-    def invent(label: str) -> str:
-        nonlocal collisions
-        invented = same_shape(label, rng)
-        while invented in taken:
-            extra = "o" * rng.randint(0, 3 + collisions // TRIES)
-            collisions += 1
-            invented = same_shape(label + extra, rng) + rng.choice(["", "", "n", "r"])
-        taken.add(invented)
-        return invented
-
-    new = {}
-    for suffix in sorted(suffixes, key=lambda s: (s.count("."), s)):
-        label, _, parent = suffix.partition(".")
-        if not parent and suffix in parents:
-            new[suffix] = "example"
-        else:
-            new[suffix] = f"{invent(label)}.{new[parent]}" if parent else invent(label)
-    heads: dict[str, str] = {}
-    for domain, n in sorted(head_labels.items()):
-        if n:
-            *labels, rest = domain.split(".", n)
-            for label in labels:
-                heads[label] = heads.get(label) or invent(label)
-            new[domain] = ".".join([*(heads[label] for label in labels), new[rest]])
-    return new
-
-
-def _head_labels(domain: str) -> int:
-    """How many leading labels are replaced one by one: none for a domain of valid length."""
-    return max(0, domain.count(".") + 1 - SHARED_LABELS) if len(domain) > MAX_DOMAIN else 0
 
 
 def read_people(rows: list[dict]) -> tuple[People, Scanner, Counter, Counter]:
