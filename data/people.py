@@ -1,4 +1,4 @@
-"""Find the people in a file by its names, addresses and header lines, and invent a stand-in for each of them."""
+"""Find the people in a file by its names, addresses and header lines, and assign a stand-in to each of them."""
 
 import itertools
 import random
@@ -6,37 +6,15 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
-from importlib import import_module
 
 from common.text import name_rule_guesses
-from data.enron import mail
+from data.enron.names import PARTICLES, ROLE_ADDRESS, SUFFIXES, TITLES, address_problem
+from data.enron.names import person as as_person
+from data.enron.occurrences import body_addresses, left_name
 from data.scanner import TOKEN, Scanner, in_case_of, same_shape, strings, tokens
+from data.stand_ins import LOCALES, ORDINARY, TRIES, faker_names, letter_table, name_pool, new_domains
 
-LOCALES = ("en_US", "en_GB", "en_IE", "en_NZ", "de_DE", "fr_FR", "nl_NL", "it_IT", "es_ES", "sv_SE", "da_DK", "fi_FI")
-
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-CALENDAR = _words(
-    "january february march april may june july august september october november december "
-    "monday tuesday wednesday thursday friday saturday sunday"
-)
-ORDINARY = CALENDAR | _words(  # words that Faker's English word list lacks
-    "amber banks baker bear berry black blue brook brown bush butler buck case chance chase cherry chip church cook "
-    "cross crystal dale dawn day dean drew duke earl faith fields frank gas grace grant gray guy hunter iris ivy jack "
-    "jasmine joy king lance lane major mark marsh mason miles norm olive page parks pat pope power prince ray rice "
-    "rivers rob rocky rose royal ruby sandy sharp short skip small stone sue summers sunny swift violet waters wise "
-    "woods gold silver star best bond bell ball hill lake forest field north south east west grand bridge london "
-    "paris austin dallas houston virginia georgia carolina washington england holland"
-)
 MIN_USER = 4  # minimum length of a user name that is recognised without its owner
-TRIES = 300  # draws from the pool before a name is made up
-MAX_DOMAIN = 253  # characters (RFC 1035, 2.3.4)
-SHARED_LABELS = 8  # labels that an overlong "domain" may share with others
-FAKER_WORD = re.compile(r"[A-Z][a-z]{2,}")
 
 HEADER = re.compile(r"^[>| \t]*(?:from|to|cc|bcc|sender|sent by)[ \t]*:[ \t]*(\S.*)$", re.I | re.M)
 # No name has longer words or wider gaps; without bounds, a long line of capitals would take quadratic time.
@@ -74,12 +52,12 @@ class Person:
 def spelled(name: str) -> str:
     """A name as First Middle Last: 'Last, First' reordered; without titles, suffixes and anything after a slash."""
     parts = [part.split() for part in re.sub(r"/.*|[^\w\s.'’+,-]", " ", name).split(",")]
-    parts = [part for part in parts if part and part[0].casefold().strip(".") not in mail.SUFFIXES]
+    parts = [part for part in parts if part and part[0].casefold().strip(".") not in SUFFIXES]
     words = parts[1] + parts[0] if len(parts) == 2 else [word for part in parts for word in part]
     words = [word for word in words if any(c.isalpha() for c in word)]
-    while len(words) > 1 and words[0].casefold().strip(".") in mail.TITLES:
+    while len(words) > 1 and words[0].casefold().strip(".") in TITLES:
         words = words[1:]
-    while len(words) > 1 and words[-1].casefold().strip(".") in mail.SUFFIXES:
+    while len(words) > 1 and words[-1].casefold().strip(".") in SUFFIXES:
         words = words[:-1]
     return " ".join(words)
 
@@ -94,15 +72,15 @@ def parse_name(name: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, 
         return None
     first, *rest = words
     last = rest.pop() if rest else ()
-    while rest and rest[-1][-1] in mail.PARTICLES:
+    while rest and rest[-1][-1] in PARTICLES:
         last = rest.pop() + last
     return first, tuple(token for word in rest for token in word), last
 
 
 def find_names(text: str) -> Iterator[tuple[str, str | None]]:
     """(name, address or None) of everybody named next to an address, in a quoted header or in a forwarding line."""
-    for opening, address, _ in mail.body_addresses(text, 0):
-        name, _ = mail.left_name(text, opening)
+    for opening, address, _ in body_addresses(text, 0):
+        name, _ = left_name(text, opening)
         if name:
             yield name, address.casefold()
     fields = [match[1] for match in HEADER.finditer(text)]
@@ -112,7 +90,7 @@ def find_names(text: str) -> Iterator[tuple[str, str | None]]:
         if len(items) == 1 and "," in value and (all(" " in part.strip() for part in value.split(","))):
             items = value.split(",")
         for item in items:
-            name, _ = mail.person(re.split(r"[<\[(]", item)[0])
+            name, _ = as_person(re.split(r"[<\[(]", item)[0])
             if name and name[0].isupper() and name.split()[-1][0].isupper():
                 yield name, None
 
@@ -145,7 +123,7 @@ class People:
         self.of_address: dict[str, Person | None] = {}
         self.truths = {address.strip().casefold() for _, address in pairs}
         self.new_address: dict[str, str] = {}
-        self.faker_first: frozenset[str] = frozenset(map(str.casefold, _faker("first", LOCALES[:1])))
+        self.faker_first: frozenset[str] = frozenset(map(str.casefold, faker_names("first", LOCALES[:1])))
         for name, address in pairs:
             self.add(name, address.strip().casefold())
 
@@ -186,8 +164,8 @@ class People:
         self.letter = letter_table(rng)
         people = [self.of_name[key] for key in sorted(self.of_name)]
         old = {token for person in people for token in (*person.first, *person.middles, *person.last)}
-        self.firsts = _pool("first", old, len({person.first for person in people}))
-        self.lasts = _pool("last", old, len({person.last for person in people}))
+        self.firsts = name_pool("first", old, len({person.first for person in people}))
+        self.lasts = name_pool("last", old, len({person.last for person in people}))
         self.firsts_by_initial = defaultdict(list)
         for name in self.firsts:
             self.firsts_by_initial[name[0]].append(name)
@@ -215,7 +193,7 @@ class People:
         collisions = 0  # local parts grow with the number of collisions
         for address in sorted(set(self.of_address) - set(self.new_address)):
             local, _, domain = address.rpartition("@")
-            role = address not in self.truths and mail.address_problem(address) == mail.ROLE_ADDRESS
+            role = address not in self.truths and address_problem(address) == ROLE_ADDRESS
             role = role and not holds_one(tokens(local), known, lengths)
             new = local if role else same_shape(local, rng)
             while f"{new}@{self.domains[domain]}" in taken or (new in locals_ and not role):
@@ -255,7 +233,7 @@ class People:
             return same_shape(token + "a", rng).capitalize() if invent else rng.choice(pool)
 
         person.new = {letter: new.upper() for letter, new in self.letter.items()}
-        particles = {token for token in person.last[:-1] if token in mail.PARTICLES}
+        particles = {token for token in person.last[:-1] if token in PARTICLES}
         for token in person.last:
             if token not in self.letter:
                 person.new[token] = token if token in particles else draw(token, self.lasts)
@@ -276,82 +254,6 @@ class People:
     def stand_in(self, token: str) -> str:
         """The stand-in for a first name of nobody mentioned in the row; always the same, whatever the order."""
         return self.standins[random.Random(token).randrange(len(self.standins))]
-
-
-def letter_table(rng: random.Random) -> dict[str, str]:
-    """A random permutation of the letters without fixed points."""
-    letters = list("abcdefghijklmnopqrstuvwxyz")
-    others = letters[:]
-    while any(a == b for a, b in zip(letters, others)):
-        rng.shuffle(others)
-    return dict(zip(letters, others))
-
-
-@cache
-def _faker(kind: str, locales: tuple[str, ...]) -> list[str]:
-    """First or last names from Faker's locales: one word of ASCII letters, sorted within each locale."""
-    names = {}
-    for locale in locales:
-        provider = import_module(f"faker.providers.person.{locale}").Provider
-        listed = {name for key in ("s", "s_male", "s_female") for name in getattr(provider, f"{kind}_name{key}", ())}
-        names.update(dict.fromkeys(name for name in sorted(listed) if FAKER_WORD.fullmatch(name)))
-    return list(names)
-
-
-def _pool(kind: str, old: set[str], wanted: int) -> list[str]:
-    """Names that are neither in `old` nor ordinary words: American ones, then other locales up to `wanted`."""
-    for n in range(1, len(LOCALES) + 1):
-        names = ((name, name.casefold()) for name in _faker(kind, LOCALES[:n]))
-        pool = [name for name, word in names if word not in old and word not in ORDINARY]
-        if len(pool) >= max(wanted, 100):
-            break
-    return pool
-
-
-def new_domains(domains: Iterable[str], rng: random.Random) -> dict[str, str]:
-    """{domain: invented domain with as many labels below .example}; domains with a common suffix keep one."""
-    head_labels = {domain: _head_labels(domain) for domain in domains}
-    suffixes = {
-        ".".join(labels[i:])
-        for domain, n in head_labels.items()
-        for labels in [domain.split(".")[n:]]
-        for i in range(len(labels))
-    }
-    parents = {suffix.partition(".")[2] for suffix in suffixes}
-    taken = {label for domain in head_labels for label in domain.split(".")} | {"example"}
-
-    collisions = 0  # labels grow with the number of collisions
-
-    def invent(label: str) -> str:
-        nonlocal collisions
-        invented = same_shape(label, rng)
-        while invented in taken:
-            extra = "o" * rng.randint(0, 3 + collisions // TRIES)
-            collisions += 1
-            invented = same_shape(label + extra, rng) + rng.choice(["", "", "n", "r"])
-        taken.add(invented)
-        return invented
-
-    new = {}
-    for suffix in sorted(suffixes, key=lambda s: (s.count("."), s)):
-        label, _, parent = suffix.partition(".")
-        if not parent and suffix in parents:
-            new[suffix] = "example"
-        else:
-            new[suffix] = f"{invent(label)}.{new[parent]}" if parent else invent(label)
-    heads: dict[str, str] = {}
-    for domain, n in sorted(head_labels.items()):
-        if n:
-            *labels, rest = domain.split(".", n)
-            for label in labels:
-                heads[label] = heads.get(label) or invent(label)
-            new[domain] = ".".join([*(heads[label] for label in labels), new[rest]])
-    return new
-
-
-def _head_labels(domain: str) -> int:
-    """How many leading labels are replaced one by one: none for a domain of valid length."""
-    return max(0, domain.count(".") + 1 - SHARED_LABELS) if len(domain) > MAX_DOMAIN else 0
 
 
 def read_people(rows: list[dict]) -> tuple[People, Scanner, Counter, Counter]:

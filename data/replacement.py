@@ -28,9 +28,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import cached_property
 
-from data.enron import mail
-from data.people import CALENDAR, MIN_USER, ORDINARY, People, Person, read_people
+from data.enron.names import PARTICLES
+from data.people import MIN_USER, People, Person, read_people
 from data.scanner import DISGUISED, DOTS, TOKEN, Scanner, in_case_of, joined, tokens
+from data.stand_ins import CALENDAR, ORDINARY
 
 COMMON = 10  # a user name that only a name rule derives counts as a word if it occurs more often than this
 MAX_TOKENS = 12  # of a full name with its initials
@@ -133,10 +134,8 @@ class Scan:
         self.users = {}
         for person in self.order:
             if person.last:
-                short = (
-                    tuple(itertools.dropwhile(lambda token: token in mail.PARTICLES, person.last[:-1]))
-                    + person.last[-1:]
-                )
+                without = itertools.dropwhile(lambda token: token in PARTICLES, person.last[:-1])
+                short = tuple(without) + person.last[-1:]
                 for last in (person.last, short):
                     self._form(self.forward, person.first + last, (person, 0))
                     self._form(self.backward, last + person.first, (person, len(last)))

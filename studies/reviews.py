@@ -16,6 +16,7 @@ from canary import measure as canary_measure
 from common import cli, dataset, models, results, reviews
 from common.checkpoints import find_checkpoints
 from data.amazon import make_reviews, prepare
+from data.amazon.phrases import DEPARTMENTS
 from data.synthetic import generate
 from fidelity import fidelity
 from studies.steps import EMBEDDED, build, call, device_flags, input_hashes, table, train
@@ -192,7 +193,7 @@ def make_split(folder: Path, n: int, train_rows: int, test_rows: int, department
 
 def public_base(config, out: Path, device: list) -> Path:
     """The embedded model after PUBLIC_EPOCHS epochs on public reviews."""
-    departments = [name for name in make_reviews.DEPARTMENTS for _ in range(1 if name in PRIVATE else COMMON)]
+    departments = [name for name in DEPARTMENTS for _ in range(1 if name in PRIVATE else COMMON)]
     public = make_split(out / "public", 2 * PUBLIC, PUBLIC, 10, departments, config.seed + 1)
     tree = train(
         "-m",

@@ -18,7 +18,12 @@ from hypothesis import strategies as st
 from common import dataset
 from common.cli import UserError, entry
 from common.results import sha256
-from data.amazon import make_reviews, prepare
+from data.amazon import make_reviews, prepare, shop
+from data.amazon.config import SPLITS
+from data.amazon.database import REASONS, SYSTEM_PROMPT
+from data.amazon.fields import clean
+from data.amazon.phrases import KINDS
+from data.amazon.split import largest_deviation, take_users
 
 FIELDS = [*dataset.REVIEW_FIELDS, "row_id", "user_id"]
 PRODUCTS = [
@@ -77,14 +82,14 @@ def goods(tmp_path_factory) -> dict:
     """6,000 generated reviews of 300 products."""
     folder = tmp_path_factory.mktemp("goods")
     words = ["--output_dir", str(folder), "--reviews", "6000", "--products", "300"]
-    return make_reviews.run(make_reviews.make_parser().parse_args(words))
+    return shop.run(make_reviews.make_parser().parse_args(words))
 
 
 def build(folder: Path, files: list, *more, train=3000, test=600) -> dict[str, list[dict]]:
     """{split: rows} of one run."""
     words = [*files, "--output_dir", folder, "--train", train, "--test", test, *more]
     assert prepare.main([str(word) for word in words]) == 0
-    return {split: read_lines(folder / f"{split}.jsonl") for split in prepare.SPLITS}
+    return {split: read_lines(folder / f"{split}.jsonl") for split in SPLITS}
 
 
 def build_goods(folder: Path, goods: dict, *more, **sizes) -> dict[str, list[dict]]:
@@ -125,11 +130,11 @@ def test_hand_made_rows(ending, tmp_path, capsys):
     assert set(rows) == set(expected)
     for index, (user, *values) in expected.items():
         assert list(rows[index]) == FIELDS
-        assert rows[index]["System prompt"] == prepare.SYSTEM_PROMPT
+        assert rows[index]["System prompt"] == SYSTEM_PROMPT
         assert [rows[index][field] for field in FIELDS[1:6]] == values
         assert rows[index]["user_id"] == user_hash(user)
     counts = run_record(tmp_path / "out")["counts"]
-    assert {key: counts[key] for key in ("review lines", *prepare.REASONS)} == {
+    assert {key: counts[key] for key in ("review lines", *REASONS)} == {
         "review lines": 16,
         "broken": 2,
         "without a user": 1,
@@ -157,7 +162,7 @@ def test_hand_made_rows(ending, tmp_path, capsys):
     ],
 )
 def test_clean(text, expected):
-    assert prepare.clean(text) == expected
+    assert clean(text) == expected
 
 
 NO_TEXTS = [5, 5.5, True, {"a": "b"}, ["a", None]]
@@ -244,7 +249,7 @@ def test_users_are_told_apart_as_everywhere(tmp_path):
 
 def test_rows_pass_the_record_checks(goods, tmp_path):
     build_goods(tmp_path, goods)
-    for split in prepare.SPLITS:
+    for split in SPLITS:
         rows = dataset.read_rows(tmp_path / f"{split}.jsonl")
         assert dataset.validate(tmp_path / f"{split}.jsonl", rows, dataset.REVIEW_FIELDS) == "review"
         text, start = dataset.row_text(rows[0])
@@ -258,7 +263,7 @@ def test_generated_rows_agree_with_their_source(goods, tmp_path):
     for row in rows:
         line = source[row["row_id"]]
         assert row["user_id"] == user_hash(line["user_id"])
-        assert (row["Rating"], row["Review"]) == (line["rating"], prepare.clean(line["text"]))
+        assert (row["Rating"], row["Review"]) == (line["rating"], clean(line["text"]))
     published = Counter(tuple(row[field] for field in dataset.REVIEW_FIELDS) for row in rows)
     assert max(published.values()) == 1
     counts, put_in = run_record(tmp_path)["counts"], goods["counts"]
@@ -307,14 +312,14 @@ def test_train_depends_on_the_seed_and_not_on_test(goods, tmp_path):
     ],
 )
 def test_take_users(rows, sizes, sides, room):
-    assert prepare.take_users(enumerate(rows), sizes) == (sides, room)
+    assert take_users(enumerate(rows), sizes) == (sides, room)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 9), max_size=40), st.integers(1, 40), st.integers(1, 40))
 def test_take_users_keeps_users_whole(numbers, train, test):
     users = list(enumerate(numbers))
-    sides, room = prepare.take_users(iter(users), [train, test])
+    sides, room = take_users(iter(users), [train, test])
     taken = [user for side in sides for user in side]
     assert len(taken) == len(set(taken))
     for side, size, lack in zip(sides, (train, test), room):
@@ -334,9 +339,9 @@ def test_sizes_that_whole_users_cannot_give_are_reported(tmp_path, capsys):
 
 def test_largest_deviation():
     # shares 1/4 and 3/4 against 1/2 and 1/2: 25 points
-    assert prepare.largest_deviation({1: 1, 5: 3}, {1: 10, 5: 10}) == 25.0
-    assert prepare.largest_deviation({5: 2}, {1: 1, 2: 1, 5: 8}) == 20.0
-    assert prepare.largest_deviation({}, {1: 1}) == 0.0
+    assert largest_deviation({1: 1, 5: 3}, {1: 10, 5: 10}) == 25.0
+    assert largest_deviation({5: 2}, {1: 1, 2: 1, 5: 8}) == 20.0
+    assert largest_deviation({}, {1: 1}) == 0.0
 
 
 # ---------------------------------------------------------------- determinism and files
@@ -350,7 +355,7 @@ def test_files_depend_neither_on_threads_nor_on_compression(goods, tmp_path):
     build_goods(tmp_path / "reference", goods, "--threads", 1)
     build_goods(tmp_path / "threads", goods, "--threads", 4, "--memory_limit", "400MB")
     build_goods(tmp_path / "packed", packed)
-    for split in prepare.SPLITS:
+    for split in SPLITS:
         digests = {sha256(tmp_path / folder / f"{split}.jsonl") for folder in ("reference", "threads", "packed")}
         assert len(digests) == 1, split
 
@@ -368,9 +373,9 @@ def test_lines_keep_their_numbers_when_several_threads_read(tmp_path):
 
 def test_manifests_and_files_left(goods, tmp_path):
     build_goods(tmp_path, goods)
-    names = {f"{split}.jsonl{more}" for split in prepare.SPLITS for more in ("", ".meta.json")}
+    names = {f"{split}.jsonl{more}" for split in SPLITS for more in ("", ".meta.json")}
     assert {path.name for path in tmp_path.iterdir()} == names | {"run_prepare.json"}
-    for split in prepare.SPLITS:
+    for split in SPLITS:
         manifest = dataset.read_manifest(tmp_path / f"{split}.jsonl")
         assert manifest["tag"] == f"amazon-{split}" and manifest["script"] == "data/amazon/prepare.py"
         assert manifest["rows"] == len(read_lines(tmp_path / f"{split}.jsonl"))
@@ -388,13 +393,13 @@ def test_existing_files_are_refused_or_replaced(files, tmp_path):
     words = [*files, "--output_dir", tmp_path / "out", "--train", 2, "--test", 1]
     assert prepare.main(list(map(str, words))) == 0  # finished already
     assert [line.split(": exists")[0] for line in refused([*words, "--seed", 1])] == [
-        f"--output_dir {tmp_path / 'out' / split}.jsonl" for split in prepare.SPLITS
+        f"--output_dir {tmp_path / 'out' / split}.jsonl" for split in SPLITS
     ]
     assert build(tmp_path / "out", files, "--overwrite", train=2, test=1) == first  # replaced, not appended to
     # a run that fails leaves what is there
     record = run_record(tmp_path / "out")
     assert any(":3: not JSON" in line for line in refused([*words, "--overwrite", "--strict"]))
-    assert {split: read_lines(tmp_path / "out" / f"{split}.jsonl") for split in prepare.SPLITS} == first
+    assert {split: read_lines(tmp_path / "out" / f"{split}.jsonl") for split in SPLITS} == first
     assert not list((tmp_path / "out").glob(".*"))
     assert run_record(tmp_path / "out") == record  # of the run that wrote the files
 
@@ -579,7 +584,7 @@ def test_generated_files_are_like_the_published_ones(goods):
         "verified_purchase",
     ]
     ratings = Counter(row["rating"] for row in reviews)
-    for rating, share in make_reviews.RATINGS.items():
+    for rating, share in shop.RATINGS.items():
         assert ratings[rating] / 6000 == pytest.approx(share, abs=0.03)  # over four standard errors
     assert any("<br />" in row["text"] for row in reviews) and any("&#34;" in row["title"] for row in products)
     assert any(not row["categories"] and row["main_category"] for row in products)
@@ -590,9 +595,9 @@ def test_generated_files_are_like_the_published_ones(goods):
 def test_generated_texts_depend_on_rating_and_product(goods):
     products = {row["parent_asin"]: int(row["parent_asin"][1:]) for row in read_lines(goods["meta"])}
     for row in read_lines(goods["reviews"])[:500]:
-        if row["parent_asin"] not in products or not prepare.clean(row["text"]):
+        if row["parent_asin"] not in products or not clean(row["text"]):
             continue
-        parts = make_reviews.KINDS[products[row["parent_asin"]] % len(make_reviews.KINDS)][3]
+        parts = KINDS[products[row["parent_asin"]] % len(KINDS)][3]
         good, bad = (sum(part[side] in row["text"] for part in parts) for side in (1, 2))
         expected = {5: (True, False), 2: (False, True), 1: (False, True)}
         assert good + bad > 0

@@ -13,6 +13,7 @@ import sys
 import tarfile
 import time
 import tracemalloc
+from collections import Counter
 from email import policy
 from email.header import Header
 from email.message import EmailMessage
@@ -26,7 +27,9 @@ from hypothesis import strategies as st
 from common import dataset
 from common.cli import UserError
 from common.results import sha256
-from data.enron import mail, prepare
+from data.enron import config, inputs, mail, names, occurrences, prepare, prompts
+from data.enron import run as enron_run
+from data.enron.pairs import group_people, shuffled
 
 PEOPLE = [
     ("Jane Roe", "jane.roe@hartwell.example"),
@@ -142,7 +145,7 @@ def test_every_form_gives_the_same_file(form, mails, tmp_path):
 
 def test_rows_hold_the_text_around_the_address(mails, tmp_path):
     rows, _ = build(as_folder(tmp_path / "in", mails, "{}."), tmp_path / "rows.jsonl")
-    texts = [mail.render(raw)[0] for raw in mails]
+    texts = [occurrences.render(raw)[0] for raw in mails]
     for index, row in enumerate(rows):
         assert list(row) == ["gt-name", "gt-email", "prompt", "continuation", "row_id"]
         assert row["row_id"] == index
@@ -153,7 +156,7 @@ def test_rows_hold_the_text_around_the_address(mails, tmp_path):
 
 def test_a_mail_as_it_is_rendered(tmp_path):
     raw = write(PEOPLE[0], PEOPLE[1:3], "First line.\n", cc=f"{PEOPLE[3][0]} <{PEOPLE[3][1]}>", X_Mailer="m")
-    text, people, dropped = mail.occurrences(raw)
+    text, people, dropped = occurrences.occurrences(raw)
     assert text == (
         "Subject: Plans\nDate: Mon, 14 May 2001 16:39:00 -0700\nFrom: Jane Roe <jane.roe@hartwell.example>\n"
         "To: Orla Quist <oquist@norbeck.example>, Tomas van Dahl <tvd77@quillan.example>\n"
@@ -193,9 +196,10 @@ def test_prompt_and_continuation_are_bounded(tmp_path):
     row = rows["Ada Pell"] if rows["Ada Pell"]["gt-email"] == "ada@pell.example" else None
     if row is None:  # the filler mails hold another address of hers
         row = next(r for r in read_lines(tmp_path / "out.jsonl") if r["gt-email"] == "ada@pell.example")
-    assert len(row["prompt"]) == prepare.PROMPT_CHARACTERS
-    assert mail.MAX_CONTINUATION_CHARACTERS - 10 < len(row["continuation"]) <= mail.MAX_CONTINUATION_CHARACTERS
-    assert row["prompt"] + row["continuation"] in mail.render(write(PEOPLE[0], [PEOPLE[1]], body))[0]
+    assert len(row["prompt"]) == config.PROMPT_CHARACTERS
+    longest = occurrences.MAX_CONTINUATION_CHARACTERS
+    assert longest - 10 < len(row["continuation"]) <= longest
+    assert row["prompt"] + row["continuation"] in occurrences.render(write(PEOPLE[0], [PEOPLE[1]], body))[0]
     assert row["continuation"].split()[-1] in "\n".join(lines).split()  # no half word
 
 
@@ -247,7 +251,7 @@ ENCODED = {
 
 @pytest.mark.parametrize("kind", ENCODED)
 def test_encodings(kind):
-    text, people, _ = mail.occurrences(ENCODED[kind])
+    text, people, _ = occurrences.occurrences(ENCODED[kind])
     assert [(person.name, person.address) for person in people] == [("Zoë Muñoz", "zm@norbeck.example")]
     assert text.rstrip().endswith("\n\nGrüße")
     assert "\r" not in text
@@ -267,7 +271,7 @@ def test_encodings(kind):
     ],
 )
 def test_broken_headers_give_no_wrong_pair(headers):
-    text, people, _ = mail.occurrences(raw_mail(headers, b"Body, not base64.\n"))
+    text, people, _ = occurrences.occurrences(raw_mail(headers, b"Body, not base64.\n"))
     assert {(person.name, person.address) for person in people} <= {("Jane Roe", "jane@norbeck.example")}
     text.encode("utf-8")
 
@@ -294,26 +298,26 @@ def test_broken_headers_give_no_wrong_pair(headers):
         ("jane roe", "jane roe"),
         ("J.R. O'Shea-Lind", "J.R. O'Shea-Lind"),
         ("Zoë Muñoz", "Zoë Muñoz"),
-        ("/O=HARTWELL/OU=NA/CN=RECIPIENTS/CN=JROE", mail.X500),
-        ("jane.roe@hartwell.example", mail.IS_ADDRESS),
-        ("", mail.NO_NAME),
-        ("''", mail.NO_NAME),
-        ("Jane", mail.WORD_COUNT),
-        ("Jane van der Roe", mail.WORD_COUNT),
-        ("Jane Roe, Hartwell Harbour", mail.WORD_COUNT),
-        ("Roe, Jr.", mail.WORD_COUNT),
-        ("Jane Roe2", mail.DIGITS),
-        ("Agent 007", mail.DIGITS),
-        ("Jane R", mail.NOT_NAME),
-        ("Jane & Tom", mail.NOT_NAME),
-        ("hartwell news.com", mail.NOT_NAME),
-        ("Customer Service", mail.ROLE_NAME),
-        ("Jane via List", mail.ROLE_NAME),
-        ("Mailing List", mail.ROLE_NAME),
+        ("/O=HARTWELL/OU=NA/CN=RECIPIENTS/CN=JROE", names.X500),
+        ("jane.roe@hartwell.example", names.IS_ADDRESS),
+        ("", names.NO_NAME),
+        ("''", names.NO_NAME),
+        ("Jane", names.WORD_COUNT),
+        ("Jane van der Roe", names.WORD_COUNT),
+        ("Jane Roe, Hartwell Harbour", names.WORD_COUNT),
+        ("Roe, Jr.", names.WORD_COUNT),
+        ("Jane Roe2", names.DIGITS),
+        ("Agent 007", names.DIGITS),
+        ("Jane R", names.NOT_NAME),
+        ("Jane & Tom", names.NOT_NAME),
+        ("hartwell news.com", names.NOT_NAME),
+        ("Customer Service", names.ROLE_NAME),
+        ("Jane via List", names.ROLE_NAME),
+        ("Mailing List", names.ROLE_NAME),
     ],
 )
 def test_names_in_a_field(display, expected):
-    name, reason = mail.person(display)
+    name, reason = names.person(display)
     assert (reason or name) == expected
     assert (name == "") == (reason is not None)
 
@@ -336,17 +340,17 @@ def test_names_in_a_field(display, expected):
         ("Regards, Jane Roe <", "Jane Roe"),
         ("To: ada@x.example, Jane Roe <", "Jane Roe"),
         ("Jane Roe.\n<", "Jane Roe"),
-        ("ask Jane Roe <", mail.NOT_NAME),
-        ("Dear Jane <", mail.NOT_NAME),
-        ("Please write Jane <", mail.NOT_NAME),
-        ("see Jane Roe's <", mail.NOT_NAME),
-        ("x@y.example <", mail.IS_ADDRESS),
-        ("\n\n<", mail.NO_NAME),
-        ("At 10:30 PM Jane <", mail.DIGITS),
+        ("ask Jane Roe <", names.NOT_NAME),
+        ("Dear Jane <", names.NOT_NAME),
+        ("Please write Jane <", names.NOT_NAME),
+        ("see Jane Roe's <", names.NOT_NAME),
+        ("x@y.example <", names.IS_ADDRESS),
+        ("\n\n<", names.NO_NAME),
+        ("At 10:30 PM Jane <", names.DIGITS),
     ],
 )
 def test_names_left_of_a_bracket_in_text(line, expected):
-    name, reason = mail.left_name(line, len(line) - 1)
+    name, reason = occurrences.left_name(line, len(line) - 1)
     assert (reason or name) == expected
 
 
@@ -356,29 +360,29 @@ def test_names_left_of_a_bracket_in_text(line, expected):
         ("jane.roe@hartwell.example", None),
         ("J_Roe+work@Sub.Hartwell.example", None),
         ("o'shea@norbeck.example", None),
-        ("info@hartwell.example", mail.ROLE_ADDRESS),
-        ("no-reply@hartwell.example", mail.ROLE_ADDRESS),
-        ("noreply@hartwell.example", mail.ROLE_ADDRESS),
-        ("list-harbour@hartwell.example", mail.ROLE_ADDRESS),
-        ("harbour-list@hartwell.example", mail.ROLE_ADDRESS),
-        ("harbour-request@hartwell.example", mail.ROLE_ADDRESS),
-        ("owner-harbour@hartwell.example", mail.ROLE_ADDRESS),
-        ("admin.hr@hartwell.example", mail.ROLE_ADDRESS),
-        ("Postmaster@hartwell.example", mail.ROLE_ADDRESS),
-        ("no.address@hartwell.example", mail.ROLE_ADDRESS),
-        ("bounce-jane=roe.example@hartwell.example", mail.ROLE_ADDRESS),
-        ("IMCEANOTES-Jane+20Roe@hartwell.example", mail.BAD_ADDRESS),
-        ("/O=HARTWELL/CN=JROE@hartwell.example", mail.BAD_ADDRESS),
-        ("jane roe@hartwell.example", mail.BAD_ADDRESS),
-        ("jane..roe@hartwell.example", mail.BAD_ADDRESS),
-        (".roe@hartwell.example", mail.BAD_ADDRESS),
-        ("jane@localhost", mail.BAD_ADDRESS),
-        ("x#jane@hartwell.example", mail.BAD_ADDRESS),
-        ("jane@", mail.BAD_ADDRESS),
+        ("info@hartwell.example", names.ROLE_ADDRESS),
+        ("no-reply@hartwell.example", names.ROLE_ADDRESS),
+        ("noreply@hartwell.example", names.ROLE_ADDRESS),
+        ("list-harbour@hartwell.example", names.ROLE_ADDRESS),
+        ("harbour-list@hartwell.example", names.ROLE_ADDRESS),
+        ("harbour-request@hartwell.example", names.ROLE_ADDRESS),
+        ("owner-harbour@hartwell.example", names.ROLE_ADDRESS),
+        ("admin.hr@hartwell.example", names.ROLE_ADDRESS),
+        ("Postmaster@hartwell.example", names.ROLE_ADDRESS),
+        ("no.address@hartwell.example", names.ROLE_ADDRESS),
+        ("bounce-jane=roe.example@hartwell.example", names.ROLE_ADDRESS),
+        ("IMCEANOTES-Jane+20Roe@hartwell.example", names.BAD_ADDRESS),
+        ("/O=HARTWELL/CN=JROE@hartwell.example", names.BAD_ADDRESS),
+        ("jane roe@hartwell.example", names.BAD_ADDRESS),
+        ("jane..roe@hartwell.example", names.BAD_ADDRESS),
+        (".roe@hartwell.example", names.BAD_ADDRESS),
+        ("jane@localhost", names.BAD_ADDRESS),
+        ("x#jane@hartwell.example", names.BAD_ADDRESS),
+        ("jane@", names.BAD_ADDRESS),
     ],
 )
 def test_addresses(address, expected):
-    assert mail.address_problem(address) == expected
+    assert names.address_problem(address) == expected
 
 
 @pytest.mark.parametrize(
@@ -397,7 +401,7 @@ def test_addresses(address, expected):
     ],
 )  # fmt: skip
 def test_mailboxes_of_a_header(value, expected):
-    assert mail.mailboxes(value) == expected
+    assert names.mailboxes(value) == expected
 
 
 # read as Python's own parser reads them
@@ -488,8 +492,8 @@ UNLIKE_PYTHON = {  # on purpose: {header: what we read in it}
 def test_headers_mean_what_they_mean_to_python(value):
     """The other route: email.policy.default, in place of which nothing here is used."""
     theirs = [(box.display_name, box.addr_spec) for box in policy.default.header_factory("to", value).addresses]
-    assert mail.mailboxes(value) == UNLIKE_PYTHON.get(value, theirs)
-    assert (theirs == mail.mailboxes(value)) == (value in LIKE_PYTHON)
+    assert names.mailboxes(value) == UNLIKE_PYTHON.get(value, theirs)
+    assert (theirs == names.mailboxes(value)) == (value in LIKE_PYTHON)
 
 
 class Header5322:
@@ -533,7 +537,7 @@ def test_generated_headers_mean_what_they_mean_to_python(random_source):
     header = Header5322(random_source)
     value = " ".join(f",{header.space()}".join(header.item() for _ in range(random_source.randint(1, 4))).split())
     theirs = [(box.display_name, box.addr_spec) for box in policy.default.header_factory("to", value).addresses]
-    ours = mail.mailboxes(value)
+    ours = names.mailboxes(value)
     assert [address for _, address in ours] == [address for _, address in theirs]
     for (name, _), (expected, _) in zip(ours, theirs):
         expected = " ".join(expected.split()).strip("'\" ")
@@ -547,7 +551,7 @@ def test_members_of_groups_and_senders_on_behalf_are_no_longer_lost():
         "To: Harbour Friends: Ada Pell <ada@y.example>, Bela Novak <bela@z.example<mailto:bela@z.example>>;\n"
         "Cc: Ivo Marsh [ivo@z.example<mailto:ivo@z.example>], mei@z.example (Mei (the elder) Tanaka)\n"
     )
-    text, people, dropped = mail.occurrences(raw_mail(headers.encode(), b"Hello.\n"))
+    text, people, dropped = occurrences.occurrences(raw_mail(headers.encode(), b"Hello.\n"))
     assert [(person.name, person.address) for person in people] == [
         ("Jane Roe", "jane@x.example"),
         ("Orla Quist", "orla@y.example"),
@@ -576,13 +580,13 @@ COPIES = {  # a body in which each address stands twice, as links become in text
 
 @pytest.mark.parametrize("body", COPIES)
 def test_the_text_before_an_address_in_a_body_does_not_hold_its_copy(body):
-    text, people, _ = mail.occurrences(raw_mail(b"From: x@y.example\n", body.encode()))
+    text, people, _ = occurrences.occurrences(raw_mail(b"From: x@y.example\n", body.encode()))
     expected = COPIES[body]
     assert {(person.name, person.address) for person in people} == (
         {(expected[0], "jane@x.example")} if expected else set()
     )
     if expected:
-        prompt, continuation = mail.cut(text, people[0].position)
+        prompt, continuation = occurrences.cut(text, people[0].position)
         assert prompt.endswith(expected[1]) and "jane@" not in prompt
         assert continuation.startswith("jane@x.example")
 
@@ -597,10 +601,10 @@ def test_a_byte_order_mark_is_no_part_of_a_mail(box, newline, tmp_path):
     for name, start in (("plain", b""), ("marked", b"\xef\xbb\xbf")):
         (tmp_path / name).write_bytes(start + content)
         files.append(tmp_path / name)
-        assert prepare.kind_of(tmp_path / name) == ("mbox" if box else "mail")
+        assert inputs.kind_of(tmp_path / name) == ("mbox" if box else "mail")
     plain, marked = ([raw for _, raw in mail.read_mails(io.BytesIO(file.read_bytes()), "x")] for file in files)
     assert marked == plain and len(plain) == 1 + box
-    assert [person.name for person in mail.occurrences(marked[0])[1]] == ["Jane Roe"]
+    assert [person.name for person in occurrences.occurrences(marked[0])[1]] == ["Jane Roe"]
 
 
 def enron_mail(to=1) -> bytes:
@@ -617,7 +621,7 @@ def enron_mail(to=1) -> bytes:
 
 
 def test_enron_names_stand_in_other_headers():
-    text, people, dropped = mail.occurrences(enron_mail(2))
+    text, people, dropped = occurrences.occurrences(enron_mail(2))
     assert [(person.name, person.address) for person in people] == [
         ("Jane K Roe", "jane.roe@hartwell.example"),
         ("Orla Quist", "oquist@norbeck.example"),
@@ -630,18 +634,18 @@ def test_enron_names_stand_in_other_headers():
 
 
 def test_enron_lists_of_different_length_give_no_pair():
-    _, people, dropped = mail.occurrences(enron_mail(1))
+    _, people, dropped = occurrences.occurrences(enron_mail(1))
     assert [person.name for person in people] == ["Jane K Roe", "Ivo Marsh"]
-    assert dropped == {mail.NO_NAME: 2}
+    assert dropped == {names.NO_NAME: 2}
 
 
 def test_the_address_of_the_mails_own_list_is_no_person():
     raw = write(
         PEOPLE[0], [("Harbour Friends", "harbour@hartwell.example")], List_Post="<mailto:harbour@hartwell.example>"
     )
-    _, people, dropped = mail.occurrences(raw)
+    _, people, dropped = occurrences.occurrences(raw)
     assert [person.name for person in people] == ["Jane Roe"]
-    assert dropped == {mail.ROLE_ADDRESS: 1}
+    assert dropped == {names.ROLE_ADDRESS: 1}
 
 
 def test_dropped_occurrences_are_counted_by_reason(tmp_path, capsys):
@@ -652,7 +656,7 @@ def test_dropped_occurrences_are_counted_by_reason(tmp_path, capsys):
         ("Al Ba", "info@x.example"),
     ]
     _, counts = one(tmp_path, write(PEOPLE[0], others))
-    expected = {mail.WORD_COUNT: 1, mail.ROLE_NAME: 1, mail.DIGITS: 1, mail.ROLE_ADDRESS: 1}
+    expected = {names.WORD_COUNT: 1, names.ROLE_NAME: 1, names.DIGITS: 1, names.ROLE_ADDRESS: 1}
     assert {key.removeprefix("dropped: "): n for key, n in counts.items() if key.startswith("dropped: ")} == expected
     assert counts["files that are no messages by their name"] == 2
     printed = capsys.readouterr().out
@@ -725,10 +729,10 @@ def test_groups_are_kept_together_and_placed_before_the_boundary():
             [("A B", "1@x"), ("A C", "1@x"), ("A C", "2@x"), ("D E", "3@x"), ("F G", "4@x"), ("d e", "5@x")]
         )
     }
-    groups = {frozenset(group) for group in prepare.group_people(pairs)}
+    groups = {frozenset(group) for group in group_people(pairs)}
     assert groups == {frozenset({b"\0", b"\1", b"\2"}), frozenset({b"\3", b"\5"}), frozenset({b"\4"})}
     for seed in range(20):
-        order = prepare.shuffled([sorted(group) for group in groups], seed, 2)
+        order = shuffled([sorted(group) for group in groups], seed, 2)
         assert sorted(order) == sorted(pairs)
         for group in groups:
             sides = {order.index(key) < 2 for key in group}
@@ -855,7 +859,7 @@ def test_broken_mails_are_counted_and_the_first_three_named(mails, tmp_path, cap
 def test_a_mail_that_the_library_cannot_read_is_broken(monkeypatch, tmp_path, mails):
     nested = b"".join(b"Content-Type: multipart/mixed; boundary=b%d\n\n--b%d\n" % (n, n) for n in range(3000))
     with pytest.raises(mail.BrokenMail, match="RecursionError"):
-        mail.occurrences(b"From: Jane Roe <jane@norbeck.example>\n" + nested)
+        occurrences.occurrences(b"From: Jane Roe <jane@norbeck.example>\n" + nested)
 
 
 HOSTILE = """ "|\\"|<|(|a<|a@|<a@|@|=?a?q?|=?|<!--|<title|<script>|&|[mailto:a@b.c|,"""
@@ -872,7 +876,7 @@ def test_hostile_mails_take_no_quadratic_time(unit):
     for data in (raw, f"From {line}\nFrom: x\n\n{text}", raw.replace("text/html", "text/plain")):
         for _, one_mail in mail.read_mails(io.BytesIO(data.encode()), "hostile"):
             with contextlib.suppress(mail.BrokenMail):
-                mail.occurrences(one_mail)
+                occurrences.occurrences(one_mail)
     assert time.process_time() - begun < 15
 
 
@@ -937,19 +941,19 @@ NUMBERED_PIECES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("piece", HEADER_PIECES)
 def test_a_megabyte_of_a_repeated_piece_of_header_is_read_in_linear_time(piece):
-    assert_linear(mail.mailboxes, piece)
+    assert_linear(names.mailboxes, piece)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pieces", NUMBERED_PIECES)
 def test_a_megabyte_of_distinct_pieces_of_header_is_read_in_linear_time(pieces):
-    assert_linear(mail.mailboxes, NUMBERED_PIECES[pieces].format)
+    assert_linear(names.mailboxes, NUMBERED_PIECES[pieces].format)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("frame", ["{}", "a@b.example ({})", "<a{}@b.example>"])
 def test_half_a_megabyte_of_nested_comments_is_read_in_linear_time(frame):
-    assert_linear(lambda text: mail.mailboxes(frame.format(text + ")" * len(text))), "(", 1 << 19)
+    assert_linear(lambda text: names.mailboxes(frame.format(text + ")" * len(text))), "(", 1 << 19)
 
 
 def test_an_unreadable_file_is_broken(mails, tmp_path, capsys):
@@ -995,7 +999,7 @@ def test_a_run_that_fails_keeps_the_old_file(mails, tmp_path, monkeypatch):
         file.write("half a row")
         raise OSError("disk full")
 
-    monkeypatch.setattr(prepare, "write_rows", fail)
+    monkeypatch.setattr(enron_run, "write_rows", fail)
     with pytest.raises(OSError, match="disk full"):
         build(folder, output, "--overwrite")
     assert {path.name: path.read_bytes() for path in output.parent.glob("[r.]*") if "run_" not in path.name} == before
@@ -1092,7 +1096,7 @@ def test_prompts_are_cut_by_a_tokenizer(tmp_path):
     rows, counts = build(folder, tmp_path / "rows.jsonl", "--tokenizer", tmp_path / "tokenizer")
     assert counts["prompt cut"] == f"200 tokens of {tmp_path / 'tokenizer'}"
     assert "200 tokens of" in dataset.read_manifest(tmp_path / "rows.jsonl")["sampling"]["prompt"]
-    whole = mail.render(raw)[0]
+    whole = occurrences.render(raw)[0]
     row = next(row for row in rows if row["gt-email"] == "ada@pell.example")
     ids = tokenizer.encode(whole[: whole.index("ada@pell")][-1024:])
     assert len(ids) > 200
@@ -1108,20 +1112,20 @@ def test_gpt2_is_looked_for_in_the_cache_only(tmp_path, monkeypatch):
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("asked the network"))
-    assert prepare.load_tokenizer("gpt2") is None
-    assert prepare.load_tokenizer("none") is None
+    assert prompts.load_tokenizer("gpt2") is None
+    assert prompts.load_tokenizer("none") is None
     with pytest.raises(UserError, match="download it, or use"):
-        prepare.load_tokenizer("someone/else")
+        prompts.load_tokenizer("someone/else")
     snapshot = tmp_path / "models--openai-community--gpt2" / "snapshots" / "1"
     make_tokenizer(snapshot)
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("1")
-    found = prepare.load_tokenizer("gpt2")
+    found = prompts.load_tokenizer("gpt2")
     assert found.get_vocab_size() == 400  # make_tokenizer's
 
 
 def test_without_a_tokenizer_the_last_800_characters():
-    assert prepare.last_tokens(["a" * 500 + "b" * 700], None) == ["a" * 100 + "b" * 700]
+    assert prompts.last_tokens(["a" * 500 + "b" * 700], None) == ["a" * 100 + "b" * 700]
 
 
 # ---------------------------------------------------------------- any text at all
@@ -1137,26 +1141,26 @@ texts = st.one_of(st.text(max_size=80), st.lists(fragments, max_size=25).map("".
 @given(texts, st.booleans())
 @settings(max_examples=400, deadline=None)
 def test_any_name_is_judged_and_what_passes_meets_the_rules(display, whole):
-    name, reason = mail.person(display, whole)
+    name, reason = names.person(display, whole)
     assert (name == "") == (reason is not None)
     if name:
         words = name.split(" ")
         assert 2 <= len(words) <= 3 and all(words)
         assert not any(character.isdigit() or character in '@/<>[]()",' for character in name)
-        assert not {word.lower().strip(".") for word in words} & mail.NAME_ROLES
-        assert all(mail.NAME_WORD.fullmatch(word) for word in words)
+        assert not {word.lower().strip(".") for word in words} & names.NAME_ROLES
+        assert all(names.NAME_WORD.fullmatch(word) for word in words)
 
 
 def test_no_address_is_made_across_empty_brackets():
-    assert mail.mailboxes("0<>@0.AA") == []
+    assert names.mailboxes("0<>@0.AA") == []
 
 
 @given(texts)
 @settings(max_examples=400, deadline=None)
 def test_any_header_is_read(value):
-    for name, address in mail.mailboxes(" ".join(value.split())):
+    for name, address in names.mailboxes(" ".join(value.split())):
         assert name == name.strip()
-        if mail.address_problem(address) is None:
+        if names.address_problem(address) is None:
             local, _, domain = address.rpartition("@")
             assert local in value and domain in value and local and domain
 
@@ -1172,17 +1176,17 @@ def test_any_mail_is_read_or_broken(fields, body, charset, junk):
     raw = "".join(f"{name}: {value}\n" for name, value in fields).encode(charset, "replace")
     raw += b"\xff\x00\r\n\n"[:junk] + b"\n" + body.encode(charset, "replace")
     try:
-        text, people, dropped = mail.occurrences(raw)
+        text, people, dropped = occurrences.occurrences(raw)
     except mail.BrokenMail:
         return
     text.encode("utf-8")
     assert all(number > 0 for number in dropped.values())
     for person in people:
-        prompt, continuation = mail.cut(text, person.position)
+        prompt, continuation = occurrences.cut(text, person.position)
         assert continuation.startswith(person.address)
         assert prompt + continuation in text
-        assert mail.address_problem(person.address) is None
-        assert mail.person(person.name) == (person.name, None)
+        assert names.address_problem(person.address) is None
+        assert names.person(person.name) == (person.name, None)
         before = prompt.rstrip("<[ \n").removesuffix("mailto:").rstrip("<[ \n").lower()
         assert not before.endswith(person.address.lower())
 
@@ -1192,7 +1196,7 @@ def test_any_mail_is_read_or_broken(fields, body, charset, junk):
 def test_any_bytes_are_read_or_broken(raw):
     for _, one_mail in mail.read_mails(io.BytesIO(raw), "any"):
         with contextlib.suppress(mail.BrokenMail):
-            mail.occurrences(one_mail)[0].encode("utf-8")
+            occurrences.occurrences(one_mail)[0].encode("utf-8")
 
 
 @given(st.text(max_size=40), st.sampled_from(["utf-8", "iso-8859-1", None]))
@@ -1216,8 +1220,8 @@ def test_links_pipes_and_a_line_without_an_end(tmp_path):
     (folder / "2.").symlink_to(tmp_path / "outside")
     os.mkfifo(folder / "3.")
     (folder / "4.").symlink_to("/dev/zero")
-    skipped = prepare.Counter()
-    assert [os.path.basename(path) for path in prepare.walk(folder, skipped)] == ["1."]
+    skipped = Counter()
+    assert [os.path.basename(path) for path in inputs.walk(folder, skipped)] == ["1."]
     assert skipped["pipes, devices and links out of the folder"] == 3
 
     class Endless(io.RawIOBase):
@@ -1251,7 +1255,7 @@ def test_workers_end_when_their_run_is_killed(tmp_path):
     """The builder's own workers, waiting for work: without the check they would wait for ever."""
     code = (
         "import sys\n"
-        "from data.enron import prepare\n"
+        "from data.enron import inputs\n"
         "import os, time\n"
         "def work(number):\n"
         "    return os.getpid()\n"
@@ -1262,7 +1266,7 @@ def test_workers_end_when_their_run_is_killed(tmp_path):
         "    print('waiting', flush=True)\n"
         "    time.sleep(600)\n"
         "if __name__ == '__main__':\n"
-        "    list(prepare.in_order(work, slowly(), 2))\n"
+        "    list(inputs.in_order(work, slowly(), 2))\n"
     )
     (tmp_path / "pool.py").write_text(code)
     run = subprocess.Popen([sys.executable, tmp_path / "pool.py"], stdout=subprocess.PIPE, text=True)

@@ -36,7 +36,7 @@ EMBEDDED = ROOT / "data/embedded"
 UPDATE = os.environ.get("UPDATE_GOLDENS") == "1"
 VOLATILE = re.compile(rf"{kill.TIMES.pattern}|python|packages|dirty|.*_version")
 HEX = re.compile(r"(?<![0-9a-zA-Z.])[0-9a-f]{12,}(?![0-9a-zA-Z])")
-QUOTED = re.compile(rf"(&quot;(?:{VOLATILE.pattern}|cpu_bytes)&quot;: ).*")  # a record within the report
+QUOTED = re.compile(rf"(&#34;(?:{VOLATILE.pattern}|cpu_bytes)&#34;: ).*")  # a record within the report
 DECIMAL = re.compile(r"-?\d+\.\d+(?:e[+-]?\d{1,3}(?!\w))?|(?<![\w.])-?\d{1,3}e[+-]?\d{1,3}(?!\w)")
 SPEED = re.compile(r'(?:<td data-v="[\d.]+">[\d,]+</td>\s*){1,2}<td data-v="\d{7,}">[\d.]+</td>')  # seconds and memory
 NOISY = ("audit_signal",)  # small differences of large numbers: 0.001 either way

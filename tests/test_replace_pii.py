@@ -15,8 +15,10 @@ from common.cli import UserError
 from common.results import sha256
 from common.text import follows_name_rule, name_rule_guesses
 from data import leaks, replace_pii, replacement, scanner
-from data.enron import mail
+from data.enron.names import ROLE_ADDRESS, address_problem
 from data.people import People
+from data.replacing import run as replacing_run
+from data.replacing.run import replace
 
 PEOPLE = [
     ("Joe Moss", "jmoss@hartwell.example"),
@@ -278,7 +280,7 @@ def test_role_addresses_keep_their_local_part_unless_they_are_asked_for(tmp_path
 @pytest.mark.parametrize("local", ["joe-moss-request", "moss.joe-admin", "jmoss-owner"])
 def test_a_role_address_that_holds_the_name_of_somebody_is_no_exception(local, tmp_path):
     """A list may be named after a person; 'Talk Admin' of spamassassin-talk-admin@ is such a person too."""
-    assert mail.address_problem(f"{local}@lists.example") == mail.ROLE_ADDRESS
+    assert address_problem(f"{local}@lists.example") == ROLE_ADDRESS
     text, _ = one_text(tmp_path, 3, f"write to {local}@lists.example or plain-request@lists.example today")
     assert "moss" not in text and "plain-request@" in text
 
@@ -410,7 +412,7 @@ def test_map_only_on_request_and_for_the_owner_only(tmp_path):
 def test_leaks(leak, kinds, tmp_path):
     rows = [make_row(index) | {"row_id": index} for index in range(6)]
     people, scan = replacement.meet(rows, 3407)
-    replaced = replace_pii.replace(rows, people, scan)
+    replaced = replace(rows, people, scan)
     replaced[2]["continuation"] += f" {leak}"
     assert leaks.leaks(replaced, people) == {"full names": [], "addresses": [], "pairs": []} | kinds
 
@@ -437,7 +439,7 @@ def test_a_leak_ends_the_run_without_a_file(before, tmp_path, monkeypatch, capsy
         assert replace_pii.main(words) == 0
         (tmp_path / "map.json").unlink()
         old = output.read_bytes()
-    original = replace_pii.replace
+    original = replace
     handle = next(row["gt-email"] for row in make_rows(30) if "." not in row["gt-email"].partition("@")[0])
 
     def forgetful(rows, *rest):
@@ -446,7 +448,7 @@ def test_a_leak_ends_the_run_without_a_file(before, tmp_path, monkeypatch, capsy
         replaced[9]["prompt"] += " " + rows[3]["gt-name"].upper()
         return replaced
 
-    monkeypatch.setattr(replace_pii, "replace", forgetful)
+    monkeypatch.setattr(replacing_run, "replace", forgetful)
     capsys.readouterr()
     assert cli.entry(lambda: replace_pii.main(words)) == 1
     captured = capsys.readouterr()
@@ -480,7 +482,7 @@ def test_no_address_survives_any_surroundings(before, index, case, after):
     rows = [dict(row) for row in ROWS]
     rows[(index + 1) % 6]["prompt"] = before + case(PEOPLE[index][1]) + after
     people, scan = replacement.meet(rows, 3407)
-    replaced = replace_pii.replace(rows, people, scan)
+    replaced = replace(rows, people, scan)
     everything = "\0".join(text for row in replaced for text in scanner.strings(row)).casefold()
     assert not [address for _, address in PEOPLE if address.casefold() in everything]
     assert not any(leaks.leaks(replaced, people).values())
@@ -497,7 +499,7 @@ def test_no_full_name_survives_any_surroundings(before, name, form, case, after)
     rows = [dict(row) for row in ROWS]
     rows[1]["prompt"] = f"{before} {case(form.format(*name))} {after}"
     people, scan = replacement.meet(rows, 3407)
-    assert not any(leaks.leaks(replace_pii.replace(rows, people, scan), people).values())
+    assert not any(leaks.leaks(replace(rows, people, scan), people).values())
 
 
 @given(
@@ -511,7 +513,7 @@ def test_no_full_name_survives_any_mixture(words):
         rows = [dict(row) for row in ROWS]
         rows[2]["prompt"] = glue.join(words)
         people, scan = replacement.meet(rows, 3407)
-        assert not any(leaks.leaks(replace_pii.replace(rows, people, scan), people).values())
+        assert not any(leaks.leaks(replace(rows, people, scan), people).values())
 
 
 # ---------------------------------------------------------------- bad input

@@ -3,6 +3,7 @@
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 SHINGLE = 8  # words
 JACCARD = 0.5  # two generations with at least this similarity are near-duplicates
@@ -27,7 +28,7 @@ def near_duplicates(texts: list[str], threshold: float = JACCARD) -> tuple[int, 
     distinct = list({" ".join(text.casefold().split()): text for text in texts}.values())
     sets = [shingles(text) for text in distinct]
     frequency = Counter(shingle for members in sets for shingle in members)
-    holders = defaultdict(list)  # rare shingle → earlier texts
+    holders: dict[int, list[int]] = defaultdict(list)  # rare shingle → earlier texts
     near = 0
     for index, members in enumerate(sets):
         rare = sorted(members, key=lambda shingle: (frequency[shingle], shingle))
@@ -53,7 +54,7 @@ def address_counts(texts: Iterable[str], wanted: set[str]) -> dict[str, int]:
     return {"addresses": len(distinct), "rows": n_texts, "occurrences": occurrences}
 
 
-def statistics(generated: list[dict], head: list[dict]) -> dict:
+def statistics(generated: list[dict[str, Any]], head: list[dict[str, Any]]) -> dict[str, Any]:
     """The statistics of the rows of the output file; head: the rows of the evaluation head."""
     import numpy as np
 
@@ -81,7 +82,7 @@ def statistics(generated: list[dict], head: list[dict]) -> dict:
     }
 
 
-def report(numbers: dict) -> str:
+def report(numbers: dict[str, Any]) -> str:
     """The statistics as text, one per line."""
     evaluated, n = numbers["evaluated_addresses"], numbers["rows"]
     lines = [
