@@ -10,9 +10,9 @@ python quickstart.py --model EleutherAI/pythia-1.4b --generator EleutherAI/pythi
 With the embedded model and corpus (fictional people) it takes a few minutes and needs neither network nor GPU. Study
 mail: the base is attacked, then fine-tuned with LoRA on other people's rows (original), on text that a larger sibling
 wrote in their place (generated), and on the same rows with everybody replaced by invented people (replaced). Every arm
-is attacked, its perplexity and membership inference are measured, and a table is printed. Each step runs what
-the printed command line would. Rerunning with the same settings keeps finished steps. In --output:
-summary.md, summary.json, report/report.html.
+is attacked, its perplexity and membership inference are measured, and a table is printed. Each step does what the
+command line that is printed would do. Rerunning with the same settings keeps finished steps. In --output: summary.md,
+summary.json, report/report.html.
 """
 
 import sys

@@ -47,7 +47,7 @@ def check(config: QuickstartConfig) -> None:
     check_rows(config, problems)
     if config.outsiders:
         rows = problems.absorb(dataset.read_rows, config.outsiders)
-        if rows and len(rows) <= DEMONSTRATIONS:
+        if rows and "original" in config.arms and len(rows) <= DEMONSTRATIONS:
             problems.add(f"--outsiders {config.outsiders}: has {len(rows)} rows; more than {DEMONSTRATIONS} are needed")
     if "generated" in config.arms and config.generator:  # quickstart.py itself reports a missing --generator
         problems.absorb(models.find_model, config.generator, None, flag="--generator")

@@ -325,7 +325,7 @@ def test_quickstart_study_reviews_in_small(tmp_path):
     assert epsilons[0] is None and 7.9 < epsilons[1] <= 8 and 0.97 < epsilons[2] <= 1
     made = sorted(path.parent.parent.name for path in out.glob("public-base/*-dp-*/*/checkpoint-*"))
     other = subprocess.run([*command, "-lr", "1e-5"], capture_output=True, text=True, timeout=100)
-    assert other.returncode == 2 and "--learning_rate 0.003 then, 1e-05 now" in other.stderr
+    assert other.returncode == 2 and "--learning_rate was 0.003, now 1e-05" in other.stderr
     (out / "canary/done").unlink()  # killed between the results and the mark: measured again, with the same table
     likeness = out / "fidelity/results_fidelity.json"
     likeness.write_text(likeness.read_text(encoding="utf-8")[:999], encoding="utf-8")  # so is a damaged result
