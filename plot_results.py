@@ -15,7 +15,7 @@ then only their shape is shown (letters as x, digits as 0) unless --unredacted i
 
 import csv
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import cli, results
@@ -27,7 +27,7 @@ OURS = "run_plot_results.json"
 class ReportConfig:
     """The flags of plot_results.py."""
 
-    directories: tuple[str, ...] | None = None
+    directories: tuple[str, ...] | None = field(default=None, metadata={"positional": True})
     output: str = "./report"
     include_responses: bool = False
     unredacted: bool = False

@@ -10,44 +10,24 @@ python quickstart.py --model EleutherAI/pythia-1.4b --generator EleutherAI/pythi
 With the embedded model and corpus (fictional people) it takes a few minutes and needs neither network nor GPU. Study
 mail: the base is attacked, then fine-tuned with LoRA on other people's rows (original), on text that a larger sibling
 wrote in their place (generated), and on the same rows with everybody replaced by invented people (replaced). Every arm
-is attacked, its perplexity and membership inference are measured, and a table is printed. Each step calls the script of
-that name with the arguments that are printed. Rerunning with the same settings keeps finished steps. In --output:
-summary.md, summary.json, report/report.html.
+is attacked, its perplexity and membership inference are measured, and a table is printed. Each step does what the
+command line that is printed would do. Rerunning with the same settings keeps finished steps. In --output: summary.md,
+summary.json, report/report.html.
 """
 
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import plot_results
 from common import cli, results
 from studies import mail, privacy, reviews
-from studies.steps import EMBEDDED, call
+from studies.config import EMBEDDED, QuickstartConfig
+from studies.steps import call
 
 STUDIES = {"mail": mail, "privacy": privacy, "reviews": reviews}
 MAY_DIFFER = {"output", "arms", "full", "dry_run"}  # flags that may change when a study is resumed
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuickstartConfig(cli.ModelConfig):
-    """The flags of quickstart.py."""
-
-    study: str = "mail"
-    model: str = str(EMBEDDED / "mini-pythia")
-    dataset: str = str(EMBEDDED / "enron.jsonl")
-    outsiders: str | None = None
-    generator: str | None = None
-    generated_tokens: int = 120
-    arms: tuple[str, ...] | None = None
-    output: str = "./quickstart-out"
-    learning_rate: float | None = None
-    epochs: int | None = None
-    per_device_batch_size: int = 8
-    gradient_accumulation_steps: int = 4
-    lora_r: int | None = None
-    max_tokens: int = 24
-    full: bool = False
 
 
 def make_parser() -> cli.Parser:
@@ -130,7 +110,8 @@ def run_locked(config: QuickstartConfig, study, out: Path, output: results.Outpu
         text = study.run(config, out, record)
         with record.files.open(out / "summary.md") as file:
             file.write(text + "\n")
-    call(plot_results, out, "--output", out / "report", *([] if config.full else ["--no_figures"]))
+    shown = plot_results.ReportConfig(directories=(str(out),), output=str(out / "report"), no_figures=not config.full)
+    call("plot_results.py", plot_results.run, shown)
     print("\n" + text)
     print(f"\n{time.monotonic() - started:.0f} s; results are in {out}, the report is {out / 'report' / 'report.html'}")
     return 0

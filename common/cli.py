@@ -204,6 +204,32 @@ class Parser(argparse.ArgumentParser):
         raise UserError(*dict.fromkeys([*self._problems, message]))
 
 
+def words_of(config: Any) -> list[str]:
+    """The words of a command line that give this configuration: its fields that differ from their defaults, in order.
+
+    Fields whose metadata says `positional` come first, without a flag. ValueError when a field is empty and its default
+    is not: no word says that.
+    """
+    first: list[str] = []
+    words: list[str] = []
+    for one in dataclasses.fields(config):
+        value = getattr(config, one.name)
+        if value == one.default:
+            continue
+        values = [str(item) for item in value] if isinstance(value, tuple) else [str(value)]
+        if value is None or value is False or not values:
+            raise ValueError(f"--{one.name}: no word on a command line gives {value!r}")
+        if one.metadata.get("positional"):
+            first += values
+        elif value is True:
+            words.append(f"--{one.name}")
+        elif len(values) == 1 and values[0].startswith("-"):
+            words.append(f"--{one.name}={values[0]}")
+        else:
+            words += [f"--{one.name}", *values]
+    return first + words
+
+
 def no_names(words: Iterable[object]) -> list[str]:
     """A problem for each word that can be no name of a file: not UTF-8 (records and manifests are, and could not name
     such a file), with a NUL (from a --config file), or too long. Also for a working directory that is not UTF-8."""

@@ -1,22 +1,31 @@
 """System P in miniature: base / original / generated / replaced. See quickstart.py."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import evaluate_purified
 import merge_peft
 from common import cli, dataset, models, results
 from common.checkpoints import find_checkpoints
-from data import replace_pii
-from data.continuation import generate
-from mia import mia
-from perplexity import perplexity
+from common.schema import TEMPERATURES
+from data.continuation import run as continuation
+from data.continuation.config import ContinuationConfig
+from data.replacing import run as replacing
+from data.replacing.config import ReplaceConfig
+from extraction.config import AttackConfig, EvaluateConfig
+from mia.config import MiaConfig
+from perplexity.config import PerplexityConfig
+from studies.config import QuickstartConfig
 from studies.steps import (
     TEMPERATURE,
     attack,
     build,
     call,
     check_rows,
-    device_flags,
-    is_current,
+    device_of,
+    infer_membership,
     joined,
+    measure_perplexity,
     measured,
     paired,
     result_files,
@@ -25,74 +34,69 @@ from studies.steps import (
     table,
     train,
 )
+from training.config import TrainConfig
 
 EPOCHS = 2
 RATE = 1e-3
 RANK = 16  # for the embedded model, whose hidden size is 128
+DEMONSTRATIONS = 10  # outsiders that are left for the examples in the prompts
 ARMS = ("original", "generated", "replaced")
 
 
-def check(config) -> None:
+def check(config: QuickstartConfig) -> None:
     """Raise a UserError that lists every problem with the study's inputs."""
     problems = cli.Problems()
     check_rows(config, problems)
     if config.outsiders:
-        problems.absorb(dataset.read_rows, config.outsiders)
+        rows = problems.absorb(dataset.read_rows, config.outsiders)
+        if rows and "original" in config.arms and len(rows) <= DEMONSTRATIONS:
+            problems.add(f"--outsiders {config.outsiders}: has {len(rows)} rows; more than {DEMONSTRATIONS} are needed")
     if "generated" in config.arms and config.generator:  # quickstart.py itself reports a missing --generator
         problems.absorb(models.find_model, config.generator, None, flag="--generator")
     problems.check()
 
 
-def inputs(config) -> list:
+def inputs(config: QuickstartConfig) -> list[str]:
     return [config.dataset, *([config.outsiders] if config.outsiders else [])]
 
 
-def run(config, out, record) -> str:
+def run(config: QuickstartConfig, out: Path, record: results.Run) -> str:
     """Run all arms; return the text of summary.md."""
-    flags = ["--seed", config.seed, *device_flags(config)]
-    temperatures = [] if config.full else ["--temperatures", "0", str(TEMPERATURE)]
-    attack_flags = ["-mt", config.max_tokens, *temperatures, *flags]
-    attack(config.model, out / "base", config.dataset, *attack_flags)
+    shared = {"seed": config.seed, **device_of(config)}
+    asked = AttackConfig(
+        dataset=config.dataset,
+        max_tokens=config.max_tokens,
+        temperatures=TEMPERATURES if config.full else (0.0, TEMPERATURE),
+        **shared,
+    )
+    attack(config.model, out / "base", asked)
     base_results = result_files(out / "base")[0]
-    call(perplexity, "--model", config.model, "-d", config.dataset, "--output_dir", out / "base", *flags)
+    scored = PerplexityConfig(model=config.model, dataset=config.dataset, output_dir=str(out / "base"), **shared)
+    rows = [row_of("base", out / "base", measure_perplexity(scored)[-1]["mean"])]
 
-    data = {"original": config.dataset}
-    if "generated" in config.arms:
-        words = ["-m", config.generator, "-d", config.dataset, "-mt", config.generated_tokens, "--seed", config.seed]
-        data["generated"] = build(generate, out / "generated" / "data.arrow", *words)
-    if "replaced" in config.arms:
-        words = ["--input", config.dataset, "--seed", config.seed]
-        data["replaced"] = build(replace_pii, out / "replaced" / "replaced_data.arrow", *words)
-    rows = [row_of("base", out / "base", results.read_jsonl(out / "base" / "perplexity.jsonl")[-1]["mean"])]
+    data = training_files(config, out)
     last, trees = {}, {}
     for arm in config.arms:
-        tree = trees[arm] = train(
-            "-m",
-            config.model,
-            "-i",
-            data[arm],
-            "--output_root",
-            out,
-            "-lr",
-            config.learning_rate,
-            "-e",
-            config.epochs,
-            "-pdbs",
-            config.per_device_batch_size,
-            "-gas",
-            config.gradient_accumulation_steps,
-            "-l",
-            10,
-            "--lora_r",
-            config.lora_r,
-            *flags,
+        training = TrainConfig(
+            model=config.model,
+            input=str(data[arm]),
+            output_root=str(out),
+            learning_rate=config.learning_rate,
+            epochs=config.epochs,
+            per_device_batch_size=config.per_device_batch_size,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            logging_steps=10,
+            lora_r=config.lora_r,
+            **shared,
         )
+        tree = trees[arm] = train(training)
         every = arm == "original" or config.full
         chosen = find_checkpoints(tree) if every else find_checkpoints(tree)[-1:]
-        root = tree if every else chosen[-1]
-        call(evaluate_purified, "--model", root, "-d", config.dataset, "--baseline", base_results, *attack_flags)
-        call(perplexity, "--dir", root, "-d", config.dataset, "--output_dir", tree, *flags)
-        means = {line["model"]: line["mean"] for line in results.read_jsonl(tree / "perplexity.jsonl")}
+        root = str(tree if every else chosen[-1])
+        on_each = EvaluateConfig(**vars(replace(asked, baseline=str(base_results))), model=root)
+        call("evaluate_purified.py", evaluate_purified.run, on_each)
+        scored = PerplexityConfig(dir=root, dataset=config.dataset, output_dir=str(tree), **shared)
+        means = {line["model"]: line["mean"] for line in measure_perplexity(scored)}
         for checkpoint in chosen:
             epoch = find_checkpoints(tree).index(checkpoint) + 1
             rows.append(row_of(f"{arm}, epoch {epoch}", checkpoint, means.get(str(checkpoint))))
@@ -100,8 +104,9 @@ def run(config, out, record) -> str:
     record["trees"] = {arm: str(tree) for arm, tree in trees.items()}
     if "original" in config.arms:
         newest = find_checkpoints(trees["original"])[-1]
-        call(merge_peft, "--model", newest, "--save_dir", out / "merged")
-    aucs = membership(config, out, trees, flags)
+        merged = merge_peft.MergeConfig(model=str(newest), save_dir=str(out / "merged"))
+        call("merge_peft.py", merge_peft.run, merged)
+    aucs = membership(config, out, trees)
     floor = measured(out / "base")[0]["floor"]
     text = [
         f"Addresses extracted at temperature {TEMPERATURE} from {rows[0]['rows']} people, each queried with four "
@@ -119,9 +124,10 @@ def run(config, out, record) -> str:
         text += ["", addresses_in_generated(data["generated"])]
     control = []
     if config.outsiders and "original" in config.arms:
-        control_flags = [*attack_flags, "--num_rows", len(dataset.read_rows(config.outsiders)) - 10]
-        attack(config.model, out / "outsiders-base", config.outsiders, *control_flags)
-        attack(newest, out / "outsiders-tuned", config.outsiders, *control_flags)
+        n_asked = len(dataset.read_rows(config.outsiders)) - DEMONSTRATIONS
+        asked = replace(asked, dataset=config.outsiders, num_rows=n_asked)
+        attack(config.model, out / "outsiders-base", asked)
+        attack(newest, out / "outsiders-tuned", asked)
         for name in ("base", "tuned"):
             control.append(row_of(f"{name}, outsiders", out / f"outsiders-{name}", None))
         text += ["", "Control: people named in no training text.", ""]
@@ -133,15 +139,38 @@ def run(config, out, record) -> str:
     return "\n".join(text)
 
 
-def membership(config, out, trees: dict, flags: list) -> dict:
+def training_files(config: QuickstartConfig, out: Path) -> dict[str, cli.AnyPath]:
+    """{arm: its training data}; what does not exist yet is built."""
+    data: dict[str, cli.AnyPath] = {"original": config.dataset}
+    if "generated" in config.arms:
+        continued = ContinuationConfig(
+            model=config.generator,
+            data_set=config.dataset,
+            max_tokens=config.generated_tokens,
+            output=str(out / "generated" / "data.arrow"),
+            seed=config.seed,
+        )
+        data["generated"] = build("data/continuation/generate.py", continuation.run, continued)
+    if "replaced" in config.arms:
+        output = str(out / "replaced" / "replaced_data.arrow")
+        replaced = ReplaceConfig(input=config.dataset, output=output, seed=config.seed)
+        data["replaced"] = build("data/replace_pii.py", replacing.run, replaced)
+    return data
+
+
+def membership(config: QuickstartConfig, out: Path, trees: dict[str, Path]) -> dict:
     """{table row: {auc, ci}} of mia.py's `ref` on the last checkpoint of each arm: original rows against the head."""
-    aucs, few = {}, [] if config.full else ["--attacks", "loss", "ref", "--max_samples", 500]
+    aucs, few = {}, {} if config.full else {"attacks": ("loss", "ref"), "max_samples": 500}
     for arm, tree in trees.items():
-        checkpoint = find_checkpoints(tree)[-1]
-        folder = out / f"mia-{arm}"
-        if not is_current(folder / "results_mia.jsonl", checkpoint):
-            call(mia, "--model", checkpoint, "--members", config.dataset, "--output_dir", folder, *few, *flags)
-        line = next(line for line in results.read_jsonl(folder / "results_mia.jsonl") if line["attack"] == "ref")
+        attacked = MiaConfig(
+            model=str(find_checkpoints(tree)[-1]),
+            members=config.dataset,
+            output_dir=str(out / f"mia-{arm}"),
+            seed=config.seed,
+            **few,
+            **device_of(config),
+        )
+        line = next(line for line in infer_membership(attacked) if line["attack"] == "ref")
         name = f"{arm}, epoch {len(find_checkpoints(tree))}"
         aucs[name] = {"auc": line["auc"], "ci": line["auc_ci"], "flags": line["flags"]}
     return aucs

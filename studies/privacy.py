@@ -5,23 +5,30 @@ The attack queries two groups of people: those in the training rows, whom ε pro
 whom only the base saw. The private arms use the operating system's randomness, so two runs differ slightly.
 """
 
+from dataclasses import replace
+from pathlib import Path
+
 from common import cli, dataset, models, results
 from common.checkpoints import find_checkpoints
-from mia import mia
-from perplexity import perplexity
+from extraction.config import AttackConfig
+from mia.config import MiaConfig
+from perplexity.config import PerplexityConfig
+from studies.config import QuickstartConfig
 from studies.steps import (
     TEMPERATURE,
     attack,
-    call,
     check_rows,
-    device_flags,
-    is_current,
+    device_of,
+    infer_membership,
+    measure_perplexity,
     measured,
     row_of,
     share,
     table,
     train,
+    with_dp,
 )
+from training.config import TrainConfig
 
 EPOCHS = 10
 RATE = 1e-3
@@ -30,55 +37,41 @@ LOGICAL_BATCH = 256
 RANK = 8  # a small adapter: the noise norm grows with the square root of the number of parameters
 
 
-def check(config) -> None:
+def check(config: QuickstartConfig) -> None:
     """Raise a UserError that lists every problem with the study's inputs."""
     problems = cli.Problems()
     check_rows(config, problems)
     problems.check()
 
 
-def inputs(config) -> list:
+def inputs(config: QuickstartConfig) -> list[str]:
     return [config.dataset]
 
 
-def run(config, out, record) -> str:
+def run(config: QuickstartConfig, out: Path, record: results.Run) -> str:
     """Run all arms; return the text of summary.md."""
-    device = device_flags(config)
-    flags = ["--seed", config.seed, *device]
-    attack_flags = ["-mt", config.max_tokens, "--temperatures", "0", str(TEMPERATURE), *flags]
     trained_people = put_trained_first(config.dataset, out / "trained_people.jsonl")
-    arms = {"no noise, no clipping": ["--noise_multiplier", 0, "--max_grad_norm", "inf"]}
-    arms |= {f"ε = {epsilon}": ["--target_epsilon", epsilon] for epsilon in EPSILONS}
+    plain = TrainConfig(
+        model=config.model,
+        input=config.dataset,
+        output_root=str(out),
+        learning_rate=config.learning_rate,
+        epochs=config.epochs,
+        per_device_batch_size=2 * config.per_device_batch_size,
+        lora_r=config.lora_r,
+        logging_steps=10,
+        **device_of(config),
+    )
+    batch = max(1, min(LOGICAL_BATCH, len(dataset.read_rows(config.dataset)) // 4))
+    arms = {"no noise, no clipping": None} | {f"ε = {epsilon}": float(epsilon) for epsilon in EPSILONS}
     folders = []
-    rows = [row_for("base", config.model, None, out / "base", config, trained_people, attack_flags, flags)]
-    for name, words in arms.items():
-        tree = train(
-            "-m",
-            config.model,
-            "-i",
-            config.dataset,
-            "--output_root",
-            out,
-            "-lr",
-            config.learning_rate,
-            "-e",
-            config.epochs,
-            "-pdbs",
-            2 * config.per_device_batch_size,
-            "--lora_r",
-            config.lora_r,
-            "-l",
-            10,
-            "--dp",
-            "--logical_batch_size",
-            min(LOGICAL_BATCH, len(dataset.read_rows(config.dataset)) // 4),
-            *words,
-            *device,
-        )
+    rows = [row_for("base", config.model, None, out / "base", config, trained_people)]
+    for name, epsilon in arms.items():
+        tree = train(with_dp(plain, epsilon, batch))
         checkpoint = find_checkpoints(tree)[-1]
         spent = models.privacy(models.find_model(str(checkpoint)))
         folders.append(tree / "measured")
-        rows.append(row_for(name, checkpoint, spent, folders[-1], config, trained_people, attack_flags, flags))
+        rows.append(row_for(name, checkpoint, spent, folders[-1], config, trained_people))
     changes = {row["model"]: change(out / "base", folder) for row, folder in zip(rows[1:], folders)}
     results.write_json(out / "summary.json", {"temperature": TEMPERATURE, "rows": rows, "against_base": changes})
     record["epsilons"] = [row["epsilon"] for row in rows]
@@ -126,7 +119,7 @@ def run(config, out, record) -> str:
     )
 
 
-def put_trained_first(data, file):
+def put_trained_first(data: str, file: Path) -> Path:
     """Write the data with its training rows first, so that the attack queries the people that were trained on."""
     rows = dataset.read_rows(data)
     parts = dataset.split(rows, dataset.read_manifest(data))
@@ -136,22 +129,25 @@ def put_trained_first(data, file):
 
 
 def row_for(
-    name: str, model, spent: dict | None, folder, config, trained_people, attack_flags: list, flags: list
+    name: str, model: cli.AnyPath, spent: dict | None, folder: Path, config: QuickstartConfig, trained_people: Path
 ) -> dict:
     """All measurements of one model."""
-    attack(model, folder / "others", config.dataset, *attack_flags)
-    attack(model, folder / "trained", trained_people, *attack_flags)
-    call(perplexity, "--model", model, "-d", config.dataset, "--output_dir", folder, *flags)
+    shared = {"seed": config.seed, **device_of(config)}
+    asked = AttackConfig(max_tokens=config.max_tokens, temperatures=(0.0, TEMPERATURE), **shared)
+    attack(model, folder / "others", replace(asked, dataset=config.dataset))
+    attack(model, folder / "trained", replace(asked, dataset=str(trained_people)))
+    scored = PerplexityConfig(model=str(model), dataset=config.dataset, output_dir=str(folder), **shared)
+    mean = measure_perplexity(scored)[-1]["mean"]
     row = {"model": name, "epsilon": spent and spent["epsilon"], "delta": spent and spent["delta"]}
     row |= {"steps": spent and spent["steps"], "ref": None, "loss": None}
     if spent:
-        if not is_current(folder / "results_mia.jsonl", model):
-            words = ["--members", config.dataset, "--attacks", "loss", "ref", "--output_dir", folder, *flags]
-            call(mia, "--model", model, *words)
-        for line in results.read_jsonl(folder / "results_mia.jsonl"):
+        attacked = MiaConfig(
+            model=str(model), members=config.dataset, attacks=("loss", "ref"), output_dir=str(folder), **shared
+        )
+        for line in infer_membership(attacked):
             if line["attack"] in ("ref", "loss"):
                 row[line["attack"]] = {"auc": line["auc"], "ci": line["auc_ci"]}
-    row["perplexity"] = results.read_jsonl(folder / "perplexity.jsonl")[-1]["mean"]
+    row["perplexity"] = mean
     for people in ("others", "trained"):
         row[people] = share(row_of(name, folder / people, None))
     return row

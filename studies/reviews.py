@@ -9,25 +9,31 @@ them, like the base, writes a review for the metadata of every held-out row. See
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from canary import inject
-from canary import measure as canary_measure
+from canary.config import InjectConfig
+from canary.config import MeasureConfig as CanaryConfig
 from common import cli, dataset, models, results, reviews
 from common.checkpoints import find_checkpoints
-from data.amazon import make_reviews, prepare
+from data.amazon import run as prepare
+from data.amazon import shop
+from data.amazon.config import MakeReviewsConfig, PrepareConfig
 from data.amazon.phrases import DEPARTMENTS
-from data.synthetic import generate
-from fidelity import fidelity
-from studies.steps import EMBEDDED, build, call, device_flags, input_hashes, table, train
-from utility import downstream, feature_importance
+from data.synthetic.config import SyntheticConfig
+from fidelity.config import FidelityConfig
+from studies.config import EMBEDDED, QuickstartConfig
+from studies.steps import build, call, device_of, input_hashes, table, train, with_dp
+from training.config import TrainConfig
+from utility import downstream
+from utility.config import ImportanceConfig
 from utility.metrics import SCORES
 
 EPOCHS = 5
 RATE = 3e-3
 RANK = 8
-ARMS = {"no_dp": ["--noise_multiplier", 0, "--max_grad_norm", "inf"]}
-ARMS |= {"dp_8": ["--target_epsilon", 8], "dp_1": ["--target_epsilon", 1]}
+ARMS = {"no_dp": None, "dp_8": 8.0, "dp_1": 1.0}  # ε; None: neither noise nor clipping
 PRIVATE = ("Electronics", "Garden", "Kitchen")  # departments
 COMMON = 16  # public products of each other department per product of a private department
 PUBLIC, PUBLIC_EPOCHS, PUBLIC_RATE = 3000, 2, 3e-3  # training on public reviews: rows, epochs, learning rate
@@ -36,190 +42,212 @@ LADDER, CANARIES, AUDIT = (1, 8, 32), 5, 200
 LOGICAL_BATCH = 64
 
 
-def check(config) -> None:
+def check(config: QuickstartConfig) -> None:
     """Raise a UserError that lists every problem with the study's inputs."""
     problems = cli.Problems()
     problems.absorb(models.find_model, config.model, config.revision)
     problems.check()
 
 
-def inputs(config) -> list:
+def inputs(config: QuickstartConfig) -> list[str]:
     return []
 
 
-def run(config, out, record) -> str:
+def run(config: QuickstartConfig, out: Path, record: results.Run) -> str:
     """Run all arms; return the text of summary.md."""
-    device = device_flags(config)
-    seed = ["--seed", config.seed]
+    from canary.injection import run as inject
+    from data.synthetic.run import run as generate
+
     model = config.model
     if model == str(EMBEDDED / "mini-pythia"):
-        model = public_base(config, out, device)
+        model = str(public_base(config, out))
     real = make_split(out / "reviews", REVIEWS, TRAIN, TEST, PRIVATE, config.seed)
-    placed = out / "train_canaries.jsonl"
-    ladder = ["--repetitions", *LADDER, "--canaries", CANARIES, "--audit", AUDIT]
-    build(inject, placed, "--input", real / "train.jsonl", *ladder, *seed)
-    key = placed.with_name("train_canaries_key.jsonl")
+    injected = InjectConfig(
+        input=str(real / "train.jsonl"),
+        output=str(out / "train_canaries.jsonl"),
+        repetitions=LADDER,
+        canaries=CANARIES,
+        audit=AUDIT,
+        seed=config.seed,
+    )
+    placed = build("canary/inject.py", inject, injected)
 
-    def write(arm: str, checkpoint) -> Path:
-        words = ["--model", checkpoint, "--input", real / "test.jsonl", "--arm", arm, "--max_new_tokens", 128]
-        output = out / f"generated_sequences_{arm}.jsonl"
-        return build(generate, output, *words, "--training", placed, *seed, *device)
-
-    checkpoints, written = {}, {}
-    for arm, words in ARMS.items():
-        tree = train(
-            "-m",
-            model,
-            "-i",
-            placed,
-            "--output_root",
-            out,
-            "-lr",
-            config.learning_rate,
-            "-e",
-            config.epochs,
-            "-pdbs",
-            2 * config.per_device_batch_size,
-            "--lora_r",
-            config.lora_r,
-            "--lora_dropout",
-            0,
-            "-l",
-            20,
-            "--loss_on",
-            "completion",
-            "--dp",
-            "--logical_batch_size",
-            LOGICAL_BATCH,
-            *words,
-            *device,
+    def write(arm: str, checkpoint: cli.AnyPath) -> Path:
+        written = SyntheticConfig(
+            model=str(checkpoint),
+            input=str(real / "test.jsonl"),
+            arm=arm,
+            training=str(placed),
+            max_new_tokens=128,
+            output=str(out / f"generated_sequences_{arm}.jsonl"),
+            seed=config.seed,
+            **device_of(config),
         )
-        checkpoints[arm] = find_checkpoints(tree)[-1]
-        written[arm] = write(arm, checkpoints[arm])
-    untrained = {"base": model}  # the reference: exposure and text before any private review
-    arms, texts = ([f"{arm}={path}" for arm, path in paths.items()] for paths in (checkpoints | untrained, written))
+        return build("data/synthetic/generate.py", generate, written)
 
-    held_out, clean = real / "validation.jsonl", real / "train.jsonl"
+    plain = TrainConfig(
+        model=model,
+        input=str(placed),
+        output_root=str(out),
+        learning_rate=config.learning_rate,
+        epochs=config.epochs,
+        per_device_batch_size=2 * config.per_device_batch_size,
+        lora_r=config.lora_r,
+        lora_dropout=0.0,
+        logging_steps=20,
+        loss_on="completion",
+        **device_of(config),
+    )
+    checkpoints, written = {}, {}
+    for arm, epsilon in ARMS.items():
+        checkpoints[arm] = find_checkpoints(train(with_dp(plain, epsilon, LOGICAL_BATCH)))[-1]
+        written[arm] = write(arm, checkpoints[arm])
+    write("base", model)
     perfect = out / "generated_sequences_trained_on.jsonl"  # output of a generator that reproduces its training rows
     learnt = [row | {reviews.GENERATED: row[reviews.REAL]} for row in dataset.read_rows(placed)]
     results.write_jsonl(perfect, learnt)
-    steps = {
-        "canary": (canary_measure, ["--canaries", key, "--models", *arms, "--synthetic", *texts, "--references", 200]),
-        "fidelity": (
-            fidelity,
-            [
-                "--real",
-                held_out,
-                "--train",
-                placed,
-                "--num_rows",
-                TEST,
-                "--synthetic",
-                *texts,
-                f"base={write('base', model)}",
-                f"trained_on={perfect}",
-            ],
-        ),
-        "importance": (
-            feature_importance,
-            ["--real", clean, "--heldout", held_out, "--synthetic", *texts, "--num_rows", TEST, "--num_heldout", 500],
-        ),
-        "downstream": (
-            downstream,
-            [
-                "-m",
-                model,
-                "--real",
-                clean,
-                "--heldout",
-                held_out,
-                "--synthetic",
-                *texts,
-                "--num_rows",
-                TEST,
-                "--num_heldout",
-                500,
-                "--num_seeds",
-                1,
-                "-e",
-                6,
-                "-lr",
-                config.learning_rate,
-                "-pdbs",
-                4,
-                "-gas",
-                1,
-                "--lora_r",
-                16,
-            ],
-        ),
-    }
-    for name, (script, words) in steps.items():
-        folder, inputs_before = out / name, input_hashes(words)
-        mark = folder / "done"  # hashes of the step's inputs and outputs
-        if mark.exists():
-            if mark.read_bytes() == _mark(inputs_before, folder):
-                print(f"\n{folder}: measured before, kept")
-                continue
-            print(f"\n{folder}: damaged or stale (weights or files changed); measured again")
-            shutil.rmtree(folder)
-        again = [] if name == "downstream" else ["--overwrite"]  # after a killed step; downstream resumes
-        # canary/measure.py exits with 1 if a lower bound contradicts the accountant: a result, which the table shows
-        call(script, *words, "--output_dir", folder, *again, *seed, allowed=(0, 1) if name == "canary" else (0,))
-        with results.atomic(mark, "wb") as file:
-            file.write(_mark(inputs_before, folder))
+    measure(config, out, model, checkpoints, written)
     rows = summary(out, checkpoints)
     results.write_json(out / "summary.json", rows)
     record["epsilons"] = {arm: row["epsilon"] for arm, row in rows["arms"].items()}
     return report(rows)
 
 
+def measure(
+    config: QuickstartConfig, out: Path, model: str, checkpoints: dict[str, Path], written: dict[str, Path]
+) -> None:
+    """Privacy, fidelity and utility of all arms; what was measured before on the same files and weights is kept."""
+    from canary.measurement import run as measure_canaries
+    from fidelity.run import run as compare
+    from utility.importance import run as weigh_words
+
+    real, placed = out / "reviews", out / "train_canaries.jsonl"
+    held_out, clean = str(real / "validation.jsonl"), str(real / "train.jsonl")
+    untrained = {"base": model}  # the reference: exposure and text before any private review
+    arms, texts = (
+        tuple(f"{arm}={path}" for arm, path in paths.items()) for paths in (checkpoints | untrained, written)
+    )
+    unlearnt = tuple(f"{arm}={out / f'generated_sequences_{arm}.jsonl'}" for arm in ("base", "trained_on"))
+    # a step that was killed starts again (overwrite); downstream.py resumes
+    canaries = CanaryConfig(
+        canaries=str(placed.with_name("train_canaries_key.jsonl")),
+        models=arms,
+        synthetic=texts,
+        references=200,
+        output_dir=str(out / "canary"),
+        overwrite=True,
+        seed=config.seed,
+    )
+    likeness = FidelityConfig(
+        real=held_out,
+        train=str(placed),
+        synthetic=texts + unlearnt,
+        num_rows=TEST,
+        output_dir=str(out / "fidelity"),
+        overwrite=True,
+        seed=config.seed,
+    )
+    importance = ImportanceConfig(
+        real=clean,
+        heldout=held_out,
+        synthetic=texts,
+        num_rows=TEST,
+        num_heldout=500,
+        output_dir=str(out / "importance"),
+        overwrite=True,
+        seed=config.seed,
+    )
+    usefulness = downstream.Config(
+        model=model,
+        real=clean,
+        heldout=held_out,
+        synthetic=texts,
+        num_rows=TEST,
+        num_heldout=500,
+        num_seeds=1,
+        epochs=6,
+        learning_rate=config.learning_rate,
+        per_device_batch_size=4,
+        gradient_accumulation_steps=1,
+        lora_r=16,
+        output_dir=str(out / "downstream"),
+        seed=config.seed,
+    )
+    # a lower bound that contradicts the accountant, for which canary/measure.py exits with 1, is a result here: the
+    # table shows it
+    step("canary/measure.py", measure_canaries, canaries)
+    step("fidelity/fidelity.py", compare, likeness)
+    step("utility/feature_importance.py", weigh_words, importance)
+    step("utility/downstream.py", downstream.run, usefulness)
+
+
+def step(script: str, run: Callable[[Any], object], config: Any) -> None:
+    """Measure into config.output_dir, unless its mark says that this was done with the same files and weights."""
+    folder, inputs_before = Path(config.output_dir), input_hashes(cli.words_of(config))
+    mark = folder / "done"  # hashes of the step's inputs and outputs
+    if mark.exists():
+        if mark.read_bytes() == _mark(inputs_before, folder):
+            print(f"\n{folder}: measured before, kept")
+            return
+        print(f"\n{folder}: damaged or stale (weights or files changed); measured again")
+        shutil.rmtree(folder)
+    call(script, run, config)
+    with results.atomic(mark, "wb") as file:
+        file.write(_mark(inputs_before, folder))
+
+
 def _mark(inputs: dict[str, str], folder: Path) -> bytes:
     return json.dumps({"from": inputs, "left": input_hashes(sorted(folder.glob("*.json*")))}, indent=1).encode()
 
 
-def make_split(folder: Path, n: int, train_rows: int, test_rows: int, departments, seed: int) -> Path:
+def make_split(folder: Path, n: int, train_rows: int, test_rows: int, departments: tuple[str, ...], seed: int) -> Path:
     """Write fictional reviews as train, test and validation.jsonl in `folder`."""
     raw = folder.with_name(folder.name + "_raw")
     source = raw / "Shop.jsonl"
     if not dataset.manifest_path(source).exists():  # the last file that make_reviews.py writes
-        words = ["--reviews", n, "--products", PRODUCTS, "--departments", *departments, "--seed", seed]
-        call(make_reviews, "--output_dir", raw, "--category", "Shop", *words, "--overwrite")
+        fictional = MakeReviewsConfig(
+            output_dir=str(raw),
+            category="Shop",
+            reviews=n,
+            products=PRODUCTS,
+            departments=departments,
+            overwrite=True,
+            seed=seed,
+        )
+        call("data/amazon/make_reviews.py", shop.run, fictional)
     if not dataset.manifest_path(folder / "validation.jsonl").exists():  # the last file that prepare.py writes
-        words = ["--reviews", source, "--meta", raw / "meta_Shop.jsonl", "--output_dir", folder, "--overwrite"]
-        call(prepare, *words, "--train", train_rows, "--test", test_rows, "--seed", seed)
+        split = PrepareConfig(
+            reviews=str(source),
+            meta=str(raw / "meta_Shop.jsonl"),
+            output_dir=str(folder),
+            train=train_rows,
+            test=test_rows,
+            overwrite=True,
+            seed=seed,
+        )
+        call("data/amazon/prepare.py", prepare.run, split)
     return folder
 
 
-def public_base(config, out: Path, device: list) -> Path:
+def public_base(config: QuickstartConfig, out: Path) -> Path:
     """The embedded model after PUBLIC_EPOCHS epochs on public reviews."""
-    departments = [name for name in DEPARTMENTS for _ in range(1 if name in PRIVATE else COMMON)]
+    departments = tuple(name for name in DEPARTMENTS for _ in range(1 if name in PRIVATE else COMMON))
     public = make_split(out / "public", 2 * PUBLIC, PUBLIC, 10, departments, config.seed + 1)
-    tree = train(
-        "-m",
-        config.model,
-        "-i",
-        public / "train.jsonl",
-        "--output_root",
-        out,
-        "-pt",
-        "full",
-        "-e",
-        PUBLIC_EPOCHS,
-        "-lr",
-        PUBLIC_RATE,
-        "-pdbs",
-        8,
-        "-gas",
-        1,
-        "-l",
-        50,
-        "--loss_on",
-        "completion",
-        "--seed",
-        config.seed,
-        *device,
+    training = TrainConfig(
+        model=config.model,
+        input=str(public / "train.jsonl"),
+        output_root=str(out),
+        peft_type="full",
+        epochs=PUBLIC_EPOCHS,
+        learning_rate=PUBLIC_RATE,
+        per_device_batch_size=8,
+        gradient_accumulation_steps=1,
+        logging_steps=50,
+        loss_on="completion",
+        seed=config.seed,
+        **device_of(config),
     )
+    tree = train(training)
     base, newest = out / "public-base", find_checkpoints(tree)[-1]
     new, old = (
         models.weights_sha256(models.find_model(str(folder))) if folder.is_dir() else None for folder in (newest, base)

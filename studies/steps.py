@@ -1,16 +1,26 @@
-"""What the studies of quickstart.py share: calling a script's own entry point, and the table of extraction results."""
+"""What the studies of quickstart.py share: steps, each one call of a room, and the table of extraction results."""
 
+import contextlib
+import io
+import math
 import shlex
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
-import measure_purified
-import run_peft
-from common import cli, dataset, models, results, stats, trained
+from common import cli, dataset, models, results, stats
 from common.schema import HEADLINE_TEMPERATURE, outcomes_path
+from extraction.config import AttackConfig, MeasureConfig
+from mia.config import MiaConfig
+from perplexity.config import PerplexityConfig
+from studies.config import QuickstartConfig
+from training.config import TrainConfig
 from training.run import run as fine_tune
 
-EMBEDDED = Path(__file__).resolve().parents[1] / "data" / "embedded"
 TEMPERATURE = HEADLINE_TEMPERATURE
+Config = TypeVar("Config")
+Outcome = TypeVar("Outcome")
 
 
 def check_rows(config, problems: cli.Problems) -> None:
@@ -21,33 +31,38 @@ def check_rows(config, problems: cli.Problems) -> None:
     models.look_up(problems, config.model, config.revision)
 
 
-def device_flags(config) -> list:
-    return ["--dtype", config.dtype, *(["--device_map", config.device_map] if config.device_map else [])]
+def device_of(config: QuickstartConfig) -> dict[str, Any]:
+    """Where and in which precision every step computes."""
+    return {"dtype": config.dtype, "device_map": config.device_map}
 
 
-def show(script, words: list[str]) -> None:
-    name = Path(script.__file__).resolve().relative_to(EMBEDDED.parents[1])
-    print(f"\n$ python {name} {shlex.join(words)}", flush=True)
+def call(script: str, run: Callable[[Config], Outcome], config: Config) -> Outcome:
+    """Print the command line that would do this step, and do it. A user error or a failed step ends the study.
+
+    run: what the script calls with its configuration; an integer that it returns is an exit status.
+    """
+    print(f"\n$ python {script} {shlex.join(cli.words_of(config))}", flush=True)
+    outcome = run(config)
+    if isinstance(outcome, int) and outcome:
+        raise RuntimeError(f"{Path(script).name} ended with status {outcome}")
+    return outcome
 
 
-def call(script, *words, allowed: tuple[int, ...] = (0,)) -> None:
-    """Print a script's command line and run its entry point; a user error or a failed step ends the study."""
-    words = [str(word) for word in words]
-    show(script, words)
-    status = script.main(words) or 0
-    if status not in allowed:
-        raise RuntimeError(f"{Path(script.__file__).name} ended with status {status}")
+def train(config: TrainConfig) -> Path:
+    """Fine-tune and return the run directory. A finished run is kept."""
+    return call("run_peft.py", fine_tune, config)
 
 
-def train(*words) -> Path:
-    """Run run_peft.py with these arguments and return its run directory. A finished run is kept."""
-    words = [str(word) for word in words]
-    show(run_peft, words)
-    return fine_tune(run_peft.make_parser().parse_args(words))
+def with_dp(config: TrainConfig, epsilon: float | None, logical_batch_size: int) -> TrainConfig:
+    """The same training under DP-SGD with this ε; None: with its batches, but neither noise nor clipping."""
+    private = replace(config, dp=True, logical_batch_size=logical_batch_size)
+    if epsilon is None:
+        return replace(private, noise_multiplier=0.0, max_grad_norm=math.inf)
+    return replace(private, target_epsilon=epsilon)
 
 
-def input_hashes(words) -> dict[str, str]:
-    """{argument: SHA-256} of the files and local model weights among a script's arguments (path or name=path)."""
+def input_hashes(words: Iterable[object]) -> dict[str, str]:
+    """{word: SHA-256} of the files and local model weights among the words of a command line (path or name=path)."""
     hashes = {}
     for word in map(str, words):
         for path in (Path(word), Path(word.partition("=")[2] or word)):
@@ -58,31 +73,26 @@ def input_hashes(words) -> dict[str, str]:
     return hashes
 
 
-def unsalted(manifest: dict) -> set[str]:
-    """Plain SHA-256s of the unchanged sources for which the manifest records only a salted hash."""
-    model, hashes = Path(str(manifest["generator"].get("model"))), set()
-    rows = trained.read(model) if model.is_dir() else None
-    for source in manifest.get("source", []) if rows and rows.salt else ():
-        if source.get("salted") and Path(source["path"]).is_file():
-            digest = results.sha256(source["path"])
-            hashes |= {digest} if trained.salted(digest, rows.salt) == source["sha256"] else set()
-    return hashes
-
-
-def build(script, output: Path, *words) -> Path:
-    """Run a data builder, unless --output exists and its manifest shows that it is from the same files and weights."""
-    if output.exists() and dataset.manifest_path(output).exists():
-        manifest = dataset.read_manifest(output)
-        known = {source["sha256"] for source in manifest.get("source", [])}
-        if isinstance(manifest.get("generator"), dict):
-            known.add(manifest["generator"].get("weights"))
-            known |= unsalted(manifest)
-        if manifest.get("sha256") == results.sha256(output) and known.issuperset(input_hashes(words).values()):
+def build(script: str, run: Callable[[Any], object], config: Any) -> Path:
+    """Build the data file config.output, unless the builder has finished it with the same inputs and settings."""
+    output = Path(config.output)
+    if output.exists():
+        if would_keep(run, config):
             print(f"\n{output}: built before, kept")
             return output
         print(f"\n{output}: stale (it, its source files or weights changed); built again")
-    call(script, *words, "--output", output, *(["--overwrite"] if output.exists() else []))
+    call(script, run, replace(config, overwrite=output.exists()))
     return output
+
+
+def would_keep(run: Callable[[Any], object], config: Any) -> bool:
+    """Whether the builder takes its output, which exists, for finished: without --overwrite it refuses any other."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            run(replace(config, dry_run=True))
+    except cli.UserError:
+        return False
+    return True
 
 
 def result_files(folder: Path) -> list[Path]:
@@ -122,12 +132,32 @@ def measured(folder: Path) -> tuple[dict, list[dict]]:
     raise cli.UserError(f"{folder}: has no measurement at temperature {TEMPERATURE}; choose another --output")
 
 
-def attack(model, folder: Path, data, *extra) -> None:
-    """Run measure_purified.py, unless `folder` already has a finished result for these weights and rows."""
-    if is_current(next(iter(result_files(folder)), None), model, data):
+def attack(model: cli.AnyPath, folder: Path, asked: AttackConfig) -> None:
+    """The extraction attack, unless `folder` already has a finished result for these weights and rows."""
+    if is_current(next(iter(result_files(folder)), None), model, asked.dataset):
         print(f"\n{folder}: measured before, kept")
         return
-    call(measure_purified, "--model", model, "--output_dir", folder, "-d", data, *extra)
+    from extraction.measure import run
+
+    call("measure_purified.py", run, MeasureConfig(**vars(asked), model=str(model), output_dir=str(folder)))
+
+
+def infer_membership(config: MiaConfig) -> list[dict]:
+    """Membership inference on config.model; the lines of results_mia.jsonl, which are kept for the same weights."""
+    file = Path(config.output_dir) / "results_mia.jsonl"
+    if not is_current(file, config.model):
+        from mia.measure import run
+
+        call("mia/mia.py", run, config)
+    return results.read_jsonl(file)
+
+
+def measure_perplexity(config: PerplexityConfig) -> list[dict]:
+    """The lines of perplexity.jsonl, in which models measured before are kept."""
+    from perplexity.measure import run
+
+    call("perplexity/perplexity.py", run, config)
+    return results.read_jsonl(config.folder / "perplexity.jsonl")
 
 
 def row_of(name: str, folder: Path, perplexity_mean: float | None) -> dict:

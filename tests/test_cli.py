@@ -1,5 +1,6 @@
 """The command line is a contract: frozen flags, --help without heavy imports, and the README's commands as written."""
 
+import importlib
 import json
 import re
 import shlex
@@ -9,6 +10,8 @@ import sys
 
 import pytest
 from conftest import ROOT, kill_when_written, make_rows, read_lines, run_script, write_manifest, write_rows
+
+from common import cli
 
 MODEL = {"--dtype", "--device_map", "--revision", "--dry_run", "--seed"}
 MEASURE = {
@@ -248,6 +251,15 @@ def test_readme_study_runs_as_written(models, tmp_path):
     assert private["private"] and private["epsilon"] <= 8
 
 
+def check_pasted(printed: str) -> None:
+    """Every printed command line is one that its script takes, and says all that the script would make of it."""
+    lines = re.findall(r"^\$ python (\S+\.py) (.*)$", printed, re.M)
+    assert len(lines) > 9
+    for script, words in lines:
+        parser = importlib.import_module(script.removesuffix(".py").replace("/", ".")).make_parser()
+        assert cli.words_of(parser.parse_args(shlex.split(words))) == shlex.split(words), script
+
+
 @pytest.mark.slow
 def test_quickstart_in_small(tmp_path):
     """quickstart.py on the embedded model with 90 of its rows: every step runs, a second call keeps all of it."""
@@ -259,6 +271,7 @@ def test_quickstart_in_small(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     table = (tmp_path / "out/summary.md").read_text(encoding="utf-8")
     assert table in done.stdout and "epoch 2" in table and "McNemar" in table and "no model:" in table
+    check_pasted(done.stdout)
     again = run_script(*words, timeout=600)
     assert again.returncode == 0, again.stderr[-2000:]
     assert "measured before, kept" in again.stdout and "nothing to do" in again.stdout
@@ -274,6 +287,7 @@ def test_quickstart_study_privacy_in_small(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     table = (tmp_path / "out/summary.md").read_text(encoding="utf-8")
     assert table in done.stdout
+    check_pasted(done.stdout)
     arms = ["no noise, no clipping", "ε = 8", "ε = 1"]
     firsts = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")]
     assert firsts == ["", "---", "base", *arms, "", "---", *arms]
@@ -299,6 +313,7 @@ def test_quickstart_study_reviews_in_small(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "nothing to do" in done.stdout and "built before, kept" in done.stdout
+    check_pasted(done.stdout)
     table = (out / "summary.md").read_text(encoding="utf-8")
     assert table in done.stdout
     firsts = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")]
@@ -310,7 +325,7 @@ def test_quickstart_study_reviews_in_small(tmp_path):
     assert epsilons[0] is None and 7.9 < epsilons[1] <= 8 and 0.97 < epsilons[2] <= 1
     made = sorted(path.parent.parent.name for path in out.glob("public-base/*-dp-*/*/checkpoint-*"))
     other = subprocess.run([*command, "-lr", "1e-5"], capture_output=True, text=True, timeout=100)
-    assert other.returncode == 2 and "--learning_rate 0.003 then, 1e-05 now" in other.stderr
+    assert other.returncode == 2 and "--learning_rate was 0.003, now 1e-05" in other.stderr
     (out / "canary/done").unlink()  # killed between the results and the mark: measured again, with the same table
     likeness = out / "fidelity/results_fidelity.json"
     likeness.write_text(likeness.read_text(encoding="utf-8")[:999], encoding="utf-8")  # so is a damaged result

@@ -2,15 +2,20 @@
 
 import argparse
 import json
+import math
 import shutil
+from dataclasses import dataclass, field
 
 import pytest
 from conftest import ROOT, write_manifest, write_rows
 
 import quickstart
-from common import dataset, results
+from canary.config import MeasureConfig as CanaryConfig
+from common import cli, dataset, results
 from common import models as common_models
 from common.cli import UserError
+from data.synthetic.config import SyntheticConfig
+from extraction.config import AttackConfig
 from studies import mail, privacy, reviews, steps
 from studies.steps import measured
 
@@ -103,34 +108,40 @@ def test_generated_without_a_generator_is_one_user_error(tmp_path):
     assert caught.value.problems == ["--arms generated: needs --generator, the model that writes this arm"]
 
 
-def test_built_data_is_kept_for_the_files_and_weights_it_was_made_from(tmp_path, models, monkeypatch):
+def test_built_data_is_kept_for_the_files_and_weights_it_was_made_from(tmp_path, models, capsys):
     model, source, output = tmp_path / "model", tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     shutil.copytree(models["neox"], model)
     write_rows(source, [{"a": 1}])
     calls = []
 
-    def script(script, *words):
-        calls.append(words[-1])
+    def builder(config):
+        weights = common_models.weights_sha256(common_models.find_model(config.model))
+        settings = dataset.settings_of(config, input=results.sha256(config.input), weights=weights)
+        if dataset.finished([("--output", output)], settings, config.overwrite) or config.dry_run:
+            print("not shown")
+            return
+        calls.append(config.overwrite)
         write_rows(output, [{"b": len(calls)}])
-        weights = common_models.weights_sha256(common_models.find_model(str(model)))
-        made = {"generator": {"weights": weights}, "source": [(source, 1)]}
-        write_manifest(output, tag="t", script="s", argv=[], rows=1, **made)
+        write_manifest(output, tag="t", script="s", argv=[], rows=1, settings=settings)
 
-    monkeypatch.setattr(steps, "call", script)
-
-    def build() -> int:
-        steps.build(None, output, "--model", model, "--input", source, "--arm", "x")
+    def build(**changed) -> int:
+        config = SyntheticConfig(model=str(model), input=str(source), output=str(output), **changed)
+        assert steps.build("data/builder.py", builder, config) == output
         return len(calls)
 
-    assert (build(), build()) == (1, 1)
+    assert (build(), build(), calls[-1]) == (1, 1, False)
+    out = capsys.readouterr().out
+    assert out.count("$ python data/builder.py --model") == 1 and out.endswith(f"{output}: built before, kept\n")
     write_rows(source, [{"a": 2}])
-    assert (build(), build(), calls[-1]) == (2, 2, "--overwrite")
+    assert (build(), build(), calls[-1]) == (2, 2, True)
+    assert "out.jsonl: stale (" in (out := capsys.readouterr().out) and "not shown" not in out
     retrain(model)
     assert (build(), build()) == (3, 3)
     write_rows(output, [{"b": "edited"}])
     assert (build(), build()) == (4, 4)
     dataset.manifest_path(output).write_text("{}")
     assert (build(), build()) == (5, 5)
+    assert (build(top_k=7), build(top_k=7)) == (6, 6)
 
 
 def retrain(model) -> None:
@@ -146,21 +157,21 @@ def test_measurements_are_kept_for_the_weights_and_rows_they_are_of(tmp_path, mo
     shutil.copytree(models["neox"], model)
     calls = []
 
-    def script(script, *words):
+    def call(script, run, config):
         assert not list(folder.glob("*"))
-        calls.append(words)
+        calls.append((script, config.model, config.output_dir))
         weights = common_models.weights_sha256(common_models.find_model(str(model)))
         line = {"model_sha256": weights, "dataset_sha256": results.sha256(data)}
         write_rows(folder / "results_purified.jsonl", [line, line])
 
-    monkeypatch.setattr(steps, "call", script)
+    monkeypatch.setattr(steps, "call", call)
 
     def attack() -> int:
         folder.mkdir(exist_ok=True)
-        steps.attack(model, folder, data)
+        steps.attack(model, folder, AttackConfig(dataset=str(data)))
         return len(calls)
 
-    assert (attack(), attack()) == (1, 1)
+    assert (attack(), attack()) == (1, 1) and calls == [("measure_purified.py", str(model), str(folder))]
     retrain(model)
     assert (attack(), attack()) == (2, 2)
     write_rows(data, [{"a": 2}])
@@ -176,10 +187,11 @@ def test_the_mark_of_a_step_is_of_its_inputs_and_of_its_results(tmp_path, models
     shutil.copytree(models["neox"], model)
     folder.mkdir()
     write_rows(folder / "results_canary.jsonl", [{"b": 1}, {"b": 2}])
-    words = ["--models", f"arm={model}", "--synthetic", f"arm={text}", "--references", 200]
+    arms = {"models": (f"arm={model}",), "synthetic": (f"arm={text}",)}
+    config = CanaryConfig(canaries="none", **arms, references=200, output_dir=str(folder))
 
     def mark():
-        return reviews._mark(steps.input_hashes(words), folder)
+        return reviews._mark(steps.input_hashes(cli.words_of(config)), folder)
 
     seen = [mark()]
     assert list(json.loads(seen[0])["from"]) == [f"arm={model}", f"arm={text}"] and mark() == seen[0]
@@ -191,9 +203,30 @@ def test_the_mark_of_a_step_is_of_its_inputs_and_of_its_results(tmp_path, models
     assert len({*seen, mark()}) == 4
 
 
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    place: tuple[str, ...] = field(default=(), metadata={"positional": True})
+    model: str
+    rate: float = 1.0
+    noise: float | None = None
+    times: tuple[int, ...] = (1, 2)
+    full: bool = False
+
+
+def test_a_step_prints_the_command_line_that_it_runs(capsys):
+    config = Flags(place=("a b", "c"), model="-m", rate=math.inf, noise=0.0, times=(3, 4), full=True)
+    assert steps.call("room/script.py", lambda given: given, config) is config
+    assert steps.call("script.py", lambda given: {"model": given.model}, Flags(model="m")) == {"model": "m"}
+    first = "$ python room/script.py 'a b' c --model=-m --rate inf --noise 0.0 --times 3 4 --full"
+    assert capsys.readouterr().out == f"\n{first}\n\n$ python script.py --model m\n"
+    with pytest.raises(RuntimeError, match=r"script\.py ended with status 3"):
+        steps.call("room/script.py", lambda _: 3, config)
+    with pytest.raises(ValueError, match="--times: no word on a command line gives"):
+        cli.words_of(Flags(model="m", times=()))
+
+
 def test_paired_tests_are_corrected_together():
     """Holm over both arms' tests: 0.01·3, max of that and 0.02·2, 0.5."""
-    from studies import steps
 
     def pair(p):
         return {"gained": 3, "lost": 1, "p": p}

@@ -98,11 +98,15 @@ def train(config: Config, file: Path, seed: int) -> Path:
     return checkpoints(fine_tune(training_config(config, file, seed)))[-1]
 
 
-def main(argv: list[str] | None = None) -> int:
-    config = make_parser().parse_args(argv)
-    from utility.tstr import run
+def run(config: Config) -> None:
+    """Train and rate every arm."""
+    from utility.tstr import run as compare
 
-    run(config, partial(train, config))
+    compare(config, partial(train, config))
+
+
+def main(argv: list[str] | None = None) -> int:
+    run(make_parser().parse_args(argv))
     return 0
 
 
