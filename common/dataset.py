@@ -7,6 +7,7 @@ A row is a dict. Seven shapes are known (`shape_of`): 'text', 'chat', 'enron', '
 import gzip
 import math
 import os
+import re
 import sys
 import zlib
 from collections.abc import Container, Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 from common import chat, records, strict_json, tables
 from common.cli import AnyPath, UserError, one_line, plain
 from common.results import ROOT, Publication, commit, now, read_json, sha256
+from common.sources import data_files
 
 if TYPE_CHECKING:
     import pyarrow
@@ -40,14 +42,25 @@ FORMATS = ".jsonl, .json, .csv, .tsv, .arrow or .parquet"
 
 
 def read_rows(path: AnyPath, broken: dict[int, str] | None = None) -> list[dict[str, Any]]:
-    """All rows of a .jsonl, .json, .csv or .tsv (gzipped or not), .arrow (stream or file format) or .parquet file.
+    """All rows of a .jsonl, .json, .csv or .tsv (gzipped or not), .arrow (stream or file format) or .parquet file, of
+    the files that a pattern matches, or of a folder of `Dataset.save_to_disk`.
 
     A .json file is one list of objects, {"data": that list}, or an object per line.
     Raises UserError naming the file (and the line of broken JSON) when it is missing, empty or unreadable. With a dict
     `broken` a line that cannot be used is no error: {} stands in its place, and `broken[index]` says why. What JSON
     lacks becomes what it has: NaN in a column of Arrow is None, dates and decimals are text.
     """
-    path = Path(path)
+    rows: list[dict[str, Any]] = []
+    for file in data_files(path):
+        own: dict[int, str] | None = None if broken is None else {}
+        found = _read_file(file, own)
+        if broken is not None and own:
+            broken.update({len(rows) + index: reason for index, reason in own.items()})
+        rows += found
+    return rows
+
+
+def _read_file(path: Path, broken: dict[int, str] | None) -> list[dict[str, Any]]:
     if not os.path.isfile(path):
         what = (
             "is a directory, not a file" if path.is_dir() else "not a file" if os.path.exists(path) else "no such file"
@@ -634,7 +647,10 @@ def say_finished(*paths: Path) -> None:
 def data_tag(path: AnyPath, manifest: dict[str, Any] | None) -> str:
     """The tag that names a data file in output directories: the manifest's, else the file's stem."""
     tag = (manifest or {}).get("tag")
-    return tag if isinstance(tag, str) and tag else Path(path).name.split(".")[0]
+    if isinstance(tag, str) and tag:
+        return tag
+    stem = Path(path).name.split(".")[0]
+    return stem if os.path.exists(path) else re.sub(r"[*?\[\]]+", "", stem) or "data"  # of a pattern
 
 
 def default_dataset(path: AnyPath) -> Path:

@@ -39,6 +39,7 @@ from typing import IO, TYPE_CHECKING, Any, Self, TypeVar, overload
 
 from common import strict_json
 from common.cli import AnyPath, Problems, UserError, check_writable, plain
+from common.sources import data_files
 
 if TYPE_CHECKING:
     from common.distributed import World
@@ -599,9 +600,13 @@ def _sha256(path: str, size: int, changed: int) -> str:
 
 
 def sha256(path: AnyPath) -> str:
-    """SHA-256 of a file, hexadecimal; cached while size and modification time stay."""
-    status = os.stat(path)
-    return _sha256(str(Path(path).resolve()), status.st_size, status.st_mtime_ns)
+    """SHA-256 of a file, hexadecimal; of several (`sources.data_files`), over their own in order. Cached while size and
+    modification time stay."""
+    digests = []
+    for file in data_files(path):
+        status = os.stat(file)
+        digests.append(_sha256(str(file.resolve()), status.st_size, status.st_mtime_ns))
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 @cache

@@ -1,0 +1,89 @@
+"""Data paths that are not one file: patterns and folders of `datasets`; the same rows, and hashes of their content."""
+
+import datasets
+import pytest
+from conftest import make_rows, write_rows
+from planted import text_rows
+
+from common import dataset, results
+from common.cli import UserError
+from common.sources import data_files
+
+ROWS = make_rows(30)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    datasets.disable_progress_bars()
+    whole = datasets.Dataset.from_list(ROWS)
+    whole.save_to_disk(tmp_path / "one")
+    whole.save_to_disk(tmp_path / "three", num_shards=3)
+    datasets.DatasetDict(train=whole, test=whole.select(range(3))).save_to_disk(tmp_path / "dictionary")
+    whole.shuffle(seed=1).save_to_disk(tmp_path / "shuffled")
+    return tmp_path
+
+
+def test_saved_data_sets_have_their_rows(saved):
+    for name in ("one", "three", "dictionary/train"):
+        assert dataset.read_rows(saved / name) == ROWS
+        assert dataset.validate(saved / name, dataset.read_rows(saved / name)) == "enron"
+    assert dataset.read_rows(saved / "dictionary/test") == ROWS[:3]
+    shuffled = dataset.read_rows(saved / "shuffled")
+    assert shuffled == datasets.load_from_disk(str(saved / "shuffled")).to_list() != ROWS
+
+
+def test_a_dictionary_of_splits_is_refused_by_name(saved):
+    with pytest.raises(UserError, match=r"several splits; name the folder of one: test, train"):
+        dataset.read_rows(saved / "dictionary")
+
+
+@pytest.mark.parametrize("damage", ["state", "missing", "indices"])
+def test_a_damaged_folder_is_one_line(damage, saved):
+    state = saved / "one" / "state.json"
+    if damage == "state":
+        state.write_text("{")
+    elif damage == "missing":
+        next((saved / "one").glob("*.arrow")).unlink()
+    else:
+        state.write_text(state.read_text().replace("{", '{"_indices_data_files": [{"filename": "x.arrow"}],', 1))
+    with pytest.raises(UserError) as error:
+        dataset.read_rows(saved / "one")
+    (line,) = error.value.problems
+    assert str(saved / "one") in line and "\n" not in line
+
+
+def test_a_pattern_reads_its_files_in_order(tmp_path):
+    for number in (2, 0, 1):
+        write_rows(tmp_path / f"part-{number}.jsonl", ROWS[10 * number : 10 * number + 10])
+    pattern = tmp_path / "part-*.jsonl"
+    assert [path.name for path in data_files(pattern)] == ["part-0.jsonl", "part-1.jsonl", "part-2.jsonl"]
+    assert dataset.read_rows(pattern) == ROWS
+    with pytest.raises(UserError, match="no file matches this pattern"):
+        dataset.read_rows(tmp_path / "none-*.jsonl")
+    write_rows(tmp_path / "part-3.jsonl", text_rows(2, 1))
+    with pytest.raises(UserError, match="another kind of rows"):
+        dataset.validate(pattern, dataset.read_rows(pattern))
+
+
+def test_a_file_with_a_magic_name_is_itself(tmp_path):
+    file = write_rows(tmp_path / "a[1].jsonl", ROWS)
+    assert dataset.read_rows(file) == ROWS and data_files(file) == [file]
+
+
+def test_broken_lines_are_numbered_over_all_files(tmp_path):
+    write_rows(tmp_path / "a.jsonl", ROWS[:2])
+    (tmp_path / "b.jsonl").write_text("{\n", encoding="utf-8")
+    broken: dict[int, str] = {}
+    assert dataset.read_rows(tmp_path / "*.jsonl", broken) == [*ROWS[:2], {}]
+    assert list(broken) == [2]
+    with pytest.raises(UserError, match=r"b\.jsonl:1: not JSON"):
+        dataset.read_rows(tmp_path / "*.jsonl")
+
+
+def test_the_hash_follows_content_and_order(saved):
+    assert results.sha256(saved / "one") == results.sha256(next((saved / "one").glob("*.arrow")))
+    three = results.sha256(saved / "three")
+    assert three != results.sha256(saved / "one") and len(three) == 64
+    datasets.Dataset.from_list(ROWS[::-1]).save_to_disk(saved / "reversed", num_shards=3)
+    assert results.sha256(saved / "reversed") != three
+    assert results.sha256(saved / "three") == three
