@@ -35,7 +35,7 @@ def make_parser() -> cli.Parser:
     with parser.section("data"):
         add("--train", "--data", required=True, metavar="FILE", help="rows trained on (default: none, required)")
         add("--heldout", metavar="FILE", help="rows of the same source, kept back from training by a fair random split")
-        cli.add_chat_template(parser)
+        cli.add_row_flags(parser)
         rows = f"rows used of each file, drawn by --seed (default: {full.num_rows:,}; with --quick {quick.num_rows})"
         add("--num_rows", type=cli.positive_int, help=rows)
     with parser.section("attacks"):

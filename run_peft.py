@@ -64,7 +64,7 @@ def make_parser() -> cli.Parser:
         add("--allow_overlap", action="store_true", help="allow training on rows that are evaluated elsewhere")
         add("--max_length", type=cli.positive_int, help="tokens of a row; the rest is cut off")
         add("--loss_on", choices=("all", "completion"), help="completion: only tokens after the row's prompt (and EOS)")
-        cli.add_chat_template(parser)
+        cli.add_row_flags(parser)
         add("--packing", action="store_true", help="fill sequences of max_length with several rows each")
     with section("training"):
         add("-pdbs", "--per_device_batch_size", type=cli.positive_int, help="rows a process holds at once")

@@ -17,6 +17,7 @@ class AuditConfig(ModelConfig):
     base_model: str | None = None
     ref_model: str | None = None
     chat_template: str | None = None
+    columns: tuple[str, ...] = ()
     secrets: str | None = None
     pii: tuple[str, ...] = ()
     region: str = "US"

@@ -61,7 +61,7 @@ def prepare(config: AuditConfig) -> AuditTask:
         if part not in PARTS:
             problems.add(f"--without {part}: unknown; known are {', '.join(PARTS)}")
     files = {"train": config.train} | ({"heldout": config.heldout} if config.heldout else {})
-    opened = {name: _open(path, problems) for name, path in files.items()}
+    opened = {name: _open(path, config.columns, problems) for name, path in files.items()}
     given = problems.absorb(read_secrets, config.secrets) if config.secrets else None
     if config.canaries and not Path(config.canaries).is_file():
         problems.add(f"--canaries {config.canaries}: no such file; give the key that canary/inject.py wrote")
@@ -137,8 +137,8 @@ def _patterns(given: Sequence[str], problems: cli.Problems) -> dict[str, str]:
     return patterns
 
 
-def _open(path: str, problems: cli.Problems) -> list[dict[str, Any]] | None:
-    rows: list[dict[str, Any]] | None = problems.absorb(dataset.read_rows, path)
+def _open(path: str, columns: Sequence[str], problems: cli.Problems) -> list[dict[str, Any]] | None:
+    rows: list[dict[str, Any]] | None = problems.absorb(dataset.read_rows, path, None, columns)
     if rows is not None:
         problems.absorb(dataset.validate, path, rows)
     return rows

@@ -76,6 +76,7 @@ def membership_config(config: AuditConfig, task: AuditTask) -> MiaConfig | None:
         members=config.train,
         nonmembers=config.heldout,
         chat_template=config.chat_template,
+        columns=config.columns,
         revision=config.revision,
         dtype=config.dtype,
         device_map=config.device_map,

@@ -365,10 +365,12 @@ def add_model_flags(parser: Parser, seed_help: str = "seed of everything random"
     add("--seed", type=seed, help=seed_help)
 
 
-def add_chat_template(parser: Parser) -> None:
-    """--chat_template."""
+def add_row_flags(parser: Parser) -> None:
+    """--chat_template and --columns: how the rows of a data file are read."""
     words = "for rows of messages: a Jinja file, or chatml (default: the tokenizer's own)"
     parser.add_argument("--chat_template", metavar="FILE", help=words)
+    words = "fields to rename, e.g. text=body prompt=question"
+    parser.add_argument("--columns", nargs="+", action="extend", metavar="NEW=OLD", help=words)
 
 
 NAME_BYTES = 200  # of a file or folder; hidden names beside it are longer, and 255 is what file systems take

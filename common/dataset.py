@@ -41,14 +41,15 @@ REVIEW_TEMPLATE = (
 FORMATS = ".jsonl, .json, .csv, .tsv, .arrow or .parquet"
 
 
-def read_rows(path: AnyPath, broken: dict[int, str] | None = None) -> list[dict[str, Any]]:
+def read_rows(path: AnyPath, broken: dict[int, str] | None = None, columns: Sequence[str] = ()) -> list[dict[str, Any]]:
     """All rows of a .jsonl, .json, .csv or .tsv (gzipped or not), .arrow (stream or file format) or .parquet file, of
     the files that a pattern matches, or of a folder of `Dataset.save_to_disk`.
 
     A .json file is one list of objects, {"data": that list}, or an object per line.
     Raises UserError naming the file (and the line of broken JSON) when it is missing, empty or unreadable. With a dict
     `broken` a line that cannot be used is no error: {} stands in its place, and `broken[index]` says why. What JSON
-    lacks becomes what it has: NaN in a column of Arrow is None, dates and decimals are text.
+    lacks becomes what it has: NaN in a column of Arrow is None, dates and decimals are text. columns: "NEW=OLD" of each
+    field to rename.
     """
     rows: list[dict[str, Any]] = []
     for file in data_files(path):
@@ -57,7 +58,27 @@ def read_rows(path: AnyPath, broken: dict[int, str] | None = None) -> list[dict[
         if broken is not None and own:
             broken.update({len(rows) + index: reason for index, reason in own.items()})
         rows += found
-    return rows
+    return rename(path, rows, columns) if columns else rows
+
+
+def rename(path: AnyPath, rows: list[dict[str, Any]], columns: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows with fields renamed, "NEW=OLD" each. UserError for other words, a field that no row has, and a new name
+    that a row has already."""
+    names: dict[str, str] = {}
+    problems = []
+    for text in columns:
+        new, _, old = text.partition("=")
+        if not new or not old or old in names or new in names.values():
+            problems.append(f"--columns {text}: give NEW=OLD, each name once")
+        elif not any(old in row for row in rows):
+            problems.append(f"--columns {text}: no row of {path} has the field {old!r}")
+        names[old] = new
+    fresh = {new: old for old, new in names.items() if new not in names}
+    taken = sorted({new for row in rows for new, old in fresh.items() if new in row and old in row})
+    problems += [f"--columns: rows of {path} have a field {name!r} already; rename it too" for name in taken]
+    if problems:
+        raise UserError(*problems)
+    return [{names.get(key, key): value for key, value in row.items()} for row in rows]
 
 
 def _read_file(path: Path, broken: dict[int, str] | None) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ class MiaConfig(ModelConfig):
     members: str = "./data/enron.jsonl"
     nonmembers: str | None = None  # None: the held-out head of `members`, whose other rows are then the members
     chat_template: str | None = None  # None: the tokenizer's own
+    columns: tuple[str, ...] = ()  # NEW=OLD
     text_field: str | None = None  # None: as trained, e.g. prompt + continuation
     attacks: tuple[str, ...] | None = None  # None: CORE, and what further files make possible
     ref_model: str | None = None  # None: of an adapter its base

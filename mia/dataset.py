@@ -72,7 +72,7 @@ class Reader:
 
     def _open(self, path: str) -> None:
         problems, field = self.problems, self.config.text_field
-        rows = problems.absorb(dataset.read_rows, path)
+        rows = problems.absorb(dataset.read_rows, path, None, self.config.columns)
         if rows is None:
             return
         manifest = problems.absorb(dataset.read_manifest, path)

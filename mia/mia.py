@@ -49,7 +49,7 @@ def make_parser() -> cli.Parser:
             "--nonmembers",
             help="texts not trained on (default: the held-out head of --members, whose other rows are the members)",
         )
-        cli.add_chat_template(parser)
+        cli.add_row_flags(parser)
         add("--text_field", help="field that holds the text (default: as trained, e.g. prompt + continuation)")
         add(
             "--prefix_file",

@@ -20,6 +20,7 @@ class PerplexityConfig(ModelConfig):
     output_dir: str | None = None  # None: dir; ./ with a model
     num_rows: int | None = None  # first rows of the file; None: its evaluation head, at most 1,110 rows
     chat_template: str | None = None  # None: the tokenizer's own
+    columns: tuple[str, ...] = ()  # NEW=OLD
     token_budget: int = TOKEN_BUDGET
 
     @property

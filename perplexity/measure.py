@@ -44,7 +44,7 @@ def same(line: dict, other: dict, but: tuple[str, ...] = ()) -> bool:
 
 def choose_rows(config: PerplexityConfig, problems: cli.Problems) -> tuple[list[int], list[dict]]:
     """(indices of the rows to score, all rows); problems with the file are added to `problems`."""
-    rows = problems.absorb(dataset.read_rows, config.dataset)
+    rows = problems.absorb(dataset.read_rows, config.dataset, None, config.columns)
     if rows is None:
         return [], []
     if len(rows) < SMALLEST_FILE:

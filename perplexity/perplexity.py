@@ -45,7 +45,7 @@ def make_parser() -> cli.Parser:
             type=cli.positive_int,
             help="first N rows of the file (default: its evaluation head, at most 1110 rows)",
         )
-        cli.add_chat_template(parser)
+        cli.add_row_flags(parser)
     with parser.section("output"):
         add("--output_dir", help="directory for the result files (default: that of --dir; ./ with --model)")
     return parser

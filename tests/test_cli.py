@@ -26,7 +26,7 @@ FLAGS = {
         "--optimizer", "-wd", "--weight_decay", "-s", "--scheduler", "--scheduler_kwargs", "-dt",
         "--distribution_type", "-pt", "--peft_type", "--output_root", "--run_name", "--train_rows", "--eval_rows",
         "--allow_overlap", "--lora_r", "--lora_alpha", "--lora_dropout", "--target_modules", "--max_length",
-        "--chat_template", "--loss_on", "--max_grad_norm",
+        "--chat_template", "--columns", "--loss_on", "--max_grad_norm",
         "--gradient_checkpointing", "--packing", "--resume", "--report_to",
         "--dp", "--target_epsilon", "--noise_multiplier", "--target_delta", "--logical_batch_size", "--accountant",
         "--privacy_unit", "--max_rows_per_user", "--secure_rng", "--suggest_max_grad_norm",
@@ -38,11 +38,11 @@ FLAGS = {
     },
     "perplexity/perplexity.py": MODEL | {
         "--dir", "-d", "--dataset", "--data", "--model", "--base_model", "--output_dir", "--num_rows", "--token_budget",
-        "--chat_template",
+        "--chat_template", "--columns",
     },
     "mia/mia.py": MODEL | {
         "--model", "--dir", "--base_model", "--members", "--data", "--num_rows", "--nonmembers",
-        "--text_field", "--chat_template", "--attacks", "--ref_model",
+        "--text_field", "--chat_template", "--columns", "--attacks", "--ref_model",
         "--prefix_file", "--neighbor_model", "--freq_corpus", "--max_length", "--max_samples", "--token_budget",
         "--bootstrap", "--combine", "--output_dir",
     },
@@ -106,8 +106,8 @@ FLAGS = {
         "--seed",
     },
     "audit.py": MODEL | {"--model", "--base_model", "--ref_model", "--train", "--data", "--heldout", "--chat_template",
-                         "--num_rows", "--secrets", "--pii", "--region", "--canaries", "--decoys", "--samples",
-                         "--without", "--quick", "--max_length", "--token_budget", "--output_dir", "--fail_on",
+                         "--columns", "--num_rows", "--secrets", "--pii", "--region", "--canaries", "--decoys",
+                         "--samples", "--without", "--quick", "--max_length", "--token_budget", "--output_dir", "--fail_on",
                          "--save_responses"},
 }  # fmt: skip
 HEAVY = ("torch", "transformers", "peft", "datasets", "sklearn", "scipy", "pandas", "matplotlib")

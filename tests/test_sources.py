@@ -2,7 +2,7 @@
 
 import datasets
 import pytest
-from conftest import make_rows, write_rows
+from conftest import make_rows, read_lines, write_rows
 from planted import text_rows
 
 from common import dataset, results
@@ -87,3 +87,54 @@ def test_the_hash_follows_content_and_order(saved):
     datasets.Dataset.from_list(ROWS[::-1]).save_to_disk(saved / "reversed", num_shards=3)
     assert results.sha256(saved / "reversed") != three
     assert results.sha256(saved / "three") == three
+
+
+def test_fields_are_renamed(tmp_path):
+    file = write_rows(tmp_path / "a.jsonl", [{"body": "x", "title": "t"}, {"body": "y", "title": "u"}])
+    assert dataset.read_rows(file, None, ["text=body"]) == [{"text": "x", "title": "t"}, {"text": "y", "title": "u"}]
+    exchanged = dataset.read_rows(file, None, ["title=body", "body=title"])
+    assert exchanged == [{"title": "x", "body": "t"}, {"title": "y", "body": "u"}]
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        (["text"], "give NEW=OLD"),
+        (["text=body", "text=title"], "each name once"),
+        (["text=words"], "no row of .* has the field 'words'"),
+        (["title=body"], "have a field 'title' already"),
+    ],
+)
+def test_fields_that_cannot_be_renamed(columns, said, tmp_path):
+    file = write_rows(tmp_path / "a.jsonl", [{"body": "x", "title": "t"}])
+    with pytest.raises(UserError, match=said):
+        dataset.read_rows(file, None, columns)
+
+
+def test_training_attacks_and_perplexity_read_renamed_fields(models, tmp_path):
+    """The same numbers as with the fields named as they should be."""
+    import run_peft
+    from mia import mia
+    from perplexity import perplexity
+    from training.checkpoint import checkpoints
+    from training.run import run as fine_tune
+
+    plain = {name: write_rows(tmp_path / f"{name}.jsonl", text_rows(12, seed)) for name, seed in (("a", 1), ("b", 2))}
+    (tmp_path / "odd").mkdir()
+    odd = {
+        name: write_rows(tmp_path / "odd" / file.name, [{"body": row["text"]} for row in dataset.read_rows(file)])
+        for name, file in plain.items()
+    }
+    found = []
+    for files, more, out in ((plain, [], tmp_path / "one"), (odd, ["--columns", "text=body"], tmp_path / "two")):
+        words = ["-m", models["llama"], "-i", files["a"], "--output_root", out, "-lr", "1e-3", "-e", 1, "--lora_r", 2]
+        config = run_peft.make_parser().parse_args([str(word) for word in [*words, *more]])
+        checkpoint = checkpoints(fine_tune(config))[-1]
+        attack = ["--model", checkpoint, "--members", files["a"], "--nonmembers", files["b"], "--attacks", "loss"]
+        assert mia.main([str(word) for word in [*attack, "--output_dir", out / "mia", *more]]) == 0
+        score = ["--model", checkpoint, "--dataset", files["a"], "--output_dir", out / "ppl", *more]
+        assert perplexity.main([str(word) for word in score]) == 0
+        found.append(
+            [read_lines(out / "mia/results_mia.jsonl")[0]["auc"], read_lines(out / "ppl/perplexity.jsonl")[0]["mean"]]
+        )
+    assert found[0] == found[1]

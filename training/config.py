@@ -59,6 +59,7 @@ class TrainConfig(AdapterConfig, DPConfig, ModelConfig):
     max_length: int = 2048
     loss_on: str = "all"
     chat_template: str | None = None  # None: the tokenizer's own
+    columns: tuple[str, ...] = ()  # NEW=OLD
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
     packing: bool = False

@@ -154,7 +154,7 @@ def make_plan(config: TrainConfig) -> Plan:
 
     path = dataset.default_dataset(config.input)
     chosen, folder, tag = None, None, ""
-    rows = problems.absorb(dataset.read_rows, path)
+    rows = problems.absorb(dataset.read_rows, path, None, config.columns)
     manifest = problems.absorb(dataset.read_manifest, path)
     if rows:
         if problems.absorb(dataset.validate, path, rows):
@@ -174,7 +174,7 @@ def make_plan(config: TrainConfig) -> Plan:
     if (config.scheduler, config.scheduler_kwargs) != (TrainConfig.scheduler, TrainConfig.scheduler_kwargs):
         problems.absorb(check_scheduler, config, steps)
     public_path = config.suggest_max_grad_norm
-    public = problems.absorb(dataset.read_rows, public_path) if public_path else None
+    public = problems.absorb(dataset.read_rows, public_path, None, config.columns) if public_path else None
     whole = bool(public and problems.absorb(dataset.validate, str(public_path), public))
     if public and whole and config.loss_on == "completion":
         problems.absorb(boundaries, str(public_path), public, range(len(public))[:PUBLIC_ROWS])
