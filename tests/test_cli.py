@@ -107,8 +107,8 @@ FLAGS = {
     },
     "audit.py": MODEL | {"--model", "--base_model", "--ref_model", "--train", "--data", "--heldout", "--chat_template",
                          "--columns", "--num_rows", "--secrets", "--pii", "--region", "--canaries", "--decoys",
-                         "--samples", "--without", "--quick", "--max_length", "--token_budget", "--output_dir", "--fail_on",
-                         "--save_responses"},
+                         "--samples", "--without", "--quick", "--max_length", "--token_budget", "--output_dir",
+                         "--fail_on", "--save_responses"},
 }  # fmt: skip
 HEAVY = ("torch", "transformers", "peft", "datasets", "sklearn", "scipy", "pandas", "matplotlib")
 
