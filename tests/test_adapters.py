@@ -73,7 +73,7 @@ def refused(models, adapters, tmp_path_factory):
         "prefix tuning": (save(base, at("prefix"), prefix), "PREFIX_TUNING prepends tokens"),
         "single tokens": (save(base, at("tokens"), tokens), "trains the embeddings of single tokens"),
         "biases": (save(base, at("bias"), LoraConfig(**q, lora_bias=True)), "has a bias in its low-rank matrices"),
-        "resized": (resized, r"of \[404, 32\] \(resized embeddings\), the base has \[400, 32\]"),
+        "resized": (resized, r"is \[404, 32\] \(resized embeddings\), the base has \[400, 32\]"),
         "an unknown kind": (changed(plain, at("kind"), peft_type="LORB"), "peft_type 'LORB' is unknown"),
         "no kind": (changed(plain, at("none"), peft_type=7), "peft_type 7 is unknown"),
         "a number as base": (
