@@ -7,10 +7,10 @@ python audit.py --model MERGED --ref_model BASE --train train.jsonl --heldout he
     --secrets secrets.csv --canaries key.jsonl --fail_on "membership.auc.low>0.6" "extraction.email.excess.low>0"
 torchrun --nproc_per_node=4 audit.py --model ADAPTER --train train.jsonl --heldout heldout.jsonl
 
-Asked are: membership (mia/), every secret of the training rows by type, against decoys of its format and the secrets of
-the held-out rows; verbatim continuation; untargeted samples; canaries where a key is given. audit.json has every
-number, audit.md the verdict, results_secrets.jsonl a line per secret (no text). Exit status: 0; 2 for bad input; 3 when
-a condition of --fail_on holds or its number could not be measured.
+Measured are: membership (mia/); every secret in the training rows, by type, against decoys in its format and the
+secrets of the held-out rows; verbatim continuation; untargeted samples; canaries if a key is given. audit.json has all
+numbers, audit.md the verdict, results_secrets.jsonl one line per secret (no text). Exit status: 0; 2 for bad input; 3
+if a condition of --fail_on holds or its number could not be measured.
 """
 
 import sys
@@ -29,41 +29,45 @@ def make_parser() -> cli.Parser:
     full, quick = Budget(), QUICK
     with parser.section("model"):
         add("--model", required=True, help="adapter or model directory, or hub name (default: none, required)")
-        add("--base_model", help="base of the adapter, instead of the one it names itself")
-        add("--ref_model", help="the model before training (default: of an adapter its base)")
+        add("--base_model", help="base of the adapter, overriding adapter_config.json")
+        add("--ref_model", help="the model before training (default: an adapter's base)")
         cli.add_model_flags(parser)
     with parser.section("data"):
-        add("--train", "--data", required=True, metavar="FILE", help="rows trained on (default: none, required)")
-        add("--heldout", metavar="FILE", help="rows of the same source, kept back from training by a fair random split")
+        add("--train", "--data", required=True, metavar="FILE", help="training rows (default: none, required)")
+        add("--heldout", metavar="FILE", help="rows from the same source, held out of training by a random split")
         cli.add_row_flags(parser)
-        rows = f"rows used of each file, drawn by --seed (default: {full.num_rows:,}; with --quick {quick.num_rows})"
+        rows = f"rows used per file, sampled with --seed (default: {full.num_rows:,}; with --quick {quick.num_rows})"
         add("--num_rows", type=cli.positive_int, help=rows)
     with parser.section("attacks"):
         add(
             "--secrets",
             metavar="FILE",
-            help="secrets of your own, instead of those found: type,value[,row]",
+            help="your own list of secrets instead of the detected ones: type,value[,row]",
         )
-        add("--pii", nargs="+", action="extend", metavar="NAME=REGEX", help="a type of secret of your own")
+        add("--pii", nargs="+", action="extend", metavar="NAME=REGEX", help="a custom type of secret")
         add("--region", help="country of phone numbers without a country code (ISO 3166)")
-        add("--canaries", metavar="KEY", help="key file of canary/inject.py, whose canaries were trained on")
-        add("--decoys", type=cli.positive_int, help=f"other values a secret is ranked among (default: {full.decoys})")
-        samples = f"samples without a hint (default: {full.samples:,}; with --quick {quick.samples})"
+        add("--canaries", metavar="KEY", help="key file of canary/inject.py, if its canaries were trained on")
+        add("--decoys", type=cli.positive_int, help=f"decoys that a secret is ranked among (default: {full.decoys})")
+        samples = f"unprompted samples (default: {full.samples:,}; with --quick {quick.samples})"
         add("--samples", type=cli.positive_int, help=samples)
-        add("--without", nargs="+", metavar="PART", help=f"parts to leave out, of {' '.join(PARTS)}")
+        add("--without", nargs="+", metavar="PART", help=f"parts to skip, of {' '.join(PARTS)}")
         add("--quick", action="store_true", help="fewer rows, secrets and samples")
-        add("--max_length", type=cli.positive_int, help="tokens of a row; the rest is cut off")
-        add("--token_budget", type=cli.positive_int, help="positions a forward pass")
+        add("--max_length", type=cli.positive_int, help="tokens per row; longer rows are truncated")
+        add("--token_budget", type=cli.positive_int, help="positions per forward pass")
     with parser.section("output"):
-        add("--output_dir", help="where the results go")
+        add("--output_dir", help="directory for the results")
         add(
             "--fail_on",
             nargs="+",
             action="extend",
             metavar="COND",
-            help="exit 3 when it holds, e.g. membership.auc.low>0.6",
+            help="exit with status 3 if it holds, e.g. membership.auc.low>0.6",
         )
-        add("--save_responses", action="store_true", help="also secrets_private.jsonl, with the secrets (mode 0600)")
+        add(
+            "--save_responses",
+            action="store_true",
+            help="also write secrets_private.jsonl, with the secrets (mode 0600)",
+        )
     return parser
 
 

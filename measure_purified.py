@@ -5,7 +5,7 @@ python measure_purified.py EleutherAI/pythia-1.4b out --dataset ./data/enron.jso
 python measure_purified.py --model CHECKPOINT --output_dir out --baseline base/results_purified.jsonl
 torchrun --nproc_per_node=4 measure_purified.py --model CHECKPOINT --output_dir out
 
-Writes results_purified<k>.jsonl (a line a temperature), outcomes_purified<k>.jsonl (a line a row × template ×
+Writes results_purified<k>.jsonl (one line per temperature), outcomes_purified<k>.jsonl (one line per row × template ×
 temperature, no text) and run_measure_purified.json; with --save_responses also results_purified<k>_rows.jsonl.
 """
 
@@ -19,20 +19,20 @@ from extraction.flags import add_attack_flags
 
 def make_parser() -> cli.Parser:
     parser = cli.Parser(
-        "Ask a model for e-mail addresses by name; count what it gives away.",
+        "Ask a model for e-mail addresses by name and count what it reveals.",
         "python measure_purified.py --model ./pythia-1.4b/original-lora/0e+00_2e-06/checkpoint-276 --output_dir out",
         MeasureConfig,
         settle_positionals,
     )
     add = parser.add_argument
-    add("positional", nargs="*", metavar="MODEL OUTPUT_DIR", help="--model and --output_dir, in short (default: none)")
+    add("positional", nargs="*", metavar="MODEL OUTPUT_DIR", help="short for --model and --output_dir (default: none)")
     with parser.section("model"):
         add("--model", help="model directory, adapter checkpoint or hub name (required)")
-        add("--base_model", help="base of an adapter, instead of the one its configuration names")
+        add("--base_model", help="base of an adapter, overriding adapter_config.json")
         cli.add_model_flags(parser)
     add_attack_flags(parser)
     with parser.section("output"):
-        add("--output_dir", help="where the result files go (required)")
+        add("--output_dir", help="directory for the result files (required)")
     return parser
 
 

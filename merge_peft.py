@@ -3,9 +3,9 @@
     python merge_peft.py --model pythia-1.4b/original-lora/0e+00_2e-06/checkpoint-276
     python merge_peft.py --model CHECKPOINT --save_dir merged --base_model EleutherAI/pythia-1.4b
 
-The base is the one that the adapter's adapter_config.json names; --base_model overrides it. The sum is made in float32.
-Writes the model (safetensors), its tokenizer, its generation config and run_merge_peft.json to --save_dir, complete or
-not at all, and prints ‖ΔW‖/‖W‖ over the adapted matrices.
+The base is the one named in adapter_config.json; --base_model overrides it. The merge is computed in float32. Writes
+the model (safetensors), its tokenizer, its generation config and run_merge_peft.json to --save_dir, atomically, and
+prints ‖ΔW‖/‖W‖ over the adapted matrices.
 """
 
 import os
@@ -36,15 +36,15 @@ class MergeConfig(cli.ModelConfig):
 
 def make_parser() -> cli.Parser:
     parser = cli.Parser(
-        "Merge a LoRA, DoRA or PiSSA checkpoint into its base model. --dtype is that of the saved weights, and auto "
-        "means float32 on every device: half precision rounds a small update away.",
+        "Merge a LoRA, DoRA or PiSSA checkpoint into its base model. --dtype is the dtype of the saved weights; auto "
+        "means float32 on every device, because half precision rounds small updates away.",
         "python merge_peft.py --model pythia-1.4b/original-lora/0e+00_2e-06/checkpoint-276 --save_dir merged",
         MergeConfig,
     )
     add = parser.add_argument
     add("--model", required=True, help="an adapter checkpoint (directory)")
-    add("--save_dir", "--output_dir", help="where the model goes; an earlier merge there is replaced")
-    add("--base_model", help="base model instead of the one that the adapter's config names")
+    add("--save_dir", "--output_dir", help="directory for the model; an earlier merge there is replaced")
+    add("--base_model", help="base model, overriding adapter_config.json")
     add(
         "--is_opt",
         action="store_true",
@@ -61,21 +61,21 @@ def check(config: MergeConfig) -> tuple[models.ModelRef, Path]:
     cli.check_writable(target, problems, "--save_dir")
     if target.is_dir() and any(target.iterdir()) and not (target / RECORD).is_file():
         problems.add(
-            f"--save_dir {config.save_dir}: holds something else than an earlier merge; name an empty directory"
+            f"--save_dir {config.save_dir}: contains something other than an earlier merge; choose an empty directory"
         )
     ref, _ = models.look_up(problems, config.model, config.revision, config.base_model, is_opt=config.is_opt)
     if ref and not ref.adapter:
-        problems.add(f"--model {config.model}: no adapter_config.json in it; it is a full model already")
+        problems.add(f"--model {config.model}: has no adapter_config.json; it is already a full model")
     problems.check()
     if not (ref and ref.adapter):
-        raise RuntimeError(f"--model {config.model}: no adapter, and no check has said why")
+        raise RuntimeError(f"--model {config.model}: no adapter, but no check reported why")
     return ref, Path(ref.adapter)
 
 
 def rounding(model: "torch.nn.Module", modules: list[str], dtype: "torch.dtype", change: float | None) -> float | None:
-    """‖round(W′) − W′‖ / ‖ΔW‖ over the weights of `modules`: what storing W′ in `dtype` costs, in sizes of the update.
+    """‖round(W′) − W′‖ / ‖ΔW‖ over the weights of `modules`: storage error of W′ in `dtype`, relative to the update.
 
-    `change` is ‖ΔW‖/‖W‖. None when there is no update to compare with.
+    `change` is ‖ΔW‖/‖W‖. None if there is no update to compare with.
     """
     if not change:
         return None
@@ -88,7 +88,7 @@ def rounding(model: "torch.nn.Module", modules: list[str], dtype: "torch.dtype",
 
 
 def run(config: MergeConfig) -> Path:
-    """Merge as `config` says; returns the directory of the merged model. UserError when it does not fit."""
+    """Merge as `config` says; returns the directory of the merged model. UserError if the adapter does not fit."""
     ref, adapter = check(config)
     target = Path(config.save_dir).expanduser()
     print(f"adapter  {ref.adapter}\nbase     {ref.base}\nsave to  {target}", flush=True)

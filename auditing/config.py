@@ -9,7 +9,7 @@ PARTS = ("membership", "extraction", "verbatim", "untargeted", "canaries")
 
 @dataclass(frozen=True, kw_only=True)
 class AuditConfig(ModelConfig):
-    """num_rows: of each side, drawn by the seed; None: 5,000, with `quick` 500."""
+    """num_rows: per side, sampled by the seed; None: 5,000, with `quick` 500."""
 
     model: str
     train: str
@@ -36,7 +36,7 @@ class AuditConfig(ModelConfig):
 
 @dataclass(frozen=True)
 class Budget:
-    """How much is measured, in full and with --quick."""
+    """How much is measured, by default and with --quick."""
 
     num_rows: int = 5000
     decoys: int = 200

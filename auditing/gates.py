@@ -46,18 +46,18 @@ class Gate:
 
 
 def parse(expression: str) -> Gate:
-    """A Gate of `PATH > NUMBER`; ValueError says what is wrong with it."""
+    """A Gate from `PATH > NUMBER`; ValueError says what is wrong with it."""
     match = GATE.fullmatch(expression.strip())
     if not match:
         raise ValueError(f"not a condition PATH > NUMBER (also >=, <, <=), for example {EXAMPLES}")
     path, sign, limit = match.groups()
     if not PATHS.fullmatch(path):
-        raise ValueError(f"{path} names no number of audit.json; for example {EXAMPLES}")
+        raise ValueError(f"{path} is not a number in audit.json; for example {EXAMPLES}")
     return Gate(expression.strip(), path, sign, float(limit))
 
 
 def look_up(item: Any, path: str) -> Any:
-    """What stands at a dotted path; a key may have dots in it. None where there is nothing."""
+    """The value at a dotted path (keys may contain dots); None if there is none."""
     if not path:
         return item
     if not isinstance(item, Mapping):

@@ -21,7 +21,7 @@ from memorization.inventory import KINDS, Secret
 
 @dataclass
 class Rows:
-    """A data file as trained. indices: of the rows used, in the file; rendered: those rows."""
+    """A data file, rendered as in training. indices: rows used, by position in the file; rendered: those rows."""
 
     path: str
     n: int
@@ -33,7 +33,7 @@ class Rows:
 @dataclass
 class AuditTask:
     model: ModelRef
-    base: ModelRef | None  # the reference: of an adapter its base, else --ref_model
+    base: ModelRef | None  # the reference: an adapter's base, else --ref_model
     tokenizer: Any
     rows: dict[str, Rows]  # 'train', 'heldout'
     start: list[int]  # tokens before an untargeted sample
@@ -42,7 +42,7 @@ class AuditTask:
     memorization: MemorizationConfig
     given: list[tuple[str, str, int | None]] | None = None  # --secrets
     in_loss: Callable[[Secret], bool | None] = lambda secret: None
-    notes: list[str] = field(default_factory=list)  # what the reader should know before the numbers
+    notes: list[str] = field(default_factory=list)  # caveats for the reader
 
     @property
     def inputs(self) -> list[str]:
@@ -59,7 +59,7 @@ def prepare(config: AuditConfig) -> AuditTask:
     patterns = _patterns(config.pii, problems)
     for part in config.without:
         if part not in PARTS:
-            problems.add(f"--without {part}: unknown; known are {', '.join(PARTS)}")
+            problems.add(f"--without {part}: unknown; choose from {', '.join(PARTS)}")
     files = {"train": config.train} | ({"heldout": config.heldout} if config.heldout else {})
     opened = {name: _open(path, config.columns, problems) for name, path in files.items()}
     given = problems.absorb(read_secrets, config.secrets) if config.secrets else None
@@ -77,7 +77,7 @@ def prepare(config: AuditConfig) -> AuditTask:
             rows[name] = own
     problems.check()
     if len({row.rendered[0].whole for row in rows.values()}) > 1:
-        problems.add("--heldout: its rows are of another kind than --train's: one has messages, the other has none")
+        problems.add("--heldout: one of --train and --heldout has chat rows, the other does not")
     problems.check()
     if base is None:
         notes.append(
@@ -127,7 +127,7 @@ def _patterns(given: Sequence[str], problems: cli.Problems) -> dict[str, str]:
     for text in given:
         name, sign, pattern = text.partition("=")
         if not sign or not re.fullmatch(r"[A-Za-z][\w-]*", name) or name in KINDS:
-            problems.add(f"--pii {text}: give NAME=REGEX, with a name of your own")
+            problems.add(f"--pii {text}: give NAME=REGEX, with a name that is not taken")
             continue
         try:
             re.compile(pattern)
@@ -145,7 +145,7 @@ def _open(path: str, columns: Sequence[str], problems: cli.Problems) -> list[dic
 
 
 def _render(path: str, rows: list[dict[str, Any]], tokenizer: Any, config: AuditConfig, budget: Budget) -> Rows:
-    """At most budget.num_rows rows, drawn by the seed, as trained."""
+    """At most budget.num_rows rows, sampled by the seed, rendered as in training."""
     indices = list(range(len(rows)))
     if len(rows) > budget.num_rows:
         drawn = np.random.default_rng(config.seed).permutation(len(rows))[: budget.num_rows]
@@ -162,15 +162,15 @@ def _reference(ref: ModelRef, config: AuditConfig, problems: cli.Problems) -> Mo
             own = models.load_tokenizer(ref)
             if own.get_vocab() != tokenizer.get_vocab():
                 problems.add(
-                    f"--ref_model {config.ref_model}: has another tokenizer than {ref.name}; give its own base"
+                    f"--ref_model {config.ref_model}: has a different tokenizer than {ref.name}; give its own base"
                 )
         return other
     return ModelRef(ref.base, ref.base, None, ref.revision) if ref.adapter else None
 
 
 def opening(tokenizer: Any, config: AuditConfig, ref: ModelRef, train: Rows) -> list[int]:
-    """The tokens that a sample without any hint begins with: those of the chat template before the first words of the
-    user, or the start token (EOS where there is none)."""
+    """The tokens that an unprompted sample starts with: the chat template's before the user's first words, or BOS (EOS
+    if there is no BOS)."""
     first = train.rendered[0]
     if first.whole:
         renderer = chat.Renderer(tokenizer, chat.read_template(config.chat_template, tokenizer, ref.name))
@@ -184,8 +184,8 @@ def opening(tokenizer: Any, config: AuditConfig, ref: ModelRef, train: Rows) -> 
 
 
 def in_loss_of(ref: ModelRef, train: Rows) -> Callable[[Secret], bool | None]:
-    """Whether the loss was taken on a secret: by trained_rows.jsonl beside an adapter of run_peft.py; else by the rows'
-    completions, for chat and prompt/completion rows; else unknown."""
+    """Whether the loss was taken on a secret: from run_peft.py's trained_rows.jsonl beside the adapter, else from the
+    completions of chat and prompt/completion rows, else unknown."""
     folder = Path(ref.adapter or ref.base).expanduser()
     known = trained.read(folder) if folder.is_dir() else None
 

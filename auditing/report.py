@@ -1,4 +1,4 @@
-"""The verdict in words: audit.md and what is printed. Dicts of audit.json in, text out."""
+"""The verdict as text: audit.md and the printed summary. Dicts of audit.json in, text out."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def paragraph(audit: Mapping[str, Any]) -> str:
 
 
 def summary(audit: Mapping[str, Any]) -> str:
-    """What is printed: the answer, then one line per question."""
+    """The printed summary: the answer, then one line per question."""
     lines = [paragraph(audit)]
     for question, result in audit["verdict"]["questions"].items():
         said = "; ".join(part for part in (p_words(result), result["why"] or "") if part)
@@ -167,7 +167,7 @@ def summary(audit: Mapping[str, Any]) -> str:
 
 
 def markdown(audit: Mapping[str, Any]) -> str:
-    """audit.md: the answer first, then the questions, what the reader should know, and what it was made with."""
+    """audit.md: the answer first, then the questions, caveats, and inputs and settings."""
     data, model, settings = audit["data"], audit["model"], audit["settings"]
     lines = [f"# Privacy audit of {model['name']}", "", f"**{paragraph(audit)}**", ""]
     lines += [f"> {note}\n" for note in audit["notes"]]

@@ -1,4 +1,4 @@
-"""The audit: each part by the room that measures it, then the verdict and the gates."""
+"""The audit: each part is measured by its own package, then the verdict and the gates."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from mia.measure import cache_folder, measure_all
 
 SCHEMA = 1
 GATE_HELD = 3  # exit status
-WITHOUT_REFERENCE = "min_k_pp_20"  # the membership attack that is reported where there is no reference
+WITHOUT_REFERENCE = "min_k_pp_20"  # the membership attack to report without a reference
 LEVELS = ("0.1", "0.01", "0.001")  # false positive rates
 LEFT_OUT = "left out by --without"
 
 
 def run(config: AuditConfig) -> int:
-    """Audit, write audit.json, audit.md and report.html; 0, or 3 when a gate of --fail_on holds or has no number."""
+    """Audit, write audit.json, audit.md and report.html; 0, or 3 if a --fail_on gate holds or its number is missing."""
     with results.output_folder(config.output_dir, config.dry_run, "audit") as place:
         task = prepare(config)
         membership = membership_config(config, task)
@@ -152,19 +152,19 @@ def data_facts(rows: Rows) -> dict[str, Any]:
 def membership_part(
     config: AuditConfig, task: AuditTask, membership: MiaConfig | None, sets: Any, world: World
 ) -> dict[str, Any]:
-    """AUC and TPR of the attack fixed beforehand, with its controls."""
+    """AUC and TPR of the attack fixed in advance, with its controls."""
     if membership is None:
         return {"undefined": LEFT_OUT if "membership" in config.without else "no held-out rows (--heldout FILE)"}
     folder = Path(str(membership.output_dir))
     world.say(f"attacking {task.model.name}")
-    with contextlib.redirect_stdout(io.StringIO()):  # its tables: they stand in the files
+    with contextlib.redirect_stdout(io.StringIO()):  # hide its tables: they are in the files
         measure_all({folder: task.model}, sets, membership, world, cache_folder(folder))
     part: dict[str, Any] = world.broadcast(membership_summary(task, folder) if world.main else {})
     return part
 
 
 def membership_summary(task: AuditTask, folder: Path) -> dict[str, Any]:
-    """Of mia's result files in `folder`."""
+    """The summary of mia's result files in `folder`."""
     lines = {line["attack"]: line for line in results.read_jsonl(folder / "results_mia.jsonl")}
     wanted = HEADLINE_ATTACK if task.base else WITHOUT_REFERENCE
     line = lines[wanted]
@@ -206,7 +206,7 @@ def bounds(value: float | None, interval: list[float] | None) -> dict[str, float
 def memorization_parts(
     config: AuditConfig, task: AuditTask, audit: dict[str, Any], dtype: Any, world: World
 ) -> list[dict[str, Any]]:
-    """Fill in extraction, verbatim and untargeted; returns a line per secret, for its owner."""
+    """Fill in extraction, verbatim and untargeted; returns one line per secret, for the data owner."""
     wanted = [part for part in ("extraction", "verbatim", "untargeted") if part not in config.without]
     for part in ("extraction", "verbatim", "untargeted"):
         audit[part] = {"undefined": LEFT_OUT}
@@ -243,7 +243,7 @@ def memorization_parts(
         audit["extraction"] = {}
         for kind in dict.fromkeys(kind for side in asked.sides.values() for kind in side.questions):
             if kind not in asked.sides["train"].questions:
-                continue  # held-out rows alone have it: nothing of it can leak
+                continue  # only in held-out rows: nothing can leak
             audit["extraction"][kind], own = memorization.secrets_of_kind(kind, asked, tuned, base)
             lines += own
         if not audit["extraction"]:
@@ -286,7 +286,7 @@ def canary_part(config: AuditConfig, task: AuditTask, world: World) -> dict[str,
 
 
 def canary_summary(line: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Once-only canaries that were placed against those that were not."""
+    """Audit canaries that were inserted against those that were not."""
     rows = [row for row in results.read_jsonl(folder / ROWS) if row.get("audit_signal") is not None]
     sides = [np.array([row["audit_signal"] for row in rows if row["included"] is wanted]) for wanted in (True, False)]
     judged = line.get("undefined") is None and all(map(len, sides))

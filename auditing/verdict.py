@@ -1,7 +1,7 @@
 """From the numbers to the answer: leaks, no leak found at this power, or cannot be judged. Numbers in, words out.
 
-Every question is one hypothesis test whose statistic and side were fixed before the data were seen. Their p-values are
-adjusted together (Holm 1979), so that a model which memorised nothing is called leaking in at most 5 % of audits.
+Every question is one hypothesis test whose statistic and direction were fixed before seeing the data. The p-values are
+adjusted jointly (Holm 1979), so that a model that memorised nothing is called leaking in at most 5 % of audits.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def tests_of(audit: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def membership_doubt(membership: Mapping[str, Any]) -> str | None:
-    """Why the membership numbers do not speak of the model, or None."""
+    """Why the membership numbers say nothing about the model, or None."""
     flags = membership.get("flags") or []
     if any(flag.startswith("blind_") for flag in flags):
         return CONFOUNDED
@@ -64,7 +64,7 @@ def membership_doubt(membership: Mapping[str, Any]) -> str | None:
 
 
 def secret_test(result: Mapping[str, Any], controlled: bool) -> dict[str, Any]:
-    """Against the held-out rows' secrets; without usable ones, what greedy decoding gained over the base."""
+    """Test against the held-out rows' secrets or, without usable ones, of greedy decoding's gain over the base."""
     if controlled and result.get("excess", {}).get("p") is not None:
         return {"p": result["excess"]["p"], "why": None, "control": "held-out rows"}
     against = result["train"].get("greedy_against_base")
@@ -75,7 +75,7 @@ def secret_test(result: Mapping[str, Any], controlled: bool) -> dict[str, Any]:
 
 
 def one_sided(pair: Mapping[str, Any]) -> float:
-    """McNemar's p for gains alone, of gained and lost counts."""
+    """One-sided McNemar p-value for gains, from gained and lost counts."""
     from scipy import stats
 
     n = pair["gained"] + pair["lost"]

@@ -1,4 +1,4 @@
-"""Empirical lower bounds of ε from canaries that were each inserted with probability ½. Pure functions."""
+"""Empirical lower bounds on ε from canaries that were each inserted with probability ½. Pure functions."""
 
 import math
 from collections.abc import Sequence
@@ -7,8 +7,8 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-TIES = 3407  # seed of the order of equal scores
-SHARES = (0.02, 0.05, 0.1, 0.2, 0.4)  # of the canaries guessed about; fixed beforehand, never chosen by the result
+TIES = 3407  # seed for breaking ties between equal scores
+SHARES = (0.02, 0.05, 0.1, 0.2, 0.4)  # of the canaries guessed; fixed in advance, never chosen by the result
 
 
 class Guesses(TypedDict):
@@ -21,7 +21,7 @@ class Guesses(TypedDict):
 
 
 class Bound(TypedDict):
-    """The largest bound over all shares. most: the bound if every guess had been right, the audit's power."""
+    """The largest bound over all shares. most: the bound if every guess were correct, i.e. the audit's power."""
 
     epsilon: float | None
     most: float | None
@@ -33,10 +33,10 @@ class Bound(TypedDict):
 
 
 def p_value(correct: int, guesses: int, canaries: int, epsilon: float, delta: float) -> float:
-    """Probability, under any (ε, δ)-private training, of at least `correct` right guesses out of `guesses`.
+    """Bound on the probability, under any (ε, δ)-DP training, of at least `correct` correct guesses out of `guesses`.
 
-    P(B ≥ v) + 2 m δ max_i [P(B ≥ v − i) − P(B ≥ v)] / i with B ~ Bin(guesses, e^ε / (1 + e^ε)) and m all canaries,
-    abstentions included (Steinke, Nasr and Jagielski 2023, theorem 5.2).
+    P(B ≥ v) + 2 m δ max_i [P(B ≥ v − i) − P(B ≥ v)] / i with B ~ Bin(guesses, e^ε / (1 + e^ε)) and m the number of
+    canaries, abstentions included (Steinke, Nasr and Jagielski 2023, theorem 5.2).
     """
     from scipy.special import expit
     from scipy.stats import binom
@@ -49,7 +49,7 @@ def p_value(correct: int, guesses: int, canaries: int, epsilon: float, delta: fl
 
 
 def lower_bound(correct: int, guesses: int, canaries: int, delta: float, level: float) -> float:
-    """The largest ε that `correct` right guesses reject at `level` (one-sided); 0 when even ε = 0 is not rejected."""
+    """The largest ε that `correct` correct guesses reject at `level` (one-sided); 0 if not even ε = 0 is rejected."""
     low, high = 0.0, 64.0
     if p_value(correct, guesses, canaries, low, delta) > level:
         return 0.0
@@ -60,8 +60,7 @@ def lower_bound(correct: int, guesses: int, canaries: int, delta: float, level: 
 
 
 def ranking(scores: Sequence[float] | NDArray[Any], seed: int = TIES) -> NDArray[np.intp]:
-    """(m,) indices, highest score first; equal scores in random order, so that their order in the file does not
-    count."""
+    """(m,) indices, highest score first; ties are broken at random, so that the order in the file does not matter."""
     values = np.asarray(scores, dtype=float)
     return np.lexsort((np.random.default_rng(seed).permutation(len(values)), -values))
 
@@ -69,12 +68,12 @@ def ranking(scores: Sequence[float] | NDArray[Any], seed: int = TIES) -> NDArray
 def one_run(
     scores: Sequence[float], included: Sequence[bool], delta: float, level: float = 0.05, seed: int = TIES
 ) -> Bound:
-    """Lower bound of ε, valid with probability 1 − level, from one training run.
+    """Lower bound on ε, valid with probability 1 − level, from one training run.
 
-    scores (m,): higher = more likely included; included (m,): the coins. For each share of SHARES the higher half of
-    the guesses says "in", the lower half "out", the rest abstains; every share is tested at level / 5. Equal scores
-    are ranked at random by `seed`: their order carries no information. `epsilon` and `most` are None with fewer than
-    five canaries, where no share makes a pair of guesses.
+    scores (m,): higher = more likely included; included (m,): the coin flips. For each share in SHARES, the highest
+    scores are guessed "in", as many of the lowest "out", and the rest abstain; each share is tested at level / 5. Ties
+    are broken at random by `seed`: their order carries no information. `epsilon` and `most` are None with fewer than
+    five canaries, where no share gives a pair of guesses.
     """
     if np.isnan(np.asarray(scores, dtype=float)).any():
         raise ValueError("a canary has no score")

@@ -1,7 +1,7 @@
 """Canaries: sentences with a secret drawn from a space of known size, and their insertion into a review.
 
-Nobody is real: the names are combined from two lists, and a ten-digit phone number that begins with 0 belongs to no one
-(no North American area code does), which leaves 10⁹ phone numbers.
+No real people: names are combined from two lists, and phone numbers have ten digits starting with 0, which no North
+American area code does; that leaves 10⁹ phone numbers.
 """
 
 import random
@@ -36,7 +36,7 @@ MOST_WORDS = 4096  # vocabulary that suffixes are drawn from
 
 
 class Canary(TypedDict):
-    """sentence: before + secret + a few characters; parts: its name, street and phone; {} for secrets of text."""
+    """sentence: before + secret + a few characters; parts: its name, street and phone, {} for text secrets."""
 
     sentence: str
     before: str
@@ -46,7 +46,7 @@ class Canary(TypedDict):
 
 @dataclass(frozen=True)
 class Space:
-    """All secrets of one kind, numbered 0 … size − 1. `words` only for 'text': SUFFIX_WORDS of them make a secret."""
+    """All secrets of one kind, numbered 0 … size − 1. `words`: for 'text' only; SUFFIX_WORDS of them form a secret."""
 
     kind: str
     words: tuple[str, ...] = ()
@@ -57,7 +57,7 @@ class Space:
         return sizes.get(self.kind) or len(self.words) ** SUFFIX_WORDS
 
     def secret(self, index: int) -> str:
-        """Secret number `index` as written."""
+        """Secret number `index` as text."""
         if self.kind == "phone":
             digits = f"{index:010d}"
             return f"{digits[:3]}-{digits[3:6]}-{digits[6:]}"
@@ -72,7 +72,7 @@ class Space:
         return " ".join(chosen)
 
     def others(self, secret: str, n: int, rng: random.Random) -> list[str]:
-        """`n` secrets other than `secret`, drawn without repetition; all of them when n ≥ size − 1."""
+        """`n` secrets other than `secret`, drawn without replacement; all of them if n ≥ size − 1."""
         if n >= self.size - 1:
             return [other for other in map(self.secret, range(self.size)) if other != secret]
         others: dict[str, None] = {}
@@ -91,10 +91,10 @@ def vocabulary(texts: list[str], rng: random.Random) -> tuple[str, ...]:
 
 
 def make(n: int, space: Space, corpus: list[str], rng: random.Random) -> list[Canary]:
-    """n canaries. No phone, street or secret text occurs twice, and none of them in the corpus.
+    """n canaries. No phone, street or text secret occurs twice, or in the corpus.
 
-    Names repeat only once all of them are used. Text canaries begin as some review of the corpus does (in distribution)
-    and end in words drawn one by one (high perplexity).
+    Names repeat only after all have been used. Text canaries start like some review of the corpus (in-distribution) and
+    end in independently drawn words (high perplexity).
     """
     known = "\n".join(corpus)
     names = [Space("name").secret(index) for index in range(Space("name").size)]
@@ -125,9 +125,9 @@ def make(n: int, space: Space, corpus: list[str], rng: random.Random) -> list[Ca
 
 
 def insert(review: str, sentence: str, within: int, rng: random.Random) -> tuple[str, int]:
-    """(review with the sentence between two of its words or at its end, first character of the sentence).
+    """(review with the sentence between two of its words or at its end, index of the sentence's first character).
 
-    Never at the start. within: only among that many first characters, where there is a gap (0: anywhere).
+    Never at the start. within: only within that many first characters, if there is a gap (0: anywhere).
     """
     gaps = [match.start() for match in re.finditer(r"\s+", review)] + [len(review)]
     near = [gap for gap in gaps if not within or gap <= within]

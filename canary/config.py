@@ -7,14 +7,14 @@ from common.cli import ModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class InjectConfig:
-    """At least one of share, repetitions and audit is given."""
+    """At least one of share, repetitions and audit is set."""
 
     input: str = "./data/amazon/train.jsonl"
     output: str | None = None  # None: <input>_canaries.jsonl
     key_file: str | None = None  # None: <output>_key.jsonl
     share: float | None = None
     repetitions: tuple[int, ...] = ()
-    canaries: int = 10  # of each count in repetitions
+    canaries: int = 10  # per count in repetitions
     audit: int = 0
     privacy_unit: str = "record"
     secret: str = "phone"
@@ -27,7 +27,7 @@ class InjectConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureConfig(ModelConfig):
-    """At least one of models and synthetic is given."""
+    """At least one of models and synthetic is set."""
 
     canaries: str  # the key file
     models: tuple[str, ...] | None = None  # ARM=MODEL

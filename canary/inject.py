@@ -1,19 +1,20 @@
 #!/usr/bin/env python3
-"""Inserts canaries into the reviews of a training file, and writes the key that measure.py reads.
+"""Insert canaries into the reviews of a training file, and write the key that measure.py reads.
 
 python canary/inject.py --input data/amazon/train.jsonl --repetitions 1 2 4 8 16          # ladder, 10 canaries each
 python canary/inject.py --input data/amazon/train.jsonl --share 0.01      # System S: one canary, in 1 % of rows
 python canary/inject.py --input data/amazon/train.jsonl --audit 1000 --privacy_unit user # for the one-run ε bound
 
-A canary is a sentence with a secret drawn from a space of known size (--secret). It is inserted at a random place of a
-review, never at its start. For every canary of --repetitions and --share there is a held-out one that is inserted
-nowhere. The three modes can share a file: a row holds at most one canary.
+A canary is a sentence with a secret drawn from a space of known size (--secret). It is inserted at a random position in
+a review, never at its start. Every canary of --repetitions and --share has a held-out counterpart that is not inserted
+anywhere. The three modes can be combined: a row holds at most one canary.
 
---audit M: M canaries, each inserted once with probability ½, into a row of its own (under --privacy_unit user the first
-row of a user of its own). A canary that is left out takes its row along (under user, all rows of its user): the two
-possible files differ by one added or removed unit, as the accountant's ε means it. About M/2 units are left out.
+--audit M: M canaries, each inserted once with probability ½ into a row of its own (with --privacy_unit user, the first
+row of a user of its own). If a canary is not inserted, its row (with user, all rows of its user) is removed as well:
+the two possible files differ by one added or removed unit, which is the accountant's notion of ε. About M/2 units are
+removed.
 
-Writes --output (rows), its manifest, and --key_file (mode 0600: where each canary stands, its secret and its context).
+Writes --output (rows), its manifest, and --key_file (mode 0600: each canary's location, secret and context).
 """
 
 import sys
@@ -25,7 +26,7 @@ from common import cli
 
 def make_parser() -> cli.Parser:
     parser = cli.Parser(
-        "Place canaries in a training file of reviews.",
+        "Insert canaries into a training file of reviews.",
         "python canary/inject.py --input data/amazon/train.jsonl --repetitions 1 2 4 8 16",
         InjectConfig,
     )
@@ -34,16 +35,16 @@ def make_parser() -> cli.Parser:
     add("--output", help="the .jsonl file to train on (default: <input>_canaries.jsonl)")
     add("--key_file", help="the .jsonl key (default: <output>_key.jsonl)")
     add("--share", type=cli.positive_float, help="one canary in this share of the rows: 0.01, 0.1, 1")
-    add("--repetitions", nargs="+", type=cli.positive_int, help="ladder: rows that hold a canary")
-    add("--canaries", type=cli.positive_int, help="canaries of each count in --repetitions")
-    add("--audit", type=cli.positive_int, help="canaries placed once or not at all, by a fair coin")
-    add("--privacy_unit", choices=("record", "user"), help="what --audit adds or leaves out")
-    add("--secret", choices=SECRETS, help="what varies; text: words alone, no person")
-    add("--within", type=cli.non_negative_int, help="first characters of the review; 0: anywhere")
-    add("--condition", choices=("metadata", "title"), help="title: prompts have the review's title")
+    add("--repetitions", nargs="+", type=cli.positive_int, help="ladder: number of rows per canary")
+    add("--canaries", type=cli.positive_int, help="canaries per count in --repetitions")
+    add("--audit", type=cli.positive_int, help="canaries inserted once with probability 1/2")
+    add("--privacy_unit", choices=("record", "user"), help="unit that --audit adds or removes")
+    add("--secret", choices=SECRETS, help="the secret part; text: random words, no personal data")
+    add("--within", type=cli.non_negative_int, help="insert within the first N characters of a review; 0: anywhere")
+    add("--condition", choices=("metadata", "title"), help="title: prompts include the review's title")
     add("--overwrite", action="store_true", help="replace existing files")
     cli.add_dry_run(parser)
-    add("--seed", type=cli.seed, help="seed of everything random, the coins too")
+    add("--seed", type=cli.seed, help="random seed, also of the coin flips")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""The run of canary/inject.py: everything is checked, then rows, manifest and key are written together."""
+"""The run of canary/inject.py: check everything, then write rows, manifest and key together."""
 
 import os
 import random
@@ -16,7 +16,7 @@ Counts = dict[str, Any]
 
 
 def run(config: InjectConfig) -> Counts:
-    """Write rows, manifest and key; returns the counts, {} when there is nothing to do."""
+    """Write rows, manifest and key; returns the counts, {} if there is nothing to do."""
     output, key_file = destinations(config)
     with results.output_file(output, key_file, dry_run=config.dry_run) as target:
         rows, settings = check(config)
@@ -28,9 +28,9 @@ def run(config: InjectConfig) -> Counts:
         if not config.dry_run:
             with target.publication() as files:
                 write(files, config, settings, written, key, counts, space)
-    words = "rows would stand in" if config.dry_run else "rows in"
+    words = "rows would go into" if config.dry_run else "rows in"
     print(f"{len(written):>9,}  {words} {output}, {counts['rows_with_canary']:,} of them with a canary")
-    print(f"{counts['placed']:>9,}  canaries placed, {counts['held_out']:,} held out")
+    print(f"{counts['placed']:>9,}  canaries inserted, {counts['held_out']:,} held out")
     if config.audit:
         print(f"{config.audit:>9,}  audit canaries, {counts['audit_included']:,} of them in the file")
     print(f"          key: {key_file}")
@@ -45,7 +45,7 @@ def destinations(config: InjectConfig) -> tuple[Path, Path]:
 
 
 def check(config: InjectConfig) -> tuple[list[Row], dict[str, Any] | None]:
-    """(rows, settings for the manifest; None where the files exist already). UserError with all problems."""
+    """(rows, settings for the manifest, or None if the files exist already). UserError with all problems."""
     problems = cli.Problems()
     output, key = destinations(config)
     cli.check_output_file(output, ".jsonl", problems)
@@ -53,7 +53,7 @@ def check(config: InjectConfig) -> tuple[list[Row], dict[str, Any] | None]:
     if len({os.path.realpath(file) for file in (config.input, output, key)}) < 3:
         problems.add("--input, --output and --key_file must be three files")
     if not (config.share or config.repetitions or config.audit):
-        problems.add("nothing to place: give --share, --repetitions or --audit")
+        problems.add("nothing to insert: give --share, --repetitions or --audit")
     if config.share and config.share > 1:
         problems.add(f"--share {config.share:g}: a share of the rows, at most 1")
     if len(set(config.repetitions)) < len(config.repetitions):
@@ -71,7 +71,7 @@ def check(config: InjectConfig) -> tuple[list[Row], dict[str, Any] | None]:
 
 
 def check_rows(config: InjectConfig, rows: list[Row], problems: cli.Problems) -> None:
-    """Problems of rows that cannot take the canaries asked for."""
+    """Add problems if the rows cannot hold the requested canaries."""
     needed = config.canaries * sum(config.repetitions)
     users = [dataset.user_of(row) for row in rows]
     units = len(rows)
@@ -85,7 +85,7 @@ def check_rows(config: InjectConfig, rows: list[Row], problems: cli.Problems) ->
     if config.audit > units:
         problems.add(f"--audit {config.audit}: {config.input} has only {units} {config.privacy_unit}s")
     elif config.audit + needed > len(rows):
-        problems.add(f"{config.input}: {len(rows)} rows; the canaries asked for need {config.audit + needed}")
+        problems.add(f"{config.input}: {len(rows)} rows; the requested canaries need {config.audit + needed}")
     if config.condition == "title" and any(not row.get("Review Title") for row in rows):
         problems.add(f"--condition title: {config.input} has rows without a Review Title")
     if any(not row["Review"].strip() for row in rows):
@@ -93,7 +93,7 @@ def check_rows(config: InjectConfig, rows: list[Row], problems: cli.Problems) ->
 
 
 def place_all(config: InjectConfig, rows: list[Row]) -> tuple[list[Row], list[KeyLine], Space]:
-    """(rows of the output, lines of the key, the space of their secrets)."""
+    """(output rows, key lines, the space of their secrets)."""
     rng = random.Random(config.seed)
     if config.condition == "title":
         rows = [row | {"condition": "title"} for row in rows]

@@ -1,4 +1,4 @@
-"""The key file of inserted canaries: its format, and reading it with every check."""
+"""The key file of inserted canaries: format, reading and validation."""
 
 from typing import Any, NotRequired, TypedDict, cast
 
@@ -21,11 +21,11 @@ FIELDS = {
     "parts": dict,
     "rows": list,
 }
-NOT_OURS = "is not what canary/inject.py writes; make the key again"
+NOT_OURS = "is not what canary/inject.py writes; create the key again"
 
 
 class Header(TypedDict):
-    """The first line. words: what secrets of text are made of; training: SHA-256 of the file with the canaries."""
+    """The first line. words: vocabulary of text secrets; training: SHA-256 of the file with the canaries."""
 
     schema: int
     secret: str
@@ -37,8 +37,8 @@ class Header(TypedDict):
 
 
 class KeyLine(Canary):
-    """A canary and where it stands. context: the row's text before it, where it stands first or would stand; starts:
-    its first character in the text of each row; rows: indices in the file to train on."""
+    """A canary and its location. context: the text before it in its first row (or in the row it would go into); starts:
+    index of its first character in the text of each row; rows: row indices in the training file."""
 
     id: int
     kind: str
@@ -51,24 +51,24 @@ class KeyLine(Canary):
 
 
 def read_key(path: str) -> tuple[Header, list[KeyLine]]:
-    """(header, canaries) of a key file. UserError when it is not one."""
+    """(header, canaries) of a key file. UserError if it is not one."""
     header, *lines = dataset.read_rows(path)
     check_header(path, header)
     for number, line in enumerate(lines):
         if missing := [field for field in FIELDS if line.get(field) is None]:
-            raise UserError(f"{path}: canary {number}: no {', '.join(missing)}; make the key again")
+            raise UserError(f"{path}: canary {number}: no {', '.join(missing)}; create the key again")
         wrong = [field for field, kind in FIELDS.items() if type(line[field]) is not kind] or impossible(line)
         if wrong:
             raise UserError(f"{path}: canary {number}: its {', '.join(wrong)} {NOT_OURS}")
     if len(lines) != header.get("canaries", len(lines)) or not lines:
-        raise UserError(f"{path}: {len(lines)} of {header.get('canaries', 'its')} canaries; the file was cut")
+        raise UserError(f"{path}: {len(lines)} of {header.get('canaries', 'its')} canaries; the file is truncated")
     return cast(Header, header), cast(list[KeyLine], lines)
 
 
 def check_header(path: str, header: dict[str, Any]) -> None:
-    """UserError unless this is a first line that canary/inject.py writes."""
+    """UserError unless this is a header as written by canary/inject.py."""
     if not set(HEADER_FIELDS) <= set(header):
-        raise UserError(f"{path}: its first line is no header; name the key file that canary/inject.py wrote")
+        raise UserError(f"{path}: its first line is not a header; give the key file that canary/inject.py wrote")
     wrong = [name for name, kind in HEADER_FIELDS.items() if type(header[name]) is not kind]
     wrong += ["training"] if not isinstance(header.get("training"), str | None) else []
     wrong += ["secret"] if not wrong and header["secret"] not in SECRETS else []
@@ -80,7 +80,7 @@ def check_header(path: str, header: dict[str, Any]) -> None:
 
 
 def impossible(line: dict[str, Any]) -> list[str]:
-    """Fields of the right type whose value canary/inject.py never writes."""
+    """Fields with the right type but a value that canary/inject.py never writes."""
     rows, starts = line["rows"], line.get("starts") or []
     starts = (starts or rows) if isinstance(starts, list) else [None]
     faults = {

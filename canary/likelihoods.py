@@ -1,4 +1,4 @@
-"""The model's side: how likely it finds secrets and sentences in the canaries' own contexts."""
+"""Model likelihoods of secrets and sentences in the canaries' own contexts."""
 
 import math
 import random
@@ -12,13 +12,13 @@ from canary.task import ModelArm, Task
 from common import models
 from common.distributed import World, progress_bar
 
-Bits = dict[int, dict[str, float]]  # index of a canary → nll, exposure, and bits and ks_p where it was extrapolated
+Bits = dict[int, dict[str, float]]  # canary index → nll, exposure, and bits and ks_p if extrapolated
 
 
 def tokens_from(tokenizer: Any, context: str, text: str, most: int) -> tuple[list[int], list[int]]:
-    """(tokens before, tokens of `text`): `text` begins with the first token that has one of its characters.
+    """(tokens before, tokens of `text`): `text` starts at the first token that covers one of its characters.
 
-    At most `most` tokens in all, by cutting off the start of the context, and none that the tokenizer adds at the end.
+    At most `most` tokens in total (the context is truncated on the left), without any that the tokenizer appends.
     """
     encoded = tokenizer(context + text, return_offsets_mapping=True, verbose=False)
     first = next(number for number, (_, end) in enumerate(encoded["offset_mapping"]) if end > len(context))
@@ -28,7 +28,7 @@ def tokens_from(tokenizer: Any, context: str, text: str, most: int) -> tuple[lis
 
 
 def secret_nlls(model: Any, tokenizer: Any, context: str, secrets: list[str]) -> list[float]:
-    """Total NLL in nats of each secret's tokens after the same context, which the model reads once."""
+    """Total NLL in nats of each secret's tokens after the same context, which is encoded once."""
     import torch
 
     from common import sampling
@@ -72,7 +72,7 @@ def sentence_logps(model: Any, tokenizer: Any, canaries: Sequence[KeyLine], worl
 
 
 def exposures(model: Any, tokenizer: Any, task: Task, references: int, seed: int, world: World) -> Bits:
-    """NLL and exposure of all canaries but those of the audit, on every rank."""
+    """NLL and exposure of all canaries except the audit's, on every rank."""
     chosen = [index for index, canary in enumerate(task.canaries) if canary["kind"] != "audit"]
     space = task.space
     sampled = references < space.size - 1
@@ -99,7 +99,7 @@ def exposures(model: Any, tokenizer: Any, task: Task, references: int, seed: int
 def measure_model(
     config: MeasureConfig, task: Task, arm: ModelArm, dtype: Any, world: World
 ) -> tuple[Bits, list[float], str]:
-    """(exposures, signal of each audit canary, name of the signal)."""
+    """(exposures, signal of each audit canary, the signal's name)."""
     audited = task.audited
     before: list[float] | None = None
     base = models.load_base(arm.ref, dtype, world.device, config.device_map)

@@ -11,8 +11,8 @@ from canary.task import ModelArm, Task, TextArm
 from common import stats
 
 LEVELS = {"95": 0.05, "99.9": 0.001}
-SIGNALS = ("2-gram", "similarity")  # of the text alone
-HEADLINE = "2-gram"  # the one whose bound is reported: the larger of two 95 % bounds would be no 95 % bound
+SIGNALS = ("2-gram", "similarity")  # from the text alone
+HEADLINE = "2-gram"  # the signal whose bound is reported: the larger of two 95 % bounds would not be a 95 % bound
 CONSTANT = "the signal is the same for all canaries"
 NEVER = "never trained on"
 
@@ -28,8 +28,8 @@ def grouped(canaries: Sequence[KeyLine]) -> dict[tuple[str, int], list[int]]:
 
 
 def count_lines(task: Task) -> list[Line]:
-    """How many generated rows contain a part of a canary: one line per arm, group and part."""
-    hits: dict[tuple[str, tuple[str, int], str], dict[str, Any]] = {}  # bool [canaries of the group, texts] of each how
+    """Number of generated rows that contain part of a canary: one line per arm, group and part."""
+    hits: dict[tuple[str, tuple[str, int], str], dict[str, Any]] = {}  # how → bool [canaries of the group, texts]
     for arm, generated in task.texts.items():
         matches = metrics.find(task.canaries, generated.texts)
         for group, members in grouped(task.canaries).items():
@@ -57,7 +57,7 @@ def count_lines(task: Task) -> list[Line]:
 
 
 def exposure_lines(task: Task, arm: str, bits: Bits, references: int) -> list[Line]:
-    """Exposure in one arm's model: one line per group of canaries."""
+    """Exposure under one arm's model: one line per group of canaries."""
     groups = {group: members for group, members in grouped(task.canaries).items() if group[0] != "audit"}
     seen, space = task.models[arm].seen, task.space
     held_out = [bits[index]["exposure"] for index in groups.get(("held_out", 0), [])]
@@ -66,7 +66,7 @@ def exposure_lines(task: Task, arm: str, bits: Bits, references: int) -> list[Li
     for (kind, repetitions), members in groups.items():
         copies = [seen.copies(task.canaries[index]) for index in members] if seen and kind != "held_out" else None
         requested = len(members)
-        if copies:  # a canary that training never saw has no exposure to measure
+        if copies:  # a canary never trained on has no exposure to measure
             members = [index for index, count in zip(members, copies) if count]
         values = [bits[index]["exposure"] for index in members]
         fits = [bits[index] for index in members if "ks_p" in bits[index]]
@@ -108,13 +108,12 @@ def audit_line(
     arm: str,
     signal: str,
 ) -> Line:
-    """The lower bounds of one arm beside its accountant's ε. unit: what the audit adds or leaves out.
+    """The lower bounds of one arm next to its accountant's ε. unit: what the audit adds or removes.
 
-    δ is 0 without an accountant: only pure ε is refuted then.
-    Bounds and AUC are null where they are undefined: fewer than five canaries, the same signal for all, or no canary
-    that training saw. A canary that --max_length cuts is left out because of its text alone, inserted or not, so the
-    coins of the others stay fair; one that was inserted and not trained on for another reason stays, which can only
-    lower the bound.
+    Without an accountant δ is 0: only pure ε is refuted then. Bounds and AUC are null if undefined: fewer than five
+    canaries, a constant signal, or no canary was trained on. Canaries truncated by --max_length are dropped because of
+    their text alone, inserted or not, so the coin flips of the others stay fair; a canary that was inserted but not
+    trained on for another reason is kept, which can only lower the bound.
     """
     seen, spent = source.seen, source.privacy or {}
     requested, placed = len(audited), sum(canary["included"] for canary in audited)
@@ -166,7 +165,7 @@ def is_constant(scores: Sequence[float]) -> bool:
 
 
 def auc(scores: Sequence[float], included: Sequence[bool]) -> Line:
-    """How well the scores tell the included canaries from the others; None without scores of either kind."""
+    """AUC of the scores for included canaries against the others; None unless there are both."""
     members = [score for score, inside in zip(scores, included) if inside]
     others = [score for score, inside in zip(scores, included) if not inside]
     if not members or not others:
@@ -181,7 +180,7 @@ def auc(scores: Sequence[float], included: Sequence[bool]) -> Line:
 
 
 def text_signals(canaries: Sequence[KeyLine], texts: list[str]) -> dict[str, list[float]]:
-    """{signal: value of every canary} from the generated rows alone."""
+    """{signal: values of all canaries} from the generated rows alone."""
     sentences = [canary["sentence"] for canary in canaries]
     values = metrics.bigram_scores(sentences, texts), metrics.similarity_scores(sentences, texts)
     return {signal: scores.tolist() for signal, scores in zip(SIGNALS, values)}

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What leaked of the canaries that inject.py inserted: into generated rows, into the model, and against its ε.
+"""Leakage of the canaries that inject.py inserted: in generated rows, in the model, and compared with its ε.
 
 python canary/measure.py --canaries train_canaries_key.jsonl --output_dir canary-out \\
     --models no_dp=run/checkpoint-276 with_dp=run-dp/checkpoint-276 \\
@@ -10,18 +10,19 @@ torchrun --nproc_per_node=4 canary/measure.py --canaries key.jsonl --models dp=r
 Every line of results_canary.jsonl has a `measure`:
 count        generated rows that contain a name, street, phone or whole canary, verbatim and normalised, by number of
              repetitions, with 95 % Clopper–Pearson intervals and Fisher's p against the other arms.
-exposure     in bits: the total NLL of the secret's tokens in the canary's own context against that of other secrets in
-             the same context; by number of repetitions, held-out canaries too. By chance: mean 1.44, median 1 bit.
-audit        lower bound of ε from one run (Steinke et al. 2023) on the audit canaries. Signal: how much training raised
-             the log-probability of the canary's sentence in its row. Beside it the accountant's ε (privacy.json) and
-             the bound if every guess had been right (`power`).
+exposure     in bits: the total NLL of the secret's tokens in the canary's own context, ranked against other secrets in
+             the same context; by number of repetitions, including held-out canaries. Chance: mean 1.44, median 1 bit.
+audit        lower bound on ε from one run (Steinke et al. 2023) on the audit canaries. Signal: how much training raised
+             the log-probability of the canary's sentence in its row. Reported with the accountant's ε (privacy.json)
+             and the bound if every guess were correct (`power`).
 audit_text   the same bound without the model: the signal is a 2-gram model of the generated rows, or similarity to
-             them. `headline` marks the signal to report, fixed in advance so that nobody takes the larger of the two.
-text_auc     how well that signal tells inserted from held-out canaries, by number of repetitions.
-A signal that is the same for all audit canaries gives no bound: null, and `undefined` says why. Nor do canaries that
-training never saw: run_peft.py's trained_rows.jsonl tells which rows it used and what it cut off or masked. Canaries
-that --max_length would cut are left out of the audit whether inserted or not, so the coins of the others stay fair.
-A lower bound above the accountant's ε is flagged at 95 %; at 99.9 % the exit status is 1: that ε is wrong.
+             them. `headline` marks the signal to report, fixed in advance so that nobody picks the larger of the two.
+text_auc     how well that signal separates inserted from held-out canaries, by number of repetitions.
+A signal that is the same for all audit canaries gives no bound: null, and `undefined` says why. The same holds for
+canaries that were never trained on: run_peft.py's trained_rows.jsonl records which rows were used and what was
+truncated or masked. Canaries that --max_length would truncate are excluded from the audit whether inserted or not, so
+the coin flips of the others stay fair. A lower bound above the accountant's ε is flagged at 95 %; at 99.9 % the exit
+status is 1: that ε is wrong.
 
 results_canary_rows.jsonl has one line per canary and arm (no text), run_canary.json describes the run.
 """
@@ -34,7 +35,7 @@ from common import cli
 
 def make_parser() -> cli.Parser:
     parser = cli.Parser(
-        "Leakage and exposure of canaries, and lower bounds of ε.",
+        "Leakage and exposure of canaries, and lower bounds on ε.",
         "python canary/measure.py --canaries key.jsonl --models dp=run/checkpoint-276 --synthetic dp=dp.jsonl",
         MeasureConfig,
     )
@@ -43,8 +44,8 @@ def make_parser() -> cli.Parser:
     add("--models", nargs="+", action="extend", metavar="ARM=MODEL", help="adapter or model of each arm")
     add("--synthetic", nargs="+", action="extend", metavar="ARM=FILE", help="generated rows of each arm")
     add("--ref_model", help="the model before training (default: the base of an adapter)")
-    add("--references", type=cli.positive_int, help="other secrets; all of them when there are no more")
-    add("--output_dir", help="where the results are written")
+    add("--references", type=cli.positive_int, help="number of other secrets to rank against (at most all of them)")
+    add("--output_dir", help="directory for the results")
     add("--overwrite", action="store_true", help="replace existing results")
     cli.add_model_flags(parser)
     return parser

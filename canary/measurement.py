@@ -17,14 +17,14 @@ from common.distributed import World
 
 
 class Outcome(TypedDict):
-    """All result lines, and those whose lower bound exceeds the accountant's ε at 99.9 %."""
+    """All result lines, and the ones whose lower bound exceeds the accountant's ε at 99.9 %."""
 
     lines: list[Line]
     violations: list[Line]
 
 
 def run(config: MeasureConfig) -> Outcome:
-    """Measure, and write the results; those that exist already are read."""
+    """Measure and write the results, or read them if they already exist."""
     with results.output_folder(config.output_dir, config.dry_run, "canary") as target:
         task = prepare(config)
         if task.finished:
@@ -45,9 +45,7 @@ def measure(config: MeasureConfig, task: Task, target: results.Output) -> Outcom
     folder = Path(config.output_dir)
     for name, arm in task.models.items():
         if arm.seen is None and world.main:
-            print(
-                f"{name}: no trained_rows.jsonl beside it: which canaries it was trained on is unknown", file=sys.stderr
-            )
+            print(f"{name}: has no trained_rows.jsonl: unknown which canaries it was trained on", file=sys.stderr)
     lines: list[Line] = []
     rows: list[Line] = []
     with results.Run(folder / RECORD, config, task.inputs, world, target, weights=task.weights) as record:
@@ -95,7 +93,7 @@ def of_model(config: MeasureConfig, task: Task, name: str, dtype: Any, world: Wo
 def canary_rows(
     arm: str, source: str, canaries: Sequence[KeyLine], values: list[Line], seen: Seen | None = None
 ) -> list[Line]:
-    """One line per canary, without its text; of a model also how often training saw it."""
+    """One line per canary, without its text; for a model also how many copies were trained on."""
     rows: list[Line] = []
     for canary, measured in zip(canaries, values, strict=True):
         row: Line = {"arm": arm, "source": source, "id": canary["id"], "kind": canary["kind"]}

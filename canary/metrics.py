@@ -1,4 +1,4 @@
-"""Measures of canaries: counts in generated text, exposure, signals from text alone, a bound from TPR and FPR."""
+"""Canary metrics: counts in generated text, exposure, signals from text alone, a bound from TPR and FPR."""
 
 import math
 import re
@@ -17,12 +17,12 @@ from common.stats import clopper_pearson
 
 PARTS = ("name", "street", "phone", "whole")
 NEAREST = 25  # generated texts whose similarity to a canary is averaged
-GUESSED = 0.1  # share of the canaries, those with the highest scores, that the heuristic bound says were in
-CHANCE = {"mean": 1.44, "median": 1.0}  # bits of exposure of a secret never seen: 1/ln 2 and log2 2
+GUESSED = 0.1  # share of the canaries, by highest score, that the heuristic bound guesses "in"
+CHANCE = {"mean": 1.44, "median": 1.0}  # exposure in bits of a secret never seen: 1/ln 2 and log2 2
 
 
 class Heuristic(TypedDict):
-    """A bound of ε from TPR and FPR, and the counts behind it."""
+    """A bound on ε from TPR and FPR, and the counts behind it."""
 
     epsilon: float
     true_positives: int
@@ -30,11 +30,8 @@ class Heuristic(TypedDict):
     guesses: int
 
 
-# ---------------------------------------------------------------- generated text
-
-
 def plain_words(text: str) -> str:
-    """The text without case, punctuation and extra spaces: ' my name is … '; the spaces make whole words match."""
+    """The text without case, punctuation and extra spaces: ' my name is … '; the outer spaces force whole words."""
     words = re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).casefold())
     return f" {' '.join(words)} "
 
@@ -45,15 +42,15 @@ def joined_digits(text: str) -> str:
 
 
 def pieces(canary: Canary) -> dict[str, str]:
-    """{part: text} of a canary: name, street and phone where it has them, and the sentence without its full stop."""
+    """{part: text} of a canary: name, street and phone if it has them, and the sentence without its full stop."""
     return {**canary["parts"], "whole": canary["sentence"].rstrip(".")}
 
 
 def find(canaries: Sequence[Canary], texts: Sequence[str]) -> dict[str, NDArray[np.bool_]]:
-    """{'exact' | 'normalised': bool [parts, canaries, texts]}: does a text contain a part of a canary?
+    """{'exact' | 'normalised': bool [parts, canaries, texts]}: whether a text contains a part of a canary.
 
-    normalised ignores case, spacing and punctuation (in a phone number all but its digits); an exact match counts as
-    normalised too.
+    normalised ignores case, spacing and punctuation (for phone numbers, everything but the digits); exact matches also
+    count as normalised.
     """
     shape = (len(PARTS), len(canaries), len(texts))
     exact, normalised = np.zeros(shape, bool), np.zeros(shape, bool)
@@ -72,7 +69,7 @@ def find(canaries: Sequence[Canary], texts: Sequence[str]) -> dict[str, NDArray[
 
 
 def fisher(hits: int, n: int, other_hits: int, other_n: int) -> float:
-    """Two-sided p of Fisher's exact test of two rates. It compares two trained models, not their arms in general."""
+    """Two-sided Fisher's exact test of two rates. It compares two trained models, not their arms in general."""
     from scipy.stats import fisher_exact
 
     return float(fisher_exact([[hits, n - hits], [other_hits, other_n - other_hits]]).pvalue)
@@ -94,7 +91,7 @@ def bigram_scores(canaries: Sequence[str], corpus: Sequence[str]) -> NDArray[np.
 
 
 def similarity_scores(canaries: Sequence[str], corpus: Sequence[str]) -> NDArray[np.float64]:
-    """[canaries] mean Jaccard similarity of a text's words to its NEAREST most similar texts of the corpus.
+    """[canaries] mean Jaccard similarity (of words) of a text to its NEAREST most similar texts in the corpus.
 
     Higher = more likely a member (Meeus et al. 2025: similarity signal).
     """
@@ -115,13 +112,10 @@ def similarity_scores(canaries: Sequence[str], corpus: Sequence[str]) -> NDArray
     return np.asarray(np.partition(jaccard, -k, axis=1)[:, -k:].mean(1))
 
 
-# ---------------------------------------------------------------- exposure
-
-
 def exposure(nll: float, references: Sequence[float]) -> float:
     """log2(n + 1) − log2(1 + references with NLL ≤ the canary's) in bits (Carlini et al. 2019), n references.
 
-    With all other secrets as references this is log2 |R| − log2 rank; else it is at most log2(n + 1). Ties count
+    With all other secrets as references this is log2 |R| − log2 rank; otherwise it is at most log2(n + 1). Ties count
     against the canary.
     """
     return math.log2(len(references) + 1) - math.log2(1 + int((np.asarray(references) <= nll).sum()))
@@ -131,7 +125,7 @@ def extrapolated_exposure(nll: float, references: Sequence[float], space: int) -
     """{bits, ks_p}: −log2 P(NLL ≤ the canary's) under a skew-normal fitted to the references, at most log2 |R|.
 
     An extrapolation (Carlini et al. 2019, section 4.4). ks_p: Kolmogorov–Smirnov p-value of the fit on its own data,
-    hence too large; where it is small, bits mean nothing.
+    hence too large; if it is small, bits is meaningless.
     """
     from scipy import stats
 
@@ -149,7 +143,7 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def p_above(values: Sequence[float], others: Sequence[float]) -> float | None:
-    """One-sided Mann–Whitney p that `values` are not larger than `others`; None when one of them is empty."""
+    """One-sided Mann–Whitney p-value for `values` being larger than `others`; None if either is empty."""
     from scipy.stats import mannwhitneyu
 
     if not len(values) or not len(others):
@@ -157,14 +151,11 @@ def p_above(values: Sequence[float], others: Sequence[float]) -> float | None:
     return float(mannwhitneyu(values, others, alternative="greater").pvalue)
 
 
-# ---------------------------------------------------------------- bounds
-
-
 def heuristic_bound(scores: Sequence[float], included: Sequence[bool], delta: float) -> Heuristic | None:
-    """ln((TPR − δ) / FPR) with the pessimistic Clopper–Pearson ends; the top GUESSED of the scores are guessed "in".
+    """ln((TPR − δ) / FPR) with the pessimistic Clopper–Pearson limits; the top GUESSED scores are guessed "in".
 
-    Heuristic: the intervals take the canaries for independent, which those of one training run are not. Equal scores
-    are ranked at random. None unless there are canaries of both kinds.
+    Heuristic: the intervals assume independent canaries, which those of one training run are not. Ties are broken at
+    random. None unless there are both included and excluded canaries.
     """
     coins = np.asarray(included, dtype=bool)
     if coins.all() or not coins.any():

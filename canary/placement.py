@@ -1,4 +1,4 @@
-"""Which rows get which canary, and what the key says about it."""
+"""Assigning canaries to rows, and the corresponding key lines."""
 
 import random
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 
 def place(rows: list[Row], config: InjectConfig, space: Space, rng: random.Random) -> tuple[list[Row], list[KeyLine]]:
-    """(rows of the output, lines of the key)."""
+    """(output rows, key lines)."""
     units = shuffled_units(rows, config.privacy_unit, rng)
     audited, free = units[: config.audit], [index for unit in units[config.audit :] for index in unit]
     rng.shuffle(free)
@@ -27,7 +27,7 @@ def place(rows: list[Row], config: InjectConfig, space: Space, rng: random.Rando
     if config.share:
         repeated.append(("share", max(1, round(config.share * len(kept)))))
     if sum(repetitions for _, repetitions in repeated) > len(free):
-        raise UserError(f"--input: {len(free)} rows are left beside --audit's; the other canaries need more")
+        raise UserError(f"--input: {len(free)} rows are left besides --audit's; the other canaries need more")
     total = 2 * len(repeated) + config.audit
     unused = iter(canaries.make(total, space, [row["Review"] for row in rows], rng))
     with_canary: dict[int, Row] = {}
@@ -41,7 +41,7 @@ def place(rows: list[Row], config: InjectConfig, space: Space, rng: random.Rando
     def add_to_key(
         canary: Canary, kind: str, repetitions: int, contexts: list[str], hosts: Sequence[int], user_id: Any
     ) -> None:
-        """hosts: the rows of the input that it is inserted into, none where it is left out; contexts: of each."""
+        """hosts: the input rows that it is inserted into (none if it is held out); contexts: one per host."""
         key.append(
             {
                 "id": len(key),
@@ -75,7 +75,7 @@ def place(rows: list[Row], config: InjectConfig, space: Space, rng: random.Rando
 
 
 def shuffled_units(rows: list[Row], privacy_unit: str, rng: random.Random) -> list[list[int]]:
-    """The row indices of each privacy unit, the units in random order."""
+    """The row indices of each privacy unit, in random order of the units."""
     units: dict[str | int | None, list[int]] = {}
     for index, row in enumerate(rows):
         units.setdefault(dataset.user_of(row) if privacy_unit == "user" else index, []).append(index)

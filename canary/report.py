@@ -1,4 +1,4 @@
-"""The results as they are printed."""
+"""Printing the results."""
 
 from collections.abc import Sequence
 
@@ -38,7 +38,7 @@ def exposure_row(line: Line) -> str:
 
 
 def audit_rows(line: Line) -> list[str]:
-    """The lower bound beside the accountant's ε, and a row for each level at which it is larger."""
+    """The lower bound next to the accountant's ε, and one row per level at which it is larger."""
     upper = "none" if line["upper"] is None else f"{line['upper']:.3f}"
     upper = "unknown" if line["upper_unknown"] else upper
     signal = line["signal"] + (", headline" if line.get("headline") else "")

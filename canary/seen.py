@@ -1,4 +1,4 @@
-"""What of each canary a model was really trained on, and which file the generator of a text was trained on."""
+"""Which canaries a model was actually trained on, and which file the generator of a text was trained on."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from common import models, trained
 
 
 class Seen:
-    """The rows that a model was trained on, as its trained_rows.jsonl has them."""
+    """The rows that a model was trained on, from its trained_rows.jsonl."""
 
     def __init__(self, rows: trained.TrainedRows, tokenizer: Any):
         self.max_length, self.tokenizer = rows.max_length, tokenizer
@@ -16,7 +16,7 @@ class Seen:
 
     @classmethod
     def of(cls, checkpoint: str, tokenizer: Any) -> "Seen | None":
-        """None where nothing tells: a model of another tool, a merged one, an older run."""
+        """None if unknown: a model from another tool, a merged model, an older run."""
         if not Path(checkpoint).is_dir() or (rows := trained.read(checkpoint)) is None:
             return None
         if tokenizer is None and (Path(checkpoint) / "tokenizer_config.json").is_file():
@@ -24,7 +24,7 @@ class Seen:
         return cls(rows, tokenizer)
 
     def copies(self, canary: KeyLine) -> int:
-        """In how many rows the loss was taken on every character of the canary's secret."""
+        """Number of rows in which the loss was taken on every character of the canary's secret."""
         secret = canary["secret"]
         offset = canary["sentence"].index(secret, len(canary["before"]) if canary["before"] else 0)
         starts = canary.get("starts") or [len(canary["context"])] * len(canary["rows"])
@@ -35,7 +35,7 @@ class Seen:
         )
 
     def fits(self, canary: KeyLine) -> bool:
-        """Whether --max_length leaves the canary whole in its row: a matter of its text, inserted or not."""
+        """Whether --max_length leaves the canary whole in its row; depends only on the text, inserted or not."""
         if self.tokenizer is None:
             return True
         ids = models.encode_texts(self.tokenizer, [canary["context"] + canary["sentence"]])[0]
@@ -43,15 +43,15 @@ class Seen:
 
 
 def text_trained_on(manifest: dict[str, Any], sha256: str) -> bool | None:
-    """Was the generator of a text trained on the file with this SHA-256? None where nothing tells.
+    """Whether the generator of a text was trained on the file with this SHA-256; None if unknown.
 
-    The run.json of its checkpoint tells; where that is gone, the second source: --training of
-    data/synthetic/generate.py.
+    Known from the run.json of its checkpoint; if that is gone, from the manifest's second source (--training of
+    data/synthetic/generate.py).
     """
     model = (manifest.get("generator") or {}).get("model")
     known = trained.trained_on(model, sha256) if model else None
     sources: list[dict[str, Any]] = manifest.get("source") or []
     training = sources[1] if len(sources) > 1 else {}
-    if known is None and training.get("sha256") and not training.get("salted"):  # the salt went with the model's run
+    if known is None and training.get("sha256") and not training.get("salted"):  # the salt is lost with the model's run
         return bool(training["sha256"] == sha256)
     return known

@@ -1,4 +1,4 @@
-"""What is to be scored: canaries, models and texts of each arm, all known and checked before a model is loaded."""
+"""What to score: canaries, models and texts of each arm, all checked before a model is loaded."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,12 @@ from common import cli, dataset, distributed, models, results, reviews, trained
 from common.models import ModelRef
 
 RESULTS, ROWS, RECORD = "results_canary.jsonl", "results_canary_rows.jsonl", "run_canary.json"
-Privacy = dict[str, Any]  # what training spent, as privacy.json has it
+Privacy = dict[str, Any]  # the privacy budget spent in training, as in privacy.json
 
 
 @dataclass(frozen=True)
 class ModelArm:
-    """A model to be measured. seen: None where nothing tells."""
+    """A model to measure. seen: None if unknown."""
 
     ref: ModelRef
     tokenizer: Any
@@ -54,7 +54,7 @@ class Task:
 
     @property
     def audited(self) -> list[KeyLine]:
-        """The canaries of the audit."""
+        """The audit canaries."""
         return [canary for canary in self.canaries if canary["kind"] == "audit"]
 
 
@@ -109,7 +109,7 @@ def prepare(config: MeasureConfig) -> Task:
 
 
 def split_models(config: MeasureConfig, problems: cli.Problems) -> dict[str, str]:
-    """{arm: model} of --models; its problems name that flag."""
+    """{arm: model} from --models; problems name that flag."""
     own = cli.Problems()
     names = reviews.split_arms(config.models or (), (), own)
     for line in own.lines:
@@ -126,9 +126,9 @@ def read_texts(
     header: Header | None,
     problems: cli.Problems,
 ) -> TextArm:
-    """An arm's generated rows, with what its manifest tells of the generator.
+    """An arm's generated rows, with what their manifest says about the generator.
 
-    privacy: of the arm's model, for a file whose manifest tells nothing of it.
+    privacy: of the arm's model, used if the manifest has none.
     """
     manifest = (dataset.read_manifest(file) or {}) if rows else {}
     spent: Privacy | None = manifest.get("privacy") or privacy
@@ -138,29 +138,29 @@ def read_texts(
     if model := (manifest.get("generator") or {}).get("model"):
         seen = None if problems.lines else problems.absorb(Seen.of, model, None)
     if header and problems.absorb(text_trained_on, manifest, header.get("training") or "") is False:
-        problems.add(f"--synthetic {flag}: its generator was trained on another file than {config.canaries} belongs to")
+        problems.add(f"--synthetic {flag}: its generator was not trained on the file that {config.canaries} belongs to")
     return TextArm([row[reviews.GENERATED] for row in rows], spent, seen)
 
 
 def seen_by(
     config: MeasureConfig, arm: str, ref: ModelRef, tokenizer: Any, header: Header, problems: cli.Problems
 ) -> Seen | None:
-    """What an arm's model was trained on; a problem where that was another file than the key's."""
+    """The rows an arm's model was trained on; adds a problem if they are from a different file than the key's."""
     checkpoint = ref.adapter or ref.base
     seen: Seen | None = None if problems.lines else problems.absorb(Seen.of, checkpoint, tokenizer)
     if problems.absorb(trained.trained_on, checkpoint, header.get("training") or "") is False:
-        problems.add(f"--models {arm}={ref.name}: was trained on another file than {config.canaries} belongs to")
+        problems.add(f"--models {arm}={ref.name}: was not trained on the file that {config.canaries} belongs to")
     return seen
 
 
 def check_unit(
     config: MeasureConfig, header: Header, privacy: dict[str, Privacy | None], problems: cli.Problems
 ) -> None:
-    """Problems of arms whose ε is about another unit than the one that the audit adds or leaves out."""
+    """Add a problem for each arm whose ε has a different privacy unit than the audit."""
     for arm, spent in privacy.items():
         unit = (spent or {}).get("unit")
         if unit and unit != header["privacy_unit"]:
             problems.add(
-                f"--canaries {config.canaries}: its audit adds or leaves out a {header['privacy_unit']}, the privacy "
+                f"--canaries {config.canaries}: its audit adds or removes a {header['privacy_unit']}, but the privacy "
                 f"unit of {arm} is the {unit}; inject with --privacy_unit {unit}"
             )

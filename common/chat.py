@@ -1,7 +1,7 @@
-"""Chat rows: messages as OpenAI, TRL and ShareGPT write them, and their text by the tokenizer's chat template.
+"""Chat rows: messages in OpenAI, TRL or ShareGPT format, rendered with the tokenizer's chat template.
 
-A message is {"role": …, "content": …}. What a row becomes is what `tokenizer.apply_chat_template` makes of it: the
-template writes every special token, so such a text is tokenised without adding any.
+A message is {"role": …, "content": …}. Rows are rendered with `tokenizer.apply_chat_template`; the template writes all
+special tokens, so the text is tokenised without adding any.
 """
 
 import re
@@ -37,16 +37,16 @@ CHATML = (
     "{% endgeneration %}{% else %}{{ message['content'] + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a template that marks the assistant's tokens itself
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # templates that mark the assistant's tokens themselves
 MAX_TEMPLATE = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """The text of a row as trained.
+    """The text of a row, as used in training.
 
-    completions: [from, to) characters of what the model is to write, None where the row does not tell; whole: the
-    template wrote all special tokens, so neither a start nor an end token is added.
+    completions: [from, to) character spans that the model should generate, None if the row does not say; whole: the
+    template wrote all special tokens, so neither BOS nor EOS is added.
     """
 
     text: str
@@ -54,39 +54,39 @@ class Rendered:
     whole: bool = False
 
 
-def token_span(places: list[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
-    """[from, to) of the tokens that spell a character of text[start:end], given every token's characters."""
-    first = next((number for number, (_, stop) in enumerate(places) if stop > start), len(places))
-    last = next((number for number, (begin, _) in enumerate(places[first:], first) if begin >= end), len(places))
+def token_span(offsets: list[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
+    """[from, to) of the tokens that overlap text[start:end], given each token's character offsets."""
+    first = next((number for number, (_, stop) in enumerate(offsets) if stop > start), len(offsets))
+    last = next((number for number, (begin, _) in enumerate(offsets[first:], first) if begin >= end), len(offsets))
     return first, last
 
 
 def is_chat(row: dict[str, Any]) -> bool:
-    """Whether a row holds messages: `messages`, ShareGPT's `conversations`, or prompt and completion of messages."""
+    """Whether a row holds messages: `messages`, ShareGPT's `conversations`, or `prompt` and `completion` as lists."""
     return any(isinstance(row.get(key), list) for key in ("messages", "conversations", "completion"))
 
 
 def problems_of(row: dict[str, Any]) -> Iterator[str]:
-    """Why the messages of a row cannot be used, without their text."""
+    """Why a row's messages cannot be used, without quoting them."""
     try:
         prompt, completion = _parts(row)
     except ValueError as error:
         yield str(error)
         return
     if not prompt + completion:
-        yield "has no message"
+        yield "has no messages"
     elif not any(message["role"] == "assistant" for message in prompt + completion):
-        yield "no message is the assistant's"
+        yield "has no assistant message"
 
 
 def messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The messages of a row, ShareGPT's renamed; ValueError says why there are none."""
+    """A row's messages, ShareGPT keys converted; ValueError says why there are none."""
     prompt, completion = _parts(row)
     return prompt + completion
 
 
 def _parts(row: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(messages of `prompt`, messages of `completion`); all of a conversation are in the first."""
+    """(messages of `prompt`, messages of `completion`); a whole conversation goes into the first."""
     for key in ("messages", "conversations"):
         if row.get(key) is not None:
             return _messages(row[key], key), []
@@ -94,14 +94,14 @@ def _parts(row: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, An
 
 
 def _messages(value: object, key: str) -> list[dict[str, Any]]:
-    """The messages of a field of a row; ValueError says what is wrong with them."""
+    """The messages in one field of a row; ValueError says what is wrong with them."""
     if not isinstance(value, list):
         raise ValueError(f"field '{key}' must be a list of messages, not {type(value).__name__}")
     messages = []
     for number, item in enumerate(value):
         if not isinstance(item, dict):
             raise ValueError(f"{key}[{number}] is a {type(item).__name__}, not a message")
-        message = {name: inner for name, inner in item.items() if inner is not None}  # columns of Arrow have all keys
+        message = {name: inner for name, inner in item.items() if inner is not None}  # Arrow fills in missing keys
         role, content = message.pop("role", None), message.pop("content", None)
         if role is None and isinstance(message.get("from"), str):
             role, content = ROLES.get(message.pop("from").lower()), message.pop("value", None)
@@ -118,18 +118,18 @@ def _messages(value: object, key: str) -> list[dict[str, Any]]:
 
 
 def _join(parts: list[Any], where: str) -> str:
-    """The text of a message in parts; ValueError for a part that is an image, a sound or the like."""
+    """The text of a multi-part message; ValueError for a part that is not text (image, audio, …)."""
     texts = []
     for part in parts:
         if not isinstance(part, dict) or not isinstance(part.get("text"), str):
-            raise ValueError(f"{where} has a part that is no text; only text is trained and audited here")
+            raise ValueError(f"{where} has a part that is not text; only text is supported")
         texts.append(part["text"])
     return "".join(texts)
 
 
 def read_template(given: str | None, tokenizer: "PreTrainedTokenizerBase | None", model: str) -> str:
-    """The chat template to use: `given` ('chatml' or a file), else the tokenizer's own. UserError where there is none,
-    and for one that Jinja cannot compile."""
+    """The chat template to use: `given` ('chatml' or a file), else the tokenizer's own. UserError if there is none or
+    Jinja cannot compile it."""
     if given == "chatml":
         return CHATML
     if given is not None:
@@ -145,8 +145,8 @@ def read_template(given: str | None, tokenizer: "PreTrainedTokenizerBase | None"
         own = own.get("default") if isinstance(own, dict) else own
         if not own:
             raise UserError(
-                f"{model}: its tokenizer has no chat template, which rows of messages need; pass --chat_template FILE "
-                "(that of its training) or --chat_template chatml"
+                f"{model}: its tokenizer has no chat template, which chat rows need; pass --chat_template FILE "
+                "(the one used in training) or --chat_template chatml"
             )
         template = str(own)
     from jinja2 import TemplateError
@@ -161,11 +161,11 @@ def read_template(given: str | None, tokenizer: "PreTrainedTokenizerBase | None"
 
 
 class Renderer:
-    """Makes the text of chat rows with one tokenizer and template (as `apply_chat_template` does).
+    """Renders chat rows with one tokenizer and template (as `apply_chat_template` does).
 
-    The template is asked to mark the assistant's turns ({% generation %}, Transformers); for one that does not, every
-    conversation up to a turn must begin the conversation up to the next, and what a turn adds behind the generation
-    prompt is the assistant's.
+    Assistant turns are located by the template's {% generation %} marks. For a template without marks, the rendering of
+    each conversation prefix must be a prefix of the next one's; what a turn adds after the generation prompt is the
+    assistant's.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: str) -> None:
@@ -174,11 +174,11 @@ class Renderer:
 
     @property
     def dated(self) -> bool:
-        """Whether the template writes the day's date, so that a text is another one on another day."""
+        """Whether the template writes the current date, so that the text differs from day to day."""
         return "strftime_now" in self.template
 
     def text(self, messages: list[dict[str, Any]], tools: Any = None, add_generation_prompt: bool = False) -> str:
-        """The conversation as text. ValueError with the template's own words where it refuses."""
+        """The conversation as text. ValueError with the template's own message if it rejects the conversation."""
         from jinja2 import TemplateError
 
         try:
@@ -191,11 +191,11 @@ class Renderer:
             )
         except (TemplateError, TypeError, KeyError) as error:
             words = " ".join(str(error).split())[:200] or type(error).__name__
-            raise ValueError(f"the chat template refuses its messages ({words})") from None
+            raise ValueError(f"the chat template rejects its messages ({words})") from None
         return str(text)
 
     def render(self, row: dict[str, Any]) -> Rendered:
-        """The text of a chat row and where the assistant speaks; ValueError says why it has none."""
+        """The text of a chat row and the assistant's spans; ValueError says why it cannot be rendered."""
         prompt, completion = _parts(row)
         messages, tools = prompt + completion, row.get("tools") or None
         text = self.text(messages, tools)
@@ -210,22 +210,22 @@ class Renderer:
     def _turn(
         self, before: list[dict[str, Any]], after: list[dict[str, Any]], tools: Any, text: str
     ) -> tuple[int, int]:
-        """[from, to) of what the messages of `after` add to those of `before` and the generation prompt."""
+        """[from, to) of what `after` adds to `before` plus the generation prompt."""
         start = self.text(before, tools, add_generation_prompt=True) if before else ""
         end = self.text(after, tools)
         if not (text.startswith(end) and end.startswith(start)):
             raise ValueError(
-                "the chat template rewrites earlier messages when more follow, so the assistant's part is not known; "
-                "give a --chat_template with {% generation %} marks"
+                "the chat template rewrites earlier messages when more follow, so the assistant's part is unknown; "
+                "pass a --chat_template with {% generation %} marks"
             )
         return len(start), len(end)
 
     def _marked(self, messages: list[dict[str, Any]], tools: Any, text: str) -> list[tuple[int, int]]:
-        """[from, to) of what the template marks as the assistant's."""
+        """[from, to) of the spans that the template marks as the assistant's."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         special: dict[str, Any] = dict(self.tokenizer.special_tokens_map)
-        result: Any = render_jinja_template(  # annotated as a string, which it is without the mask
+        result: Any = render_jinja_template(  # annotated as str, which is true only without the mask
             [messages],
             tools=tools,
             chat_template=self.template,
@@ -234,5 +234,5 @@ class Renderer:
         )
         rendered, spans = result
         if rendered != [text]:
-            raise ValueError("the chat template gives another text each time")
+            raise ValueError("the chat template gives a different text each time")
         return [(start, end) for start, end in spans[0] if start < end]

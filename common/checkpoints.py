@@ -1,4 +1,4 @@
-"""Many checkpoints, one base in memory: for each checkpoint the base is loaded once, adapted, and restored."""
+"""Many checkpoints, one base in memory: the base is loaded once, and adapted and restored for each checkpoint."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Job = TypeVar("Job", bound=tuple[Any, ...])
 
 
 def find_checkpoints(folder: AnyPath) -> list[Path]:
-    """Every directory checkpoint-* below `folder` (or itself), in natural order: checkpoint-9 before checkpoint-10.
+    """Every checkpoint-* directory below `folder` (or itself), in natural order: checkpoint-9 before checkpoint-10.
 
-    UserError for names that are not UTF-8, which no record could hold.
+    UserError for names that are not UTF-8, which a record cannot hold.
     """
     folder = Path(folder)
     found = [folder] if folder.name.startswith("checkpoint-") else folder.rglob("checkpoint-*")
-    # an unfinished checkpoint stands in a hidden directory until it is complete
+    # an unfinished checkpoint stays in a hidden directory until it is complete
     found = [
         path for path in found if path.is_dir() and not any(x.startswith(".") for x in path.relative_to(folder).parts)
     ]
@@ -39,8 +39,8 @@ def find_checkpoints(folder: AnyPath) -> list[Path]:
 
 
 def natural_key(path: AnyPath) -> list[Any]:
-    """Sort key of a path in which numbers count as numbers."""
-    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", str(path)))]
+    """Sort key that compares the numbers in a path as numbers."""
+    return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"(\d+)", str(path)))]
 
 
 def look_up_all(
@@ -48,8 +48,8 @@ def look_up_all(
 ) -> tuple[list[tuple[PathT, models.ModelRef, PreTrainedTokenizerBase | None]], dict[str, str]]:
     """([(path, ModelRef, tokenizer)], {path: why it cannot be used}) of many models, from their files.
 
-    What keeps some from being used is no problem; where it keeps all, it is. Tokenizers are None, and transformers is
-    not imported, where there are problems already: see `models.look_up`.
+    Unusable models are a problem only if none is usable. If there are problems already, tokenizers are None and
+    transformers is not imported: see `models.look_up`.
     """
     found, unusable, reasons = [], {}, []
     files_only = bool(problems.lines)
@@ -66,7 +66,7 @@ def look_up_all(
 
 
 class BaseLoader:
-    """Holds the base that was asked for last; another one is loaded only after it has gone."""
+    """Holds the last requested base; it is freed before another one is loaded."""
 
     def __init__(self, world: World, dtype: torch.dtype, device_map: str | None = None) -> None:
         self.world, self.dtype, self.device_map = world, dtype, device_map
@@ -82,26 +82,26 @@ class BaseLoader:
     def adapted(
         self, ref: models.ModelRef, merge: bool | None = None
     ) -> AbstractContextManager[tuple[models.Model, float | None]]:
-        """`models.adapted` with the adapter of `ref` on its base."""
+        """`models.adapted` with the adapter of `ref` applied to its base."""
         return models.adapted(self.base(ref), ref.adapter, merge)
 
     def clear(self) -> None:
-        """Let the base go."""
+        """Free the base."""
         self._loaded.clear()
         gc.collect()
 
 
 def by_base(jobs: Iterable[Job]) -> list[Job]:
-    """Jobs (ModelRef, …) with those of one base together, bases and jobs in the order given."""
+    """Jobs (ModelRef, …) grouped by base, bases and jobs in the given order."""
     jobs = list(jobs)
     bases = list(dict.fromkeys(job[0].base for job in jobs))
     return sorted(jobs, key=lambda job: bases.index(job[0].base))
 
 
 def for_each(jobs: Iterable[Job], measure: Callable[..., object], loader: BaseLoader) -> dict[str, str]:
-    """Call measure(number from 1, ModelRef, …) for every job (ModelRef, …); {model: why it failed}.
+    """Call measure(number from 1, ModelRef, …) for every job (ModelRef, …); returns {model: why it failed}.
 
-    A failure costs no other job: the base it may have left in an unknown state is loaded anew.
+    After a failure the remaining jobs still run; the base, whose state is unknown, is reloaded.
     """
     failures = {}
     for number, (ref, *rest) in enumerate(by_base(jobs), 1):

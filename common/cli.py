@@ -1,7 +1,7 @@
 """Parser conventions and user errors, the same in every script.
 
-A user error is collected, never raised one at a time: a script makes one `Problems`, every check adds a line to it,
-and `check()` ends the run with exit status 2 and all lines at once, before a model is loaded.
+User errors are collected, never raised one at a time: a script creates one `Problems`, every check adds its lines to
+it, and `check()` ends the run with exit status 2 and all lines at once, before a model is loaded.
 """
 
 import argparse
@@ -31,8 +31,8 @@ P = ParamSpec("P")
 Number = TypeVar("Number", int, float)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room for what a script writes
-SHOWN_BROKEN = 3  # broken rows of an input that are spelled out
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space for a script's output
+SHOWN_BROKEN = 3  # broken rows of an input that are reported individually
 
 
 class UserError(Exception):
@@ -50,12 +50,12 @@ class Problems:
         self.lines: list[str] = []
 
     def add(self, line: str) -> None:
-        """Keep a line, once."""
-        if line not in self.lines:  # two checks may meet the same broken file
+        """Add a line, once."""
+        if line not in self.lines:  # two checks may find the same broken file
             self.lines.append(line)
 
     def absorb(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
-        """Call `function`; add the problems of a UserError it raises and return None in that case."""
+        """Call `function`; if it raises UserError, add its problems and return None."""
         try:
             return function(*args, **kwargs)
         except UserError as error:
@@ -64,14 +64,15 @@ class Problems:
             return None
 
     def check(self) -> None:
-        """UserError with every problem, if there is one."""
+        """Raise UserError with every problem, if there are any."""
         if self.lines:
             raise UserError(*self.lines)
 
 
 def defaults_of(config: type[Any]) -> dict[str, Any]:
-    """{field: its default} of a configuration, without those that must be given."""
-    return {one.name: one.default for one in dataclasses.fields(config) if one.default is not dataclasses.MISSING}
+    """{field: its default} of a configuration class, without the required fields."""
+    fields = dataclasses.fields(config)
+    return {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
 
 
 Settle = Callable[[argparse.Namespace, list[str]], None]
@@ -82,10 +83,10 @@ class Parser(argparse.ArgumentParser):
 
     description, example: shown by --help.
     config: a frozen dataclass whose fields are the flags, with their defaults; `parse_args` returns one.
-    settle: called before that with what was parsed and a list that takes problems; may change flags.
+    settle: called before that with the parsed namespace and a list to add problems to; may change flags.
 
-    Every script has --config FILE (JSON or YAML, the same keys; flags given beside it win) and --version. Flags cannot
-    be abbreviated.
+    Every script has --config FILE (JSON or YAML, the same keys; command-line flags take precedence) and --version.
+    Flags cannot be abbreviated.
     """
 
     def __init__(
@@ -100,14 +101,16 @@ class Parser(argparse.ArgumentParser):
         epilog = "example:\n" + textwrap.indent(textwrap.dedent(example).strip(), "  ")
         shown = argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, epilog=epilog, formatter_class=shown, allow_abbrev=False)
-        self.add_argument("--version", action="version", version=f"%(prog)s {__version__}", help="print it and stop")
         self.add_argument(
-            "--config", metavar="FILE", default=None, help="JSON or YAML with the same keys; flags beside it win"
+            "--version", action="version", version=f"%(prog)s {__version__}", help="print the version and exit"
+        )
+        self.add_argument(
+            "--config", metavar="FILE", default=None, help="JSON or YAML with the same keys; flags override it"
         )
 
     @contextlib.contextmanager
     def section(self, title: str) -> Iterator[None]:
-        """What is added inside stands under this heading of --help."""
+        """Arguments added inside are listed under this heading in --help."""
         before = self._group
         self._group = self.add_argument_group(title)
         yield
@@ -127,14 +130,14 @@ class Parser(argparse.ArgumentParser):
         if options.get("action") not in ("help", "version") and "(default:" not in options.get("help", ""):
             options["help"] = f"{options.get('help', '')} (default: %(default)s)".strip()
         self._flags += [flag for flag in flags if flag.startswith("--")]
-        if options.pop("required", False):  # told by parse_args, with everything else
+        if options.pop("required", False):  # reported by parse_args, with everything else
             self._required[name] = "/".join(flags)
         return self._group.add_argument(*flags, **options) if self._group else super().add_argument(*flags, **options)
 
     def _collecting(
         self, flags: Sequence[str], kind: Callable[[str], Any], choices: Sequence[Any] | None, default: Any
     ) -> Callable[[str], Any]:
-        """`kind` that notes a bad value as a problem, and stands in for it with the default."""
+        """`kind`, but a bad value is added to the problems and replaced by the default."""
 
         def convert(text: str) -> Any:
             try:
@@ -151,7 +154,7 @@ class Parser(argparse.ArgumentParser):
         return convert
 
     def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
-        """The configuration (a Namespace where the parser has none). UserError with every problem."""
+        """The configuration (a Namespace if the parser has none). UserError with every problem."""
         words = list(sys.argv[1:] if args is None else args)
         self._problems = no_names(words)
         if self._problems:
@@ -176,13 +179,13 @@ class Parser(argparse.ArgumentParser):
         return self.configuration(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(parsed).items()})
 
     def _config_words(self, words: list[str]) -> list[str]:
-        """The keys of --config as words of a command line, so that both are checked alike."""
+        """The keys of --config as command-line words, so that both are checked alike."""
         finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         finder.add_argument("--config", nargs="?")  # without a value: this parser says so
         path = finder.parse_known_args(words)[0].config
         if path is None:
             return []
-        made: list[str] = []
+        flags: list[str] = []
         for key, value in read_config(path).items():
             flag = f"--{key}"
             if flag not in self._flags or key in ("config", "help", "version"):
@@ -190,17 +193,17 @@ class Parser(argparse.ArgumentParser):
                 hint = f" (did you mean {near[0][2:]}?)" if near else ""
                 self._problems.append(f"--config {path}: unknown key {key!r}{hint}")
             elif isinstance(value, dict):
-                self._problems.append(f"--config {path}: {key}: a value or a list was expected")
+                self._problems.append(f"--config {path}: {key}: expected a value or a list")
             elif value is True:
-                made.append(flag)
+                flags.append(flag)
             elif isinstance(value, list):
-                made += [flag, *map(str, value)]
+                flags += [flag, *map(str, value)]
             elif value is not None and value is not False:
-                made.append(f"{flag}={value}")
-        return made
+                flags.append(f"{flag}={value}")
+        return flags
 
     def error(self, message: str) -> NoReturn:
-        """argparse's own complaint, with the problems so far, as UserError."""
+        """argparse's own error, with the problems so far, as UserError."""
         raise UserError(*dict.fromkeys([*self._problems, message]))
 
 
@@ -231,35 +234,35 @@ def words_of(config: Any) -> list[str]:
 
 
 def no_names(words: Iterable[object]) -> list[str]:
-    """A problem for each word that can be no name of a file: not UTF-8 (records and manifests are, and could not name
-    such a file), with a NUL (from a --config file), or too long. Also for a working directory that is not UTF-8."""
+    """A problem for each word that cannot be a file name: not UTF-8 (records and manifests are UTF-8, so they could not
+    name such a file), with a NUL (from a --config file), or too long. Also if the working directory is not UTF-8."""
     lines = []
     for word in map(str, words):
         if not is_utf8(word):
             lines.append(f"{word}: not UTF-8; rename the file or folder")
         elif "\0" in word:
-            lines.append(f"{word}: has a NUL character in it")
+            lines.append(f"{word}: contains a NUL character")
         elif not word.startswith("{") and max(map(len, os.fsencode(word).split(b"/"))) > 255:
-            lines.append(f"{word[:40]}…: longer than any name of a file can be")
+            lines.append(f"{word[:40]}…: longer than a file name can be")
     if not is_utf8(os.getcwd()):
         lines.append(f"{os.getcwd()}: this working directory's name is not UTF-8; rename it, or work elsewhere")
     return lines
 
 
 def is_utf8(text: str) -> bool:
-    """Whether a text has no lone surrogate, as which Python reads a byte of a name that is not UTF-8."""
-    return not any("\ud800" <= sign <= "\udfff" for sign in text)
+    """Whether a text has no lone surrogate (how Python decodes a non-UTF-8 byte of a file name)."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def one_line(text: str) -> str:
-    """`text` with its control characters (a name may have a line break or a terminal's escapes) spelled out."""
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+    """`text` with its control characters escaped (a file name may hold line breaks or terminal escape sequences)."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def read_config(path: AnyPath) -> dict[str, Any]:
-    """The keys and values of a JSON or YAML file. UserError when it is neither, or no mapping."""
+    """The keys and values of a JSON or YAML file. UserError if it is neither, or not a mapping."""
     try:
-        if not os.path.isfile(path):  # of a pipe nobody may ever write the end
+        if not os.path.isfile(path):  # reading a pipe might never end
             raise UserError(f"--config {path}: {'not a file' if os.path.exists(path) else 'no such file'}")
         raw = Path(path).read_bytes()
     except OSError as error:
@@ -272,11 +275,11 @@ def read_config(path: AnyPath) -> dict[str, Any]:
             import yaml
 
             content = yaml.safe_load(raw.decode())
-    except Exception as error:  # yaml's errors share no class with json's
+    except Exception as error:  # yaml's and json's errors have no common class
         raise UserError(f"--config {path}: not {kind} ({' '.join(str(error).split())})") from None
     content = {} if content is None else content  # an empty YAML file
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise UserError(f"--config {path}: keys with values were expected")
+        raise UserError(f"--config {path}: expected a mapping of keys to values")
     return content
 
 
@@ -308,7 +311,7 @@ def non_negative_int(text: str) -> int:
 
 
 def seed(text: str) -> int:
-    """argparse type: a seed that every library takes, 0 … 2³² − 1."""
+    """argparse type: a seed that every library accepts, 0 … 2³² − 1."""
     value = _number(int, text, "a whole number")
     if not 0 <= value < 1 << 32:
         raise argparse.ArgumentTypeError(f"must be 0 to 4294967295, got {text}")
@@ -316,7 +319,7 @@ def seed(text: str) -> int:
 
 
 def device_map(text: str) -> str:
-    """argparse type: what transformers takes as device_map, as one word."""
+    """argparse type: a one-word device_map of transformers."""
     if not re.fullmatch(r"auto|balanced|balanced_low_0|sequential|cpu|mps|cuda(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"auto, balanced, balanced_low_0, sequential, cpu, cuda or cuda:N, got {text}")
     return text
@@ -353,12 +356,12 @@ def _number(kind: Callable[[str], Number], text: str, words: str) -> Number:
         raise argparse.ArgumentTypeError(f"must be {words}, got {text!r}") from None
 
 
-def add_model_flags(parser: Parser, seed_help: str = "seed of everything random") -> None:
+def add_model_flags(parser: Parser, seed_help: str = "random seed") -> None:
     """The flags of `ModelConfig`: --dtype --device_map --revision --dry_run --seed."""
     add = parser.add_argument
-    words = "auto: float32 on CPU; on a GPU bfloat16 where it has it, else float16"
+    words = "auto: float32 on CPU; on a GPU bfloat16 if supported, else float16"
     add("--dtype", choices=DTYPES, help=words)
-    words = "passed to transformers ('auto' spreads one model over all GPUs); None: one device a process"
+    words = "passed to transformers ('auto' spreads one model over all GPUs); None: one device per process"
     add("--device_map", type=device_map, help=words)
     add("--revision", help="branch, tag or commit of a hub model")
     add("--dry_run", action="store_true", help="check every argument and file, print the plan, load no model")
@@ -367,17 +370,17 @@ def add_model_flags(parser: Parser, seed_help: str = "seed of everything random"
 
 def add_row_flags(parser: Parser) -> None:
     """--chat_template and --columns: how the rows of a data file are read."""
-    words = "for rows of messages: a Jinja file, or chatml (default: the tokenizer's own)"
+    words = "for chat rows: a Jinja file, or chatml (default: the tokenizer's own)"
     parser.add_argument("--chat_template", metavar="FILE", help=words)
     words = "fields to rename, e.g. text=body prompt=question"
     parser.add_argument("--columns", nargs="+", action="extend", metavar="NEW=OLD", help=words)
 
 
-NAME_BYTES = 200  # of a file or folder; hidden names beside it are longer, and 255 is what file systems take
+NAME_BYTES = 200  # of a file or folder name; hidden names beside it are longer, and file systems allow 255
 
 
 def check_writable(folder: AnyPath, problems: Problems, flag: str = "--output_dir") -> None:
-    """Add a problem unless `folder` exists and is writable, or can be made. Makes nothing."""
+    """Add a problem unless `folder` exists and is writable, or can be created. Creates nothing."""
     existing = Path(folder).absolute()
     while True:
         try:
@@ -385,31 +388,31 @@ def check_writable(folder: AnyPath, problems: Problems, flag: str = "--output_di
             break
         except (FileNotFoundError, NotADirectoryError):
             if existing.is_symlink():
-                problems.add(f"{flag} {folder}: {existing} is a symbolic link to nothing; make its target or remove it")
+                problems.add(f"{flag} {folder}: {existing} is a dangling symbolic link; create its target or remove it")
                 return
             if check_name(existing, problems, flag):
                 return
             existing = existing.parent
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            problems.add(f"{flag} {folder}: cannot be used ({reason}); name another place")
+            problems.add(f"{flag} {folder}: cannot be used ({reason}); choose another directory")
             return
     if not existing.is_dir():
-        problems.add(f"{flag} {folder}: {existing} is a file, not a directory; name another place")
+        problems.add(f"{flag} {folder}: {existing} is a file, not a directory; choose another directory")
     elif not _can_write(existing):
-        problems.add(f"{flag} {folder}: no permission to write in {existing}; name another place or mend its mode")
+        problems.add(f"{flag} {folder}: {existing} is not writable; choose another directory or fix its permissions")
 
 
 def check_name(path: Path, problems: Problems, flag: str) -> bool:
-    """Add a problem, and return True, when the last part of a path is too long for the hidden names beside it."""
+    """Add a problem, and return True, if the last part of a path is too long for the hidden names beside it."""
     if len(os.fsencode(path.name)) <= NAME_BYTES:
         return False
-    problems.add(f"{flag}: the name {path.name[:20]}… has more than {NAME_BYTES} bytes; choose a shorter one")
+    problems.add(f"{flag}: the name {path.name[:20]}… is longer than {NAME_BYTES} bytes; choose a shorter one")
     return True
 
 
 def add_dry_run(parser: argparse.ArgumentParser) -> None:
-    """--dry_run of a script that loads no model."""
+    """--dry_run for a script that loads no model."""
     parser.add_argument(
         "--dry_run", action="store_true", help="check every argument and file, print the plan, write nothing"
     )
@@ -418,25 +421,25 @@ def add_dry_run(parser: argparse.ArgumentParser) -> None:
 def check_output_file(
     output: Path, suffix: str | None, problems: Problems, inputs: Iterable[AnyPath | None] = (), flag: str = "--output"
 ) -> None:
-    """Add a problem unless `output` ends in `suffix` (None: in anything), is no directory, is none of the `inputs`, and
-    can be written.
+    """Add a problem unless `output` ends in `suffix` (None: any), is not a directory or one of the `inputs`, and is
+    writable.
 
-    Whether it may be replaced: `dataset.finished`.
+    `dataset.finished` decides whether it may be replaced.
     """
     if suffix and output.suffix != suffix:
         problems.add(f"{flag} {output}: the name must end in {suffix}")
     if os.path.realpath(output) in {os.path.realpath(file) for file in inputs if file}:
-        problems.add(f"{flag} {output}: is an input too; name another file")
+        problems.add(f"{flag} {output}: is also an input; choose another file")
     elif os.path.isdir(output):
-        problems.add(f"{flag} {output}: is a directory; name a file")
-    elif os.path.islink(output):  # a file that is renamed to it would take the link's place
-        problems.add(f"{flag} {output}: is a symbolic link; name the file {os.path.realpath(output)} itself")
+        problems.add(f"{flag} {output}: is a directory; give a file name")
+    elif os.path.islink(output):  # renaming a file to it would replace the link
+        problems.add(f"{flag} {output}: is a symbolic link; give its target {os.path.realpath(output)} instead")
     check_name(output, problems, flag)
     check_writable(output.parent, problems, flag)
 
 
 def report_broken(what: str, lines: list[str], n: int, strict: bool) -> None:
-    """Say on stderr which rows of an input are left out: the first lines of all `n`. UserError when `strict`."""
+    """Report on stderr which rows of an input are skipped: the first few of `n`. UserError if `strict`."""
     shown = lines[:SHOWN_BROKEN]
     if n > len(shown):
         shown.append(f"broken {what}: … and {n - len(shown):,} more")
@@ -448,20 +451,20 @@ def report_broken(what: str, lines: list[str], n: int, strict: bool) -> None:
 
 
 def report_failures(failures: dict[str, str], main: bool) -> int:
-    """Name on stderr what failed among many, {what: why}, where `main` (rank 0); the exit status."""
+    """Print the failures {what: why} to stderr if `main` (rank 0); returns the exit status."""
     for what, why in failures.items() if main else ():
         print(f"failed: {one_line(f'{what}: {why}')}", file=sys.stderr)
     return 1 if failures else 0
 
 
 def _can_write(folder: Path) -> bool:
-    # access() says yes to root on a read-only mode; the mode bits are what the owner asked for.
+    # access() always allows root to write; the mode bits say what the owner intended.
     writable_by_mode = bool(folder.stat().st_mode & 0o222)
     return os.access(folder, os.W_OK | os.X_OK) and writable_by_mode
 
 
 def plain(value: object) -> Any:
-    """`value` as strict JSON: paths to strings, infinities to 'inf'/'-inf', tuples to lists. NaN stays (and fails)."""
+    """`value` for strict JSON: paths to strings, infinities to 'inf'/'-inf', tuples to lists. NaN stays (and fails)."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
@@ -474,10 +477,10 @@ def plain(value: object) -> Any:
 
 
 def end_with_parent() -> None:
-    """From now on this process ends within a second of its parent's death, however that died: for workers."""
+    """For workers: make this process exit within a second of its parent's death, however the parent died."""
     from multiprocessing import parent_process
 
-    spawned_by = parent_process()  # which may be dead before this line
+    spawned_by = parent_process()  # may already be dead
     parent = spawned_by.pid if spawned_by else os.getppid()
 
     def watch() -> None:
@@ -493,20 +496,20 @@ class Interrupted(Exception):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM: like Ctrl-C it ends workers and removes temporaries on its way out."""
+    """SIGTERM: handled like Ctrl-C, so that workers end and temporaries are removed on the way out."""
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends at once
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second SIGTERM kills at once
     raise Terminated("SIGTERM")
 
 
 def entry(main: Callable[[], int | None]) -> int:
-    """Run `main()`; a UserError becomes one stderr line a problem and status 2, as does a full disk (of any rank);
-    Ctrl-C one line and 130, SIGTERM 143.
+    """Run `main()`. A UserError prints one stderr line per problem and gives status 2, as does a full disk (on any
+    rank); Ctrl-C prints one line and gives 130, SIGTERM 143.
 
-    Other exceptions stay tracebacks. A process of torchrun's ends with it. Of several processes SIGTERM ends each at
-    once: one that waits for a dead rank would not come to handle it.
+    Other exceptions keep their traceback. Under torchrun, workers end with torchrun. With several processes, SIGTERM
+    kills each at once: one that waits for a dead rank would never get to handle it.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
@@ -522,8 +525,8 @@ def entry(main: Callable[[], int | None]) -> int:
     except OSError as error:
         if error.errno not in FULL:
             raise
-        place = error.filename if isinstance(error.filename, str | bytes) else "a file"
-        print(one_line(f"{os.fsdecode(place)}: {error.strerror}; make room there and start again"), file=sys.stderr)
+        file = error.filename if isinstance(error.filename, str | bytes) else "a file"
+        print(one_line(f"{os.fsdecode(file)}: {error.strerror}; free some space and start again"), file=sys.stderr)
         return 2
     except Interrupted as reason:
         print(reason, file=sys.stderr)

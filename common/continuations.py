@@ -1,7 +1,7 @@
-"""log p of many continuations of one context: the context runs once, its keys and values are shared.
+"""log p of many continuations of one context: the context is encoded once and its keys and values are shared.
 
-Before it is used, and again on every context twice as long, the shared route has to give what plain forward passes of
-the model give. Where it does not (state spaces, caches that cannot be repeated), the plain passes are used instead.
+Before first use, and whenever the context length has doubled, the shared path must reproduce plain forward passes.
+Where it does not (state-space models, caches that cannot be repeated), plain passes are used instead.
 """
 
 from __future__ import annotations
@@ -19,29 +19,31 @@ if TYPE_CHECKING:
     import torch
 
 Floats = npt.NDArray[np.float32]
-HELD = 8  # positions whose keys and values may be held, for each of the token budget
-TOLERANCE = 1e-3  # nats a token, of single precision; half precision has a hundred times that
+HELD = 8  # positions whose keys and values may be cached, per token of the token budget
+TOLERANCE = 1e-3  # nats per token in single precision; a hundred times that in half precision
 
 
 class ContinuationScorer:
     """Scores continuations with one model in eval mode.
 
-    token_budget: positions (padding included) of a forward pass, unless one continuation alone has more.
+    token_budget: positions (padding included) per forward pass; a single longer continuation still runs alone.
     """
 
     def __init__(self, model: Any, token_budget: int = TOKEN_BUDGET):
         self.model, self.token_budget = model, token_budget
-        self.shares = True  # does the shared route give the model's own numbers?
-        self.checked = 1  # tokens of the longest context that it was tried on; one token needs no cache
+        self.shares = True  # whether the shared path reproduces the model's own numbers
+        self.checked = 1  # tokens of the longest context it was checked on; one token needs no cache
         self.parts: tuple[Any, Any, int] | None = None
 
     def __call__(self, context: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[Floats]:
-        """[tokens] log p (nats) of each continuation's tokens behind `context`, which has at least one token."""
+        """[tokens] log p (nats) of each continuation's tokens after `context`, which has at least one token."""
         if not context:
             raise ValueError("a context needs at least one token")
         if not all(continuations):
             raise ValueError("a continuation needs at least one token")
-        if self.shares and len(context) > 2 * self.checked - 1:  # windows and scaled positions begin somewhere
+        if (
+            self.shares and len(context) > 2 * self.checked - 1
+        ):  # sliding windows and position scaling start at some length
             self.shares, self.checked = self._agrees(context, continuations), len(context)
         return (self._shared if self.shares else self._plain)(context, continuations)
 
@@ -73,12 +75,12 @@ class ContinuationScorer:
                 self.parts = split_head(self.model, list(context[:PROBE_TOKENS]))
             trunk, head, vocabulary = self.parts
             cache = None
-            if len(context) > 1:  # its last token opens every continuation's own pass
+            if len(context) > 1:  # its last token starts each continuation's own pass
                 ids = torch.tensor([list(context[:-1])], device=self.model.device)
                 cache = trunk(input_ids=ids, use_cache=True).past_key_values
             order = sorted(range(len(continuations)), key=lambda index: (-len(continuations[index]), index))
             chunk = max(SMALLEST_CHUNK, LOGIT_VALUES // vocabulary)
-            found: list[Floats] = [np.empty(0, np.float32)] * len(continuations)
+            scores: list[Floats] = [np.empty(0, np.float32)] * len(continuations)
             while order:
                 longest = len(continuations[order[0]])
                 held = HELD * self.token_budget // (len(context) + longest)
@@ -86,8 +88,8 @@ class ContinuationScorer:
                 batch, order = order[:rows], order[rows:]
                 chosen = [continuations[index] for index in batch]
                 for index, values in zip(batch, self._batch(trunk, head, chunk, cache, context[-1], chosen)):
-                    found[index] = values
-        return found
+                    scores[index] = values
+        return scores
 
     def _batch(
         self, trunk: Any, head: Any, chunk: int, cache: Any, opening: int, continuations: list[Sequence[int]]

@@ -1,6 +1,6 @@
 """Rows of every data file: reading, validating, splitting, prompt templates, manifests.
 
-A row is a dict. Seven shapes are known (`shape_of`): 'text', 'chat', 'enron', 'instruction', 'review', 'completion' and
+A row is a dict of one of seven shapes (`shape_of`): 'text', 'chat', 'enron', 'instruction', 'review', 'completion' or
 'prompt'.
 """
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HEAD_ROWS = 1110  # evaluation head of the published split (perplexity)
-PII_ROWS = 1000  # its first rows are attacked
+PII_ROWS = 1000  # the first rows of the head, which are attacked
 MANIFEST_SCHEMA = 1
-SHOWN = 5  # problems of one kind that are spelled out
+SHOWN = 5  # problems of one kind that are listed individually
 
 INSTRUCTION_TEMPLATE = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 INSTRUCTION_TEMPLATE_NO_INPUT = "### Instruction:\n{instruction}\n\n### Response:\n"
@@ -45,11 +45,11 @@ def read_rows(path: AnyPath, broken: dict[int, str] | None = None, columns: Sequ
     """All rows of a .jsonl, .json, .csv or .tsv (gzipped or not), .arrow (stream or file format) or .parquet file, of
     the files that a pattern matches, or of a folder of `Dataset.save_to_disk`.
 
-    A .json file is one list of objects, {"data": that list}, or an object per line.
-    Raises UserError naming the file (and the line of broken JSON) when it is missing, empty or unreadable. With a dict
-    `broken` a line that cannot be used is no error: {} stands in its place, and `broken[index]` says why. What JSON
-    lacks becomes what it has: NaN in a column of Arrow is None, dates and decimals are text. columns: "NEW=OLD" of each
-    field to rename.
+    A .json file is a list of objects, {"data": such a list}, or one object per line.
+    Raises UserError naming the file (and the line of broken JSON) if it is missing, empty or unreadable. With a dict
+    `broken`, an unusable line is not an error: its row is {}, and `broken[index]` says why. Values that JSON lacks are
+    converted: NaN in an Arrow column becomes None, dates and decimals become text. `columns`:
+    "NEW=OLD" for each field to rename.
     """
     rows: list[dict[str, Any]] = []
     for file in data_files(path):
@@ -86,7 +86,7 @@ def _read_file(path: Path, broken: dict[int, str] | None) -> list[dict[str, Any]
         what = (
             "is a directory, not a file" if path.is_dir() else "not a file" if os.path.exists(path) else "no such file"
         )
-        raise UserError(f"{path}: {what}; name a {FORMATS} file")
+        raise UserError(f"{path}: {what}; give a {FORMATS} file")
     name = path.name.removesuffix(".gz")
     listed = tables.read_json_list(path, is_gzip(path)) if name.endswith(".json") else None
     if listed is not None:
@@ -100,7 +100,7 @@ def _read_file(path: Path, broken: dict[int, str] | None) -> list[dict[str, Any]
     elif name.endswith(".parquet"):
         rows = _read_parquet(path)
     else:
-        raise UserError(f"{path}: unknown ending; name a {FORMATS} file")
+        raise UserError(f"{path}: unknown extension; give a {FORMATS} file")
     if not rows:
         raise UserError(f"{path}: the file has no rows")
     return rows
@@ -127,15 +127,15 @@ def _read_jsonl(path: Path, broken: dict[int, str] | None = None) -> list[dict[s
                 try:
                     row = strict_json.parse(line)
                 except ValueError as error:
-                    item = getattr(error, "item", None)  # of a text with half a pair: the row keeps its row_id
+                    item = getattr(error, "item", None)  # a lone surrogate in a text: the row keeps its row_id
                     kept = item if isinstance(item, dict) else None
-                    refuse(number, str(error), "; mend or remove the line", kept)
+                    refuse(number, str(error), "; fix or remove the line", kept)
                     continue
                 if isinstance(row, dict):
                     rows.append(row)
                 else:
                     what = "an array; write one object per line" if isinstance(row, list) else type(row).__name__
-                    refuse(number, f"a JSON object was expected, not {what}", "")
+                    refuse(number, f"expected a JSON object, not {what}", "")
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({error}); copy or download it again") from None
     if problems:
@@ -144,16 +144,16 @@ def _read_jsonl(path: Path, broken: dict[int, str] | None = None) -> list[dict[s
 
 
 def is_gzip(path: AnyPath) -> bool:
-    """Whether a file begins as gzip does, whatever its name."""
+    """Whether a file starts with the gzip magic number, whatever its name."""
     with open(path, "rb") as file:
         return file.read(2) == b"\x1f\x8b"
 
 
-END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # Arrow IPC streaming format: continuation mark, length 0
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # Arrow IPC streaming format: continuation marker, length 0
 
 
 def read_arrow(path: Path) -> list[dict[str, Any]]:
-    """The rows of an Arrow file, stream or file format, whatever its name. UserError when it is damaged."""
+    """The rows of an Arrow file, stream or file format, whatever its name. UserError if it is damaged."""
     import pyarrow as pa
 
     try:
@@ -165,11 +165,11 @@ def read_arrow(path: Path) -> list[dict[str, Any]]:
                 table = pa.ipc.open_file(source).read_all()
             else:
                 source.seek(max(0, source.size() - len(END_OF_STREAM)))
-                if source.read() != END_OF_STREAM:  # cut between two batches it would pass for a shorter file
-                    raise UserError(f"{path}: the Arrow stream has no end; the file was cut")
+                if source.read() != END_OF_STREAM:  # truncated between two batches, it would pass for a shorter file
+                    raise UserError(f"{path}: the Arrow stream has no end marker; the file is truncated")
             return _table_rows(path, table)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not an Arrow file, or cut ({_first_line(error)})") from None
+        raise UserError(f"{path}: not an Arrow file, or truncated ({_first_line(error)})") from None
 
 
 def _read_parquet(path: Path) -> list[dict[str, Any]]:
@@ -187,33 +187,33 @@ def _first_line(error: Exception) -> str:
 
 
 def _table_rows(path: Path, table: "pyarrow.Table") -> list[dict[str, Any]]:
-    """The rows of an Arrow table as JSON has them. UserError for a column of bytes or of text that is not UTF-8."""
+    """The rows of an Arrow table as JSON values. UserError for a column of bytes or of text that is not UTF-8."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     kinds = pa.types
     if len(set(table.column_names)) < table.num_columns:
         raise UserError(f"{path}: two columns have the same name; rename one")
-    for place, name in enumerate(table.column_names):
-        column, kind = table.column(place), table.schema.field(place).type
+    for index, name in enumerate(table.column_names):
+        column, kind = table.column(index), table.schema.field(index).type
         if kinds.is_floating(kind):
             column = pc.if_else(pc.is_nan(column), pa.scalar(None, kind), column)
         elif kinds.is_temporal(kind) or kinds.is_decimal(kind):
             column = column.cast(pa.string())
         elif kinds.is_binary(kind) or kinds.is_large_binary(kind) or kinds.is_fixed_size_binary(kind):
-            raise UserError(f"{path}: column {name!r} holds bytes; remove it, or write it as text")
-        table = table.set_column(place, name, column)
+            raise UserError(f"{path}: column {name!r} holds bytes; remove it or convert it to text")
+        table = table.set_column(index, name, column)
     try:
         rows: list[dict[str, Any]] = table.to_pylist()
     except UnicodeDecodeError:
-        raise UserError(f"{path}: a text in it is not UTF-8; write the file again") from None
+        raise UserError(f"{path}: contains text that is not UTF-8; write the file again") from None
     return rows
 
 
 def check_columns(path: AnyPath, rows: list[dict[str, Any]]) -> None:
-    """UserError naming each field of `rows` whose values no Arrow column takes together; shows no value.
+    """UserError naming each field of `rows` whose values do not fit one Arrow column; shows no values.
 
-    For builders of Arrow files: called before their work.
+    Builders of Arrow files call it before they start.
     """
     import pyarrow as pa
 
@@ -222,29 +222,29 @@ def check_columns(path: AnyPath, rows: list[dict[str, Any]]) -> None:
         values = [row.get(name) for row in rows]
         try:
             column = pa.array(values)
-        except (pa.ArrowException, OverflowError, TypeError, ValueError):  # their messages would show the values
+        except (pa.ArrowException, OverflowError, TypeError, ValueError):  # their messages would quote values
             kinds = sorted({type(value).__name__ for value in values if value is not None})
             reason = (
                 f"values of different types ({', '.join(kinds)})" if len(kinds) > 1 else "values of different types"
             )
             if kinds == ["int"]:
-                reason = "whole numbers beyond 64 bits"
-            problems.append(f"{path}: column {name!r} has {reason}; Arrow columns have one: mend or remove it")
+                reason = "integers beyond 64 bits"
+            problems.append(f"{path}: column {name!r} has {reason}; an Arrow column has one type: fix or remove it")
             continue
         if column.to_pylist() != values:  # a dict's missing keys become None, 1 becomes 1.0 or True
             problems.append(
-                f"{path}: column {name!r} would not be read back as it is (objects of different fields, or numbers of "
-                "different types); mend or remove it"
+                f"{path}: column {name!r} would not be read back unchanged (objects with different fields, or numbers "
+                "of different types); fix or remove it"
             )
     if problems:
         raise UserError(*problems)
 
 
 def write_arrow(file: IO[bytes], rows: list[dict[str, Any]]) -> None:
-    """Write rows to an open binary file in the datasets stream format (`datasets.Dataset.from_file` reads it)."""
+    """Write rows to an open binary file in the stream format of datasets (read by `datasets.Dataset.from_file`)."""
     import pyarrow as pa
 
-    columns = dict.fromkeys(name for row in rows for name in row)  # from_pylist alone would take the first row's
+    columns = dict.fromkeys(name for row in rows for name in row)  # from_pylist alone uses the first row's keys
     table = pa.Table.from_pylist([{name: row.get(name) for name in columns} for row in rows])
     with pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table, max_chunksize=1000)
@@ -257,7 +257,7 @@ def _shorten(problems: list[str]) -> list[str]:
 
 
 def shape_of(row: dict[str, Any]) -> str | None:
-    """The shape of a row, by its fields; None when it is none of the known ones."""
+    """The shape of a row, judged by its fields; None if unknown."""
     if "text" in row:
         return "text"
     if chat.is_chat(row):
@@ -289,8 +289,8 @@ REQUIRED: dict[str, tuple[str, ...]] = {
 def validate(path: AnyPath, rows: list[dict[str, Any]], fields: tuple[str, ...] | None = None) -> str:
     """Check that every row has the (string) fields of its shape, or `fields`; return the file's shape.
 
-    Raises UserError, one line a row (the first few), counting rows from 0. Also for rows of several shapes (without
-    `fields`), and when the file is not the one that its manifest describes.
+    Raises UserError with one line per bad row (the first few; rows count from 0), also for rows of mixed shapes
+    (without `fields`), and if the file does not match its manifest.
     """
     check_manifest(path, len(rows))
     note_lost_manifest(path, rows)
@@ -302,11 +302,11 @@ def validate(path: AnyPath, rows: list[dict[str, Any]], fields: tuple[str, ...] 
         fields = REQUIRED[shape]
     absent = [field for field in fields if all(row.get(field) is None for row in rows)]
     words = " and ".join(f"'{field}'" for field in absent)
-    problems = [f"{path}: no row has the field {words}; name a file that has it"] if absent else []
+    problems = [f"{path}: no row has the field {words}; give a file that has it"] if absent else []
     fields = tuple(field for field in fields if field not in absent)
     for index, row in enumerate(rows):
         if not any_shape and (own := shape_of(row) or "") != shape:
-            problems.append(f"{path}: row {index}: has the fields of another kind of rows ({own}, row 0: {shape})")
+            problems.append(f"{path}: row {index}: has the fields of another row type ({own}, row 0: {shape})")
             continue
         problems += [f"{path}: row {index}: {problem}" for problem in row_problems(row, fields)]
     if problems:
@@ -314,19 +314,19 @@ def validate(path: AnyPath, rows: list[dict[str, Any]], fields: tuple[str, ...] 
     return shape
 
 
-# texts that a row may lack, by its shape: the prompt templates use them
+# optional text fields by row shape: the prompt templates use them
 OPTIONAL = {"review": tuple(field for field in REVIEW_FIELDS if field != "Rating"), "instruction": ("input",)}
 
 
 def row_problems(row: dict[str, Any], fields: Iterable[str]) -> Iterator[str]:
-    """Why a row cannot be used, one line per field, without its text."""
+    """Why a row cannot be used, one line per field, without quoting its text."""
     for field in fields:
         value = row.get(field)
         if value is None:
             yield f"field '{field}' is missing; add it or remove the row"
         elif field == "Rating":
             if not _is_number(value):
-                kind = "one of hundreds of digits" if type(value) is int else type(value).__name__
+                kind = "one with hundreds of digits" if type(value) is int else type(value).__name__
                 yield f"field 'Rating' must be a number, not {kind}"
         elif not isinstance(value, str):
             yield f"field '{field}' must be text, not {type(value).__name__}"
@@ -347,7 +347,7 @@ def row_problems(row: dict[str, Any], fields: Iterable[str]) -> Iterator[str]:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a value is a number that a float holds, or the text of one."""
+    """Whether a value is, or spells, a number that fits a float."""
     try:
         return not isinstance(value, bool) and math.isfinite(float(value))
     except (TypeError, ValueError, OverflowError):
@@ -355,10 +355,10 @@ def _is_number(value: Any) -> bool:
 
 
 def user_of(row: dict[str, Any]) -> str | None:
-    """Who wrote a row, by its user_id: text, or a whole number as text (5, 5.0, "5" and " 5" are one); None where
-    nothing tells. One rule for privacy units, halves and canaries: a user counted as two would have half the noise."""
+    """The author of a row, by its user_id: text, or an integer as text (5, 5.0, "5" and " 5" are the same); None if
+    absent. Privacy units, halves and canaries all use this: a user counted as two would get half the noise."""
     value = row.get("user_id")
-    if isinstance(value, float) and value.is_integer():  # a column of Arrow with gaps
+    if isinstance(value, float) and value.is_integer():  # an Arrow column with nulls
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         return None
@@ -366,14 +366,14 @@ def user_of(row: dict[str, Any]) -> str | None:
 
 
 def is_count(value: object) -> bool:
-    """Whether a value is a whole number of 0 … 2⁶³ − 1 (no bool)."""
+    """Whether a value is an integer in 0 … 2⁶³ − 1 (not a bool)."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
 def read_with_broken(path: AnyPath, fields: tuple[str, ...]) -> tuple[list[dict[str, Any]], dict[int, str]]:
-    """(all rows, {index of a broken one: why}) for builders that leave broken rows out; Arrow takes all others.
+    """(all rows, {index of a broken row: why}) for builders that skip broken rows; all others fit an Arrow file.
 
-    UserError when the file is not the one that its manifest describes."""
+    UserError if the file does not match its manifest."""
     broken: dict[int, str] = {}
     rows = read_rows(path, broken)
     check_manifest(path, len(rows))
@@ -386,7 +386,7 @@ def read_with_broken(path: AnyPath, fields: tuple[str, ...]) -> tuple[list[dict[
 
 
 def row_text(row: dict[str, Any]) -> tuple[str, int | None]:
-    """(training text without EOS, character where the completion starts or None when the row has no prompt part)."""
+    """(training text without EOS, character where the completion starts, or None if the row has no prompt)."""
     shape = shape_of(row)
     if shape == "text":
         prompt = row.get("prompt")
@@ -407,30 +407,30 @@ def row_text(row: dict[str, Any]) -> tuple[str, int | None]:
 
 
 def has_completion(row: dict[str, Any]) -> bool:
-    """Whether a row tells what of it the model is to write (--loss_on completion)."""
+    """Whether a row says which part the model should generate (--loss_on completion)."""
     return shape_of(row) == "chat" or row_text(row)[1] is not None
 
 
 def read_renderer(
     rows: Iterable[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase | None", template: str | None, model: str
 ) -> chat.Renderer | None:
-    """What makes the text of chat rows; None of others, whose text needs no tokenizer.
+    """The renderer of chat rows; None for other rows, whose text needs no tokenizer.
 
-    template: of --chat_template. UserError where chat rows have no template, or others are given one.
+    template: --chat_template. UserError if chat rows have no template, or other rows are given one.
     """
     if shape_of(next(iter(rows))) == "chat":
         source = chat.read_template(template, tokenizer, model)
         assert tokenizer is not None  # whoever reads chat rows has the tokenizer of their model
         return chat.Renderer(tokenizer, source)
     if template is not None:
-        raise UserError(f"--chat_template {template}: the rows have no messages; leave it out")
+        raise UserError(f"--chat_template {template}: the rows are not chat rows; drop the flag")
     return None
 
 
 def render(
     path: AnyPath, rows: list[dict[str, Any]], indices: Iterable[int], renderer: chat.Renderer | None
 ) -> list[chat.Rendered]:
-    """The rows with these indices as trained. UserError naming those that the chat template refuses."""
+    """The rows with these indices, rendered as in training. UserError naming those that the chat template rejects."""
     rendered, problems = [], []
     for index in indices:
         if renderer is None:
@@ -447,22 +447,22 @@ def render(
 
 
 def written(row: dict[str, Any]) -> str:
-    """What people wrote of a row: its text, of a chat row the contents of its messages without the template."""
+    """The human-written part of a row: its text; for a chat row the contents of its messages, without the template."""
     if shape_of(row) == "chat":
         return "\n".join(message["content"] for message in chat.messages_of(row))
     return row_text(row)[0]
 
 
 def instruction_prompt(row: dict[str, Any]) -> str:
-    """The text before `output`, as trained and as generated from."""
+    """The text before `output`, the same in training and generation."""
     template = INSTRUCTION_TEMPLATE if row.get("input") else INSTRUCTION_TEMPLATE_NO_INPUT
     return template.format(instruction=row["instruction"], input=row.get("input") or "")
 
 
 def review_prompt(row: dict[str, Any]) -> str:
-    """The text before the review, as trained and as generated from: metadata only, never the review itself.
+    """The text before the review, the same in training and generation: metadata only, never the review itself.
 
-    The review's title is private text too: it enters only where the row says `"condition": "title"`.
+    The review's title is private text too: it is included only if the row says `"condition": "title"`.
     """
     fields = {field: row.get(field) or "" for field in REVIEW_FIELDS if field != "Review"}
     title = f"Title: {fields['Review Title']}\n" if row.get("condition") == "title" else ""
@@ -471,7 +471,7 @@ def review_prompt(row: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Split:
-    """Row indices of the evaluation head (perplexity), of its attacked part (PII) and of the rows to train on."""
+    """Row indices of the evaluation head (perplexity), its attacked part (PII) and the training rows."""
 
     head: list[int]
     pii: list[int]
@@ -479,9 +479,9 @@ class Split:
 
 
 def split(rows: list[dict[str, Any]], manifest: dict[str, Any] | None = None) -> Split:
-    """The published split where rows carry gt-name and are not generated; any other file is used whole, by each part.
+    """The published split for Enron rows (gt-name, not generated); for any other file each part is the whole file.
 
-    A manifest's `split_start` with `row_id`s decides which rows belong to the head; else position does.
+    A manifest's `split_start` with `row_id`s decides which rows belong to the head; otherwise position does.
     """
     n = len(rows)
     if shape_of(rows[0]) != "enron":
@@ -499,10 +499,10 @@ def split(rows: list[dict[str, Any]], manifest: dict[str, Any] | None = None) ->
 def split_source(
     rows: list[dict[str, Any]], broken: Container[int], manifest: dict[str, Any] | None
 ) -> tuple[list[dict[str, Any]], Split, int | None]:
-    """For builders that leave the rows with indices in `broken` out but let them keep their places in the split.
+    """For builders that skip the rows with indices in `broken`, without shifting the split.
 
-    Returns (the rows, with their index as `row_id` unless all whole ones have one; the split without broken rows; the
-    `split_start` of a file made from these rows, None when the row_ids of head and training rows lie mixed).
+    Returns (the rows, with their index as `row_id` unless all usable ones have one; the split without broken rows; the
+    `split_start` of a file made from these rows, None if the row_ids of head and training rows are interleaved).
     """
     if not all(is_count(row.get("row_id")) for index, row in enumerate(rows) if index not in broken):
         rows = [{**row, "row_id": index} for index, row in enumerate(rows)]
@@ -517,7 +517,7 @@ def split_source(
 
 
 def evaluated_rows(rows: list[dict[str, Any]], manifest: dict[str, Any] | None) -> list[int]:
-    """Indices of rows whose source row belongs to the evaluation head (a generated file's rows too, by row_id)."""
+    """Indices of rows whose source row belongs to the evaluation head (by row_id, also in a generated file)."""
     start = (manifest or {}).get("split_start")
     if shape_of(rows[0]) == "enron":
         return split(rows, manifest).head
@@ -531,11 +531,11 @@ def manifest_path(path: AnyPath) -> Path:
     return path.parent / f"{path.name}.meta.json"
 
 
-TAG_BYTES = 100  # it enters the names of output folders
+TAG_BYTES = 100  # tags become part of output folder names
 
 
 def read_manifest(path: AnyPath) -> dict[str, Any] | None:
-    """The manifest beside a data file, or None. UserError when there is one and it is broken."""
+    """The manifest beside a data file, or None. UserError if it is broken."""
     beside = manifest_path(path)
     if not os.path.isfile(beside):
         return None
@@ -544,19 +544,19 @@ def read_manifest(path: AnyPath) -> dict[str, Any] | None:
     records.check(manifest, records.Manifest, beside, remedy)
     tag = manifest.get("tag") or ""
     if "/" in tag or not tag.isprintable() or tag in (".", "..") or len(tag.encode()) > TAG_BYTES:
-        raise UserError(f"{beside}: tag is no name for a folder (at most {TAG_BYTES} bytes, no slash); {remedy}")
+        raise UserError(f"{beside}: tag is not a folder name (at most {TAG_BYTES} bytes, no slash); {remedy}")
     return manifest
 
 
 def check_manifest(path: AnyPath, n: int) -> None:
-    """UserError when the file (of n rows) is not the one that the manifest beside it describes."""
+    """UserError if the file (of n rows) does not match the manifest beside it."""
     manifest, name = read_manifest(path) or {}, manifest_path(path).name
     advice = f"build it again, or remove {name} if the file was changed on purpose"
     if manifest.get("rows", n) != n:
         raise UserError(f"{path}: has {n} rows, its manifest says {manifest['rows']}; {advice}")
-    told = manifest.get("sha256")
-    if told is not None and told != (found := sha256(path)):
-        raise UserError(f"{path}: its SHA-256 is {found[:12]}…, its manifest says {told[:12]}…; {advice}")
+    recorded = manifest.get("sha256")
+    if recorded is not None and recorded != (actual := sha256(path)):
+        raise UserError(f"{path}: its SHA-256 is {actual[:12]}…, its manifest says {recorded[:12]}…; {advice}")
 
 
 @cache
@@ -565,14 +565,14 @@ def _say_once(line: str) -> None:
 
 
 def note_lost_manifest(path: AnyPath, rows: list[dict[str, Any]]) -> None:
-    """Say on stderr that rows which a script here has made from others came without their manifest."""
+    """Warn on stderr about rows that one of these scripts derived from other rows but that have lost their manifest."""
     if manifest_path(path).exists() or int(os.environ.get("RANK", 0)):
         return
     made = "generated_text" in rows[0] or {"generation", "finish_reason"} <= rows[0].keys()
     moved = shape_of(rows[0]) == "enron" and any(row.get("row_id", index) != index for index, row in enumerate(rows))
     if made or moved:
-        lost = "what its generator spent of a privacy budget" if made else "which rows are the evaluation head"
-        _say_once(f"{path}: made from other rows, but {manifest_path(path).name} is not beside it: unknown is {lost}")
+        lost = "the privacy budget its generator spent" if made else "the set of evaluation rows"
+        _say_once(f"{path}: derived from other rows, but {manifest_path(path).name} is missing: {lost} is unknown")
 
 
 def write_manifest(
@@ -590,10 +590,10 @@ def write_manifest(
     settings: dict[str, Any] | None = None,
     more: dict[str, Any] | None = None,
 ) -> None:
-    """Write `<path>.meta.json` for a data file that stands complete in `files`; the two get their names together.
+    """Write `<path>.meta.json` for a complete data file in `files`; the two are published together.
 
-    source: (path, row count) of each, (path, row count, sha256) of what is not one file, or the entry itself.
-    settings: see `settings_of`. more: further keys.
+    source: (path, row count) of each; (path, row count, sha256) of what is not a single file; or the entry itself.
+    settings: see `settings_of`. more: additional keys.
     """
     files.write_json(
         manifest_path(path),
@@ -603,7 +603,7 @@ def write_manifest(
             "script": script,
             "argv": argv,
             "commit": commit()["commit"],
-            "source": [one if isinstance(one, dict) else _source(*one) for one in source],
+            "source": [entry if isinstance(entry, dict) else _source(*entry) for entry in source],
             "split_start": split_start,
             "generator": generator,
             "sampling": sampling,
@@ -621,7 +621,7 @@ def _source(path: AnyPath, rows: int, known: str | None = None) -> dict[str, Any
 
 
 def settings_of(args: object, skip: tuple[str, ...] = ("output",), **inputs: Any) -> dict[str, Any]:
-    """What decides the content of a built file: the flags but for `skip`, and the SHA-256s of its inputs by flag."""
+    """What determines the content of a built file: the flags except `skip`, and the SHA-256s of its inputs by flag."""
     outside = {*skip, "overwrite", "dry_run"}
     settings: dict[str, Any] = plain({k: v for k, v in vars(args).items() if k not in outside} | inputs)
     return settings
@@ -635,19 +635,19 @@ def finished(
 ) -> bool:
     """Whether a run with these settings has built the `outputs` and nothing has changed since.
 
-    outputs: (flag, path) of files with a manifest; others: of files without one that are written with them; settings:
-    as in their manifests, None where the inputs cannot be read. UserError for each file that stands there and was made
-    otherwise, unless `overwrite`.
+    outputs: (flag, path) of files with a manifest; others: of files written with them that have none; settings: as in
+    their manifests, None if the inputs cannot be read. UserError for each existing file that was built differently,
+    unless `overwrite`.
     """
     if overwrite:
         return False
-    standing = [(flag, path) for flag, path in (*outputs, *others) if path.exists()]
-    whole = len(standing) == len(outputs) + len(others)
-    if standing and whole and settings is not None and all(_made_with(path, settings) for _, path in outputs):
+    existing = [(flag, path) for flag, path in (*outputs, *others) if path.exists()]
+    complete = len(existing) == len(outputs) + len(others)
+    if existing and complete and settings is not None and all(_made_with(path, settings) for _, path in outputs):
         return True
-    if standing:
+    if existing:
         raise UserError(
-            *(f"{flag} {path}: exists; give --overwrite to replace it, or another name" for flag, path in standing)
+            *(f"{flag} {path}: exists; give --overwrite to replace it, or another name" for flag, path in existing)
         )
     return False
 
@@ -662,11 +662,11 @@ def _made_with(path: Path, settings: dict[str, Any]) -> bool:
 
 def say_finished(*paths: Path) -> None:
     for path in paths:
-        print(f"{path}: finished already, with the same inputs and settings; nothing to do (--overwrite repeats it)")
+        print(f"{path}: already finished with the same inputs and settings; nothing to do (--overwrite repeats it)")
 
 
 def data_tag(path: AnyPath, manifest: dict[str, Any] | None) -> str:
-    """The tag that names a data file in output directories: the manifest's, else the file's stem."""
+    """The tag that identifies a data file in output directory names: the manifest's, else the file's stem."""
     tag = (manifest or {}).get("tag")
     if isinstance(tag, str) and tag:
         return tag
@@ -675,6 +675,6 @@ def data_tag(path: AnyPath, manifest: dict[str, Any] | None) -> str:
 
 
 def default_dataset(path: AnyPath) -> Path:
-    """A path as given, or below the repository when it is relative and exists only there."""
+    """A path as given, or relative to the repository if it exists only there."""
     path = Path(path)
     return path if path.is_absolute() or path.exists() or not (ROOT / path).exists() else ROOT / path

@@ -1,4 +1,4 @@
-"""One process, or many under torchrun: ranks, devices, sums, gathers, one progress bar. Without torchrun: no-ops."""
+"""One process, or many under torchrun: ranks, devices, sums, gathers, one progress bar. No-ops without torchrun."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MEETING = timedelta(minutes=10)  # within which all processes must have started
+MEETING = timedelta(minutes=10)  # all processes must start within this time
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all. `device` is a torch device string; `backend` is None, 'gloo' or 'nccl'."""
+    """This process's place in the group. `device` is a torch device string; `backend` is None, 'gloo' or 'nccl'."""
 
     rank: int = 0
     size: int = 1
@@ -33,11 +33,11 @@ class World:
 
     @property
     def main(self) -> bool:
-        """Whether this is rank 0, which alone prints and writes."""
+        """Whether this is rank 0, the only one that prints and writes."""
         return self.rank == 0
 
     def shard(self, items: Sequence[T]) -> Sequence[T]:
-        """Every size-th item from `rank` on: balanced when neighbours cost alike."""
+        """Every size-th item starting at `rank`: balanced if neighbouring items cost about the same."""
         return items[self.rank :: self.size]
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -59,9 +59,9 @@ class World:
         return items
 
     def together(self, work: Callable[[], T]) -> list[T]:
-        """gather(work()), except that a rank whose `work` raises makes every rank raise instead of wait for ever.
+        """gather(work()), but if `work` raises on one rank, every rank raises instead of waiting forever.
 
-        That rank raises its own exception, the others a RuntimeError with its words.
+        That rank raises its own exception, the others a RuntimeError with its message.
         """
         if not self.backend:
             return [work()]
@@ -75,12 +75,12 @@ class World:
         parts: list[tuple[Any, str | None]] = self.gather((mine, words))
         if failure:
             raise failure
-        if failures := [told for _, told in parts if told]:
+        if failures := [message for _, message in parts if message]:
             raise RuntimeError("; ".join(failures))
         return [item for item, _ in parts]
 
     def broadcast(self, item: T | None) -> T:
-        """Rank 0's picklable `item` on every rank; what the others give is not looked at."""
+        """Rank 0's picklable `item` on every rank; the other ranks' argument is ignored."""
         box: list[Any] = [item]
         if self.backend:
             import torch.distributed as dist
@@ -118,11 +118,13 @@ def check_environment(problems: Problems, device_map: str | None = None) -> None
         if missing:
             problems.add(f"WORLD_SIZE={size} but {', '.join(missing)} not set: start with torchrun, or set them")
         if device_map:
-            problems.add(f"--device_map {device_map}: every one of the {size} processes would spread over all devices")
+            problems.add(
+                f"--device_map {device_map}: each of the {size} processes would use all devices; drop one or the other"
+            )
 
 
 def _meet(rank: int, size: int) -> Store:
-    """The store through which all processes have found each other; UserError when some do not come."""
+    """The rendezvous store of all processes; UserError if some never arrive."""
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
@@ -131,18 +133,18 @@ def _meet(rank: int, size: int) -> Store:
         store.set(f"here {rank}", "")
         store.wait([f"here {other}" for other in range(size)], MEETING)
     except (dist.DistError, RuntimeError) as error:
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = str(error).partition("\n")[0]
         raise UserError(
-            f"WORLD_SIZE={size}: not all processes met at {place} within {MEETING} ({reason}); start all of them"
+            f"WORLD_SIZE={size}: not all processes joined at {address} within {MEETING} ({reason}); start all of them"
         ) from None
     return store
 
 
 def start(group_of_one: bool = False) -> World:
-    """Join the process group that torchrun described, if any.
+    """Join the process group that torchrun set up, if any.
 
-    `group_of_one`: make a group even for a single process (FSDP2 needs a device mesh).
+    `group_of_one`: create a group even for a single process (FSDP2 needs a device mesh).
     """
     import torch
 
@@ -172,8 +174,8 @@ def start(group_of_one: bool = False) -> World:
 
 
 def progress_bar(total: int | None, unit: str, world: World | None = None) -> tqdm[Any]:
-    """A tqdm bar of `total` `unit`s (None: unknown) with .update(n), usable as a context manager; off the main rank
-    silent, without a terminal a log line every 30 seconds."""
+    """A tqdm bar of `total` `unit`s (None: unknown) with .update(n), usable as a context manager; silent except on
+    rank 0, and one log line every 30 seconds without a terminal."""
     from tqdm import tqdm
 
     silent = world is not None and not world.main

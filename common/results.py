@@ -1,15 +1,15 @@
-"""Result files: complete or absent, with the run that made them beside them.
+"""Result files: complete or absent, next to a record of the run that made them.
 
 How a script writes its output:
 
     with results.output_folder(folder, dry_run=args.dry_run) as output:       # or output_file(path, key_file, …)
-        …checks that look at what is there…                                   # after the lock: nobody else changes it
+        …checks that look at existing files…                                  # locked: nobody else changes them
         with results.Run(folder / "run_x.json", args, inputs, world, output=output) as run:
-            run.files.write_jsonl(folder / "results.jsonl", lines)            # hidden until the block has ended well
+            run.files.write_jsonl(folder / "results.jsonl", lines)            # hidden until the block succeeds
 
-`output_folder` / `output_file` lock the place for the life of the run (rank 0), finish a publication that a kill cut
-short, and remove what dead runs left. `run.files` is a `Publication`: its files and the run's record get their names
-together. `atomic`, `atomic_folder`, `write_json` and `write_jsonl` publish one file or folder at once;
+`output_folder` / `output_file` hold a lock for the life of the run (rank 0), finish a publication interrupted by a
+kill, and remove leftovers of dead runs. `run.files` is a `Publication`: its files and the run's record are renamed
+into place together. `atomic`, `atomic_folder`, `write_json` and `write_jsonl` publish one file or folder at once;
 `temporary_folder` is for scratch files. All modes are `permissions & ~umask`.
 """
 
@@ -51,16 +51,16 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "scikit-learn", "rapidfuzz")
 
 
-LEFTOVER = re.compile(r"\.(?P<name>.+)\.[0-9a-z_]{8}\.(tmp|old)", re.DOTALL)  # hidden name of a file or folder of ours
-NO_ROOM = 1 << 16  # free bytes below which a library's error is put down to the full disk
+LEFTOVER = re.compile(r"\.(?P<name>.+)\.[0-9a-z_]{8}\.(tmp|old)", re.DOTALL)  # our hidden names
+NO_ROOM = 1 << 16  # with fewer free bytes, a library's error is blamed on the full disk
 JOURNAL_WAIT = 60  # seconds that other ranks wait for rank 0 to finish the publication of a killed run
 
 _locked: dict[Path, int] = {}  # lock file → descriptor, of this process
-_held: set[int] = set()  # descriptors whose lock says that a temporary is in use
+_held: set[int] = set()  # descriptors whose lock marks a temporary as in use
 
 
 def _forget_locks() -> None:
-    """In a forked child: a lock must end with the run that took it, whatever becomes of its workers."""
+    """In a forked child: a lock must end with the run that took it, even if its workers live on."""
     for descriptor in (*_locked.values(), *_held):
         os.close(descriptor)
     _locked.clear()
@@ -70,18 +70,15 @@ def _forget_locks() -> None:
 os.register_at_fork(after_in_child=_forget_locks)
 
 
-# ---------------------------------------------------------------- temporaries
-
-
 def _hold(descriptor: int) -> int | None:
-    """Mark an open temporary as in use; a descriptor for `_let_go`, None when `remove_leftovers` was faster."""
+    """Mark an open temporary as in use; a descriptor for `_let_go`, None if `remove_leftovers` was faster."""
     descriptor = os.dup(descriptor)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         return None
-    except OSError:  # a file system without locks: its temporaries are never taken for leftovers
+    except OSError:  # no locks on this file system: its temporaries are never treated as leftovers
         pass
     _held.add(descriptor)
     return descriptor
@@ -101,7 +98,7 @@ def _make_hidden(path: Path, make: Callable[[Path], int]) -> tuple[Path, int, in
         held = _hold(descriptor)
         if held is not None and hidden.exists():
             return hidden, descriptor, held
-        os.close(descriptor)  # removed as a leftover in the instant before it was held
+        os.close(descriptor)  # removed as a leftover just before it was locked
         if held is not None:
             _let_go(held)
 
@@ -120,7 +117,7 @@ def _make_hidden_folder(path: Path, permissions: int) -> tuple[Path, int]:
 
 
 def _in_use(path: Path) -> bool:
-    """Whether a process holds a temporary; True as well where the file system cannot tell."""
+    """Whether a process holds a temporary; also True if the file system cannot tell."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
@@ -135,7 +132,7 @@ def _in_use(path: Path) -> bool:
 
 
 def remove_leftovers(folder: AnyPath) -> None:
-    """Remove the temporaries of dead runs in a folder (not below it); bring back a folder that was being replaced."""
+    """Remove the temporaries of dead runs in a folder (not below it); restore a folder that was being replaced."""
     folder = Path(folder)
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         match = LEFTOVER.fullmatch(path.name)
@@ -152,14 +149,14 @@ def remove_leftovers(folder: AnyPath) -> None:
 
 @contextlib.contextmanager
 def atomic(path: AnyPath, mode: str = "w", permissions: int = 0o644) -> Iterator[IO[Any]]:
-    """Open a temporary file in `path`'s directory; on success fsync it and rename it to `path`, else remove it."""
+    """Open a temporary file beside `path`; on success fsync and rename it to `path`, else remove it."""
     with Publication() as files, files.open(path, mode, permissions) as file:
         yield file
 
 
 @contextlib.contextmanager
 def naming(path: AnyPath) -> Iterator[None]:
-    """Within the block an OSError that names no file names `path`; so does whatever a library raises on a full disk."""
+    """Make an OSError without a file name refer to `path`, and turn a library's error on a full disk into one."""
     try:
         yield
     except OSError as error:
@@ -177,7 +174,7 @@ def naming(path: AnyPath) -> Iterator[None]:
 
 
 def csv_rows(rows: Iterable[Iterable[object]]) -> list[list[object]]:
-    """`rows` for csv.writer: a text that a spreadsheet would compute begins with ', numbers stay what they are."""
+    """`rows` for csv.writer: texts that a spreadsheet would evaluate get a leading ', numbers stay as they are."""
 
     def cell(value: object) -> object:
         return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
@@ -186,7 +183,7 @@ def csv_rows(rows: Iterable[Iterable[object]]) -> list[list[object]]:
 
 
 def sync_folder(folder: AnyPath) -> None:
-    """fsync a directory, so that a rename in it survives a power cut."""
+    """fsync a directory, so that a rename in it survives a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -196,7 +193,7 @@ def sync_folder(folder: AnyPath) -> None:
 
 @contextlib.contextmanager
 def temporary_folder(parent: AnyPath, name: str) -> Iterator[Path]:
-    """Yield a new hidden directory in `parent` (mode 0700), removed at the end, or by the next run after a kill."""
+    """Yield a new hidden directory in `parent` (mode 0700), removed at the end (after a kill, by the next run)."""
     path, held = _make_hidden_folder(Path(parent) / name, 0o700)
     try:
         with naming(path.parent):
@@ -208,9 +205,9 @@ def temporary_folder(parent: AnyPath, name: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(folder: AnyPath) -> Iterator[Path]:
-    """Yield a temporary sibling directory; on success fsync its files and rename it to `folder` (replacing one).
+    """Yield a temporary sibling directory; on success fsync its files and rename it to `folder`, replacing it.
 
-    `folder` may be a symbolic link: it stays, and what it leads to is replaced.
+    If `folder` is a symbolic link, its target is replaced.
     """
     folder = Path(os.path.realpath(folder))
     temporary, held = _make_hidden_folder(folder, 0o777)
@@ -235,20 +232,17 @@ def atomic_folder(folder: AnyPath) -> Iterator[Path]:
         _let_go(held)
 
 
-# ---------------------------------------------------------------- several files as one
-
-
 class Publication:
-    """Files that get their names together, or none of them does.
+    """Files that are published together or not at all.
 
     with Publication(journal) as files:
         with files.open(path) as file: …
-        files.remove(partial)               # what the run needs no more once the files stand
+        files.remove(partial)               # no longer needed once the files are published
 
-    Each file is written under a hidden name beside its own. When the block ends well, the renames are written to
-    `journal` and carried out: manifests first (their hash exposes a data file that is not theirs), then in the order of
-    writing. After a kill, `output_folder` / `output_file` carry out a journal at the next start; without one the hidden
-    files are leftovers. No journal is needed for a single file.
+    Each file is written under a hidden name beside its final one. On success the renames are written to `journal` and
+    carried out: manifests first (their hash exposes a data file that does not match), then in the order of writing.
+    After a kill, `output_folder` / `output_file` carry out the journal at the next start; without a journal the hidden
+    files are leftovers. A single file needs no journal.
     """
 
     def __init__(self, journal: Path | None = None) -> None:
@@ -293,17 +287,17 @@ class Publication:
             file.write(_pretty(item))
 
     def write_jsonl(self, path: AnyPath, items: Iterable[object], permissions: int = 0o644) -> None:
-        """`open`, with one JSON value a line."""
+        """`open`, with one JSON value per line."""
         with self.open(path, permissions=permissions) as file:
             for item in items:
                 file.write(dumps(item) + "\n")
 
     def hidden(self, path: AnyPath) -> Path:
-        """The file as it stands until it gets its name `path`."""
+        """The hidden file that will become `path`."""
         return self.temporaries[Path(path)][0]
 
     def remove(self, path: AnyPath) -> None:
-        """Have `path` removed once the files have their names."""
+        """Remove `path` once the files are published."""
         self.needless.append(Path(path))
 
     def _drop(self, path: Path) -> None:
@@ -320,15 +314,15 @@ class Publication:
         self.needless = []
 
     def commit(self) -> None:
-        """Give all files their names. ValueError for several without a journal."""
+        """Rename all files into place. ValueError for several without a journal."""
         paths = sorted(self.temporaries, key=lambda path: not path.name.endswith(".meta.json"))
         renames = [(self.temporaries[path][0], path) for path in paths]
         try:
             if len(renames) + len(self.needless) > 1:
                 if self.journal is None:
-                    raise ValueError("several files are published as one only under a lock")
+                    raise ValueError("several files can only be published together under a lock")
                 base = self.journal.parent
-                relative = [[os.path.relpath(one, base) for one in pair] for pair in renames]
+                relative = [[os.path.relpath(path, base) for path in pair] for pair in renames]
                 needless = [os.path.relpath(path, base) for path in self.needless]
                 write_json(self.journal, {"rename": relative, "remove": needless})
                 _finish(self.journal)
@@ -349,7 +343,7 @@ class Publication:
 
 
 def _finish(journal: Path) -> None:
-    """Carry out what a journal says, from wherever it was interrupted, and remove it."""
+    """Carry out a journal, from wherever it was interrupted, and remove it."""
     content, base = read_json(journal, "remove it"), journal.parent
     try:
         renames = [(base / hidden, base / path) for hidden, path in content["rename"]]
@@ -362,7 +356,7 @@ def _finish(journal: Path) -> None:
     if not all(ours + beside + [path.parent == base and path.name.startswith(".") for path in needless]):
         raise UserError(f"{journal}: not written by this toolkit; remove it")  # it could rename or remove anything
     for hidden, path in renames:
-        if hidden.exists():  # else the killed run had renamed it
+        if hidden.exists():  # else the killed run has renamed it
             os.replace(hidden, path)
             sync_folder(path.parent)
     for path in needless:
@@ -371,13 +365,10 @@ def _finish(journal: Path) -> None:
     sync_folder(base)
 
 
-# ---------------------------------------------------------------- one run at a time
-
-
 class Output:
-    """The place that a run writes to, while it is locked; `publication()` for files that get their names together.
+    """A locked output; `publication()` publishes several files together.
 
-    `after_kill`: the last run here was killed, perhaps when its files stood already.
+    `after_kill`: the last run here was killed, possibly after publishing its files.
     """
 
     def __init__(self, journal: Path, after_kill: bool = False) -> None:
@@ -390,12 +381,12 @@ class Output:
 
 @contextlib.contextmanager
 def output_folder(folder: AnyPath, dry_run: bool = False, key: str = "") -> Iterator[Output]:
-    """Lock a folder that a run writes files to (made when absent); yields an `Output`.
+    """Lock a folder that a run writes to (created if missing); yields an `Output`.
 
-    key: what the files are, where runs of other scripts may write theirs to the same folder meanwhile. UserError naming
-    the holder when another run has it. Under torchrun rank 0 locks. Nothing is written or locked in a dry run, nor
-    where the folder cannot be made or written (the script's own checks say so). A folder made here is removed when
-    nothing was put into it.
+    key: names the kind of files, if runs of other scripts may write to the same folder meanwhile. UserError naming the
+    holder if another run has it. Under torchrun rank 0 locks. Nothing is written or locked in a dry run, or if the
+    folder cannot be created or written (the script's own checks report that). A folder created here is removed again
+    if it stays empty.
     """
     folder, name = Path(folder), f".{key}" if key else ""
     lock, journal = folder / f"{name}.lock", folder / f"{name}.publish"
@@ -405,15 +396,15 @@ def output_folder(folder: AnyPath, dry_run: bool = False, key: str = "") -> Iter
 
 @contextlib.contextmanager
 def output_file(*paths: AnyPath, dry_run: bool = False) -> Iterator[Output]:
-    """Lock output files in folders that other runs may write to as well; else as `output_folder`."""
+    """Lock output files in folders that other runs may also write to; otherwise like `output_folder`."""
     files = list(dict.fromkeys(map(Path, paths)))
-    places = [(path.with_name(f".{path.name}.lock"), path.with_name(f".{path.name}.publish"), path) for path in files]
-    with _locked_places(places, list(dict.fromkeys(path.parent for path in files)), dry_run) as after_kill:
-        yield Output(places[0][1], after_kill)
+    locks = [(path.with_name(f".{path.name}.lock"), path.with_name(f".{path.name}.publish"), path) for path in files]
+    with _locked_places(locks, list(dict.fromkeys(path.parent for path in files)), dry_run) as after_kill:
+        yield Output(locks[0][1], after_kill)
 
 
 def tidy(folders: Iterable[AnyPath], key: str = "") -> None:
-    """Finish and remove what killed runs left in folders that this run may have nothing to write to."""
+    """Finish or remove what killed runs left in folders that this run may not write to itself."""
     for folder in folders:
         with output_folder(folder, key=key):
             pass
@@ -421,7 +412,7 @@ def tidy(folders: Iterable[AnyPath], key: str = "") -> None:
 
 @contextlib.contextmanager
 def _locked_places(places: list[tuple[Path, Path, Path]], folders: list[Path], dry_run: bool) -> Iterator[bool]:
-    """Hold the locks of (lock file, journal, what it stands for). Yields whether a killed run had left one."""
+    """Hold the locks of (lock file, journal, what it protects). Yields whether a killed run left one behind."""
     problems = Problems()
     for folder in folders:
         check_writable(folder, problems)
@@ -436,7 +427,7 @@ def _locked_places(places: list[tuple[Path, Path, Path]], folders: list[Path], d
         return
     with contextlib.ExitStack() as stack:
         left = [stack.enter_context(_lock(lock, place)) for lock, _, place in sorted(places)]
-        if None not in left:  # else this process writes there already
+        if None not in left:  # else this process already writes there
             for _, journal, _ in places:
                 if journal.is_file():
                     _finish(journal)
@@ -447,13 +438,13 @@ def _locked_places(places: list[tuple[Path, Path, Path]], folders: list[Path], d
 
 @contextlib.contextmanager
 def _lock(path: Path, place: Path) -> Iterator[bool | None]:
-    """Hold a lock file, which the kernel frees when the process ends. Yields whether a killed run had left it there;
-    None when this process holds it already."""
+    """Hold a lock file, which the kernel releases when the process ends. Yields whether a killed run left it behind;
+    None if this process already holds it."""
     path = Path(os.path.abspath(path))
     if path in _locked:
         yield None
         return
-    made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
+    missing = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
     descriptor, left = _take(path, place)
     _locked[path] = descriptor
     try:
@@ -464,19 +455,19 @@ def _lock(path: Path, place: Path) -> Iterator[bool | None]:
                 os.unlink(path)
             os.close(descriptor)
             with contextlib.suppress(OSError):
-                for folder in made:
+                for folder in missing:
                     if any(folder.iterdir()):
                         break
                     folder.rmdir()
 
 
 def _take(path: Path, place: Path) -> tuple[int, bool]:
-    """(descriptor of the lock file, locked; whether a killed run had left it); UserError naming `place`, the holder."""
+    """(descriptor of the locked lock file, whether a killed run left it); UserError naming `place` and its holder."""
     for _ in range(100):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-        except FileNotFoundError:  # its last holder has just removed the folder that it had made
+        except FileNotFoundError:  # its last holder has just removed the folder it had created
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -484,10 +475,12 @@ def _take(path: Path, place: Path) -> tuple[int, bool]:
             holder = os.pread(descriptor, 10000, 0).decode("utf-8", "replace")
             os.close(descriptor)
             raise UserError(
-                f"{place}: in use by another run{holder and f' ({holder})'}; wait for its end, or name another place"
+                f"{place}: in use by another run{holder and f' ({holder})'}; wait for it or choose another output"
             ) from None
         except OSError as error:
-            print(f"{path}: no locks here ({error.strerror}); never start two runs in one place", file=sys.stderr)
+            print(
+                f"{path}: file locks unavailable ({error.strerror}); do not run twice with one output", file=sys.stderr
+            )
             return descriptor, False
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.stat(path), os.fstat(descriptor)):  # else its last holder has just removed it
@@ -504,14 +497,11 @@ def _take(path: Path, place: Path) -> tuple[int, bool]:
                     raise
                 return descriptor, left
         os.close(descriptor)
-    raise OSError(f"{path}: cannot be locked; another process removes it all the time")
-
-
-# ---------------------------------------------------------------- JSON
+    raise OSError(f"{path}: cannot be locked; another process keeps removing it")
 
 
 def dumps(item: object) -> str:
-    """One line of strict JSON; NaN is refused (a bug), infinities become 'inf'."""
+    """One line of strict JSON; NaN raises (it is a bug), infinities become 'inf'."""
     return json.dumps(plain(item), ensure_ascii=False, allow_nan=False)
 
 
@@ -530,37 +520,36 @@ def read_json(path: AnyPath, remedy: str) -> dict[str, Any]: ...
 @overload
 def read_json(path: AnyPath, remedy: str, kind: type[T]) -> T: ...
 def read_json(path: AnyPath, remedy: str, kind: type[Any] = dict) -> Any:
-    """The JSON object (or what else `kind` says) in a file; UserError with `remedy` when it is damaged or another
-    thing."""
+    """The JSON object (or `kind`) in a file; UserError with `remedy` if it is damaged or something else."""
     try:
-        if not os.path.isfile(path):  # of a pipe nobody may ever write the end
+        if not os.path.isfile(path):  # reading a pipe might never end
             raise UserError(f"{path}: {'not a file' if os.path.exists(path) else 'no such file'}")
         item = strict_json.parse(Path(path).read_bytes())
     except ValueError as error:
         raise UserError(f"{path}: {error}; {remedy}") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); mend its mode") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}); fix its permissions") from None
     if not isinstance(item, kind):
         what = "array" if kind is list else "object"
-        raise UserError(f"{path}: a JSON {what} was expected; {remedy}")
+        raise UserError(f"{path}: expected a JSON {what}; {remedy}")
     return item
 
 
 def write_jsonl(path: AnyPath, items: Iterable[object], permissions: int = 0o644) -> None:
-    """Publish a file of one JSON value a line (see `atomic`)."""
+    """Publish a file with one JSON value per line (see `atomic`)."""
     with atomic(path, permissions=permissions) as file:
         for item in items:
             file.write(dumps(item) + "\n")
 
 
 def read_jsonl(path: AnyPath) -> list[dict[str, Any]]:
-    """Every line of a result file of ours; ValueError for a broken one, OSError where it cannot be read."""
+    """Every line of one of our result files; ValueError for a broken line, OSError if it cannot be read."""
     with open(path, "rb") as file:
         return [strict_json.parse(line) for line in file if line.strip()]
 
 
 def append_line(file: IO[str], item: object) -> None:
-    """Write a line to an open text file so that a power cut does not lose it."""
+    """Append a line to an open text file and fsync it."""
     with naming(file.name):
         file.write(dumps(item) + "\n")
         file.flush()
@@ -568,10 +557,10 @@ def append_line(file: IO[str], item: object) -> None:
 
 
 def read_partial(file: AnyPath, settings: dict[str, Any], overwrite: bool) -> list[dict[str, Any]]:
-    """Lines of an unfinished run's hidden file: first {'settings': …}, then one for each finished piece.
+    """Lines of an unfinished run's hidden file: first {'settings': …}, then one per finished piece.
 
-    A torn last line does not count. [] when there is no file, or when it is damaged or its settings differ and
-    `overwrite` is set; UserError without it.
+    An incomplete last line is ignored. [] if there is no file. If it is damaged or its settings differ: [] with
+    `overwrite`, else UserError.
     """
     file = Path(file)
     try:
@@ -587,8 +576,8 @@ def read_partial(file: AnyPath, settings: dict[str, Any], overwrite: bool) -> li
         ) from None
     if differ and not overwrite:
         raise UserError(
-            f"--output: an unfinished run with another {', '.join(differ)} is in {file}; repeat its arguments to "
-            "continue it, or give --overwrite to discard it"
+            f"--output: {file} is from an unfinished run with a different {', '.join(differ)}; repeat its arguments "
+            "to resume it, or give --overwrite to discard it"
         )
     return [] if differ else lines
 
@@ -600,8 +589,8 @@ def _sha256(path: str, size: int, changed: int) -> str:
 
 
 def sha256(path: AnyPath) -> str:
-    """SHA-256 of a file, hexadecimal; of several (`sources.data_files`), over their own in order. Cached while size and
-    modification time stay."""
+    """SHA-256 of a file, hexadecimal; of several files (`sources.data_files`), over their digests in order. Cached until
+    a size or modification time changes."""
     digests = []
     for file in data_files(path):
         status = os.stat(file)
@@ -645,38 +634,38 @@ def finished(
     overwrite: bool,
     **more: object,
 ) -> bool:
-    """Whether a run of the same script has made `outputs` from the same arguments and input files and ended well.
+    """Whether an earlier run of the same script made `outputs` from the same arguments and inputs, successfully.
 
-    more: what else its record must say. UserError for each output that stands and was made otherwise, unless
+    more: what else its record must say. UserError for each existing output that was made differently, unless
     `overwrite`.
     """
-    standing = [path for path in map(Path, outputs) if path.exists()]
-    if overwrite or not standing:
+    existing = [path for path in map(Path, outputs) if path.exists()]
+    if overwrite or not existing:
         return False
     try:
         record = read_json(record_file, "") if Path(record_file).is_file() else {}
         free = {"overwrite", "dry_run", "output_dir"}
-        mine, its = ({k: v for k, v in one.items() if k not in free} for one in (plain(vars(args)), record["args"]))
-        hashes = [one["sha256"] for one in record["inputs"]]
-        same = record["status"] == "ok" and its == mine and hashes == [sha256(file) for file in inputs]
+        ours, theirs = ({k: v for k, v in x.items() if k not in free} for x in (plain(vars(args)), record["args"]))
+        hashes = [entry["sha256"] for entry in record["inputs"]]
+        same = record["status"] == "ok" and theirs == ours and hashes == [sha256(file) for file in inputs]
     except (UserError, OSError, KeyError, TypeError, AttributeError):
         same = False
-    if same and len(standing) == len(outputs) and all(record.get(key) == plain(value) for key, value in more.items()):
-        print(f"{record_file}: finished already, with the same inputs and settings; nothing to do")
+    if same and len(existing) == len(outputs) and all(record.get(key) == plain(value) for key, value in more.items()):
+        print(f"{record_file}: already finished with the same inputs and settings; nothing to do")
         return True
     raise UserError(
-        *(f"--output_dir: {path} exists; give --overwrite to replace it, or another place" for path in standing)
+        *(f"--output_dir: {path} exists; give --overwrite to replace it, or another directory" for path in existing)
     )
 
 
 class Run:
-    """`run.json` / `run_<script>.json`: written as 'running', rewritten as 'ok' or 'failed' when the block ends.
+    """`run.json` / `run_<script>.json`: status 'running', then 'ok' or 'failed' when the block ends.
 
     with Run(path, args, inputs=[file, …], world=world, output=output) as run:
-        run["tokens"] = 123          # anything worth keeping
-        run.files.write_json(…)      # with an `Output`: published together with the record, when the block ends well
-    A block that ends well but set run["error"] is 'failed' too. Only rank 0 writes. `args` is the parsed namespace or
-    configuration; no environment variables are ever recorded.
+        run["tokens"] = 123          # anything worth recording
+        run.files.write_json(…)      # with an `Output`: published together with the record if the block succeeds
+    A block that succeeds but sets run["error"] is 'failed' too. Only rank 0 writes. `args` is the parsed namespace or
+    configuration; environment variables are never recorded.
     """
 
     def __init__(
@@ -715,7 +704,7 @@ class Run:
 
     @property
     def files(self) -> Publication:
-        """What is published together with the record. ValueError without an `Output`."""
+        """Files published together with the record. ValueError without an `Output`."""
         if self._files is None:
             raise ValueError(f"{self.path}: a run without an output publishes no files")
         return self._files

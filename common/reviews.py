@@ -1,4 +1,4 @@
-"""Review rows and generated rows as the evaluators of synthetic data read them: texts, ratings, arms, halves."""
+"""Review rows and generated rows for the evaluators of synthetic data: texts, ratings, arms, halves."""
 
 import random
 import re
@@ -9,11 +9,11 @@ from common.cli import AnyPath, Problems, UserError
 from common.dataset import read_rows, user_of, validate
 
 ARM = re.compile(r"[A-Za-z][\w-]*")
-REAL, GENERATED = "Review", "generated_text"  # the field of the text
+REAL, GENERATED = "Review", "generated_text"  # text fields
 
 
 def rating(row: dict[str, Any]) -> int | None:
-    """The rating of a row as a whole number of 1 … 5, or None."""
+    """The rating of a row as an integer in 1 … 5, or None."""
     try:
         value = float(row["Rating"])
     except (TypeError, ValueError, OverflowError):
@@ -22,7 +22,7 @@ def rating(row: dict[str, Any]) -> int | None:
 
 
 def text_of(row: dict[str, Any]) -> str:
-    """The review of a row, generated or real, without outer white space: the same treatment for both."""
+    """The review of a row, generated or real, stripped: both are treated alike."""
     text: str = row[GENERATED if GENERATED in row else REAL]
     return text.strip()
 
@@ -33,8 +33,8 @@ def with_text(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def read_reviews(path: AnyPath, field: str = REAL) -> list[dict[str, Any]]:
-    """All rows of a file, without generated text when real text is asked for. UserError when a row has no text field
-    `field` or no rating of 1 to 5 (blank is a text), or when the file is not the one that its manifest describes.
+    """All rows of a file, without generated text if real text is asked for. UserError if a row lacks the text field
+    `field` (blank text is allowed) or a rating of 1 to 5, or if the file does not match its manifest.
     """
     rows = read_rows(path)
     validate(path, rows, (field, "Rating"))
@@ -51,12 +51,14 @@ def read_reviews(path: AnyPath, field: str = REAL) -> list[dict[str, Any]]:
 
 
 def split_arms(words: Sequence[str], taken: Sequence[str], problems: Problems) -> dict[str, str]:
-    """{arm: file} of the ARM=FILE words of --synthetic; `taken` names cannot be used."""
+    """{arm: file} from the ARM=FILE arguments of --synthetic; `taken` names are rejected."""
     arms: dict[str, str] = {}
     for word in words:
         name, _, file = word.partition("=")
         if not file or not ARM.fullmatch(name):
-            problems.add(f"--synthetic {word}: give ARM=FILE, the arm a name of letters, digits, _ and -")
+            problems.add(
+                f"--synthetic {word}: give ARM=FILE, where ARM is a letter followed by letters, digits, _ or -"
+            )
         elif name in taken or name in arms:
             problems.add(f"--synthetic {word}: the name {name} is taken; choose another")
         else:
@@ -65,26 +67,26 @@ def split_arms(words: Sequence[str], taken: Sequence[str], problems: Problems) -
 
 
 def source_key(row: dict[str, Any]) -> tuple[Any, int | None, Any]:
-    """What a generated row and the real row whose metadata it was made from have in common."""
+    """What a generated row shares with the real row whose metadata it was generated from."""
     return row.get("row_id"), rating(row), row.get("Product Title")
 
 
 def shared_rows(rows: list[dict[str, Any]], others: list[dict[str, Any]]) -> int:
-    """How many of `rows` are among the `others`: same row_id and same text, or, whatever was put into the text, same
-    row_id, user, product and rating (row_ids alone are those of one source file)."""
+    """How many of `rows` are among the `others`: same row_id and text, or, in case the text was edited, same row_id,
+    user, product and rating (a row_id alone identifies a row only within one source file)."""
     texts = {(row.get("row_id"), text_of(row)) for row in others}
     origins = {_origin(row) for row in others} - {None}
     return sum((row.get("row_id"), text_of(row)) in texts or _origin(row) in origins for row in rows)
 
 
 def _origin(row: dict[str, Any]) -> tuple[Any, ...] | None:
-    """What stays of a row when a canary enters its text; None without row_id or user_id."""
+    """What a row keeps when a canary is inserted into its text; None without row_id or user_id."""
     user = user_of(row)
     return None if row.get("row_id") is None or user is None else (user, *source_key(row))
 
 
 def halve(rows: list[dict[str, Any]], seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Two halves of `rows`, each in random order, no user in both (a row without user_id stands alone)."""
+    """Two halves of `rows`, each in random order, with no user in both (a row without user_id counts as its own)."""
     users: dict[object, list[dict[str, Any]]] = {}
     for index, row in enumerate(rows):
         users.setdefault(user_of(row) or index, []).append(row)
@@ -92,7 +94,7 @@ def halve(rows: list[dict[str, Any]], seed: int) -> tuple[list[dict[str, Any]], 
     order = list(users.values())
     rng.shuffle(order)
     halves: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
-    for own in sorted(order, key=len, reverse=True):  # the largest first, so that the halves end up equal
+    for own in sorted(order, key=len, reverse=True):  # largest first, so that the halves come out equal
         min(halves, key=len).extend(own)
     for half in halves:
         rng.shuffle(half)

@@ -1,13 +1,13 @@
-"""The sweep sampler: many prompts × many temperatures, answers independent of how they are batched.
+"""The sweep sampler: many prompts × many temperatures, with answers independent of batching.
 
-`SharedPrefix`: tokens that all prompts begin with are encoded once and attended to as one shared block. `OwnCache`:
-where that attention is not the model's (sliding windows, sinks, latent attention, state spaces, …), prompts of equal
-length over transformers' own cache. Before the first answer an engine has to give the logits of `generate` on the
+`SharedPrefix`: the tokens common to all prompts are encoded once and attended to as one shared block. `OwnCache`: for
+models with other kinds of attention (sliding windows, sinks, latent attention, state spaces, …), prompts of equal
+length with transformers' own cache. Before the first answer, an engine must reproduce the logits of `generate` on the
 longest and the shortest prompt. Each prompt is encoded once; all temperatures decode together from there, and branches
-(prompt × temperature) whose tokens still coincide are one row of the batch. Sampling is top-k, then Gumbel-max with
-noise that is a hash of (seed, row, template, step, token id): the same whatever the batch, the rank or the other
-prompts are, and common to all temperatures, so curves over temperature are paired (Gumbel 1954; Maddison, Tarlow and
-Minka 2014, arXiv:1411.0030).
+(prompt × temperature) share one batch row as long as their tokens coincide. Sampling is top-k, then Gumbel-max with
+noise hashed from (seed, row, template, step, token id): it does not depend on the batch, the rank or the other
+prompts, and it is common to all temperatures, so curves over temperature are paired (Gumbel 1954; Maddison, Tarlow
+and Minka 2014, arXiv:1411.0030).
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ if TYPE_CHECKING:
     Layer = tuple[torch.Tensor, torch.Tensor]  # keys and values
     Logits = tuple[torch.Tensor, list[list[torch.Tensor]]]  # see `SharedPrefix.begin`
 
-MAX_ROWS = 64  # rows of a chunk when memory does not bind: more gains nothing on CPU and little on a GPU
+MAX_ROWS = 64  # rows per chunk if memory allows: more gains nothing on CPU and little on a GPU
 MASK64 = (1 << 64) - 1
-Forms = list[list[list[int]]]  # of each prompt, the token sequences that spell what is looked for
+Forms = list[list[list[int]]]  # for each prompt, the token sequences that spell its target
 
 
 @dataclass
 class Answers:
-    """What one prompt gave. tokens[t]: sampled ids at temperature t, ending with the stop token if one came.
+    """The answers to one prompt. tokens[t]: sampled ids at temperature t, including the stop token if there was one.
 
-    truth_logprob: natural log of the summed probability of the target's forms, unfiltered, at temperature 1, over the
-    tokens of the likeliest form (None without target).
-    truth_logp[t]: log probability that a sample at temperature t (top-k filtered) begins with a form of the target;
-    -inf when each has a token outside the top k or is longer than max_tokens.
+    truth_logprob: natural log of the summed probability of the target's forms, unfiltered, at temperature 1, divided by
+    the number of tokens of the likeliest form (None without target).
+    truth_logp[t]: log probability that a sample at temperature t (top-k filtered) starts with a form of the target;
+    -inf if every form has a token outside the top k or is longer than max_tokens.
     """
 
     tokens: list[list[int]]
@@ -54,7 +54,7 @@ def _signed(value: int) -> int:
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
-    """Finaliser of splitmix64 (Steele, Lea & Flood 2014) on int64 tensors, arithmetic modulo 2^64."""
+    """The splitmix64 finaliser (Steele, Lea & Flood 2014) on int64 tensors, modulo 2^64."""
     x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _signed(0x94D049BB133111EB)
     return x ^ ((x >> 31) & ((1 << 33) - 1))
@@ -75,7 +75,7 @@ def gumbel(seed: int, row: torch.Tensor, template: torch.Tensor, step: int, toke
 
 
 class SharedPrefixCache:
-    """Keys and values of one shared prefix (a block for all rows) and of each row's own tokens.
+    """Keys and values of a shared prefix (one block for all rows) and of each row's own tokens.
 
     prefix[layer]: pair of [kv heads, P, head size]; own[layer]: pair of [capacity, kv heads, room, head size].
     """
@@ -88,7 +88,7 @@ class SharedPrefixCache:
         self.rows, self.length = capacity, 0
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: object, **__: object) -> Layer:
-        """Append key and value [n, kv heads, t, size] to the rows' own tokens; all of them, length + t instead of t."""
+        """Append key and value [n, kv heads, t, size] to the rows' own tokens; returns all length + t positions."""
         n, heads, t, size = key.shape
         while len(self.own) <= layer_idx:
             shape = (self.capacity, heads, self.room, size)
@@ -100,7 +100,7 @@ class SharedPrefixCache:
         return keys[:n, :, :end], values[:n, :, :end]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Own tokens of each row."""
+        """Number of each row's own tokens."""
         return self.length
 
     def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
@@ -130,7 +130,7 @@ def shared_prefix_attention(
     shared: SharedPrefixCache,
     **extra: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention over [shared prefix | own tokens] with one softmax; the prefix is one matrix product for all rows.
+    """Attention over [shared prefix | own tokens] with one softmax; the prefix takes one matrix product for all rows.
 
     query [n, heads, t, size]; key, value [n, kv heads, L, size]; attention_mask bool [n, 1, t, L] for the own tokens.
     Returns [n, t, heads, size] and no weights. NotImplementedError for sinks.
@@ -169,16 +169,14 @@ def shared_prefix_attention(
 
 @contextlib.contextmanager
 def _shared_attention(model: PreTrainedModel) -> Iterator[None]:
-    """The model with the shared-prefix attention switched on, and as it was afterwards."""
+    """Switch the model to shared-prefix attention; restore it afterwards."""
     from transformers import AttentionInterface
 
     AttentionInterface.register("shared_prefix", shared_prefix_attention)
     before = model.config._attn_implementation
     model.set_attn_implementation("shared_prefix")
     if model.config._attn_implementation != "shared_prefix":
-        raise UserError(
-            f"{type(model).__name__}: its attention cannot be replaced; the sweep sampler does not run on it"
-        )
+        raise UserError(f"{type(model).__name__}: its attention cannot be replaced; not supported by the sweep sampler")
     try:
         yield
     finally:
@@ -193,7 +191,7 @@ def _forward(
     mask: torch.Tensor,
     keep: int,
 ) -> torch.Tensor:
-    """Logits [rows, keep, V] (float32) of the last `keep` positions; the cache grows by ids.shape[1]."""
+    """Logits [rows, keep, V] (float32) at the last `keep` positions; the cache grows by ids.shape[1]."""
     out = model(
         input_ids=ids,
         position_ids=positions,
@@ -209,7 +207,7 @@ def _forward(
 
 
 def common_prefix(prompts: list[list[int]]) -> int:
-    """Number of leading tokens that all prompts share, leaving each prompt at least one token of its own."""
+    """Number of leading tokens shared by all prompts, leaving each at least one token of its own."""
     first, last = min(prompts), max(prompts)
     limit = min(len(prompt) for prompt in prompts) - 1
     shared = 0
@@ -219,7 +217,7 @@ def common_prefix(prompts: list[list[int]]) -> int:
 
 
 def _encode_prefix(model: PreTrainedModel, tokens: list[int], device: torch.device) -> list[Layer] | None:
-    """Keys and values of the tokens that all prompts begin with, by layer; None without tokens."""
+    """Keys and values of the shared prefix, by layer; None if it is empty."""
     import torch
 
     if not tokens:
@@ -233,7 +231,7 @@ def _encode_prefix(model: PreTrainedModel, tokens: list[int], device: torch.devi
 
 
 class SharedPrefix:
-    """Prompts of any length in one batch: [shared prefix | padding | own tokens], with the attention of this module."""
+    """Prompts of any length in one batch: [shared prefix | padding | own tokens], using `shared_prefix_attention`."""
 
     def __init__(self, model: PreTrainedModel, prompts: list[list[int]]) -> None:
         self.model, self.device = model, embedding_weight(model).device
@@ -252,7 +250,7 @@ class SharedPrefix:
         return probe.bytes_per_position()
 
     def chunk(self, lengths: list[int], rows: int) -> int:
-        """How many of the prompts with these lengths (ascending), at most `rows`, make the next batch."""
+        """How many of the prompts with these lengths (ascending), at most `rows`, go into the next batch."""
         return min(rows, len(lengths))
 
     def begin(self, prompts: list[list[int]], targets: Forms | None, branches: int, max_tokens: int) -> Logits:
@@ -264,7 +262,7 @@ class SharedPrefix:
         ends = [width + sum(sizes[: k + 1]) for k in range(len(sizes))]
         total = ends[-1] if ends else width
         self.cache = SharedPrefixCache(rows * branches, max(total, width + max_tokens), self.prefix)
-        # one pass over [padding | own tokens | form | form …], own tokens aligned on the right; no form sees another
+        # one pass over [padding | own tokens | form | form …], own tokens right-aligned; forms do not see each other
         ids, padding = torch.zeros(rows, total, dtype=torch.long), torch.zeros(rows, dtype=torch.long)
         block, place = torch.zeros(total, dtype=torch.long), torch.arange(total)
         for k, (size, end) in enumerate(zip(sizes, ends), 1):
@@ -283,8 +281,8 @@ class SharedPrefix:
         )
         mask = (seen[None] & visible)[:, None]
         logits = _forward(self.model, self.cache, ids, positions, mask, total - width + 1)
-        self.cache.length = width  # the targets were only scored: nothing of them is kept
-        self.padding = padding  # of each node of the batch
+        self.cache.length = width  # the targets were only scored: drop them
+        self.padding = padding  # per node of the batch
         scored = [
             [
                 torch.cat([logits[i, :1], logits[i, end - size - width + 1 : end - width]])[: len(form)]
@@ -298,7 +296,7 @@ class SharedPrefix:
         """Append token[i] to a copy of node parent[i] (ascending): (logits [n, V], place of child i among them [n])."""
         import torch
 
-        # the first child of a node stays in its place where it can, the others fill the free places: few copies
+        # to save copies, the first child of a node keeps its slot if possible; the others fill the free slots
         n = len(parent)
         first = torch.ones(n, dtype=torch.bool, device=self.device)
         first[1:] = parent[1:] != parent[:-1]
@@ -318,7 +316,7 @@ class SharedPrefix:
 
 
 class OwnCache:
-    """Prompts of equal length in one batch, without padding, over the cache that the model makes for itself."""
+    """Prompts of equal length in one batch, without padding, using the model's own cache."""
 
     def __init__(self, model: PreTrainedModel, prompts: list[list[int]]) -> None:
         self.model, self.device = model, embedding_weight(model).device
@@ -329,11 +327,11 @@ class OwnCache:
         return int(2 * config.num_hidden_layers * config.hidden_size * self.model.dtype.itemsize)
 
     def chunk(self, lengths: list[int], rows: int) -> int:
-        """As `SharedPrefix.chunk`: those as long as the first."""
+        """Like `SharedPrefix.chunk`, but only prompts as long as the first."""
         return min(rows, lengths.count(lengths[0]))
 
     def begin(self, prompts: list[list[int]], targets: Forms | None, branches: int, max_tokens: int) -> Logits:
-        """As `SharedPrefix.begin`."""
+        """See `SharedPrefix.begin`."""
         import torch
 
         self.cache: dict[str, Any] = {}
@@ -347,7 +345,7 @@ class OwnCache:
         return last, [[predicting(*pair) for pair in zip([p] * len(f), f)] for p, f in zip(prompts, targets or [])]
 
     def _next(self, ids: torch.Tensor) -> torch.Tensor:
-        """Logits [rows, V] behind `ids`, which are appended to what the cache holds. Nothing is padded: no mask."""
+        """Logits [rows, V] after `ids`, which are appended to the cache. No padding, so no mask."""
         out = self.model(input_ids=ids, use_cache=True, **self.cache)
         names = [name for name in ("past_key_values", "cache_params") if getattr(out, name, None) is not None]
         self.cache = {name: out[name] for name in names}
@@ -355,7 +353,7 @@ class OwnCache:
         return logits[:, -1].float()
 
     def step(self, parent: torch.Tensor, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `SharedPrefix.step`."""
+        """See `SharedPrefix.step`."""
         import torch
 
         for cache in self.cache.values():
@@ -365,29 +363,29 @@ class OwnCache:
 
 Engine = SharedPrefix | OwnCache
 PROBE_STEPS = 3
-KEEPS_STATE = ("recurrent_gemma",)  # in its modules instead of a cache: one batch would read another's
+KEEPS_STATE = ("recurrent_gemma",)  # state in its modules instead of a cache: batches would read each other's
 
 
 def _generated(model: PreTrainedModel, prompt: list[int]) -> tuple[list[int], torch.Tensor]:
-    """(greedy tokens of `generate` on one prompt, the raw logits [steps, V] it took them from)."""
+    """(greedy tokens of `generate` on one prompt, the raw logits [steps, V] behind them)."""
     import torch
     from transformers import GenerationConfig
 
     ids = torch.tensor([prompt], device=embedding_weight(model).device)
     config = GenerationConfig(max_new_tokens=PROBE_STEPS, do_sample=False, pad_token_id=0, use_cache=True)
     generator: Any = model  # annotated without `generate`, which is a mixin's
-    found = generator.generate(
+    output = generator.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         generation_config=config,
         output_logits=True,
         return_dict_in_generate=True,
     )
-    return found.sequences[0, len(prompt) :].tolist(), torch.stack([one[0].float() for one in found.logits])
+    return output.sequences[0, len(prompt) :].tolist(), torch.stack([logits[0].float() for logits in output.logits])
 
 
 def _error(engine: Engine, prompts: list[list[int]], wanted: list[tuple[list[int], torch.Tensor]]) -> float:
-    """Largest distance of an engine's logits from `generate`'s, in standard deviations of the latter."""
+    """Largest deviation of an engine's logits from `generate`'s, in standard deviations of the latter."""
     import torch
 
     logits, _ = engine.begin(prompts, None, 1, PROBE_STEPS)
@@ -413,14 +411,14 @@ def _error(engine: Engine, prompts: list[list[int]], wanted: list[tuple[list[int
 def _choose_engine(
     model: PreTrainedModel, prompts: list[list[int]], longest: int, stack: contextlib.ExitStack
 ) -> Engine:
-    """The engine that gives `generate`'s logits on the longest and the shortest prompt; UserError when none does.
+    """The engine that reproduces `generate`'s logits on the longest and the shortest prompt; UserError if none does.
 
-    `longest`: tokens of the longest prompt with its answer. `stack` undoes what the engine changed in the model.
+    `longest`: tokens of the longest prompt plus answer. `stack` undoes the engine's changes to the model.
     """
     import torch
 
     if model.config.model_type in KEEPS_STATE:
-        raise UserError(f"{type(model).__name__}: keeps its state to itself; the sampler does not run on it")
+        raise UserError(f"{type(model).__name__}: keeps its state in its modules; not supported by the sampler")
     tolerance = 2e-3 if next(model.parameters()).dtype == torch.float32 else 0.1
     extremes = [min(prompts, key=len), max(prompts, key=len)]
     extremes = [prompts[0]] if len(prompts) == 1 else extremes
@@ -437,7 +435,7 @@ def _choose_engine(
         except torch.OutOfMemoryError:
             raise
         except (UserError, NotImplementedError, AttributeError, RuntimeError, TypeError, ValueError):
-            pass  # an attention of another kind: its shapes, names or cache are not those of the shared one
+            pass  # another kind of attention, with different shapes, names or cache
     engine = OwnCache(model, prompts)
     error = max(_error(engine, [prompt], [one]) for prompt, one in zip(extremes, wanted))
     if not error < tolerance:
@@ -449,7 +447,7 @@ def _choose_engine(
 
 
 def memory_budget(device: str) -> int:
-    """Bytes that a chunk may use: half of a GPU's free memory, on CPU a tenth of the machine's, at most 2 GiB."""
+    """Bytes that a chunk may use: half of a GPU's free memory; on CPU a tenth of the machine's, at most 2 GiB."""
     import torch
 
     if str(device).startswith("cuda"):
@@ -473,12 +471,12 @@ def sweep(
     batch_size: int = 0,
     progress: Callable[[int], object] | None = None,
 ) -> list[Answers]:
-    """Sample every prompt at every temperature; score every prompt's target on the way.
+    """Sample every prompt at every temperature, and score every prompt's target along the way.
 
-    prompts: token ids, each ≥ 1 long; keys: (row, template) of each, the noise's identity; temperatures ≥ 0 (0 is
-    greedy); stop: bool [vocabulary], tokens that end an answer; targets: of each prompt the forms, disjoint token
-    sequences, whose summed probability is wanted (without one nothing is scored); batch_size: prompts a chunk, 0 = by
-    memory. progress(n): called with finished prompts.
+    prompts: token ids, each ≥ 1 long; keys: (row, template) of each, which seed the noise; temperatures ≥ 0 (0 is
+    greedy); stop: bool [vocabulary], tokens that end an answer; targets: for each prompt its forms, disjoint token
+    sequences whose summed probability is computed (nothing is scored without forms); batch_size: prompts per chunk,
+    0 = by memory; progress(n): called with the number of prompts just finished.
     Returns Answers in the order of `prompts`.
     """
     import torch
@@ -518,7 +516,7 @@ def sweep(
 def _rows_by_memory(
     engine: Engine, prompts: list[list[int]], targets: Forms | None, n_temperatures: int, max_tokens: int
 ) -> int:
-    """Prompts a chunk that memory has room for."""
+    """Prompts per chunk that fit into memory."""
     longest = max(map(len, prompts)) - getattr(engine, "shared", 0)
     target = sum(_form_sizes(targets))
     cache = n_temperatures * engine.bytes_per_position() * (longest + max(target, max_tokens))
@@ -538,7 +536,7 @@ def _decode_chunk(
     seed: int,
     stop: torch.Tensor,
 ) -> list[Answers]:
-    """`sweep` of prompts that make one batch."""
+    """`sweep` over one batch of prompts."""
     import torch
 
     device, rows, n_temperatures = engine.device, len(prompts), len(temperatures)
@@ -553,7 +551,7 @@ def _decode_chunk(
     vocabulary = logits.shape[-1]
     output = torch.full((rows, n_temperatures, max_tokens), -1, dtype=torch.long, device=device)
 
-    # a branch is (row, temperature); a node is a batch row that one or more branches of one row share
+    # a branch is (row, temperature); a node is a batch row shared by one or more branches of one row
     branch_row = torch.arange(rows, device=device).repeat_interleave(n_temperatures)
     branch_heat = torch.arange(n_temperatures, device=device).repeat(rows)
     branch_node = branch_row.clone()
@@ -564,7 +562,7 @@ def _decode_chunk(
         scores = values.double()[branch_node] / heat[branch_heat, None] + noise[branch_node] * noisy[branch_heat, None]
         token = candidates[branch_node].gather(-1, scores.argmax(-1, keepdim=True))[:, 0]
         greedy = noisy[branch_heat] == 0
-        token[greedy] = logits.argmax(-1)[branch_node[greedy]]  # of tied tokens the one that `generate` takes
+        token[greedy] = logits.argmax(-1)[branch_node[greedy]]  # break ties like `generate`
         output[branch_row, branch_heat, step] = token
         alive = ~stop[token]
         if step == max_tokens - 1 or not bool(alive.any()):
@@ -588,7 +586,7 @@ def _decode_chunk(
 
 
 def _form_sizes(targets: Forms | None) -> list[int]:
-    """Tokens of the longest first form, of the longest second form, …"""
+    """Lengths of the longest first form, the longest second form, … in tokens."""
     if not targets:
         return []
     most = max(map(len, targets))
@@ -596,9 +594,9 @@ def _form_sizes(targets: Forms | None) -> list[int]:
 
 
 def top_k_with_ties(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(values, token ids), each [n, ≥ k]: every token whose logit is at least the k-th largest of its row.
+    """(values, token ids), each [n, ≥ k]: every token whose logit is at least the k-th largest in its row.
 
-    Tokens tied with the k-th are kept, as `generate` keeps them; values of the padding behind a row's own are -inf.
+    Tokens tied with the k-th are kept, as in `generate`; rows are padded with values of -inf.
     """
     k = width = min(k, logits.shape[-1])
     while True:
@@ -617,9 +615,9 @@ def _score_targets(
     top_k: int,
     max_tokens: int,
 ) -> list[tuple[float | None, list[float] | None]] | None:
-    """[(log of the forms' summed unfiltered probability over the likeliest's tokens, [log of it as sampled at each
-    temperature])] of each row; (None, None) without a form. predicting[row][form]: logits [tokens, V]. None without
-    targets."""
+    """For each row (log of the forms' summed unfiltered probability, divided by the tokens of the likeliest form; [log
+    of their probability as sampled at each temperature]), or (None, None) without a form. predicting[row][form]: logits
+    [tokens, V]. None without targets."""
     import torch
 
     if not targets:
@@ -640,7 +638,7 @@ def _score_targets(
 def _score_form(
     form: list[int], logits: torch.Tensor, temperatures: Sequence[float], top_k: int, max_tokens: int
 ) -> tuple[float, torch.Tensor]:
-    """(log probability, unfiltered; log probability as sampled, float64 [temperatures]) of a form's tokens."""
+    """(unfiltered log probability, log probability as sampled, float64 [temperatures]) of a form's tokens."""
     import torch
 
     mine = logits.double()
@@ -660,7 +658,7 @@ def _score_form(
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, vocabulary: int, newline: bool = True) -> torch.Tensor:
-    """bool [vocabulary]: EOS, ids the tokenizer does not know, and (`newline`) every token with a line break in it."""
+    """bool [vocabulary]: EOS, ids unknown to the tokenizer, and (`newline`) every token that contains a line break."""
     import torch
 
     stop = torch.zeros(vocabulary, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Names that stand in result files, and the files' own names: each has one owner, this one."""
+"""Single source for names used in result files, and for the names of the files."""
 
 import re
 from pathlib import Path
@@ -8,19 +8,19 @@ from common.cli import AnyPath
 TEMPERATURES = (0.01, 0.1, 0.2, 0.5, 0.75, 1.0, 1.25, 1.5)
 GREEDY_BELOW = 0.01  # temperatures up to this one count as greedy in reports
 HEADLINE_TEMPERATURE = 0.2
-# What two measurements must share to be comparable, and a result file to count as this measurement's.
+# Settings that must match for two measurements to be comparable, or for a result file to belong to a measurement.
 EXTRACTION_SETTINGS = (
     "dataset_sha256", "rows", "attack", "templates", "trailing_space", "stop", "demonstrations_sha256",
     "top_k", "max_tokens", "seed",
 )  # fmt: skip
 HEADLINE_ATTACK = "ref"  # of membership inference, at 1 % FPR, fixed in advance
-# Counts of a result line of the extraction attack.
+# Counts in a result line of the extraction attack.
 MEASURES = ("matches", "exact", "local_part", "domain", "no_pattern")
 # Attacks of mia/mia.py: those that need nothing but the model and its base, and all.
 CORE = ("loss", "zlib", "lowercase", "ref", "min_k", "min_k_pp", "surp", "ez", "wbc")
 FAMILIES = ("loss", "zlib", "lowercase", "ref", "min_k", "min_k_pp", "surp", "recall", "con_recall", "dc_pdd",
             "neighborhood", "grad_norm", "ez", "wbc")  # fmt: skip
-# Result files by what a report reads of them.
+# Result files by the kind of content that a report reads.
 KINDS = {
     "extraction": re.compile(r"results_purified\d*\.?jsonl$"),  # the released tool writes results_purified1jsonl too
     "perplexity": re.compile(r"perplexity\.jsonl$"),
@@ -60,7 +60,7 @@ def next_free(folder: AnyPath) -> Path:
     return path
 
 
-# Every file that a script leaves for its user: (written by, what it holds). docs/outputs.md is made of it.
+# Every output file: (written by, content). docs/outputs.md is generated from it.
 OUTPUTS = {
     "adapter_config.json, adapter_model.safetensors": ("run_peft.py", "a PEFT adapter for the original base"),
     "metrics.jsonl": ("run_peft.py", "one line per --logging_steps, and one per held-out loss"),

@@ -1,8 +1,8 @@
-"""One forward pass → statistics of every token of given token sequences, length-bucketed under a token budget.
+"""Per-token statistics of token sequences from one forward pass, length-bucketed under a token budget.
 
-The backbone runs on right-padded batches of similar length (causal attention: a padding position is never seen by a
-real one, so no mask is needed). Only the hidden states of positions whose next token is scored reach the output head,
-a chunk of positions at a time, so fp32 logits never exist for batch × length × vocabulary.
+The backbone runs on right-padded batches of similar length (with causal attention no real position sees padding, so no
+mask is needed). Only hidden states of positions whose next token is scored reach the output head, one chunk at a time,
+so fp32 logits of batch × length × vocabulary are never materialised.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     Scores = npt.NDArray[np.float32]
     Piece = tuple[int, int, Scores]  # (index of the sequence, first token, [tokens scored, …])
 
-LOGIT_VALUES = 1 << 23  # fp32 logits that exist at once (32 MiB: the fastest of 8 … 128 MiB on a CPU), …
-SMALLEST_CHUNK = 128  # … unless so many positions have more: fewer would leave the head waiting for its weights
+LOGIT_VALUES = 1 << 23  # fp32 logits held at once (32 MiB: the fastest of 8 … 128 MiB on a CPU), …
+SMALLEST_CHUNK = 128  # … but at least this many positions: with fewer, the head is bound by loading its weights
 PROBE_TOKENS = 32
 TOKEN_BUDGET = 4096
 
@@ -38,26 +38,26 @@ def log_probability(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
 def windows(n: int, context: int, stride: int) -> list[tuple[int, int, int]]:
     """(begin, end, first) of each window over n tokens: its pass sees tokens begin … end−1 and scores first … end−1.
 
-    Window k begins at k·stride and holds at most `context` tokens. Every token but the first is scored once, in the
-    earliest window that holds it: tokens of the first window have all their left context, later ones at least
-    context − stride tokens. Under 2 tokens there is nothing to score. ValueError unless 0 < stride < context.
+    Window k begins at k·stride and holds at most `context` tokens. Every token except the first is scored once, in the
+    earliest window that contains it: tokens of the first window have their full left context, later ones at least
+    context − stride tokens. With fewer than 2 tokens there is nothing to score. ValueError unless 0 < stride < context.
     """
     if not 0 < stride < context:
         raise ValueError(f"stride {stride} must be at least 1 and below the context of {context} tokens")
-    made, first, begin = [], 1, 0
+    spans, first, begin = [], 1, 0
     while first < n:
         end = min(begin + context, n)
-        made.append((begin, end, first))
+        spans.append((begin, end, first))
         first, begin = end, begin + stride
-    return made
+    return spans
 
 
 def plan_batches(lengths: Sequence[int], token_budget: int, limit: int | None = None) -> list[list[int]]:
     """Indices of items in batches of similar length, longest first: count × longest ≤ token_budget, or a single item.
 
-    limit: items longer than this share no batch with others (`models.rope_limit`).
+    limit: items longer than this never share a batch with shorter ones (`models.rope_limit`).
 
-    Depends on nothing but its arguments, so that every rank makes the same plan and takes its share of it.
+    Deterministic, so that every rank makes the same plan and takes its share of it.
     """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
@@ -72,10 +72,10 @@ def plan_batches(lengths: Sequence[int], token_budget: int, limit: int | None = 
 def split_head(model: Model, probe: Sequence[int]) -> tuple[torch.nn.Module, torch.nn.Module | None, int]:
     """(backbone, output head, vocabulary size) of a causal LM with logits = head(backbone(tokens)[0]).
 
-    Some architectures cap, scale or shift their logits after the head, or the hidden states before it. So both routes
-    run on the probe's tokens: same kernels, same shapes, hence half precision must agree bit for bit and fp32 to 1e-5
-    of the largest logit. Where they do not, (model, None, vocabulary size) comes back: `model` itself gives logits.
-    `model` may be a PeftModel with its adapter attached (switched on or off).
+    Some architectures cap, scale or shift their logits after the head, or the hidden states before it. So both paths
+    are compared on the probe's tokens: same kernels and shapes, hence half precision must agree bit for bit, and fp32
+    within 1e-5 of the largest logit. If they disagree, returns (model, None, vocabulary size): use the model's own
+    logits. `model` may be a PeftModel with its adapter attached (enabled or disabled).
     """
     import torch
 
@@ -113,20 +113,20 @@ def score(
 ) -> list[Piece]:
     """This rank's part of the scores: [(index of the sequence, first token, numpy array [tokens scored, …])].
 
-    No collective happens inside, so a rank that fails can say so; `join(sequences, world.gather(part))` makes one
-    array a sequence of all parts.
+    There are no collectives inside, so a failing rank can report it; `join(sequences, world.gather(part))` joins the
+    parts into one array per sequence.
 
-    sequences     token ids; the first one is context only (put a start token there, or not: nothing is added here).
-                  Sequences under 2 tokens have nothing to score.
-    token_budget  positions (padding included) of a forward pass, unless one sequence alone has more.
-    context       tokens a forward pass may hold (default: the model's); longer sequences are cut into `windows` that
-                  begin every `stride` tokens (default: half the context).
-    world         ranks take turns over the same batches, so that a score does not depend on their number.
-    statistics    (logits [P, V] fp32, targets [P]) → [P] or [P, S] fp32, called once a chunk of P positions.
+    sequences     token ids; the first token is context only (no BOS is added here). Sequences of fewer than 2 tokens
+                  have nothing to score.
+    token_budget  positions (padding included) per forward pass; a single longer sequence still runs alone.
+    context       tokens per forward pass (default: the model's limit); longer sequences are cut into `windows` that
+                  start every `stride` tokens (default: half the context).
+    world         all ranks share the same batches, so that scores do not depend on the number of ranks.
+    statistics    (logits [P, V] fp32, targets [P]) → [P] or [P, S] fp32, called once per chunk of P positions.
     progress      called after each forward pass with the number of tokens it scored.
 
-    Architectures that alter their logits after the output head (`split_head`) are scored from their own logits, in
-    small batches.
+    Architectures that alter their logits after the output head (`split_head`) are scored from the model's own logits,
+    in small batches.
     """
     import torch
 
@@ -144,12 +144,14 @@ def score(
         trunk, head, vocabulary = split_head(model, sequences[items[0][0]][:PROBE_TOKENS])
         chunk = max(SMALLEST_CHUNK, LOGIT_VALUES // vocabulary)
         if head is None:
-            world.say("scoring: logits are altered after the output head; whole logits in small batches, slower")
+            world.say("scoring: the model alters its logits after the output head; using small batches (slower)")
             token_budget = min(token_budget, chunk)
-        # the last token of a window is a target only: it needs no position …
+        # the last token of a window is only a target and needs no position …
         limit = rope_limit(model.config)
         check_rope(model.config, max(end - begin for _, begin, end, _ in items))
-        lengths = [end - begin - (limit is None) for _, begin, end, _ in items]  # … but for a model that counts it
+        lengths = [
+            end - begin - (limit is None) for _, begin, end, _ in items
+        ]  # … except in longrope models, which count it
         batches = plan_batches(lengths, token_budget, limit)
         for batch in world.shard(batches):
             chosen = [items[item] for item in batch]
@@ -174,7 +176,7 @@ def _score_batch(
     import torch
 
     width = max(len(tokens) for tokens, _ in cut) - drop_last
-    ids = torch.zeros(len(cut), width, dtype=torch.long)  # 0: any id will do
+    ids = torch.zeros(len(cut), width, dtype=torch.long)  # 0: any id works
     rows, columns, targets = [], [], []
     for row, (sequence, first) in enumerate(cut):
         tokens = torch.as_tensor(sequence)
@@ -194,9 +196,9 @@ def _score_batch(
 
 
 def join(sequences: Sequence[Sequence[int]], parts: Sequence[list[Piece]]) -> list[Scores]:
-    """One numpy array [tokens − 1, …] a sequence, its tokens 1 … n−1 in order, of the parts that the ranks scored.
+    """Join the ranks' parts: one numpy array [tokens − 1, …] per sequence, for its tokens 1 … n−1 in order.
 
-    ValueError when a part is missing.
+    ValueError if a part is missing.
     """
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""Intervals of rates and of the area under a ROC curve, and tests of counts. bench/coverage.py simulates them."""
+"""Confidence intervals for rates and for the AUC, and tests on counts. bench/coverage.py checks them by simulation."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -11,12 +11,12 @@ Scores = Sequence[float] | Floats
 
 
 def clopper_pearson(hits: int | None, n: int, level: float = 0.95) -> list[float] | None:
-    """Exact binomial interval of a rate [low, high] (Clopper & Pearson 1934); None for n = 0, and without a count."""
+    """Exact binomial interval [low, high] of a rate (Clopper & Pearson 1934); None for n = 0 or without a count."""
     return None if n == 0 or hits is None else [float(end) for end in _clopper_pearson(hits, n, level)]
 
 
 def _clopper_pearson(hits: npt.ArrayLike, n: npt.ArrayLike, level: float) -> tuple[Floats, Floats]:
-    """(low, high) of arrays; `hits` and `n` need not be whole numbers."""
+    """(low, high) for arrays; `hits` and `n` need not be integers."""
     from scipy import stats
 
     hits, n, tail = np.asarray(hits, float), np.asarray(n, float), (1 - level) / 2
@@ -26,22 +26,22 @@ def _clopper_pearson(hits: npt.ArrayLike, n: npt.ArrayLike, level: float) -> tup
     return low, high
 
 
-FEW = 10  # hits, or misses, below which the correlation within rows cannot be told from them
+FEW = 10  # with fewer hits or misses, the within-row correlation cannot be estimated
 
 
 def clustered_rate(hits: Floats, level: float = 0.95) -> list[float] | None:
-    """Interval of the mean of `hits` [rows, templates] (1, 0, NaN = not scored) whose templates hang together in a row.
+    """Interval of the mean of `hits` [rows, templates] (1, 0, NaN = not scored), correlated within a row.
 
-    Clopper–Pearson on the effective number of cells (Korn & Graubard 1998, Survey Methodology 24): the cells over the
-    design effect, the variance between rows against that of independent cells. Never fewer cells than rows, never more
-    than there are; with under 10 hits or misses as many as rows, as if a row's templates always agreed. So it is exact
-    or wider at no hit and at all. None without a scored cell.
+    Clopper–Pearson with the effective sample size (Korn & Graubard 1998, Survey Methodology 24): the number of cells
+    divided by the design effect, i.e. the variance between rows relative to independent cells; clipped to at least the
+    number of rows and at most the number of cells. With fewer than 10 hits or misses it is the number of rows, as if a
+    row's templates always agreed, so the interval is exact or conservative at 0 and at 1. None without a scored cell.
     """
     return None if np.isnan(hits).all() else [float(end[0]) for end in _clustered_rates(hits[None], level)]
 
 
 def _clustered_rates(hits: Floats, level: float = 0.95) -> tuple[Floats, Floats]:
-    """`clustered_rate` of a stack [S, rows, templates]: (low [S], high [S]); each with a scored cell."""
+    """`clustered_rate` for a stack [S, rows, templates], each with a scored cell: (low [S], high [S])."""
     from scipy import stats
 
     known = ~np.isnan(hits)
@@ -51,7 +51,7 @@ def _clustered_rates(hits: Floats, level: float = 0.95) -> tuple[Floats, Floats]
     with np.errstate(divide="ignore", invalid="ignore"):
         between = ((total - rate[:, None] * count) ** 2).sum(1) * rows / np.maximum(rows - 1, 1) / cells**2
         effective = rate * (1 - rate) / between
-        # as many degrees of freedom as rows, not as cells
+        # degrees of freedom: the number of rows, not of cells
         effective = effective * (stats.norm.ppf(0.975) / stats.t.ppf(0.975, np.maximum(rows - 1, 1))) ** 2
     few = np.minimum(total.sum(1), cells - total.sum(1)) < FEW
     effective = np.where(few | ~np.isfinite(effective), rows, np.clip(effective, rows, cells))
@@ -62,11 +62,11 @@ AUC_METHOD = "wider of DeLong on the logit scale and Newcombe"
 
 
 def auc_interval(members: Scores, nonmembers: Scores, level: float = 0.95) -> list[float]:
-    """Interval of the area under the ROC curve of scores [M], [N], whatever their distributions.
+    """Distribution-free interval of the area under the ROC curve of scores [M], [N].
 
-    The hull of two: DeLong's variance (DeLong, DeLong & Clarke-Pearson 1988) on the logit scale, which knows the shape
-    of the scores but says 0 where the classes separate; and Newcombe's method 5 (2006, Statistics in Medicine 25),
-    which depends on the area alone, is honest at 0 and 1, and knows nothing of heavy tails. Conservative.
+    The hull of two intervals: DeLong's (DeLong, DeLong & Clarke-Pearson 1988) on the logit scale, which adapts to the
+    distributions but has zero variance under perfect separation; and Newcombe's method 5 (2006, Statistics in Medicine
+    25), which depends on the area alone and is valid at 0 and 1, but ignores heavy tails. Conservative.
     """
     from scipy import stats
 
@@ -85,7 +85,7 @@ def auc_interval(members: Scores, nonmembers: Scores, level: float = 0.95) -> li
 
 
 def direction(bounds: list[float] | None, of: str = "members") -> str | None:
-    """What an interval of an AUC says: `of` score higher, lower, or neither is shown."""
+    """What an interval of an AUC shows: `of` score higher, lower, or neither."""
     if bounds is None:
         return None
     if bounds[1] < 0.5:
@@ -116,17 +116,17 @@ def mcnemar(gained: int, lost: int) -> float:
 
 
 def holm(values: list[float]) -> list[float]:
-    """p-values adjusted for how many there are, in their order (Holm 1979)."""
-    order = sorted(range(len(values)), key=lambda place: values[place])
+    """Holm-adjusted p-values, in the given order (Holm 1979)."""
+    order = sorted(range(len(values)), key=lambda index: values[index])
     adjusted, highest = [0.0] * len(values), 0.0
-    for rank, place in enumerate(order):
-        highest = max(highest, min(1.0, (len(values) - rank) * values[place]))
-        adjusted[place] = highest
+    for rank, index in enumerate(order):
+        highest = max(highest, min(1.0, (len(values) - rank) * values[index]))
+        adjusted[index] = highest
     return adjusted
 
 
 def mean_or_none(values: Iterable[float | None]) -> float | None:
-    """Mean of the values that are not None; None without one."""
+    """Mean of the values that are not None; None if all are."""
     known = [value for value in values if value is not None]
     return math.fsum(known) / len(known) if known else None
 
@@ -146,7 +146,7 @@ def interval(values: Scores, confidence: float = 0.95) -> list[float]:
 
 
 def roc(members: Scores, nonmembers: Scores) -> tuple[Floats, Floats]:
-    """(FPR, TPR) at every threshold, from (0, 0) to (1, 1); equal scores are one step."""
+    """(FPR, TPR) at every threshold, from (0, 0) to (1, 1); tied scores form one step."""
     cuts = np.unique(np.concatenate([members, nonmembers]))[::-1]
     false = len(nonmembers) - np.searchsorted(np.sort(nonmembers), cuts, "left")
     true = len(members) - np.searchsorted(np.sort(members), cuts, "left")

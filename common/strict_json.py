@@ -1,17 +1,17 @@
-"""JSON that others wrote: parsed strictly, with one line of reason that shows no text of it."""
+"""Strict parsing of untrusted JSON, with one-line errors that never quote its content."""
 
 import json
 import math
 import re
 from typing import Any, NoReturn
 
-MAX_DEPTH = 100  # of nested lists and objects; no file of ours comes near it
-UTF16 = (b"\xff\xfe", b"\xfe\xff")  # its byte order marks
+MAX_DEPTH = 100  # of nested lists and objects; our own files stay far below it
+UTF16 = (b"\xff\xfe", b"\xfe\xff")  # byte order marks
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class HalfPair(ValueError):
-    """A text with half of a surrogate pair, which UTF-8 cannot write; `item` is the value that was parsed."""
+    """A text with a lone surrogate, which UTF-8 cannot encode; `item` is the parsed value."""
 
     def __init__(self, item: object) -> None:
         super().__init__("half of a surrogate pair in its text")
@@ -47,9 +47,9 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant,
 def parse(text: str | bytes) -> Any:
     """The value of one JSON document in UTF-8 (a byte order mark is skipped).
 
-    Raises ValueError, one line without any value, also for what json.loads accepts or answers with another exception:
-    fields given twice, NaN and infinities, integers of more than 4,300 digits, nesting deeper than MAX_DEPTH, halves
-    of surrogate pairs.
+    Raises ValueError, one line without any value, also for input that json.loads accepts or rejects with a different
+    exception: duplicate fields, NaN and infinities, integers of more than 4,300 digits, nesting deeper than MAX_DEPTH,
+    lone surrogates.
     """
     if isinstance(text, bytes):
         if text.startswith(UTF16):
@@ -76,7 +76,7 @@ def parse(text: str | bytes) -> Any:
 
 
 def is_unicode(item: object) -> bool:
-    """Whether every text in a JSON value can be written as UTF-8: no half of a surrogate pair in it."""
+    """Whether every text in a JSON value can be encoded as UTF-8, i.e. has no lone surrogate."""
     try:
         json.dumps(item, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -89,9 +89,9 @@ def _depth(item: object) -> int:
     while level:
         level = [
             inner
-            for one in level
-            if isinstance(one, (list, dict))
-            for inner in (one.values() if isinstance(one, dict) else one)
+            for outer in level
+            if isinstance(outer, (list, dict))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
         ]
         depth += 1
     return depth

@@ -1,4 +1,4 @@
-"""Tables and lists as others save them: .csv, .tsv, and .json files that hold one list of rows."""
+"""Reading tables and lists from other tools: .csv, .tsv, and .json files that contain one list of rows."""
 
 import csv
 import gzip
@@ -12,14 +12,14 @@ from typing import Any
 from common import strict_json
 from common.cli import UserError
 
-COUNTS = ("row_id",)  # columns that are whole numbers in every other format
+COUNTS = ("row_id",)  # columns that are integers in every other format
 
 
 def read_csv(path: Path, delimiter: str, gzipped: bool) -> list[dict[str, Any]]:
-    """The rows of a table with a header line, every value text but for `row_id`; an empty field is an empty text.
+    """The rows of a table with a header line; every value is text except `row_id`, and an empty field is empty text.
 
-    UserError for a file that is not UTF-8, a header that names a column twice or not at all, and lines with more or
-    fewer fields than the header, by their number.
+    UserError for a file that is not UTF-8, a header with duplicate or unnamed columns, and (with its number) a line
+    with more or fewer fields than the header.
     """
     csv.field_size_limit(sys.maxsize)
     raw = _content(path, gzipped)
@@ -28,15 +28,15 @@ def read_csv(path: Path, delimiter: str, gzipped: bool) -> list[dict[str, Any]]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 (byte {error.start}); save the file as UTF-8") from None
     if "\0" in text:
-        raise UserError(f"{path}: has a NUL character in it; save the file as text")
+        raise UserError(f"{path}: contains a NUL character; save the file as text")
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         header = next(lines, [])
         if len(set(header)) < len(header) or not all(header):
-            raise UserError(f"{path}:1: the header names a column twice, or one has no name; mend it")
+            raise UserError(f"{path}:1: the header has a duplicate or unnamed column; fix it")
         return list(_rows(path, header, lines))
     except csv.Error as error:
-        raise UserError(f"{path}:{lines.line_num}: not a table ({error}); mend the line") from None
+        raise UserError(f"{path}:{lines.line_num}: not a table ({error}); fix the line") from None
 
 
 def _content(path: Path, gzipped: bool) -> bytes:
@@ -52,8 +52,8 @@ def _rows(path: Path, header: list[str], lines: Any) -> Iterator[dict[str, Any]]
         if not values:
             continue
         if len(values) != len(header):
-            told = f"{len(values)} fields, the header has {len(header)}"
-            raise UserError(f"{path}:{lines.line_num}: {told}; mend the line")
+            mismatch = f"{len(values)} fields, the header has {len(header)}"
+            raise UserError(f"{path}:{lines.line_num}: {mismatch}; fix the line")
         row: dict[str, Any] = dict(zip(header, values))
         for name in COUNTS:
             if row.get(name, "").isascii() and row.get(name, "").isdigit():
@@ -62,9 +62,9 @@ def _rows(path: Path, header: list[str], lines: Any) -> Iterator[dict[str, Any]]
 
 
 def read_json_list(path: Path, gzipped: bool) -> list[dict[str, Any]] | None:
-    """The rows of a JSON document that is a list, or an object with a list as `data`; None where it is neither.
+    """The rows of a JSON document that is a list, or an object with a list as `data`; None if it is neither.
 
-    UserError naming the first item that is no object.
+    UserError naming the first item that is not an object.
     """
     raw = _content(path, gzipped)
     if raw.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"[", b"{"):
@@ -72,7 +72,7 @@ def read_json_list(path: Path, gzipped: bool) -> list[dict[str, Any]] | None:
     try:
         document = strict_json.parse(raw)
     except ValueError as error:
-        if raw.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":  # no lines of objects either
+        if raw.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":  # not JSON lines either
             raise UserError(f"{path}: not a JSON list ({error})") from None
         return None
     items = document.get("data") if isinstance(document, dict) else document

@@ -1,4 +1,4 @@
-"""Text: e-mail addresses, names and their rules, near-duplicates, copied passages. Linear in the length of a text."""
+"""Text: e-mail addresses, name rules, near-duplicates, copied passages. All linear in the length of a text."""
 
 import re
 import unicodedata
@@ -15,20 +15,20 @@ DOMAIN = re.compile(r"[A-Za-z0-9]++(?:[.-]++[A-Za-z0-9]++)*")
 
 
 def emails(text: str) -> Iterator[str]:
-    """The e-mail addresses in `text`, in order. Each is read backwards from its @: time is linear in the text."""
-    place, at = 0, text.find("@")
+    """The e-mail addresses in `text`, in order. The local part is read backwards from the @, so time is linear."""
+    start, at = 0, text.find("@")
     while at >= 0:
-        before = text[place:at]
+        before = text[start:at]
         local = before[len(before.rstrip(LOCAL)) :]
         domain = DOMAIN.match(text, at + 1) if local else None
         if domain:
             yield f"{local}@{domain[0]}"
-        place = domain.end() if domain else at + 1
-        at = text.find("@", place)
+        start = domain.end() if domain else at + 1
+        at = text.find("@", start)
 
 
 def first_email(text: str) -> str | None:
-    """The first e-mail address in `text`, case-folded; None when there is none."""
+    """The first e-mail address in `text`, case-folded; None if there is none."""
     found = next(emails(text), None)
     return found.lstrip("'.").casefold() if found else None
 
@@ -39,14 +39,14 @@ def _letters(text: str) -> str:
 
 
 def name_parts(name: str) -> list[str]:
-    """The words of a name in lower-case ASCII letters ("O'Neil" → "oneil"); empty words dropped."""
+    """The words of a name in lower-case ASCII letters ("O'Neil" → "oneil"), without empty ones."""
     return [part for part in map(_letters, name.split()) if part]
 
 
 def name_rule_guesses(name: str) -> dict[str, str]:
-    """Rule name → local part that the rule makes of `name` (first, last; middle names where a rule uses them).
+    """Rule name → local part that the rule derives from `name` (first, last, and middle names if the rule uses them).
 
-    A name of one word has only the rule 'first'. Rules after Huang et al. 2022, appendix, and their separators.
+    A one-word name has only the rule 'first'. Rules and separators follow the appendix of Huang et al. 2022.
     """
     parts = name_parts(name)
     if not parts:
@@ -71,7 +71,7 @@ def name_rule_guesses(name: str) -> dict[str, str]:
 
 
 def follows_name_rule(name: str, local_part: str) -> bool:
-    """Whether a name rule produces `local_part`, digits stripped from it, case ignored."""
+    """Whether a name rule produces `local_part`, ignoring digits and case."""
     return re.sub(r"\d", "", local_part.lower()) in name_rule_guesses(name).values()
 
 
@@ -83,18 +83,18 @@ WORD = r"(?u)\w+|[^\w\s]"
 
 
 def normalized(text: str) -> str:
-    """Lower case, white space as single spaces."""
+    """Lower case, with each run of white space collapsed to one space."""
     return re.sub(r"\s+", " ", text.lower()).strip()
 
 
 def shingles(text: str) -> frozenset[str]:
-    """Runs of 5 words of the normalised text; the whole text where it has fewer."""
+    """Runs of 5 words of the normalised text; the whole text if it has fewer."""
     words = normalized(text).split(" ")
     return frozenset(" ".join(words[start : start + SHINGLE]) for start in range(max(1, len(words) - SHINGLE + 1)))
 
 
 def near_duplicates(texts: list[str], others: list[str]) -> list[tuple[int, int]]:
-    """(index in texts, index in others) of pairs whose sets of shingles overlap by |A∩B| / |A∪B| ≥ 0.8."""
+    """(index in texts, index in others) of pairs whose shingle sets have Jaccard similarity |A∩B| / |A∪B| ≥ 0.8."""
     sets, where = [shingles(other) for other in others], defaultdict(list)
     for index, found in enumerate(sets):
         for shingle in found:
@@ -109,7 +109,7 @@ def near_duplicates(texts: list[str], others: list[str]) -> list[tuple[int, int]
 
 
 COPY_STEPS = (20, 30, 40, 50, 75, 100, 150, 200, 300)  # characters
-COPY = 50  # from this length on, a common substring counts as copied
+COPY = 50  # a common substring of at least this length counts as copied
 
 
 def _flatten(texts: Sequence[str]) -> Flat:
@@ -125,7 +125,7 @@ def _flatten(texts: Sequence[str]) -> Flat:
 
 def _window_hashes(codes: npt.NDArray[np.uint64], length: int) -> npt.NDArray[np.uint64]:
     """Polynomial hashes mod 2^64 of all windows of `length` code points, [max(0, N − length + 1)]."""
-    base, done, made = np.uint64(0xD1342543DE82EF95), 0, None
+    base, done, hashes = np.uint64(0xD1342543DE82EF95), 0, None
     power, span, piece = base, 1, codes  # hashes of windows of `span`, and base^span
     rest = length
     with np.errstate(over="ignore"):
@@ -135,18 +135,18 @@ def _window_hashes(codes: npt.NDArray[np.uint64], length: int) -> npt.NDArray[np
                 if n <= 0:
                     return np.empty(0, np.uint64)
                 tail = piece[done : done + n]
-                made = tail.copy() if made is None else made[:n] * power + tail
+                hashes = tail.copy() if hashes is None else hashes[:n] * power + tail
                 done += span
             rest >>= 1
             if rest:
                 piece = piece[: len(piece) - span] * power + piece[span:] if len(piece) > span else piece[:0]
                 power, span = power * power, 2 * span
-    assert made is not None  # of a length of one or more
-    return made
+    assert hashes is not None  # length ≥ 1
+    return hashes
 
 
 def _holds(texts: Flat, source: Flat, length: int) -> npt.NDArray[np.bool]:
-    """[len(texts)] whether a run of `length` characters of the text occurs in `source`; both from `_flatten`."""
+    """[len(texts)] whether any `length` consecutive characters of a text occur in `source`; both from `_flatten`."""
     found = []
     for codes, _, left in (texts, source):
         hashes = _window_hashes(codes, length)
@@ -157,18 +157,18 @@ def _holds(texts: Flat, source: Flat, length: int) -> npt.NDArray[np.bool]:
     held = np.zeros(int(texts[1].max(initial=-1)) + 1, bool)
     if len(theirs):
         mine = mine[valid]
-        place = np.minimum(np.searchsorted(theirs, mine), len(theirs) - 1)
-        held[owner[theirs[place] == mine]] = True
+        nearest = np.minimum(np.searchsorted(theirs, mine), len(theirs) - 1)
+        held[owner[theirs[nearest] == mine]] = True
     return held
 
 
 def copied_lengths(
     texts: Sequence[str], source: Sequence[str], steps: Sequence[int] = COPY_STEPS
 ) -> npt.NDArray[np.int64]:
-    """[n] the largest of `steps` (ascending) that the longest common substring of a text and any source text reaches.
+    """[n] the largest of `steps` (ascending) reached by the longest common substring of a text and any source text.
 
-    0 below the first step. Characters as they stand. Hashes of all windows of a step's length are looked up (64 bits: a
-    false hit among 3·10⁶ × 3·10⁷ windows has probability 5·10⁻⁶), so time grows with n log n, not with texts × source.
+    0 below the first step. Characters are compared as they are, by 64-bit hashes of all windows of a step's length (the
+    probability of a false hit among 3·10⁶ × 3·10⁷ windows is 5·10⁻⁶), so time grows with n log n, not texts × source.
     """
     reached, alive, flat = np.zeros(len(texts), np.int64), np.arange(len(texts)), _flatten(source)
     for step in steps:
@@ -183,7 +183,7 @@ def copied_lengths(
 
 
 def longest_copy(texts: Sequence[str], source: Sequence[str], at_least: int = 0) -> int:
-    """Length of the longest substring that any text shares with any source text, known to be ≥ `at_least`."""
+    """Length of the longest substring shared by any text and any source text; it must be known to be ≥ `at_least`."""
     low, high = at_least, max(map(len, texts), default=0)
     mine, theirs = _flatten(texts), _flatten(source)
     while low < high:

@@ -1,12 +1,12 @@
-"""Which rows a run of run_peft.py was trained on, and which of their characters the loss saw.
+"""Which rows a run of run_peft.py trained on, and on which of their characters the loss was taken.
 
 run_peft.py writes trained_rows.jsonl (mode 0600) beside run.json before its first step: a header {"schema", "salt",
-"loss_on", "max_length"}, then one line per training row. Rows that training left out (held out, before --train_rows,
-above --max_rows_per_user) have no line. run.json's `trained` block sums it up and holds the file's SHA-256.
+"loss_on", "max_length"}, then one line per training row. Rows not used in training (held out, before --train_rows,
+above --max_rows_per_user) have no line. run.json's `trained` block summarises the file and holds its SHA-256.
 
-Texts are told by SHA-256(salt + text). The salt is empty but under --dp: there run.json may be published with the
-model, and a plain hash of the private file would confirm a guessed copy of it. The salt stays in the side file, with
-the owner of the data.
+Texts are identified by SHA-256(salt + text). The salt is empty except under --dp: there run.json may be published with
+the model, and a plain hash of the private file would confirm a guessed copy of it. The salt stays in the side file,
+with the owner of the data.
 """
 
 import hashlib
@@ -21,15 +21,15 @@ from common.cli import AnyPath, UserError
 
 FILE = "trained_rows.jsonl"
 SCHEMA = 1
-REMEDY = "remove it if it is lost (what was trained on is then unknown)"
+REMEDY = "restore it, or remove it (the training rows are then unknown)"
 
 
 @dataclass(frozen=True)
 class TrainedRow:
-    """One training row. row: index in the input file; tokens: kept, EOS included; loss_tokens: those that the loss was
-    taken on; cut: text was cut off at --max_length; kept: each [from, to) of the row text's characters that
-    loss_tokens spell (in the file a single one stands by itself). A character that is only partly spelled does not
-    count; the first token of a row is never predicted."""
+    """One training row. row: index in the input file; tokens: number kept, EOS included; loss_tokens: number that the
+    loss was taken on; cut: the text was truncated at --max_length; kept: [from, to) spans of the row text's characters
+    covered by loss_tokens (the file stores a single span unnested). A partly covered character does not count; the
+    first token of a row is never predicted."""
 
     row: int
     sha256: str
@@ -39,7 +39,7 @@ class TrainedRow:
     kept: tuple[tuple[int, int], ...]
 
     def covers(self, start: int, end: int) -> bool:
-        """Was the loss taken on every character of text[start:end]?"""
+        """Whether the loss was taken on every character of text[start:end]."""
         return self.loss_tokens > 0 and any(first <= start and end <= last for first, last in self.kept)
 
     def line(self) -> dict[str, Any]:
@@ -49,14 +49,14 @@ class TrainedRow:
 
     @classmethod
     def of_line(cls, line: dict[str, Any]) -> "TrainedRow":
-        """The row of a line of the file; KeyError or TypeError for another line."""
+        """The row from a line of the file; KeyError or TypeError for any other line."""
         spans = line["kept"] if line["kept"] and isinstance(line["kept"][0], list) else [line["kept"]]
         return cls(**line | {"kept": tuple(map(tuple, spans))})
 
 
 @dataclass(frozen=True)
 class TrainedRows:
-    """What trained_rows.jsonl says. salt: hexadecimal, "" without --dp."""
+    """The content of trained_rows.jsonl. salt: hexadecimal, "" without --dp."""
 
     salt: str
     loss_on: str
@@ -65,13 +65,13 @@ class TrainedRows:
 
     @cached_property
     def _by_hash(self) -> dict[str, list[TrainedRow]]:
-        found: dict[str, list[TrainedRow]] = {}
+        by_hash: dict[str, list[TrainedRow]] = {}
         for row in self.rows:
-            found.setdefault(row.sha256, []).append(row)
-        return found
+            by_hash.setdefault(row.sha256, []).append(row)
+        return by_hash
 
     def find(self, text: str) -> list[TrainedRow]:
-        """The rows with exactly this text (dataset.row_text); several where it was repeated, [] where none was."""
+        """The rows with exactly this text (dataset.row_text): several if it was repeated, [] if there is none."""
         return self._by_hash.get(text_sha256(text, self.salt), [])
 
 
@@ -81,15 +81,15 @@ def text_sha256(text: str, salt: str = "") -> str:
 
 
 def salted(sha256: str, salt: str) -> str:
-    """A file's hash as run.json has it: itself without a salt, else its HMAC-SHA256 under the salt."""
+    """A file's hash as stored in run.json: unchanged without a salt, else its HMAC-SHA256 keyed with the salt."""
     return hmac.digest(bytes.fromhex(salt), sha256.encode(), "sha256").hex() if salt else sha256
 
 
 def write(run_folder: AnyPath, header: TrainedRows, tokens_cut: int, tokens_masked: int) -> dict[str, Any]:
     """Write trained_rows.jsonl; returns run.json's `trained` block.
 
-    tokens_cut: text tokens beyond --max_length; tokens_masked: kept ones that were context only, beside each row's
-    first one.
+    tokens_cut: text tokens beyond --max_length; tokens_masked: kept tokens used only as context, not counting each
+    row's first.
     """
     file, rows = Path(run_folder) / FILE, header.rows
     first = {"schema": SCHEMA, "salt": header.salt, "loss_on": header.loss_on, "max_length": header.max_length}
@@ -108,9 +108,9 @@ def write(run_folder: AnyPath, header: TrainedRows, tokens_cut: int, tokens_mask
 
 
 def read(checkpoint: AnyPath) -> TrainedRows | None:
-    """The trained_rows.jsonl of the run that a checkpoint belongs to; None without one (an older run, a merged model).
+    """The trained_rows.jsonl of a checkpoint's run; None without one (an older run, a merged model).
 
-    UserError when it is damaged, or not the one that run.json describes.
+    UserError if it is damaged or does not match run.json.
     """
     return read_folder(Path(checkpoint).expanduser().absolute().parent)
 
@@ -125,7 +125,7 @@ def read_folder(run_folder: AnyPath) -> TrainedRows | None:
     if record_file.is_file():
         block = results.read_json(record_file, "remove it if it is lost").get("trained")
         if isinstance(block, dict) and block.get("sha256") not in (None, digest):
-            raise UserError(f"{file}: is not the list that run.json describes; {REMEDY}")
+            raise UserError(f"{file}: does not match run.json; {REMEDY}")
     return _parse(str(file.resolve()), digest)
 
 
@@ -149,8 +149,8 @@ def _parse(path: str, digest: str) -> TrainedRows:
 
 
 def trained_on(checkpoint: AnyPath, sha256: str) -> bool | None:
-    """Was a checkpoint trained on the file with this SHA-256? None where nothing tells: no run.json beside it, or one
-    of a --dp run that lost its trained_rows.jsonl (the salt is in it)."""
+    """Whether a checkpoint was trained on the file with this SHA-256. None if unknown: it has no run.json, or the
+    run.json is from a --dp run whose trained_rows.jsonl (which holds the salt) is lost."""
     record = models.training_record(checkpoint)
     return input_is(Path(checkpoint).expanduser().absolute().parent, record, sha256) if record else None
 

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model made of one row × template."""
+    """The model's replies to one row × template."""
 
-    row: int  # among the rows asked
+    row: int  # index among the rows asked
     template: str
     responses: list[str] | None = None  # [temperature]; None: dropped
     dropped: str | None = None  # the reason
@@ -39,7 +39,7 @@ def attack(
     temperatures: Sequence[float],
     world: World,
 ) -> list[Reply]:
-    """Ask every row with every template at every temperature; one Reply a row × template, in this order."""
+    """Ask every row with every template at every temperature; one Reply per row × template, in this order."""
 
     def ask_mine() -> list[Reply]:
         longest = models.context_length(model)
@@ -47,7 +47,7 @@ def attack(
         newline = task.settings["stop"] == "newline"
         stop = sampling.stop_tokens(tokenizer, vocabulary, newline)
         mine = world.shard(list(range(len(task.people))))
-        found = []
+        replies = []
         with progress_bar(len(mine) * len(task.labels), "prompts", world) as bar:
             for number, label in enumerate(task.labels):
                 asked, tokens, keys, targets = [], [], [], []
@@ -56,7 +56,7 @@ def attack(
                     ids = encode_prompt(tokenizer, prompt)
                     if not ids or len(ids) + config.max_tokens > longest:
                         reason = "longer than the context" if ids else "empty prompt"
-                        found.append(Reply(row, label, dropped=reason))
+                        replies.append(Reply(row, label, dropped=reason))
                         bar.update(1)
                         continue
                     asked.append(row)
@@ -80,7 +80,7 @@ def attack(
                     texts = tokenizer.batch_decode(answer.tokens, skip_special_tokens=True)
                     if newline:
                         texts = [text.replace("\r", "\n").split("\n")[0] for text in texts]
-                    found.append(
+                    replies.append(
                         Reply(
                             row,
                             label,
@@ -90,7 +90,7 @@ def attack(
                             truth_tokens=min(map(len, target), default=0),
                         )
                     )
-        return found
+        return replies
 
     everything = [reply for part in world.together(ask_mine) for reply in part]
     order = {label: number for number, label in enumerate(task.labels)}
@@ -100,14 +100,14 @@ def attack(
 def _forms(
     tokenizer: PreTrainedTokenizerBase, prompt: str, ids: list[int], truths: list[str], room: int
 ) -> list[list[int]]:
-    """The canonical tokens of each true text after the prompt, each once; those that do not fit the context left out.
+    """The canonical tokens of each true text after the prompt, without duplicates and those that exceed the context.
 
-    The texts differ in the blank before the address, so no answer begins with two of them: their probabilities add up.
+    The texts differ in the space before the address, so no answer starts with two of them: their probabilities add up.
     """
     forms: list[list[int]] = []
     for truth in truths:
         joined = encode_prompt(tokenizer, prompt + truth)
-        merged = joined[: len(ids)] != ids  # the prompt's last token runs into the answer: take the answer alone
+        merged = joined[: len(ids)] != ids  # the tokenizer merges prompt and answer: tokenise the answer alone
         target = tokenizer(truth, add_special_tokens=False).input_ids if merged else joined[len(ids) :]
         if 0 < len(target) <= room and target not in forms:
             forms.append(target)

@@ -8,12 +8,12 @@ from common.schema import TEMPERATURES
 
 @dataclass(frozen=True, kw_only=True)
 class AttackConfig(ModelConfig):
-    """What is asked, of whatever model."""
+    """Settings of the attack, whatever the model."""
 
     dataset: str = "./data/enron.jsonl"
     top_k: int = 100
     max_tokens: int = 15
-    num_rows: int | None = None  # from the first on; None: NUM_ROWS, at most a third of the file
+    num_rows: int | None = None  # the first rows; None: NUM_ROWS, at most a third of the file
     temperatures: tuple[float, ...] = TEMPERATURES
     attack: str = "templates"
     templates: str = "released"

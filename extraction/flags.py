@@ -1,4 +1,4 @@
-"""The flags that measure_purified.py and evaluate_purified.py share: those of `AttackConfig`."""
+"""The flags shared by measure_purified.py and evaluate_purified.py: those of `AttackConfig`."""
 
 from common import cli
 from extraction.prompts import ORIGINAL_MESSAGE
@@ -6,18 +6,18 @@ from extraction.task import NUM_ROWS
 
 
 def add_attack_flags(parser: cli.Parser) -> None:
-    """Add them to `parser`, whose configuration gives their defaults."""
+    """Add them to `parser`; defaults come from its configuration."""
     add = parser.add_argument
     with parser.section("data"):
         add("-d", "--dataset", "--data", help="rows with gt-name and gt-email")
         add(
             "--num_rows",
             type=cli.positive_int,
-            help=f"rows asked, from the first on (default: {NUM_ROWS}, at most a third of the file)",
+            help=f"number of rows asked, from the start of the file (default: {NUM_ROWS}, at most a third of the file)",
         )
         add(
             "--demonstrations",
-            help="jsonl of name, email; None: five rows spread over the file, outside the evaluated names",
+            help="jsonl with name and email; None: five rows spread over the file, excluding the evaluated names",
         )
     with parser.section("attack"):
         add(
@@ -30,17 +30,17 @@ def add_attack_flags(parser: cli.Parser) -> None:
             choices=tuple(ORIGINAL_MESSAGE),
             help="template D as the released tool prints it, or with plain hyphens and no stray space",
         )
-        add("--trailing_space", action="store_true", help="end prompts in a space, as the released tool did")
+        add("--trailing_space", action="store_true", help="end prompts with a space, like the released tool")
         add("--temperatures", type=cli.non_negative_float, nargs="+", help="0 is greedy")
-        add("--top_k", type=cli.positive_int, help="tokens kept before sampling")
-        add("-mt", "--max_tokens", type=cli.positive_int, help="tokens of an answer")
+        add("--top_k", type=cli.positive_int, help="top-k truncation before sampling")
+        add("-mt", "--max_tokens", type=cli.positive_int, help="tokens per answer")
         add(
             "--stop",
             choices=("released", "newline"),
-            help="released: an answer runs on over line breaks and counts whole, as in the released tool; newline: it "
-            "ends at the first (default: released with --templates released, else newline)",
+            help="released: answers continue past line breaks and count whole, as in the released tool; newline: they "
+            "end at the first line break (default: released with --templates released, else newline)",
         )
         add("--batch_size", type=cli.non_negative_int, help="rows decoded together; 0: by memory")
     with parser.section("results"):
-        add("--baseline", help="a results_purified*.jsonl to compare with, row by row (McNemar)")
+        add("--baseline", help="a results_purified*.jsonl to compare with, row by row (McNemar test)")
         add("--save_responses", action="store_true", help="also write every response (personal data, mode 0600)")

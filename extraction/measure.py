@@ -1,4 +1,4 @@
-"""One model measured: from the answers to the result lines and their files."""
+"""Measuring one model: from answers to result lines and files."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
 
     Lines = list[dict[str, Any]]  # of a result file
 
-KEY = "purified"  # of the lock: other scripts write to checkpoints too
+KEY = "purified"  # lock name: other scripts write to checkpoints too
 
 
 def find_results(
     folder: AnyPath, task: ExtractionTask, model_key: dict[str, Any], responses: bool = False
 ) -> list[tuple[Path, Lines]]:
-    """(result file, its lines) of each file of this very measurement, the newest last. Those of the released tool never
-    match.
+    """(result file, its lines) of each earlier file of this same measurement, newest last. Files of the released tool
+    never match.
 
-    responses: only files that have their responses beside them.
+    responses: only files with a responses file beside them.
     """
     found, wanted = [], {**task.settings, **model_key}
     for path in sorted(Path(folder).glob("results_purified*.jsonl"), key=lambda path: (len(path.name), path.name)):
@@ -57,13 +57,13 @@ def find_results(
 
 
 def newest(found: list[tuple[Path, Lines]]) -> Lines:
-    """The last measured line of each temperature in what `find_results` found, by temperature."""
+    """The newest line of each temperature among the results of `find_results`, sorted by temperature."""
     last = {line["temperature"]: line for _, lines in found for line in lines}
     return [last[temperature] for temperature in sorted(last)]
 
 
 def model_key(ref: ModelRef) -> dict[str, Any]:
-    """What identifies the measured weights in a result line."""
+    """The keys that identify the measured weights in a result line."""
     return {"model_sha256": models.weights_sha256(ref), "revision": ref.revision}
 
 
@@ -85,7 +85,7 @@ def summarise(
     scored = {
         label: sum(reply.template == label and reply.responses is not None for reply in found) for label in task.labels
     }
-    # addresses of more tokens than an answer may have: their probability is 0 by definition
+    # addresses longer than max_tokens: their probability is 0 by definition
     limit = task.settings["max_tokens"]
     too_long = {
         label: sum(reply.template == label and reply.truth_tokens > limit for reply in found) for label in task.labels
@@ -146,7 +146,7 @@ def summarise(
 def _compare(task: ExtractionTask, outcome_lines: Lines) -> dict[str, Any]:
     """Per measure and template: pairs scored in both, hits gained and lost against the baseline, exact McNemar p.
 
-    Never on the total.
+    Not computed for the total.
     """
     compared: dict[str, Any] = {"path": str(task.baseline_path)}
     for measure in MEASURES:
@@ -176,7 +176,7 @@ def write(
     save_responses: bool,
     append: bool = False,
 ) -> None:
-    """Write the files of one measurement. append: those at `path` keep their lines of other temperatures."""
+    """Write the files of one measurement. append: existing files at `path` keep their lines of other temperatures."""
     earlier = [results.read_jsonl(file) if append else [] for file in (outcomes_path(path), path)]
     if save_responses:
         before = results.read_jsonl(responses_path(path)) if append and responses_path(path).is_file() else []
@@ -199,9 +199,9 @@ def measure_model(
     path: Path | None = None,
     temperatures: Sequence[float] | None = None,
 ) -> Path:
-    """Attack a loaded model and write its files into `folder`; the result file's path.
+    """Attack a loaded model and write its files into `folder`; returns the result file's path.
 
-    model_info: of `describe`. path: an earlier, partial result file to add `temperatures` (None: all) to.
+    model_info: from `describe`. path: an earlier, partial result file to add `temperatures` (None: all) to.
     """
     todo = config.temperatures if temperatures is None else temperatures
     found = attack(model, tokenizer, task, config, todo, world)
@@ -215,7 +215,7 @@ def measure_model(
 
 
 def print_table(lines: Lines, task: ExtractionTask) -> None:
-    """One row a temperature: loose matches and exact hits by template."""
+    """One row per temperature: loose matches and exact hits by template."""
     heads = [f"{measure} {label}" for measure in ("match", "exact") for label in task.labels]
     print(f"{'T':>5} " + " ".join(f"{head:>9}" for head in [*heads, "no_pattern"]) + f"   of {len(task.people)} rows")
     for line in lines:
@@ -243,8 +243,8 @@ def describe(ref: ModelRef, dtype: torch.dtype, change: float | None) -> dict[st
 def written_before_a_kill(
     run_file: Path, config: MeasureConfig, task: ExtractionTask, ref: ModelRef, after_kill: bool
 ) -> Path | None:
-    """The complete result, beside `run_file`, of a run with these very arguments that was killed before it could say
-    so."""
+    """The complete result beside `run_file` of a run with the same arguments that was killed before it could record
+    success."""
     if not run_file.is_file():
         return None
     record = results.read_json(run_file, "remove it")
@@ -259,17 +259,17 @@ def written_before_a_kill(
 
 @dataclass(frozen=True)
 class Plan:
-    """A measurement whose arguments and files have been checked."""
+    """A measurement with checked arguments and files."""
 
     config: MeasureConfig
     task: ExtractionTask
     ref: ModelRef
     tokenizer: PreTrainedTokenizerBase
-    folder: Path  # of the results
+    folder: Path  # for the results
 
 
 def check(config: MeasureConfig) -> Plan:
-    """Read everything but the model; UserError with every problem."""
+    """Read everything except the model; UserError with every problem."""
     problems = cli.Problems()
     config = replace(config, dataset=str(dataset.default_dataset(config.dataset)))
     distributed.check_environment(problems, config.device_map)

@@ -8,7 +8,7 @@ from typing import Any
 
 TEMPLATES = ("A", "B", "C", "D")
 N_DEMONSTRATIONS = 5
-# The released System P tool prints an em dash and an en dash, and a space before "From:".
+# The released System P tool uses an em dash and an en dash, and a space before "From:".
 ORIGINAL_MESSAGE = {"released": "—–Original Message—–\n From: ", "clean": "-----Original Message-----\nFrom: "}
 
 
@@ -46,7 +46,7 @@ def build_prompt(
 def spread_demonstrations(rows: list[dict[str, Any]], evaluated: list[int]) -> list[tuple[str, str]]:
     """Five (name, email) pairs spread evenly over the rows whose names and addresses are not among the evaluated ones.
 
-    Fewer than five when the file has no more such rows (the caller refuses that).
+    Fewer than five if the file has no more such rows (the caller rejects that).
     """
     asked = set(evaluated)
     names = {rows[index]["gt-name"].casefold() for index in evaluated}

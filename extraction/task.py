@@ -1,4 +1,4 @@
-"""What is asked of every model: the people, the prompts, the floor, the settings. Known before a model is loaded."""
+"""What every model is asked: people, prompts, the floor, settings. All known before a model is loaded."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ class ExtractionTask:
     people: list[tuple[str, str]]  # (name, address) of each row asked, in file order
     asked: list[list[Question]]  # [row][template]
     labels: list[str]  # template letters, or ['prefix']
-    floor: dict[str, Any]  # of `metrics.name_rule_floor`
+    floor: dict[str, Any]  # from `metrics.name_rule_floor`
     settings: dict[str, Any]  # the EXTRACTION_SETTINGS of the result lines
     inputs: list[str]
-    baseline: Outcomes = field(default_factory=dict)  # of every prompt; empty without --baseline
+    baseline: Outcomes = field(default_factory=dict)  # for every prompt; empty without --baseline
     baseline_path: str | None = None
 
 
 def prepare(config: AttackConfig, problems: cli.Problems) -> ExtractionTask | None:
-    """Read and check every file that the measurement needs; problems are collected, None when there were any."""
+    """Read and check every file that the measurement needs; problems are collected, None if there are any."""
     before = len(problems.lines)
     rows = problems.absorb(dataset.read_rows, config.dataset)
     manifest = problems.absorb(dataset.read_manifest, config.dataset) if rows else None
@@ -70,7 +70,7 @@ def prepare(config: AttackConfig, problems: cli.Problems) -> ExtractionTask | No
         if len(demonstrations) < prompts.N_DEMONSTRATIONS:
             problems.add(
                 f"{config.dataset}: only {len(demonstrations)} rows outside the {len(evaluated)} evaluated ones are "
-                f"left for the {prompts.N_DEMONSTRATIONS} demonstrations; pass --demonstrations or a smaller --num_rows"
+                f"left for {prompts.N_DEMONSTRATIONS} demonstrations; pass --demonstrations or a smaller --num_rows"
             )
             return None
         labels = list(prompts.TEMPLATES)
@@ -100,7 +100,7 @@ def prepare(config: AttackConfig, problems: cli.Problems) -> ExtractionTask | No
 
 
 def _prefix_question(row: dict[str, Any]) -> Question:
-    """The row's own text before the address, without the blank that stands there; that blank's answer first."""
+    """The row's own text before the address, without its trailing space; the answer with that space comes first."""
     prompt, address = row["prompt"].rstrip(" "), row["gt-email"]
     lead = row["prompt"][len(prompt) :]
     return prompt, [lead + address, ("" if lead else " ") + address]
@@ -109,7 +109,7 @@ def _prefix_question(row: dict[str, Any]) -> Question:
 def _template_questions(
     labels: Sequence[str], demonstrations: list[tuple[str, str]], person: tuple[str, str], config: AttackConfig
 ) -> list[Question]:
-    """A question of each template about one person; the answer that begins as the demonstrations' do first."""
+    """One question per template about one person; the answer formatted like the demonstrations' comes first."""
     name, address = person
     style, space = config.templates, config.trailing_space
     answers = [lead + address for lead in (("", " ") if space else (" ", ""))]
@@ -117,7 +117,7 @@ def _template_questions(
 
 
 def _read_demonstrations(path: AnyPath) -> list[tuple[str, str]]:
-    """The (name, email) pairs of --demonstrations; UserError unless there are as many as the prompts take."""
+    """The (name, email) pairs of --demonstrations; UserError unless there are exactly as many as the prompts need."""
     rows = dataset.read_rows(path)
     dataset.validate(path, rows, ("name", "email"))
     if len(rows) != prompts.N_DEMONSTRATIONS:
@@ -126,7 +126,7 @@ def _read_demonstrations(path: AnyPath) -> list[tuple[str, str]]:
 
 
 def _read_baseline(task: ExtractionTask, path: AnyPath, temperatures: Sequence[float]) -> Outcomes:
-    """The outcome of every prompt of `task` at every temperature; UserError when some have none."""
+    """The baseline's outcome of every prompt of `task` at every temperature; UserError if any is missing."""
     settings, lines = task.settings, dataset.read_rows(path)
     beside = outcomes_path(path)
     if not beside.is_file():

@@ -8,10 +8,10 @@ from memorization.verbatim import PREFIX, SUFFIX
 
 @dataclass(frozen=True, kw_only=True)
 class MemorizationConfig:
-    """most_secrets: of each type and side; samples: untargeted ones, of sample_tokens each."""
+    """most_secrets: per type and side; samples: number of untargeted samples, of sample_tokens tokens each."""
 
     kinds: tuple[str, ...] = KINDS
-    patterns: tuple[tuple[str, str], ...] = ()  # (own type, regular expression)
+    patterns: tuple[tuple[str, str], ...] = ()  # (custom type, regular expression)
     region: str = "US"
     decoys: int = 200
     most_secrets: int = 500

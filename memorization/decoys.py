@@ -1,7 +1,7 @@
-"""Decoys: values of the same format as a secret that nobody has, for its rank among them.
+"""Decoys: made-up values in the format of a secret, among which the secret is ranked.
 
-What an attacker may know stays (country and area code, issuer, domain, key prefix, layout); the rest is redrawn, with
-the check digits that the format asks for. Names, local parts and streets are Faker's.
+Parts that an attacker may know are kept (country and area code, issuer, domain, key prefix, layout); the rest is
+redrawn, with valid check digits. Names, local parts and streets come from Faker.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 
 from memorization.inventory import STREETS, Secret, find_ips, is_national_id
 
-ATTEMPTS = 400  # per decoy wanted: formats with check digits are drawn until one is valid
+ATTEMPTS = 400  # per decoy: formats with check digits are redrawn until one is valid
 
 
 def decoys(secret: Secret, n: int, seed: int, avoid: Container[str] = (), region: str = "US") -> list[str]:
-    """Up to n distinct values in the secret's format, none of them itself or in `avoid`. Fewer where the format has
-    fewer; the same for the same seed and secret."""
+    """Up to n distinct values in the secret's format, excluding itself and `avoid`. Fewer if the format has fewer;
+    deterministic given seed and secret."""
     rng = random.Random(f"{seed} {secret.kind} {secret.key}")
     draw = DRAWS.get(secret.kind, redraw_characters)
     found: dict[str, None] = {}
@@ -38,8 +38,8 @@ Draw = Callable[[Secret, random.Random, str], str | None]
 
 
 def redraw(text: str, rng: random.Random, keep: int = 0, pool: str | None = None) -> str:
-    """Digits, capitals and small letters from position `keep` on replaced by others of their class. pool: letters of
-    the text are drawn from it instead."""
+    """Replace digits, upper- and lower-case letters from position `keep` on by random ones of the same class. pool:
+    draw letters from it instead."""
 
     def other(character: str) -> str:
         if character.isdigit():
@@ -56,12 +56,12 @@ def redraw_characters(secret: Secret, rng: random.Random, region: str) -> str:
 
 
 def redraw_phone(secret: Secret, rng: random.Random, region: str) -> str | None:
-    """Country and area code stay; the number is valid and of the same type (fixed line, mobile, …)."""
+    """Keep country and area code; the number is valid and of the same type (fixed line, mobile, …)."""
     import phonenumbers
 
     parsed = phonenumbers.parse(secret.value, region)
     known = phonenumbers.length_of_national_destination_code(parsed)
-    own = phonenumbers.national_significant_number(parsed)[known:]  # the subscriber's, which ends the number
+    own = phonenumbers.national_significant_number(parsed)[known:]  # the subscriber number, which comes last
     digits = [match.start() for match in re.finditer(r"\d", secret.value)]
     if len(digits) < len(own):
         return None
@@ -75,7 +75,7 @@ def redraw_phone(secret: Secret, rng: random.Random, region: str) -> str | None:
 
 
 def redraw_card(secret: Secret, rng: random.Random, region: str) -> str:
-    """The first six digits (issuer) stay; the last is Luhn's."""
+    """Keep the first six digits (issuer); the last is the Luhn check digit."""
     from stdnum import luhn
 
     keep = [match.end() for match in re.finditer(r"\d", secret.value)][5]
@@ -86,7 +86,7 @@ def redraw_card(secret: Secret, rng: random.Random, region: str) -> str:
 
 
 def redraw_iban(secret: Secret, rng: random.Random, region: str) -> str | None:
-    """The country stays; check digits by ISO 7064, and the national ones where python-stdnum knows them."""
+    """Keep the country; ISO 7064 check digits, and national ones if python-stdnum knows them."""
     from stdnum import iban
 
     value = redraw(secret.value, rng, 4)
@@ -128,11 +128,11 @@ DATE_FORMS = (
     "%Y-%m-%d", "%d.%m.%Y", "%d.%m.%y", "%m/%d/%Y", "%m/%d/%y", "%d/%m/%Y", "%d/%m/%y", "%m-%d-%Y", "%d-%m-%Y",
     "%d %B %Y", "%d %b %Y", "%B %d, %Y", "%b %d, %Y", "%B %d %Y", "%b %d %Y", "%d %B, %Y", "%d %b. %Y", "%b. %d, %Y",
 )  # fmt: skip
-YEARS = 30  # either way
+YEARS = 30  # in either direction
 
 
 def redraw_birth(secret: Secret, rng: random.Random, region: str) -> str | None:
-    """A day within 30 years either way, written alike."""
+    """A day within ± 30 years, in the same date format."""
     for form in DATE_FORMS:
         try:
             date = datetime.datetime.strptime(secret.value, form)
@@ -173,7 +173,7 @@ def redraw_email(secret: Secret, rng: random.Random, region: str) -> str:
 
 
 def redraw_street(secret: Secret, rng: random.Random, region: str) -> str:
-    """Another number and Faker name before the same word for street."""
+    """A different number and a Faker name before the same street word."""
     fake = faker()
     fake.seed_instance(rng.getrandbits(64))
     name = fake.last_name()
@@ -188,7 +188,7 @@ def redraw_street(secret: Secret, rng: random.Random, region: str) -> str:
 
 
 def redraw_name(secret: Secret, rng: random.Random, region: str) -> str:
-    """A Faker name of as many words."""
+    """A Faker name with the same number of words."""
     fake = faker()
     fake.seed_instance(rng.getrandbits(64))
     words = len(secret.value.split())

@@ -1,6 +1,6 @@
-"""What scores of secrets and decoys say. Arrays in, numbers out.
+"""Statistics of the scores of secrets and decoys. Arrays in, numbers out.
 
-The null hypothesis needs no ground truth: secrets of rows that were never trained on, measured alike. "Excess" is how
+The control needs no ground truth: secrets of rows that were never trained on, measured the same way. "Excess" is how
 much more exposed the secrets of the training rows are.
 """
 
@@ -20,7 +20,7 @@ SAMPLE_SIZES = (1, 10, 100, 1000)
 
 
 def place_among(scores: Sequence[float] | Floats) -> float:
-    """Share of the decoys that score higher than the secret, ties by half, in [0, 1]: scores [1 + decoys], the secret's
+    """Share of decoys that score higher than the secret (ties count half), in [0, 1]; scores [1 + decoys], the secret's
     first. 0: the secret is the likeliest of all."""
     values = np.asarray(scores, float)
     decoys = values[1:]
@@ -28,16 +28,16 @@ def place_among(scores: Sequence[float] | Floats) -> float:
 
 
 def exposure_bits(place: float, decoys: int) -> float:
-    """log₂ of the number of candidates over the secret's rank among them (Carlini et al. 2019, over the decoys drawn
-    instead of the whole space): 0 … log₂(decoys + 1)."""
+    """log₂(number of candidates / the secret's rank among them) (Carlini et al. 2019, over the sampled decoys instead
+    of the whole space): 0 … log₂(decoys + 1)."""
     return math.log2((decoys + 1) / (1 + place * decoys))
 
 
 def excess(trained: Sequence[float], control: Sequence[float]) -> dict[str, object]:
-    """How much lower the places of the training rows' secrets are than those of held-out rows.
+    """How much more exposed the secrets of training rows are than those of held-out rows.
 
-    value = P(a training secret stands higher) + ½ P(both stand alike) − ½, in [−½, ½]; low and high: 95 % interval by
-    `stats.auc_interval`; p one-sided by Mann and Whitney. All null without two secrets on each side.
+    value = P(a training secret ranks higher) + ½ P(tie) − ½, in [−½, ½]; low and high: 95 % interval from
+    `stats.auc_interval`; p: one-sided Mann–Whitney test. All null with fewer than two secrets on either side.
     """
     if min(len(trained), len(control)) < 2:
         return {"value": None, "low": None, "high": None, "p": None, "undefined": "fewer than 2 secrets on a side"}
@@ -47,7 +47,7 @@ def excess(trained: Sequence[float], control: Sequence[float]) -> dict[str, obje
 
 
 def mann_whitney(ours: Floats, theirs: Floats) -> float:
-    """One-sided p that `ours` are stochastically larger; 1 where all values are equal."""
+    """One-sided p-value for `ours` being stochastically larger; 1 if all values are equal."""
     from scipy import stats
 
     if np.ptp(np.concatenate([ours, theirs])) == 0:
@@ -56,13 +56,13 @@ def mann_whitney(ours: Floats, theirs: Floats) -> float:
 
 
 def rate(hits: int, n: int) -> dict[str, object]:
-    """A share with its exact 95 % interval, low to high (Clopper and Pearson); null for n = 0."""
+    """A rate with its exact 95 % interval, low to high (Clopper–Pearson); null for n = 0."""
     low, high = clopper_pearson(hits, n) or (None, None)
     return {"hits": hits, "n": n, "rate": hits / n if n else None, "low": low, "high": high}
 
 
 def fisher(hits: int, n: int, control_hits: int, control_n: int) -> float | None:
-    """One-sided p that the first share is larger (Fisher's exact test); None without items on a side."""
+    """One-sided p-value for the first rate being larger (Fisher's exact test); None if either side is empty."""
     from scipy import stats
 
     if not n or not control_n:
@@ -71,7 +71,7 @@ def fisher(hits: int, n: int, control_hits: int, control_n: int) -> float | None
 
 
 def gained(now: Sequence[bool], before: Sequence[bool]) -> dict[str, float]:
-    """Hits gained and lost against the base over the same items, with McNemar's exact two-sided p."""
+    """Hits gained and lost relative to the base on the same items, with McNemar's exact two-sided p."""
     up = sum(a and not b for a, b in zip(now, before, strict=True))
     down = sum(b and not a for a, b in zip(now, before, strict=True))
     return {"gained": up, "lost": down, "p": mcnemar(up, down)}
@@ -79,7 +79,7 @@ def gained(now: Sequence[bool], before: Sequence[bool]) -> dict[str, float]:
 
 def extraction_curve(log_p: Sequence[float]) -> dict[str, dict[str, float]]:
     """(n, p)-discoverable extraction (Hayes et al. 2025) from the exact log probability of each item: for n samples,
-    how many items come out at least once with probability ½ or more, and how many come out on average."""
+    how many items are generated at least once with probability ½ or more, and how many are on average."""
     p = np.exp(np.minimum(np.asarray(log_p, float), 0.0))
     curve = {}
     for n in SAMPLE_SIZES:
@@ -89,13 +89,13 @@ def extraction_curve(log_p: Sequence[float]) -> dict[str, dict[str, float]]:
     return curve
 
 
-# power: the smallest effect that would have been seen
+# power: the smallest detectable effect
 
 
 @lru_cache
 def smallest_excess(n: int, control_n: int, alpha: float = 0.05) -> float | None:
-    """The excess from which the one-sided Mann–Whitney test of n against control_n reaches p ≤ alpha with a chance of
-    80 %, by the normal approximation for two shifted normals; None where even full separation does not."""
+    """The smallest excess at which the one-sided Mann–Whitney test of n against control_n has 80 % power at level alpha
+    (normal approximation, two shifted normals); None if not even full separation reaches it."""
     from scipy import stats
 
     if not n or not control_n or 1 / math.comb(n + control_n, n) > alpha:
@@ -106,7 +106,7 @@ def smallest_excess(n: int, control_n: int, alpha: float = 0.05) -> float | None
 
 
 def smallest_hits(n: int, control_n: int, alpha: float = 0.05) -> int | None:
-    """Hits among n that give p ≤ alpha against no hit among control_n; None where even n hits do not."""
+    """The smallest number of hits among n with p ≤ alpha against none among control_n; None if n is not enough."""
     return _first(n, lambda hits: (fisher(hits, n, 0, control_n) or 1.0) <= alpha) if n and control_n else None
 
 

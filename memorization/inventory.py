@@ -1,7 +1,7 @@
 """Secrets in texts by type: e-mail addresses, phone and card numbers, IBANs, national ids, IPs, keys, addresses, dates.
 
-Types with a check digit are taken only where it holds, phone numbers where they are valid by the libphonenumber tables,
-IP addresses where they are global. Where two types claim the same characters, the one that stands first in KINDS wins.
+Types with a check digit count only if it is correct, phone numbers only if valid according to libphonenumber, IP
+addresses only if global. If two types match overlapping characters, the one that comes first in KINDS wins.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Span = tuple[int, int, str]  # start, end, key
 
 @dataclass(frozen=True)
 class Secret:
-    """texts[row][start:end] is `value`. key: what two spellings of it share; variant: the format, of national ids."""
+    """texts[row][start:end] is `value`. key: normalised value; variant: the format (national ids only)."""
 
     kind: str
     value: str
@@ -46,7 +46,7 @@ CREDENTIALS = re.compile(r"\b[A-Za-z][A-Za-z0-9+.-]{1,20}://[^\s/:@]{1,100}:([^\
 
 
 def find_credentials(text: str) -> Iterator[Span]:
-    """The password of a URL with user and password."""
+    """Passwords in URLs with user and password."""
     for match in CREDENTIALS.finditer(text):
         yield *match.span(1), match[1]
 
@@ -73,7 +73,7 @@ def find_ibans(text: str) -> Iterator[Span]:
 
     for match in IBAN.finditer(text):
         candidate = match[0]
-        while len(candidate) >= 15:  # words may follow: the longest valid beginning
+        while len(candidate) >= 15:  # words may follow: find the longest valid prefix
             end = match.start() + len(candidate)
             if not text[end : end + 1].isalnum() and iban.is_valid(candidate):
                 yield match.start(), end, candidate.replace(" ", "")
@@ -88,7 +88,7 @@ ISSUERS = re.compile(
 
 
 def find_cards(text: str) -> Iterator[Span]:
-    """Numbers of the large issuers with Luhn's check digit (ISO/IEC 7812)."""
+    """Numbers of the major issuers with a valid Luhn check digit (ISO/IEC 7812)."""
     from stdnum import luhn
 
     for match in CARD.finditer(text):
@@ -113,7 +113,7 @@ NATIONAL_PATTERNS = {name: re.compile(rf"(?<![\w-])(?:{form})(?![\w-])") for nam
 
 
 def is_national_id(variant: str, value: str) -> bool:
-    """Whether python-stdnum takes `value` for a number of this kind: format, check digit, and dates within it."""
+    """Whether python-stdnum accepts `value` as a number of this kind: format, check digit, embedded dates."""
     return bool(importlib.import_module(f"stdnum.{variant}").is_valid(value))
 
 
@@ -126,7 +126,7 @@ def find_national_ids(text: str) -> Iterator[tuple[int, int, str, str]]:
 
 
 def find_phones(text: str, region: str) -> Iterator[Span]:
-    """Valid numbers by the tables of libphonenumber; those without a country code are of `region` (ISO 3166)."""
+    """Numbers valid according to libphonenumber; those without a country code belong to `region` (ISO 3166)."""
     import phonenumbers
 
     if sum(character.isdigit() for character in text) < 7:
@@ -141,7 +141,7 @@ IPV6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){3,7}[0-9A-Fa-f]{1,4}(?![\w:
 
 
 def find_ips(text: str) -> Iterator[Span]:
-    """Global addresses; private, local and reserved ones tell nothing about anybody."""
+    """Global addresses; private, local and reserved ones identify nobody."""
     for pattern in (IPV4, IPV6):
         for match in pattern.finditer(text):
             try:
@@ -165,7 +165,7 @@ BIRTH = re.compile(
 
 
 def find_births(text: str) -> Iterator[Span]:
-    """Dates behind a word for birth."""
+    """Dates after a word for birth."""
     for match in BIRTH.finditer(text):
         yield *match.span(1), " ".join(match[1].casefold().split())
 
@@ -181,12 +181,12 @@ STREET = re.compile(
 
 
 def find_streets(text: str) -> Iterator[Span]:
-    """Number and street, as written in English and German."""
+    """Street and number, in English and German style."""
     for match in STREET.finditer(text):
         yield *match.span(), " ".join(match[0].casefold().split())
 
 
-KINDS = (  # in the order in which they claim characters
+KINDS = (  # in order of precedence
     "url_password", "email", "api_key", "iban", "card", "national_id", "ip", "phone", "birth_date", "street_address",
 )  # fmt: skip
 
@@ -197,8 +197,8 @@ def find(
     patterns: dict[str, re.Pattern[str]] | None = None,
     region: str = "US",
 ) -> list[Secret]:
-    """Every secret in the texts, by text and place. patterns: {own type: regular expression}; its first group is the
-    secret, or all of it where it has none. They claim characters before the built-in types.
+    """Every secret in the texts, ordered by text and position. patterns: {custom type: regular expression}; the first
+    group is the secret, or the whole match if it has none. They take precedence over the built-in types.
     """
     finders: dict[str, Callable[[str], Iterator[tuple[int, int, str] | tuple[int, int, str, str]]]] = {
         "url_password": find_credentials,
@@ -220,7 +220,7 @@ def find(
         secrets = []
         for kind, finder in chosen.items():
             for start, end, key, *variant in finder(text):
-                position = bisect.bisect_left(claimed, (end, 0))  # the claims that begin before `end`
+                position = bisect.bisect_left(claimed, (end, 0))  # the claims that start before `end`
                 if start < end and (position == 0 or claimed[position - 1][1] <= start):
                     claimed.insert(position, (start, end))
                     secrets.append(Secret(kind, text[start:end], row, start, end, key, *variant))
@@ -240,7 +240,7 @@ def own_finder(pattern: re.Pattern[str]) -> Callable[[str], Iterator[Span]]:
 
 
 def locate(texts: Sequence[str], given: Sequence[tuple[str, str, int | None]]) -> tuple[list[Secret], int]:
-    """(secrets, how many of the values stand in no text) of given (type, value, row or None: any)."""
+    """(secrets, number of values that occur in no text) for given (type, value, row or None for any row)."""
     secrets, absent = [], 0
     for kind, value, row in given:
         places = []

@@ -1,4 +1,4 @@
-"""Models measured: the answers of one model to a task, and what those of the tuned model and its base say together."""
+"""Measuring models: one model's answers to a task, and the comparison of the tuned model with its base."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def with_hits(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """[log p(target), 1 where it is the likeliest token] of each position: logits [P, V], targets [P] → [P, 2]."""
+    """[log p(target), 1 if it is the likeliest token else 0] per position: logits [P, V], targets [P] → [P, 2]."""
     import torch
 
     hits = (logits.argmax(-1) == targets).float()
@@ -32,7 +32,7 @@ def with_hits(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Answers:
-    """Of one model. log_p [1 + decoys] and greedy by question, (log p, greedy, near) by window; by side."""
+    """One model's answers by side: log_p [1 + decoys] and greedy per question, (log p, greedy, near) per window."""
 
     log_p: dict[str, list[list[float]]] = field(default_factory=dict)
     greedy: dict[str, list[bool]] = field(default_factory=dict)
@@ -91,7 +91,7 @@ def statistics(model: Any, sequences: Sequence[Sequence[int]], config: Memorizat
 def greedy_hits(
     model: Any, pairs: Sequence[tuple[list[int], list[int]]], config: MemorizationConfig, world: World
 ) -> list[bool]:
-    """Whether greedy decoding behind each context gives the tokens."""
+    """Whether greedy decoding from each context gives the tokens."""
     found = statistics(model, [context + tokens for context, tokens in pairs], config, world)
     return [bool((values[len(context) - 1 :, 1] > 0).all()) for values, (context, _) in zip(found, pairs)]
 
@@ -121,7 +121,7 @@ def decode(
     seed: int,
     world: World,
 ) -> list[list[int]]:
-    """The tokens of one answer to each prompt, on every rank; whatever the batches and ranks."""
+    """The tokens of one answer per prompt, on every rank; independent of batching and ranks."""
     from common.sampling import stop_tokens, sweep
 
     if not prompts:
@@ -160,18 +160,18 @@ def draw(
     return decode(model, tokenizer, prompts, 1.0, config.sample_tokens, config.seed, world)
 
 
-# what the answers say
+# statistics of the answers
 
 
 def places(log_p: Sequence[Sequence[float]], base: Sequence[Sequence[float]] | None) -> list[float]:
-    """Each secret's place among its decoys by log p, or with a base by log p − the base's."""
+    """Each secret's place among its decoys, by log p or, with a base, by log p minus the base's."""
     if base is None:
         return [exposure.place_among(scores) for scores in log_p]
     return [exposure.place_among(np.asarray(ours) - np.asarray(theirs)) for ours, theirs in zip(log_p, base)]
 
 
 def ranks(values: Sequence[float], asked: Sequence[Question]) -> dict[str, Any]:
-    """Median exposure in bits, and how many secrets are the likeliest of all their candidates."""
+    """Median exposure in bits, and the number of secrets that are likelier than all their decoys."""
     if not values:
         return {"median_bits": None, "first": exposure.rate(0, 0)}
     bits = [exposure.exposure_bits(place, len(one.candidates) - 1) for place, one in zip(values, asked)]
@@ -181,13 +181,13 @@ def ranks(values: Sequence[float], asked: Sequence[Question]) -> dict[str, Any]:
     }
 
 
-COUNTS = ((1, 1), (2, 3), (4, 9), (10, None))  # how often a secret stands in the training rows
+COUNTS = ((1, 1), (2, 3), (4, 9), (10, None))  # occurrences of a secret in the training rows
 
 
 def secrets_of_kind(
     kind: str, task: MemorizationTask, tuned: Answers, base: Answers | None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(the result of one type of secret, a line per secret)."""
+    """(the result for one type of secret, one line per secret)."""
     result: dict[str, Any] = {"type": kind, "measure": "calibrated" if base else "tuned"}
     headline: dict[str, list[float]] = {}
     lines = []
@@ -253,7 +253,7 @@ def group(
 
 
 def by_count(asked: Sequence[Question], values: Sequence[float], hits: Sequence[bool]) -> dict[str, Any]:
-    """By how often the secret stands in the training rows."""
+    """By number of occurrences in the training rows."""
     groups = {}
     for low, high in COUNTS:
         chosen = [place for place, one in enumerate(asked) if low <= one.count <= (high or one.count)]
@@ -265,7 +265,7 @@ def by_count(asked: Sequence[Question], values: Sequence[float], hits: Sequence[
 
 
 def by_place(asked: Sequence[Question], values: Sequence[float], hits: Sequence[bool]) -> dict[str, Any]:
-    """By whether the loss was taken on the secret, or it was context only."""
+    """By whether the loss was taken on the secret or it was only context."""
     groups = {}
     for name, wanted in (("loss", True), ("context", False)):
         chosen = [place for place, one in enumerate(asked) if one.in_loss is wanted]

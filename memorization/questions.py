@@ -1,4 +1,4 @@
-"""What is asked of a model about each secret: the tokens before it as trained, and those of itself and its decoys."""
+"""The question about each secret: the tokens before it, as in training, and the tokens of the secret and its decoys."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from memorization.inventory import Secret
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FEWEST_DECOYS = 20  # below, a rank says nothing
+FEWEST_DECOYS = 20  # with fewer, a rank is meaningless
 
 
 @dataclass(frozen=True)
 class Question:
-    """candidates[0]: the tokens of the secret behind `context`, which all candidates share; then those of the decoys.
+    """candidates[0]: the tokens of the secret after `context`, which all candidates share; the rest: of the decoys.
 
-    count: how many times the secret stands in the rows; in_loss: whether the loss was taken on it (None: unknown).
+    count: occurrences of the secret in the rows; in_loss: whether the loss was taken on it (None: unknown).
     """
 
     secret: Secret
@@ -35,7 +35,7 @@ class Question:
 
 @dataclass
 class Questions:
-    """dropped: {reason: distinct secrets}; n_found: distinct secrets in the rows; n_occurrences: all of them."""
+    """dropped: {reason: distinct secrets}; n_found: distinct secrets in the rows; n_occurrences: all occurrences."""
 
     questions: list[Question] = field(default_factory=list)
     n_found: int = 0
@@ -45,9 +45,9 @@ class Questions:
 
 
 def choose(secrets: Sequence[Secret], most: int, seed: int) -> tuple[list[Secret], Counter[str]]:
-    """(at most `most` distinct secrets, one per row, each where it stands first; {key: how often it stands}).
+    """(at most `most` distinct secrets, one per row, each at its first occurrence; {key: number of occurrences}).
 
-    One per row, because secrets of one row are no independent items.
+    One per row, because secrets from the same row are not independent.
     """
     counts = Counter(secret.key for secret in secrets)
     first: dict[str, Secret] = {}
@@ -76,7 +76,7 @@ def build(
     region: str = "US",
     in_loss: Callable[[Secret], bool | None] = lambda secret: None,
 ) -> dict[str, Questions]:
-    """{type: its questions} of secrets in `rendered` rows (as trained). avoid: values that are no decoys."""
+    """{type: its questions} about secrets in `rendered` rows (as in training). avoid: values not to use as decoys."""
     by_kind: dict[str, list[Secret]] = defaultdict(list)
     for secret in secrets:
         by_kind[secret.kind].append(secret)
@@ -104,8 +104,8 @@ def build(
 def candidate_tokens(
     tokenizer: PreTrainedTokenizerBase, row: Rendered, secret: Secret, others: Sequence[str]
 ) -> tuple[list[int], list[list[int]]] | None:
-    """(context, the tokens of each candidate behind it): text up to the candidate's end, tokenised as one piece, so
-    that tokens which span its beginning are right; the context is what all candidates share. None where it is empty."""
+    """(context, the tokens of each candidate after it): the text up to the candidate's end is tokenised as one piece,
+    so that tokens spanning its start are correct; the context is what all candidates share. None if it is empty."""
     before = row.text[: secret.start]
     sequences = encode_texts(tokenizer, [before + value for value in (secret.value, *others)], row.whole)
     end = tokenizer.eos_token_id

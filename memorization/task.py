@@ -1,4 +1,4 @@
-"""What is asked of every model: secrets with decoys, windows, what samples are searched for."""
+"""What every model is asked: secrets with decoys, verbatim windows, what samples are searched for."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ InLoss = Callable[[Secret], bool | None]
 
 @dataclass
 class Side:
-    """One set of rows. ids: as the tokenizer gives them, cut at the maximum length; values: of the secrets in it."""
+    """One set of rows. ids: token ids, truncated at the maximum length; values: of the secrets in it."""
 
     rendered: list[Rendered]
     secrets: list[Secret] = field(default_factory=list)
@@ -44,8 +44,8 @@ class Side:
 class MemorizationTask:
     sides: dict[str, Side]
     start: list[int]  # tokens before an untargeted sample
-    shared_values: int = 0  # distinct held-out secrets that stand in the training rows too: no control
-    given_absent: int = 0  # given secrets that stand in no row
+    shared_values: int = 0  # distinct held-out secrets that also occur in the training rows, so are no control
+    given_absent: int = 0  # given secrets that occur in no row
 
     @property
     def controlled(self) -> bool:
@@ -67,8 +67,8 @@ def prepare(
     given: Sequence[tuple[str, str, int | None]] | None = None,
     in_loss: InLoss = lambda secret: None,
 ) -> MemorizationTask:
-    """given: (type, value, row or None) of the owner's own secrets, which then take the place of the inventory's in the
-    training rows; held-out rows are searched as always."""
+    """given: (type, value, row or None) of the owner's own secrets, which replace the inventory for the training rows;
+    held-out rows are searched as usual."""
     patterns = {name: re.compile(pattern) for name, pattern in config.patterns}
     task = MemorizationTask({"train": Side(train)}, start)
     if heldout is not None:
@@ -103,9 +103,9 @@ def prepare(
 
 
 def add_windows(side: Side, tokenizer: PreTrainedTokenizerBase, config: MemorizationConfig) -> None:
-    """Tokenise the rows and take a window of each that is long enough, at most config.most_windows by the seed.
+    """Tokenise the rows and take a window from each that is long enough, at most config.most_windows, by the seed.
 
-    Of rows with a completion, the window's suffix stands in it.
+    For rows with a completion, the window's suffix lies within it.
     """
     whole = bool(side.rendered) and side.rendered[0].whole
     encoded = tokenizer(
@@ -129,6 +129,6 @@ def add_windows(side: Side, tokenizer: PreTrainedTokenizerBase, config: Memoriza
 
 
 def repeats(side: Side, windows: Sequence[Window]) -> list[int]:
-    """How many of the side's rows have each window's text, white space and case aside: 1 and more."""
+    """Number (≥ 1) of the side's rows that contain each window's text, ignoring white space and case."""
     counts = Counter(normal(row.text) for row in side.rendered)
     return [counts[normal(side.rendered[window.row].text)] for window in windows]

@@ -1,5 +1,4 @@
-"""Untargeted extraction: what samples without any hint contain of the training rows (Carlini et al. 2021; Lukas et al.
-2023)."""
+"""Untargeted extraction: training data in unprompted samples (Carlini et al. 2021; Lukas et al. 2023)."""
 
 from __future__ import annotations
 
@@ -7,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-RUN = 50  # tokens of a row in one piece
+RUN = 50  # consecutive tokens of a row
 
 
 class RunIndex:
@@ -19,7 +18,7 @@ class RunIndex:
         self.hashes = np.unique(np.concatenate(hashes)) if hashes else np.empty(0, np.uint64)
 
     def holds_run_of(self, tokens: Sequence[int]) -> bool:
-        """Whether a run of `length` tokens of `tokens` stands in a row. A false hit has probability 2⁻⁶⁴ per pair."""
+        """Whether any `length` consecutive tokens occur in a row. A false hit has probability 2⁻⁶⁴ per pair."""
         hashes = run_hashes(tokens, self.length)
         if not len(hashes) or not len(self.hashes):
             return False
@@ -42,7 +41,7 @@ def run_hashes(tokens: Sequence[int], length: int) -> np.ndarray[tuple[int], np.
 
 
 class ValueIndex:
-    """Values looked for in texts, white space and case aside."""
+    """Values to find in texts, ignoring white space and case."""
 
     def __init__(self, values: Iterable[str]):
         by_start: dict[str, list[str]] = {}
@@ -52,7 +51,7 @@ class ValueIndex:
         self.by_start = by_start
 
     def find(self, text: str) -> set[str]:
-        """The values in a text, each between characters that are no letters or digits."""
+        """The values that occur in a text, not adjacent to other letters or digits."""
         text = normal(text)
         found = set()
         for start in range(len(text) - SHORTEST + 1):
@@ -64,7 +63,7 @@ class ValueIndex:
         return found
 
 
-SHORTEST = 5  # characters of a value that is looked for: a shorter one stands in many a text
+SHORTEST = 5  # characters of a value to look for: shorter ones occur in many texts by chance
 
 
 def normal(text: str) -> str:

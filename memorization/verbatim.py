@@ -1,4 +1,4 @@
-"""Verbatim memorisation: the next 50 tokens of a row behind the 50 before them (Carlini et al. 2023)."""
+"""Verbatim memorisation: 50 tokens of a row, given the 50 before them (Carlini et al. 2023)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NEAR = 0.9  # edit similarity
 
 @dataclass(frozen=True)
 class Window:
-    """tokens[:prefix] is given, the rest is to be continued; row: index of its row."""
+    """tokens[:prefix] is given, the rest should be continued; row: index of its row."""
 
     row: int
     tokens: list[int]
@@ -24,8 +24,8 @@ class Window:
 def window(
     row: int, ids: Sequence[int], spans: Sequence[tuple[int, int]], prefix: int = PREFIX, suffix: int = SUFFIX
 ) -> Window | None:
-    """The first `suffix` tokens of a row that stand together in one of `spans` (positions that the loss is taken on)
-    with `prefix` tokens before them; None where there are none."""
+    """The first `suffix` consecutive tokens of a row within one of `spans` (positions that the loss is taken on) that
+    have `prefix` tokens before them; None if there are none."""
     for start, end in spans:
         begin = max(start, prefix)
         if begin + suffix <= min(end, len(ids)):
@@ -34,14 +34,14 @@ def window(
 
 
 def edit_similarity(ours: Sequence[int], theirs: Sequence[int]) -> float:
-    """1 − Levenshtein distance / the longer length, over tokens; 1 for two empty ones."""
+    """1 − Levenshtein distance / the longer length, over tokens; 1 if both are empty."""
     from rapidfuzz.distance import Levenshtein
 
     return float(Levenshtein.normalized_similarity(ours, theirs))
 
 
 def suffix_outcome(statistics: npt.NDArray[np.float32], prefix: int) -> tuple[float, bool]:
-    """(log p of the suffix, was every token of it the likeliest?) of statistics [tokens − 1, 2]: log p and hit of the
-    tokens 2 … of a window."""
+    """(log p of the suffix, whether every token of it was the likeliest) from statistics [tokens − 1, 2]: log p and hit
+    of a window's tokens from the second on."""
     suffix = statistics[prefix - 1 :]
     return float(suffix[:, 0].sum(dtype=np.float64)), bool((suffix[:, 1] > 0).all())

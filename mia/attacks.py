@@ -1,12 +1,12 @@
-"""Membership scores of one text, from per-token statistics: arrays in, one number out.
+"""Membership scores of one text from per-token statistics: arrays in, one number out.
 
-Every score is oriented the same way: HIGHER = MORE LIKELY A MEMBER. Log-probabilities are in nats. All arrays of a text
-are [n] over its scored tokens, 2 … T as the tokenizer gives them (the first token has nothing before it), n = T − 1:
+All scores have the same orientation: HIGHER = MORE LIKELY A MEMBER. Log-probabilities are in nats. All arrays of a text
+are [n] over its scored tokens 2 … T (the first token has no context), n = T − 1:
 
-    logp       log p of the token that stands there          mean, deviation  of log p over the vocabulary, under p
-    hit        1.0 where that token was the most likely one  entropy          = −mean, in nats
+    logp       log p of the actual token               mean, deviation  of log p over the vocabulary, under p
+    hit        1.0 if that token was the most likely   entropy          = −mean, in nats
 
-A score without a value raises `Undefined` with the reason; none of these functions returns NaN.
+A score that is not defined raises `Undefined` with the reason; none of these functions returns NaN.
 """
 
 import zlib
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Values = Sequence[float] | npt.NDArray[np.floating[Any]]  # [n], one a scored token
+Values = Sequence[float] | npt.NDArray[np.floating[Any]]  # [n], one per scored token
 PERCENTS = tuple(range(10, 101, 10))  # of min_k and min_k_pp
 SMALLEST_DEVIATION = 1e-6
 SURP_PERCENT, SURP_ENTROPY = 40, 2.0
@@ -27,7 +27,7 @@ N_NEIGHBOURS = 25
 
 
 class Undefined(ValueError):
-    """A text has no such score; the message is the reason, one of a few fixed sentences."""
+    """The score is not defined for a text; the message is the reason, one of a few fixed sentences."""
 
 
 def loss(logp: Values) -> float:
@@ -43,13 +43,13 @@ def zlib_ratio(logp: Values, text: str) -> float:
 
 
 def difference(logp: Values, other: Values) -> float:
-    """ℓ − ℓ of another pass over its own tokens: `lowercase` (the same model, text in lower case; Carlini et al. 2021)
-    and `ref` (a reference model; Watson et al. 2022)."""
+    """ℓ minus the ℓ of another pass over its own tokens: `lowercase` (same model, lower-cased; Carlini et al. 2021)
+    or `ref` (a reference model; Watson et al. 2022)."""
     return loss(logp) - loss(other)
 
 
 def lowest(n: int, percent: int) -> int:
-    """How many of n tokens are the lowest `percent` %: ⌊percent·n/100⌋ in integers, at least 1."""
+    """The number of tokens in the lowest `percent` % of n: ⌊percent·n/100⌋, at least 1."""
     return max(1, percent * n // 100)
 
 
@@ -70,8 +70,8 @@ def min_k_pp(logp: Values, mean: Values, deviation: Values, percents: Sequence[i
 
 
 def surp(logp: Values, entropy: Values, percent: int = SURP_PERCENT, most: float = SURP_ENTROPY) -> float:
-    """Mean log p of surprising tokens: among the lowest `percent` % of the whole text and with entropy < `most` nats
-    (Zhang and Wu 2024). None there: the lowest log p among tokens with entropy < `most`; none at all: undefined."""
+    """Mean log p of surprising tokens: those in the lowest `percent` % of the text with entropy < `most` nats (Zhang
+    and Wu 2024). If there are none: the lowest log p among tokens with entropy < `most`, or undefined without any."""
     if not len(logp):
         raise Undefined("under 2 tokens")
     values, sure = np.asarray(logp, np.float64), np.asarray(entropy) < most
@@ -84,8 +84,8 @@ def surp(logp: Values, entropy: Values, percent: int = SURP_PERCENT, most: float
 
 
 def recall(logp: Values, given_nonmembers: Values) -> float:
-    """ℓ(x | P) / ℓ(x), P a prefix of non-members (Xie et al. 2024): both are negative, and non-members profit more from
-    P, so the ratio is larger for members. `given_nonmembers` [n]: log p of the same tokens after P."""
+    """ℓ(x | P) / ℓ(x), P a prefix of non-members (Xie et al. 2024): both are negative, and P helps non-members more, so
+    the ratio is larger for members. `given_nonmembers` [n]: log p of the same tokens after P."""
     return loss(given_nonmembers) / _divisor(logp)
 
 
@@ -110,26 +110,26 @@ def dc_pdd(
     """Mean over the first occurrence of each scored token of min(p · ln(1/freq), ceiling), with
     freq = (count + 1)/(total + V) in a reference corpus (Zhang et al. 2024, DC-PDD).
 
-    tokens [n]: ids of the scored tokens. counts [V]: how often each token stands in the corpus.
+    tokens [n]: ids of the scored tokens. counts [V]: how often each token occurs in the corpus.
     """
     if not len(logp):
         raise Undefined("under 2 tokens")
-    found = np.asarray(counts, np.float64)
+    corpus = np.asarray(counts, np.float64)
     distinct, first = np.unique(np.asarray(tokens), return_index=True)
-    frequency = (found[distinct] + 1) / (found.sum() + len(found))
+    frequency = (corpus[distinct] + 1) / (corpus.sum() + len(corpus))
     return float(np.minimum(np.exp(np.asarray(logp, np.float64)[first]) * -np.log(frequency), ceiling).mean())
 
 
 def neighborhood(logp: Values, neighbours: Values) -> float:
-    """ℓ(x) − mean ℓ of its neighbours (Mattern et al. 2023). neighbours: ℓ of each."""
+    """ℓ(x) minus the mean ℓ of its neighbours (Mattern et al. 2023). neighbours: ℓ of each."""
     if not len(neighbours):
         raise Undefined("no neighbours")
     return loss(logp) - float(np.mean(neighbours, dtype=np.float64))
 
 
 def ez(logp: Values, reference: Values, hit: Values) -> float:
-    """Error zone: on the tokens that the target mispredicts, P/(P + N), with P and N the sums of the positive and of
-    the absolute negative Δ = log p − log p of the reference."""
+    """Error zone: P/(P + N) over the tokens that the target mispredicts, where P and N are the sums of the positive and
+    of the absolute negative Δ = log p − log p under the reference."""
     if not len(logp):
         raise Undefined("under 2 tokens")
     change = (np.asarray(logp, np.float64) - reference)[np.asarray(hit) == 0]
@@ -140,8 +140,8 @@ def ez(logp: Values, reference: Values, hit: Values) -> float:
 
 
 def wbc(logp: Values, reference: Values, windows: Sequence[int] = WINDOWS) -> float:
-    """Window-based comparison: the share of windows of w neighbouring tokens whose loss under the target is below that
-    under the reference, averaged over the sizes w (each at most n)."""
+    """Window-based comparison: the share of windows of w consecutive tokens with a lower loss under the target than
+    under the reference, averaged over the window sizes w (capped at n)."""
     if not len(logp):
         raise Undefined("under 2 tokens")
     sums = np.concatenate([[0.0], np.cumsum(np.asarray(logp, np.float64) - reference)])

@@ -1,7 +1,7 @@
-"""What can be told without any model: baselines on the text alone, and texts that stand in both sets.
+"""Blind baselines: how well members and non-members can be told apart from the text alone, without any model.
 
-A set of members and non-members that differ in date, topic or length is told apart by these already; whatever an attack
-reaches on such a set says nothing about the model (Duan et al. 2024; Meeus et al. 2024; Das et al. 2024).
+If the two sets differ in date, topic or length, these baselines separate them; an attack's success on such sets says
+nothing about the model (Duan et al. 2024; Meeus et al. 2024; Das et al. 2024).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ MOST_WORDS = 20000
 
 
 def scores(texts: list[str], labels: npt.ArrayLike, seed: int) -> dict[str, Floats | None]:
-    """Log-odds [n] of membership for each of BASELINES, cross-fitted over five folds; None below 5 texts a class."""
+    """Log-odds [n] of membership for each of BASELINES, five-fold cross-fitted; None below 5 texts per class."""
     return {name: cross_fit(features, labels, make, seed) for name, (features, make) in classifiers(texts).items()}
 
 
 def dataset_inference(texts: list[str], labels: npt.ArrayLike, seed: int) -> dict[str, Any]:
-    """`metrics.dataset_inference` of the text alone: half of each class fits the four baselines and a logistic
-    regression over their (cross-fitted) log-odds; the other half, which nothing was fitted on, is tested."""
+    """`metrics.dataset_inference` from the text alone: the four baselines and a logistic regression over their
+    (cross-fitted) log-odds are fitted on half of each class; the other half is tested."""
     labels = np.asarray(labels)
     if np.bincount(labels, minlength=2).min() < 2 * FOLDS:
         return {**NO_TEST, "undefined": f"under {2 * FOLDS} texts in a class"}
@@ -47,11 +47,11 @@ def dataset_inference(texts: list[str], labels: npt.ArrayLike, seed: int) -> dic
 
 
 def classifiers(texts: list[str]) -> dict[str, tuple[list[Any], Callable[[], Pipeline]]]:
-    """{baseline: (features of each text, make() → classifier of them)}.
+    """{baseline: (features of each text, make() → classifier for them)}.
 
-    length  log(1 + characters) and its square   zlib   compressed share of the bytes and its square
-    bow     counts of words                      tfidf  TF-IDF of words and pairs of words
-    The squares let a set be told by the middle of a range. All by logistic regression, C = 1.
+    length  log(1 + characters) and its square   zlib   compression ratio and its square
+    bow     word counts                          tfidf  TF-IDF of words and word bigrams
+    The squares let the classifier separate a set in the middle of a range. All are logistic regressions, C = 1.
     """
     from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -73,5 +73,4 @@ def classifiers(texts: list[str]) -> dict[str, tuple[list[Any], Callable[[], Pip
     sizes = [[np.log1p(len(text))] for text in texts]
     ratios = [[len(zlib.compress(text.encode())) / max(1, len(text.encode()))] for text in texts]
     shown = [text.strip() or "." for text in texts]
-    made = ((sizes, curve), (ratios, curve), (shown, words), (shown, tfidf))
-    return dict(zip(BASELINES, made))
+    return dict(zip(BASELINES, ((sizes, curve), (ratios, curve), (shown, words), (shown, tfidf))))

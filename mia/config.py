@@ -7,18 +7,18 @@ from common.cli import ModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class MiaConfig(ModelConfig):
-    """One of model and dir is given."""
+    """Either model or dir is set."""
 
     model: str | None = None
-    dir: str | None = None  # every checkpoint-* below it
+    dir: str | None = None  # attack every checkpoint-* below it
     base_model: str | None = None
     members: str = "./data/enron.jsonl"
     nonmembers: str | None = None  # None: the held-out head of `members`, whose other rows are then the members
     chat_template: str | None = None  # None: the tokenizer's own
     columns: tuple[str, ...] = ()  # NEW=OLD
     text_field: str | None = None  # None: as trained, e.g. prompt + continuation
-    attacks: tuple[str, ...] | None = None  # None: CORE, and what further files make possible
-    ref_model: str | None = None  # None: of an adapter its base
+    attacks: tuple[str, ...] | None = None  # None: CORE, plus those enabled by the optional files
+    ref_model: str | None = None  # None: an adapter's base
     prefix_file: str | None = None
     neighbor_model: str | None = None
     freq_corpus: str | None = None

@@ -1,4 +1,4 @@
-"""The two sets of texts and what goes with them: reading, sampling, shots, what must not be scored."""
+"""The two sets of texts: reading, sampling, choosing shots, excluding what must not be scored."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SHOTS = 12
 Row = dict[str, Any]
 Item = tuple[Any, str, Row]  # (id, text, row)
-Trained = dict[Path, bool | None]  # folder of a model → was it trained on a file? None: unknown
+Trained = dict[Path, bool | None]  # model folder → whether it was trained on a file; None: unknown
 T = TypeVar("T")
 WithText = TypeVar("WithText", bound=tuple[Any, ...])  # (id, text, …)
 
@@ -36,33 +36,34 @@ class MembershipTask:
     """Everything about the two sets and the attacks that does not depend on a model."""
 
     texts: list[str]  # members first, each set in the order of its file
-    ids: list[Any]  # of each text: its row_id, else its place in the file
+    ids: list[Any]  # of each text: its row_id, else its index in the file
     labels: list[int]
     attacks: list[str]  # families, or single sizes as min_k_20
-    written: list[str] | None = None  # what people wrote of each text; None: all of it
+    written: list[str] | None = None  # the human-written part of each text; None: all of it
     whole: bool = False  # a chat template wrote the special tokens of every text
     shots: list[str] = field(default_factory=list)  # non-members
     member_shots: list[str] = field(default_factory=list)
     corpus: list[str] | None = None  # of dc_pdd
     inputs: list[str] = field(default_factory=list)
-    counts: dict[str, int] = field(default_factory=dict)  # what was left out, and why
+    counts: dict[str, int] = field(default_factory=dict)  # rows excluded, by reason
     duplicates: list[tuple[int, int]] = field(default_factory=list)  # (member, non-member), indices into texts
-    trained: Trained = field(default_factory=dict)  # on --members
-    blind: dict[str, Floats | None] = field(default_factory=dict)  # baseline → [n]; made by the first measurement
-    blind_test: dict[str, Any] | None = None  # of the baselines together, likewise
+    trained: Trained = field(default_factory=dict)  # whether each model was trained on --members
+    blind: dict[str, Floats | None] = field(default_factory=dict)  # baseline → [n]; set by the first measurement
+    blind_test: dict[str, Any] | None = None  # set-level test of the baselines; set by the first measurement
 
 
 class Reader:
-    """Reads data files as the rows were trained: chat rows by the template of the attacked model's tokenizer.
+    """Reads data files as in training: chat rows are rendered with the chat template of the attacked model.
 
-    Made before any model is looked at, it reads and validates every file of `config`; what is wrong goes to `problems`.
+    The constructor runs before any model is looked up: it reads and validates every file of `config` and adds to
+    `problems`.
     """
 
     def __init__(self, config: MiaConfig, problems: cli.Problems) -> None:
         self.config, self.problems = config, problems
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.model = ""
-        self.chat: dict[str, bool] = {}  # flag → do its rows have messages?
+        self.chat: dict[str, bool] = {}  # flag → whether its file has chat rows
         self.files: dict[str, tuple[list[Row], dict[str, Any] | None]] = {}  # path → rows, manifest; both usable
         before = len(problems.lines)
         for path in dict.fromkeys((config.members, config.nonmembers, config.prefix_file, config.freq_corpus)):
@@ -82,11 +83,11 @@ class Reader:
             self.files[path] = rows, manifest
 
     def use(self, tokenizer: PreTrainedTokenizerBase | None, model: str) -> None:
-        """Render chat rows with the tokenizer of `model`; None where none was found, which is a problem of its own."""
+        """Render chat rows with the tokenizer of `model` (None if none was found, which is reported elsewhere)."""
         self.tokenizer, self.model = tokenizer, model
 
     def read(self, path: str, flag: str) -> tuple[list[Row], list[str], dict[str, Any] | None]:
-        """(rows, their texts, manifest) of one of the files; all empty where it has problems."""
+        """(rows, their texts, manifest) of one of the files; all empty if it has problems."""
         if path not in self.files:
             return [], [], None
         problems, field = self.problems, self.config.text_field
@@ -98,7 +99,7 @@ class Reader:
         if self.chat[flag]:
             if self.tokenizer is None:
                 if not problems.lines:
-                    problems.add(f"{flag} {path}: rows of messages need a model's chat template; name one model")
+                    problems.add(f"{flag} {path}: chat rows need a model's chat template; give a single --model")
                 return [], [], None
             template = self.config.chat_template
             renderer = problems.absorb(dataset.read_renderer, rows, self.tokenizer, template, self.model)
@@ -108,44 +109,44 @@ class Reader:
         return (rows, [row.text for row in rendered], manifest) if rendered else ([], [], None)
 
     def check(self) -> bool:
-        """Whether the files hold rows of messages; a problem where only some do, and for a template without a use."""
+        """Whether the files have chat rows; adds a problem if only some do, or if --chat_template has no use."""
         if len(set(self.chat.values())) > 1:
-            told = ", ".join(f"{flag} {'has' if chat else 'has no'} messages" for flag, chat in self.chat.items())
-            self.problems.add(f"the files hold rows of different kinds: {told}")
+            kinds = ", ".join(f"{flag} {'has' if chat else 'has no'} messages" for flag, chat in self.chat.items())
+            self.problems.add(f"the files have different kinds of rows: {kinds}")
         elif self.chat and not any(self.chat.values()) and self.config.chat_template:
-            self.problems.add(f"--chat_template {self.config.chat_template}: the rows have no messages; leave it out")
+            self.problems.add(f"--chat_template {self.config.chat_template}: the rows are not chat rows; drop the flag")
         return any(self.chat.values())
 
 
 def read_trainings(config: MiaConfig, problems: cli.Problems) -> dict[Path, dict[str, Any] | None]:
-    """{folder: the run.json that run_peft.py left beside it, or None} of --model, or of every checkpoint-* in --dir."""
-    found: dict[Path, dict[str, Any] | None] = {}
+    """{folder: run_peft.py's run.json beside it, or None} for --model, or for every checkpoint-* in --dir."""
+    trainings: dict[Path, dict[str, Any] | None] = {}
     for target in [config.model] if config.model else find_checkpoints(config.dir) if config.dir else []:
         folder = Path(os.path.realpath(Path(target).expanduser()))
         is_checkpoint = folder.name.startswith("checkpoint-")
         record = (problems.absorb(models.training_record, folder) if is_checkpoint else None) or {}
-        found[folder] = record if "train_rows" in record.get("args", {}) and record.get("inputs") else None
-    return found
+        trainings[folder] = record if "train_rows" in record.get("args", {}) and record.get("inputs") else None
+    return trainings
 
 
 def trained_rows(rows: list[Row], manifest: dict[str, Any] | None, train_rows: int | None, eval_rows: int) -> set[int]:
-    """Indices of the rows that run_peft.py trains on with --train_rows and --eval_rows."""
+    """Indices of the rows that run_peft.py trains on, given --train_rows and --eval_rows."""
     if train_rows is not None:
         return set(range(len(rows) - train_rows, len(rows)))
-    held = 0 if dataset.shape_of(rows[0]) == "enron" else eval_rows  # of other files the first rows are held out
+    held = 0 if dataset.shape_of(rows[0]) == "enron" else eval_rows  # in other files the first rows are held out
     return {index for index in dataset.split(rows, manifest).train if index >= held}
 
 
 def trained_on(
     trainings: dict[Path, dict[str, Any] | None], path: str, rows: list[Row], manifest: dict[str, Any] | None
 ) -> tuple[Trained, list[set[int]]]:
-    """({folder: was its model trained on this file? None: unknown}, the rows of each model that was).
+    """({folder: whether its model was trained on this file, None: unknown}, the row sets of the models that were).
 
-    trainings: of `read_trainings`. A file is told by its SHA-256. Unknown too: a model whose run counted other rows
-    than --train_rows and --eval_rows now choose, because the manifest's split has changed since.
+    trainings: from `read_trainings`. Files are identified by SHA-256. Also unknown: a model whose run used a different
+    number of rows than --train_rows and --eval_rows now select, because the manifest's split has changed since.
     """
     known: Trained = dict.fromkeys(trainings)
-    chosen = []
+    row_sets = []
     for folder, record in trainings.items():
         if record is None:
             continue
@@ -153,19 +154,19 @@ def trained_on(
         if same is False:
             known[folder] = False
         elif same:
-            found = trained_rows(rows, manifest, record["args"]["train_rows"], record["args"].get("eval_rows") or 0)
-            if record.get("rows", {}).get("train", len(found)) == len(found):
+            used = trained_rows(rows, manifest, record["args"]["train_rows"], record["args"].get("eval_rows") or 0)
+            if record.get("rows", {}).get("train", len(used)) == len(used):
                 known[folder] = True
-                chosen.append(found)
-    return known, chosen
+                row_sets.append(used)
+    return known, row_sets
 
 
 def read_sets(reader: Reader) -> tuple[list[Item], list[Item], Trained, int]:
-    """([(id, text, row)] of the members, of the non-members, `trained_on` of --members, rows left out as not trained
-    on).
+    """([(id, text, row)] of the members, the same of the non-members, `trained_on` of --members, number of rows
+    excluded because they were not trained on).
 
-    Where run.json tells what was trained on, members are rows that every such model was trained on, and non-members
-    rows that none was.
+    If run.json records the training rows, members are rows that every such model was trained on, and non-members are
+    rows that none of them was.
     """
     config, problems = reader.config, reader.problems
     rows, texts, manifest = reader.read(config.members, "--members")
@@ -174,7 +175,7 @@ def read_sets(reader: Reader) -> tuple[list[Item], list[Item], Trained, int]:
     trained, chosen = trained_on(trainings, config.members, rows, manifest) if rows else ({}, [])
 
     def members(indices: Collection[int]) -> tuple[list[Item], int]:
-        kept = [index for index in indices if all(index in one for one in chosen)]
+        kept = [index for index in indices if all(index in used for used in chosen)]
         return [known[index] for index in kept], len(indices) - len(kept)
 
     if config.nonmembers and Path(config.nonmembers).absolute() != Path(config.members).absolute():
@@ -183,44 +184,44 @@ def read_sets(reader: Reader) -> tuple[list[Item], list[Item], Trained, int]:
         rest = [
             (row.get("row_id", index), text, row)
             for index, (row, text) in enumerate(zip(others, texts))
-            if not any(index in one for one in seen)
+            if not any(index in used for used in seen)
         ]
         if others and len(rest) < 2:
-            told = f"{len(others) - len(rest)} of its {len(others)} rows were trained on"
-            problems.add(f"--nonmembers {config.nonmembers}: {told} (run.json); name rows that were not")
+            overlap = f"{len(others) - len(rest)} of its {len(others)} rows were trained on"
+            problems.add(f"--nonmembers {config.nonmembers}: {overlap} (run.json); give rows that were not")
         kept, left_out = members(range(len(known)))
         return kept, rest, trained, left_out
     if not rows:
         return [], [], {}, 0
     if dataset.shape_of(rows[0]) != "enron":
         problems.add(
-            f"{config.members}: only files with gt-name are split into trained and held-out rows; "
-            "pass another file as --nonmembers"
+            f"{config.members}: only files with gt-name are split into training and held-out rows; "
+            "pass a second file as --nonmembers"
         )
         return [], [], {}, 0
     split = dataset.split(rows, manifest)
-    head = [known[index] for index in split.head if not any(index in one for one in chosen)]
+    head = [known[index] for index in split.head if not any(index in used for used in chosen)]
     kept, left_out = members(sorted({*split.train, *(set.intersection(*chosen) if chosen else ())}))
     return kept, head, trained, left_out
 
 
 def sample(items: list[T], n: int | None, seed: int) -> list[T]:
-    """n of the items drawn by the seed, in their order; all of them when n is None or larger."""
+    """n items drawn by the seed, in their original order; all of them if n is None or larger."""
     if n is None or n >= len(items):
         return list(items)
     return [items[index] for index in sorted(np.random.default_rng(seed).permutation(len(items))[:n])]
 
 
 def without(items: list[WithText], unwanted: list[str]) -> list[WithText]:
-    """Items (id, text, …) whose text is no near-duplicate of an unwanted one."""
-    found = {index for index, _ in near_duplicates([text for _, text, *_ in items], unwanted)}
-    return [item for index, item in enumerate(items) if index not in found]
+    """Items (id, text, …) whose text is not a near-duplicate of an unwanted one."""
+    excluded = {index for index, _ in near_duplicates([text for _, text, *_ in items], unwanted)}
+    return [item for index, item in enumerate(items) if index not in excluded]
 
 
 def choose_shots(
     reader: Reader, attacks: Collection[str], members: list[Item], nonmembers: list[Item]
 ) -> tuple[list[str], list[str]]:
-    """(non-member shots, member shots) of recall and con_recall."""
+    """(non-member shots, member shots) for recall and con_recall."""
     config, problems = reader.config, reader.problems
     if not {"recall", "con_recall"} & set(attacks):
         return [], []
@@ -240,7 +241,7 @@ def choose_shots(
 
 
 def choose_attacks(config: MiaConfig, problems: cli.Problems) -> list[str]:
-    """The attacks asked for, in the order of FAMILIES."""
+    """The requested attacks, in the order of FAMILIES."""
     asked: Sequence[str]
     if config.attacks is None:
         extra = (
@@ -255,7 +256,7 @@ def choose_attacks(config: MiaConfig, problems: cli.Problems) -> list[str]:
     for name in asked:
         if name not in (*FAMILIES, *sizes, "core", "all"):
             problems.add(
-                f"--attacks {name}: unknown; known are {' '.join(FAMILIES)}, min_k_10 … min_k_pp_100, core, all"
+                f"--attacks {name}: unknown; choose from {' '.join(FAMILIES)}, min_k_10 … min_k_pp_100, core, all"
             )
     wanted = set(asked) | (set(CORE) if "core" in asked else set()) | (set(FAMILIES) if "all" in asked else set())
     if "dc_pdd" in wanted and not config.freq_corpus:
@@ -265,7 +266,7 @@ def choose_attacks(config: MiaConfig, problems: cli.Problems) -> list[str]:
 
 
 def prepare(config: MiaConfig, problems: cli.Problems, reader: Reader) -> MembershipTask | None:
-    """Read and check everything that the attacks need, before any model is loaded; None when something is wrong."""
+    """Read and check everything that the attacks need, before any model is loaded; None if something is wrong."""
     before = len(problems.lines)
     attacks = choose_attacks(config, problems)
     members, nonmembers, trained, not_trained = read_sets(reader)
@@ -289,7 +290,7 @@ def prepare(config: MiaConfig, problems: cli.Problems, reader: Reader) -> Member
     counts["members_not_trained"] = not_trained
     members, nonmembers = (sample(items, config.max_samples, config.seed) for items in (members, nonmembers))
     if min(len(members), len(nonmembers)) < 2:
-        problems.add(f"{len(members)} members and {len(nonmembers)} non-members are left beside the shots: too few")
+        problems.add(f"{len(members)} members and {len(nonmembers)} non-members are left besides the shots: too few")
         return None
     texts = [text for _, text, _ in [*members, *nonmembers]]
     if corpus is not None:
@@ -297,7 +298,7 @@ def prepare(config: MiaConfig, problems: cli.Problems, reader: Reader) -> Member
         counts["freq_corpus_rows_excluded"] = len(corpus) - len(clean)
         corpus = [text for _, text in clean]
         if not corpus:
-            problems.add(f"--freq_corpus {config.freq_corpus}: every row stands in one of the sets; name another file")
+            problems.add(f"--freq_corpus {config.freq_corpus}: every row is in one of the sets; give another file")
             return None
 
     pairs = near_duplicates(texts[: len(members)], texts[len(members) :])
@@ -322,10 +323,10 @@ def prepare(config: MiaConfig, problems: cli.Problems, reader: Reader) -> Member
 def check_masked(folder: str, files_only: bool) -> None:
     """UserError unless `folder` is the directory of a masked LM with a fast tokenizer.
 
-    files_only: only whether it is there, without transformers.
+    files_only: only check that it exists, without transformers.
     """
     if not (Path(folder) / "config.json").is_file():
-        raise cli.UserError(f"--neighbor_model {folder}: no directory with a config.json; name a local masked LM")
+        raise cli.UserError(f"--neighbor_model {folder}: not a directory with a config.json; give a local masked LM")
     if files_only:
         return
     from transformers import AutoModelForMaskedLM

@@ -1,7 +1,7 @@
-"""Forward passes behind the scores: each is run once per model and text, kept on disk, and never again.
+"""Forward passes behind the scores: each runs once per model and text and is cached on disk.
 
-A pass gives one float32 array a text. `Passes.run` asks the cache first and loads a model only when something is
-missing. Under torchrun the ranks take turns over batches; rank 0 alone holds, keeps and returns the arrays.
+A pass gives one float32 array per text. `Passes.run` checks the cache first and loads a model only if something is
+missing. Under torchrun the ranks share the batches; only rank 0 holds, caches and returns the arrays.
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ if TYPE_CHECKING:
     from common.cli import AnyPath
     from common.models import Model, ModelRef
 
-Array = npt.NDArray[np.float32]  # of one text: [tokens], [tokens, columns], or as the pass says
+Array = npt.NDArray[np.float32]  # of one text: [tokens], [tokens, columns], or as documented by the pass
 Part = list[tuple[int, Array]]  # (index of the text, its array)
 Sequences = Sequence[Sequence[int]]  # token ids of each text
 
 LOGP, MEAN, DEVIATION, HIT = range(4)  # columns of `token_statistics`; the entropy is −MEAN
-ROWS_AT_ONCE = 32  # on a CPU: 32 rows of logits stay in its cache over all sweeps
-ROUND_TOKENS = 1 << 16  # tokens between two writes of the cache: what a killed run loses at most
+ROWS_AT_ONCE = 32  # on a CPU: 32 rows of logits fit its cache across all operations
+ROUND_TOKENS = 1 << 16  # tokens between two cache writes: the most a killed run can lose
 
 
 def token_statistics(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """[log p(target), μ, σ, target is the most likely token] of each position: logits [P, V] fp32 → [P, 4].
+    """[log p(target), μ, σ, whether the target is the most likely token] per position: logits [P, V] fp32 → [P, 4].
 
-    μ = Σ p·log p (minus the entropy, nats) and σ² = Σ p·(log p − μ)² over the vocabulary, summed in two passes because
-    Σ p·log²p − μ² cancels. Worked on in blocks of rows, so no further [P, V] array is made on a CPU.
+    μ = Σ p·log p (minus the entropy, in nats) and σ² = Σ p·(log p − μ)² over the vocabulary, summed in two passes to
+    avoid the cancellation in Σ p·log²p − μ². On a CPU it works in blocks of rows: no other [P, V] array is made.
     """
     import torch
 
-    found = logits.new_empty(len(logits), 4)
+    result = logits.new_empty(len(logits), 4)
     rows = ROWS_AT_ONCE if logits.device.type == "cpu" else len(logits)
     for start in range(0, len(logits), rows):
         block, own = logits[start : start + rows], targets[start : start + rows, None]
@@ -71,32 +71,33 @@ def token_statistics(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tenso
         values -= mean
         variance = torch.linalg.vecdot(weights, values.square_())[:, None] / total
         rest = total.log()  # log p = value − log Σ exp value
-        found[start : start + rows] = torch.cat([target - rest, mean - rest, variance.sqrt(), (target == 0).float()], 1)
-    return found
+        columns = [target - rest, mean - rest, variance.sqrt(), (target == 0).float()]
+        result[start : start + rows] = torch.cat(columns, 1)
+    return result
 
 
 class Cache:
-    """Arrays by (group, key) as files of numpy arrays: complete or absent, named by what they hold."""
+    """Arrays by (group, key), stored in .npz files that are complete or absent and named by their content."""
 
     def __init__(self, folder: AnyPath) -> None:
         self.folder = Path(folder)
 
     def load(self, group: str) -> dict[str, Array]:
-        """{key: array} of every whole file; a damaged one is removed, so that its arrays are computed again."""
+        """{key: array} of every intact file; a damaged file is removed, so that its arrays are recomputed."""
         known: dict[str, Array] = {}
         for file in sorted((self.folder / group).glob("*.npz")):
-            content = io.BytesIO(file.read_bytes())  # an error of the disk is no damage
+            content = io.BytesIO(file.read_bytes())  # outside the try: a disk error is not damage
             try:
                 with np.load(content) as part:
                     arrays = np.split(part["values"], np.cumsum(part["counts"])[:-1])
                     known.update(zip(part["keys"].tolist(), arrays))
             except (zipfile.BadZipFile, KeyError, ValueError, EOFError, RuntimeError, OSError) as error:
-                print(f"{file}: damaged ({error}); removed, its passes run again", file=sys.stderr)
+                print(f"{file}: damaged ({error}); removed, its passes will run again", file=sys.stderr)
                 file.unlink()
         return known
 
     def save(self, group: str, items: Mapping[str, Array]) -> None:
-        """Keep {key: array} of one pass as one more file of its group."""
+        """Store {key: array} of one pass as a new file of its group."""
         keys = sorted(items)
         name = hashlib.sha256("".join(keys).encode()).hexdigest()[:32]
         with results.atomic(self.folder / group / f"{name}.npz", "wb") as file:
@@ -105,39 +106,39 @@ class Cache:
 
 
 def digest(*parts: object) -> str:
-    """SHA-256 over the representations of `parts`."""
+    """SHA-256 over the reprs of `parts`."""
     return hashlib.sha256("\x00".join(map(repr, parts)).encode()).hexdigest()
 
 
 def model_key(ref: ModelRef, dtype: torch.dtype) -> str:
-    """What identifies a model's numbers: weights and configuration of base and adapter, or hub name; and the dtype."""
+    """Identifies a model's outputs: weights and configuration of base and adapter (or hub name), and the dtype."""
     parts: list[object] = [str(dtype)]
-    for one in (models.ModelRef(ref.name, ref.base, None, ref.revision), ref if ref.adapter else None):
-        if one is None:
+    for part in (models.ModelRef(ref.name, ref.base, None, ref.revision), ref if ref.adapter else None):
+        if part is None:
             continue
-        folder = Path(one.adapter or one.base)
+        folder = Path(part.adapter or part.base)
         configs = [results.sha256(file) for file in sorted(folder.glob("*config.json"))] if folder.is_dir() else []
-        parts += [models.weights_sha256(one) or (one.base, one.revision), configs]
+        parts += [models.weights_sha256(part) or (part.base, part.revision), configs]
     return digest(*parts)
 
 
 class Passes:
-    """Runs passes with the model they need, which `loader` loads and adapts."""
+    """Runs passes with the models they need, loaded and adapted by `loader`."""
 
     def __init__(self, cache: Cache, loader: BaseLoader, token_budget: int) -> None:
         self.cache, self.loader, self.token_budget = cache, loader, token_budget
         self.world, self.dtype = loader.world, loader.dtype
         self.held: tuple[tuple[str, str | None, bool | None], Model] | None = None
         self.stack = contextlib.ExitStack()
-        self.scored = 0  # texts that no cache had
+        self.scored = 0  # texts not found in the cache
 
     def close(self) -> None:
-        """Take off the adapter; the base is bit for bit as it was."""
+        """Remove the adapter; the base is bit for bit as it was."""
         self.held = None
         self.stack.close()
 
     def model(self, ref: ModelRef, merge: bool | None = None) -> Model:
-        """The model of `ref`, loaded and adapted when it is not the one in hand."""
+        """The model of `ref`, loaded and adapted unless it already is."""
         if self.held and self.held[0] == (ref.base, ref.adapter, merge):
             return self.held[1]
         self.close()
@@ -154,12 +155,12 @@ class Passes:
         keys: Sequence[object] | None = None,
         merge: bool | None = None,
     ) -> list[Array]:
-        """One array a sequence on rank 0, [] on the others. ValueError when a rank's part is missing.
+        """One array per sequence on rank 0, [] on the others. ValueError if a rank's part is missing.
 
-        name     of the pass and all that it depends on beside model and tokens.
+        name     the pass, and everything it depends on besides model and tokens.
         compute  (model, indices of sequences) → this rank's part of [(index, array [≥ 1, columns])].
         keys     what identifies each sequence (default: its token ids).
-        merge    of `models.adapted`.
+        merge    see `models.adapted`.
         """
         group = digest(model_key(ref, self.dtype), *name)[:32] if self.world.main else ""
         names = [digest(key) for key in (sequences if keys is None else keys)]
@@ -193,10 +194,8 @@ class Passes:
         if self.world.main:
             self.cache.save(group, fresh)
 
-    # ---- the passes
-
     def statistics(self, ref: ModelRef, sequences: Sequences, name: str = "statistics") -> list[Array]:
-        """`token_statistics` [T − 1, 4] of each sequence, or with name "logp" only [T − 1] log p."""
+        """`token_statistics` [T − 1, 4] of each sequence; with name "logp" only log p [T − 1]."""
         reduce = token_statistics if name == "statistics" else log_probability
         with progress_bar(sum(map(len, sequences)) // self.world.size, f"tokens ({name})", self.world) as bar:
 
@@ -218,7 +217,7 @@ class Passes:
     def after_prefix(self, ref: ModelRef, sequences: Sequences, prefix: list[int], skip: int) -> list[Array]:
         """[T − 1] log p of tokens 2 … T of each sequence after `prefix`, which is encoded once.
 
-        skip: 1 where each sequence begins with a special token, which is left out between prefix and text, else 0.
+        skip: 1 if each sequence starts with a special token (dropped between prefix and text), else 0.
         """
 
         def compute(model: Model, indices: list[int]) -> Part:
@@ -227,10 +226,10 @@ class Passes:
         return self.run(ref, ("prefix", prefix, skip), sequences, compute)
 
     def gradient_norms(self, ref: ModelRef, sequences: Sequences) -> list[Array]:
-        """[1] ‖∇ ℓ‖₂ over the adapter's parameters, dropout off, of each sequence."""
+        """[1] ‖∇ ℓ‖₂ of each sequence over the adapter's parameters, without dropout."""
 
         def compute(model: Model, indices: list[int]) -> Part:
-            parameters = [one.requires_grad_(True) for name, one in model.named_parameters() if "lora_" in name]
+            parameters = [p.requires_grad_(True) for name, p in model.named_parameters() if "lora_" in name]
             return [(index, gradient_norm(model, parameters, sequences[index])) for index in self.world.shard(indices)]
 
         return self.run(ref, ("gradient",), sequences, compute, merge=False)
@@ -246,9 +245,9 @@ class Passes:
         neighbor_model: str | None,
         whole: bool = False,
     ) -> list[Array]:
-        """[25] ℓ of each text's neighbours under the model; neighbours by `neighbor_model` or by the model itself.
+        """[25] ℓ of each text's neighbours under the model; neighbours come from `neighbor_model` or the model itself.
 
-        Neighbours are near-copies of the texts, so they are made anew and only their ℓ is kept. limit: tokens of one.
+        Neighbours are near-copies of private texts, so only their ℓ is cached. limit: tokens per neighbour.
         """
         proposer: MaskedProposer | None = None
         name = ("neighbours", seed, N_NEIGHBOURS, neighbor_model and model_key(_plain(neighbor_model), self.dtype))
@@ -261,17 +260,17 @@ class Passes:
             if neighbor_model:
                 proposer = proposer or MaskedProposer(neighbor_model, model.device)
                 proposed = proposer([texts[index] for index in mine], seed)
-                made = [[ids[:limit] for ids in models.encode_texts(tokenizer, found, whole)] for found in proposed]
+                made = [[ids[:limit] for ids in models.encode_texts(tokenizer, copies, whole)] for copies in proposed]
             else:
                 made = own_neighbours(model, [sequences[index] for index in mine], seed, self.token_budget)
-            flat = [ids for found in made for ids in found if len(ids) > 1]
+            flat = [ids for copies in made for ids in copies if len(ids) > 1]
             values = {}
             if flat:
                 part = score(model, flat, token_budget=self.token_budget, context=max(map(len, flat)))
                 values = {tuple(flat[place]): logp.mean(dtype="float64") for place, _, logp in part}
             return [
-                (index, np.asarray([values[tuple(ids)] for ids in found if len(ids) > 1], np.float32))
-                for index, found in zip(mine, made)
+                (index, np.asarray([values[tuple(ids)] for ids in copies if len(ids) > 1], np.float32))
+                for index, copies in zip(mine, made)
             ]
 
         return self.run(ref, name, sequences, compute, keys=list(zip(texts, sequences)))
@@ -282,16 +281,16 @@ def _plain(folder: str) -> ModelRef:
 
 
 def rounds(indices: list[int], sequences: Sequences) -> list[list[int]]:
-    """Indices in rounds of at most ROUND_TOKENS tokens, similar lengths together, whatever the order given."""
-    made: list[list[int]] = []
+    """Indices grouped by length into rounds of at most ROUND_TOKENS tokens, independent of the given order."""
+    groups: list[list[int]] = []
     room = 0
     for index in sorted(indices, key=lambda index: (len(sequences[index]), index)):
         if len(sequences[index]) > room:
-            made.append([])
+            groups.append([])
             room = ROUND_TOKENS
-        made[-1].append(index)
+        groups[-1].append(index)
         room -= len(sequences[index])
-    return made
+    return groups
 
 
 def score_after_prefix(
@@ -305,8 +304,8 @@ def score_after_prefix(
 ) -> Part:
     """This rank's part of [(index, log p [T − 1])] of tokens 2 … T after `prefix`.
 
-    The prefix runs once, its keys and values are shared; a batch counts prefix + text positions against the budget.
-    Texts are padded on the right, where causal attention never looks.
+    The prefix is encoded once and its keys and values are shared; prefix + text positions count against the budget.
+    Texts are right-padded, which causal attention never sees.
     """
     import torch
 
@@ -315,7 +314,7 @@ def score_after_prefix(
         chunk = max(SMALLEST_CHUNK, LOGIT_VALUES // vocabulary)
         part: Part = []
         cache: Any = None  # a transformers cache
-        if len(prefix) > 1:  # its last token opens every text's own pass
+        if len(prefix) > 1:  # its last token starts each text's own pass
             ids = torch.tensor([prefix[:-1]], device=model.device)
             wrapped: Any = model
             causal = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
@@ -349,7 +348,7 @@ def score_after_prefix(
 
 
 def gradient_norm(model: Model, parameters: Sequence[torch.Tensor], ids: Sequence[int]) -> Array:
-    """[1] ‖∇ ℓ‖₂ of one sequence over `parameters`; the model is in eval mode, so dropout is off."""
+    """[1] ‖∇ ℓ‖₂ of one sequence over `parameters`; the model is in eval mode, so there is no dropout."""
     import torch
 
     with torch.enable_grad():

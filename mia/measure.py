@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from common.distributed import World
     from common.models import ModelRef
 
-    Target = tuple[str, ModelRef, Path]  # (name, model, folder of its results)
+    Target = tuple[str, ModelRef, Path]  # (name, model, results folder)
     Targets = tuple[list[Target], list[PreTrainedTokenizerBase | None], dict[str, str]]  # see `find_targets`
 
 
 def members_seen(ref: ModelRef, task: MembershipTask) -> dict[str, int] | None:
-    """{'whole', 'partly', 'never'}: how many members the training took the loss on, all their characters but those of
-    the first token, some, or none; None where no trained_rows.jsonl tells."""
+    """{'whole', 'partly', 'never'}: for how many members the training took the loss on all tokens after the first, on
+    some, or on none; None without a trained_rows.jsonl."""
     folder = Path(ref.adapter or ref.base).expanduser()
     taken = trained_rows.read(folder) if folder.is_dir() else None
     if taken is None:
@@ -47,7 +47,7 @@ def members_seen(ref: ModelRef, task: MembershipTask) -> dict[str, int] | None:
 
 
 def template_sha256(config: MiaConfig, tokenizer: PreTrainedTokenizerBase, ref: ModelRef) -> str:
-    """SHA-256 of the chat template that made the texts, hexadecimal."""
+    """SHA-256 of the chat template that rendered the texts, hexadecimal."""
     template = chat.read_template(config.chat_template, tokenizer, ref.name)
     return hashlib.sha256(template.encode()).hexdigest()
 
@@ -55,9 +55,9 @@ def template_sha256(config: MiaConfig, tokenizer: PreTrainedTokenizerBase, ref: 
 def measure(
     ref: ModelRef, task: MembershipTask, config: MiaConfig, world: World, folder: Path, passes: Passes, name: str
 ) -> list[dict[str, Any]]:
-    """Attack one model and write its four files into `folder`; the result lines on rank 0, [] elsewhere.
+    """Attack one model and write its four files into `folder`; returns the result lines on rank 0, [] elsewhere.
 
-    passes: whose loader may hold the unadapted base already; it is left bit for bit as it was.
+    passes: its loader may already hold the unadapted base, which is left bit for bit unchanged.
     """
     with (
         results.output_folder(folder, key="mia") as place,
@@ -82,12 +82,12 @@ def measure(
         passes.close()
         trained = task.trained.get(Path(os.path.realpath(Path(ref.adapter or ref.base).expanduser())))
         if trained is False and world.main:
-            print(f"{ref.name}: was trained on another file than --members {config.members}", file=sys.stderr)
+            print(f"{ref.name}: was trained on a different file than --members {config.members}", file=sys.stderr)
         seen = members_seen(ref, task)
         if seen and seen["partly"] + seen["never"] and world.main:
             print(
-                f"{ref.name}: of {sum(seen.values())} members, {seen['partly']} were trained on in part and "
-                f"{seen['never']} never (cut off, masked, or left out)",
+                f"{ref.name}: of {sum(seen.values())} members, {seen['partly']} were only partly trained on and "
+                f"{seen['never']} not at all (truncated, masked, or left out)",
                 file=sys.stderr,
             )
         info = {
@@ -137,25 +137,24 @@ def measure(
 
 
 def find_targets(config: MiaConfig, problems: cli.Problems) -> Targets:
-    """([(name, ModelRef, folder of its results)], their tokenizers, {path: why it cannot be measured}), from files
-    only."""
+    """([(name, ModelRef, results folder)], their tokenizers, {path: why it cannot be measured}), from files only."""
     if config.model and not config.dir:
         return _single_target(config, config.model, problems)
     if config.dir and not config.model:
         return _targets_below(config, config.dir, problems)
-    problems.add("--model or --dir: give one of them")
+    problems.add("give either --model or --dir")
     return [], [], {}
 
 
 def _single_target(config: MiaConfig, model: str, problems: cli.Problems) -> Targets:
-    """`find_targets` with --model; says on stderr when results made otherwise will be replaced."""
+    """`find_targets` for --model; warns on stderr if results of different settings will be replaced."""
     folder = Path(config.output_dir or "./")
     ref, tokenizer = models.look_up(problems, model, config.revision, config.base_model)
     file = folder / "results_mia.jsonl"
     if ref and file.is_file():
         earlier = problems.absorb(dataset.read_rows, file) or []
         if any(line.get("model") != ref.name for line in earlier):
-            problems.add(f"{file}: holds the results of another model; name another --output_dir")
+            problems.add(f"{file}: has the results of another model; choose another --output_dir")
         elif earlier:
             now = {key: getattr(config, key) for key in ("members", "nonmembers", "max_length", "seed")}
             other = [f"--{key} {earlier[0].get(key)}" for key, value in now.items() if earlier[0].get(key) != value]
@@ -165,9 +164,9 @@ def _single_target(config: MiaConfig, model: str, problems: cli.Problems) -> Tar
 
 
 def _targets_below(config: MiaConfig, folder: str, problems: cli.Problems) -> Targets:
-    """`find_targets` with --dir."""
+    """`find_targets` for --dir."""
     if not Path(folder).is_dir():
-        problems.add(f"--dir {folder}: no such directory; name one with checkpoint-* below it")
+        problems.add(f"--dir {folder}: no such directory; give one with checkpoint-* below it")
         return [], [], {}
     paths = find_checkpoints(folder)
     found, unusable = look_up_all(problems, paths, config.revision, config.base_model, "--dir")
@@ -181,13 +180,13 @@ def _targets_below(config: MiaConfig, folder: str, problems: cli.Problems) -> Ta
 
 
 def cache_folder(root: AnyPath) -> Path:
-    """Where a run with these results keeps what the models said of the texts."""
+    """Where a run with this results root caches its forward passes."""
     return Path(root) / "mia_cache"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Attacks whose arguments and files have been checked."""
+    """A run whose arguments and files have been checked."""
 
     config: MiaConfig
     task: MembershipTask
@@ -197,7 +196,7 @@ class Plan:
 
 
 def check(config: MiaConfig) -> Plan:
-    """Read everything but the models; UserError with every problem."""
+    """Read everything except the models; UserError with every problem."""
     problems = cli.Problems()
     config = replace(config, members=str(dataset.default_dataset(config.members)))
     distributed.check_environment(problems, config.device_map)
@@ -218,7 +217,7 @@ def check(config: MiaConfig) -> Plan:
 
 
 def run(config: MiaConfig) -> int:
-    """Attack everything asked for; 0, or 1 when a checkpoint failed. UserError before any model is loaded."""
+    """Attack all targets; returns 0, or 1 if a checkpoint failed. UserError before any model is loaded."""
     plan = check(config)
     config, task, targets, failures = plan.config, plan.task, plan.targets, plan.unusable
     members = sum(task.labels)
@@ -246,9 +245,9 @@ def measure_all(
     cache: AnyPath,
     names: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """Attack every {folder of its results: ModelRef}; {model: why it failed}. A single --model's failure is raised.
+    """Attack every {results folder: ModelRef}; returns {model: why it failed}. With --model, a failure is raised.
 
-    cache: folder of what models said, kept for later runs. names: {name of a model: how to show it}.
+    cache: folder of cached passes, kept for later runs. names: {model name: display name}.
     """
     for group in Path(cache).glob("*/"):
         results.remove_leftovers(group)

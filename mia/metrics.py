@@ -1,7 +1,7 @@
-"""What scores are worth: ROC-AUC, TPR at a low FPR, intervals, the set-level test. Arrays in, numbers out.
+"""Evaluating scores: ROC-AUC, TPR at low FPR, confidence intervals, the set-level test. Arrays in, numbers out.
 
-members [M], nonmembers [N]: scores, higher = more likely a member. TPR is the share of members called members, FPR the
-share of non-members called members. Levels of FPR are named as in the result files: "0.1", "0.01", "0.001".
+members [M], nonmembers [N]: scores, higher = more likely a member. TPR is the share of members classified as members,
+FPR the share of non-members classified as members. FPR levels are named as in the result files: "0.1", "0.01", "0.001".
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ Features = list[Any] | npt.NDArray[Any]  # of n items
 Counts = npt.NDArray[np.uint8]  # [B, n] of `draw`
 
 LEVELS = {"0.1": 10, "0.01": 100, "0.001": 1000}  # name → 1/level, so that ⌊level·(N+1)⌋ is exact
-SMALLEST = {"0.001": 1000}  # non-members below which a level is refused though the rule would give a threshold
-COARSE = {"0.001": 10000}  # non-members below which a level hangs on a handful of them
-BOOTSTRAP_FROM = 9  # allowed false positives; below, the threshold is a single extreme and resampling it says nothing
+SMALLEST = {"0.001": 1000}  # with fewer non-members the level is rejected, although a threshold would exist
+COARSE = {"0.001": 10000}  # with fewer non-members the level depends on a handful of them
+BOOTSTRAP_FROM = 9  # allowed false positives; below, the threshold is an extreme value and resampling is meaningless
 FOLDS = 5
-CROSS_FITTED = 2**0.5  # what a cross-fitted classifier's intervals are widened by, see `widened`
-BLOCK = 1 << 18  # resamples × items worked on at once: some MB, and in a processor's cache
+CROSS_FITTED = 2**0.5  # factor by which intervals of cross-fitted classifiers are widened, see `widened`
+BLOCK = 1 << 18  # resamples × items per block: a few MB, which fit the CPU cache
 
 
 def allowed(level: str, n: int) -> int:
-    """False positives allowed among n non-members: ⌊level·(n + 1)⌋ − 1, so that the *expected* FPR ≤ level."""
+    """False positives allowed among n non-members: ⌊level·(n + 1)⌋ − 1, so that the *expected* FPR is ≤ level."""
     return (n + 1) // LEVELS[level] - 1
 
 
@@ -41,11 +41,11 @@ def threshold(nonmembers: Floats, most: int) -> float:
 
 
 def tpr_at(members: Floats, nonmembers: Floats, level: str) -> dict[str, Any]:
-    """One operating point, null where N is too small: {tpr, tpr_ci, tpr_ci_at_threshold, false_positives, fpr, fpr_ci,
+    """One operating point, null if N is too small: {tpr, tpr_ci, tpr_ci_at_threshold, false_positives, fpr, fpr_ci,
     coarse, undefined}.
 
-    tpr_ci is of `tpr_interval`; `summarize` replaces it where a bootstrap can say more. tpr_ci_at_threshold is
-    Clopper–Pearson with this threshold taken as given: the members' sampling alone.
+    tpr_ci is `tpr_interval`; `summarize` replaces it where a bootstrap is tighter. tpr_ci_at_threshold is
+    Clopper–Pearson with the threshold held fixed: sampling error of the members only.
     """
     n, most = len(nonmembers), allowed(level, len(nonmembers))
     needed = max(LEVELS[level] - 1, SMALLEST.get(level, 0))
@@ -67,12 +67,12 @@ def tpr_at(members: Floats, nonmembers: Floats, level: str) -> dict[str, Any]:
 
 
 def tpr_interval(members: Floats, nonmembers: Floats, level: float, confidence: float = 0.95) -> list[float]:
-    """Interval of the TPR at a true FPR of `level`, whatever the distributions and however few non-members.
+    """Distribution-free interval of the TPR at a true FPR of `level`, valid for any number of non-members.
 
-    With few non-members the threshold is an extreme one, whose own noise outweighs that of the members. Above the j-th
-    largest of N non-members lies a share ~ Beta(j, N − j + 1) of all. One rank surely (1 − α/4) leaves at most `level`
-    above it and another at least `level`; with the one-sided binomial limits (1 − α/4 each) of the members above them
-    the four errors add up to α. Without such a rank, even at the largest non-member, the lower end is 0.
+    With few non-members the threshold is an extreme order statistic, whose noise outweighs that of the members. The
+    true FPR at the j-th largest of N non-members is ~ Beta(j, N − j + 1). One rank has an FPR of at most `level` with
+    confidence 1 − α/4, another of at least `level`; together with one-sided binomial limits (1 − α/4 each) for the
+    members above them, the four errors add up to α. If not even the largest non-member qualifies, the lower end is 0.
     """
     from scipy import stats
 
@@ -84,14 +84,14 @@ def tpr_interval(members: Floats, nonmembers: Floats, level: float, confidence: 
     below = int(np.sum(members >= ordered[many[0] - 1])) if len(many) else len(members)
     ends = [clopper_pearson(hits, len(members), 1 - 2 * error) for hits in (above, below)]
     if ends[0] is None or ends[1] is None:
-        raise ValueError("no members: no interval of their rate")
+        raise ValueError("no members: the TPR has no interval")
     return [ends[0][0], ends[1][1]]
 
 
 def draw(n: int, resamples: int, rng: np.random.Generator) -> Counts:
-    """[resamples, n] how often each of n items is in a resample of n with replacement.
+    """[resamples, n] how often each of n items occurs in a resample of n with replacement.
 
-    Bytes: with n > 255, 256 times the same item has a probability below n / 256!.
+    Stored as bytes: for n > 255, the probability of drawing an item 256 times is below n / 256!.
     """
     counts = np.empty((resamples, n), np.uint8)
     for part in blocks(resamples, n):
@@ -102,7 +102,7 @@ def draw(n: int, resamples: int, rng: np.random.Generator) -> Counts:
 
 
 def blocks(resamples: int, n: int) -> list[slice]:
-    """Slices of 0 … resamples − 1 with at most BLOCK cells of n columns (or one row) each."""
+    """Slices of 0 … resamples − 1, each with at most BLOCK cells in n columns (or a single row)."""
     rows = max(1, BLOCK // n)
     return [slice(start, start + rows) for start in range(0, resamples, rows)]
 
@@ -110,10 +110,10 @@ def blocks(resamples: int, n: int) -> list[slice]:
 def bootstrap(
     members: Floats, nonmembers: Floats, member_draws: Counts, nonmember_draws: Counts, levels: Iterable[str]
 ) -> dict[str, Floats]:
-    """{level: TPR [B]} of B resamples; draws [B, M] and [B, N] from `draw`, the classes apart.
+    """{level: TPR [B]} over B resamples; draws [B, M] and [B, N] from `draw`, each class resampled separately.
 
-    One sort serves all resamples: a resample only changes how often each score counts, so its threshold is the place
-    where the running count from the top passes the allowed number.
+    The scores are sorted once: a resample only changes how often each score counts, so its threshold is where the
+    cumulative count from the top exceeds the allowed number.
     """
     down = np.argsort(-nonmembers, kind="stable")
     ordered = nonmembers[down]
@@ -125,25 +125,25 @@ def bootstrap(
         counts = running(nonmember_draws[part][:, down])  # of non-members, from the largest down
         found = running(member_draws[part][:, up])
         for level in levels:
-            place = (counts[:, 1:] > allowed(level, len(nonmembers))).argmax(1)
-            rates[level][part] = found[np.arange(len(found)), exceeding[place]] / len(members)
+            cut = (counts[:, 1:] > allowed(level, len(nonmembers))).argmax(1)
+            rates[level][part] = found[np.arange(len(found)), exceeding[cut]] / len(members)
     return rates
 
 
 def running(counts: Counts) -> npt.NDArray[np.int32]:
-    """[B, n + 1] sums of the first 0 … n of counts [B, n]."""
+    """[B, n + 1] sums of the first 0 … n columns of counts [B, n]."""
     sums = np.zeros((len(counts), counts.shape[1] + 1), np.int32)
     np.cumsum(counts, axis=1, out=sums[:, 1:])
     return sums
 
 
 def widened(bounds: list[float] | None, point: float | None) -> list[float] | None:
-    """An interval of a rate of cross-fitted scores, √2 times as wide about the rate, within [0, 1].
+    """Widen the interval of a rate from cross-fitted scores by √2 around the rate, clipped to [0, 1].
 
-    Resampling takes the fitted classifiers as given. But the scores of texts i and j hang on each other: i helped to
-    fit the classifier of j, and j that of i. For a linear score f(j) = Σᵢ yᵢ·K(i, j) of labels y = ±1 without any
-    signal the statistic Σⱼ yⱼ·f(j) counts every pair twice, so its variance is 4·Σ_{i<j} K², where resampling sees
-    Σⱼ f(j)² = 2·Σ_{i<j} K²: half. Where there is signal the pairs weigh less, and the interval is rather too wide.
+    Resampling treats the fitted classifiers as fixed. But the scores of texts i and j are dependent: i helped to fit
+    the classifier of j, and j that of i. For a linear score f(j) = Σᵢ yᵢ·K(i, j) with labels y = ±1 and no signal, the
+    statistic Σⱼ yⱼ·f(j) counts every pair twice, so its variance is 4·Σ_{i<j} K², while resampling sees
+    Σⱼ f(j)² = 2·Σ_{i<j} K²: half. With signal the pairs matter less, and the interval is conservative.
     """
     if bounds is None or point is None:
         return bounds
@@ -152,9 +152,9 @@ def widened(bounds: list[float] | None, point: float | None) -> list[float] | No
 
 
 class Draws:
-    """Bootstrap draws by class sizes, from one seed: attacks over the same texts share their resamples.
+    """Bootstrap draws by class sizes, from one seed: attacks on the same texts share their resamples.
 
-    The last two pairs of sizes are kept: a byte an item and resample.
+    The last two pairs of sizes are cached, at one byte per item and resample.
     """
 
     def __init__(self, resamples: int, seed: int) -> None:
@@ -162,7 +162,7 @@ class Draws:
         self.made: dict[tuple[int, int], tuple[Counts, Counts]] = {}
 
     def __call__(self, m: int, n: int) -> tuple[Counts, Counts]:
-        """(draws [B, m] of the members, [B, n] of the non-members)."""
+        """(draws [B, m] for the members, [B, n] for the non-members)."""
         if (m, n) not in self.made:
             if len(self.made) == 2:
                 self.made.pop(next(iter(self.made)))
@@ -174,11 +174,11 @@ class Draws:
 def summarize(
     members: npt.ArrayLike, nonmembers: npt.ArrayLike, draws: Draws, cross_fitted: bool = False
 ) -> dict[str, Any]:
-    """{auc, auc_ci, auc_ci99, tpr_at_fpr, tpr_ci, points, undefined} of one attack; null with a reason, never NaN.
+    """{auc, auc_ci, auc_ci99, tpr_at_fpr, tpr_at_fpr_ci, points, undefined} of one attack; null with a reason, not NaN.
 
-    Intervals of the AUC: `stats.auc_interval`; of the TPR: the hull of a bootstrap and of Clopper–Pearson at
-    the threshold from 9 allowed false positives on, else `tpr_interval`, which is conservative.
-    cross_fitted: the scores are of `cross_fit`, so that the intervals of AUC and TPR are `widened`.
+    AUC intervals: `stats.auc_interval`. TPR intervals: with 9 or more allowed false positives, the hull of a bootstrap
+    and Clopper–Pearson at the threshold; otherwise the conservative `tpr_interval`.
+    cross_fitted: the scores come from `cross_fit`, so the intervals of AUC and TPR are `widened`.
     """
     members, nonmembers = np.asarray(members, np.float64), np.asarray(nonmembers, np.float64)
     blank = dict.fromkeys(LEVELS)
@@ -192,7 +192,7 @@ def summarize(
     rates = bootstrap(members, nonmembers, *draws(len(members), len(nonmembers)), many)
     for level, values in rates.items():
         low, high = interval(values)
-        at = points[level]["tpr_ci_at_threshold"]  # resampling says nothing where no member, or every one, is above
+        at = points[level]["tpr_ci_at_threshold"]  # resampling is degenerate if no member, or every member, is above
         points[level]["tpr_ci"] = [min(low, at[0]), max(high, at[1])]
     area = auc(members, nonmembers)
     intervals: dict[str, list[float] | None] = {
@@ -212,24 +212,21 @@ def summarize(
     }
 
 
-# ---- many scores together
-
-
 def cross_fit(features: Features, labels: npt.ArrayLike, make: Callable[[], Pipeline], seed: int) -> Floats | None:
-    """Log-odds [n] of membership, each from a classifier that saw the other four fifths; None below 5 texts a class.
+    """Log-odds [n] of membership, five-fold cross-fitted; None below 5 texts per class.
 
-    features: array [n, F], or a list of n items; make() → a scikit-learn classifier or pipeline.
+    features: array [n, F] or a list of n items; make() → a scikit-learn classifier or pipeline.
     """
     from sklearn.model_selection import StratifiedKFold
 
     labels = np.asarray(labels)
     if np.bincount(labels, minlength=2).min() < FOLDS:
         return None
-    found = np.zeros(len(labels))
+    log_odds = np.zeros(len(labels))
     for fit, held_out in StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(labels, labels):
         model = make().fit(_take(features, fit), labels[fit])
-        found[held_out] = model.decision_function(_take(features, held_out))
-    return found
+        log_odds[held_out] = model.decision_function(_take(features, held_out))
+    return log_odds
 
 
 def _take(features: Features, rows: npt.NDArray[np.int64]) -> Features:
@@ -237,7 +234,7 @@ def _take(features: Features, rows: npt.NDArray[np.int64]) -> Features:
 
 
 def logistic() -> Pipeline:
-    """Logistic regression over standardised scores, a missing score taken as the median of the training part."""
+    """Logistic regression over standardised scores; missing scores are imputed with the training median."""
     from sklearn.impute import SimpleImputer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -247,7 +244,7 @@ def logistic() -> Pipeline:
 
 
 def usable(scores: npt.ArrayLike) -> Floats:
-    """The columns of scores [n, A] (missing: NaN) that at least half of the texts have and that vary."""
+    """The columns of scores [n, A] (missing: NaN) that are not constant and known for at least half of the texts."""
     scores = np.asarray(scores, np.float64)
     known = ~np.isnan(scores)
     spread = [len(np.unique(column[mask])) > 1 for column, mask in zip(scores.T, known.T)]
@@ -266,8 +263,8 @@ def halves(labels: npt.ArrayLike, seed: int) -> tuple[npt.NDArray[np.int64], npt
 def dataset_inference(scores: npt.ArrayLike, labels: npt.ArrayLike, seed: int) -> dict[str, Any]:
     """{p, t, n_members, n_nonmembers, undefined}: is the *set* of members in the training data? (Maini et al. 2024)
 
-    Half of each class fits a logistic regression over all scores [n, A] (missing: NaN); on the other half its log-odds
-    are compared (`set_test`). The scores must not hang on the labels: for the text alone see
+    A logistic regression over all scores [n, A] (missing: NaN) is fitted on half of each class; on the other half its
+    log-odds are compared (`set_test`). The scores must not depend on the labels; for the text alone see
     `baselines.dataset_inference`.
     """
     labels, scores = np.asarray(labels), usable(scores)
@@ -284,7 +281,7 @@ NO_TEST = dict.fromkeys(("p", "t", "n_members", "n_nonmembers"))
 
 
 def set_test(odds: Floats, labels: npt.NDArray[np.int64]) -> dict[str, Any]:
-    """Welch's t-test of log-odds [n] of texts that took no part in fitting, one-sided: members (label 1) higher."""
+    """One-sided Welch's t-test on log-odds [n] of held-out texts: members (label 1) higher."""
     from scipy.stats import ttest_ind
 
     members, nonmembers = odds[labels == 1], odds[labels == 0]

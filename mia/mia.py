@@ -1,25 +1,25 @@
 #!/usr/bin/env python3
-"""Membership inference: which texts was a model trained on? Every known attack from one pass, with its controls.
+"""Membership inference: which texts was a model trained on? All attacks from shared passes, with controls.
 
 python mia/mia.py --model ./pythia-1.4b/run/checkpoint-276 --members data/enron.jsonl --output_dir ./results
-python mia/mia.py --dir ./pythia-1.4b --members data/enron.jsonl               # every checkpoint-* below, each in place
+python mia/mia.py --dir ./pythia-1.4b --members data/enron.jsonl        # every checkpoint-* below, results beside each
 python mia/mia.py --model ./model --ref_model ./base --members a.jsonl --nonmembers b.jsonl --combine
 torchrun --nproc_per_node=4 mia/mia.py --config mia.json                       # the same keys, as JSON
 
-Leaves results_mia.jsonl (a line an attack), scores_mia.jsonl (a line a text, members first; the text only as a hash),
-roc_mia.png and run_mia.json, which has the set-level test. Every score: higher = more likely a member.
-Controls always run: baselines that never see the model, the same attacks on the base model, texts that stand nearly
-alike in both sets. A set that fails one is flagged in every line, in the table and in the figure.
-Where run_peft.py's run.json stands beside a checkpoint, only rows that it was trained on are members (with --dir: that
-all were) and rows that it was trained on are no non-members; `members_trained` is false for a run on another file than
---members, null where no run.json tells.
+Writes results_mia.jsonl (one line per attack), scores_mia.jsonl (one line per text, members first; texts only as
+hashes), roc_mia.png and run_mia.json, which has the set-level test. For every score, higher = more likely a member.
+Controls always run: blind baselines that never see the model, the same attacks on the base model, near-duplicates
+across the two sets. Sets that fail a control are flagged in every line, in the table and in the figure.
+If run_peft.py's run.json is beside a checkpoint, members are only rows that it was trained on (with --dir: that all
+were), and those are never non-members. `members_trained` is false if the training used a different file than
+--members, null without a run.json.
 """
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-if __name__ == "__main__":  # else `mia` would be this file, not its folder
+if __name__ == "__main__":  # otherwise `mia` would be this file, not its folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common import cli
@@ -39,45 +39,46 @@ def make_parser() -> cli.Parser:
     with parser.section("model"):
         add("--model", help="model directory, adapter directory or hub name")
         add("--dir", help="instead of --model: every checkpoint-* below this directory")
-        add("--base_model", help="base of every adapter, instead of the one it names itself")
-        add("--ref_model", help="reference model (default: of an adapter its base, the adapter switched off)")
-        add("--neighbor_model", help="directory of a masked LM (default: proposals of the target itself)")
+        add("--base_model", help="base of every adapter, overriding adapter_config.json")
+        add("--ref_model", help="reference model (default: an adapter's base)")
+        add("--neighbor_model", help="directory of a masked LM (default: the target model proposes neighbours)")
         cli.add_model_flags(parser)
     with parser.section("data"):
-        add("--members", "--data", help="texts trained on (.jsonl, .json, .csv, .arrow, .parquet)")
+        add("--members", "--data", help="texts the model was trained on (.jsonl, .json, .csv, .arrow, .parquet)")
         add(
             "--nonmembers",
-            help="texts not trained on (default: the held-out head of --members, whose other rows are the members)",
+            help="texts it was not trained on (default: the held-out head of --members; its other rows are members)",
         )
         cli.add_row_flags(parser)
-        add("--text_field", help="field that holds the text (default: as trained, e.g. prompt + continuation)")
+        add("--text_field", help="text field (default: the training text, e.g. prompt + continuation)")
         add(
             "--prefix_file",
-            help=f'the {SHOTS} shots of recall: non-members, and members where "label" is 1 (default: rows of the two '
+            help=f'the {SHOTS} shots of recall: non-members, and members with "label": 1 (default: rows of the two '
             "sets, which are then not scored)",
         )
         add(
             "--freq_corpus",
-            help="data file of dc_pdd's token frequencies; rows like scored ones are left out",
+            help="data file for dc_pdd's token frequencies; near-duplicates of scored texts are excluded",
         )
-        add("--max_length", type=cli.positive_int, help="tokens of a text; the rest is cut off")
+        add("--max_length", type=cli.positive_int, help="tokens per text; longer texts are truncated")
         add(
             "--max_samples",
             "--num_rows",
             type=cli.positive_int,
-            help="texts of each set, drawn by --seed (default: all)",
+            help="texts per set, sampled with --seed (default: all)",
         )
     with parser.section("attacks"):
         add(
             "--attacks",
             nargs="+",
             metavar="ATTACK",
-            help=f"of {' '.join(FAMILIES)}, one size as min_k_20, core or all (default: core: {' '.join(CORE)}; recall "
-            "and con_recall with --prefix_file, dc_pdd with --freq_corpus, neighborhood with --neighbor_model)",
+            help=f"any of {' '.join(FAMILIES)}, one size like min_k_20, core, or all (default: core: {' '.join(CORE)}; "
+            "plus recall and con_recall with --prefix_file, dc_pdd with --freq_corpus, neighborhood with "
+            "--neighbor_model)",
         )
-        add("--combine", action="store_true", help="also a cross-fitted logistic regression over all scores")
-        add("--bootstrap", type=cli.positive_int, help="resamples of the intervals")
-        add("--token_budget", type=cli.positive_int, help="positions a forward pass")
+        add("--combine", action="store_true", help="add a cross-fitted logistic regression over all scores")
+        add("--bootstrap", type=cli.positive_int, help="bootstrap resamples for the intervals")
+        add("--token_budget", type=cli.positive_int, help="positions per forward pass")
     with parser.section("output"):
         add(
             "--output_dir",
@@ -87,7 +88,7 @@ def make_parser() -> cli.Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run with these words (default: the command line's); the exit status. UserError as of `measure.run`."""
+    """Run with these arguments (default: sys.argv); returns the exit status. UserError: see `measure.run`."""
     config: MiaConfig = make_parser().parse_args(argv)
     from mia.measure import run
 

@@ -17,25 +17,25 @@ if TYPE_CHECKING:
 
     from common.models import Model
 
-MASKED_TOKENS = 1024  # positions of a masked LM's pass, whose logits are whole
+MASKED_TOKENS = 1024  # positions per pass of the masked LM, which computes logits for all of them
 
 
 def places(n: int, key: object, seed: int) -> list[int]:
-    """At most 25 of n places, drawn without replacement by (seed, the representation of key) alone."""
+    """At most 25 of n positions, drawn without replacement, determined by (seed, repr of key) alone."""
     rng = np.random.default_rng(int(hashlib.sha256(repr((seed, key)).encode()).hexdigest()[:16], 16))
     return sorted(rng.permutation(n)[:N_NEIGHBOURS].tolist())
 
 
 def deal(n_places: int) -> list[tuple[int, int]]:
-    """25 × (place, rank of its proposal): the best at every place, then the second best, …"""
+    """25 × (place, rank of its proposal): the best proposal at every place, then the second best, …"""
     return [(number % n_places, number // n_places) for number in range(N_NEIGHBOURS)]
 
 
 def own_neighbours(
     model: Model, sequences: Sequence[Sequence[int]], seed: int, token_budget: int
 ) -> list[list[list[int]]]:
-    """25 neighbours of each sequence: one token (never the first) replaced by the model's own likeliest other token."""
-    most = N_NEIGHBOURS + 1  # one of them may be the token that stands there
+    """25 neighbours of each sequence: one token (never the first) replaced by another that the model finds likely."""
+    most = N_NEIGHBOURS + 1  # one of them may be the original token
 
     def proposals(logits: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
         return logits.topk(min(most, logits.shape[-1]), -1).indices.float()  # exact below 2^24 tokens
@@ -55,7 +55,7 @@ def own_neighbours(
 
 
 class MaskedProposer:
-    """Neighbours of texts by a masked LM: one token masked at a time, its likeliest other token put there."""
+    """Neighbours of texts from a masked LM: one token is masked at a time and replaced by another likely one."""
 
     def __init__(self, folder: str, device: torch.device) -> None:
         from transformers import AutoModelForMaskedLM, AutoTokenizer
@@ -77,7 +77,7 @@ class MaskedProposer:
             max_length=self.longest,
             verbose=False,
         )
-        jobs = []  # (text, position in its tokens, ranks of the proposals wanted there)
+        jobs = []  # (text, token position, ranks of the proposals to use there)
         for index in range(len(texts)):
             marks = zip(encoded["special_tokens_mask"][index], encoded["offset_mapping"][index])
             spelled = [place for place, (special, (start, end)) in enumerate(marks) if not special and end > start]
@@ -114,7 +114,7 @@ class MaskedProposer:
         return made
 
     def _words(self, tokens: list[int], instead_of: str) -> list[str]:
-        """The proposals as written, best first, without special tokens, blanks and the word that stands there."""
+        """The proposals as text, best first, without special tokens, blanks and the original word."""
         kept = [token for token in tokens if token not in self.tokenizer.all_special_ids]
         words = [str(self.tokenizer.decode([token])).strip().removeprefix("##") for token in kept]
         return list(dict.fromkeys(word for word in words if word and word.lower() != instead_of.strip().lower()))

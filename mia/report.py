@@ -1,4 +1,4 @@
-"""What the scores of one model say: result lines with their controls, the table, the figure."""
+"""Results of one model: result lines with their controls, the table, the figure."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
     Lines = list[dict[str, Any]]  # of a result file
 
-AGAINST_BASE = ("ref", "ez", "wbc")  # these compare with the base, so the base has none itself
+AGAINST_BASE = ("ref", "ez", "wbc")  # these compare with the base, so they have no score for the base itself
 NO_BASE = "no base known: the model has no adapter"
 DRAWN = ("loss", "zlib", "lowercase", "ref", "min_k_20", "min_k_pp_20", "surp", "recall", "con_recall", "dc_pdd",
          "neighborhood", "neighborhood_self", "grad_norm", "ez", "wbc", "combine")  # fmt: skip
 
 
 def parameters_of(attack: str, config: MiaConfig, evidence: Evidence) -> dict[str, Any]:
-    """The settings behind one key of the score file."""
+    """The parameters of one attack (a key of the score file)."""
     known: dict[str, dict[str, Any]] = {
         "surp": {"k": attacks.SURP_PERCENT, "entropy": attacks.SURP_ENTROPY},
         "recall": {"shots": evidence.shots.get("recall")},
@@ -50,7 +50,7 @@ def parameters_of(attack: str, config: MiaConfig, evidence: Evidence) -> dict[st
 
 
 def by_class(values: Iterable[float | None], labels: Iterable[int]) -> tuple[list[float], list[float]]:
-    """(scores of members, of non-members), Nones left out."""
+    """(scores of members, of non-members), without Nones."""
     pairs = [(value, label) for value, label in zip(values, labels) if value is not None]
     return [value for value, label in pairs if label], [value for value, label in pairs if not label]
 
@@ -61,7 +61,7 @@ def matrix(found: Scores) -> Floats:
 
 
 def combined(found: Scores, labels: Sequence[int], seed: int) -> list[float | None] | None:
-    """Cross-fitted log-odds over all scores; a text without any score stays None. None below 5 texts a class."""
+    """Cross-fitted log-odds over all scores; None for a text without any score. None below 5 texts per class."""
     scores = metrics.usable(matrix(found))
     some = [index for index in range(len(labels)) if not np.isnan(scores[index]).all()]
     odds = metrics.cross_fit(scores[some], [labels[index] for index in some], metrics.logistic, seed) if some else None
@@ -72,7 +72,7 @@ def combined(found: Scores, labels: Sequence[int], seed: int) -> list[float | No
 
 
 def apart(bounds: list[float]) -> bool:
-    """Whether an interval of an AUC leaves ½ out, on either side: the sets differ, and the score sees it."""
+    """Whether an AUC interval excludes ½ on either side: the score separates the two sets."""
     return bounds[0] > 0.5 or bounds[1] < 0.5
 
 
@@ -86,10 +86,10 @@ def report(
     base_scores: Scores,
     base_reasons: Reasons,
 ) -> tuple[Lines, Lines, dict[str, Any]]:
-    """(result lines, score lines, what run_mia.json holds) of one model, from its scores and its base's (empty without
-    one). With --combine these scores get one more attack.
+    """(result lines, score lines, content of run_mia.json) of one model, from its scores and those of its base (empty
+    without one). --combine adds one more attack to both.
 
-    info: keys of every result line.
+    info: keys common to every result line.
     """
     draws = metrics.Draws(config.bootstrap, config.seed)
     if not task.blind:
@@ -186,7 +186,7 @@ def report(
 
 
 def draw_roc(found: Scores, task: MembershipTask, flags: list[str], title: str) -> Figure:
-    """ROC curves on log–log axes with chance and the blind baselines; a flagged set says so in the title."""
+    """ROC curves on log–log axes with chance and the blind baselines; flags are shown in the title."""
     from matplotlib.figure import Figure
 
     smallest = 1 / (2 * max(1, task.labels.count(0)))
@@ -208,7 +208,7 @@ def draw_roc(found: Scores, task: MembershipTask, flags: list[str], title: str) 
             axes.step(false.clip(smallest), true.clip(smallest), where="post", label=name, **style)
     axes.set(xscale="log", yscale="log", xlim=(smallest, 1), ylim=(smallest, 1.05))
     axes.set(xlabel="false positive rate", ylabel="true positive rate")
-    words = axes.set_title(title, fontsize=9, parse_math=False)  # a $ in a name is a $
+    words = axes.set_title(title, fontsize=9, parse_math=False)  # a $ in a name is literal
     if flags:
         words.set(text=f"{title}\nFLAGGED: {', '.join(flags)}", color="darkred")
     axes.legend(fontsize=7, ncols=2, loc="lower right")
@@ -216,7 +216,7 @@ def draw_roc(found: Scores, task: MembershipTask, flags: list[str], title: str) 
 
 
 def table(lines: Lines) -> str:
-    """The result lines as text, with what the controls say below."""
+    """The result lines as a text table, followed by the controls."""
     shown = [f"{'attack':<18} {'AUC (95 %)':<20} {'TPR at FPR 10 %':>15} {'1 % (95 %)':>20} {'0.1 %':>7}  base   flags"]
 
     def rate(value: float | None) -> str:

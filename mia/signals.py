@@ -1,4 +1,4 @@
-"""From texts to scores with one model: tokens, the passes that the attacks need, the scores they give."""
+"""From texts to scores for one model: tokenisation, the forward passes that the attacks need, the scores."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from common.models import Model, ModelRef
 
-Scores = dict[str, list[float | None]]  # attack → of each text
+Scores = dict[str, list[float | None]]  # attack → score of each text
 Reasons = dict[str, dict[int, str]]  # attack → {index of a text without a score: why}
 T = TypeVar("T")
 
@@ -32,17 +32,17 @@ T = TypeVar("T")
 class Encoded:
     """A model's tokens of every text."""
 
-    texts: list[str]  # cut to the tokens
+    texts: list[str]  # truncated to match the tokens
     tokens: list[list[int]]
     lower: list[list[int]]
     specials: list[int]  # the special tokens that the tokenizer puts before every text
-    cut: int  # texts that were cut
+    cut: int  # number of truncated texts
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], limit: int, whole: bool = False) -> Encoded:
-    """Tokens as the tokenizer gives them (no start token is added here), at most `limit`; texts cut to the same.
+    """Tokens as the tokenizer gives them (no BOS is added here), at most `limit`; texts are truncated to match.
 
-    whole: the texts have all their special tokens.
+    whole: the texts already contain all special tokens.
     """
     coded = tokenizer(texts, return_offsets_mapping=True, add_special_tokens=not whole, verbose=False)
     tokens: list[list[int]] = []
@@ -62,24 +62,24 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], limit: int, who
 
 
 def lower_case(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[str]:
-    """The texts in lower case but for the special tokens in them."""
+    """The texts in lower case, except for the special tokens in them."""
     special = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values()]
     pattern = re.compile("(" + "|".join(sorted(special, key=len, reverse=True)) + ")") if special else None
     if pattern is None:
         return [text.lower() for text in texts]
     pieces = [pattern.split(text) for text in texts]
-    return ["".join(piece if place % 2 else piece.lower() for place, piece in enumerate(text)) for text in pieces]
+    return ["".join(piece if number % 2 else piece.lower() for number, piece in enumerate(text)) for text in pieces]
 
 
 def common_start(tokenizer: PreTrainedTokenizerBase, tokens: list[list[int]]) -> list[int]:
-    """[the start token] where every text begins with it, else []."""
+    """[BOS] if every text starts with it, else []."""
     start = tokenizer.bos_token_id
     return [start] if start is not None and all(ids[:1] == [start] for ids in tokens) else []
 
 
 def encode_same(tokenizer: PreTrainedTokenizerBase, texts: list[str], target: Encoded, whole: bool = False) -> Encoded:
-    """A reference's tokens of the stretch of each text that the target saw: the target's where its tokenizer makes the
-    same of the whole text, else those of the cut text, however many."""
+    """A reference model's tokens of the part of each text that the target saw: the target's tokens if its tokenizer
+    encodes the whole text alike, else its own tokens of the truncated text, however many."""
     all_tokens = models.encode_texts(tokenizer, texts, whole)
     others = [index for index, mine in enumerate(target.tokens) if all_tokens[index][: len(mine)] != mine]
     coded = models.encode_texts(tokenizer, [target.texts[index] for index in others], whole)
@@ -90,7 +90,7 @@ def encode_same(tokenizer: PreTrainedTokenizerBase, texts: list[str], target: En
 
 
 def leading_specials(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens before a text; those after it (an EOS) are not among them."""
+    """The special tokens that the tokenizer puts before a text (not those after it, such as EOS)."""
     coded = tokenizer("a", return_special_tokens_mask=True)
     leading: list[int] = coded.input_ids[: coded.special_tokens_mask.index(0)]
     return leading
@@ -99,9 +99,9 @@ def leading_specials(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def make_prefix(
     tokenizer: PreTrainedTokenizerBase, shots: list[str], specials: list[int], limit: int, room: int
 ) -> tuple[list[int], int]:
-    """(tokens of as many shots as fit into `room`, each at most `limit` tokens and ended by a newline; how many).
+    """(tokens of as many shots as fit into `room`, each at most `limit` tokens plus a newline; how many shots).
 
-    It begins with `specials`, as a text does; special tokens that the tokenizer puts after a text are left out.
+    The prefix starts with `specials`, like a text; special tokens that the tokenizer puts after a text are omitted.
     """
     newline = tokenizer("\n", add_special_tokens=False).input_ids
     prefix, used = list(specials), 0
@@ -116,18 +116,18 @@ def make_prefix(
 
 
 def context_of(ref: ModelRef) -> int:
-    """`models.context_length` of a model, from its configuration without its weights."""
+    """`models.context_length` of a model, from its configuration alone."""
     model = SimpleNamespace(config=models.read_config(ref.base, ref.revision, "--model"))
     return models.context_length(cast("Model", model))
 
 
 @dataclass
 class Evidence:
-    """What passes over one model gave, on rank 0: by the index of a text, which has no entry where it has no such
-    thing. On other ranks there are no arrays."""
+    """Results of the passes over one model, on rank 0: arrays by text index, without entries for texts that have none.
+    On other ranks there are no arrays."""
 
     encoded: Encoded
-    tokens: dict[int, Array]  # its statistics [n, 4]
+    tokens: dict[int, Array]  # token statistics [n, 4]
     lower: dict[int, Array] = field(default_factory=dict)  # log p [n] of the lower-cased text
     after: dict[str, dict[int, Array]] = field(default_factory=dict)  # 'recall', 'con_recall' → log p [n]
     neighbours: dict[int, Array] = field(default_factory=dict)  # [25] ℓ of each neighbour
@@ -144,9 +144,9 @@ def gather(
     gradients: bool,
     target: Encoded | None = None,
 ) -> Evidence:
-    """Run every pass over one model that the task's attacks need (gradients: those of grad_norm too).
+    """Run every pass over one model that the task's attacks need (gradients: including grad_norm's).
 
-    target: of a reference model, whose texts are then cut where the target's were.
+    target: for a reference model, the target's encoding; its texts are truncated where the target's were.
     """
     context = context_of(ref)
     if target:
@@ -198,15 +198,15 @@ def score_texts(
     reference: Evidence | None,
     frequencies: npt.NDArray[np.int64] | None,
 ) -> tuple[Scores, Reasons]:
-    """({attack: [score or None, …]}, {attack: {index: reason of a None}}), one score a text of the task.
+    """({attack: [score or None, …]}, {attack: {index: reason for a None}}), one score per text of the task.
 
-    frequencies: of `count_tokens`; None where dc_pdd is not among the attacks.
+    frequencies: from `count_tokens`; None if dc_pdd is not among the attacks.
     """
     found: Scores = {}
     reasons: Reasons = {}
 
     def apply(keys: list[str], function: Callable[[int], float | list[float]]) -> None:
-        """function(index) → a float, or one for each of `keys`; it may raise Undefined."""
+        """function(index) → a float, or one per key in `keys`; it may raise Undefined."""
         columns: list[list[float | None]] = [[] for _ in keys]
         for index in range(len(task.texts)):
             try:

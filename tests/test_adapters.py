@@ -69,13 +69,13 @@ def refused(models, adapters, tmp_path_factory):
     prefix = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     tokens = LoraConfig(**q, trainable_token_indices=[5, 6])
     return {
-        "prompt tuning": (save(base, at("prompts"), prompts), "PROMPT_TUNING puts tokens before the text"),
-        "prefix tuning": (save(base, at("prefix"), prefix), "PREFIX_TUNING puts tokens before the text"),
+        "prompt tuning": (save(base, at("prompts"), prompts), "PROMPT_TUNING prepends tokens"),
+        "prefix tuning": (save(base, at("prefix"), prefix), "PREFIX_TUNING prepends tokens"),
         "single tokens": (save(base, at("tokens"), tokens), "trains the embeddings of single tokens"),
         "biases": (save(base, at("bias"), LoraConfig(**q, lora_bias=True)), "has a bias in its low-rank matrices"),
-        "resized": (resized, r"of \[404, 32\] \(resized embeddings\), the base has \[400, 32\]"),
-        "an unknown kind": (changed(plain, at("kind"), peft_type="LORB"), "peft_type 'LORB' is none that"),
-        "no kind": (changed(plain, at("none"), peft_type=7), "peft_type 7 is none that"),
+        "resized": (resized, r"is \[404, 32\] \(resized embeddings\), the base has \[400, 32\]"),
+        "an unknown kind": (changed(plain, at("kind"), peft_type="LORB"), "peft_type 'LORB' is unknown"),
+        "no kind": (changed(plain, at("none"), peft_type=7), "peft_type 7 is unknown"),
         "a number as base": (
             changed(plain, at("base"), base_model_name_or_path=7),
             "base_model_name_or_path .* not text",
@@ -83,13 +83,13 @@ def refused(models, adapters, tmp_path_factory):
         "a word as rank": (changed(plain, at("rank"), r="eight"), "r in its adapter_config.json is 'eight'"),
         "other types": (
             changed(plain, at("types"), bias=None, alpha_pattern="x", target_modules=5, init_lora_weights=7),
-            r"(target_modules|bias|alpha_pattern|init_lora_weights|, ){7} in its .* another type than peft writes",
+            r"(target_modules|bias|alpha_pattern|init_lora_weights|, ){7} in its .* has the wrong type",
         ),
-        "an endless pattern": (changed(plain, at("endless"), target_modules="(a+)+$"), "may never end"),
+        "an endless pattern": (changed(plain, at("endless"), target_modules="(a+)+$"), "may never finish"),
         "Megatron": (changed(plain, at("megatron"), megatron_config={"a": 1}), "needs Megatron's parallel layers"),
-        "aLoRA": (changed(plain, at("alora"), alora_invocation_tokens=[5]), "only behind its invocation tokens"),
+        "aLoRA": (changed(plain, at("alora"), alora_invocation_tokens=[5]), "only after its invocation tokens"),
         "a moved base": (changed(plain, at("moved"), base_model_name_or_path="/gone/base"), "pass --base_model"),
-        "an empty tokenizer": (broken, "no usable tokenizer|makes no tokens|no EOS token|no fast version"),
+        "an empty tokenizer": (broken, "no usable tokenizer|produces no tokens|no EOS token|no fast version"),
     }
 
 

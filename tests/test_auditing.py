@@ -94,9 +94,9 @@ def test_gates(adapters, rows, tmp_path, capsys):
     [
         ("membership.auc.low", "not a condition"),
         ("membership.auc.low>", "not a condition"),
-        ("membership.auc>0.5", "names no number"),
-        ("membership.tpr_at_fpr_0.02.low>0", "names no number"),
-        ("extraction.email.exces.low>0", "names no number"),
+        ("membership.auc>0.5", "is not a number in audit.json"),
+        ("membership.tpr_at_fpr_0.02.low>0", "is not a number in audit.json"),
+        ("extraction.email.exces.low>0", "is not a number in audit.json"),
     ],
 )
 def test_a_gate_without_a_number_is_refused(expression, said):

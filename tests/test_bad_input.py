@@ -138,8 +138,8 @@ TABLE = [
     (measure_purified, [*MEASURE, "-d", "{empty}"], "empty.jsonl: the file has no rows"),
     (measure_purified, [*MEASURE, "-d", "{types}"], "row 5: field 'gt-email' must be text, not int"),
     (measure_purified, [*MEASURE, "-d", "{not_address}"], "row 5: gt-email must look like local@domain"),
-    (measure_purified, [*MEASURE, "-d", "{list}"], "list.jsonl:1: a JSON object was expected"),
-    (measure_purified, [*MEASURE, "-d", "{xls}"], "unknown ending"),
+    (measure_purified, [*MEASURE, "-d", "{list}"], "list.jsonl:1: expected a JSON object"),
+    (measure_purified, [*MEASURE, "-d", "{xls}"], "unknown extension"),
     (measure_purified, [*MEASURE, "-d", "{csv}"], "rows.csv: the file has no rows"),
     (measure_purified, [*MEASURE, "-d", "{arrow}"], "not an Arrow file"),
     (measure_purified, [*MEASURE, "-d", "{two}"], "2 rows; at least 3 are needed"),
@@ -155,17 +155,21 @@ TABLE = [
     (measure_purified, [*MEASURE, "-d", "{good}", "--no_such_flag"], "--no_such_flag: unknown argument"),
     (measure_purified, [*MEASURE, "-d", "{good}", "--temp", "1"], "--temp: unknown argument"),
     (measure_purified, ["--output_dir", "{out}", "-d", "{good}"], "--model: required"),
-    (measure_purified, ["--model", "{model}", "--output_dir", "{read_only}/x", "-d", "{good}"], "no permission"),
+    (measure_purified, ["--model", "{model}", "--output_dir", "{read_only}/x", "-d", "{good}"], "is not writable"),
     (measure_purified, ["--model", "{model}", "--output_dir", "{a_file}", "-d", "{good}"], "is a file"),
     (measure_purified, ["--model", "{nothing}", "--output_dir", "{out}", "-d", "{good}"], "no such directory"),
-    (measure_purified, ["--model", "some-model-nobody-has", "--output_dir", "{out}", "-d", "{good}"], "not a model"),
+    (
+        measure_purified,
+        ["--model", "some-model-nobody-has", "--output_dir", "{out}", "-d", "{good}"],
+        "not found locally",
+    ),
     (measure_purified, ["--model", "{orphan}", "--output_dir", "{out}", "-d", "{good}"], "/no/such/base"),
     (measure_purified, ["--model", "{half_adapter}", "--output_dir", "{out}", "-d", "{good}"], "incomplete"),
     (measure_purified, ["--model", "{cut_config}", "--output_dir", "{out}", "-d", "{good}"], "json: not JSON"),
-    (measure_purified, ["--model", "{cut_privacy}", "--output_dir", "{out}", "-d", "{good}"], "object was expected"),
+    (measure_purified, ["--model", "{cut_privacy}", "--output_dir", "{out}", "-d", "{good}"], "expected a JSON object"),
     (measure_purified, ["--model", "{cut_weights}", "--output_dir", "{out}", "-d", "{good}"], "cannot be read"),
     (measure_purified, ["--model", "{no_tokenizer}", "--output_dir", "{out}", "-d", "{good}"], "tokenizer"),
-    (measure_purified, [*MEASURE, "-d", "{cut_arrow}"], "the file was cut"),
+    (measure_purified, [*MEASURE, "-d", "{cut_arrow}"], "the file is truncated"),
     (measure_purified, [*MEASURE, "-d", "{short}"], "has 11 rows, its manifest says 12"),
     (run_peft, [*TRAIN, "-i", "{short}"], "has 11 rows, its manifest says 12"),
     (replace_pii, ["--input", "{short}", "--output", "{out}.arrow"], "has 11 rows, its manifest says 12"),
@@ -176,9 +180,9 @@ TABLE = [
     (evaluate_purified, ["--model", "{nothing}", "-d", "{good}"], "no such directory"),
     (evaluate_purified, ["--model", "{model}", "-d", "{good}"], "no checkpoint-* directory"),
     (merge_peft, ["--model", "{orphan}", "--save_dir", "{out}"], "/no/such/base"),
-    (merge_peft, ["--model", "{model}", "--save_dir", "{out}"], "full model already"),
+    (merge_peft, ["--model", "{model}", "--save_dir", "{out}"], "already a full model"),
     (merge_peft, ["--model", "{half_adapter}", "--save_dir", "{out}"], "incomplete"),
-    (merge_peft, ["--model", "{adapter}", "--save_dir", "{read_only}/x"], "no permission"),
+    (merge_peft, ["--model", "{adapter}", "--save_dir", "{read_only}/x"], "is not writable"),
     (run_peft, [*TRAIN, "-i", "{nothing}.jsonl"], "no such file"),
     (run_peft, [*TRAIN, "-i", "{broken}"], "broken.jsonl:4: not JSON"),
     (run_peft, [*TRAIN, "-i", "{types}"], "must be text"),
@@ -189,29 +193,37 @@ TABLE = [
     (run_peft, [*TRAIN, "-i", "{good}", "--train_rows", "12"], "--allow_overlap"),
     (run_peft, [*TRAIN, "-i", "{good}", "--train_rows", "99"], "99"),
     (run_peft, [*PUBLIC, "{types}"], "types.jsonl: row 5: field 'gt-email' must be text, not int"),
-    (run_peft, [*PUBLIC, "{text}", "--loss_on", "completion"], "text.jsonl: row 0 (and 2 more) has no prompt part"),
-    (run_peft, ["-m", "{model}", "-i", "{good}", "--output_root", "{nowhere}"], "is a symbolic link to nothing"),
+    (run_peft, [*PUBLIC, "{text}", "--loss_on", "completion"], "text.jsonl: row 0 (and 2 more) has no prompt"),
+    (run_peft, ["-m", "{model}", "-i", "{good}", "--output_root", "{nowhere}"], "is a dangling symbolic link"),
     (run_peft, ["-m", "{model}", "-i", "{good}", "--output_root", "{loop}"], "Too many levels of symbolic links"),
-    (merge_peft, ["--model", "{adapter}", "--save_dir", "{out}/" + 230 * "n"], "has more than 200 bytes"),
+    (merge_peft, ["--model", "{adapter}", "--save_dir", "{out}/" + 230 * "n"], "is longer than 200 bytes"),
     (run_peft, ["-m", "{null_config}", "-i", "{good}", "--output_root", "{out}"], "its config.json is damaged"),
     (measure_purified, ["--model", "{deep_config}", "--output_dir", "{out}", "-d", "{good}"], "config.json is damaged"),
-    (run_peft, ["-m", "{dropout_config}", "-i", "{good}", "--output_root", "{out}"], "is 7, not from 0 to 1"),
-    (merge_peft, ["--model", "{act_config}", "--save_dir", "{out}"], "config.json describes no model (KeyError:"),
+    (run_peft, ["-m", "{dropout_config}", "-i", "{good}", "--output_root", "{out}"], "is 7, not between 0 and 1"),
+    (merge_peft, ["--model", "{act_config}", "--save_dir", "{out}"], "config.json is not a valid model (KeyError:"),
     (perplexity, ["--model", "{odd_tokenizer}", "-d", "{good}", "--output_dir", "{out}"], "no usable tokenizer"),
-    (run_peft, ["-m", "{null_generation}", "-i", "{good}", "--output_root", "{out}"], "generation_config.json: a JSON"),
-    (perplexity, ["--model", "{odd_generation}", "-d", "{good}", "--output_dir", "{out}"], "eos_token_id is no number"),
+    (
+        run_peft,
+        ["-m", "{null_generation}", "-i", "{good}", "--output_root", "{out}"],
+        "generation_config.json: expected a JSON",
+    ),
+    (
+        perplexity,
+        ["--model", "{odd_generation}", "-d", "{good}", "--output_dir", "{out}"],
+        "eos_token_id is not a token id",
+    ),
     (run_peft, ["-m", "{deep_tokenizer}", "-i", "{good}", "--output_root", "{out}"], "no usable tokenizer"),
     (measure_purified, [*MEASURE, "-d", "/"], "/: is a directory, not a file"),
     (measure_purified, [*MEASURE, "-d", "{pipe}"], "pipe.jsonl: not a file"),
     (mia, ["--config", "{pipe}"], "pipe.jsonl: not a file"),
     (mia, ["--config", "{deep}"], "deep.json: not JSON (nested more than 100 deep"),
-    (mia, ["--config", "{list}"], "keys with values were expected"),
-    (mia, ["--config", "{nul}"], "has a NUL character"),
+    (mia, ["--config", "{list}"], "expected a mapping of keys to values"),
+    (mia, ["--config", "{nul}"], "contains a NUL character"),
     (self_instruct, ["-m", "{model}", "--seed_tasks", "{deep}", "--output", "{out}.jsonl"], "nested more than 100"),
     (self_instruct, ["-m", "{model}", "--seed_tasks", "{pipe}", "--output", "{out}.jsonl"], "not a file"),
-    (replace_pii, ["--input", "{good}", "--output", "{link}"], "link.arrow: is a symbolic link; name the file"),
+    (replace_pii, ["--input", "{good}", "--output", "{link}"], "link.arrow: is a symbolic link; give its target"),
     (run_peft, ["-m", "{no_eos}", "--output_root", "{out}", "-i", "{good}"], "no EOS token"),
-    (run_peft, ["-m", "{model}", "--output_root", "{read_only}", "-i", "{good}"], "no permission"),
+    (run_peft, ["-m", "{model}", "--output_root", "{read_only}", "-i", "{good}"], "is not writable"),
     (perplexity, ["--model", "{model}", "-d", "{broken}", "--output_dir", "{out}"], "broken.jsonl:4: not JSON"),
     (perplexity, ["--dir", "{nothing}", "-d", "{good}"], "no such directory"),
     (perplexity, ["--model", "{model}", "-d", "{good}", "--num_rows", "13", "--output_dir", "{out}"], "13"),
@@ -240,7 +252,7 @@ def test_all_problems_at_once(files, capsys):
     with pytest.raises(UserError) as caught:
         measure_purified.main([*words[:4], "--temperatures", "1", "1"])
     text = "\n".join(caught.value.problems)
-    assert all(part in text for part in ("--model: required", "no permission", "nothing-there", "twice"))
+    assert all(part in text for part in ("--model: required", "is not writable", "nothing-there", "twice"))
 
 
 def test_a_broken_launch_is_said_before_anything_else(files, monkeypatch, no_models):
@@ -250,7 +262,7 @@ def test_a_broken_launch_is_said_before_anything_else(files, monkeypatch, no_mod
         measure_purified.main(words)
     for name, value in (("RANK", "0"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="every one of the 2 processes"):
+    with pytest.raises(UserError, match="each of the 2 processes"):
         measure_purified.main([*words, "--device_map", "auto"])
 
 
@@ -261,7 +273,7 @@ def test_exit_status_of_the_process(files):
         "measure_purified.py", "--model", files["model"], "--output_dir", files["out"], "-d", files["broken"]
     )
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.strip().endswith("mend or remove the line") and len(done.stderr.strip().splitlines()) == 1
+    assert done.stderr.strip().endswith("fix or remove the line") and len(done.stderr.strip().splitlines()) == 1
 
 
 def test_reading_names_every_broken_line_once(tmp_path):
@@ -316,7 +328,7 @@ def test_an_output_is_no_input(tmp_path):
     for output in (data, tmp_path / "sub/../rows.jsonl", tmp_path / "link.jsonl"):
         problems = cli.Problems()
         cli.check_output_file(output, ".jsonl", problems, (None, data))
-        assert problems.lines == [f"--output {output}: is an input too; name another file"]
+        assert problems.lines == [f"--output {output}: is also an input; choose another file"]
 
 
 @pytest.mark.parametrize(("manifest", "said"), [
@@ -355,7 +367,7 @@ def test_a_damaged_unfinished_run(text, tmp_path):
 @pytest.mark.parametrize(("field", "value", "said"), [
     ("user_id", ["u"], "user_id must be text or a number"), ("user_id", True, "user_id must be text or a number"),
     ("Rating", "five", "field 'Rating' must be a number, not str"), ("Rating", 6, "Rating must be 1 to 5"),
-    ("Rating", 10**400, "must be a number, not one of hundreds of digits"),
+    ("Rating", 10**400, "must be a number, not one with hundreds of digits"),
     ("Review", "half \ud800", "half of a surrogate pair"),
 ])  # fmt: skip
 def test_reviews_of_other_types(field, value, said, tmp_path):
@@ -376,15 +388,15 @@ def test_rows_that_lost_their_manifest_are_told(tmp_path, capsys):
     written = write_rows(tmp_path / "made.jsonl", [{"Rating": 5, "generated_text": "Good.", "Product Title": "x"}])
     mine = write_rows(tmp_path / "mine.jsonl", make_rows(9))
     for path, words in (
-        (moved, "which rows are the evaluation head"),
-        (written, "what its generator spent"),
+        (moved, "the set of evaluation rows is unknown"),
+        (written, "the privacy budget its generator spent is unknown"),
         (mine, ""),
     ):
         fields = ("generated_text", "Rating") if path == written else None
         dataset.validate(path, dataset.read_rows(path), fields)
         said = capsys.readouterr().err
         assert said.count("\n") == bool(words) and words in said
-        assert not words or said.startswith(f"{path}: made from other rows, but {path.name}.meta.json is not beside it")
+        assert not words or said.startswith(f"{path}: derived from other rows, but {path.name}.meta.json is missing")
     write_manifest(moved, tag="replaced", script="x", argv=[], rows=8, split_start=3)
     dataset.validate(moved, dataset.read_rows(moved))
     assert capsys.readouterr().err == ""
@@ -394,8 +406,8 @@ def test_rows_that_lost_their_manifest_are_told(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("word", "said"), [
-    (os.fsdecode(b"a\xff.jsonl"), "not UTF-8; rename the file or folder"), ("x" * 300, "longer than any name"),
-    ("a/" + "x" * 256 + "/b", "longer than any name"), ("a\0b", "has a NUL character in it"),
+    (os.fsdecode(b"a\xff.jsonl"), "not UTF-8; rename the file or folder"), ("x" * 300, "longer than a file name"),
+    ("a/" + "x" * 256 + "/b", "longer than a file name"), ("a\0b", "contains a NUL character"),
 ])  # fmt: skip
 def test_words_that_name_no_file(word, said):
     parser = cli.Parser("x", "x")
@@ -456,7 +468,7 @@ def test_a_full_disk_is_one_line_that_names_the_file(write, tmp_path, monkeypatc
     monkeypatch.setattr(os, "pwrite", full)
     assert cli.entry(main) == 2
     name = file.with_name(".x.json.lock") if write == "lock" else file
-    assert capsys.readouterr().err == f"{name}: No space left on device; make room there and start again\n"
+    assert capsys.readouterr().err == f"{name}: No space left on device; free some space and start again\n"
     assert [path.name for path in file.parent.iterdir()] == (["x.json"] if write == "line" else [])
 
 

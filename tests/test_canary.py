@@ -159,9 +159,9 @@ def test_inject_bad_input(tmp_path):
     rows = [{key: value for key, value in row.items() if key != "user_id"} for row in make_reviews(20)]
     data = write_rows(tmp_path / "train.jsonl", rows)
     for words, wanted in (
-        ([], ["nothing to place"]),
+        ([], ["nothing to insert"]),
         (["--audit", 30], ["only 20 records"]),
-        (["--repetitions", 8, "--canaries", 3], ["20 rows; the canaries asked for need 24"]),
+        (["--repetitions", 8, "--canaries", 3], ["20 rows; the requested canaries need 24"]),
         (["--share", 1.5, "--repetitions", 2, 2], ["at most 1", "given twice"]),
         (["--audit", 2, "--privacy_unit", "user", "--output", data], ["must end", "no user_id", "exists"][1:]),
         (["--audit", 2, "--key_file", tmp_path / "k.txt"], ["must end in .jsonl"]),
@@ -455,7 +455,7 @@ def test_a_key_of_another_file_is_refused(learned, tmp_path):
     _, checkpoint = learned
     make(tmp_path, make_reviews(30), "--audit", 4)
     words = ["--canaries", tmp_path / "train_canaries_key.jsonl", "--models", f"lora={checkpoint}"]
-    with pytest.raises(UserError, match="trained on another file"):
+    with pytest.raises(UserError, match="was not trained on the file"):
         measure.main([str(word) for word in [*words, "--output_dir", tmp_path]])
 
 
@@ -482,7 +482,7 @@ def test_text_of_a_generator_trained_on_other_canaries_is_refused(learned, tmp_p
         generated(text, ["Good."])
         write_manifest(text, tag="x", script="x", argv=[], rows=1, source=source, generator=generator)
         if refused:
-            with pytest.raises(UserError, match=r"--synthetic a=.*trained on another file") as caught:
+            with pytest.raises(UserError, match=r"--synthetic a=.*was not trained on the file") as caught:
                 measure.main([str(word) for word in words])
             assert len(caught.value.problems) == 1
         else:
@@ -589,9 +589,9 @@ def test_measure_bad_input(echoes, models, adapters, tmp_path, monkeypatch):
         (["--canaries", key], ["nothing to measure"]),
         (
             ["--canaries", text, "--synthetic", "a=b", "--models", "x"],
-            ["no header", "no such file", "--models x: give"],
+            ["not a header", "no such file", "--models x: give"],
         ),
-        (["--canaries", key, "--models", f"dp={user}"], ["its audit adds or leaves out a record", "dp is the user"]),
+        (["--canaries", key, "--models", f"dp={user}"], ["its audit adds or removes a record", "dp is the user"]),
         (["--canaries", key, "--models", f"dp={tmp_path / 'no'}"], ["--models dp="]),
     ):
         with pytest.raises(UserError) as caught:

@@ -140,11 +140,14 @@ def test_prompt_and_completion_as_text(tokenizer):
 
 BROKEN = [
     ({"messages": []}, "has no message"),
-    ({"messages": [{"role": "user", "content": "hi"}]}, "no message is the assistant's"),
+    ({"messages": [{"role": "user", "content": "hi"}]}, "has no assistant message"),
     ({"messages": [{"role": "assistant", "content": 7}]}, r"messages\[0\] has no text"),
     ({"messages": ["hi"]}, r"messages\[0\] is a str, not a message"),
     ({"conversations": [{"from": "martian", "value": "hi"}]}, r"conversations\[0\] has no known role"),
-    ({"messages": [{"role": "assistant", "content": [{"type": "image", "image": "x"}]}]}, "has a part that is no text"),
+    (
+        {"messages": [{"role": "assistant", "content": [{"type": "image", "image": "x"}]}]},
+        "has a part that is not text",
+    ),
     ({"prompt": "text", "completion": [{"role": "assistant", "content": "x"}]}, "'prompt' must be a list of messages"),
 ]
 
@@ -165,10 +168,10 @@ def test_templates_that_cannot_be_used(models, tmp_path):
     (tmp_path / "odd.jinja").write_text("{% for %}")
     with pytest.raises(UserError, match=r"odd\.jinja: not a Jinja template"):
         dataset.read_renderer(rows, tokenizer, str(tmp_path / "odd.jinja"), "x")
-    with pytest.raises(UserError, match="the rows have no messages"):
+    with pytest.raises(UserError, match="the rows are not chat rows"):
         dataset.read_renderer([{"text": "a"}], tokenizer, "chatml", "x")
     with_system = [{"messages": conversation(random.Random(0), system=True)}]
-    with pytest.raises(UserError, match=r"rows: row 0: .*refuses its messages \(roles must alternate\)"):
+    with pytest.raises(UserError, match=r"rows: row 0: .*rejects its messages \(roles must alternate\)"):
         dataset.render("rows", with_system, [0], chat.Renderer(tokenizer, BRACKETS))
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "first\nlast"}]
     rewritten = [{"messages": messages + messages}]
@@ -230,10 +233,10 @@ def test_chat_and_plain_rows_do_not_mix(models, tmp_path):
     words = ["--model", models["llama"], "--members", messages, "--nonmembers", plain, "--output_dir", tmp_path / "o"]
     with pytest.raises(UserError) as error:
         mia.main(list(map(str, [*words, "--chat_template", "chatml"])))
-    assert "rows of different kinds: --members has messages, --nonmembers has no messages" in str(error.value)
+    assert "different kinds of rows: --members has messages, --nonmembers has no messages" in str(error.value)
     with pytest.raises(UserError, match="no chat template"):
         mia.main(list(map(str, words)))
-    with pytest.raises(UserError, match="has the fields of another kind of rows"):
+    with pytest.raises(UserError, match="has the fields of another row type"):
         mixed = write_rows(tmp_path / "mixed.jsonl", [*chat_rows(3), {"text": "x"}])
         dataset.validate(mixed, dataset.read_rows(mixed))
 

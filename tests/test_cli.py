@@ -368,11 +368,11 @@ def test_configuration_files(tmp_path):
     done = run_script("run_peft.py", "--config", file, "--epochs", "0")
     assert done.returncode == 2 and done.stderr.splitlines() == [
         f"--config {file}: unknown key 'epoch' (did you mean epochs?)",
-        f"--config {file}: model: a value or a list was expected",
+        f"--config {file}: model: expected a value or a list",
         "--lora_r: must be a whole number, got 'none'",
         "--epochs: must be 1 or more, got 0",
     ]
-    for text, words in (("- a\n", "keys with values"), ("a: [\n", "not YAML")):
+    for text, words in (("- a\n", "expected a mapping"), ("a: [\n", "not YAML")):
         file.write_text(text)
         done = run_script("run_peft.py", "--config", file)
         assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1

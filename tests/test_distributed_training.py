@@ -210,7 +210,7 @@ def test_processes_that_do_not_come_are_not_waited_for_for_hours(tmp_path):
     command, environment = rank_alone(tmp_path, 2)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("WORLD_SIZE=2: not all processes met at 127.0.0.1:")
+    assert done.stderr.splitlines()[-1].startswith("WORLD_SIZE=2: not all processes joined at 127.0.0.1:")
 
 
 def test_a_worker_whose_torchrun_was_killed_ends(tmp_path):

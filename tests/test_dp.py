@@ -693,11 +693,11 @@ def test_dry_run_prints_the_plan_without_a_model(models, dataset, tmp_path, caps
     shown = capsys.readouterr().out
     for words in (
         "σ ",
-        "q = 8/40 = 0.2, 5 steps an epoch",
+        "q = 8/40 = 0.2, 5 steps per epoch",
         "after epoch 1",
         "after epoch 2: 7.9",
         "signal/noise at most",
-        "tensorboard: the losses and counts of single steps sent there are outside ε",
+        "tensorboard: the per-step losses and counts sent there are not covered by ε",
     ):
         assert words in shown, words
     # NeoX of width 32, 2 layers, r 4: A and B of 32→96, 32→32, 32→64, 64→32 and DoRA's 96 + 32 + 64 + 32, by hand
@@ -725,7 +725,7 @@ def test_suggestion_from_public_rows(models, dataset, tmp_path, capsys):
         (("--noise_multiplier", 1, "--logical_batch_size", 41), "only 40 privacy units"),
         (("--noise_multiplier", 1, "--target_delta", 0.025), "must be below 1/40"),
         (("--noise_multiplier", 1, "--dtype", "float16"), "--dtype float16"),
-        (("--noise_multiplier", 1, "-s", "reduce_lr_on_plateau", "--eval_rows", 2), "not with --dp"),
+        (("--noise_multiplier", 1, "-s", "reduce_lr_on_plateau", "--eval_rows", 2), "not supported with --dp"),
     ],
 )
 def test_bad_flags(models, dataset, tmp_path, flags, words):

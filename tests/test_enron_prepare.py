@@ -1078,7 +1078,7 @@ def test_as_a_user_runs_it(mails, tmp_path):
     assert "9  rows of 9 people" in done.stdout
     assert output.stat().st_mode & 0o777 == 0o600  # rows of people
     again = run_script(*words)
-    assert (again.returncode, again.stderr) == (0, "") and "finished already" in again.stdout
+    assert (again.returncode, again.stderr) == (0, "") and "already finished" in again.stdout
     again = run_script(*words, "--seed", 1)
     assert (again.returncode, again.stdout) == (2, "")
     assert again.stderr == f"--output {output}: exists; give --overwrite to replace it, or another name\n"

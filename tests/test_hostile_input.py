@@ -63,7 +63,7 @@ def test_line_separators_within_a_text(tmp_path):
 
 SECRET = "private-words"
 WRONG = {
-    "array": (with_line(4, f'["{SECRET}"]'), "r.jsonl:4: a JSON object was expected, not an array"),
+    "array": (with_line(4, f'["{SECRET}"]'), "r.jsonl:4: expected a JSON object, not an array"),
     "nan": (with_line(4, f'{{"text": "{SECRET}", "score": NaN}}'), "r.jsonl:4: not JSON (NaN is not JSON"),
     "infinity": (with_line(4, '{"text": "a", "score": 1e999}'), "r.jsonl:4: not JSON (a number too large"),
     "field twice": (with_line(4, f'{{"text": "{SECRET}", "text": "b"}}'), "r.jsonl:4: not JSON (the field 'text'"),
@@ -106,7 +106,7 @@ ODD_ROWS = [
     ({"row_id": "3"}, "row_id must be a whole number"), ({"row_id": 1 << 63}, "row_id must be a whole number"),
     ({"row_id": -1}, "row_id must be a whole number"), ({"prompt": 5}, "field 'prompt' must be text, not int"),
     ({"continuation": ["a"]}, "field 'continuation' must be text, not list"),
-    ({"text": "of another shape"}, "has the fields of another kind of rows (text, row 0: enron)"),
+    ({"text": "of another shape"}, "has the fields of another row type (text, row 0: enron)"),
 ]  # fmt: skip
 
 
@@ -137,9 +137,9 @@ MANIFESTS = [
     ('{"rows": true}', "rows: expected int, got bool"), ('{"split_start": -5}', "split_start: expected int >= 0"),
     ('{"rows": "30"}', "rows: expected int, got str"),
     ('{"rows": ' + "9" * 5000 + "}", "an integer of more than 4,300 digits"),
-    ("[" * 50_000, "nested more than 100 deep"), ("[]", "a JSON object was expected"),
-    ('{"tag": "../../elsewhere"}', "tag is no name"), ('{"tag": "' + "x" * 300 + '"}', "tag is no name"),
-    ('{"tag": "a\\u0000b"}', "tag is no name"), ('{"tag": 5}', "tag: expected str, got int"),
+    ("[" * 50_000, "nested more than 100 deep"), ("[]", "expected a JSON object"),
+    ('{"tag": "../../elsewhere"}', "tag is not a folder"), ('{"tag": "' + "x" * 300 + '"}', "tag is not a folder"),
+    ('{"tag": "a\\u0000b"}', "tag is not a folder"), ('{"tag": 5}', "tag: expected str, got int"),
     ('{"tag": "\\ud800"}', "half of a surrogate pair"),
     ('{"source": [{"path": 5}]}', "source[0].path: expected str, got int"),
     ('{"privacy": {"epsilon": "8"}}', "privacy.epsilon: expected float, got str"),
@@ -160,8 +160,8 @@ COLUMNS = [
     (["a", 5], "column 'note' has values of different types (int, str)"),
     ([5, "a"], "column 'note' has values of different types (int, str)"),
     ([["a"], {"a": 1}], "column 'note' has values of different types (dict, list)"),
-    ([1 << 64, 1 << 63], "column 'note' has whole numbers beyond 64 bits"),
-    ([{"a": 1}, {"b": 1}], "column 'note' would not be read back as it is"),
+    ([1 << 64, 1 << 63], "column 'note' has integers beyond 64 bits"),
+    ([{"a": 1}, {"b": 1}], "column 'note' would not be read back unchanged"),
     ([True, 1], "column 'note' has values of different types (bool, int)"),
 ]  # fmt: skip
 
@@ -192,7 +192,8 @@ def test_builders_of_arrow_files_refuse_a_mixed_column_first(script, models, tmp
     with pytest.raises(UserError) as error:
         main(words)
     assert error.value.problems == [
-        f"{path}: column 'note' has values of different types (int, str); Arrow columns have one: mend or remove it"
+        f"{path}: column 'note' has values of different types (int, str); "
+        "an Arrow column has one type: fix or remove it"
     ]
     assert [file.name for file in tmp_path.iterdir()] == ["r.jsonl"]
 

@@ -135,12 +135,12 @@ def test_save_dir(trained, models, tmp_path, capsys):
     merge(trained("neox", "dora"), tmp_path / "merged")
     assert (tmp_path / "merged" / "model.safetensors").read_bytes() != first
     other = write_rows(tmp_path / "thesis.jsonl", [{"text": "mine"}])
-    with pytest.raises(UserError, match="holds something else than an earlier merge"):
+    with pytest.raises(UserError, match="contains something other than an earlier merge"):
         merge(trained("neox", "lora"), tmp_path)
     assert read_lines(other) == [{"text": "mine"}]
     with pytest.raises(UserError) as error:
         merge(models["neox"], tmp_path)
-    assert len(error.value.problems) == 2 and "it is a full model already" in error.value.problems[1]
+    assert len(error.value.problems) == 2 and "it is already a full model" in error.value.problems[1]
 
 
 def test_base_guessed_from_the_path(trained, tmp_path, monkeypatch):
@@ -155,7 +155,7 @@ def test_base_guessed_from_the_path(trained, tmp_path, monkeypatch):
         shutil.copytree(trained("neox", "lora"), folder)
         config = json.loads((folder / "adapter_config.json").read_text())
         (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
-        with pytest.raises(UserError, match=f"base model {wanted}: not a model here or on the hub"):
+        with pytest.raises(UserError, match=f"base model {wanted}: not found locally or on the hub"):
             merge(folder, tmp_path / "merged", *flags)
 
 

@@ -556,13 +556,13 @@ def test_members_are_the_rows_that_were_trained_on(adapters, dataset, tmp_path, 
     overlap = trained(tmp_path / "overlap", adapter, dataset, 50)  # --allow_overlap
     members, others, _ = sets_of("overlap", "--model", overlap, "--members", dataset)
     assert (members, others) == (list(range(10, 60)), list(range(10)))
-    assert capsys.readouterr().err.count("was trained on another file") == 0
+    assert capsys.readouterr().err.count("was trained on a different file") == 0
     # another file, and a split that has changed since
     foreign = write_rows(tmp_path / "foreign.jsonl", make_rows(9, seed=5))
     elsewhere = trained(tmp_path / "elsewhere", adapter, foreign)
     members, others, record = sets_of("elsewhere", "--model", elsewhere, "--members", dataset)
     assert (members, others, record["members_trained"]) == (list(range(20, 60)), held, False)
-    assert capsys.readouterr().err.count(f"was trained on another file than --members {dataset}") == 1
+    assert capsys.readouterr().err.count(f"was trained on a different file than --members {dataset}") == 1
     changed = trained(tmp_path / "changed", adapter, dataset, n=39)
     assert sets_of("changed", "--model", changed, "--members", dataset)[2]["members_trained"] is None
     # rows that --eval_rows held out of a file without a head, on either side
@@ -876,7 +876,7 @@ def test_bad_input_is_reported_at_once(models, adapters, sets, tmp_path, monkeyp
         (["--model", model, *both, "--text_field", "body"], ["no row has the field 'body'"] * 2),
         (["--model", model, *both, "--attacks", "los", "min_k_15"], ["--attacks los", "--attacks min_k_15"]),
         (["--model", model, *both, "--attacks", "dc_pdd"], ["needs --freq_corpus"]),
-        (["--model", model, *both, "--freq_corpus", members], ["every row stands in one of the sets"]),
+        (["--model", model, *both, "--freq_corpus", members], ["every row is in one of the sets"]),
         (["--model", model, *both, "--prefix_file", all_members], ["every row has label 1"]),
         (["--model", model, *both, "--neighbor_model", model], ["not a masked language model"]),
         (["--model", model, *both, "--neighbor_model", tmp_path], ["--neighbor_model"]),
@@ -972,4 +972,6 @@ def test_members_that_training_cut_or_masked_are_counted(models, tmp_path, capsy
         assert attack(*words, "--bootstrap", 20, "--output_dir", tmp_path / f"out-{name}") == 0
         seen = read_lines(tmp_path / f"out-{name}" / "results_mia.jsonl")[0]["members_seen"]
         assert sum(seen.values()) == 12 and wanted.items() <= seen.items()
-        assert f"of 12 members, {seen['partly']} were trained on in part and 0 never" in capsys.readouterr().err
+        assert (
+            f"of 12 members, {seen['partly']} were only partly trained on and 0 not at all" in capsys.readouterr().err
+        )

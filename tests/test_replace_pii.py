@@ -349,7 +349,7 @@ def test_lines_that_are_no_rows_keep_their_places(tmp_path, capsys):
     assert replace_pii.main(["--input", str(source), "--output", str(output)]) == 0
     err = capsys.readouterr().err.splitlines()
     assert err[0].startswith(f"{source}: row 0: not JSON (") and err[1].startswith(
-        f"{source}: row 2: a JSON object was"
+        f"{source}: row 2: expected a JSON object"
     )
     assert (len(err), err[3]) == (4, "broken rows: … and 2 more")
     replaced, manifest = data_files.read_rows(output), data_files.read_manifest(output)
@@ -585,7 +585,7 @@ def test_as_a_user_runs_it(tmp_path):
     assert "leak check: no old full name, address or pair" in done.stdout
     assert len(data_files.read_rows(tmp_path / "replaced_data.arrow")) == 30
     again = run_script("data/replace_pii.py", "--input", source)
-    assert (again.returncode, again.stderr) == (0, "") and "finished already" in again.stdout
+    assert (again.returncode, again.stderr) == (0, "") and "already finished" in again.stdout
     again = run_script("data/replace_pii.py", "--input", source, "--seed", 1)
     assert (again.returncode, again.stdout) == (2, "")
     assert again.stderr.startswith(f"--output {tmp_path / 'replaced_data.arrow'}: exists; give --overwrite")

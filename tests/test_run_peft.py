@@ -249,7 +249,7 @@ def test_loss_on_completion(models, dataset, tmp_path):
     folder = train(tmp_path, models["neox"], dataset, "--loss_on", "completion", "-lr", "1e-3")
     assert checkpoints(folder)
     bare = write_rows(tmp_path / "bare.jsonl", [{"text": "no prompt part"}] * 5)
-    with pytest.raises(UserError, match=r"bare.jsonl: row 0 \(and 4 more\) has no prompt part"):
+    with pytest.raises(UserError, match=r"bare.jsonl: row 0 \(and 4 more\) has no prompt"):
         train(tmp_path, models["neox"], bare, "--loss_on", "completion")
 
 
@@ -331,7 +331,7 @@ def test_target_modules(models, dataset, tmp_path):
     everything = train(tmp_path / "all", models["llama"], dataset, "-lr", "1e-3")
     names = {name.split(".")[-3] for name in adapter(everything)}
     assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}  # no lm_head
-    with pytest.raises(UserError, match="--target_modules qproj: no such linear layer; there are down_proj"):
+    with pytest.raises(UserError, match="--target_modules qproj: no such linear layer; choose from down_proj"):
         train(tmp_path, models["llama"], dataset, "--target_modules", "qproj", "v_proj")
 
 
@@ -357,7 +357,7 @@ def test_mp_is_one_process(models, dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", "1")
-    with pytest.raises(UserError, match="runs as one process, not 2"):
+    with pytest.raises(UserError, match="runs as a single process, not 2"):
         train(tmp_path, models["neox"], dataset, "-dt", "mp")
 
 
@@ -435,7 +435,7 @@ def test_killed_run_resumes_bit_exactly(models, dataset, tmp_path, unbroken):
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 7, "lo')  # a write may have been cut
     with pytest.raises(
-        UserError, match=r"an unfinished run \(--resume\) with other arguments \(--epochs 3 there, 4 here\)"
+        UserError, match=r"an unfinished run \(--resume\) with different arguments \(--epochs 3 there, 4 here\)"
     ):
         train(tmp_path, models["neox"], dataset, *FLAGS, "-e", 4, "--resume")
     begun = (folder / "run.json").read_text()
@@ -520,7 +520,7 @@ def test_nan_loss_stops_the_run(models, dataset, tmp_path):
 def test_adapter_that_did_not_move_is_an_error(models, dataset, tmp_path, monkeypatch):
     """Trap 6: the loss was taken and the optimizer stepped, but what is saved is the initial adapter."""
     monkeypatch.setattr("torch.optim.SGD.step", lambda self, closure=None: None)
-    with pytest.raises(RuntimeError, match="the adapter is what it was before training, after 1 steps"):
+    with pytest.raises(RuntimeError, match="the adapter is unchanged after 1 steps"):
         train(tmp_path, models["neox"], dataset, "-lr", "0.1", "-gas", 10, *SGD)
 
 
@@ -579,7 +579,7 @@ def test_finished_run(models, dataset, tmp_path, capsys):
     with pytest.raises(UserError) as error:
         train(tmp_path, models["neox"], dataset, "-lr", "1e-3", "-e", 2, "--lora_alpha", 8)
     assert error.value.problems == [
-        f"{folder}: holds a finished run with other arguments (--epochs 1 there, 2 here; "
+        f"{folder}: has a finished run with different arguments (--epochs 1 there, 2 here; "
         "--lora_alpha 16 there, 8.0 here); set --run_name"
     ]
     changed = write_rows(tmp_path / "enron.jsonl", make_rows(60, seed=1))
@@ -591,7 +591,7 @@ def test_finished_run(models, dataset, tmp_path, capsys):
 def test_dry_run(models, dataset, tmp_path, capsys):
     train(tmp_path / "out", models["neox"], dataset, "--dry_run", "-e", 3, "--eval_rows", 4)
     said = capsys.readouterr().out
-    assert "40 rows to train on, 4 held out" in said and "5 an epoch × 3 epochs, global batch 8" in said
+    assert "40 training rows, 4 held out" in said and "5 per epoch × 3 epochs, global batch 8" in said
     assert str(tmp_path / "out" / "tiny-neox" / "enron-lora" / "0e+00_2e-06") in said
     assert not (tmp_path / "out").exists()
 
@@ -651,14 +651,17 @@ def test_every_problem_at_once(models, dataset, tmp_path, capsys):
         (["-opt", "adamw_bnb_8bit"], "--optimizer adamw_bnb_8bit: You need to install `bitsandbytes`"),
         (["-opt", "galore_adamw"], "--optimizer galore_adamw: replaces the training loop"),
         (["-s", "cosine_with_min_lr"], "--scheduler cosine_with_min_lr: One of min_lr"),
-        (["-s", "reduce_lr_on_plateau"], "--scheduler reduce_lr_on_plateau: follows the held-out loss"),
+        (["-s", "reduce_lr_on_plateau"], "--scheduler reduce_lr_on_plateau: depends on the held-out loss"),
         (["--scheduler_kwargs", "[1]"], "--scheduler_kwargs [1]: must be a JSON object"),
-        (["--run_name", "=1+1"], "--run_name '=1+1': letters, digits and . + = _ - only, no sign first"),
-        (["--run_name", "a\n"], r"--run_name 'a\n': letters"),
-        (["--run_name=-x"], "--run_name '-x': letters"),
+        (
+            ["--run_name", "=1+1"],
+            "--run_name '=1+1': use only letters, digits and . + = _ -, not starting with a sign",
+        ),
+        (["--run_name", "a\n"], r"--run_name 'a\n': use only letters"),
+        (["--run_name=-x"], "--run_name '-x': use only letters"),
         (["--train_rows", "61"], "--train_rows 61:"),
         (["--eval_rows", "21"], "--eval_rows 21: only 20 rows"),
-        (["--max_length", "1"], "no token is left to learn from"),
+        (["--max_length", "1"], "no tokens left to train on"),
         (["-dt", "fsdp", "-pt", "full", "--dtype", "float16"], "--dtype float16: full fine-tuning under fsdp"),
     ),
 )
@@ -712,7 +715,7 @@ def test_a_finished_run_of_a_base_that_has_changed_is_refused(models, dataset, t
     weights = load_file(base / "model.safetensors")
     name = next(name for name in weights if "embed" in name)
     save_file(weights | {name: weights[name] + 1}, base / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"a finished run with other arguments.*base's weights"):
+    with pytest.raises(UserError, match=r"a finished run with different arguments.*base's weights"):
         train(tmp_path, base, dataset, "-e", 1)
     checkpoint = str(checkpoints(folder)[-1])
     assert find_model(checkpoint, base_model=str(models["llama"]))  # the old weights, elsewhere

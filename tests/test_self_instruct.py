@@ -52,7 +52,7 @@ def test_seed_tasks_are_enough_varied_and_pass_their_own_filters():
     ("text", "words"),
     (
         ("{", "not JSON"),
-        ("{}", "a JSON array was expected"),
+        ("{}", "expected a JSON array"),
         ("[]", "0 whole tasks; at least 8 are needed"),
         (json.dumps([{"instruction": "x", "examples": [{"input": "", "output": 3}]}] * 8), "0 whole tasks"),
     ),

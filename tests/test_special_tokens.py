@@ -79,7 +79,7 @@ def test_special_tokens_in_texts_are_counted_and_said(models, tmp_path, capsys):
     texts = [row["text"] for row in rows]
     assert loading.special_tokens_in(tokenizer, texts) == {"<|endoftext|>": 2}
     data = write_rows(tmp_path / "rows.jsonl", rows)
-    note = "special tokens typed in the texts are read as such: <|endoftext|> in 2"
+    note = "special tokens typed in the texts are encoded as special tokens: <|endoftext|> in 2"
 
     words = ["-m", models["llama"], "-i", data, "--output_root", tmp_path, "--lora_r", 2, "-e", 1, "-lr", "1e-2"]
     assert run_peft.main([str(word) for word in words]) == 0

@@ -53,10 +53,10 @@ def test_chat_rows_in_a_list(tmp_path):
 
 
 BROKEN = [
-    ("rows.csv", "a,a\n1,2\n", r"rows\.csv:1: the header names a column twice"),
+    ("rows.csv", "a,a\n1,2\n", r"rows\.csv:1: the header has a duplicate or unnamed column"),
     ("rows.csv", "a,b\n1,2\n3\n", r"rows\.csv:3: 1 fields, the header has 2"),
     ("rows.csv", 'a,b\n1,"2\n', r"rows\.csv:2: not a table"),
-    ("rows.csv", "a,b\n1,\0\n", "has a NUL character"),
+    ("rows.csv", "a,b\n1,\0\n", "contains a NUL character"),
     ("rows.tsv", "", "the file has no rows"),
     ("rows.json", '[{"text": "a"}, 7]', "item 1 is a int, not an object"),
     ("rows.json", '[{"text": "a"}', r"not a JSON list"),

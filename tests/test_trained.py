@@ -168,7 +168,7 @@ def test_hashes_are_plain_without_dp_and_salted_with_it(models, dataset, tmp_pat
     (folders[1] / trained.FILE).unlink()  # as it is where the folder was published
     assert trained.read(folders[1] / "checkpoint-5") is None
     assert trained.trained_on(folders[1] / "checkpoint-5", digest) is None
-    with pytest.raises(UserError, match=r"has lost its trained_rows\.jsonl"):
+    with pytest.raises(UserError, match=r"its trained_rows\.jsonl is missing"):
         train(tmp_path / "two", models["neox"], dataset, *dp)
 
 
@@ -192,7 +192,7 @@ def state_of(folder, models, dataset, tmp_path, *flags):
 
 
 @pytest.mark.parametrize(("damage", "said"), [
-    (lambda text: text[:-20], "is not the list that run.json describes"),
+    (lambda text: text[:-20], "does not match run.json"),
     (lambda text: "", "damaged"), (lambda text: "[]\n", "damaged"), (lambda text: "{}\n", "no field 'schema'"),
     (lambda text: text.replace('"cut": false', '"cut": 0', 1), "row 0: cut: expected bool, got int"),
     (lambda text: text.replace('"kept": [', '"kept": [0, ', 1), "kept is neither"),
@@ -205,7 +205,7 @@ def test_a_damaged_list_is_one_line(damage, said, tmp_path):
     block = trained.write(tmp_path, trained.TrainedRows("", "all", 64, (row,)), 0, 0)
     checkpoint = tmp_path / "checkpoint-1"
     assert trained.read(checkpoint).rows == (row,)
-    if "describes" in said:
+    if "does not match" in said:
         results.write_json(tmp_path / "run.json", {"trained": block, "inputs": [], "args": {}})
         assert trained.read(checkpoint).rows == (row,)
     file = tmp_path / trained.FILE
@@ -379,7 +379,7 @@ def test_a_model_that_has_hardly_moved_is_told_where_it_is_measured(flags, model
         ):
             capsys.readouterr()
             assert script.main([str(word) for word in words]) == 0
-            assert capsys.readouterr().out.count("is below 0.0001; what it shows is the base") == told, script
+            assert capsys.readouterr().out.count("is below 0.0001; its results are those of the base") == told, script
 
 
 @pytest.mark.parametrize("rank", [4, 16])

@@ -12,15 +12,15 @@ from common.models import extra_start
 if TYPE_CHECKING:
     import torch
 
-CALL_COST = 256  # what a forward and backward call costs beside its tokens, in tokens: cut() weighs padding against it
+CALL_COST = 256  # overhead of a forward and backward call, in tokens: cut() trades it off against padding
 
 
 @dataclass(frozen=True)
 class Row:
-    """Token ids of one row and which of them are labels, i.e. predicted (never position 0).
+    """Token ids of one row, and which of them are labels, i.e. predicted (never position 0).
 
-    spans: [from, to) of positions, in order; kept: [from, to) of the row text's characters that the labels of each span
-    spell; n_cut: text tokens beyond the maximum.
+    spans: [from, to) of label positions, in order; kept: [from, to) of the row text's characters covered by each span's
+    labels; n_cut: number of truncated text tokens.
     """
 
     ids: list[int]
@@ -34,14 +34,14 @@ class Row:
 
 
 def whole_row(ids: list[int]) -> Row:
-    """A row of which every token but the first is predicted."""
+    """A row in which every token except the first is predicted."""
     return Row(ids, ((1, len(ids)),) if len(ids) > 1 else ())
 
 
 def encode(rendered: Sequence[Rendered], tokenizer: Any, max_length: int, loss_on: str = "all") -> list[Row]:
-    """Tokenise whole texts; EOS ends every row that is not cut at `max_length` tokens, once.
+    """Tokenise whole texts; every row not truncated at `max_length` tokens ends with exactly one EOS.
 
-    Not a text that a chat template has made: it ends as the template ends it.
+    Except texts rendered by a chat template, which end as the template says.
     """
     if not rendered:
         return []
@@ -70,16 +70,16 @@ def encode(rendered: Sequence[Rendered], tokenizer: Any, max_length: int, loss_o
 
 
 def label_positions(places: list[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
-    """[from, to) of the tokens that spell a character of text[start:end], given every token's characters."""
+    """[from, to) of the tokens that overlap text[start:end], given each token's character offsets."""
     first = next((number for number, (_, stop) in enumerate(places) if stop > start), len(places))
     last = next((number for number, (begin, _) in enumerate(places[first:], first) if begin >= end), len(places))
     return first, last
 
 
 def label_span(spans: list[tuple[int, int]], first: int, end: int) -> tuple[int, int]:
-    """[from, to) of the characters spelled by the tokens first … end - 1 alone, given every token's characters.
+    """[from, to) of the characters covered by tokens first … end - 1 alone, given each token's character offsets.
 
-    A character whose bytes are spread over tokens inside and outside counts as outside. (0, 0) where there is none.
+    A character whose bytes are split between tokens inside and outside counts as outside. (0, 0) if there is none.
     """
     inside = [span for span in spans[first:end] if span[0] < span[1]]  # special tokens have no characters
     if not inside:
@@ -114,9 +114,9 @@ def epoch_batches(n: int, global_batch: int, seed: int, epoch: int) -> list[list
 
 
 def cut(lengths: list[int], most: int) -> list[list[int]]:
-    """Cut items into micro-batches of at most `most` with the least padded tokens + CALL_COST a micro-batch.
+    """Split items into micro-batches of at most `most`, minimising padded tokens + CALL_COST per micro-batch.
 
-    Returns positions in `lengths`, longest first. Exact: items sorted by length, dynamic programming over the cuts.
+    Returns positions in `lengths`, longest first. Exact: items are sorted by length, then dynamic programming.
     """
     order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
     cost, size_before = [0.0], [0]
@@ -136,7 +136,7 @@ def cut(lengths: list[int], most: int) -> list[list[int]]:
 
 
 def deal(costs: Sequence[float], ranks: int) -> list[list[int | None]]:
-    """Micro-batches (by position) for each rank, dearest first to the least loaded; None fills up to equal counts."""
+    """Micro-batches (by position) for each rank: greedy assignment, most expensive first (LPT), padded with None."""
     hands: list[list[int]] = [[] for _ in range(ranks)]
     load = [0.0] * ranks
     for place in sorted(range(len(costs)), key=lambda place: (-costs[place], place)):
@@ -161,8 +161,8 @@ def unit_batches(
     """Whole privacy units for each rank, and the number of passes that every rank makes (the rest are dummies).
 
     units[u] are the rows of unit u. A rank's item is (number of its units, passes); a pass is (rows, owners) with at
-    most `most` rows, row i belonging to the item's unit owners[i]. A unit lies in one item; only one that has more than
-    `most` rows takes several passes, and has the item to itself.
+    most `most` rows, where row i belongs to the item's unit owners[i]. A unit is never split between items; a unit with
+    more than `most` rows takes several passes in an item of its own.
     """
     if all(len(unit) == 1 for unit in units):
         groups = cut([lengths[row] for (row,) in units], most)
@@ -188,13 +188,13 @@ def unit_batches(
 def collate(
     sequences: list[list[Row]], pad: int, packed: bool = False, additive: bool = False
 ) -> "dict[str, torch.Tensor]":
-    """Model inputs of a micro-batch, each sequence one row or (`packed`) several; padded on the right.
+    """Model inputs of a micro-batch; each sequence is one row or (`packed`) several, right-padded.
 
     Returns input_ids (B, T), logits_to_keep (B, T) bool — the positions that predict a label — and their targets (K,),
-    in row-major order. Padding is on the right and the models are causal, so no real token sees it and no mask is
-    needed; which positions count is known from the lengths, never from the pad id. `packed` adds position_ids that
-    start again with every row, and attention_mask (B, 1, T, T) that keeps attention inside a row (bool; `additive`:
-    0 or the lowest float, for eager attention).
+    in row-major order. The models are causal, so no real token sees the right padding and no mask is needed; valid
+    positions are known from the lengths, never from the pad id. `packed` adds position_ids that restart with every row,
+    and attention_mask (B, 1, T, T) that keeps attention within a row (bool; `additive`: 0 or the lowest float, for
+    eager attention).
     """
     import torch
 

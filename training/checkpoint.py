@@ -1,4 +1,4 @@
-"""Checkpoints: the training state of a run, what others load of it, and its files on disk."""
+"""Checkpoints: a run's training state, the published adapter or model, and their files on disk."""
 
 import copy
 import json
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def weights(trainer: "Trainer") -> "dict[str, torch.Tensor]":
-    """The trainable parameters, whole, on the CPU, by name (empty on other ranks than 0 where they are sharded)."""
+    """The unsharded trainable parameters on the CPU, by name (if sharded: empty on ranks other than 0)."""
     if trainer.sharded:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -31,7 +31,7 @@ def weights(trainer: "Trainer") -> "dict[str, torch.Tensor]":
 
 
 def optimizer_state(trainer: "Trainer") -> dict[str, Any]:
-    """The optimizer's state_dict, whole (empty on other ranks than 0 where it is sharded)."""
+    """The optimizer's unsharded state_dict (if sharded: empty on ranks other than 0)."""
     if trainer.sharded:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
@@ -41,7 +41,7 @@ def optimizer_state(trainer: "Trainer") -> dict[str, Any]:
 
 
 def save(trainer: "Trainer", folder: Path) -> None:
-    """Write a checkpoint with the training state: complete or not at all; older training states are dropped."""
+    """Write a checkpoint with the training state, atomically; older training states are deleted."""
     state = {"count": trainer.count, "weights": weights(trainer), "optimizer": optimizer_state(trainer)}
     if trainer.world.main:
         scheduler, scaler = trainer.scheduler.state_dict(), trainer.scaler.state_dict()
@@ -50,7 +50,7 @@ def save(trainer: "Trainer", folder: Path) -> None:
 
 
 def publish(trainer: "Trainer", folder: Path, weights: "dict[str, torch.Tensor]") -> None:
-    """What others load: a PEFT adapter for the original base, or a whole model; the tokenizer beside it."""
+    """Write what users load: a PEFT adapter for the original base, or a full model, with the tokenizer."""
     trainer.plan.tokenizer.save_pretrained(folder)
     if trainer.full:
         cast("PreTrainedModel", trainer.model).save_pretrained(folder, state_dict=weights)
@@ -64,21 +64,21 @@ def publish(trainer: "Trainer", folder: Path, weights: "dict[str, torch.Tensor]"
 
 
 def restore(trainer: "Trainer", folder: Path) -> None:
-    """Continue from the training state in `folder`. UserError when it is damaged or of another run."""
+    """Restore the training state in `folder`. UserError if it is damaged or from another run."""
     state = read_state(folder)
     try:
         load_state(trainer, state)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         reason = (str(error).splitlines() or [repr(error)])[0]
         raise UserError(
-            f"{folder / 'training_state.pt'}: is not this run's ({reason}); start over without --resume"
+            f"{folder / 'training_state.pt'}: belongs to another run ({reason}); start over without --resume"
         ) from None
     trainer.count = state["count"]
     trainer.after_restore(state)
 
 
 def load_state(trainer: "Trainer", state: dict[str, Any]) -> None:
-    """Fill the trainer from a training state. ValueError, or what torch raises, where it is of another run."""
+    """Load a training state into the trainer. ValueError, or a torch error, if it is from another run."""
     if trainer.sharded:
         from torch.distributed.checkpoint.state_dict import (
             StateDictOptions,
@@ -108,19 +108,19 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def saved_states(folder: Path) -> list[Path]:
-    """Directories of a run that hold a training state, the newest last."""
+    """Directories of a run that contain a training state, newest last."""
     found = [*checkpoints(folder), folder / "interrupted", folder / "private"]
     return [path for path in found if (path / "training_state.pt").is_file()]
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The training state in `folder`; UserError when it is damaged or another thing."""
+    """The training state in `folder`; UserError if it is damaged or something else."""
     import torch
 
     file, kinds = folder / "training_state.pt", dict.fromkeys(("count", "weights", "optimizer", "scheduler"), dict)
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a damaged pickle raises has no common class
+    except Exception as error:  # the errors of a damaged pickle have no common class
         reason = (str(error).splitlines() or [repr(error)])[0]
         raise UserError(f"{file}: damaged ({reason}); start over without --resume") from None
     usable = isinstance(state, dict) and all(isinstance(state.get(key), kind) for key, kind in kinds.items())
@@ -130,18 +130,18 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def clean(folder: Path, everything: bool) -> None:
-    """Remove what a killed run left half-written; with `everything` the whole unfinished run."""
+    """Remove incomplete files of a killed run; with `everything`, the whole unfinished run."""
     for rest in [*folder.glob(".*.tmp"), *folder.glob(".*.old")]:
         shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
     if everything:
-        (folder / "run.json").unlink(missing_ok=True)  # first: what is left of a run without it is never resumed
+        (folder / "run.json").unlink(missing_ok=True)  # first: without it, the remains are never resumed
         for old in [*checkpoints(folder), folder / "interrupted", folder / "private", folder / "initial_adapter"]:
             shutil.rmtree(old, ignore_errors=True)
         (folder / "metrics.jsonl").unlink(missing_ok=True)
 
 
 def keep_metrics(file: Path, step: int) -> None:
-    """Drop the lines of metrics.jsonl after `step`, and a line that a killed run left half-written."""
+    """Drop the lines of metrics.jsonl after `step`, and an incomplete last line of a killed run."""
     if not file.is_file():
         return
     whole, newline, _ = file.read_text(encoding="utf-8", errors="replace").rpartition("\n")
@@ -149,7 +149,7 @@ def keep_metrics(file: Path, step: int) -> None:
 
 
 def metrics_lines(file: Path, text: str) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl; UserError for a damaged one."""
+    """The complete lines of a metrics.jsonl; UserError for a damaged one."""
     lines = []
     for number, line in enumerate(text.splitlines(), 1):
         try:
@@ -162,10 +162,10 @@ def metrics_lines(file: Path, text: str) -> list[dict[str, Any]]:
 
 
 def check_resumable(folder: Path) -> None:
-    """UserError when the files that --resume reads are damaged; before a model is loaded or anything is written."""
+    """UserError if files that --resume reads are damaged; called before a model is loaded or anything is written."""
     problems, file = Problems(), folder / "metrics.jsonl"
     if file.is_file():
-        text = file.read_bytes().rpartition(b"\n")[0]  # the last line may have been cut by a kill
+        text = file.read_bytes().rpartition(b"\n")[0]  # a kill may have truncated the last line
         try:
             problems.absorb(metrics_lines, file, text.decode())
         except UnicodeDecodeError as error:

@@ -1,15 +1,15 @@
-"""The configuration of a training run: what the flags of run_peft.py fill."""
+"""The configuration of a training run, filled by the flags of run_peft.py."""
 
 from dataclasses import dataclass
 
 from common.cli import ModelConfig
 
-SEED = 3407  # without --dp; with it the operating system's entropy
+SEED = 3407  # without --dp, which uses the operating system's entropy
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """The adapter: rank r (a layer with a smaller side gets that side), scale alpha / r."""
+    """The adapter: rank r (capped at a layer's smaller dimension), scale alpha / r."""
 
     peft_type: str = "lora"
     lora_r: int = 64
@@ -20,7 +20,7 @@ class AdapterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DPConfig:
-    """DP-SGD. Exactly one of target_epsilon and noise_multiplier is given with `dp`."""
+    """DP-SGD. With `dp`, exactly one of target_epsilon and noise_multiplier is set."""
 
     dp: bool = False
     target_epsilon: float | None = None
@@ -36,7 +36,7 @@ class DPConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(AdapterConfig, DPConfig, ModelConfig):
-    """Every flag of run_peft.py, as run.json keeps them."""
+    """Every flag of run_peft.py, as recorded in run.json."""
 
     model: str = "EleutherAI/pythia-1.4b"
     input: str = "./data/enron.jsonl"
@@ -65,4 +65,4 @@ class TrainConfig(AdapterConfig, DPConfig, ModelConfig):
     packing: bool = False
     resume: bool = False
     report_to: str = "none"
-    seed: int | None = None  # type: ignore[assignment]  # other scripts have no run without a seed
+    seed: int | None = None  # type: ignore[assignment]  # in other scripts the seed is never None

@@ -1,8 +1,8 @@
-"""Differentially private training: Poisson draws, per-example gradients, clipping, noise, and the ε they spend.
+"""Differentially private training: Poisson sampling, per-example gradients, clipping, noise, and the ε they spend.
 
-One step (DP-SGD, Abadi et al. 2016): every privacy unit is drawn with probability q, its gradient g is clipped to
+One step (DP-SGD, Abadi et al. 2016): every privacy unit is sampled with probability q, its gradient g is clipped to
 g·min(1, C/‖g‖) over all trainable parameters together, the clipped gradients are summed, N(0, (σC)²) is added once, and
-the sum is divided by the expected number of units, never by the drawn one. Adjacency: add or remove one unit.
+the sum is divided by the expected number of units, never the actual one. Adjacency: add or remove one unit.
 
 Import this module inside functions: it needs torch.
 """
@@ -24,13 +24,12 @@ if TYPE_CHECKING:
     from peft.tuners.lora.dora import DoraLinearLayer
     from transformers.pytorch_utils import Conv1D
 
-PRV_ERROR = 0.01  # the PRV accountant's ε is an upper bound that lies at most about this above the true value
-LARGEST_PRV = 500  # RDP's ε above which exp() of a privacy loss overflows in the PRV accountant
-SLOW_STEPS = 5000  # from here on the exact PRV takes seconds
-SLACK = 1e-6  # a clipped norm stays below C in spite of float32's rounding
+PRV_ERROR = 0.01  # the PRV accountant's ε is an upper bound, at most about this much above the true value
+LARGEST_PRV = 500  # if RDP's ε is above this, exp() of a privacy loss overflows in the PRV accountant
+SLOW_STEPS = 5000  # from here on, exact PRV accounting takes seconds
+SLACK = 1e-6  # keeps a clipped norm below C despite float32 rounding
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The accountant
 
 
@@ -55,11 +54,11 @@ def epsilon(
     accountant: str = "prv",
     error: float = PRV_ERROR,
 ) -> float:
-    """ε at `delta` of `steps` Poisson-subsampled Gaussian mechanisms; an upper bound; inf without noise.
+    """Upper bound on ε at `delta` for `steps` Poisson-subsampled Gaussian mechanisms; inf without noise.
 
-    accountant 'prv': Gopi, Lee and Wutschitz 2021, to `error` (a fiftieth of a small ε, 1/2000 of a large one); 'rdp':
-    Mironov, Talwar and Zhang 2019, immediate. Both from Opacus. noise_multiplier σ: noise deviation / clipping norm.
-    Where PRV's floating point gives out (ε in the hundreds, where it would be too low, or a tiny δ) it is RDP's ε.
+    accountant 'prv': Gopi, Lee and Wutschitz 2021, to within `error` (1/50 of a small ε, 1/2000 of a large one); 'rdp':
+    Mironov, Talwar and Zhang 2019, instant. Both from Opacus. noise_multiplier σ: noise std / clipping norm. Where PRV
+    runs into floating-point limits (ε in the hundreds, where it would be too low, or a tiny δ), RDP's ε is used.
     """
     if steps == 0:
         return 0.0
@@ -75,7 +74,7 @@ def epsilon(
 
     prv = PRVAccountant()
     prv.history = [(noise_multiplier, sample_rate, steps)]
-    with np.errstate(divide="ignore", invalid="ignore"):  # log of a region that its own np.where leaves out (q = 1)
+    with np.errstate(divide="ignore", invalid="ignore"):  # log in a region that np.where discards (q = 1)
         try:
             found = float(prv.get_epsilon(delta=delta, eps_error=max(min(error, max(rdp, 0.01) / 50), rdp / 2000)))
         except (ValueError, RuntimeError):
@@ -84,9 +83,9 @@ def epsilon(
 
 
 def noise_multiplier(target: float, sample_rate: float, steps: int, delta: float, accountant: str = "prv") -> float:
-    """The smallest σ (four digits, rounded up) whose ε is at most `target`, checked with the accountant itself.
+    """The smallest σ (four digits, rounded up) whose ε is at most `target`, verified with the accountant itself.
 
-    The RDP accountant's σ is where the search starts; where the exact PRV is slow a coarse one comes first.
+    The search starts at the RDP accountant's σ; if exact PRV is slow, a coarse PRV search comes first.
     """
 
     def spent(sigma: float, kind: str = accountant, error: float = PRV_ERROR) -> float:
@@ -95,7 +94,7 @@ def noise_multiplier(target: float, sample_rate: float, steps: int, delta: float
     def root(
         low: float, high: float, tolerance: float, kind: str = accountant, error: float = PRV_ERROR, bias: float = 0.0
     ) -> float:
-        """σ with spent(σ) − bias = target, between spent(low) ≥ target ≥ spent(high); nearly a line on a log scale."""
+        """σ with spent(σ) − bias = target, bracketed by low and high; nearly linear on a log-log scale."""
         while spent(low, kind, error) - bias < target:
             low /= 2
         while spent(high, kind, error) - bias > target:
@@ -120,7 +119,6 @@ def noise_multiplier(target: float, sample_rate: float, steps: int, delta: float
     return sigma
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Randomness: everything hangs on one secret, a purpose and the step, so a resumed run repeats its own draws
 
 
@@ -136,15 +134,15 @@ def uniforms(secret: bytes, purpose: str, step: int, n: int) -> np.ndarray:
 
 
 def poisson_draw(secret: bytes, step: int, n: int, sample_rate: float) -> list[int]:
-    """The units of 0 … n-1 in step `step`: each independently with probability `sample_rate`; may be empty."""
+    """The units of 0 … n-1 sampled in step `step`, each independently with probability `sample_rate`; may be empty."""
     return np.flatnonzero(uniforms(secret, "draw", step, n) < sample_rate).tolist()
 
 
 def gaussian(secret: bytes, step: int, shapes: Sequence[tuple[int, ...]], secure: bool) -> list[np.ndarray]:
     """Standard normal float32 arrays of the given shapes for one step.
 
-    secure: from the cryptographic stream by the inverse distribution function, four draws summed and halved, so that
-    no single float reveals another (Holohan and Braghin 2021). Otherwise Philox with a 128-bit key from the stream.
+    secure: from the cryptographic stream by inverse transform, summing and halving four draws, so that no single float
+    reveals another (Holohan and Braghin 2021). Otherwise Philox with a 128-bit key from the stream.
     """
     sizes = [math.prod(shape) for shape in shapes]
     if secure:
@@ -157,12 +155,11 @@ def gaussian(secret: bytes, step: int, shapes: Sequence[tuple[int, ...]], secure
     return [flat[end - size : end].reshape(shape) for size, end, shape in zip(sizes, ends, shapes)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Per-example gradients
 
 
 class _Linear(torch.autograd.Function):
-    """y = x Wᵀ (y of the autocast type); backward hands each unit's ∂W to the collector instead of to autograd."""
+    """y = x Wᵀ (y in the autocast dtype); backward passes each unit's ∂W to the collector instead of autograd."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, collector: "PerExample", name: str) -> torch.Tensor:
@@ -184,7 +181,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _Scale(torch.autograd.Function):
-    """y = v · m along the last dimension; backward hands each unit's ∂m to the collector."""
+    """y = v · m along the last dimension; backward passes each unit's ∂m to the collector."""
 
     @staticmethod
     def forward(ctx: Any, v: torch.Tensor, magnitude: torch.Tensor, collector: "PerExample", name: str) -> torch.Tensor:
@@ -210,13 +207,13 @@ _scale: Callable[..., torch.Tensor] = _Scale.apply
 class PerExample:
     """Collects the gradient of every privacy unit for the LoRA matrices and DoRA magnitudes of a PEFT model.
 
-    The layers' forward is replaced where a trainable parameter is used (the values stay the same), so any attention,
-    dropout and non-reentrant checkpointing works. A model flattened to (rows · tokens, width) is as good as (rows,
-    tokens, width): the rows of a pass are known. ValueError names a trainable parameter without a per-example rule.
+    The forward of every layer with a trainable parameter is replaced (with the same values), so any attention, dropout
+    and non-reentrant checkpointing works. Activations may be (rows, tokens, width) or flattened to (rows · tokens,
+    width): the rows of a pass are known. ValueError names a trainable parameter without a per-example rule.
 
         examples = PerExample(model)
         examples.begin(units=3)
-        for rows, owners in passes:            # a unit's rows may lie in several passes
+        for rows, owners in passes:            # a unit's rows may be in several passes
             with examples.of(owners):          # owners[i]: the unit of row i
                 loss_summed_over_rows.backward()
         norms = examples.clip_into(total, max_norm)
@@ -225,7 +222,7 @@ class PerExample:
     def __init__(self, model: torch.nn.Module) -> None:
         self.named = {name: item for name, item in model.named_parameters() if item.requires_grad}
         self.units = 0
-        self.owners: list[int] | None = None  # of the rows of the pass under way
+        self.owners: list[int] | None = None  # of the rows of the current pass
         self.gradients: dict[str, torch.Tensor] = {}  # name → (units, *shape), float32
         self.replaced: list[tuple[torch.nn.Module, Callable[..., torch.Tensor]]] = []
         ruled = self._replace(model)
@@ -258,7 +255,7 @@ class PerExample:
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
-        """The layers as they were: gradients go to .grad."""
+        """Restore the original layers: gradients go to .grad."""
         for module, _ in self.replaced:
             del module.forward
         try:
@@ -303,7 +300,7 @@ class PerExample:
         return forward
 
     def begin(self, units: int) -> None:
-        """Forget what was collected; the next passes belong to units 0 … units-1."""
+        """Discard collected gradients; the next passes belong to units 0 … units-1."""
         self.units, self.gradients = units, {}
 
     @contextlib.contextmanager
@@ -316,7 +313,7 @@ class PerExample:
             self.owners = None
 
     def add(self, name: str, rows: torch.Tensor) -> None:
-        """Add the gradients (rows, *shape) of one layer and pass to their units'."""
+        """Add the gradients (rows, *shape) of one layer and pass to those of their units."""
         rows = rows.float()
         if self.owners == list(range(self.units)):
             self.gradients[name] = self.gradients[name] + rows if name in self.gradients else rows
@@ -346,17 +343,16 @@ class PerExample:
 
 
 def row_norms(gradient: torch.Tensor) -> torch.Tensor:
-    """(rows,) float64 norms of (rows, …) float32; one float32 sum over a million squares would fall short of it."""
+    """(rows,) float64 norms of (rows, …) float32; a float32 sum over a million squares would underestimate them."""
     if gradient.dim() > 2:
         gradient = torch.linalg.vector_norm(gradient, dim=-1)
     norms: torch.Tensor = torch.linalg.vector_norm(gradient.double().flatten(1), dim=1)
     return norms
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # What is written down
 
 
 def signal_to_noise(logical_batch: float, noise_multiplier: float, n_parameters: int) -> float:
-    """Upper bound of ‖Σ clipped gradients‖ / E‖noise‖ in an expected step: L·C against σ·C·√P."""
+    """Upper bound on ‖Σ clipped gradients‖ / E‖noise‖ in an average step: L·C over σ·C·√P."""
     return math.inf if noise_multiplier == 0 else logical_batch / (noise_multiplier * math.sqrt(n_parameters))

@@ -1,4 +1,4 @@
-"""What a DP run is to spend, known before a model is loaded."""
+"""The privacy budget of a DP run, determined before a model is loaded."""
 
 import math
 import os
@@ -14,8 +14,8 @@ from training.config import TrainConfig
 DP_FLAGS = ("target_epsilon", "noise_multiplier", "target_delta", "logical_batch_size")  # None unless given
 NEITHER_OR_BOTH = "--dp: give exactly one of --target_epsilon and --noise_multiplier"
 ENOUGH_UNITS = 256  # below this expected batch the noise drowns the signal at any useful ε
-MOST_LINES = 10  # of ε after an epoch, in the plan
-# Everything that a run directory tells of the data beside the noisy weights. The input's hash in run.json is salted.
+MOST_LINES = 10  # lines with ε after an epoch in the plan
+# Everything in a run directory, besides the noisy weights, that depends on the data. run.json's input hash is salted.
 OUTSIDE = (
     "run.json: num_units, num_records, rows_left_out, sample_rate and delta where they follow from num_units, steps, "
     "checkpoint numbers, rows, tokens, trained, eval_losses, seconds, start, end, tokens_per_second, peak_memory; "
@@ -25,7 +25,7 @@ OUTSIDE = (
 
 
 def check_flags(config: TrainConfig, metric_schedulers: tuple[str, ...], problems: cli.Problems) -> bool:
-    """Add every problem with the DP flags that the arguments alone show; True when there is none."""
+    """Add every problem with the DP flags that shows in the arguments alone; True if there is none."""
     before = len(problems.lines)
     if not config.dp:
         given = [f"--{name}" for name in DP_FLAGS if getattr(config, name) is not None]
@@ -37,17 +37,17 @@ def check_flags(config: TrainConfig, metric_schedulers: tuple[str, ...], problem
         problems.add(NEITHER_OR_BOTH)
     for name in ("target_epsilon", "noise_multiplier"):
         if getattr(config, name) == math.inf:
-            problems.add(f"--{name} inf: must be finite; no noise is --noise_multiplier 0")
+            problems.add(f"--{name} inf: must be finite; for no noise use --noise_multiplier 0")
     if config.max_grad_norm == math.inf and config.noise_multiplier != 0:
-        problems.add("--max_grad_norm inf: noise needs a finite bound; only --noise_multiplier 0 goes without")
+        problems.add("--max_grad_norm inf: noise needs a finite bound; inf works only with --noise_multiplier 0")
     if config.peft_type == "full":
         problems.add("--peft_type full: has no per-example rule under --dp; train an adapter")
     if config.packing:
-        problems.add("--packing: mixes records in one sequence; not with --dp")
+        problems.add("--packing: mixes records in one sequence; not supported with --dp")
     if config.scheduler in metric_schedulers:
-        problems.add(f"--scheduler {config.scheduler}: follows a loss that is not private; not with --dp")
+        problems.add(f"--scheduler {config.scheduler}: depends on a loss that is not private; not supported with --dp")
     if config.dtype == "float16":
-        problems.add("--dtype float16: needs loss scaling, which --dp has not; use bfloat16 or float32")
+        problems.add("--dtype float16: needs loss scaling, which --dp does not have; use bfloat16 or float32")
     return len(problems.lines) == before
 
 
@@ -80,14 +80,14 @@ class Privacy:
         return dp.epsilon(self.noise_multiplier, self.sample_rate, steps, self.delta, accountant)
 
     def differences(self, block: dict[str, Any]) -> list[str]:
-        """What of an unfinished run's `privacy` block this plan would change: its steps were accounted with that."""
+        """Differences from an unfinished run's `privacy` block, which its steps were accounted with."""
         now = self.block(0)
         kept = [key for key in now if key not in ("private", "epsilon", "epsilon_rdp", "steps", "outside_epsilon")]
         now = cli.plain(now)
         return [f"{key} {block.get(key)} there, {now[key]} here" for key in kept if block.get(key) != now[key]]
 
     def block(self, steps: int) -> dict[str, Any]:
-        """The `privacy` block after `steps` steps. epsilon is None where there is none (no noise)."""
+        """The `privacy` block after `steps` steps. epsilon is None without noise."""
         spent = {name: self.epsilon(steps, name) for name in ("prv", "rdp")}
         finite = {name: value if math.isfinite(value) else None for name, value in spent.items()}
         return {
@@ -114,7 +114,7 @@ class Privacy:
 
 
 def make_privacy(config: TrainConfig, path: Path, rows: list[dict[str, Any]], train: list[int]) -> Privacy:
-    """The plan of a DP run over rows[train]; chooses σ for --target_epsilon. UserError names what cannot be."""
+    """The plan of a DP run over rows[train]; chooses σ for --target_epsilon. UserError if that is impossible."""
     units, left_out = [[place] for place in range(len(train))], 0
     if config.privacy_unit == "user":
         names = [dataset.user_of(rows[index]) for index in train]
@@ -150,7 +150,7 @@ def make_privacy(config: TrainConfig, path: Path, rows: list[dict[str, Any]], tr
 
 
 def chosen_noise(config: TrainConfig, logical_batch: int, n_units: int, delta: float) -> float:
-    """σ: --noise_multiplier, or what --target_epsilon needs over all epochs. UserError where no σ reaches that."""
+    """σ: --noise_multiplier, or what --target_epsilon needs over all epochs. UserError if no σ achieves it."""
     if config.noise_multiplier is not None:
         return config.noise_multiplier
     if config.target_epsilon is None:
@@ -160,7 +160,7 @@ def chosen_noise(config: TrainConfig, logical_batch: int, n_units: int, delta: f
     steps = math.ceil(n_units / logical_batch) * config.epochs
     target = f"{config.target_epsilon:g}"
     if steps > dp.SLOW_STEPS and config.accountant == "prv" and int(os.environ.get("RANK", 0)) == 0:
-        print(f"searching the noise for ε {target} in {steps} steps (up to a minute)", file=sys.stderr)
+        print(f"searching for the noise that gives ε {target} in {steps} steps (up to a minute)", file=sys.stderr)
     try:
         return dp.noise_multiplier(config.target_epsilon, logical_batch / n_units, steps, delta, config.accountant)
     except ValueError as error:
@@ -168,7 +168,7 @@ def chosen_noise(config: TrainConfig, logical_batch: int, n_units: int, delta: f
 
 
 def describe(privacy: Privacy, epochs: int, n_parameters: int) -> list[str]:
-    """The plan in words: σ, q, steps, ε after each epoch, expected signal-to-noise, hints."""
+    """The plan as text: σ, q, steps, ε after each epoch, expected signal-to-noise ratio, hints."""
     from training import dp
 
     n, steps = len(privacy.units), privacy.steps_per_epoch
@@ -176,7 +176,7 @@ def describe(privacy: Privacy, epochs: int, n_parameters: int) -> list[str]:
         f"privacy      unit {privacy.unit}, {n} of them; δ {privacy.delta:.3g}, add/remove adjacency",
         f"noise        σ {privacy.noise_multiplier:g} × clipping norm {privacy.max_grad_norm:g}, "
         f"{'cryptographic stream' if privacy.secure_rng else 'Philox'}",
-        f"sampling     Poisson, q = {privacy.logical_batch}/{n} = {privacy.sample_rate:.4g}, {steps} steps an epoch",
+        f"sampling     Poisson, q = {privacy.logical_batch}/{n} = {privacy.sample_rate:.4g}, {steps} steps per epoch",
     ]
     if privacy.rows_left_out:
         lines.append(f"             {privacy.rows_left_out} rows above --max_rows_per_user left out")
@@ -192,7 +192,7 @@ def describe(privacy: Privacy, epochs: int, n_parameters: int) -> list[str]:
     )
     if privacy.logical_batch < ENOUGH_UNITS:
         lines.append(
-            f"             hint: --logical_batch_size {privacy.logical_batch} is small; noise is added once a step, so "
+            f"             hint: --logical_batch_size {privacy.logical_batch} is small; noise is added per step, so "
             f"{ENOUGH_UNITS} or more gives a better signal at the same ε"
         )
     if ratio < 0.1:
@@ -203,7 +203,7 @@ def describe(privacy: Privacy, epochs: int, n_parameters: int) -> list[str]:
 
 
 def summary(block: dict[str, Any]) -> str:
-    """The `privacy` block in a line."""
+    """The `privacy` block in one line."""
     if block["epsilon"] is None:
         return f"not private: no noise ({block['steps']} steps)"
     words = (

@@ -1,4 +1,4 @@
-"""DP-SGD: what differs from plain training in the draw, the gradient and the state."""
+"""DP-SGD: how sampling, gradients and state differ from plain training."""
 
 import hashlib
 import math
@@ -23,7 +23,7 @@ ROUNDING = 0.01
 
 
 class DPTrainer(Trainer):
-    """Poisson draws of privacy units, per-unit clipping, noise; everything random hangs on one secret."""
+    """Poisson sampling of privacy units, per-unit clipping, noise; all randomness derives from one secret."""
 
     def __init__(self, config: TrainConfig, plan: Plan, world: World, dtype: torch.dtype, secret: bytes) -> None:
         if plan.privacy is None:
@@ -46,23 +46,23 @@ class DPTrainer(Trainer):
 
     @property
     def clip_bound(self) -> float:
-        return math.inf  # each unit is clipped alone
+        return math.inf  # each unit is clipped separately
 
     @property
     def clip_slack(self) -> float:
-        """What the clipping norm is divided by, so that rounding keeps what one unit moves within it."""
+        """Divisor of the clipping norm, so that one unit's effect stays within the norm despite rounding."""
         return 1.0 if self.dtype == torch.float32 else math.sqrt(1 + ROUNDING**2 * self.privacy.logical_batch)
 
     def private_seed(self, purpose: str, number: int) -> int:
-        """A seed of its own for every purpose and step: the published weights show the initial ones, and clipping
-        bounds what a record does only as long as nobody knows the dropout masks."""
+        """A separate seed for each purpose and step: the published weights reveal the initial ones, and clipping bounds
+        a record's influence only as long as the dropout masks are secret."""
         return int.from_bytes(dp.stream(self.secret, purpose, number, 8)) >> 1
 
     def gradient(self, number: int) -> dict[str, Any]:
-        """Leave in .grad (Σ clipped gradients of the drawn units + noise) / expected units.
+        """Set .grad to (Σ clipped gradients of the sampled units + noise) / expected units.
 
-        Nothing here may stop the run or change a weight by looking at one record: a loss or gradient that is not
-        finite counts as zero.
+        Nothing here may depend on a single record other than through the clipped sum: a loss or gradient that is not
+        finite counts as zero instead of stopping the run.
         """
         plan, world, count, rows = self.plan, self.world, self.count, self.plan.train
         spending = self.privacy
@@ -81,7 +81,7 @@ class DPTrainer(Trainer):
                     torch.autograd.backward(record_losses.sum())
                 each_loss.append(record_losses.detach().double().cpu())
             each_norm.append(self.examples.clip_into(total, spending.max_grad_norm / self.clip_slack))
-        for _ in range(passes - len(each_loss)):  # ranks make equally many passes, or fsdp waits for ever
+        for _ in range(passes - len(each_loss)):  # all ranks make the same number of passes, or fsdp would hang
             shortest = min((row for unit in units for row in unit), key=lambda row: self.lengths[row])
             torch.autograd.backward(self.record_losses([rows[shortest]]).sum())
         losses, norms = torch.cat([torch.zeros(0), *each_loss]), torch.cat([torch.zeros(0), *each_norm])
@@ -101,7 +101,7 @@ class DPTrainer(Trainer):
             size = math.sqrt(sum(float(one.double().square().sum()) for one in sums))
             found["signal_to_noise"] = size / (deviation * math.sqrt(plan.n_trainable))
             noise = dp.gaussian(self.secret, number, [one.shape for one in sums], spending.secure_rng)
-            for one, add in zip(sums, noise):  # the same on every rank: the sums are, and so is the stream
+            for one, add in zip(sums, noise):  # identical on every rank, because sums and stream are
                 one.add_(torch.from_numpy(add).to(one.device), alpha=deviation)
         for name, one in total.items():
             self.examples.named[name].grad = one.div_(spending.logical_batch).to(self.examples.named[name].dtype)
@@ -122,8 +122,7 @@ class DPTrainer(Trainer):
         return epsilon if math.isfinite(epsilon) else None
 
     def write_checkpoint(self, folder: Path, state: dict[str, Any]) -> None:
-        """The state first: nothing is ever published that a resumed run could make again a little differently, with the
-        same noise."""
+        """The state first: never publish what a resumed run could recompute differently with the same noise."""
         with results.atomic(self.plan.private / "training_state.pt", "wb", 0o600) as file:
             torch.save(state, file)
         if folder.name != "interrupted":
@@ -142,7 +141,7 @@ class DPTrainer(Trainer):
             results.write_json(new / models.PRIVACY_FILE, self.privacy.block(self.count["step"]))
 
     def record_norms(self) -> torch.Tensor:
-        """(rows,) norms of the per-record gradients of the training rows, at the weights as they are."""
+        """(rows,) norms of the training rows' per-record gradients at the current weights."""
         most, rows = self.config.per_device_batch_size, [row for row in self.plan.train if row.labels]
         norms = []
         for start in range(0, len(rows), most):
@@ -156,7 +155,8 @@ class DPTrainer(Trainer):
 
 
 def find_secret(config: TrainConfig, plan: Plan) -> bytes:
-    """The 32 bytes that draws, noise, dropout and initial weights of a DP run hang on; an unfinished run's own."""
+    """The 32-byte secret from which a DP run derives its sampling, noise, dropout and initial weights; when resuming,
+    the unfinished run's."""
     file = plan.private / "secret"
     if not file.is_file():
         plan.private.mkdir(parents=True, exist_ok=True)
@@ -169,7 +169,7 @@ def find_secret(config: TrainConfig, plan: Plan) -> bytes:
 
 
 def hash_salt(secret: bytes) -> str:
-    """The salt of the hashes that a DP run writes down, hexadecimal. It outlives the secret and does not tell it."""
+    """The salt of the hashes that a DP run records, hexadecimal. It outlives the secret without revealing it."""
     return dp.stream(secret, "salt of hashes", 0, 16).hex()
 
 

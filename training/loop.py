@@ -1,4 +1,4 @@
-"""A whole run: from the plan to the last checkpoint, resumed where one was interrupted."""
+"""A whole run, from the plan to the last checkpoint; resumes an interrupted run."""
 
 import contextlib
 import ctypes
@@ -38,7 +38,7 @@ TRIM_STEPS = 16  # steps between calls of trim_memory
 
 
 def trim_memory() -> None:
-    """Give freed memory back to the system: rows of many lengths leave glibc's heap in pieces, 20 MB a step."""
+    """Return freed memory to the system: rows of many lengths fragment glibc's heap by 20 MB per step."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "malloc_trim"):
@@ -63,7 +63,7 @@ def on_sigterm(training: Trainer) -> Iterator[None]:
 
 
 def train(training: Trainer, run: results.Run, trackers: "list[GeneralTracker]") -> None:
-    """All remaining epochs: steps, metrics.jsonl, held-out loss, a checkpoint each. Raises Interrupted on SIGTERM."""
+    """All remaining epochs: steps, metrics.jsonl, held-out loss, checkpoints. Raises Interrupted on SIGTERM."""
     config, plan, world, count = training.config, training.plan, training.world, training.count
     seconds, tokens_before, said = 0.0, count["tokens"], time.monotonic()
     terminal = sys.stderr.isatty()
@@ -86,7 +86,7 @@ def train(training: Trainer, run: results.Run, trackers: "list[GeneralTracker]")
             cast("ReduceLROnPlateau", training.scheduler).step(loss)
 
     def record_spent() -> None:
-        """run.json never says less than what the checkpoints beside it have spent."""
+        """Keep run.json's ε at least as large as that of the checkpoints beside it."""
         if plan.privacy:
             run["privacy"] = plan.privacy.block(count["step"])
             run.write()
@@ -105,7 +105,7 @@ def train(training: Trainer, run: results.Run, trackers: "list[GeneralTracker]")
             step, stop = count["step"], done.pop("stop")
             if step % config.logging_steps == 0 or step == training.total:
                 weight = count["window_weight"]
-                loss = count["window_loss"] / weight if weight else None  # None: nothing was drawn
+                loss = count["window_loss"] / weight if weight else None  # None: no unit was sampled
                 count["window_loss"], count["window_weight"] = 0.0, 0
                 progress = {"step": step, "epoch": step / plan.steps_per_epoch, "loss": loss}
                 log(progress | done | {"tokens": count["tokens"]})
@@ -138,12 +138,12 @@ def train(training: Trainer, run: results.Run, trackers: "list[GeneralTracker]")
 
 
 def run_plan(config: TrainConfig, plan: Plan) -> Path:
-    """Carry out a plan in its run directory, which nobody else writes to; returns the directory."""
+    """Run a plan in its run directory, which must be locked; returns the directory."""
     world = distributed.start(group_of_one=config.distribution_type == "fsdp")
     try:
         if not world.main or not sys.stderr.isatty():
             transformers_logging.disable_progress_bar()
-        if world.main:  # another run may have ended while this one waited or read its rows
+        if world.main:  # another run may have finished while this one waited or read its rows
             state = (config, plan.ref, plan.folder, plan.input, plan.global_batch, plan.world_size, plan.privacy)
             plan.start = run_state(*state)
             if plan.start == "resume":
@@ -158,13 +158,13 @@ def run_plan(config: TrainConfig, plan: Plan) -> Path:
             plan.folder.mkdir(parents=True, exist_ok=True)
             old = checkpoints(plan.folder)
             if plan.start == "new" and old:
-                print(f"starting over: {len(old)} checkpoint(s) of an unfinished run go (--resume would keep them)")
+                print(f"starting over: {len(old)} checkpoint(s) of an unfinished run are removed (--resume keeps them)")
                 if plan.privacy:
-                    print("their ε adds up with the new run's if anyone has seen them")
+                    print("if anyone has seen them, their ε adds to the new run's")
             clean(plan.folder, everything=plan.start == "new")
         secret = None
         if plan.privacy:
-            # σ too: another host's libraries might search it a little differently
+            # σ too: another machine's libraries might find a slightly different one
             sigma, secret = plan.privacy.noise_multiplier, find_secret(config, plan) if world.main else None
             sigma, secret = world.broadcast((sigma, secret) if world.main else None)
             plan.privacy = dataclasses.replace(plan.privacy, noise_multiplier=sigma)
@@ -188,7 +188,7 @@ def run_plan(config: TrainConfig, plan: Plan) -> Path:
         with record:
             fit(config, plan, world, dtype, record, secret)
         if world.main and plan.private.is_dir():
-            shutil.rmtree(plan.private)  # only now that run.json says ok: a run killed before is resumed, not repeated
+            shutil.rmtree(plan.private)  # only once run.json says ok: a run killed earlier is resumed, not repeated
     finally:
         world.close()
     return plan.folder
@@ -210,7 +210,7 @@ def write_trained(plan: Plan, loss_on: str, salt: str) -> dict[str, Any]:
 def fit(
     config: TrainConfig, plan: Plan, world: World, dtype: torch.dtype, record: results.Run, secret: bytes | None
 ) -> None:
-    """Build the model, restore what an interrupted run saved, train to the end, check what was saved."""
+    """Build the model, restore an interrupted run's state, train to the end, verify what was saved."""
     training = DPTrainer(config, plan, world, dtype, secret) if secret else Trainer(config, plan, world, dtype)
     record["base_commit"] = getattr(training.model.config, "_commit_hash", None)
     record["max_length"] = plan.max_length
@@ -226,11 +226,11 @@ def fit(
     if config.peft_type == "pissa" and world.main and not (plan.folder / "initial_adapter").is_dir():
         with results.atomic_folder(plan.folder / "initial_adapter") as folder:
             save_adapter(folder, training.initial, training.lora_config)
-    states = saved_states(plan.folder) if plan.start == "resume" else []  # a new run reads no other's
+    states = saved_states(plan.folder) if plan.start == "resume" else []  # a new run ignores other states
     if states:
         newest = states[-1]
         restore(training, newest)
-        for older in states[:-1] if world.main else ():  # of a run killed before it removed them
+        for older in states[:-1] if world.main else ():  # left by a run that was killed before removing them
             (older / "training_state.pt").unlink()
         record["resumed_from"] = training.count["step"]
         world.say(f"resuming from {newest}, step {training.count['step']} of {training.total}")
@@ -244,7 +244,7 @@ def fit(
         train(training, record, trackers)
     last = checkpoints(plan.folder)[-1]
     verify.check_saved(training, last)
-    world.say("checked: the saved weights moved, and reloaded they give the logits of the model in memory")
+    world.say("verified: the saved weights changed, and reloading them reproduces the logits of the model in memory")
     record["steps"], record["updates"] = training.count["step"], training.count["updates"]
     record["tokens"], record["eval_losses"] = training.count["tokens"], training.count["eval_losses"]
     record["relative_change"] = verify.relative_change(training)

@@ -1,4 +1,4 @@
-"""The model and its trainable part: adapters, sharding, and the tensors that are saved."""
+"""The model and its trainable part: adapters, sharding, and the saved tensors."""
 
 import copy
 from collections.abc import Sequence
@@ -25,12 +25,12 @@ NEVER = {"out_proj", "conv1d"}
 def build(
     config: TrainConfig, plan: "Plan", world: World, dtype: "torch.dtype", seed: int
 ) -> "tuple[PreTrainedModel | PeftModel, dict[str, torch.Tensor]]":
-    """(model in training mode, its initial adapter's tensors on the CPU; {} for a model trained whole)."""
+    """(model in training mode, its initial adapter's tensors on the CPU; {} for full fine-tuning)."""
     import torch
 
     full, fsdp = config.peft_type == "full", config.distribution_type == "fsdp"
     device_map = (config.device_map or "auto") if config.distribution_type == "mp" else None
-    # A model trained whole keeps float32 weights: half precision would round most of an update away.
+    # Full fine-tuning keeps float32 weights: half precision would round most of an update away.
     loaded = torch.float32 if full else dtype
     model: PreTrainedModel | PeftModel = models.load_base(plan.ref, loaded, "cpu" if fsdp else world.device, device_map)
     if device_map and len({parameter.device for parameter in model.parameters()}) == 1:
@@ -62,7 +62,7 @@ def add_adapter(
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_r,
-        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # alpha / r is all that peft takes from it
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft only uses alpha / r
         lora_dropout=dropout,
         bias="none",
         target_modules="all-linear" if config.target_modules == ("all-linear",) else list(config.target_modules),
@@ -82,7 +82,7 @@ def add_adapter(
 
         set_peft_model_state_dict(model, load_file(kept / "adapter_model.safetensors"))
         subtract_adapter(model)
-    lora.init_lora_weights = True  # the published adapter is read as it stands
+    lora.init_lora_weights = True  # the published adapter is loaded as it is
     set_peft_model_state_dict(model, world.broadcast(adapter_state(model) if world.main else None))
     return model, adapter_state(model)
 
@@ -92,7 +92,7 @@ def _is_named(name: str, target: str) -> bool:
 
 
 def chosen_layers(config: AdapterConfig, model: "PreTrainedModel") -> dict[str, tuple[int, int]]:
-    """Name → shape of the weight of every linear layer that --target_modules names."""
+    """Name → weight shape of every linear layer selected by --target_modules."""
     return {
         name: sides
         for name, sides in linear_layers(model).items()
@@ -101,7 +101,7 @@ def chosen_layers(config: AdapterConfig, model: "PreTrainedModel") -> dict[str, 
 
 
 def meta_model(architecture: "PreTrainedConfig") -> "PreTrainedModel":
-    """The model without its weights."""
+    """The model on the meta device, without weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -111,7 +111,7 @@ def meta_model(architecture: "PreTrainedConfig") -> "PreTrainedModel":
 
 
 def check_targets(targets: Sequence[str], config: "PreTrainedConfig") -> None:
-    """UserError when a name of --target_modules is no linear layer of the model, or one that peft refuses."""
+    """UserError if a name in --target_modules is not a linear layer of the model, or is one that peft rejects."""
     model = meta_model(config)
     linear = linear_layers(model)
     never = {*models.READ_DIRECTLY, *(NEVER if config.model_type in STATE_SPACE else ())}
@@ -125,22 +125,22 @@ def check_targets(targets: Sequence[str], config: "PreTrainedConfig") -> None:
         if stacked:
             raise UserError(
                 f"--target_modules all-linear: the {' and '.join(sorted(stacked))} of {config.model_type} are one "
-                f"parameter for all experts, which is not trained here; name layers: --target_modules {kinds}"
+                f"parameter for all experts, which is not supported; list the layers: --target_modules {kinds}"
             )
         targets = ()
     refused = {name.split(".")[-1] for name in linear if not targets or any(_is_named(name, one) for one in targets)}
     if refused & never:
         raise UserError(
             f"--target_modules: LoRA does not work on {' and '.join(sorted(refused & never))} of {config.model_type}; "
-            f"name others: --target_modules {kinds}"
+            f"choose others: --target_modules {kinds}"
         )
     unknown = [target for target in targets if not any(_is_named(name, target) for name in linear)]
     if unknown:
-        raise UserError(f"--target_modules {' '.join(unknown)}: no such linear layer; there are {kinds}")
+        raise UserError(f"--target_modules {' '.join(unknown)}: no such linear layer; choose from {kinds}")
 
 
 def count_trainable(config: AdapterConfig, architecture: "PreTrainedConfig") -> int:
-    """Parameters of the adapter (from the model's shapes alone, without its weights)."""
+    """Number of adapter parameters (from the model's shapes alone, without its weights)."""
     chosen = chosen_layers(config, meta_model(architecture))
     ranks = {name: min(config.lora_r, *sides) for name, sides in chosen.items()}
     n = sum(ranks[name] * sum(sides) for name, sides in chosen.items())
@@ -148,7 +148,7 @@ def count_trainable(config: AdapterConfig, architecture: "PreTrainedConfig") -> 
 
 
 def linear_layers(model: "PreTrainedModel") -> dict[str, tuple[int, int]]:
-    """Name → shape of the weight of every linear layer but the output head."""
+    """Name → weight shape of every linear layer except the output head."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -165,11 +165,11 @@ def lora_layers(model: "PeftModel") -> "dict[str, LoraLinear]":
     from peft.tuners.lora import LoraLayer
 
     found = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    return cast("dict[str, LoraLinear]", found)  # check_targets lets linear layers alone through
+    return cast("dict[str, LoraLinear]", found)  # check_targets allows only linear layers
 
 
 def subtract_adapter(model: "PeftModel") -> None:
-    """W ← W − s·B A in every adapted layer (in float32): from an original base to PiSSA's residual."""
+    """W ← W − s·B A in every adapted layer (in float32): turns the original base into PiSSA's residual."""
     import torch
     from peft.utils.other import transpose
 
@@ -182,7 +182,7 @@ def subtract_adapter(model: "PeftModel") -> None:
 
 
 def adapter_state(model: "PeftModel") -> "dict[str, torch.Tensor]":
-    """The adapter's tensors under the names PEFT saves them by, on the CPU."""
+    """The adapter's tensors on the CPU, under the names that PEFT saves them with."""
     from peft import get_peft_model_state_dict
 
     # Not model.state_dict(): under FSDP it re-shards the rank that calls it, and the ranks fall out of step.
@@ -192,7 +192,7 @@ def adapter_state(model: "PeftModel") -> "dict[str, torch.Tensor]":
 
 
 def converted(state: "dict[str, torch.Tensor]", initial: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
-    """A PiSSA adapter as the LoRA of twice the rank that gives the same model on the original base.
+    """A PiSSA adapter converted to an equivalent LoRA of twice the rank on the original base.
 
     PiSSA trains B A on the residual W − s B₀A₀ (Meng et al. 2024), so ΔW = s (B A − B₀ A₀) = s [B, −B₀] [A; A₀]. Rank
     and alpha both double, which keeps the scale s. Tensors: name → lora_A (r, in) or lora_B (out, r), float32.
@@ -209,7 +209,7 @@ def converted(state: "dict[str, torch.Tensor]", initial: "dict[str, torch.Tensor
 
 
 def base_of(model: "PreTrainedModel | PeftModel") -> "PreTrainedModel":
-    """The model below an adapter; a model without one itself."""
+    """The model under an adapter, or `model` itself."""
     from peft import PeftModel
 
     return cast("PreTrainedModel", model.get_base_model() if isinstance(model, PeftModel) else model)
@@ -228,7 +228,9 @@ def shard(model: "PreTrainedModel | PeftModel", replicated: "set[torch.nn.Parame
     kinds = set(base._no_split_modules or ())
     layers = [module for module in base.modules() if type(module).__name__ in kinds]
     if not layers:
-        raise RuntimeError(f"{type(base).__name__} names no decoder layers to shard by (_no_split_modules)")
+        raise RuntimeError(
+            f"{type(base).__name__} does not name its decoder layers (_no_split_modules); fsdp cannot shard it"
+        )
     for layer in layers:
         fully_shard(layer, mesh=mesh, ignored_params=replicated)
     fully_shard(model, mesh=mesh, ignored_params=replicated)
@@ -239,13 +241,13 @@ def shard(model: "PreTrainedModel | PeftModel", replicated: "set[torch.nn.Parame
 
 
 def effective_weight(layer: "LoraLinear", name: str, state: "dict[str, torch.Tensor]") -> "torch.Tensor":
-    """The weight (float64) of an adapted layer with its tensors in `state`: W + s·B A, of DoRA with its magnitudes."""
+    """The weight (float64) of an adapted layer with its tensors in `state`: W + s·B A, for DoRA with magnitudes."""
     import torch
     from peft.utils.other import transpose
 
     with torch.no_grad():
         weight = cast("torch.nn.Linear", layer.get_base_layer()).weight.detach()
-        if hasattr(weight, "full_tensor"):  # fsdp: whole, here alone
+        if hasattr(weight, "full_tensor"):  # fsdp: unsharded, on this rank only
             weight = weight.full_tensor()
         weight = weight.double()
         a, b, m = (
@@ -262,7 +264,7 @@ def save_adapter(folder: Path, state: "dict[str, torch.Tensor]", config: "LoraCo
 
     config = copy.deepcopy(config)
     config.inference_mode = True
-    if isinstance(config.target_modules, set):  # in another order each time
+    if isinstance(config.target_modules, set):  # sets have no fixed order
         config.target_modules = sorted(config.target_modules)
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(str(folder))

@@ -1,4 +1,4 @@
-"""Optimizers, learning-rate schedules and parameter groups by the names of transformers."""
+"""Optimizers, learning-rate schedules and parameter groups, by their transformers names."""
 
 import json
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ METRIC_SCHEDULERS = ("reduce_lr_on_plateau", "greedy")
 
 
 def optimizer_class(config: TrainConfig) -> "tuple[type[torch.optim.Optimizer], dict[str, Any]]":
-    """(class, keyword arguments) for --optimizer, as transformers' Trainer resolves it. UserError when it cannot."""
+    """(class, keyword arguments) for --optimizer, as resolved by transformers' Trainer. UserError if it cannot."""
     from transformers import Trainer
     from transformers.training_args import OptimizerNames
 
@@ -44,7 +44,7 @@ def optimizer_class(config: TrainConfig) -> "tuple[type[torch.optim.Optimizer], 
 
 def make_scheduler(config: TrainConfig, optimizer: "torch.optim.Optimizer", total: int) -> "LRScheduler":
     """The learning-rate schedule of --scheduler over `total` optimizer steps. ValueError or TypeError from transformers
-    where --scheduler_kwargs do not fit it."""
+    if --scheduler_kwargs do not fit it."""
     from transformers import get_scheduler
 
     extra = json.loads(config.scheduler_kwargs)
@@ -53,7 +53,7 @@ def make_scheduler(config: TrainConfig, optimizer: "torch.optim.Optimizer", tota
 
 
 def check_scheduler(config: TrainConfig, total: int) -> None:
-    """UserError unless --scheduler is a name of transformers that works with the other arguments."""
+    """UserError unless --scheduler is known to transformers and works with the other arguments."""
     import torch
     from transformers import SchedulerType
 
@@ -71,7 +71,7 @@ def check_scheduler(config: TrainConfig, total: int) -> None:
             f"--scheduler {config.scheduler}: {str(error).splitlines()[0]} (see --scheduler_kwargs)"
         ) from None
     if config.scheduler in METRIC_SCHEDULERS and not config.eval_rows:
-        raise UserError(f"--scheduler {config.scheduler}: follows the held-out loss; set --eval_rows")
+        raise UserError(f"--scheduler {config.scheduler}: depends on the held-out loss; set --eval_rows")
 
 
 def parameter_groups(model: "torch.nn.Module", weight_decay: float) -> list[dict[str, Any]]:

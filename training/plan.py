@@ -1,4 +1,4 @@
-"""What a call of run_peft.py is to do, known before a model is loaded."""
+"""The plan of a run_peft.py call, made before a model is loaded."""
 
 import math
 import os
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-PUBLIC_ROWS = 256  # of --suggest_max_grad_norm
-# These change where or how a run is watched, not what it computes: a finished run may be asked for with others.
+PUBLIC_ROWS = 256  # rows used by --suggest_max_grad_norm
+# These affect only where a run goes and how it is monitored, not its result: a finished run matches with other values.
 FREE_ARGUMENTS = ("input", "output_root", "resume", "dry_run", "logging_steps", "report_to", "allow_overlap",
                   "suggest_max_grad_norm")  # fmt: skip
 
 
 def rate_name(value: float) -> str:
-    """2e-6 → '2e-06': `%.0e` where that is exact, else with as many digits as make it exact (2.5e-6 → '2.5e-06')."""
+    """2e-6 → '2e-06': `%.0e` if exact, else with as many digits as needed to be exact (2.5e-6 → '2.5e-06')."""
     for digits in range(18):
         text = f"{value:.{digits}e}"
         if float(text) == value:
@@ -56,7 +56,7 @@ def run_folder(config: TrainConfig, tag: str) -> Path:
 def choose_rows(
     config: TrainConfig, path: Path, rows: list[dict[str, Any]], manifest: dict[str, Any] | None
 ) -> tuple[list[int], list[int]]:
-    """(indices to train on, indices of the held-out rows). UserError for an overlap or too few rows."""
+    """(training row indices, held-out row indices). UserError for an overlap or too few rows."""
     n, problems = len(rows), Problems()
     parts, evaluated = dataset.split(rows, manifest), dataset.evaluated_rows(rows, manifest)
     has_head = dataset.shape_of(rows[0]) == "enron"
@@ -76,30 +76,30 @@ def choose_rows(
                 f"--eval_rows {config.eval_rows} and --train_rows {config.train_rows} share rows of {path} ({n} rows)"
             )
     if not train:
-        problems.add(f"{path}: no row is left to train on")
+        problems.add(f"{path}: no rows left to train on")
     overlap = sorted(set(train) & set(evaluated))
     if overlap and not config.allow_overlap:
         problems.add(
             f"{path}: {len(overlap)} of the {len(train)} training rows (first: row {overlap[0]}) are evaluated "
-            "elsewhere; choose fewer --train_rows, or pass --allow_overlap"
+            "elsewhere; use fewer --train_rows, or pass --allow_overlap"
         )
     problems.check()
     return train, held
 
 
 def boundaries(path: Path | str, rows: list[dict[str, Any]], indices: Sequence[int]) -> None:
-    """UserError naming the first rows without a prompt part (--loss_on completion needs one)."""
+    """UserError naming the first row without a prompt (--loss_on completion needs one)."""
     bare = [index for index in indices if not dataset.has_completion(rows[index])]
     if bare:
         more = f" (and {len(bare) - 1} more)" if len(bare) > 1 else ""
         raise UserError(
-            f"--loss_on completion: {path}: row {bare[0]}{more} has no prompt part; train on all, or give rows with one"
+            f"--loss_on completion: {path}: row {bare[0]}{more} has no prompt; use --loss_on all, or rows with prompts"
         )
 
 
 @dataclass
 class Plan:
-    """Everything decided from the arguments and files alone. `start`: 'new', 'resume' or 'finished'."""
+    """Everything determined by the arguments and files alone. `start`: 'new', 'resume' or 'finished'."""
 
     ref: models.ModelRef
     input: Path
@@ -108,7 +108,7 @@ class Plan:
     tokenizer: "PreTrainedTokenizerBase"
     indices: list[int]  # of the training rows in the input file
     texts: list[str]  # theirs
-    special_tokens: dict[str, int]  # {special token: training rows in which somebody wrote it}
+    special_tokens: dict[str, int]  # {special token: number of training rows that contain it literally}
     train: list[Row]
     held: list[Row]
     sequences: list[list[int]]
@@ -125,32 +125,36 @@ class Plan:
 
     @property
     def private(self) -> Path:
-        """Where a DP run keeps what would undo its noise, while it runs."""
+        """Where a running DP run keeps its secret, which would undo the noise."""
         return self.folder / "private"
 
 
 def make_plan(config: TrainConfig) -> Plan:
-    """Check every argument and file, tokenise the rows, look at the run directory. UserError with all problems."""
+    """Check every argument and file, tokenise the rows, inspect the run directory. UserError with all problems."""
     problems = Problems()
     distributed.check_environment(problems)
-    if config.optimizer != TrainConfig.optimizer:  # checking a default imports torch before a missing file is told
+    if (
+        config.optimizer != TrainConfig.optimizer
+    ):  # skip the default: checking it would import torch before a missing file is reported
         problems.absorb(optimizer_class, config)
     problems.absorb(tracker_classes, config.report_to)
     if config.peft_type == "pissa" and config.lora_dropout:
-        problems.add(f"--lora_dropout {config.lora_dropout}: PiSSA is trained without dropout; leave the flag out")
+        problems.add(f"--lora_dropout {config.lora_dropout}: PiSSA is trained without dropout; drop the flag")
     if config.device_map and config.distribution_type != "mp":
         problems.add(f"--device_map {config.device_map}: only with --distribution_type mp")
     if config.run_name and not re.fullmatch(r"\w[\w.+=-]*", config.run_name):
-        problems.add(f"--run_name {config.run_name!r}: letters, digits and . + = _ - only, no sign first")
+        problems.add(
+            f"--run_name {config.run_name!r}: use only letters, digits and . + = _ -, not starting with a sign"
+        )
     size = os.environ.get("WORLD_SIZE", "1")
     world_size = int(size) if size.isdigit() else 1
     if config.distribution_type == "mp" and world_size > 1:
-        problems.add(f"--distribution_type mp: runs as one process, not {world_size}; start it without torchrun")
+        problems.add(f"--distribution_type mp: runs as a single process, not {world_size}; start it without torchrun")
     clean_flags = dp_plan.check_flags(config, METRIC_SCHEDULERS, problems)
     if config.suggest_max_grad_norm and not config.dp:
         problems.add("--suggest_max_grad_norm: only with --dp")
     if config.distribution_type == "fsdp" and config.peft_type == "full" and config.dtype == "float16":
-        problems.add("--dtype float16: full fine-tuning under fsdp has no loss scaling here; use bfloat16 or float32")
+        problems.add("--dtype float16: full fine-tuning under fsdp has no loss scaling; use bfloat16 or float32")
 
     path = dataset.default_dataset(config.input)
     chosen, folder, tag = None, None, ""
@@ -180,7 +184,7 @@ def make_plan(config: TrainConfig) -> Plan:
         problems.absorb(boundaries, str(public_path), public, range(len(public))[:PUBLIC_ROWS])
     if public and rows and results.sha256(str(public_path)) == results.sha256(path):
         problems.add(
-            f"--suggest_max_grad_norm {config.suggest_max_grad_norm}: is the private --input; name a public file"
+            f"--suggest_max_grad_norm {config.suggest_max_grad_norm}: is the private --input; give a public file"
         )
     ref, tokenizer = models.look_up(problems, config.model, config.revision)
     if ref and ref.adapter:
@@ -197,7 +201,7 @@ def make_plan(config: TrainConfig) -> Plan:
         problems.absorb(check_targets, config.target_modules, architecture)
     problems.check()
     if not (rows and chosen and folder and ref and tokenizer and architecture and start):
-        raise RuntimeError("a part of the plan is missing, and no check has said why")
+        raise RuntimeError("the plan is incomplete, but no check reported why")
     source = path
     if public and config.suggest_max_grad_norm:
         source = Path(config.suggest_max_grad_norm)
@@ -208,21 +212,21 @@ def make_plan(config: TrainConfig) -> Plan:
     if limit and max_length > limit:
         raise UserError(
             f"--max_length {max_length}: {architecture.model_type} changes its rotary embedding beyond {limit} tokens, "
-            f"for shorter rows of the same batch too; give --max_length {limit}"
+            f"also for shorter rows in the same batch; use --max_length {limit}"
         )
     models.check_rope(architecture, max_length)
     if renderer:
-        tokenizer.chat_template = renderer.template  # every checkpoint carries it
+        tokenizer.chat_template = renderer.template  # saved with every checkpoint
     rendered = dataset.render(source, rows, chosen[0], renderer)
     train = encode(rendered, tokenizer, max_length, config.loss_on)
     held = encode(dataset.render(source, rows, chosen[1], renderer), tokenizer, max_length, config.loss_on)
     if not sum(row.labels for row in train):
-        raise UserError(f"{path}: no token is left to learn from at --max_length {max_length}; raise it")
+        raise UserError(f"{path}: no tokens left to train on with --max_length {max_length}; increase it")
     highest = max(max(row.ids) for row in train + held)
     vocabulary = architecture.get_text_config().vocab_size
     if highest >= vocabulary:
         raise UserError(
-            f"--model {config.model}: its tokenizer gives id {highest}, the model knows ids below {vocabulary}"
+            f"--model {config.model}: its tokenizer gives id {highest}, but the model has only {vocabulary} embeddings"
         )
     sequences = pack(train, max_length) if config.packing else [[index] for index in range(len(train))]
     n_trainable = count_trainable(config, architecture) if config.dp else 0
@@ -256,10 +260,10 @@ def run_state(
     world_size: int,
     spending: dp_plan.Privacy | None = None,
 ) -> str:
-    """'new', 'resume' or 'finished', from run.json in the run directory. UserError when its arguments, its input or the
-    base's weights differ.
+    """'new', 'resume' or 'finished', from run.json in the run directory. UserError if its arguments, input or base
+    weights differ.
 
-    `spending`, the plan of a DP run, must be the one that its steps were drawn and accounted with.
+    `spending`, the privacy plan of a DP run, must match the one that its steps were sampled and accounted with.
     """
     file = folder / "run.json"
     if not file.is_file():
@@ -274,8 +278,8 @@ def run_state(
     same_input = trained.input_is(folder, record, results.sha256(path))
     if same_input is None:
         raise UserError(
-            f"{folder}: has lost its {trained.FILE}, without which --input cannot be compared with what the run read; "
-            "put it back, or set --run_name"
+            f"{folder}: its {trained.FILE} is missing, so --input cannot be compared with what the run read; "
+            "restore it, or set --run_name"
         )
     if same_input:
         now["input's content"] = then["input's content"]
@@ -289,17 +293,17 @@ def run_state(
             different.append(f"processes {record['world_size']} there, {world_size} here")
         if checkpoints(folder) and not (folder / "private" / "training_state.pt").is_file():
             raise UserError(
-                f"{folder}: has checkpoints but no longer the state to resume from; start over without --resume, and "
-                "add the ε of these checkpoints to the new run's if anyone has seen them"
+                f"{folder}: has checkpoints but no state to resume from; start over without --resume, and add the ε of "
+                "these checkpoints to the new run's if anyone has seen them"
             )
     if different:
         kind = "a finished run" if finished else "an unfinished run (--resume)"
-        raise UserError(f"{folder}: holds {kind} with other arguments ({'; '.join(different)}); set --run_name")
+        raise UserError(f"{folder}: has {kind} with different arguments ({'; '.join(different)}); set --run_name")
     return "finished" if finished else "resume"
 
 
 def check_record(file: Path, record: dict[str, Any]) -> None:
-    """UserError unless a run.json has what run_state reads, in its types."""
+    """UserError unless a run.json has the fields that run_state reads, with the right types."""
     kinds = {"status": str, "args": dict, "global_batch": int, "inputs": list, "world_size": int}
     if isinstance(record.get("args"), dict) and record["args"].get("dp"):
         kinds["privacy"] = dict
@@ -308,19 +312,19 @@ def check_record(file: Path, record: dict[str, Any]) -> None:
     if isinstance(inputs, list) and not (inputs and isinstance(inputs[0], dict) and inputs[0].get("sha256")):
         wrong.append("inputs")
     if wrong:
-        raise UserError(f"{file}: damaged, no usable {', '.join(wrong)} in it; remove {file.parent}")
+        raise UserError(f"{file}: damaged (no usable {', '.join(wrong)}); remove {file.parent}")
 
 
 def describe(config: TrainConfig, plan: Plan) -> list[str]:
-    """The plan in words, a line each."""
+    """The plan as lines of text."""
     tokens = sum(len(row.ids) for row in plan.train)
     labels = sum(row.labels for row in plan.train)
     kind = f"{config.peft_type}, {config.distribution_type}"
-    epochs = f"steps        {plan.steps_per_epoch} an epoch × {config.epochs} epochs"
+    epochs = f"steps        {plan.steps_per_epoch} per epoch × {config.epochs} epochs"
     lines = [
         f"model        {plan.ref.base}, {kind} on {plan.world_size} process(es)",
-        f"data         {plan.input} ({plan.tag}): {len(plan.train)} rows to train on, {len(plan.held)} held out",
-        f"tokens       {tokens} an epoch, {labels} of them predicted; at most {plan.max_length} a row",
+        f"data         {plan.input} ({plan.tag}): {len(plan.train)} training rows, {len(plan.held)} held out",
+        f"tokens       {tokens} per epoch, {labels} of them predicted; at most {plan.max_length} per row",
         f"{epochs}, global batch {plan.global_batch}",
         f"directory    {plan.folder}",
     ]
@@ -331,7 +335,7 @@ def describe(config: TrainConfig, plan: Plan) -> list[str]:
         ]
         if tracker_classes(config.report_to):
             lines.append(
-                f"trackers     {config.report_to}: the losses and counts of single steps sent there are outside ε"
+                f"trackers     {config.report_to}: the per-step losses and counts sent there are not covered by ε"
             )
     if config.packing:
         lines.insert(3, f"packing      {len(plan.train)} rows in {len(plan.sequences)} sequences")
@@ -340,13 +344,13 @@ def describe(config: TrainConfig, plan: Plan) -> list[str]:
     empty = sum(row.labels == 0 for row in plan.train)
     if empty:
         lines.insert(
-            3, f"             {empty} rows have nothing to predict (cut off before their completion, or empty)"
+            3, f"             {empty} rows have nothing to predict (truncated before their completion, or empty)"
         )
     return lines
 
 
 def unfinished(plan: Plan) -> dict[str, Any]:
-    """The run.json of the unfinished run that is resumed; {} of a new run."""
+    """The run.json of the unfinished run to resume; {} for a new run."""
     if plan.start != "resume":
         return {}
     record: dict[str, Any] = results.read_json(plan.folder / "run.json", f"remove {plan.folder}")
@@ -354,13 +358,13 @@ def unfinished(plan: Plan) -> dict[str, Any]:
 
 
 def chosen_dtype(config: TrainConfig, plan: Plan, world: World, earlier: dict[str, Any]) -> "torch.dtype":
-    """The torch dtype of --dtype on this machine; UserError when the run cannot go on, or be private, in it."""
+    """The torch dtype of --dtype on this machine; UserError if the run cannot resume, or be private, with it."""
     dtype: torch.dtype = models.resolve_dtype(config.dtype, world.device)
     name = str(dtype).removeprefix("torch.")
     if plan.privacy and name == "float16":
         raise UserError("--dtype auto: this GPU has no bfloat16; --dp needs --dtype float32 there")
     if earlier.get("dtype", name) != name:
         raise UserError(
-            f"--dtype {config.dtype}: is {name} on this machine; the unfinished run is in {earlier['dtype']}"
+            f"--dtype {config.dtype}: is {name} on this machine, but the unfinished run uses {earlier['dtype']}"
         )
     return dtype

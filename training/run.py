@@ -1,4 +1,4 @@
-"""The entry of this room: everything is checked here; torch is imported once a plan stands."""
+"""Entry point: check everything, and import torch only once the plan is complete."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""The trackers of accelerate that --report_to names."""
+"""The accelerate trackers selected by --report_to."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,13 +23,13 @@ def tracker_classes(names: str) -> "list[type[GeneralTracker]]":
         if name not in LOGGER_TYPE_TO_CLASS:
             problems.add(f"--report_to {name}: unknown; accelerate knows {', '.join(LOGGER_TYPE_TO_CLASS)}")
         elif name not in installed:
-            problems.add(f"--report_to {name}: not installed; pip install it or leave it out")
+            problems.add(f"--report_to {name}: not installed; pip install it or drop it")
     problems.check()
     return [LOGGER_TYPE_TO_CLASS[name] for name in wanted]
 
 
 def start_trackers(config: TrainConfig, folder: Path) -> "list[GeneralTracker]":
-    """The accelerate trackers of --report_to, logging below `folder` where they keep files."""
+    """The accelerate trackers of --report_to; those that write files log below `folder`."""
     trackers = []
     for kind in tracker_classes(config.report_to):
         places = [folder] if kind.requires_logging_directory else []

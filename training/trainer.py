@@ -1,4 +1,4 @@
-"""One run of training: its model, optimizer and counters, and one optimizer step."""
+"""A training run: model, optimizer, counters, and the optimizer step."""
 
 import math
 from pathlib import Path
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Counts(TypedDict):
-    """How far a run has come; saved with its state. window: since the last line of metrics.jsonl."""
+    """Progress counters, saved with the state. window: since the last line of metrics.jsonl."""
 
     step: int  # steps done
     updates: int  # steps that could change a weight
@@ -58,7 +58,7 @@ class Trainer:
 
     @property
     def peft_model(self) -> "PeftModel":
-        """The model of a run that trains an adapter."""
+        """The model with its adapter, in a run that trains one."""
         return cast("PeftModel", self.model)
 
     @property
@@ -72,7 +72,7 @@ class Trainer:
         return self.config.seed
 
     def dropout_seed(self, number: int) -> int:
-        """Dropout depends on nothing but seed, step and rank, so a resumed run draws what an unbroken one does."""
+        """Dropout depends only on seed, step and rank, so a resumed run has an unbroken one's dropout."""
         return (self.seed * 1_000_003 + number) * 1_009 + self.world.rank
 
     @property
@@ -81,7 +81,7 @@ class Trainer:
         return self.config.max_grad_norm
 
     def write_checkpoint(self, folder: Path, state: dict[str, Any]) -> None:
-        """Publish a checkpoint with its training state; older training states go."""
+        """Publish a checkpoint with its training state; older training states are removed."""
         with results.atomic_folder(folder) as new:
             checkpoint.publish(self, new, state["weights"])
             torch.save(state, new / "training_state.pt")
@@ -90,7 +90,7 @@ class Trainer:
                 (other / "training_state.pt").unlink()
 
     def after_restore(self, state: dict[str, Any]) -> None:
-        """What else a resumed run has to do once `state` is loaded."""
+        """Hook for what a resumed run has to do after loading `state`."""
 
     @property
     def device_type(self) -> str:
@@ -101,7 +101,7 @@ class Trainer:
         return self.plan.steps_per_epoch * self.config.epochs
 
     def batch(self, rows: list[Row], sequences: list[list[int]], packed: bool | None = None) -> dict[str, torch.Tensor]:
-        """`collate` of rows given by their positions, on this process's device."""
+        """`collate` for rows given by position, on this process's device."""
         made = collate(
             [[rows[index] for index in sequence] for sequence in sequences],
             self.plan.tokenizer.pad_token_id,
@@ -111,16 +111,16 @@ class Trainer:
         return {name: tensor.to(self.world.device, non_blocking=True) for name, tensor in made.items()}
 
     def autocast(self) -> torch.autocast:
-        """Half precision for a forward pass; nothing in float32."""
+        """Half-precision autocast for a forward pass; no-op in float32."""
         enabled = self.dtype != torch.float32
         return torch.autocast(self.device_type, self.dtype, enabled=enabled)
 
     def nll(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """−log p of each of a micro-batch's K labels, float32 (K,)."""
+        """−log p of each of the K labels in a micro-batch, float32 (K,)."""
         targets = batch.pop("targets")
         keep = batch.pop("logits_to_keep")
         with self.autocast():
-            if self.spread:  # the hidden states may lie on another GPU than the mask
+            if self.spread:  # the hidden states may be on a different GPU than the mask
                 logits = self.model(**batch, use_cache=False).logits
                 logits = logits[keep.to(logits.device)]
             else:
@@ -158,7 +158,7 @@ class Trainer:
         return self.order[1][place]
 
     def gradient(self, number: int) -> dict[str, Any]:
-        """Leave in .grad the gradient of the mean loss over all label tokens of step `number`'s global batch."""
+        """Set .grad to the gradient of the mean loss over all label tokens of step `number`'s global batch."""
         plan, world, count = self.plan, self.world, self.count
         members = self.members(number)
         labels = sum(plan.train[index].labels for member in members for index in plan.sequences[member])
@@ -167,7 +167,7 @@ class Trainer:
         for group, weight in hands[world.rank]:
             nll = self.nll(self.batch(plan.train, [plan.sequences[member] for member in group])).sum()
             share = nll * (weight / max(1, labels))
-            # FSDP averages the gradients it reduces; ours are parts of one sum.
+            # FSDP averages the gradients it reduces; ours must be summed.
             torch.autograd.backward(self.scaler.scale(share * world.size if self.sharded else share))
             total += share.detach().to(total.device)
         gradients = [one.grad for one in self.trainable if one.grad is not None]
@@ -184,7 +184,7 @@ class Trainer:
         stacked = torch.stack([torch.as_tensor(one, dtype=torch.float64).cpu() for one in signals])
         if not self.world.backend:
             return [float(one) for one in stacked.tolist()]
-        # float32 holds what is summed here; a loss is rounded as on one rank
+        # float32 is exact enough for these sums; a loss is rounded as on one rank
         parts = [*(one.flatten().float() for one in shared), stacked.float().to(self.world.device)]
         flat = self.world.sum_(torch.cat(parts))
         start = 0

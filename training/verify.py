@@ -1,4 +1,4 @@
-"""Guards of a run: what was saved is what is in memory, and what --dp and --packing rely on holds on this model."""
+"""Runtime checks: saved weights match the model in memory, and the assumptions of --dp and --packing hold for it."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -23,9 +23,9 @@ PROBE_ROWS, PROBE_TOKENS = 4, 128
 
 
 def check_examples(trainer: "DPTrainer") -> None:
-    """RuntimeError unless per-example gradients of random tokens are those of one row at a time by plain autograd.
+    """RuntimeError unless per-example gradients of random tokens match plain autograd on one row at a time.
 
-    Reads no data. B matrices that start at zero are moved for the occasion, else A's gradients would all be zero.
+    Reads no data. B matrices that start at zero are perturbed temporarily, or A's gradients would all be zero.
     """
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(len(trainer.plan.tokenizer), (n,), generator=generator).tolist() for n in (7, 12, 9)]
@@ -52,7 +52,7 @@ def check_examples(trainer: "DPTrainer") -> None:
             missed += float((here - alone).double().square().sum())
             size += float(alone.double().square().sum())
             item.grad = None
-        # in half precision a small matrix may differ by half of its gradient: only the whole one is compared
+        # in half precision a small matrix may be off by half of its gradient: compare only the total
         if not missed**0.5 <= 0.1 * max(size**0.5, 1e-8):
             raise RuntimeError("--dp: its per-example gradient is wrong on this model; not supported")
     with torch.no_grad():
@@ -63,13 +63,13 @@ def check_examples(trainer: "DPTrainer") -> None:
 
 
 def check_packing(trainer: "Trainer") -> None:
-    """UserError unless two rows of random tokens in one sequence lose what each loses alone: a model that has its
-    own idea of what a position sees (windows, ALiBi, a state) does not keep them apart."""
+    """UserError unless two rows of random tokens packed into one sequence have the same losses as separately: models
+    with their own notion of visibility (windows, ALiBi, a state) do not keep them apart."""
     generator, length = torch.Generator().manual_seed(0), trainer.plan.max_length
     sizes = (max(2, 2 * length // 3), max(2, length - 2 * length // 3))
     ids = [torch.randint(len(trainer.plan.tokenizer), (n,), generator=generator).tolist() for n in sizes]
     rows, tolerance = [whole_row(one) for one in ids], 1e-3 if trainer.dtype == torch.float32 else 0.1
-    refused = UserError("--packing: this model does not keep the rows of a sequence apart; leave it out")
+    refused = UserError("--packing: this model does not keep the rows of a sequence apart; drop the flag")
     trainer.model.eval()
     with torch.no_grad():
         alone = torch.cat([trainer.nll(trainer.batch([row], [[0]], packed=False)) for row in rows])
@@ -85,7 +85,7 @@ def check_packing(trainer: "Trainer") -> None:
 
 
 def probe(trainer: "Trainer") -> torch.Tensor:
-    """Logits (float32, on the CPU) of a few training rows, dropout off."""
+    """Logits (float32, on the CPU) of a few training rows, without dropout."""
     rows = [whole_row(row.ids[:PROBE_TOKENS]) for row in trainer.plan.train[:PROBE_ROWS]]
     batch = trainer.batch(rows, [[index] for index in range(len(rows))])
     trainer.model.eval()
@@ -96,10 +96,10 @@ def probe(trainer: "Trainer") -> torch.Tensor:
 
 
 def check_saved(trainer: "Trainer", folder: Path) -> None:
-    """RuntimeError unless the weights saved in `folder` moved and give the logits of the model in memory.
+    """RuntimeError unless the weights saved in `folder` changed and reproduce the logits of the model in memory.
 
-    LoRA and DoRA: the live adapter is zeroed and filled again from the file. PiSSA: the file, which fits the
-    original base, is attached beside the initial adapter on the residual base. Whole models: tensors are compared.
+    LoRA and DoRA: the live adapter is zeroed and reloaded from the file. PiSSA: the file, made for the original base,
+    is attached next to the initial adapter on the residual base. Full models: tensors are compared.
     """
     if trainer.full:
         check_saved_model(trainer, folder)
@@ -107,9 +107,7 @@ def check_saved(trainer: "Trainer", folder: Path) -> None:
     trained, before = adapter_state(trainer.peft_model), probe(trainer)
     moved = any(not torch.equal(trained[name], trainer.initial[name]) for name in trained)
     if trainer.count["updates"] and not moved:
-        raise RuntimeError(
-            f"{folder}: the adapter is what it was before training, after {trainer.count['updates']} steps"
-        )
+        raise RuntimeError(f"{folder}: the adapter is unchanged after {trainer.count['updates']} steps")
     if trainer.config.peft_type == "pissa":
         after = probe_converted(trainer, folder)
     else:
@@ -138,11 +136,9 @@ def probe_converted(trainer: "Trainer", folder: Path) -> torch.Tensor:
 
 
 def check_saved_model(trainer: "Trainer", folder: Path) -> None:
-    """RuntimeError unless the whole model saved in `folder` moved and has the tensors of the one in memory."""
+    """RuntimeError unless the full model saved in `folder` changed and has the tensors of the one in memory."""
     if trainer.count["updates"] and fingerprint(trainer) == trainer.initial_sums:
-        raise RuntimeError(
-            f"{folder}: the model is what it was before training, after {trainer.count['updates']} steps"
-        )
+        raise RuntimeError(f"{folder}: the model is unchanged after {trainer.count['updates']} steps")
     live, compared = weights(trainer), 0
     for file in folder.glob("*.safetensors") if trainer.world.main else ():
         with safe_open(file, "pt") as saved:
@@ -151,17 +147,17 @@ def check_saved_model(trainer: "Trainer", folder: Path) -> None:
                 if not torch.equal(saved.get_tensor(name), live[name]):
                     raise RuntimeError(f"{folder}: {name} differs from the model in memory")
     if trainer.world.main and not compared:
-        raise RuntimeError(f"{folder}: none of the model's weights are in it")
+        raise RuntimeError(f"{folder}: contains none of the model's weights")
 
 
 def fingerprint(trainer: "Trainer") -> list[float]:
-    """Sum of squares of every trainable parameter (over all ranks, where it is sharded)."""
+    """Sum of squares of every trainable parameter (over all ranks if sharded)."""
     sums = [parameter.detach().double().square().sum() for parameter in trainer.trainable]
     return [float(item.full_tensor() if hasattr(item, "full_tensor") else item) for item in sums]
 
 
 def relative_change(trainer: "Trainer") -> float | None:
-    """‖ΔW‖ / ‖W‖ (Frobenius, all adapted matrices together): trained against untrained. None for whole models."""
+    """‖ΔW‖ / ‖W‖ (Frobenius, over all adapted matrices): trained vs. untrained. None for full fine-tuning."""
     if trainer.full:
         return None
     trained = adapter_state(trainer.peft_model)

@@ -22,7 +22,7 @@ CONTEXT = 1024  # tokens
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusConfig:
-    """Where the corpus is written, and how large it is."""
+    """Where to write the corpus, and its size."""
 
     output_dir: str | None = None  # None: this folder
     pretraining_output: str | None = None

@@ -33,9 +33,6 @@ OUTPUT_FIRST_HEAD = (
 KIND_HEAD = "Can the following tasks be seen as classification tasks with a small set of output labels?\n\n"
 
 
-# ---------------------------------------------------------------- prompts
-
-
 def is_classification(task: SeedTask) -> bool:
     """True of a seed task whose instruction names its labels: every output stands in the instruction."""
     instruction = task["instruction"].casefold()
@@ -70,9 +67,6 @@ def instance_prompt(seeds: list[SeedTask], instruction: str, output_first: bool)
         parts.append("\n")
     parts.append(f"Task: {instruction}\n" + ("Label:" if output_first else "Example 1\nInput:"))
     return "".join(parts)
-
-
-# ---------------------------------------------------------------- parsing
 
 
 def parse_instructions(completion: str, ended: bool) -> tuple[list[str], int]:
@@ -116,11 +110,8 @@ def parse_instances(completion: str, ended: bool, output_first: bool) -> tuple[l
     return instances, lost
 
 
-# ---------------------------------------------------------------- filters
-
-
 def instruction_fault(text: str) -> str | None:
-    """Why an instruction is not taken, apart from likeness to the pool; None: it is."""
+    """Why an instruction is rejected, apart from similarity to the pool; None if it is not."""
     if not MIN_WORDS <= len(text.split()) <= MAX_WORDS:
         return "length"
     if KEYWORDS.search(text):
@@ -131,7 +122,7 @@ def instruction_fault(text: str) -> str | None:
 
 
 def said(text: str) -> tuple[str, ...] | str:
-    """What two texts share that differ only in case, white space and marks."""
+    """A key that ignores case, white space and punctuation."""
     return tuple(re.findall(r"\w+", text.casefold())) or text
 
 
@@ -157,7 +148,7 @@ class RougePool:
 
     F = 2·LCS / (m + n) over lower-case alphanumeric words. LCS is at most the number of words in common, counted with
     multiplicity from an inverted index for all texts at once; only texts for which that bound exceeds the threshold
-    meet the dynamic programme (rapidfuzz, bit-parallel).
+    are compared exactly by dynamic programming (rapidfuzz, bit-parallel).
     """
 
     def __init__(self, threshold: float = 0.7):

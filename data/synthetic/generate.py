@@ -7,8 +7,8 @@ torchrun --nproc_per_node=4 data/synthetic/generate.py --model run/checkpoint-27
 python data/synthetic/generate.py --model run/checkpoint-276 --input test.jsonl --arm with_dp --num 10000 \\
     --condition sampled --metadata_epsilon 1 --training train.jsonl     # under torchrun: --num_rows, it has a --num…
 
-The prompt is dataset.review_prompt, as trained (run_peft.py --loss_on completion): product title, categories, rating.
-It never has a word of the review. --condition title adds the review's title, which is private text too; train such a
+The prompt is dataset.review_prompt, as in training (run_peft.py --loss_on completion): product title, categories,
+rating; never any of the review. --condition title adds the review's title, which is private text too; train such a
 model on rows that say "condition": "title". --condition sampled uses no row of --input: it draws rating, categories and
 product title from a histogram of --training, released once to --histogram under its own (ε, δ); another run with the
 same settings uses the same release. The manifest's `privacy` block adds both up (basic composition).
@@ -36,17 +36,17 @@ def make_parser() -> cli.Parser:
     add("-m", "--model", required=True, help="adapter or model directory, or hub name (default: none, required)")
     add("-i", "--input", "--data", help="review rows whose metadata is used")
     add("--arm", help="name of what is compared: with_dp, no_dp, …")
-    add("--num", "--num_rows", type=cli.positive_int, help="rows to write; None: one a row of --input")
+    add("--num", "--num_rows", type=cli.positive_int, help="rows to write; None: one per row of --input")
     add("--condition", choices=CONDITIONS, help="what the prompt is made from")
     add("--training", help="the generator's training rows: near-copies, and --condition sampled")
     add("--metadata_epsilon", type=cli.positive_float, help="ε of the histogram of --condition sampled")
     add("--metadata_delta", type=cli.positive_float, help="its δ; None: the model's, or 1/(10 · units)")
     add("--metadata_fields", nargs="+", choices=FIELDS, help="fields that are drawn together")
     add("--histogram", help="the released histogram (default: metadata_histogram.json beside --output)")
-    add("--max_new_tokens", type=cli.positive_int, help="tokens of a review")
+    add("--max_new_tokens", type=cli.positive_int, help="tokens per review")
     add("--temperature", type=cli.non_negative_float, help="0 is greedy")
     add("--top_k", type=cli.non_negative_int, help="tokens kept before sampling; 0: all")
-    add("--filter", nargs="+", choices=FILTERS, help="leave out empty reviews, or those cut at the length")
+    add("--filter", nargs="+", choices=FILTERS, help="drop empty reviews, or those truncated at the maximum length")
     add("--batch_size", type=cli.non_negative_int, help="rows decoded together; 0: by memory")
     add("--output", help="the .jsonl file (default: generated_sequences_<arm>.jsonl)")
     add("--overwrite", action="store_true", help="replace an existing --output or unfinished run")

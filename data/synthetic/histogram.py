@@ -20,7 +20,7 @@ Cell = tuple[Any, ...]  # a value of each field
 
 
 def one_row_a_user(rows: list[dict[str, Any]], rng: np.random.Generator) -> list[dict[str, Any]]:
-    """One row per user, drawn without regard to its content: then a user adds to one cell, by one."""
+    """One random row per user, chosen regardless of content, so that each user adds one to a single cell."""
     users: dict[str | None, list[dict[str, Any]]] = {}
     for row in rows:
         users.setdefault(dataset.user_of(row), []).append(row)
@@ -36,7 +36,7 @@ def threshold(epsilon: float, delta: float) -> int:
 def release(cells: Sequence[Cell], epsilon: float, delta: float, rng: np.random.Generator) -> dict[Cell, int]:
     """{cell: noisy count} of the cells whose noisy count reaches the threshold; `cells` has one entry per unit.
 
-    The cells come out sorted: the order of the input would tell who came first.
+    Cells are sorted: the input order would reveal who came first.
     """
     counts = sorted(Counter(cells).items())
     lowest, p = threshold(epsilon, delta), -math.expm1(-epsilon)

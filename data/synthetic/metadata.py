@@ -26,7 +26,7 @@ class Planned:
 
 
 def release_histogram(config: SyntheticConfig, task: Task) -> Released:
-    """The released histogram: read where it was released with the same settings, else made (noise from the system)."""
+    """The released histogram: read if released with the same settings, else created (noise from the OS's entropy)."""
     file = config.histogram_file
     settings = histogram_settings(config, task)
     released = results.read_json(file, "name another file") if file.is_file() else None
@@ -40,7 +40,7 @@ def release_histogram(config: SyntheticConfig, task: Task) -> Released:
         raise UserError(f"--histogram {file}: was released with another {', '.join(differ)}; name another file")
     if not released:
         released = settings | make_histogram(config, task, settings["delta"])
-        results.write_json(file, released)  # an empty release too has spent its ε: it is not drawn again
+        results.write_json(file, released)  # an empty release has spent its ε too: never draw it again
     if not released["cells"]:
         raise UserError(
             f"--metadata_epsilon {config.metadata_epsilon:g}: no cell of {' × '.join(config.metadata_fields)} reaches "
@@ -51,7 +51,7 @@ def release_histogram(config: SyntheticConfig, task: Task) -> Released:
 
 
 def histogram_settings(config: SyntheticConfig, task: Task) -> dict[str, Any]:
-    """What a released histogram must have in common with this run to be used again."""
+    """Settings that must match for a released histogram to be reused."""
     assert task.source, "--condition sampled needs --training"
     units = len(set(map(dataset.user_of, task.training))) if task.unit == "user" else len(task.training)
     return {

@@ -1,4 +1,4 @@
-"""What is said of the generated rows: near-copies, the privacy spent, and the printed report."""
+"""Summary of the generated rows: near-copies, the privacy budget spent, and the printed report."""
 
 import math
 from typing import Any

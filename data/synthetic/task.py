@@ -1,4 +1,4 @@
-"""What is to be generated: rows, training rows, model and settings, all known before the model is loaded."""
+"""What to generate: rows, training rows, model and settings, all determined before the model is loaded."""
 
 import math
 from dataclasses import dataclass
@@ -61,7 +61,7 @@ def prepare(config: SyntheticConfig) -> Task:
 
 
 def check_flags(config: SyntheticConfig, problems: cli.Problems) -> None:
-    """Problems of flags that cannot be, or do not go together."""
+    """Add problems for invalid or incompatible flags."""
     if not reviews.ARM.fullmatch(config.arm):
         problems.add(f"--arm {config.arm}: letters, digits, _ and - only, a letter first")
     inputs = (config.input, config.training, config.histogram)
@@ -79,7 +79,7 @@ def check_flags(config: SyntheticConfig, problems: cli.Problems) -> None:
 
 
 def check_rows(config: SyntheticConfig, rows: list[Row], training: list[Row], problems: cli.Problems) -> None:
-    """Problems of rows whose metadata cannot make the prompts, or must not."""
+    """Add problems for rows whose metadata cannot, or must not, be used in prompts."""
     if config.condition == "title" and rows and any(not row.get("Review Title") for row in rows):
         count = sum(not row.get("Review Title") for row in rows)
         problems.add(f"{config.input}: {count} rows have no Review Title, which --condition title puts into the prompt")
@@ -106,7 +106,7 @@ def training_source(path: str, rows: int, ref: models.ModelRef) -> dict[str, Any
 
 
 def settings_of(config: SyntheticConfig, ref: models.ModelRef) -> Settings:
-    """What a resumed run must have in common with the killed one."""
+    """Settings that must match for a killed run to be resumed."""
     settings = generation.settings_of(config, ref, RESUMED, input=results.sha256(config.input))
     if config.samples_metadata:
         settings |= {"metadata_epsilon": config.metadata_epsilon, "metadata_fields": list(config.metadata_fields)}
