@@ -589,8 +589,8 @@ def _sha256(path: str, size: int, changed: int) -> str:
 
 
 def sha256(path: AnyPath) -> str:
-    """SHA-256 of a file, hexadecimal; of several files (`sources.data_files`), over their digests in order. Cached until
-    a size or modification time changes."""
+    """SHA-256 of a file, hexadecimal; of several files (`sources.data_files`), over their digests in order. Cached
+    until a size or a modification time changes."""
     digests = []
     for file in data_files(path):
         status = os.stat(file)
