@@ -75,7 +75,7 @@ def test_sweep_at_temperature_0_is_generate(loaded, name):
     _, model, _ = loaded(name)
     if name == "recurrent-gemma":
         stop = torch.zeros(400, dtype=torch.bool)
-        with pytest.raises(UserError, match="keeps its state to itself"):
+        with pytest.raises(UserError, match="keeps its state in its modules"):
             sampling.sweep(model, [[5, 6, 7]], [(0, 0)], [0.0], top_k=5, max_tokens=2, seed=0, stop=stop)
         return
     rng = np.random.default_rng(len(name))
@@ -95,7 +95,7 @@ def test_sweep_at_temperature_0_is_generate(loaded, name):
                 "targets": [[target] for target in targets],
             }
             if name == DYNAMIC and max(lengths) > 64:
-                with pytest.raises(UserError, match="give it at most 64 tokens"):
+                with pytest.raises(UserError, match="use at most 64 tokens"):
                     sampling.sweep(model, prompts, keys, [0.0, 1.0], **options)
                 continue
             answers = sampling.sweep(model, prompts, keys, [0.0, 1.0], **options)

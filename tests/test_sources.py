@@ -61,7 +61,7 @@ def test_a_pattern_reads_its_files_in_order(tmp_path):
     with pytest.raises(UserError, match="no file matches this pattern"):
         dataset.read_rows(tmp_path / "none-*.jsonl")
     write_rows(tmp_path / "part-3.jsonl", text_rows(2, 1))
-    with pytest.raises(UserError, match="another kind of rows"):
+    with pytest.raises(UserError, match="another row type"):
         dataset.validate(pattern, dataset.read_rows(pattern))
 
 
