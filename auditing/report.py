@@ -54,7 +54,7 @@ def p_words(question: Mapping[str, Any]) -> str:
 
 
 def membership_line(part: Mapping[str, Any]) -> str:
-    if "auc" not in part:
+    if part.get("undefined"):
         return ""
     auc = part["auc"]
     words = f"attack {part['attack']}: AUC {auc['value']:.3f} (95 %: {auc['low']:.3f}–{auc['high']:.3f})"
@@ -64,8 +64,8 @@ def membership_line(part: Mapping[str, Any]) -> str:
         ends = f"{percent(point['low'])}–{percent(point['high'])}"
         words += f", {percent(point['value'])} of members found at {float(level):.0%} false alarms (95 %: {ends})"
     words += f", {part['n_members']:,} members and {part['n_nonmembers']:,} held-out rows"
-    blind = max((value for value in part["blind"].values() if value is not None), default=None)
-    controls = [f"blind baselines reach {blind:.3f}"] if blind is not None else []
+    known = [value for value in part["blind"].values() if value is not None]
+    controls = [f"the furthest blind baseline {max(known, key=lambda value: abs(value - 0.5)):.3f}"] if known else []
     controls += [f"the base alone {part['base_auc']:.3f}"] if part.get("base_auc") is not None else []
     return words + (f"; controls: {', '.join(controls)}" if controls else "")
 

@@ -188,6 +188,8 @@ def membership_summary(task: AuditTask, folder: Path) -> dict[str, Any]:
         "base_auc": (line.get("base") or {}).get("auc"),
         "results": "membership/results_mia.jsonl",
     }
+    if line["auc"] is None:
+        part["undefined"] = line["undefined"] or "the attack has no score"
     for level in LEVELS:
         point = line["points"][level] or {}
         part[f"tpr_at_fpr_{level}"] = bounds(point.get("tpr"), point.get("tpr_ci")) | {

@@ -14,6 +14,8 @@ from common.stats import holm
 ALPHA = 0.05
 LEAKS, NONE_FOUND, UNJUDGED = "leaks", "no leak found at this power", "cannot be judged"
 CONFOUNDED = "blind baselines tell the two sets apart without the model: held-out rows of the same source are needed"
+HELDOUT = "held-out rows"
+UNCHECKED = "held-out rows, not checked by blind baselines (membership was left out)"
 REVERSED = "the sets differ the other way: held-out rows look more like members; the files may be exchanged"
 
 
@@ -26,10 +28,11 @@ def tests_of(audit: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     if why:
         found["membership"] = {"p": None, "why": why}
     controlled = audit["data"].get("heldout") is not None and why != CONFOUNDED
+    checked = "flags" in membership  # the blind baselines ran
     for kind, result in audit["extraction"].items():
         if kind == "undefined":
             continue
-        found[f"extraction.{kind}"] = secret_test(result, controlled)
+        found[f"extraction.{kind}"] = secret_test(result, controlled, HELDOUT if checked else UNCHECKED)
     if "undefined" in audit["extraction"]:
         found["extraction"] = {"p": None, "why": audit["extraction"]["undefined"]}
     for part in ("verbatim", "untargeted"):
@@ -41,7 +44,7 @@ def tests_of(audit: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         elif part == "untargeted" and not result["samples"]:
             found[part] = {"p": None, "why": "no sample was drawn"}
         elif controlled and result["excess"]["p"] is not None:
-            found[part] = {"p": result["excess"]["p"], "why": None}
+            found[part] = {"p": result["excess"]["p"], "why": None, "control": HELDOUT if checked else UNCHECKED}
         elif part == "verbatim" and "near_against_base" in result["train"]:
             found[part] = {"p": one_sided(result["train"]["near_against_base"]), "why": None, "control": "base"}
         else:
@@ -63,10 +66,10 @@ def membership_doubt(membership: Mapping[str, Any]) -> str | None:
     return None
 
 
-def secret_test(result: Mapping[str, Any], controlled: bool) -> dict[str, Any]:
+def secret_test(result: Mapping[str, Any], controlled: bool, control: str = HELDOUT) -> dict[str, Any]:
     """Test against the held-out rows' secrets or, without usable ones, of greedy decoding's gain over the base."""
     if controlled and result.get("excess", {}).get("p") is not None:
-        return {"p": result["excess"]["p"], "why": None, "control": "held-out rows"}
+        return {"p": result["excess"]["p"], "why": None, "control": control}
     against = result["train"].get("greedy_against_base")
     if against is not None and result["train"]["n_scored"]:
         return {"p": one_sided(against), "why": None, "control": "base"}

@@ -15,7 +15,7 @@ from memorization import exposure, verbatim
 from memorization.config import MemorizationConfig
 from memorization.questions import Question
 from memorization.task import MemorizationTask, Side, repeats
-from memorization.untargeted import normal
+from memorization.untargeted import SHORTEST, normal
 
 if TYPE_CHECKING:
     import torch
@@ -318,7 +318,7 @@ def untargeted_result(task: MemorizationTask, answers: Answers, tokenizer: PreTr
     for side, rows in task.sides.items():
         needles, runs = task.needles(side), task.runs(side)
         per_sample = [needles.find(text) for text in texts]
-        values = {normal(secret.value) for secret in rows.secrets}
+        values = {value for value in map(normal, {secret.value for secret in rows.secrets}) if len(value) >= SHORTEST}
         emitted = set().union(*per_sample) if per_sample else set()
         result[side] = {
             "secrets": exposure.rate(len(emitted), len(values)),

@@ -8,7 +8,7 @@ from conftest import ROOT, read_lines, run_script, write_rows
 from planted import chat_rows, people, text_rows
 
 import audit
-from auditing import gates, verdict
+from auditing import gates, report, verdict
 from auditing.config import PARTS
 from common.cli import UserError
 
@@ -179,6 +179,20 @@ def test_sets_that_differ_without_the_model_are_not_judged(flag):
     assert made["questions"]["membership"]["answer"] == verdict.UNJUDGED
     confounded = flag == "blind_bow"  # then the held-out rows are no control for secrets either
     assert (made["questions"]["extraction.email"]["answer"] == verdict.UNJUDGED) == confounded
+
+
+def test_without_the_blind_baselines_the_control_is_called_unchecked():
+    made = verdict.judge(facts(membership={"undefined": "left out"}))
+    assert made["questions"]["extraction.email"]["control"] == made["questions"]["verbatim"]["control"]
+    assert made["questions"]["verbatim"]["control"] == verdict.UNCHECKED
+    assert verdict.judge(facts())["questions"]["verbatim"]["control"] == verdict.HELDOUT
+
+
+def test_the_blind_baseline_shown_is_the_furthest_from_a_coin():
+    part = {"attack": "ref", "auc": {"value": 0.6, "low": 0.5, "high": 0.7}, "headline_level": None, "n_members": 9}
+    part |= {"n_nonmembers": 9, "blind": {"a": 0.55, "b": 0.2, "c": None}}
+    assert "the furthest blind baseline 0.200" in report.membership_line(part)
+    assert report.membership_line({"undefined": "no score", "auc": {"value": None}}) == ""
 
 
 def test_nothing_to_judge():
