@@ -63,6 +63,11 @@ def prepare(config: AuditConfig) -> AuditTask:
     files = {"train": config.train} | ({"heldout": config.heldout} if config.heldout else {})
     opened = {name: _open(path, config.columns, problems) for name, path in files.items()}
     given = problems.absorb(read_secrets, config.secrets) if config.secrets else None
+    named = {row for _, _, row in given or [] if row is not None}
+    beyond = [row for row in named if opened["train"] is not None and row >= len(opened["train"])]
+    if beyond and opened["train"] is not None:
+        words = f"row {min(beyond)} is not in {config.train}, which has {len(opened['train'])} rows"
+        problems.add(f"--secrets {config.secrets}: {words} (from 0)")
     if config.canaries and not Path(config.canaries).is_file():
         problems.add(f"--canaries {config.canaries}: no such file; give the key that canary/inject.py wrote")
     ref, tokenizer = models.look_up(problems, config.model, config.revision, config.base_model)
@@ -72,7 +77,8 @@ def prepare(config: AuditConfig) -> AuditTask:
     rows, notes = {}, []
     for name, rows_of in opened.items():
         assert rows_of is not None
-        own = problems.absorb(_render, files[name], rows_of, tokenizer, config, budget)
+        keep = named if name == "train" else set()
+        own = problems.absorb(_render, files[name], rows_of, tokenizer, config, budget, keep)
         if own:
             rows[name] = own
     problems.check()
@@ -107,7 +113,7 @@ def prepare(config: AuditConfig) -> AuditTask:
             token_budget=config.token_budget,
             seed=config.seed,
         ),
-        given,
+        place_in_sample(given, rows["train"].indices) if given else None,
         in_loss_of(ref, rows["train"]),
         notes,
     )
@@ -144,12 +150,14 @@ def _open(path: str, columns: Sequence[str], problems: cli.Problems) -> list[dic
     return rows
 
 
-def _render(path: str, rows: list[dict[str, Any]], tokenizer: Any, config: AuditConfig, budget: Budget) -> Rows:
-    """At most budget.num_rows rows, sampled by the seed, rendered as in training."""
+def _render(
+    path: str, rows: list[dict[str, Any]], tokenizer: Any, config: AuditConfig, budget: Budget, keep: set[int]
+) -> Rows:
+    """At most budget.num_rows rows, sampled by the seed, and those in `keep`, rendered as in training."""
     indices = list(range(len(rows)))
     if len(rows) > budget.num_rows:
         drawn = np.random.default_rng(config.seed).permutation(len(rows))[: budget.num_rows]
-        indices = sorted(int(index) for index in drawn)
+        indices = sorted({int(index) for index in drawn} | keep)
     renderer = dataset.read_renderer(rows, tokenizer, config.chat_template, config.model)
     rendered = dataset.render(path, rows, indices, renderer)
     return Rows(path, len(rows), results.sha256(path), indices, rendered)
@@ -198,6 +206,14 @@ def in_loss_of(ref: ModelRef, train: Rows) -> Callable[[Secret], bool | None]:
         return any(start <= secret.start and secret.end <= end for start, end in row.completions)
 
     return in_loss
+
+
+def place_in_sample(
+    given: Sequence[tuple[str, str, int | None]], indices: Sequence[int]
+) -> list[tuple[str, str, int | None]]:
+    """The given secrets with the places of their rows among the rows used."""
+    places = {index: place for place, index in enumerate(indices)}
+    return [(kind, value, None if row is None else places[row]) for kind, value, row in given]
 
 
 SECRET_FIELDS = ("type", "value")

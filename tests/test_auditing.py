@@ -135,6 +135,24 @@ def test_chat_rows_and_given_secrets(adapters, rows, tmp_path):
     )
 
 
+def test_given_secrets_are_looked_for_in_their_own_rows(adapters, rows, tmp_path):
+    """Of 40 rows 9 are used, and those that are named."""
+    names = [person["name"] for person in people(40, 1)]
+    lines = [{"type": "name", "value": names[row], "row": row} for row in (3, 17, 31, 39)]
+    lines.append({"type": "name", "value": names[4], "row": 5})  # not there
+    file = write_rows(tmp_path / "secrets.jsonl", lines)
+    words = ["--model", adapters["llama", "lora"], "--train", rows["train"], *SMALL, "--secrets", file]
+    words += ["--num_rows", 9, "--without", "untargeted", "verbatim", "--output_dir", tmp_path / "out"]
+    _, found = run(*words)
+    assert found["data"]["given_secrets_absent"] == 1 and 9 <= found["data"]["train"]["rows_used"] <= 14
+    part = found["extraction"]["name"]["train"]
+    assert (part["n_found"], part["n_scored"], part["dropped"]) == (4, 3, {"no text before it": 1})  # row 17 begins so
+    assert {line["row"] for line in read_lines(tmp_path / "out/results_secrets.jsonl")} == {3, 31, 39}
+    write_rows(file, [{"type": "name", "value": "x", "row": 40}])
+    with pytest.raises(UserError, match=r"row 40 is not in .*, which has 40 rows"):
+        audit.main([str(word) for word in words])
+
+
 def test_every_problem_at_once(models, tmp_path, capsys):
     words = ["--model", models["llama"], "--train", tmp_path / "no.jsonl", "--heldout", tmp_path / "neither.jsonl"]
     words += ["--secrets", tmp_path / "s.csv", "--pii", "email=x", "own=(", "--fail_on", "x>1", "--without", "all"]
