@@ -69,7 +69,7 @@ def check(config: ReportConfig):
         problems.add(f"--output {output}: has a figures/ folder that no report wrote; choose another directory")
     problems.check()
     study = load.read([Path(directory) for directory in config.directories], output)
-    if not study.rows and not study.curves and not study.damage:
+    if not (study.rows or study.curves or study.audits or study.damage):
         where = ", ".join(config.directories)
         problems.add(f"{where}: no result file below; run measure_purified.py, perplexity.py, mia.py, … first")
     if config.include_responses and not study.files["responses"]:

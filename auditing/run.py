@@ -108,6 +108,7 @@ def measure(
         lines = memorization_parts(config, task, audit, dtype, world)
         audit["canaries"] = canary_part(config, task, world)
         audit["verdict"] = verdict.judge(audit)
+        add_words(audit)
         audit["gates"] = [gate.result(audit) for gate in task.gates]
         audit["settings"] = settings(config, task)
         if world.main:
@@ -119,13 +120,31 @@ def measure(
             with record.files.open(folder / "audit.md") as file:
                 file.write(report.markdown(audit))
         record["verdict"] = audit["verdict"]["answer"]
+    if world.main:
+        draw_page(folder)
     world.say(report.summary(audit))
-    world.say(f"wrote {folder / 'audit.json'}, {folder / 'audit.md'}")
+    world.say(f"wrote {folder / 'audit.json'}, {folder / 'audit.md'}, {folder / 'report' / 'report.html'}")
     held = [gate for gate in audit["gates"] if gate["holds"] is not False]
     for gate in held if world.main else ():
         print(report.gate_line(gate))
     world.close()
     return GATE_HELD if held else 0
+
+
+def draw_page(folder: Path) -> None:
+    """report/report.html in the output directory, which opens with the verdict."""
+    import plot_results
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        plot_results.run(plot_results.ReportConfig(directories=(str(folder),), output=str(folder / "report")))
+
+
+def add_words(audit: dict[str, Any]) -> None:
+    """Say the verdict and each of its questions in words, for the page."""
+    verdict_of = audit["verdict"]
+    verdict_of["words"] = report.paragraph(audit)
+    for name, question in verdict_of["questions"].items():
+        question["title"], question["measured"] = report.title(name), report.line_of(audit, name)
 
 
 def settings(config: AuditConfig, task: AuditTask) -> dict[str, Any]:

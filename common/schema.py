@@ -22,6 +22,7 @@ FAMILIES = ("loss", "zlib", "lowercase", "ref", "min_k", "min_k_pp", "surp", "re
             "neighborhood", "grad_norm", "ez", "wbc")  # fmt: skip
 # Result files by the kind of content that a report reads.
 KINDS = {
+    "audit": re.compile(r"audit\.json$"),
     "extraction": re.compile(r"results_purified\d*\.?jsonl$"),  # the released tool writes results_purified1jsonl too
     "perplexity": re.compile(r"perplexity\.jsonl$"),
     "perplexity_text": re.compile(r"perplexity\.txt$"),

@@ -10,7 +10,10 @@ STATIC_ROWS = 100  # longer tables are built by the page's script only when they
 
 @dataclass(frozen=True)
 class Column:
-    """kind: 'number', 'text' (left-aligned) or 'source' (paths, one per line); small: small print below the name."""
+    """kind: 'number', 'text' (left-aligned), 'words' (wrapped) or 'source' (paths, one per line).
+
+    small: small print below the name.
+    """
 
     name: str
     kind: str = "number"

@@ -24,6 +24,7 @@ PAGE_COLOURS = {  # in addition to those of the figures: (light, dark)
     "bad": ("#b3261e", "#ff8a80"),
     "warn": ("#8a5a00", "#f0bd4c"),
 }
+UNSHOWN = ("argv", "packages", "args", "near_duplicates", "passes")  # of a run record; passes depend on the cache
 MOST_RUNS = 25  # provenance blocks shown; if there are more, only those of runs that did not succeed
 TAGS = {"wrong": "Wrong", "careful": "Careful", "note": "Note"}
 PIXELS = 96  # per inch of a figure
@@ -59,7 +60,7 @@ def provenance(study: Study, path: str, run: dict[str, Any]) -> dict[str, str]:
     start = str(run.get("start", "")).replace("T", " ").replace("+00:00", " UTC")
     commit = (run.get("commit") or "unknown commit")[:12] + (" (changed)" if run.get("dirty") else "")
     seconds = f"{run['seconds']:,.0f} s" if run.get("seconds") is not None else "no end"
-    rest = {key: value for key, value in run.items() if key not in ("argv", "packages", "args", "near_duplicates")}
+    rest = {key: value for key, value in run.items() if key not in UNSHOWN}
     packages = ", ".join(f"{name} {version}" for name, version in (run.get("packages") or {}).items())
     args = " ".join(f"--{key}={value}" for key, value in (run.get("args") or {}).items() if value not in (None, False))
     words = shlex.join(map(str, run.get("argv") or []))
@@ -112,7 +113,11 @@ def render(
     runs = [provenance(study, path, run) for path, run in study.runs.items()]
     by_level = {level: [caution for caution in cautions if caution.level == level] for level in LEVELS}
     grave = len(by_level["wrong"]) + len(by_level["careful"])
-    links = [("cautions", f"Read first ({grave})" if grave else "Read first")]
+    verdicts = [
+        {"words": audit["verdict"]["words"], "table": tables.audit_table(audit, file)} for file, audit in study.audits
+    ]
+    links = [("verdict", "Verdict")] * bool(verdicts)
+    links += [("cautions", f"Read first ({grave})" if grave else "Read first")]
     links += [(part["anchor"], part["title"]) for part in parts]
     links += [("settings", "Settings")] * bool(study.groups) + [("runs", "Runs")] * bool(runs)
     commit = (made.get("commit") or "an unknown commit")[:12] + (" with changes" if made.get("dirty") else "")
@@ -133,6 +138,7 @@ def render(
             "runs": len(runs),
         },
         links=links,
+        verdicts=verdicts,
         cautions={level: items for level, items in by_level.items() if items},
         tags=TAGS,
         sections=parts,

@@ -21,6 +21,7 @@ from reporting.table import (
     Row,
     Study,
     check,
+    check_audit,
     check_line,
     check_row,
     check_run,
@@ -180,6 +181,11 @@ def read(directories: list[Path], output: Path | None = None) -> Study:
             with study.guard(study.shown(path), number):
                 check_run(content)
                 study.runs[str(path)] = content
+    for path in study.files["audit"]:
+        for number, content in parse(path, study):
+            with study.guard(study.shown(path), number):
+                check_audit(content)
+                study.audits.append((study.shown(path), content))
     inside = [path.parent for paths in study.files.values() for path in paths]
     models = Models(study, {folder for folder in inside if CHECKPOINT.fullmatch(folder.name)})
     converters = {

@@ -112,6 +112,7 @@ class Study:
     lines: dict[str, list[tuple[str, int, dict]]] = field(default_factory=dict)  # kind → (file, line, content)
     files: dict[str, list[Path]] = field(default_factory=dict)
     groups: dict[str, dict[str, dict]] = field(default_factory=dict)  # area → label → settings
+    audits: list[tuple[str, dict]] = field(default_factory=list)  # (file, its content) of each audit.json
     damage: list[Damage] = field(default_factory=list)
     index: dict = field(default_factory=dict)
 
@@ -194,6 +195,17 @@ def check_line(line: dict) -> None:
     need(line, *(line.keys() & {"arm", "attack"}), kind=str)
     if line.get("mcnemar_against_real"):
         need(line["mcnemar_against_real"], "gained", "lost", "p")
+
+
+def check_audit(audit: dict) -> None:
+    """UNEXPECTED if an audit.json lacks what the page shows of it."""
+    need(audit, "verdict", "model", kind=dict)
+    need(audit["model"], "name", kind=str)
+    need(audit["verdict"], "answer", "words", kind=str)
+    for question in audit["verdict"]["questions"].values():
+        need(question, "answer", "title", "measured", kind=str)
+        check(question, ("p", "p_adjusted"))
+        check(question, ("why",), str)
 
 
 def make_literal(item: Model | Row, names) -> None:

@@ -50,6 +50,18 @@ def estimate(row: Row, form: str = "{:.1%}", count: bool = False, exact: bool = 
     return Cell.number(row.value, form, tuple(part for part in (ends, hits) if part))
 
 
+def audit_table(audit: dict, file: str) -> Table:
+    """One row per question of an audit's verdict."""
+    rows = []
+    for question in audit["verdict"]["questions"].values():
+        said = [question["why"] or "", question["measured"]]
+        cells = [Cell(question["title"]), Cell(question["answer"]), Cell.number(question["p_adjusted"], "{:.2g}")]
+        rows.append([*cells, Cell(". ".join(part for part in said if part))])
+    columns = [text("Question"), text("Answer"), Column("p", small="adjusted")]
+    columns.append(Column("Measured, with its control", "words"))
+    return Table(columns, rows, f"{file}: one-sided tests fixed beforehand, adjusted together (Holm)")
+
+
 class Glance:
     """Columns of numbers by model, each at its fixed setting."""
 

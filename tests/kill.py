@@ -27,6 +27,7 @@ TIMES = re.compile(
     r"start|end|created|time|.*seconds|peak_.*|.*_per_s(_with_check)?|tokens_per_second|passes|resumed_from|commit"
 )
 CLOCK = re.compile(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(\+00:00| UTC)?|[\d.,]+ ?(s|tokens/s|MB|GB)\b")
+QUOTED = re.compile(rf"(&#34;(?:{TIMES.pattern}|[cg]pu_bytes)&#34;: ).*")  # a record within a report
 KILLED = 9
 
 
@@ -133,7 +134,7 @@ def snapshot(folder: Path) -> dict[str, str]:
                 elif path.suffix == ".jsonl":
                     raw = "\n".join(json.dumps(timeless(json.loads(line))) for line in raw.splitlines()).encode()
                 elif path.suffix in (".html", ".md", ".csv"):
-                    raw = CLOCK.sub("T", raw.decode()).encode()
+                    raw = CLOCK.sub("T", QUOTED.sub(r"\1*", raw.decode())).encode()
             except ValueError:
                 pass
             content = hashlib.sha256(raw).hexdigest()

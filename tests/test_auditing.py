@@ -56,9 +56,11 @@ def test_an_adapter_that_never_saw_the_rows(adapters, rows, tmp_path, capsys):
     }
     lines = read_lines(tmp_path / "out/results_secrets.jsonl")
     assert len(lines) == 240 and not any("value" in line for line in lines)
+    page = (tmp_path / "out/report/report.html").read_text(encoding="utf-8")
+    assert page.index("No leak of ") < page.index("Read first</h2>")
     text = (tmp_path / "out/audit.md").read_text(encoding="utf-8")
     assert text.splitlines()[2].startswith("**No leak of ")
-    everything = text + json.dumps(found) + capsys.readouterr().out
+    everything = text + page + json.dumps(found) + capsys.readouterr().out
     assert not any(secret in everything for person in people(40, 1) for secret in (person["card"], person["email"]))
     assert not (tmp_path / "out/secrets_private.jsonl").exists()
     status, again = run(*words, "--output_dir", tmp_path / "again", "--save_responses")

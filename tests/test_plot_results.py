@@ -808,6 +808,34 @@ class Structure(HTMLParser):
         assert self.open.pop() == tag
 
 
+def audit_record(**more) -> dict:
+    question = {
+        "title": "Membership",
+        "answer": "leaks",
+        "p": 0.01,
+        "p_adjusted": 0.02,
+        "why": None,
+        "measured": "AUC <1>",
+    }
+    verdict = {"answer": "leaks", "words": "models/a leaks & more.", "questions": {"membership": question}}
+    return {"schema": 1, "model": {"name": "models/a"}, "verdict": verdict} | more
+
+
+def test_the_verdict_of_an_audit_comes_first(tmp_path):
+    put(tmp_path / "tree/audit.json", audit_record())
+    assert plot_results.main([str(tmp_path / "tree"), "--output", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    assert '<p class="verdict">models/a leaks &amp; more.</p>' in page and "AUC &lt;1&gt;" in page
+    assert page.index('id="verdict"') < page.index('id="cautions"') and 'href="#verdict"' in page
+
+
+@pytest.mark.parametrize("broken", [{"verdict": {}}, {"model": None}, {"verdict": "leaks"}])
+def test_a_damaged_audit_is_named(broken, tmp_path, capsys):
+    put(tmp_path / "tree/audit.json", audit_record(**broken))
+    assert plot_results.main([str(tmp_path / "tree"), "--output", str(tmp_path / "out")]) == 1
+    assert "not read: audit.json:1: " in capsys.readouterr().err
+
+
 def test_the_page_stands_alone(tmp_path):
     tree = small_tree(tmp_path / "tree")
     assert plot_results.main([str(tree), "--output", str(tmp_path / "out")]) == 0
