@@ -186,7 +186,7 @@ def read_sets(reader: Reader) -> tuple[list[Item], list[Item], Trained, int]:
             for index, (row, text) in enumerate(zip(others, texts))
             if not any(index in used for used in seen)
         ]
-        if others and len(rest) < 2:
+        if len(rest) < 2 and len(rest) < len(others):
             overlap = f"{len(others) - len(rest)} of its {len(others)} rows were trained on"
             problems.add(f"--nonmembers {config.nonmembers}: {overlap} (run.json); give rows that were not")
         kept, left_out = members(range(len(known)))
