@@ -194,7 +194,7 @@ def test_kill_and_run_again(models, dataset, tmp_path):
         file.write(b'{"batch": 19, "rows": [{"ind')  # a line that the power cut tore
     before = partial.read_bytes()
 
-    with pytest.raises(UserError, match="another seed"):
+    with pytest.raises(UserError, match="a different seed"):
         generate.main(words(models["llama"], dataset, output, "--batch_size", "2", "--seed", "5"))
     assert partial.read_bytes() == before
     assert make(models["llama"], dataset, output, "--batch_size", "2") == whole

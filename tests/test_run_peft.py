@@ -441,7 +441,7 @@ def test_killed_run_resumes_bit_exactly(models, dataset, tmp_path, unbroken):
     begun = (folder / "run.json").read_text()
     elsewhere = json.dumps(json.loads(begun) | {"dtype": "bfloat16"})
     (folder / "run.json").write_text(elsewhere)
-    with pytest.raises(UserError, match="--dtype auto: is float32 on this machine; the unfinished run is in bfloat16"):
+    with pytest.raises(UserError, match="--dtype auto: is float32 on this machine, but the unfinished run uses bfloat16"):
         train(tmp_path, models["neox"], dataset, *FLAGS, "--resume")
     assert (folder / "run.json").read_text() == elsewhere
     (folder / "run.json").write_text(begun)
@@ -702,7 +702,7 @@ def test_as_a_user_runs_it(models, dataset, tmp_path):
     words[3] = tmp_path / "none.jsonl"
     done = run_script("run_peft.py", *words)
     assert done.returncode == 2
-    assert done.stderr == f"{tmp_path}/none.jsonl: no such file; name a {data_files.FORMATS} file\n"
+    assert done.stderr == f"{tmp_path}/none.jsonl: no such file; give a {data_files.FORMATS} file\n"
 
 
 def test_a_finished_run_of_a_base_that_has_changed_is_refused(models, dataset, tmp_path):

@@ -287,7 +287,7 @@ def test_procedure_rows_counts_and_resuming(tiny, tmp_path, monkeypatch):
     with open(partial, "ab") as file:
         file.write(b'{"tasks": [{"instr')  # a torn line
     monkeypatch.setattr(rounds, "complete", scripted(calls))
-    with pytest.raises(UserError, match="another seed"):
+    with pytest.raises(UserError, match="a different seed"):
         generate.main(words(tiny, tmp_path / "broken.jsonl", "--num_rows", 11, "--seed", 5))
     assert generate.main(words(tiny, tmp_path / "broken.jsonl", "--num_rows", 11)) == 0
     assert (tmp_path / "broken.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
@@ -345,7 +345,7 @@ def test_kill_and_run_again(tiny, driver, tmp_path):
     with open(partial, "ab") as file:
         file.write(b'{"tasks": [{"instr')  # a line that the power cut tore
     other = run_script(driver, *quick(tiny, output, "--top_k", 7))
-    assert other.returncode == 2 and "another top_k" in other.stderr and partial.read_bytes().startswith(kept)
+    assert other.returncode == 2 and "a different top_k" in other.stderr and partial.read_bytes().startswith(kept)
     assert run_script(driver, *quick(tiny, output)).returncode == 0
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and not partial.exists()
     assert 2 < len(kept.splitlines()) <= json.loads((output.parent / "run_generate.json").read_text())["rounds"] + 1
