@@ -441,7 +441,9 @@ def test_killed_run_resumes_bit_exactly(models, dataset, tmp_path, unbroken):
     begun = (folder / "run.json").read_text()
     elsewhere = json.dumps(json.loads(begun) | {"dtype": "bfloat16"})
     (folder / "run.json").write_text(elsewhere)
-    with pytest.raises(UserError, match="--dtype auto: is float32 on this machine, but the unfinished run uses bfloat16"):
+    with pytest.raises(
+        UserError, match="--dtype auto: is float32 on this machine, but the unfinished run uses bfloat16"
+    ):
         train(tmp_path, models["neox"], dataset, *FLAGS, "--resume")
     assert (folder / "run.json").read_text() == elsewhere
     (folder / "run.json").write_text(begun)
