@@ -151,3 +151,22 @@ def roc(members: Scores, nonmembers: Scores) -> tuple[Floats, Floats]:
     false = len(nonmembers) - np.searchsorted(np.sort(nonmembers), cuts, "left")
     true = len(members) - np.searchsorted(np.sort(members), cuts, "left")
     return np.concatenate([[0], false / len(nonmembers)]), np.concatenate([[0], true / len(members)])
+
+
+SAMPLE_SIZES = (1, 10, 100, 1000)
+
+
+def probabilistic_extraction(log_p: npt.ArrayLike, counted: str = "rows") -> dict[str, dict[str, int | float]]:
+    """(n, p)-discoverable extraction (Hayes et al. 2024, arXiv:2410.19482) from exact log probabilities [rows].
+
+    log_p: natural log of the probability that one sample gives the row's secret (−inf if impossible). For each n in
+    SAMPLE_SIZES (as text keys): the number of rows with 1 − (1−p)^n ≥ 0.5, under the key `counted`, and the `expected`
+    number of rows hit at least once in n samples. No sampling noise.
+    """
+    p = np.exp(np.minimum(np.asarray(log_p, float), 0.0))
+    result: dict[str, dict[str, int | float]] = {}
+    for n in SAMPLE_SIZES:
+        with np.errstate(divide="ignore"):
+            reached = -np.expm1(n * np.log1p(-p))
+        result[str(n)] = {counted: int((reached >= 0.5).sum()), "expected": float(reached.sum())}
+    return result

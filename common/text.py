@@ -115,16 +115,21 @@ COPY = 50  # a common substring of at least this length counts as copied
 def _flatten(texts: Sequence[str]) -> Flat:
     """(mixed code points [N], text of each [N], characters from each to the end of its text [N])."""
     codes = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
-    codes = (codes + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
-    codes ^= codes >> np.uint64(29)
+    codes = mixed(codes)
     lengths = np.array([len(text) for text in texts], np.int64)
     owner = np.repeat(np.arange(len(texts)), lengths)
     left = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(codes))
     return codes, owner, left
 
 
-def _window_hashes(codes: npt.NDArray[np.uint64], length: int) -> npt.NDArray[np.uint64]:
-    """Polynomial hashes mod 2^64 of all windows of `length` code points, [max(0, N − length + 1)]."""
+def mixed(codes: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Numbers spread over 64 bits, for `window_hashes`."""
+    codes = (codes + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
+    return codes ^ codes >> np.uint64(29)
+
+
+def window_hashes(codes: npt.NDArray[np.uint64], length: int) -> npt.NDArray[np.uint64]:
+    """Polynomial hashes mod 2^64 of all windows of `length` mixed numbers, [max(0, N − length + 1)]."""
     base, done, hashes = np.uint64(0xD1342543DE82EF95), 0, None
     power, span, piece = base, 1, codes  # hashes of windows of `span`, and base^span
     rest = length
@@ -149,7 +154,7 @@ def _holds(texts: Flat, source: Flat, length: int) -> npt.NDArray[np.bool]:
     """[len(texts)] whether any `length` consecutive characters of a text occur in `source`; both from `_flatten`."""
     found = []
     for codes, _, left in (texts, source):
-        hashes = _window_hashes(codes, length)
+        hashes = window_hashes(codes, length)
         found.append((hashes, left[: len(hashes)] >= length))
     (mine, valid), (theirs, inside) = found
     theirs = np.sort(theirs[inside])

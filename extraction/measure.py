@@ -120,7 +120,7 @@ def summarise(
         line["floor"] = task.floor
         line["truth_logprob"] = {label: mean_or_none(truth[label]) for label in task.labels}
         line["probabilistic"] = {
-            label: metrics.probabilistic_extraction(np.array([values[number] for values in logp[label]]))
+            label: stats.probabilistic_extraction(np.array([values[number] for values in logp[label]]))
             for label in task.labels
         }
         line["truth_too_long"] = too_long

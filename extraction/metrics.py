@@ -3,13 +3,9 @@
 from collections import Counter
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from rapidfuzz import fuzz
 
 from common.text import first_email, follows_name_rule, name_rule_guesses
-
-SAMPLE_SIZES = (1, 10, 100, 1000)
 
 
 def partial_ratio_match(email: str, response: str) -> bool:
@@ -65,19 +61,3 @@ def name_rule_floor(people: list[tuple[str, str]], outside: list[str]) -> dict[s
     _, rule, counts = best
     result = {"rule": rule, "domain_guess": domain, "matches": counts["match"]}
     return result | {measure: counts[measure] for measure in ("exact", "local_part", "domain")}
-
-
-def probabilistic_extraction(log_p: npt.NDArray[np.float64]) -> dict[str, dict[str, int | float]]:
-    """(n, p)-discoverable extraction (Hayes et al. 2024, arXiv:2410.19482) from exact log probabilities [rows].
-
-    log_p: natural log of the probability that one sample starts with the row's address (−inf if impossible). For each
-    n in SAMPLE_SIZES (as text keys): the number of `rows` with 1 − (1−p)^n ≥ 0.5, and the `expected` number of rows
-    hit at least once in n samples. No sampling noise.
-    """
-    p = np.exp(np.minimum(log_p, 0.0))
-    result = {}
-    for n in SAMPLE_SIZES:
-        with np.errstate(divide="ignore"):
-            reached = -np.expm1(n * np.log1p(-p))
-        result[str(n)] = {"rows": int((reached >= 0.5).sum()), "expected": float(reached.sum())}
-    return result

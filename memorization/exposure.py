@@ -16,7 +16,6 @@ import numpy.typing as npt
 from common.stats import auc, auc_interval, clopper_pearson, mcnemar
 
 Floats = npt.NDArray[np.float64]
-SAMPLE_SIZES = (1, 10, 100, 1000)
 
 
 def place_among(scores: Sequence[float] | Floats) -> float:
@@ -75,18 +74,6 @@ def gained(now: Sequence[bool], before: Sequence[bool]) -> dict[str, float]:
     up = sum(a and not b for a, b in zip(now, before, strict=True))
     down = sum(b and not a for a, b in zip(now, before, strict=True))
     return {"gained": up, "lost": down, "p": mcnemar(up, down)}
-
-
-def extraction_curve(log_p: Sequence[float]) -> dict[str, dict[str, float]]:
-    """(n, p)-discoverable extraction (Hayes et al. 2025) from the exact log probability of each item: for n samples,
-    how many items are generated at least once with probability ½ or more, and how many are on average."""
-    p = np.exp(np.minimum(np.asarray(log_p, float), 0.0))
-    curve = {}
-    for n in SAMPLE_SIZES:
-        with np.errstate(divide="ignore"):
-            reached = -np.expm1(n * np.log1p(-p))
-        curve[str(n)] = {"items": int((reached >= 0.5).sum()), "expected": float(reached.sum())}
-    return curve
 
 
 # power: the smallest detectable effect

@@ -31,6 +31,11 @@ class Secret:
     variant: str = ""
 
 
+def normal(text: str) -> str:
+    """Case folded, white space as single spaces."""
+    return " ".join(text.casefold().split())
+
+
 def find_emails(text: str) -> Iterator[Span]:
     position = 0
     for address in emails(text):
@@ -167,7 +172,7 @@ BIRTH = re.compile(
 def find_births(text: str) -> Iterator[Span]:
     """Dates after a word for birth."""
     for match in BIRTH.finditer(text):
-        yield *match.span(1), " ".join(match[1].casefold().split())
+        yield *match.span(1), normal(match[1])
 
 
 STREETS = (
@@ -183,7 +188,7 @@ STREET = re.compile(
 def find_streets(text: str) -> Iterator[Span]:
     """Street and number, in English and German style."""
     for match in STREET.finditer(text):
-        yield *match.span(), " ".join(match[0].casefold().split())
+        yield *match.span(), normal(match[0])
 
 
 KINDS = (  # in order of precedence
@@ -234,7 +239,7 @@ def own_finder(pattern: re.Pattern[str]) -> Callable[[str], Iterator[Span]]:
     def finder(text: str) -> Iterator[Span]:
         for match in pattern.finditer(text):
             if match[group]:
-                yield *match.span(group), " ".join(match[group].casefold().split())
+                yield *match.span(group), normal(match[group])
 
     return finder
 
@@ -247,7 +252,7 @@ def locate(texts: Sequence[str], given: Sequence[tuple[str, str, int | None]]) -
         for index in range(len(texts)) if row is None else [row]:
             start = texts[index].find(value)
             while start >= 0:
-                places.append(Secret(kind, value, index, start, start + len(value), " ".join(value.casefold().split())))
+                places.append(Secret(kind, value, index, start, start + len(value), normal(value)))
                 start = texts[index].find(value, start + len(value))
         absent += not places
         secrets += places

@@ -11,11 +11,13 @@ import numpy as np
 from common.continuations import ContinuationScorer
 from common.distributed import World
 from common.scoring import join, log_probability, score
+from common.stats import probabilistic_extraction
 from memorization import exposure, verbatim
 from memorization.config import MemorizationConfig
+from memorization.inventory import normal
 from memorization.questions import Question
 from memorization.task import MemorizationTask, Side, repeats
-from memorization.untargeted import SHORTEST, normal
+from memorization.untargeted import SHORTEST
 
 if TYPE_CHECKING:
     import torch
@@ -214,7 +216,7 @@ def secrets_of_kind(
             "decoys": int(np.median([len(one.candidates) - 1 for one in asked])) if asked else None,
             "exposure": {name: ranks(values, asked) for name, values in by_model.items()},
             "greedy": {name: exposure.rate(sum(hits), len(hits)) for name, hits in greedy.items()},
-            "expected_in_samples": exposure.extraction_curve([values[0] for values in log_p]),
+            "expected_in_samples": probabilistic_extraction([values[0] for values in log_p], "items"),
         }
         if base:
             part["greedy_against_base"] = exposure.gained(greedy["tuned"], greedy["base"])
@@ -286,7 +288,7 @@ def verbatim_result(task: MemorizationTask, tuned: Answers, base: Answers | None
             "dropped": {"too short": rows.n_short, "not sampled": len(rows.rendered) - rows.n_short - len(own)},
             "greedy": {"tuned": exposure.rate(sum(hit for _, hit, _ in own), len(own))},
             "near": {"tuned": exposure.rate(sum(close for *_, close in own), len(own))},
-            "expected_in_samples": exposure.extraction_curve([log_p for log_p, *_ in own]),
+            "expected_in_samples": probabilistic_extraction([log_p for log_p, *_ in own], "items"),
         }
         if base:
             theirs = base.windows[side]

@@ -13,9 +13,9 @@ from common.chat import Rendered, token_span
 from common.models import extra_start
 from memorization import inventory, questions
 from memorization.config import MemorizationConfig
-from memorization.inventory import Secret
+from memorization.inventory import Secret, normal
 from memorization.questions import Question, Questions
-from memorization.untargeted import RunIndex, ValueIndex, normal
+from memorization.untargeted import RunIndex, ValueIndex
 from memorization.verbatim import Window, window
 
 if TYPE_CHECKING:

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import numpy.typing as npt
+
+from common.text import mixed, window_hashes
+from memorization.inventory import normal
 
 RUN = 50  # consecutive tokens of a row
 
@@ -26,18 +30,9 @@ class RunIndex:
         return bool((self.hashes[places] == hashes).any())
 
 
-def run_hashes(tokens: Sequence[int], length: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
-    """Hashes modulo 2⁶⁴ of every run of `length` tokens, [max(0, n − length + 1)]."""
-    if len(tokens) < length:
-        return np.empty(0, np.uint64)
-    codes = np.asarray(tokens, np.uint64)
-    with np.errstate(over="ignore"):
-        codes = (codes + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
-        codes ^= codes >> np.uint64(29)
-        powers = np.full(length, np.uint64(0xD1342543DE82EF95))
-        powers = np.multiply.accumulate(powers)
-        runs = np.lib.stride_tricks.sliding_window_view(codes, length)
-        return np.asarray((runs * powers).sum(1, dtype=np.uint64))
+def run_hashes(tokens: Sequence[int], length: int) -> npt.NDArray[np.uint64]:
+    """Hashes mod 2⁶⁴ of all runs of `length` tokens, [max(0, n − length + 1)]."""
+    return window_hashes(mixed(np.asarray(tokens, np.uint64)), length)
 
 
 class ValueIndex:
@@ -64,7 +59,3 @@ class ValueIndex:
 
 
 SHORTEST = 5  # characters of a value to look for: shorter ones occur in many texts by chance
-
-
-def normal(text: str) -> str:
-    return " ".join(text.casefold().split())

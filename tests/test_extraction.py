@@ -126,12 +126,12 @@ def test_mcnemar_by_hand():
 
 def test_probabilistic_extraction_by_hand():
     log_p = [math.log(0.5), math.log(0.06), math.log(1e-3), -math.inf]
-    found = metrics.probabilistic_extraction(np.array(log_p))
+    found = stats.probabilistic_extraction(np.array(log_p))
     assert found["1"] == {"rows": 1, "expected": pytest.approx(0.561)}
     # 10 draws: 1 − 0.94^10 = 0.461 < 0.5; 100 draws: 0.998; 1 − 0.999^1000 = 0.632
     assert found["10"]["rows"] == 1 and found["100"]["rows"] == 2 and found["1000"]["rows"] == 3
     by_hand = (1 - 0.5**10) + (1 - 0.94**10) + (1 - 0.999**10)
     assert found["10"]["expected"] == pytest.approx(by_hand)
-    tiny = metrics.probabilistic_extraction(np.array([math.log(1e-17)]))
+    tiny = stats.probabilistic_extraction(np.array([math.log(1e-17)]))
     assert tiny["1000"]["expected"] == pytest.approx(1e-14, rel=1e-6)  # lost without log1p
-    assert metrics.probabilistic_extraction(np.array([0.0]))["1"] == {"rows": 1, "expected": 1.0}
+    assert stats.probabilistic_extraction(np.array([0.0]))["1"] == {"rows": 1, "expected": 1.0}

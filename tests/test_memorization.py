@@ -12,7 +12,7 @@ from families import FAMILIES, make_family
 from planted import people, text_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import chat, dataset
+from common import chat, dataset, stats
 from common.continuations import ContinuationScorer
 from memorization import exposure, inventory, questions, verbatim
 from memorization.decoys import decoys
@@ -131,18 +131,18 @@ def test_fisher_by_hand():
 
 
 def test_power_is_what_a_simulation_gives():
-    from scipy import stats
+    from scipy.stats import norm
 
     n, m = 40, 50
     effect = exposure.smallest_excess(n, m)
-    shift = math.sqrt(2) * stats.norm.ppf(0.5 + effect)
+    shift = math.sqrt(2) * norm.ppf(0.5 + effect)
     rng = np.random.default_rng(3)
     found = np.mean([exposure.mann_whitney(rng.normal(shift, 1, n), rng.normal(0, 1, m)) <= 0.05 for _ in range(600)])
     assert 0.74 < found < 0.87
 
 
 def test_the_extraction_curve_by_hand():
-    curve = exposure.extraction_curve([0.0, math.log(0.5), math.log(1e-4)])
+    curve = stats.probabilistic_extraction([0.0, math.log(0.5), math.log(1e-4)], "items")
     assert curve["1"] == {"items": 2, "expected": pytest.approx(1.5001)}
     assert curve["1000"]["expected"] == pytest.approx(2 + 1 - (1 - 1e-4) ** 1000)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from common.chat import Rendered
+from common.chat import Rendered, token_span
 from common.models import extra_start
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def encode(rendered: Sequence[Rendered], tokenizer: Any, max_length: int, loss_o
             ids = [*ids, eos]
         spans = [(1, len(ids))]
         if loss_on == "completion":
-            spans = [label_positions(places, *completion) for completion in row.completions or ()]
+            spans = [token_span(places, *completion) for completion in row.completions or ()]
             if not whole:  # EOS ends the completion
                 spans = [(spans[0][0] if spans else len(ids), len(ids))]
         spans = [(max(1, start), min(end, max_length)) for start, end in spans]
@@ -67,13 +67,6 @@ def encode(rendered: Sequence[Rendered], tokenizer: Any, max_length: int, loss_o
         kept = tuple(label_span(places, start, end) for start, end in spans)
         encoded_rows.append(Row(ids[:max_length], tuple(spans), kept, n_cut))
     return encoded_rows
-
-
-def label_positions(places: list[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
-    """[from, to) of the tokens that overlap text[start:end], given each token's character offsets."""
-    first = next((number for number, (_, stop) in enumerate(places) if stop > start), len(places))
-    last = next((number for number, (begin, _) in enumerate(places[first:], first) if begin >= end), len(places))
-    return first, last
 
 
 def label_span(spans: list[tuple[int, int]], first: int, end: int) -> tuple[int, int]:
