@@ -24,16 +24,18 @@ TOLERANCE = 1e-3  # nats per token in single precision; a hundred times that in 
 
 
 class ContinuationScorer:
-    """Scores continuations with one model in eval mode.
+    """Scores continuations with one model in eval mode; the keys and values of the last context are kept.
 
     token_budget: positions (padding included) per forward pass; a single longer continuation still runs alone.
+    held: positions of context and continuations whose keys and values may exist at once, per token of the budget.
     """
 
-    def __init__(self, model: Any, token_budget: int = TOKEN_BUDGET):
-        self.model, self.token_budget = model, token_budget
+    def __init__(self, model: Any, token_budget: int = TOKEN_BUDGET, held: int = HELD):
+        self.model, self.token_budget, self.held = model, token_budget, held
         self.shares = True  # whether the shared path reproduces the model's own numbers
         self.checked = 1  # tokens of the longest context it was checked on; one token needs no cache
         self.parts: tuple[Any, Any, int] | None = None
+        self.encoded: tuple[list[int], Any] | None = None  # the last context and its cache
 
     def __call__(self, context: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[Floats]:
         """[tokens] log p (nats) of each continuation's tokens after `context`, which has at least one token."""
@@ -41,9 +43,8 @@ class ContinuationScorer:
             raise ValueError("a context needs at least one token")
         if not all(continuations):
             raise ValueError("a continuation needs at least one token")
-        if (
-            self.shares and len(context) > 2 * self.checked - 1
-        ):  # sliding windows and position scaling start at some length
+        twice = len(context) >= 2 * self.checked  # sliding windows and position scaling start at some length
+        if self.shares and twice:
             self.shares, self.checked = self._agrees(context, continuations), len(context)
         return (self._shared if self.shares else self._plain)(context, continuations)
 
@@ -59,6 +60,8 @@ class ContinuationScorer:
         few = [list(continuations[0]), max(map(list, continuations), key=len)]
         try:
             shared = self._shared(context, few)
+        except torch.OutOfMemoryError:
+            raise
         except (AttributeError, TypeError, NotImplementedError, RuntimeError, ValueError, IndexError):
             return False
         slack = TOLERANCE if self.model.dtype == torch.float32 else 100 * TOLERANCE
@@ -74,22 +77,32 @@ class ContinuationScorer:
             if self.parts is None:
                 self.parts = split_head(self.model, list(context[:PROBE_TOKENS]))
             trunk, head, vocabulary = self.parts
-            cache = None
-            if len(context) > 1:  # its last token starts each continuation's own pass
-                ids = torch.tensor([list(context[:-1])], device=self.model.device)
-                cache = trunk(input_ids=ids, use_cache=True).past_key_values
+            cache = self._encode(trunk, list(context))
             order = sorted(range(len(continuations)), key=lambda index: (-len(continuations[index]), index))
             chunk = max(SMALLEST_CHUNK, LOGIT_VALUES // vocabulary)
             scores: list[Floats] = [np.empty(0, np.float32)] * len(continuations)
             while order:
                 longest = len(continuations[order[0]])
-                held = HELD * self.token_budget // (len(context) + longest)
+                held = self.held * self.token_budget // (len(context) + longest)
                 rows = max(1, min(self.token_budget // longest, held))
                 batch, order = order[:rows], order[rows:]
                 chosen = [continuations[index] for index in batch]
                 for index, values in zip(batch, self._batch(trunk, head, chunk, cache, context[-1], chosen)):
                     scores[index] = values
         return scores
+
+    def _encode(self, trunk: Any, context: list[int]) -> Any:
+        """Keys and values of all tokens but the last, which starts every continuation's own pass; None without one."""
+        import torch
+
+        if self.encoded is None or self.encoded[0] != context:
+            self.encoded = None  # the earlier one goes before the next is made
+            cache = None
+            if len(context) > 1:
+                ids = torch.tensor([context[:-1]], device=self.model.device)
+                cache = trunk(input_ids=ids, use_cache=True).past_key_values
+            self.encoded = context, cache
+        return self.encoded[1]
 
     def _batch(
         self, trunk: Any, head: Any, chunk: int, cache: Any, opening: int, continuations: list[Sequence[int]]

@@ -7,7 +7,6 @@ missing. Under torchrun the ranks share the batches; only rank 0 holds, caches a
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import io
 import sys
@@ -15,22 +14,19 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from common import models, results
 from common.checkpoints import BaseLoader
+from common.continuations import ContinuationScorer
 from common.distributed import World, progress_bar
 from common.scoring import (
-    LOGIT_VALUES,
-    PROBE_TOKENS,
-    SMALLEST_CHUNK,
     log_probability,
     plan_batches,
     score,
-    split_head,
 )
 from mia.attacks import N_NEIGHBOURS
 from mia.neighborhood import MaskedProposer, own_neighbours
@@ -304,46 +300,15 @@ def score_after_prefix(
 ) -> Part:
     """This rank's part of [(index, log p [T − 1])] of tokens 2 … T after `prefix`.
 
-    The prefix is encoded once and its keys and values are shared; prefix + text positions count against the budget.
-    Texts are right-padded, which causal attention never sees.
+    The batches do not depend on the number of ranks; prefix + text positions count against the budget.
     """
-    import torch
-
-    with torch.no_grad():
-        trunk, head, vocabulary = split_head(model, prefix[:PROBE_TOKENS])
-        chunk = max(SMALLEST_CHUNK, LOGIT_VALUES // vocabulary)
-        part: Part = []
-        cache: Any = None  # a transformers cache
-        if len(prefix) > 1:  # its last token starts each text's own pass
-            ids = torch.tensor([prefix[:-1]], device=model.device)
-            wrapped: Any = model
-            causal = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
-            cache = causal.base_model(input_ids=ids, use_cache=True).past_key_values
-        lengths = [len(prefix) + len(sequences[index]) for index in indices]
-        for batch in world.shard(plan_batches(lengths, token_budget)):
-            chosen = [indices[place] for place in batch]
-            inputs = [[prefix[-1], *sequences[index][skip:-1]] for index in chosen]
-            ids = torch.zeros(len(chosen), max(map(len, inputs)), dtype=torch.long)
-            rows: list[int] = []
-            columns: list[int] = []
-            spelled: list[int] = []
-            for row, (index, tokens) in enumerate(zip(chosen, inputs)):
-                ids[row, : len(tokens)] = torch.tensor(tokens)
-                scored = len(sequences[index]) - 1
-                rows += [row] * scored
-                columns += range(len(tokens) - scored, len(tokens))
-                spelled += sequences[index][1:]
-            shared = copy.deepcopy(cache)
-            if shared is not None:
-                shared.batch_repeat_interleave(len(chosen))
-            states = trunk(input_ids=ids.to(model.device), past_key_values=shared, use_cache=True)[0]
-            states, targets = states[rows, columns], torch.tensor(spelled, device=states.device)
-            found = []
-            for start in range(0, len(targets), chunk):
-                logits = states[start : start + chunk] if head is None else head(states[start : start + chunk])
-                found.append(log_probability(logits.float(), targets[start : start + chunk].to(logits.device)).cpu())
-            counts = [len(sequences[index]) - 1 for index in chosen]
-            part += [(index, values.numpy()) for index, values in zip(chosen, torch.cat(found).split(counts))]
+    scorer = ContinuationScorer(model, token_budget, held=1)
+    lengths = [len(prefix) + len(sequences[index]) for index in indices]
+    part: Part = []
+    for batch in world.shard(plan_batches(lengths, token_budget)):
+        chosen = [indices[place] for place in batch]
+        values = scorer(prefix, [sequences[index][skip:] for index in chosen])
+        part += [(index, log_p[1 - skip :]) for index, log_p in zip(chosen, values)]
     return part
 
 
