@@ -71,7 +71,7 @@ def prepare(config: AuditConfig) -> AuditTask:
     if config.canaries and not Path(config.canaries).is_file():
         problems.add(f"--canaries {config.canaries}: no such file; give the key that canary/inject.py wrote")
     ref, tokenizer = models.look_up(problems, config.model, config.revision, config.base_model)
-    base = _reference(ref, config, problems) if ref else None
+    base = _reference(ref, tokenizer, config, problems) if ref else None
     problems.check()
     assert ref is not None
     rows, notes = {}, []
@@ -163,15 +163,13 @@ def _render(
     return Rows(path, len(rows), results.sha256(path), indices, rendered)
 
 
-def _reference(ref: ModelRef, config: AuditConfig, problems: cli.Problems) -> ModelRef | None:
+def _reference(ref: ModelRef, tokenizer: Any, config: AuditConfig, problems: cli.Problems) -> ModelRef | None:
     if config.ref_model:
-        other, tokenizer = models.look_up(problems, config.ref_model, flag="--ref_model")
-        if other and tokenizer and ref:
-            own = models.load_tokenizer(ref)
-            if own.get_vocab() != tokenizer.get_vocab():
-                problems.add(
-                    f"--ref_model {config.ref_model}: has a different tokenizer than {ref.name}; give its own base"
-                )
+        other, its_own = models.look_up(problems, config.ref_model, flag="--ref_model")
+        if its_own and tokenizer and its_own.get_vocab() != tokenizer.get_vocab():
+            problems.add(
+                f"--ref_model {config.ref_model}: has a different tokenizer than {ref.name}; give its own base"
+            )
         return other
     return ModelRef(ref.base, ref.base, None, ref.revision) if ref.adapter else None
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from auditing import report, verdict
-from auditing.config import AuditConfig
+from auditing.config import PARTS, AuditConfig
 from auditing.prepare import AuditTask, Rows, prepare
 from canary import measurement as canaries
 from canary.config import MeasureConfig
@@ -55,15 +55,14 @@ def run(config: AuditConfig) -> int:
 
 def plan(config: AuditConfig, task: AuditTask) -> str:
     rows = ", ".join(f"{len(one.indices):,} of {one.n:,} rows of {one.path}" for one in task.rows.values())
-    parts = ", ".join(part for part in verdict_parts(config, task) if part)
+    parts = ", ".join(chosen_parts(config, task))
     against = f" against {task.base.name}" if task.base else ""
     return f"would audit {task.model.name}{against} on {rows}: {parts}; results in {config.output_dir}"
 
 
-def verdict_parts(config: AuditConfig, task: AuditTask) -> list[str]:
+def chosen_parts(config: AuditConfig, task: AuditTask) -> list[str]:
     able = {"membership": "heldout" in task.rows, "canaries": bool(config.canaries)}
-    parts = ("membership", "extraction", "verbatim", "untargeted", "canaries")
-    return [part for part in parts if part not in config.without and able.get(part, True)]
+    return [part for part in PARTS if part not in config.without and able.get(part, True)]
 
 
 def membership_config(config: AuditConfig, task: AuditTask) -> MiaConfig | None:

@@ -69,6 +69,15 @@ def fisher(hits: int, n: int, control_hits: int, control_n: int) -> float | None
     return float(stats.hypergeom.sf(hits - 1, n + control_n, hits + control_hits, n))
 
 
+def rate_excess(hits: Sequence[int], n: Sequence[int]) -> dict[str, object]:
+    """How much larger the share of the training side is, of (training, held-out) hits and items; p by Fisher."""
+    return {
+        "value": hits[0] / n[0] - hits[1] / n[1] if all(n) else None,
+        "p": fisher(hits[0], n[0], hits[1], n[1]),
+        "smallest_seen": smallest_hits(*n),
+    }
+
+
 def gained(now: Sequence[bool], before: Sequence[bool]) -> dict[str, float]:
     """Hits gained and lost relative to the base on the same items, with McNemar's exact two-sided p."""
     up = sum(a and not b for a, b in zip(now, before, strict=True))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,8 @@ from memorization.untargeted import SHORTEST
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
+
+Result = TypeVar("Result")
 
 
 def with_hits(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -62,19 +64,24 @@ def ask(
     return answers
 
 
+def on_ranks(world: World, n: int, work: Callable[[Sequence[int]], list[Result]]) -> list[Result]:
+    """The results of n items on every rank; `work` takes this rank's indices and gives their results in order."""
+    mine = world.shard(list(range(n)))
+    parts = world.together(lambda: list(zip(mine, work(mine), strict=True)))
+    by_index = dict(pair for part in parts for pair in part)
+    return [by_index[index] for index in range(n)]
+
+
 def answer_questions(
     model: Any, asked: Sequence[Question], config: MemorizationConfig, world: World
 ) -> list[list[float]]:
     scorer = ContinuationScorer(model, config.token_budget)
 
-    def work() -> dict[int, list[float]]:
-        return {
-            index: [float(values.sum(dtype=np.float64)) for values in scorer(one.context, one.candidates)]
-            for index, one in world.shard(list(enumerate(asked)))
-        }
+    def work(mine: Sequence[int]) -> list[list[float]]:
+        scored = (scorer(asked[index].context, asked[index].candidates) for index in mine)
+        return [[float(values.sum(dtype=np.float64)) for values in one] for one in scored]
 
-    found = {index: sums for part in world.together(work) for index, sums in part.items()}
-    return [found[index] for index in range(len(asked))]
+    return on_ranks(world, len(asked), work)
 
 
 def statistics(model: Any, sequences: Sequence[Sequence[int]], config: MemorizationConfig, world: World) -> list[Any]:
@@ -131,23 +138,20 @@ def decode(
     vocabulary = model.get_input_embeddings().weight.shape[0]
     stop = stop_tokens(tokenizer, vocabulary, newline=False)
 
-    def work() -> dict[int, list[int]]:
-        mine = world.shard(list(range(len(prompts))))
-        keys = [(index, 0) for index in mine]
+    def work(mine: Sequence[int]) -> list[list[int]]:
         answers = sweep(
             model,
             [prompts[index] for index in mine],
-            keys,
+            [(index, 0) for index in mine],
             [temperature],
             top_k=vocabulary if temperature else 1,
             max_tokens=max_tokens,
             seed=seed,
             stop=stop,
         )
-        return {index: answer.tokens[0] for index, answer in zip(mine, answers)}
+        return [answer.tokens[0] for answer in answers]
 
-    found = {index: tokens for part in world.together(work) for index, tokens in part.items()}
-    return [found[index] for index in range(len(prompts))]
+    return on_ranks(world, len(prompts), work)
 
 
 def draw(
@@ -172,15 +176,16 @@ def places(log_p: Sequence[Sequence[float]], base: Sequence[Sequence[float]] | N
     return [exposure.place_among(np.asarray(ours) - np.asarray(theirs)) for ours, theirs in zip(log_p, base)]
 
 
+def median_bits(values: Sequence[float], asked: Sequence[Question]) -> float | None:
+    """Median exposure of secrets by their places; None without one."""
+    bits = [exposure.exposure_bits(place, len(one.candidates) - 1) for place, one in zip(values, asked)]
+    return float(np.median(bits)) if bits else None
+
+
 def ranks(values: Sequence[float], asked: Sequence[Question]) -> dict[str, Any]:
     """Median exposure in bits, and the number of secrets that are likelier than all their decoys."""
-    if not values:
-        return {"median_bits": None, "first": exposure.rate(0, 0)}
-    bits = [exposure.exposure_bits(place, len(one.candidates) - 1) for place, one in zip(values, asked)]
-    return {
-        "median_bits": float(np.median(bits)),
-        "first": exposure.rate(sum(place == 0 for place in values), len(values)),
-    }
+    first = exposure.rate(sum(place == 0 for place in values), len(values))
+    return {"median_bits": median_bits(values, asked), "first": first}
 
 
 COUNTS = ((1, 1), (2, 3), (4, 9), (10, None))  # occurrences of a secret in the training rows
@@ -236,21 +241,16 @@ def secrets_of_kind(
         result["excess"] = exposure.excess(headline["train"], headline["heldout"])
         result["excess"]["smallest_seen"] = exposure.smallest_excess(*n)
         hits = [result[side]["greedy"]["tuned"]["hits"] for side in ("train", "heldout")]
-        result["greedy_excess"] = {
-            "value": hits[0] / n[0] - hits[1] / n[1] if all(n) else None,
-            "p": exposure.fisher(hits[0], n[0], hits[1], n[1]),
-            "smallest_seen": exposure.smallest_hits(*n),
-        }
+        result["greedy_excess"] = exposure.rate_excess(hits, n)
     return result, lines
 
 
 def group(
     asked: Sequence[Question], values: Sequence[float], hits: Sequence[bool], chosen: list[int]
 ) -> dict[str, Any]:
-    bits = [exposure.exposure_bits(values[place], len(asked[place].candidates) - 1) for place in chosen]
     return {
         "greedy": exposure.rate(sum(hits[place] for place in chosen), len(chosen)),
-        "median_bits": float(np.median(bits)) if bits else None,
+        "median_bits": median_bits([values[place] for place in chosen], [asked[place] for place in chosen]),
     }
 
 
@@ -304,11 +304,7 @@ def verbatim_result(task: MemorizationTask, tuned: Answers, base: Answers | None
     if task.controlled:
         n = [result[side]["n_scored"] for side in ("train", "heldout")]
         hits = [result[side]["near"]["tuned"]["hits"] for side in ("train", "heldout")]
-        result["excess"] = {
-            "value": hits[0] / n[0] - hits[1] / n[1] if all(n) else None,
-            "p": exposure.fisher(hits[0], n[0], hits[1], n[1]),
-            "smallest_seen": exposure.smallest_hits(*n),
-        }
+        result["excess"] = exposure.rate_excess(hits, n)
     return result
 
 
@@ -316,7 +312,6 @@ def untargeted_result(task: MemorizationTask, answers: Answers, tokenizer: PreTr
     """Which secrets and 50-token runs of each side the samples contain."""
     texts = [str(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in answers.samples]
     result: dict[str, Any] = {"samples": len(texts), "tokens": sum(map(len, answers.samples))}
-    counts = []
     for side, rows in task.sides.items():
         needles, runs = task.needles(side), task.runs(side)
         per_sample = [needles.find(text) for text in texts]
@@ -327,12 +322,7 @@ def untargeted_result(task: MemorizationTask, answers: Answers, tokenizer: PreTr
             "samples_with_secret": exposure.rate(sum(map(bool, per_sample)), len(texts)),
             "samples_with_run": exposure.rate(sum(map(runs.holds_run_of, answers.samples)), len(texts)),
         }
-        counts += [len(emitted), len(values)]
     if task.controlled:
-        n = [result[side]["secrets"]["n"] for side in ("train", "heldout")]
-        result["excess"] = {
-            "value": counts[0] / n[0] - counts[2] / n[1] if all(n) else None,
-            "p": exposure.fisher(*counts) if all(n) else None,
-            "smallest_seen": exposure.smallest_hits(*n),
-        }
+        rates = [result[side]["secrets"] for side in ("train", "heldout")]
+        result["excess"] = exposure.rate_excess([rate["hits"] for rate in rates], [rate["n"] for rate in rates])
     return result
