@@ -17,6 +17,9 @@ from common import chat, cli, dataset, distributed, models, results, trained
 from common.models import ModelRef
 from memorization.config import MemorizationConfig
 from memorization.inventory import KINDS, Secret
+from mia.config import MiaConfig
+from mia.dataset import MembershipTask, Reader
+from mia.dataset import prepare as prepare_membership
 
 
 @dataclass
@@ -43,6 +46,7 @@ class AuditTask:
     given: list[tuple[str, str, int | None]] | None = None  # --secrets
     in_loss: Callable[[Secret], bool | None] = lambda secret: None
     notes: list[str] = field(default_factory=list)  # caveats for the reader
+    membership: tuple[MiaConfig, MembershipTask] | None = None  # None: left out, or no held-out rows
 
     @property
     def inputs(self) -> list[str]:
@@ -61,11 +65,13 @@ def prepare(config: AuditConfig) -> AuditTask:
         if part not in PARTS:
             problems.add(f"--without {part}: unknown; choose from {', '.join(PARTS)}")
     files = {"train": config.train} | ({"heldout": config.heldout} if config.heldout else {})
-    opened = {name: _open(path, config.columns, problems) for name, path in files.items()}
+    membership = membership_config(config, budget)
+    reader = Reader(membership, problems)
+    opened = {name: reader.files[path][0] for name, path in files.items() if path in reader.files}
     given = problems.absorb(read_secrets, config.secrets) if config.secrets else None
     named = {row for _, _, row in given or [] if row is not None}
-    beyond = [row for row in named if opened["train"] is not None and row >= len(opened["train"])]
-    if beyond and opened["train"] is not None:
+    beyond = [row for row in named if "train" in opened and row >= len(opened["train"])]
+    if beyond:
         words = f"row {min(beyond)} is not in {config.train}, which has {len(opened['train'])} rows"
         problems.add(f"--secrets {config.secrets}: {words} (from 0)")
     if config.canaries and not Path(config.canaries).is_file():
@@ -76,7 +82,6 @@ def prepare(config: AuditConfig) -> AuditTask:
     assert ref is not None
     rows, notes = {}, []
     for name, rows_of in opened.items():
-        assert rows_of is not None
         keep = named if name == "train" else set()
         own = problems.absorb(_render, files[name], rows_of, tokenizer, config, budget, keep)
         if own:
@@ -85,6 +90,11 @@ def prepare(config: AuditConfig) -> AuditTask:
     if len({row.rendered[0].whole for row in rows.values()}) > 1:
         problems.add("--heldout: one of --train and --heldout has chat rows, the other does not")
     problems.check()
+    sets = None
+    if "heldout" in rows and "membership" not in config.without:
+        reader.use(tokenizer, ref.name)
+        sets = prepare_membership(membership, problems, reader)
+        problems.check()
     if base is None:
         notes.append(
             "No reference model: a merged or fully tuned model was given without --ref_model, so attacks that compare "
@@ -116,6 +126,27 @@ def prepare(config: AuditConfig) -> AuditTask:
         place_in_sample(given, rows["train"].indices) if given else None,
         in_loss_of(ref, rows["train"]),
         notes,
+        (membership, sets) if sets else None,
+    )
+
+
+def membership_config(config: AuditConfig, budget: Budget) -> MiaConfig:
+    return MiaConfig(
+        model=config.model,
+        base_model=config.base_model,
+        ref_model=config.ref_model,
+        members=config.train,
+        nonmembers=config.heldout,
+        chat_template=config.chat_template,
+        columns=config.columns,
+        revision=config.revision,
+        dtype=config.dtype,
+        device_map=config.device_map,
+        seed=config.seed,
+        max_samples=budget.num_rows,
+        max_length=config.max_length,
+        token_budget=config.token_budget,
+        output_dir=str(Path(config.output_dir) / "membership"),
     )
 
 
@@ -141,13 +172,6 @@ def _patterns(given: Sequence[str], problems: cli.Problems) -> dict[str, str]:
         except re.error as error:
             problems.add(f"--pii {name}: not a regular expression ({error})")
     return patterns
-
-
-def _open(path: str, columns: Sequence[str], problems: cli.Problems) -> list[dict[str, Any]] | None:
-    rows: list[dict[str, Any]] | None = problems.absorb(dataset.read_rows, path, None, columns)
-    if rows is not None:
-        problems.absorb(dataset.validate, path, rows)
-    return rows
 
 
 def _render(

@@ -16,16 +16,13 @@ from auditing.prepare import AuditTask, Rows, prepare
 from canary import measurement as canaries
 from canary.config import MeasureConfig
 from canary.task import RESULTS, ROWS
-from common import cli, distributed, models, results
+from common import distributed, models, results
 from common.checkpoints import BaseLoader
 from common.distributed import World
 from common.schema import HEADLINE_ATTACK
 from memorization import measure as memorization
 from memorization import task as questions
 from memorization.exposure import mann_whitney
-from mia.config import MiaConfig
-from mia.dataset import Reader
-from mia.dataset import prepare as prepare_membership
 from mia.measure import cache_folder, measure_all
 
 SCHEMA = 1
@@ -39,18 +36,10 @@ def run(config: AuditConfig) -> int:
     """Audit, write audit.json, audit.md and report.html; 0, or 3 if a --fail_on gate holds or its number is missing."""
     with results.output_folder(config.output_dir, config.dry_run, "audit") as place:
         task = prepare(config)
-        membership = membership_config(config, task)
-        sets = None
-        if membership:
-            problems = cli.Problems()
-            reader = Reader(membership, problems)
-            reader.use(task.tokenizer, task.model.name)
-            sets = prepare_membership(membership, problems, reader)
-            problems.check()
         if config.dry_run:
             print(plan(config, task))
             return 0
-        return measure(config, task, membership, sets, place)
+        return measure(config, task, place)
 
 
 def plan(config: AuditConfig, task: AuditTask) -> str:
@@ -65,31 +54,7 @@ def chosen_parts(config: AuditConfig, task: AuditTask) -> list[str]:
     return [part for part in PARTS if part not in config.without and able.get(part, True)]
 
 
-def membership_config(config: AuditConfig, task: AuditTask) -> MiaConfig | None:
-    if "heldout" not in task.rows or "membership" in config.without:
-        return None
-    return MiaConfig(
-        model=config.model,
-        base_model=config.base_model,
-        ref_model=config.ref_model,
-        members=config.train,
-        nonmembers=config.heldout,
-        chat_template=config.chat_template,
-        columns=config.columns,
-        revision=config.revision,
-        dtype=config.dtype,
-        device_map=config.device_map,
-        seed=config.seed,
-        max_samples=task.budget.num_rows,
-        max_length=config.max_length,
-        token_budget=config.token_budget,
-        output_dir=str(Path(config.output_dir) / "membership"),
-    )
-
-
-def measure(
-    config: AuditConfig, task: AuditTask, membership: MiaConfig | None, sets: Any, place: results.Output
-) -> int:
+def measure(config: AuditConfig, task: AuditTask, place: results.Output) -> int:
     world = distributed.start()
     folder = Path(config.output_dir)
     for note in task.notes:
@@ -103,7 +68,7 @@ def measure(
             "data": {name: data_facts(rows) for name, rows in task.rows.items()},
             "notes": task.notes,
         }
-        audit["membership"] = membership_part(config, task, membership, sets, world)
+        audit["membership"] = membership_part(config, task, world)
         lines = memorization_parts(config, task, audit, dtype, world)
         audit["canaries"] = canary_part(config, task, world)
         audit["verdict"] = verdict.judge(audit)
@@ -167,12 +132,11 @@ def data_facts(rows: Rows) -> dict[str, Any]:
     return {"path": rows.path, "sha256": rows.sha256, "rows": rows.n, "rows_used": len(rows.indices)}
 
 
-def membership_part(
-    config: AuditConfig, task: AuditTask, membership: MiaConfig | None, sets: Any, world: World
-) -> dict[str, Any]:
-    """AUC and TPR of the attack fixed in advance, with its controls."""
-    if membership is None:
+def membership_part(config: AuditConfig, task: AuditTask, world: World) -> dict[str, Any]:
+    """AUC and TPR of the pre-chosen attack, with its controls."""
+    if task.membership is None:
         return {"undefined": LEFT_OUT if "membership" in config.without else "no held-out rows (--heldout FILE)"}
+    membership, sets = task.membership
     folder = Path(str(membership.output_dir))
     world.say(f"attacking {task.model.name}")
     with contextlib.redirect_stdout(io.StringIO()):  # hide its tables: they are in the files
