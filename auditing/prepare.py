@@ -65,6 +65,8 @@ def prepare(config: AuditConfig) -> AuditTask:
         if part not in PARTS:
             problems.add(f"--without {part}: unknown; choose from {', '.join(PARTS)}")
     files = {"train": config.train} | ({"heldout": config.heldout} if config.heldout else {})
+    if config.heldout and same_content(config.train, config.heldout):
+        problems.add(f"--heldout {config.heldout}: the same rows as --train; give rows kept back from training")
     membership = membership_config(config, budget)
     reader = Reader(membership, problems)
     opened = {name: reader.files[path][0] for name, path in files.items() if path in reader.files}
@@ -93,7 +95,9 @@ def prepare(config: AuditConfig) -> AuditTask:
     sets = None
     if "heldout" in rows and "membership" not in config.without:
         reader.use(tokenizer, ref.name)
+        before = len(problems.lines)
         sets = prepare_membership(membership, problems, reader)
+        problems.lines[before:] = [in_flags_of_audit(line) for line in problems.lines[before:]]
         problems.check()
     if base is None:
         notes.append(
@@ -148,6 +152,20 @@ def membership_config(config: AuditConfig, budget: Budget) -> MiaConfig:
         token_budget=config.token_budget,
         output_dir=str(Path(config.output_dir) / "membership"),
     )
+
+
+def same_content(path: str, other: str) -> bool:
+    """Whether both are one file, or two files with the same bytes."""
+    if not (Path(path).is_file() and Path(other).is_file()):
+        return Path(path).absolute() == Path(other).absolute()
+    return Path(path).stat().st_size == Path(other).stat().st_size and results.sha256(path) == results.sha256(other)
+
+
+def in_flags_of_audit(line: str) -> str:
+    """A message of mia.py, naming the flags of audit.py."""
+    for flag, own in (("--nonmembers", "--heldout"), ("--members", "--train"), ("--max_samples", "--num_rows")):
+        line = line.replace(flag, own)
+    return line
 
 
 def _gate(text: str, problems: cli.Problems) -> Gate | None:

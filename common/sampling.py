@@ -372,15 +372,16 @@ def _generated(model: PreTrainedModel, prompt: list[int]) -> tuple[list[int], to
     from transformers import GenerationConfig
 
     ids = torch.tensor([prompt], device=embedding_weight(model).device)
-    config = GenerationConfig(max_new_tokens=PROBE_STEPS, do_sample=False, pad_token_id=0, use_cache=True)
-    generator: Any = model  # annotated without `generate`, which is a mixin's
-    output = generator.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        generation_config=config,
+    config = GenerationConfig(
+        max_new_tokens=PROBE_STEPS,
+        do_sample=False,
+        pad_token_id=0,
+        use_cache=True,
         output_logits=True,
         return_dict_in_generate=True,
     )
+    generator: Any = model  # annotated without `generate`, which is a mixin's
+    output = generator.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
     return output.sequences[0, len(prompt) :].tolist(), torch.stack([logits[0].float() for logits in output.logits])
 
 

@@ -277,9 +277,11 @@ def prepare(config: MiaConfig, problems: cli.Problems, reader: Reader) -> Member
     whole = reader.check()
     if config.neighbor_model:
         problems.absorb(check_masked, config.neighbor_model, bool(problems.lines))
-    for name, items in (("members", members), ("non-members", nonmembers)):
+    sides = (("--members", config.members, members), ("--nonmembers", config.nonmembers or config.members, nonmembers))
+    for flag, path, items in sides:
         if len(items) < 2 and len(problems.lines) == before and reader.readable:
-            problems.add(f"{len(items)} {name}: at least 2 are needed")
+            count = "1 usable row" if items else "no usable row"
+            problems.add(f"{flag} {path}: {count}, at least 2 are needed")
     if len(problems.lines) > before or not reader.readable:
         return None
 

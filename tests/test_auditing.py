@@ -74,6 +74,25 @@ def test_an_adapter_that_never_saw_the_rows(adapters, rows, tmp_path, capsys):
     }
 
 
+@pytest.mark.parametrize("name", ["train.jsonl", "copy.jsonl"])
+def test_the_training_rows_are_no_held_out_rows(adapters, rows, tmp_path, name):
+    other = tmp_path / name
+    other.write_bytes(rows["train"].read_bytes())
+    heldout = other if name == "copy.jsonl" else rows["train"]
+    words = ["--model", adapters["llama", "lora"], "--train", rows["train"], "--heldout", heldout]
+    with pytest.raises(UserError) as error:
+        run(*words, "--output_dir", tmp_path / "out")
+    assert str(error.value) == f"--heldout {heldout}: the same rows as --train; give rows kept back from training"
+
+
+def test_messages_name_the_flags_of_audit(adapters, rows, tmp_path):
+    few = write_rows(tmp_path / "few.jsonl", [{"text": "One row, held out of training."}])
+    words = ["--model", adapters["llama", "lora"], "--train", rows["train"], "--heldout", few]
+    with pytest.raises(UserError) as error:
+        run(*words, "--output_dir", tmp_path / "out")
+    assert str(error.value) == f"--heldout {few}: 1 usable row, at least 2 are needed"
+
+
 def test_gates(adapters, rows, tmp_path, capsys):
     words = ["--model", adapters["llama", "lora"], "--train", rows["train"], *SMALL, "--without", "untargeted"]
     out = ["--output_dir", tmp_path / "out"]

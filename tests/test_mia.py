@@ -871,7 +871,7 @@ def test_bad_input_is_reported_at_once(models, adapters, sets, tmp_path, monkeyp
         (["--model", model, "--members", tmp_path / "no.jsonl", "--nonmembers", tmp_path / "neither.jsonl"],
          ["no.jsonl: no such file", "neither.jsonl: no such file"]),
         (["--model", model, "--members", whole], ["only files with gt-name are split"]),
-        (["--model", model, "--members", whole, "--nonmembers", one], ["1 non-members: at least 2"]),
+        (["--model", model, "--members", whole, "--nonmembers", one], ["one.jsonl: 1 usable row, at least 2"]),
         (["--model", model, "--members", surrogate, "--nonmembers", whole], ["surrogate.jsonl:1: half of a surrogate"]),
         (["--model", model, *both, "--text_field", "body"], ["no row has the field 'body'"] * 2),
         (["--model", model, *both, "--attacks", "los", "min_k_15"], ["--attacks los", "--attacks min_k_15"]),
