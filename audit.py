@@ -51,7 +51,7 @@ def make_parser() -> cli.Parser:
         samples = f"unprompted samples (default: {full.samples:,}; with --quick {quick.samples})"
         add("--samples", type=cli.positive_int, help=samples)
         add("--without", nargs="+", metavar="PART", help=f"parts to skip, of {' '.join(PARTS)}")
-        add("--quick", action="store_true", help="fewer rows, secrets and samples")
+        add("--quick", action="store_true", help="fewer rows, secrets and samples; two membership attacks")
         add("--max_length", type=cli.positive_int, help="tokens per row; longer rows are truncated")
         add("--token_budget", type=cli.positive_int, help="positions per forward pass")
     with parser.section("output"):

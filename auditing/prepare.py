@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,23 @@ from auditing.config import PARTS, AuditConfig, Budget, budget_of
 from auditing.gates import Gate
 from common import chat, cli, dataset, distributed, models, results, trained
 from common.models import ModelRef
+from common.schema import HEADLINE_ATTACK
 from memorization.config import MemorizationConfig
 from memorization.inventory import KINDS, Secret
 from mia.config import MiaConfig
-from mia.dataset import MembershipTask, Reader
+from mia.dataset import MembershipTask, Reader, read_trainings, trained_on
 from mia.dataset import prepare as prepare_membership
+
+WITHOUT_REFERENCE = "min_k_pp_20"  # the membership attack to report without a reference
+FEWEST_HELDOUT = 20  # rows left out by training that serve as held-out rows
 
 
 @dataclass
 class Rows:
-    """A data file, rendered as in training. indices: rows used, by position in the file; rendered: those rows."""
+    """Rows of a data file. indices: rows used, by position in the file; rendered: those rows, as in training."""
 
     path: str
-    n: int
+    n: int  # rows that may be used: of --train, without those that training is known to have left out
     sha256: str
     indices: list[int] = field(default_factory=list)
     rendered: list[chat.Rendered] = field(default_factory=list)
@@ -50,7 +54,7 @@ class AuditTask:
 
     @property
     def inputs(self) -> list[str]:
-        return [rows.path for rows in self.rows.values()]
+        return list(dict.fromkeys(rows.path for rows in self.rows.values()))
 
 
 def prepare(config: AuditConfig) -> AuditTask:
@@ -82,10 +86,20 @@ def prepare(config: AuditConfig) -> AuditTask:
     base = _reference(ref, tokenizer, config, problems) if ref else None
     problems.check()
     assert ref is not None
+    candidates = {name: (files[name], set(range(len(rows_of)))) for name, rows_of in opened.items()}
+    used, unused = split_by_training(membership, reader, opened["train"], problems)
+    if used is not None:
+        candidates["train"] = config.train, used
+        beyond = sorted(named - used)
+        if beyond:
+            problems.add(f"--secrets {config.secrets}: row {beyond[0]} of {config.train} was not trained on (run.json)")
+        if not config.heldout and len(unused) >= FEWEST_HELDOUT:
+            candidates["heldout"] = config.train, unused
+    problems.check()
     rows, notes = {}, []
-    for name, rows_of in opened.items():
+    for name, (path, allowed) in candidates.items():
         keep = named if name == "train" else set()
-        own = problems.absorb(_render, files[name], rows_of, tokenizer, config, budget, keep)
+        own = problems.absorb(_render, path, reader.files[path][0], allowed, tokenizer, config, budget, keep)
         if own:
             rows[name] = own
     problems.check()
@@ -94,6 +108,8 @@ def prepare(config: AuditConfig) -> AuditTask:
     problems.check()
     sets = None
     if "heldout" in rows and "membership" not in config.without:
+        if config.quick:
+            membership = replace(membership, attacks=("loss", HEADLINE_ATTACK if base else WITHOUT_REFERENCE))
         reader.use(tokenizer, ref.name)
         before = len(problems.lines)
         sets = prepare_membership(membership, problems, reader)
@@ -104,6 +120,13 @@ def prepare(config: AuditConfig) -> AuditTask:
             "No reference model: a merged or fully tuned model was given without --ref_model, so attacks that compare "
             "with the base are impossible and the rest are weaker. Pass --ref_model BASE."
         )
+    if unused:
+        count = f"{len(unused):,} rows of {config.train} were not trained on (run.json)"
+        if config.heldout:
+            notes.append(f"{count} and are left out.")
+        else:
+            few = f"too few to be held-out rows ({FEWEST_HELDOUT} are needed)"
+            notes.append(f"{count}: {'they are the held-out rows.' if 'heldout' in rows else few + '.'}")
     if "heldout" not in rows:
         notes.append("No held-out rows: membership cannot be judged, and secrets have no control but the base.")
     return AuditTask(
@@ -192,17 +215,35 @@ def _patterns(given: Sequence[str], problems: cli.Problems) -> dict[str, str]:
     return patterns
 
 
+def split_by_training(
+    membership: MiaConfig, reader: Reader, rows: list[dict[str, Any]], problems: cli.Problems
+) -> tuple[set[int] | None, set[int]]:
+    """(rows of --train that the model was trained on, the rest), by run_peft.py's run.json beside the checkpoint;
+    (None, empty) without one, or if it is of another file."""
+    manifest = reader.files[membership.members][1]
+    _, chosen = trained_on(read_trainings(membership, problems), membership.members, rows, manifest)
+    if not chosen:
+        return None, set()
+    return chosen[0], set(range(len(rows))) - chosen[0]
+
+
 def _render(
-    path: str, rows: list[dict[str, Any]], tokenizer: Any, config: AuditConfig, budget: Budget, keep: set[int]
+    path: str,
+    rows: list[dict[str, Any]],
+    allowed: set[int],
+    tokenizer: Any,
+    config: AuditConfig,
+    budget: Budget,
+    keep: set[int],
 ) -> Rows:
-    """At most budget.num_rows rows, sampled by the seed, and those in `keep`, rendered as in training."""
-    indices = list(range(len(rows)))
-    if len(rows) > budget.num_rows:
-        drawn = np.random.default_rng(config.seed).permutation(len(rows))[: budget.num_rows]
-        indices = sorted({int(index) for index in drawn} | keep)
+    """At most budget.num_rows of the `allowed` rows, sampled by the seed, and all in `keep`; as in training."""
+    indices = sorted(allowed)
+    if len(indices) > budget.num_rows:
+        drawn = np.random.default_rng(config.seed).permutation(len(indices))[: budget.num_rows]
+        indices = sorted({indices[place] for place in drawn} | keep)
     renderer = dataset.read_renderer(rows, tokenizer, config.chat_template, config.model)
     rendered = dataset.render(path, rows, indices, renderer)
-    return Rows(path, len(rows), results.sha256(path), indices, rendered)
+    return Rows(path, len(allowed), results.sha256(path), indices, rendered)
 
 
 def _reference(ref: ModelRef, tokenizer: Any, config: AuditConfig, problems: cli.Problems) -> ModelRef | None:

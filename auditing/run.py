@@ -12,7 +12,7 @@ import numpy as np
 
 from auditing import report, verdict
 from auditing.config import PARTS, AuditConfig
-from auditing.prepare import AuditTask, Rows, prepare
+from auditing.prepare import WITHOUT_REFERENCE, AuditTask, Rows, prepare
 from canary import measurement as canaries
 from canary.config import MeasureConfig
 from canary.task import RESULTS, ROWS
@@ -27,7 +27,6 @@ from mia.measure import cache_folder, measure_all
 
 SCHEMA = 1
 GATE_HELD = 3  # exit status
-WITHOUT_REFERENCE = "min_k_pp_20"  # the membership attack to report without a reference
 LEVELS = ("0.1", "0.01", "0.001")  # false positive rates
 LEFT_OUT = "left out by --without"
 

@@ -193,6 +193,10 @@ def read_sets(reader: Reader) -> tuple[list[Item], list[Item], Trained, int]:
         return kept, rest, trained, left_out
     if not rows:
         return [], [], {}, 0
+    if dataset.shape_of(rows[0]) != "enron" and chosen:
+        kept, left_out = members(range(len(known)))
+        unused = [one for index, one in enumerate(known) if not any(index in used for used in chosen)]
+        return kept, unused, trained, left_out - len(unused)
     if dataset.shape_of(rows[0]) != "enron":
         problems.add(
             f"{config.members}: only files with gt-name are split into training and held-out rows; "

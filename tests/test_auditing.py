@@ -8,6 +8,7 @@ from conftest import ROOT, read_lines, run_script, write_rows
 from planted import chat_rows, people, text_rows
 
 import audit
+import run_peft
 from auditing import gates, report, verdict
 from auditing.config import PARTS
 from common.cli import UserError
@@ -72,6 +73,27 @@ def test_an_adapter_that_never_saw_the_rows(adapters, rows, tmp_path, capsys):
     assert {line["value"] for line in read_lines(private) if line["type"] == "card" and line["set"] == "train"} == {
         person["card"] for person in people(40, 1)
     }
+
+
+def test_rows_that_training_left_out_are_the_held_out_rows(models, rows, tmp_path, capsys):
+    """run_peft.py held the first 40 of 80 rows out, as run.json says: each side's secrets are those of its rows."""
+    both = write_rows(tmp_path / "both.jsonl", [*text_rows(40, 2), *text_rows(40, 1)])
+    words = ["-m", models["llama"], "-i", both, "--output_root", tmp_path / "out", "-e", 1, "--eval_rows", 40]
+    run_peft.main([str(word) for word in words])
+    (adapter,) = (tmp_path / "out").rglob("checkpoint-*")
+    words = ["--model", adapter, "--train", both, *SMALL, "--without", "untargeted", "verbatim"]
+    _, found = run(*words, "--output_dir", tmp_path / "alone")
+    assert "40 rows of " in capsys.readouterr().out and found["notes"][0].endswith("they are the held-out rows.")
+    assert [found["data"][side]["rows"] for side in ("train", "heldout")] == [40, 40]
+    assert (found["membership"]["n_members"], found["membership"]["n_nonmembers"]) == (40, 40)
+    lines = read_lines(tmp_path / "alone/results_secrets.jsonl")
+    assert {line["row"] for line in lines if line["set"] == "train"} == set(range(40, 80))
+    assert {line["row"] for line in lines if line["set"] == "heldout"} == set(range(40))
+    _, given = run(*words, "--heldout", rows["heldout"], "--output_dir", tmp_path / "given")
+    assert given["notes"][0].endswith("and are left out.") and given["data"]["train"]["rows"] == 40
+    secret = write_rows(tmp_path / "secrets.jsonl", [{"type": "name", "value": "x", "row": 3}])
+    with pytest.raises(UserError, match=r"row 3 of .* was not trained on"):
+        run(*words, "--secrets", secret, "--output_dir", tmp_path / "refused")
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "copy.jsonl"])
