@@ -23,7 +23,7 @@ from mia.dataset import MembershipTask, Reader, read_trainings, trained_on
 from mia.dataset import prepare as prepare_membership
 
 WITHOUT_REFERENCE = "min_k_pp_20"  # the membership attack to report without a reference
-FEWEST_HELDOUT = 20  # rows left out by training that serve as held-out rows
+FEWEST_HELDOUT = 2  # rows left out by training that serve as held-out rows
 
 
 @dataclass

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import evaluate_purified
 import merge_peft
+from auditing.config import AuditConfig
 from common import cli, dataset, models, results
 from common.checkpoints import find_checkpoints
 from common.schema import TEMPERATURES
@@ -19,6 +20,7 @@ from studies.config import QuickstartConfig
 from studies.steps import (
     TEMPERATURE,
     attack,
+    audit,
     build,
     call,
     check_rows,
@@ -106,7 +108,20 @@ def run(config: QuickstartConfig, out: Path, record: results.Run) -> str:
         newest = find_checkpoints(trees["original"])[-1]
         merged = merge_peft.MergeConfig(model=str(newest), save_dir=str(out / "merged"))
         call("merge_peft.py", merge_peft.run, merged)
-    aucs = membership(config, out, trees)
+    audited = {}
+    if "original" in config.arms:
+        audited = audit(
+            AuditConfig(
+                model=str(newest),
+                train=config.dataset,
+                output_dir=str(out / "audit"),
+                quick=not config.full,
+                max_length=MiaConfig.max_length,  # as the membership inference on the other arms
+                seed=config.seed,
+                **device_of(config),
+            )
+        )
+    aucs = membership(config, out, trees, audited)
     floor = measured(out / "base")[0]["floor"]
     text = [
         f"Addresses extracted at temperature {TEMPERATURE} from {rows[0]['rows']} people, each queried with four "
@@ -132,9 +147,19 @@ def run(config: QuickstartConfig, out: Path, record: results.Run) -> str:
             control.append(row_of(f"{name}, outsiders", out / f"outsiders-{name}", None))
         text += ["", "Control: people named in no training text.", ""]
         text += [extraction_table(control, measured(out / "outsiders-base")[0]["floor"], {})]
+    verdict = {key: audited["verdict"][key] for key in ("answer", "words")} if audited else None
+    if audited:
+        text += ["", f"Audit: {audited['verdict']['words']}", "", f"In full: {out / 'audit' / 'audit.md'}."]
     results.write_json(
         out / "summary.json",
-        {"temperature": TEMPERATURE, "rows": rows, "floor": floor, "outsiders": control, "mia": aucs},
+        {
+            "temperature": TEMPERATURE,
+            "rows": rows,
+            "floor": floor,
+            "outsiders": control,
+            "mia": aucs,
+            "audit": verdict,
+        },
     )
     return "\n".join(text)
 
@@ -158,10 +183,17 @@ def training_files(config: QuickstartConfig, out: Path) -> dict[str, cli.AnyPath
     return data
 
 
-def membership(config: QuickstartConfig, out: Path, trees: dict[str, Path]) -> dict:
-    """{table row: {auc, ci}} of mia.py's `ref` on the last checkpoint of each arm: original rows against the head."""
+def membership(config: QuickstartConfig, out: Path, trees: dict[str, Path], audited: dict) -> dict:
+    """{table row: {auc, ci, flags}} of the attack `ref` on the last checkpoint of each arm: original rows against the
+    head. The audit has attacked the original arm."""
     aucs, few = {}, {} if config.full else {"attacks": ("loss", "ref"), "max_samples": 500}
     for arm, tree in trees.items():
+        name = f"{arm}, epoch {len(find_checkpoints(tree))}"
+        if arm == "original":
+            part = audited["membership"]
+            ends = [part["auc"][end] for end in ("low", "high")]
+            aucs[name] = {"auc": part["auc"]["value"], "ci": ends, "flags": part["flags"]}
+            continue
         attacked = MiaConfig(
             model=str(find_checkpoints(tree)[-1]),
             members=config.dataset,
@@ -171,7 +203,6 @@ def membership(config: QuickstartConfig, out: Path, trees: dict[str, Path]) -> d
             **device_of(config),
         )
         line = next(line for line in infer_membership(attacked) if line["attack"] == "ref")
-        name = f"{arm}, epoch {len(find_checkpoints(tree))}"
         aucs[name] = {"auc": line["auc"], "ci": line["auc_ci"], "flags": line["flags"]}
     return aucs
 

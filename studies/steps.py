@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from auditing.config import AuditConfig
 from common import cli, dataset, models, results, stats
 from common.schema import HEADLINE_TEMPERATURE, outcomes_path
 from extraction.config import AttackConfig, MeasureConfig
@@ -150,6 +151,25 @@ def infer_membership(config: MiaConfig) -> list[dict]:
 
         call("mia/mia.py", run, config)
     return results.read_jsonl(file)
+
+
+def audit(config: AuditConfig) -> dict[str, Any]:
+    """audit.json of config.model on config.train, kept for the same weights and rows."""
+    file = Path(config.output_dir) / "audit.json"
+    if file.is_file():
+        found = results.read_json(file, "remove it")
+        weights = models.weights_sha256(models.find_model(config.model))
+        train_file = found.get("data", {}).get("train", {})
+        if found.get("model", {}).get("weights_sha256") == weights and train_file.get("sha256") == results.sha256(
+            config.train
+        ):
+            print(f"\n{file}: measured before, kept")
+            return found
+        print(f"\n{file}: stale (weights or dataset changed); measured again")
+    from auditing.run import run
+
+    call("audit.py", run, config)
+    return results.read_json(file, "remove it")
 
 
 def measure_perplexity(config: PerplexityConfig) -> list[dict]:

@@ -42,9 +42,9 @@ SPEED = re.compile(r'(?:<td data-v="[\d.]+">[\d,]+</td>\s*){1,2}<td data-v="\d{7
 NOISY = ("audit_signal",)  # small differences of large numbers: 0.001 either way
 # Files of a study that another CPU gives other numbers: text sampled from a model after many steps (one token in two
 # thousand is another), what is trained on or computed from it, and ranks of nearly equal scores. Only their structure
-# is compared; the cases `synthetic`, `downstream`, `fidelity`, `canary` and `mia` have their numbers.
+# is compared; the cases `audit`, `synthetic`, `downstream`, `fidelity`, `canary` and `mia` have their numbers.
 CHAOTIC = {
-    "mail": (),
+    "mail": ("out/audit/*", "out/report/report.html"),
     "privacy": ("out/summary.*", "out/report/report.html", "out/report/results.csv"),
     "reviews": (
         "out/canary/results_*",
