@@ -510,8 +510,8 @@ def test_a_user_written_in_two_ways_is_one_unit():
     import numpy as np
 
     from common.reviews import halve
-    from data.synthetic.histogram import one_row_a_user
+    from data.synthetic.histogram import one_row_per_user
 
     rows = [{"user_id": one, "Review": "a"} for one in ("5", 5, " 5", 5.0)]
-    assert len(one_row_a_user(rows, np.random.default_rng(0))) == 1
+    assert len(one_row_per_user(rows, np.random.default_rng(0))) == 1
     assert sorted(map(len, halve([*rows, *({"Review": "b"} for _ in range(4))], 0))) == [4, 4]

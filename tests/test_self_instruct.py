@@ -53,8 +53,8 @@ def test_seed_tasks_are_enough_varied_and_pass_their_own_filters():
     (
         ("{", "not JSON"),
         ("{}", "expected a JSON array"),
-        ("[]", "0 whole tasks; at least 8 are needed"),
-        (json.dumps([{"instruction": "x", "examples": [{"input": "", "output": 3}]}] * 8), "0 whole tasks"),
+        ("[]", "0 valid tasks; at least 8 are needed"),
+        (json.dumps([{"instruction": "x", "examples": [{"input": "", "output": 3}]}] * 8), "0 valid tasks"),
     ),
 )
 def test_bad_seed_tasks(text, words, tmp_path):
@@ -273,7 +273,7 @@ def test_procedure_rows_counts_and_resuming(tiny, tmp_path, monkeypatch):
     )
     kinds = [line.split("? ")[1] for line in calls[1][1][0].splitlines() if line.startswith("Is it classification? ")]
     assert kinds == ["Yes", "No"] * 6
-    # the first round has only seeds to show, later ones two machine-made instructions among eight
+    # the first round has only seeds to show, later ones two generated instructions among eight
     shown = [[line for line in prompt.splitlines() if "claims about" in line] for prompt in calls[0][1] + calls[3][1]]
     assert [len(lines) for lines in shown] == [0] * 4 + [2] * 4
     assert all(prompt.count("\nTask ") == 9 for prompt in calls[3][1])

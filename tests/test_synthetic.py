@@ -279,7 +279,7 @@ def test_release_by_its_distribution():
 
 def test_a_user_adds_to_one_cell():
     rows = [{"user_id": f"u{i // 5}", "n": i} for i in range(50)]
-    chosen = histogram.one_row_a_user(rows, np.random.default_rng(0))
+    chosen = histogram.one_row_per_user(rows, np.random.default_rng(0))
     assert [row["user_id"] for row in chosen] == [f"u{i}" for i in range(10)]
     assert len({row["n"] % 5 for row in chosen}) > 2
 
@@ -318,7 +318,7 @@ def test_privacy_of_model_and_metadata_are_added(models, adapters, held_out, tra
     make(model, held_out, tmp_path / "lost.jsonl", "--training", training)
     source = dataset.read_manifest(tmp_path / "lost.jsonl")["source"][1]
     assert (source["sha256"], source["salted"]) == (None, True)
-    with pytest.raises(UserError, match="nothing tells whether it was released from --training"):
+    with pytest.raises(UserError, match="cannot tell whether it was released from --training"):
         make(model, held_out, tmp_path / "b.jsonl", *more)
     make(model, held_out, tmp_path / "plain.jsonl")
     plain = dataset.read_manifest(tmp_path / "plain.jsonl")["privacy"]
