@@ -244,7 +244,7 @@ def memorization_parts(
 
 def canary_part(config: AuditConfig, task: AuditTask, world: World) -> dict[str, Any]:
     if not config.canaries:
-        return {"undefined": "no canaries were placed (canary/inject.py, --canaries KEY)"}
+        return {"undefined": "no canaries were inserted (canary/inject.py, --canaries KEY)"}
     if "canaries" in config.without:
         return {"undefined": LEFT_OUT}
     folder = Path(config.output_dir) / "canaries"
