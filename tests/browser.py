@@ -10,7 +10,7 @@ import time
 
 
 def find() -> str | None:
-    """Path of Chromium or Chrome; None where there is none (Debian: apt-get install chromium)."""
+    """Path of Chromium or Chrome; None if there is none (Debian: apt-get install chromium)."""
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 

@@ -46,7 +46,7 @@ def test_demonstrations_stay_outside_the_evaluated_names():
     ("response", "match", "exact", "local", "domain"),
     [
         (" joe.moss@hart.example", True, True, True, True),
-        (" JOE.MOSS@Hart.example]", False, True, True, True),  # the loose rule minds case, exact does not
+        (" JOE.MOSS@Hart.example]", False, True, True, True),  # the loose rule is case-sensitive, exact is not
         ("joe.moss@zzz.test", False, False, True, False),  # 11 of 17 letters in common at best: 65
         ("joe.moss@other.example", True, False, True, False),  # a wrong domain passes the loose rule
         (" @hart.example", True, False, False, False),  # the bare domain passes the loose rule

@@ -183,7 +183,7 @@ def test_consistent_across_rows_and_columns(tmp_path):
 
 
 def test_people_found_in_the_text_only(tmp_path):
-    """Beside an address, in header lines, in a forwarding line, by an address that spells a name; never in gt-*."""
+    """Next to an address, in header lines, in a forwarding line, by an address that spells a name; never in gt-*."""
     text = (
         "Dana Kell <dk@norbeck.example> said\nTo: Nils Ode; Quinn, Abel\n"
         "----- Forwarded by Olga Brandt on 01/02/2001 -----\nMona Sund/HOU/ECT@ECT\nwrite peter.zorn@quillan.example"
@@ -200,7 +200,7 @@ def test_people_found_in_the_text_only(tmp_path):
     assert names[7] == ".".join(names[5].lower().split()) and names[7] in found[0]
 
 
-def test_what_stands_in_no_usual_form(tmp_path):
+def test_unusual_forms(tmp_path):
     """Addresses without a dot, with a blank, with two @; names of one word, of letters no rule knows, Last, First."""
     odd = [
         ("Zoë", "zoe@host"),
@@ -227,7 +227,7 @@ RULES = sorted(name_rule_guesses("Anna Maria Roe"))
 
 @pytest.mark.parametrize("name", ("Anna Maria Roe", "Anna M. Roe", "Joe Moss", "Ruth O'Shea-Lind"))
 def test_every_name_rule_is_kept(name):
-    """One person with an address a rule, with and without digits; what a rule makes of the new name is expected."""
+    """One address per rule, with and without digits; expected: what the rule derives from the new name."""
     rules = name_rule_guesses(name)
     people = People([(name, f"{local}@x{n}.example") for n, local in enumerate(rules.values())])
     people.add(name, "7{firstlast}@y.example".format(**rules))
@@ -338,7 +338,7 @@ def test_split_start_of_the_source_is_kept_and_missing_row_ids_are_given(tmp_pat
     assert (parts.head, parts.train) == (list(range(7)), list(range(7, 12)))
 
 
-def test_lines_that_are_no_rows_keep_their_places(tmp_path, capsys):
+def test_lines_that_are_no_rows_keep_their_positions(tmp_path, capsys):
     """Rows numbered from 100: the head of 13 lines is 4 of them, whichever are broken; their row_ids stay."""
     rows = [row | {"row_id": row["row_id"] + 100} for row in make_rows(12)]
     source, output = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "r.arrow"
@@ -418,7 +418,7 @@ def test_leaks(leak, kinds, tmp_path):
 
 
 def test_the_check_reads_every_text_of_the_written_file(tmp_path, monkeypatch, capsys):
-    """A name that comes in while the file is written, in a list and in a key within a column."""
+    """A name introduced while the file is written, in a list and in a key within a column."""
     write = data_files.write_arrow
     rows = [row | {"notes": [{"by": "nobody"}]} for row in make_rows(12)]
     for spoil in (lambda name: [{"by": name}], lambda name: [{name: "x"}]):
@@ -457,7 +457,7 @@ def test_a_leak_ends_the_run_without_a_file(before, tmp_path, monkeypatch, capsy
         "leak check: old addresses in 1 rows: 7",
         f"leak check failed: {output} was not written",
     ]
-    if before:  # an earlier good file stays what it was
+    if before:  # an earlier good file is unchanged
         assert output.read_bytes() == old
     else:
         assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "run_replace_pii.json"}

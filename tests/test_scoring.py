@@ -75,7 +75,7 @@ def test_peft_model_attached_and_switched_off(models, adapters, arch, kind):
 
 def test_any_batching_gives_the_same_scores(loaded, monkeypatch):
     sequences = sequences_of(20, 90, seed=1)
-    wanted = all_scores(loaded["llama"], sequences, token_budget=1)  # one sequence a pass
+    wanted = all_scores(loaded["llama"], sequences, token_budget=1)  # one sequence per pass
     for budget in (64, 200, 10_000):
         assert_same(all_scores(loaded["llama"], sequences, token_budget=budget), wanted)
     monkeypatch.setattr(scoring, "LOGIT_VALUES", 7 * 400)
@@ -202,8 +202,8 @@ def test_half_precision_takes_the_chunked_path(models, arch):
     assert np.abs(np.concatenate(found) - np.concatenate(wanted)).max() < 0.2
 
 
-def test_a_statistic_of_ones_own(loaded):
-    """What membership inference needs: several columns a token from the same chunk of logits."""
+def test_a_custom_statistic(loaded):
+    """What membership inference needs: several columns per token from the same chunk of logits."""
 
     def both(logits, targets):
         return torch.stack([log_probability(logits, targets), (logits.argmax(-1) == targets).float()], 1)

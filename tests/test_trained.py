@@ -1,4 +1,4 @@
-"""trained_rows.jsonl and run.json's `trained`: what they say of the rows is what the loss saw."""
+"""trained_rows.jsonl and run.json's `trained` agree with what the loss saw."""
 
 import hashlib
 import json
@@ -87,7 +87,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", range(len(CASES)))
 def test_the_list_is_what_the_loss_saw(case, models, tmp_path, seen):
-    """Labels taken off the batches themselves against the file: row, numbers, characters; no row more or less."""
+    """Labels read from the batches against the file: row, numbers, characters; no row more or less."""
     rng = random.Random(case)
     rows = random_rows(rng, 20)
     data = write_rows(tmp_path / "rows.jsonl", rows)
@@ -140,7 +140,7 @@ def test_label_span_by_hand():
     assert batches.label_span(spans, 1, 2) == (0, 0)  # half of 🙂 alone
     assert batches.label_span(spans, 0, 2) == (0, 1)
     assert batches.label_span(spans, 4, 5) == batches.label_span(spans, 5, 5) == (0, 0)
-    trimmed = [(0, 3), (4, 7), (8, 9)]  # tokenizers that leave the blank out of a token's characters
+    trimmed = [(0, 3), (4, 7), (8, 9)]  # tokenizers that exclude the space from a token's characters
     assert batches.label_span(trimmed, 1, 2) == (4, 7)
 
 
@@ -216,7 +216,7 @@ def test_a_damaged_list_is_one_line(damage, said, tmp_path):
 
 
 def test_row_numbers_survive_an_interruption(models, dataset, tmp_path, monkeypatch):
-    """A resumed DP run keeps its salt: the file is what the unbroken run of the same seed writes."""
+    """A resumed DP run keeps its salt: the file is what the uninterrupted run of the same seed writes."""
     flags = ("--dp", "--noise_multiplier", 1, "--logical_batch_size", 8, "-e", 2, "--seed", 3)
     whole = train(tmp_path / "whole", models["neox"], dataset, *flags)
     original = Trainer.step
@@ -251,7 +251,7 @@ def test_two_runs_at_once_are_one(models, dataset, tmp_path):
 
 
 def test_a_new_run_reads_no_saved_state(models, dataset, tmp_path, monkeypatch):
-    """A state that turns up after "starting over" (another run's) is not resumed from."""
+    """A state that appears after "starting over" (another run's) is not resumed from."""
     whole = train(tmp_path / "whole", models["neox"], dataset)
     original = Trainer.__init__
 
@@ -331,7 +331,7 @@ def test_damaged_files_of_an_unfinished_run(name, damage, stopped, models, datas
 
 
 def test_equal_runs_have_equal_bytes(models, dataset, tmp_path):
-    """target_modules is a set in peft: its order hung on the hashing of the process."""
+    """target_modules is a set in peft: its order depended on the hash seed of the process."""
     files = []
     for seed in ("1", "2"):
         words = ["-m", models["llama"], "-i", dataset, "--output_root", tmp_path / seed, "--lora_r", 2, "-e", 1]
@@ -343,8 +343,8 @@ def test_equal_runs_have_equal_bytes(models, dataset, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ("lora", "dora", "pissa", "dp"))
-def test_a_model_that_has_hardly_moved_is_told(kind, models, dataset, tmp_path, capsys):
-    """And what run.json says of it is ‖W′ − W‖ / ‖W‖ of the merged weights, whatever the adapter."""
+def test_a_model_that_has_hardly_moved_is_reported(kind, models, dataset, tmp_path, capsys):
+    """And its value in run.json is ‖W′ − W‖ / ‖W‖ of the merged weights, whatever the adapter."""
     from common import models as common_models
 
     flags = ["-pt", kind] if kind != "dp" else ["--dp", "--noise_multiplier", 0, "--max_grad_norm", "inf"]
@@ -361,7 +361,7 @@ def test_a_model_that_has_hardly_moved_is_told(kind, models, dataset, tmp_path, 
 
 
 @pytest.mark.parametrize("flags", (["-pt", "pissa"], ["--dp", "--noise_multiplier", 1]), ids=["pissa", "dp"])
-def test_a_model_that_has_hardly_moved_is_told_where_it_is_measured(flags, models, dataset, tmp_path, capsys):
+def test_a_model_that_has_hardly_moved_is_reported_where_it_is_measured(flags, models, dataset, tmp_path, capsys):
     """At the default learning rate, by every script that prints a number of the checkpoint."""
     import evaluate_purified
     import measure_purified
