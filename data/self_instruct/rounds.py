@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from common import results
 from common.cli import UserError
@@ -49,7 +49,8 @@ def make_rounds(
     world: World,
 ) -> list[Round]:
     """Rounds until there are --num_rows instances, each appended to the partial file as it ends."""
-    rounds: list[Round] = world.broadcast(results.read_partial(partial, settings, config.overwrite)[1:])
+    earlier_rounds = results.read_partial(partial, settings, config.overwrite)[1:]
+    rounds = world.broadcast(cast(list[Round], earlier_rounds))
     if world.main:
         results.write_jsonl(partial, [{"settings": settings}, *rounds])
     pool = filters.RougePool()

@@ -58,12 +58,12 @@ def check(config: SelfInstructConfig) -> Task:
     ref, tokenizer = models.look_up(problems, config.model, config.revision)
     settings: dict[str, Any] = {}
     file_settings: dict[str, Any] | None = None
-    if not problems.lines:
+    if ref and not problems.lines:
         settings = generation.settings_of(config, ref, SAMPLED, seed_tasks=results.sha256(config.seed_tasks))
         file_settings = settings | {key: getattr(config, key) for key in ("num_rows", "format", "strict")}
     finished = problems.absorb(dataset.finished, [("--output", output)], file_settings, config.overwrite)
     problems.check()
-    assert file_settings is not None
+    assert ref and file_settings is not None
     return Task(seeds, broken, ref, tokenizer, settings, file_settings, bool(finished))
 
 

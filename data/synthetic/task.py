@@ -48,15 +48,16 @@ def prepare(config: SyntheticConfig) -> Task:
         problems.add(f"{config.training}: rows without user_id; the model's privacy unit is the user")
     source: dict[str, Any] | None = None
     if ref and training:
-        source = problems.absorb(training_source, config.training, len(training), ref)
+        source = problems.absorb(training_source, str(config.training), len(training), ref)
     settings: Settings = {}
     file_settings: Settings | None = None
-    if not problems.lines:
+    if ref and not problems.lines:
         settings = settings_of(config, ref)
         if source is None or source["sha256"]:
             file_settings = settings | settings_of_file(config, source)
     finished = problems.absorb(dataset.finished, [("--output", config.output_file)], file_settings, config.overwrite)
     problems.check()
+    assert ref
     return Task(rows, training, ref, tokenizer, privacy, unit, source, settings, file_settings, bool(finished))
 
 
