@@ -248,7 +248,7 @@ def canary_part(config: AuditConfig, task: AuditTask, world: World) -> dict[str,
     if "canaries" in config.without:
         return {"undefined": LEFT_OUT}
     folder = Path(config.output_dir) / "canaries"
-    made = canaries.run(
+    measured = canaries.run(
         MeasureConfig(
             canaries=config.canaries,
             models=(f"audited={config.model}",),
@@ -261,7 +261,7 @@ def canary_part(config: AuditConfig, task: AuditTask, world: World) -> dict[str,
             seed=config.seed,
         )
     )
-    line = next((line for line in made["lines"] if line["measure"] == "audit"), None)
+    line = next((line for line in measured["lines"] if line["measure"] == "audit"), None)
     if line is None:
         return {"undefined": "the key has no audit canaries"}
     part: dict[str, Any] = world.broadcast(canary_summary(line, folder) if world.main else {})
