@@ -81,8 +81,8 @@ def test_jensen_shannon_by_hand_and_scipy():
 
 
 def naive_grams(texts, order):
-    found = [m.words(text) for text in texts]
-    return [[tuple(one[i : i + order]) for i in range(len(one) - order + 1)] for one in found]
+    words = [m.words(text) for text in texts]
+    return [[tuple(one[i : i + order]) for i in range(len(one) - order + 1)] for one in words]
 
 
 TEXTS = ["a b a b a b", "b a b", "c", "", "a b c d e f g", "the the the the the", "a b c d x y z"]
@@ -189,12 +189,11 @@ def test_copies_against_a_naive_search():
 def test_jackknife_of_a_mean_is_its_standard_error():
     """With one value per group the jackknife's se of a mean is s/√n exactly; the t quantile is scipy's, 19 degrees."""
     values = np.random.default_rng(2).normal(size=20)
-    found = m.interval(m.replicate(lambda keep: {"x": values[keep].mean()}, np.arange(20))["x"])
+    measured = m.interval(m.replicate(lambda keep: {"x": values[keep].mean()}, np.arange(20))["x"])
     half = stats.t.ppf(0.975, 19) * values.std(ddof=1) / math.sqrt(20)
-    assert found["value"] == pytest.approx(values.mean())
-    assert found["high"] - found["value"] == pytest.approx(half) and found["value"] - found["low"] == pytest.approx(
-        half
-    )
+    assert measured["value"] == pytest.approx(values.mean())
+    assert measured["high"] - measured["value"] == pytest.approx(half)
+    assert measured["value"] - measured["low"] == pytest.approx(half)
     assert m.interval(np.full(21, np.nan))["value"] is None
 
 
@@ -207,8 +206,8 @@ def test_jackknife_intervals_cover():
     rng, covered = np.random.default_rng(11), 0
     for _ in range(1000):
         values = rng.exponential(size=200)
-        found = m.interval(m.replicate(lambda keep, values=values: {"x": values[keep].std()}, m.deal(200, 1))["x"])
-        covered += found["low"] <= 1 <= found["high"]
+        measured = m.interval(m.replicate(lambda keep, values=values: {"x": values[keep].std()}, m.deal(200, 1))["x"])
+        covered += measured["low"] <= 1 <= measured["high"]
     assert 800 <= covered <= 970
 
 
@@ -247,11 +246,11 @@ def test_manifold_measures_against_loops(monkeypatch):
     rng = np.random.default_rng(6)
     real, other = rng.normal(size=(80, 3)), rng.normal(size=(80, 3)) * 0.6 + 0.8
     groups = m.deal(80, 1)
-    found = m.manifold_measures(real, other, groups)
+    measured = m.manifold_measures(real, other, groups)
     for replicate in (0, 1, 20):
         keep = m.masks(groups)[replicate]
         naive = naive_manifold(real[keep], other[keep], 5)
-        assert {name: values[replicate] for name, values in found.items()} == pytest.approx(naive)
+        assert {name: values[replicate] for name, values in measured.items()} == pytest.approx(naive)
     same = m.manifold_measures(real, real.copy(), groups)
     assert all(same[name][0] == 1 for name in ("precision", "recall", "coverage"))
 
@@ -262,10 +261,10 @@ def test_nearest_cosine_against_loops(monkeypatch):
     x, pool = rng.normal(size=(20, 4)), rng.normal(size=(45, 4))
     x, pool = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in (x, pool))
     groups, pool_groups = m.deal(20, 1), m.deal(45, 2)
-    found = m.mean_nearest(m.nearest_cosine(x, pool, pool_groups), groups)
-    assert found[0] == pytest.approx(np.mean([max(a @ b for b in pool) for a in x]))
+    measured = m.mean_nearest(m.nearest_cosine(x, pool, pool_groups), groups)
+    assert measured[0] == pytest.approx(np.mean([max(a @ b for b in pool) for a in x]))
     kept = [max(a @ b for b, group in zip(pool, pool_groups) if group != 3) for a, own in zip(x, groups) if own != 3]
-    assert found[4] == pytest.approx(np.mean(kept))
+    assert measured[4] == pytest.approx(np.mean(kept))
 
 
 def test_nearest_cosine_with_groups_that_the_pool_lacks():
@@ -275,11 +274,11 @@ def test_nearest_cosine_with_groups_that_the_pool_lacks():
     best = m.nearest_cosine(x, pool, pool_groups)
     assert best.shape == (40, m.GROUPS) and np.isneginf(np.delete(best, [1, 4], axis=1)).all()
     assert np.allclose(best[:, 1], x @ pool[1]) and np.allclose(best[:, 4], (x @ pool[[0, 2]].T).max(1))
-    found = m.mean_nearest(best, groups)
-    assert found[0] == pytest.approx(np.mean((x @ pool.T).max(1)))
+    measured = m.mean_nearest(best, groups)
+    assert measured[0] == pytest.approx(np.mean((x @ pool.T).max(1)))
     for group in range(m.GROUPS):
         left = (x @ pool[pool_groups != group].T).max(1)
-        assert found[1 + group] == pytest.approx(left[groups != group].mean())
+        assert measured[1 + group] == pytest.approx(left[groups != group].mean())
 
 
 # ---------------------------------------------------------------- the command

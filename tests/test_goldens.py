@@ -247,16 +247,16 @@ def files(work):
 
 def results_of(work, before: dict, paths: dict[str, str], long: int, chaotic=()) -> dict:
     """{file: content} of what was written since `before`; files named by a hash are numbered, by their content."""
-    found: dict[str, list] = {}
+    items_of: dict[str, list] = {}
     for path in files(work):
         name = str(path.relative_to(work))
         if before.get(name) != (path.read_bytes(), path.stat().st_mtime_ns):
             name = HEX.sub("<hex>", name) + " (private)" * (path.stat().st_mode & 0o77 == 0)
             item = content(path, paths, long, any(fnmatch(name, pattern) for pattern in chaotic))
-            found.setdefault(name, []).append(item)
+            items_of.setdefault(name, []).append(item)
     return {
         f"{name} {number}".removesuffix(" 1"): item
-        for name, items in found.items()
+        for name, items in items_of.items()
         for number, item in enumerate(sorted(items, key=json.dumps) if len(items) > 1 else items, 1)
     }
 
@@ -278,15 +278,15 @@ def same_text(one: str, other: str) -> bool:
 def differences(want, got, where: str) -> list[str]:
     """One line for every value that differs from the golden."""
     if isinstance(want, dict) and isinstance(got, dict):
-        found = [f"{where}: lost {key!r}" for key in want.keys() - got.keys()]
-        found += [f"{where}: new {key!r}" for key in got.keys() - want.keys()]
-        return found + [
+        lines = [f"{where}: lost {key!r}" for key in want.keys() - got.keys()]
+        lines += [f"{where}: new {key!r}" for key in got.keys() - want.keys()]
+        return lines + [
             line for key in want if key in got for line in differences(want[key], got[key], f"{where} › {key}")
         ]
     if isinstance(want, list) and isinstance(got, list):
-        found = [] if len(want) == len(got) else [f"{where}: {len(want)} items, now {len(got)}"]
+        lines = [] if len(want) == len(got) else [f"{where}: {len(want)} items, now {len(got)}"]
         pairs = enumerate(zip(want, got))
-        return found + [line for index, (a, b) in pairs for line in differences(a, b, f"{where} › {index}")]
+        return lines + [line for index, (a, b) in pairs for line in differences(a, b, f"{where} › {index}")]
     if type(want) is type(got):
         noise = 1e-3 if where.endswith(NOISY) else 1e-9
         if isinstance(want, float) and math.isclose(want, got, rel_tol=1e-3, abs_tol=noise):
@@ -322,15 +322,15 @@ def layout(golden: dict) -> str:
     return "{\n" + ",\n".join(blocks) + "\n}\n"
 
 
-def check(name: str, found: dict) -> None:
+def check(name: str, written: dict) -> None:
     """Compare with tests/goldens/`name`.json, or write it."""
     file = FOLDER / f"{name.replace(' ', '_')}.json"
     if UPDATE:
         file.parent.mkdir(parents=True, exist_ok=True)
         before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        file.write_text(layout(kept(before, found, name)), encoding="utf-8")
+        file.write_text(layout(kept(before, written, name)), encoding="utf-8")
         return
-    lines = differences(json.loads(file.read_text(encoding="utf-8")), json.loads(layout(found)), name)
+    lines = differences(json.loads(file.read_text(encoding="utf-8")), json.loads(layout(written)), name)
     alike: dict[str, list[str]] = {}
     for line in lines:
         alike.setdefault(re.sub(r"\d[\d.e-]*", "#", line), []).append(line)

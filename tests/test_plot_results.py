@@ -568,8 +568,8 @@ def test_a_number_is_in_a_table_or_named_as_in_none(tmp_path, tree):
 
 
 def titles(tree, level=None) -> str:
-    found = caveats.find(load.read([tree]))
-    return "\n".join(f"{one.title}: {one.places}" for one in found if level in (None, one.level))
+    cautions = caveats.find(load.read([tree]))
+    return "\n".join(f"{one.title}: {one.places}" for one in cautions if level in (None, one.level))
 
 
 def test_a_clean_tree_has_no_grave_caution(tmp_path):
@@ -640,8 +640,8 @@ def test_a_model_that_hardly_moved_is_flagged_next_to_its_numbers(tmp_path, kind
 
 
 def test_lower_bound_above_upper_is_wrong_and_maxima_are_named(tmp_path):
-    found = titles(synthetic_tree(tmp_path / "tree"), "wrong")
-    assert "lower 2.50, upper 2.00" in found and found.count("lower 2.50") == 1
+    listed = titles(synthetic_tree(tmp_path / "tree"), "wrong")
+    assert "lower 2.50, upper 2.00" in listed and listed.count("lower 2.50") == 1
     root = tmp_path / "many"
     for rate in ("1e-06", "2e-06", "3e-06"):
         folder = run_folder(root, rate=rate)
@@ -840,9 +840,9 @@ def test_the_page_stands_alone(tmp_path):
     tree = small_tree(tmp_path / "tree")
     assert plot_results.main([str(tree), "--output", str(tmp_path / "out")]) == 0
     page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
-    found = Structure(page)
-    assert len(found.ids) == len(set(found.ids))
-    files = [one for one in found.references if not one.startswith(("#", "data:"))]
+    structure = Structure(page)
+    assert len(structure.ids) == len(set(structure.ids))
+    files = [one for one in structure.references if not one.startswith(("#", "data:"))]
     names = [figure.name for figure in figures.build(load.read([tree]))]
     assert files == [f"figures/{name}.{kind}" for name in names for kind in ("png", "pdf")]
     assert {
@@ -858,8 +858,8 @@ def test_the_page_stands_alone(tmp_path):
     for name in names:
         assert (tmp_path / "out" / f"figures/{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (tmp_path / "out" / f"figures/{name}.pdf").read_bytes().startswith(b"%PDF")
-    assert all(one[1:] in found.ids for one in found.references if one.startswith("#"))
-    drawings = [attributes for tag, attributes in found.tags if tag == "svg" and "aria-hidden" not in attributes]
+    assert all(one[1:] in structure.ids for one in structure.references if one.startswith("#"))
+    drawings = [attributes for tag, attributes in structure.tags if tag == "svg" and "aria-hidden" not in attributes]
     assert drawings and all(len(one["aria-label"]) > 20 and one["role"] == "img" for one in drawings)
     assert not re.search(
         r"url\(\s*['\"]?http|@import|<script src|https?://(?!www\.w3\.org/(?:1999/xlink|2000/svg))", page
@@ -1024,8 +1024,8 @@ def test_two_hundred_checkpoints(large):
     assert len({row["model"] for row in rows if row["model"]}) == 201
     assert len(rows_with(rows, metric="exact", template="A", role="target")) == 201 * 8
     assert path.stat().st_size < 4_000_000
-    found = Structure(page)
-    assert len(found.tags) < 8000
+    structure = Structure(page)
+    assert len(structure.tags) < 8000
     assert "201 models" in re.sub("<[^>]+>", "", page) and "All 201 models" in page
     (data,) = [
         one
