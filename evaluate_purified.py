@@ -15,10 +15,19 @@ import sys
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common import cli
 from extraction.config import EvaluateConfig
 from extraction.flags import add_attack_flags
+from mia.config import MiaConfig
+
+if TYPE_CHECKING:
+    from common.checkpoints import BaseLoader
+    from common.models import ModelRef
+    from common.results import Output
+    from extraction.task import ExtractionTask
+    from mia.dataset import MembershipTask
 
 
 def make_parser() -> cli.Parser:
@@ -45,12 +54,15 @@ def make_parser() -> cli.Parser:
     return parser
 
 
+Job = tuple["ModelRef", Path, Path | None, list[float]]  # model, checkpoint, partial result file, missing temperatures
+
+
 @dataclass
 class Jobs:
     """The checkpoints below the directory and what is left to measure."""
 
-    refs: dict = field(default_factory=dict)  # checkpoint → ModelRef
-    todo: list[tuple] = field(default_factory=list)  # (ref, checkpoint, partial result file, missing temperatures)
+    refs: dict[Path, "ModelRef"] = field(default_factory=dict)  # by checkpoint
+    todo: list["Job"] = field(default_factory=list)
     n_complete: int = 0
     failures: dict[str, str] = field(default_factory=dict)  # checkpoint → why it cannot be measured
 
@@ -78,19 +90,27 @@ def run(config: EvaluateConfig) -> int:
         elif config.dtype == "auto":
             config = replace(config, dtype="float32")
     attack = task.prepare(config, problems)
-    membership = sets = None
+    membership: MiaConfig | None = None
+    sets: MembershipTask | None = None
     if config.mia:
-        from mia.config import MiaConfig
         from mia.dataset import Reader, prepare
 
         membership = MiaConfig(dir=config.model, members=config.dataset, seed=config.seed, dtype=config.dtype)
         sets = prepare(membership, problems, Reader(membership, problems))
     problems.check()
+    assert attack
     with results.output_folder(config.model, config.dry_run, measure.KEY) as output:
         return evaluate(config, attack, tree, membership, sets, output)
 
 
-def evaluate(config: EvaluateConfig, attack, tree: list[Path], membership, sets, output) -> int:
+def evaluate(
+    config: EvaluateConfig,
+    attack: "ExtractionTask",
+    tree: list[Path],
+    membership: MiaConfig | None,
+    sets: "MembershipTask | None",
+    output: "Output",
+) -> int:
     from common import checkpoints, distributed, models, results
     from extraction import measure
 
@@ -122,7 +142,7 @@ def evaluate(config: EvaluateConfig, attack, tree: list[Path], membership, sets,
                 measure.print_table(lines, attack)
                 models.say_if_hardly_moved(ref, lines[-1]["relative_change"])
         loader.clear()
-        if sets:
+        if sets and membership:
             from mia.measure import cache_folder, measure_all
 
             usable = {checkpoint: ref for checkpoint, ref in jobs.refs.items() if str(checkpoint) not in failures}
@@ -135,7 +155,7 @@ def evaluate(config: EvaluateConfig, attack, tree: list[Path], membership, sets,
     return cli.report_failures(failures, world.main)
 
 
-def find_jobs(config: EvaluateConfig, attack, tree: list[Path]) -> Jobs:
+def find_jobs(config: EvaluateConfig, attack: "ExtractionTask", tree: list[Path]) -> Jobs:
     """Sort the checkpoints by their files: complete, to measure (some or all temperatures), or unusable."""
     import torch
 
@@ -162,7 +182,17 @@ def find_jobs(config: EvaluateConfig, attack, tree: list[Path]) -> Jobs:
     return jobs
 
 
-def measure_checkpoint(config: EvaluateConfig, attack, loader, total: int, number: int, ref, checkpoint, path, missing):
+def measure_checkpoint(
+    config: EvaluateConfig,
+    attack: "ExtractionTask",
+    loader: "BaseLoader",
+    total: int,
+    number: int,
+    ref: "ModelRef",
+    checkpoint: Path,
+    path: Path | None,
+    missing: list[float],
+) -> None:
     """Measure the missing temperatures of one checkpoint."""
     from common import models, results
     from extraction import measure
@@ -172,7 +202,7 @@ def measure_checkpoint(config: EvaluateConfig, attack, loader, total: int, numbe
     with loader.adapted(ref) as (model, change):
         if config.save_merged and ref.adapter and loader.world.main:
             with results.atomic_folder(merged_folder(config, checkpoint)) as folder:
-                model.save_pretrained(folder)
+                model.save_pretrained(str(folder))
                 tokenizer.save_pretrained(folder)
         info = measure.describe(ref, loader.dtype, change)
         measure.measure_model(model, tokenizer, attack, config, info, loader.world, checkpoint, path, missing)
@@ -182,7 +212,7 @@ def merged_folder(config: EvaluateConfig, checkpoint: Path) -> Path:
     return Path(config.temp) / checkpoint.relative_to(Path(config.model).parent)
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
     return run(make_parser().parse_args(argv))
 
 

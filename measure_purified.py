@@ -46,7 +46,7 @@ def settle_positionals(parsed: argparse.Namespace, problems: list[str]) -> None:
     del parsed.positional
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
     config = make_parser().parse_args(argv)
     from extraction.measure import run
 

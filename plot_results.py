@@ -17,8 +17,12 @@ import csv
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common import cli, results
+
+if TYPE_CHECKING:
+    from reporting.table import Study
 
 OURS = "run_plot_results.json"
 
@@ -27,7 +31,7 @@ OURS = "run_plot_results.json"
 class ReportConfig:
     """The flags of plot_results.py."""
 
-    directories: tuple[str, ...] | None = field(default=None, metadata={"positional": True})
+    directories: tuple[str, ...] = field(default=(), metadata={"positional": True})
     output: str = "./report"
     include_responses: bool = False
     unredacted: bool = False
@@ -53,7 +57,7 @@ def make_parser() -> cli.Parser:
     return parser
 
 
-def check(config: ReportConfig):
+def check(config: ReportConfig) -> "Study":
     """Read the Study below the directories; raise a UserError with every problem before anything is drawn."""
     from reporting import load
 
@@ -99,12 +103,12 @@ def run(config: ReportConfig) -> int:
     return 1 if broken else 0
 
 
-def damage(study) -> list[str]:
+def damage(study: "Study") -> list[str]:
     """The lines that could not be read; drawing the figures may add to those that `check` found."""
     return [f"{line.file}:{line.line}: {line.reason}" for line in study.damage if not line.torn]
 
 
-def write(config: ReportConfig, study, output: Path, record: results.Run) -> None:
+def write(config: ReportConfig, study: "Study", output: Path, record: results.Run) -> None:
     from reporting import caveats, figures, html, load, responses, svg
 
     answers = responses.tables(study, config.unredacted) if config.include_responses else []
@@ -125,7 +129,7 @@ def write(config: ReportConfig, study, output: Path, record: results.Run) -> Non
         record["error"] = f"{len(record['damaged'])} lines could not be read"
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
     return run(make_parser().parse_args(argv))
 
 

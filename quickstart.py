@@ -23,10 +23,10 @@ from pathlib import Path
 import plot_results
 from common import cli, results
 from studies import mail, privacy, reviews
-from studies.config import EMBEDDED, QuickstartConfig
-from studies.steps import call
+from studies.config import EMBEDDED, QuickstartConfig, StudyConfig
+from studies.steps import Study, call
 
-STUDIES = {"mail": mail, "privacy": privacy, "reviews": reviews}
+STUDIES: dict[str, Study] = {"mail": mail, "privacy": privacy, "reviews": reviews}
 MAY_DIFFER = {"output", "arms", "full", "dry_run"}  # flags that may change when a study is resumed
 
 
@@ -56,7 +56,7 @@ def make_parser() -> cli.Parser:
     return parser
 
 
-def check_same(out: Path, config: QuickstartConfig) -> None:
+def check_same(out: Path, config: StudyConfig) -> None:
     """Raise a UserError if `out` has a study with other settings or input files, whose results would be kept."""
     file, remedy = out / "run_quickstart.json", "choose another directory"
     if not file.exists():
@@ -74,20 +74,26 @@ def check_same(out: Path, config: QuickstartConfig) -> None:
         raise cli.UserError(f"--output {out}: has a study with other settings ({'; '.join(other)}); {remedy}")
 
 
-def run(config: QuickstartConfig) -> int:
-    own = config.model == str(EMBEDDED / "mini-pythia")
+def with_defaults(flags: QuickstartConfig) -> StudyConfig:
+    """The flags, with the defaults that depend on the study and the model filled in."""
+    embedded = flags.model == str(EMBEDDED / "mini-pythia")
+    study = STUDIES[flags.study]
+    if embedded:
+        outsiders = flags.outsiders or str(EMBEDDED / "outsiders.jsonl")
+        generator = flags.generator or str(EMBEDDED / "mini-pythia-xl")
+        flags = replace(flags, outsiders=outsiders, generator=generator)
+    settings = vars(flags) | {
+        "epochs": flags.epochs or study.EPOCHS,
+        "learning_rate": flags.learning_rate or study.RATE,
+        "lora_r": flags.lora_r or (study.RANK if embedded or flags.study != "mail" else 64),
+        "arms": flags.arms or tuple(arm for arm in mail.ARMS if arm != "generated" or flags.generator),
+    }
+    return StudyConfig(**settings)
+
+
+def run(flags: QuickstartConfig) -> int:
+    config = with_defaults(flags)
     study = STUDIES[config.study]
-    if own:
-        outsiders = config.outsiders or str(EMBEDDED / "outsiders.jsonl")
-        generator = config.generator or str(EMBEDDED / "mini-pythia-xl")
-        config = replace(config, outsiders=outsiders, generator=generator)
-    config = replace(
-        config,
-        epochs=config.epochs or study.EPOCHS,
-        learning_rate=config.learning_rate or study.RATE,
-        lora_r=config.lora_r or (study.RANK if own or config.study != "mail" else 64),
-        arms=config.arms or tuple(arm for arm in mail.ARMS if arm != "generated" or config.generator),
-    )
     problems = cli.Problems()
     if config.study == "mail" and "generated" in config.arms and not config.generator:
         problems.add("--arms generated: needs --generator, the model that writes this arm")
@@ -101,10 +107,11 @@ def run(config: QuickstartConfig) -> int:
             plan = f"{config.model} on {config.dataset}, {config.epochs} epochs"
             print(f"study {config.study}: would fine-tune {plan}, write {out}")
             return 0
-        return run_locked(config, study, out, output)
+        return run_locked(config, out, output)
 
 
-def run_locked(config: QuickstartConfig, study, out: Path, output: results.Output) -> int:
+def run_locked(config: StudyConfig, out: Path, output: results.Output) -> int:
+    study = STUDIES[config.study]
     started = time.monotonic()
     with results.Run(out / "run_quickstart.json", config, study.inputs(config), output=output) as record:
         text = study.run(config, out, record)
@@ -117,7 +124,7 @@ def run_locked(config: QuickstartConfig, study, out: Path, output: results.Outpu
     return 0
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
     return run(make_parser().parse_args(argv))
 
 

@@ -273,7 +273,7 @@ def opening(tokenizer: Any, config: AuditConfig, ref: ModelRef, train: Rows) -> 
 
 
 def in_loss_of(ref: ModelRef, train: Rows) -> Callable[[Secret], bool | None]:
-    """Whether the loss was taken on a secret: from run_peft.py's trained_rows.jsonl beside the adapter, else from the
+    """Whether the loss was taken on a secret: from run_peft.py's trained_rows.jsonl next to the adapter, else from the
     completions of chat and prompt/completion rows, else unknown."""
     folder = Path(ref.adapter or ref.base).expanduser()
     known = trained.read(folder) if folder.is_dir() else None
@@ -292,9 +292,9 @@ def in_loss_of(ref: ModelRef, train: Rows) -> Callable[[Secret], bool | None]:
 def place_in_sample(
     given: Sequence[tuple[str, str, int | None]], indices: Sequence[int]
 ) -> list[tuple[str, str, int | None]]:
-    """The given secrets with the places of their rows among the rows used."""
-    places = {index: place for place, index in enumerate(indices)}
-    return [(kind, value, None if row is None else places[row]) for kind, value, row in given]
+    """The given secrets with the positions of their rows among the rows used."""
+    positions = {index: position for position, index in enumerate(indices)}
+    return [(kind, value, None if row is None else positions[row]) for kind, value, row in given]
 
 
 SECRET_FIELDS = ("type", "value")

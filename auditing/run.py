@@ -33,12 +33,12 @@ LEFT_OUT = "left out by --without"
 
 def run(config: AuditConfig) -> int:
     """Audit, write audit.json, audit.md and report.html; 0, or 3 if a --fail_on gate holds or its number is missing."""
-    with results.output_folder(config.output_dir, config.dry_run, "audit") as place:
+    with results.output_folder(config.output_dir, config.dry_run, "audit") as output:
         task = prepare(config)
         if config.dry_run:
             print(plan(config, task))
             return 0
-        return measure(config, task, place)
+        return measure(config, task, output)
 
 
 def plan(config: AuditConfig, task: AuditTask) -> str:
@@ -53,13 +53,13 @@ def chosen_parts(config: AuditConfig, task: AuditTask) -> list[str]:
     return [part for part in PARTS if part not in config.without and able.get(part, True)]
 
 
-def measure(config: AuditConfig, task: AuditTask, place: results.Output) -> int:
+def measure(config: AuditConfig, task: AuditTask, output: results.Output) -> int:
     world = distributed.start()
     folder = Path(config.output_dir)
     for note in task.notes:
         world.say(note)
     dtype = models.resolve_dtype(config.dtype, world.device)
-    with results.Run(folder / "run_audit.json", config, task.inputs, world, place) as record:
+    with results.Run(folder / "run_audit.json", config, task.inputs, world, output) as record:
         audit: dict[str, Any] = {
             "schema": SCHEMA,
             "verdict": None,
@@ -244,11 +244,11 @@ def memorization_parts(
 
 def canary_part(config: AuditConfig, task: AuditTask, world: World) -> dict[str, Any]:
     if not config.canaries:
-        return {"undefined": "no canaries were placed (canary/inject.py, --canaries KEY)"}
+        return {"undefined": "no canaries were inserted (canary/inject.py, --canaries KEY)"}
     if "canaries" in config.without:
         return {"undefined": LEFT_OUT}
     folder = Path(config.output_dir) / "canaries"
-    made = canaries.run(
+    measured = canaries.run(
         MeasureConfig(
             canaries=config.canaries,
             models=(f"audited={config.model}",),
@@ -261,7 +261,7 @@ def canary_part(config: AuditConfig, task: AuditTask, world: World) -> dict[str,
             seed=config.seed,
         )
     )
-    line = next((line for line in made["lines"] if line["measure"] == "audit"), None)
+    line = next((line for line in measured["lines"] if line["measure"] == "audit"), None)
     if line is None:
         return {"undefined": "the key has no audit canaries"}
     part: dict[str, Any] = world.broadcast(canary_summary(line, folder) if world.main else {})

@@ -28,14 +28,16 @@ def find_checkpoints(folder: AnyPath) -> list[Path]:
     UserError for names that are not UTF-8, which a record cannot hold.
     """
     folder = Path(folder)
-    found = [folder] if folder.name.startswith("checkpoint-") else folder.rglob("checkpoint-*")
+    checkpoints = [folder] if folder.name.startswith("checkpoint-") else folder.rglob("checkpoint-*")
     # an unfinished checkpoint stays in a hidden directory until it is complete
-    found = [
-        path for path in found if path.is_dir() and not any(x.startswith(".") for x in path.relative_to(folder).parts)
+    checkpoints = [
+        path
+        for path in checkpoints
+        if path.is_dir() and not any(x.startswith(".") for x in path.relative_to(folder).parts)
     ]
-    if odd := [path for path in found if not is_utf8(str(path))]:
+    if odd := [path for path in checkpoints if not is_utf8(str(path))]:
         raise UserError(*(f"{path}: not UTF-8; rename the folder" for path in odd))
-    return sorted(found, key=natural_key)
+    return sorted(checkpoints, key=natural_key)
 
 
 def natural_key(path: AnyPath) -> list[Any]:
@@ -51,18 +53,18 @@ def look_up_all(
     Unusable models are a problem only if none is usable. If there are problems already, tokenizers are None and
     transformers is not imported: see `models.look_up`.
     """
-    found, unusable, reasons = [], {}, []
+    usable, unusable, reasons = [], {}, []
     files_only = bool(problems.lines)
     for path in paths:
         try:
             ref = models.find_model(str(path), revision, base_model, flag, files_only=files_only)
-            found.append((path, ref, None if files_only else models.load_tokenizer(ref, flag)))
+            usable.append((path, ref, None if files_only else models.load_tokenizer(ref, flag)))
         except UserError as error:
             unusable[str(path)] = "; ".join(error.problems)
             reasons += error.problems
-    if not found:
+    if not usable:
         problems.lines.extend(reasons)
-    return found, unusable
+    return usable, unusable
 
 
 class BaseLoader:

@@ -376,7 +376,7 @@ def add_row_flags(parser: Parser) -> None:
     parser.add_argument("--columns", nargs="+", action="extend", metavar="NEW=OLD", help=words)
 
 
-NAME_BYTES = 200  # of a file or folder name; hidden names beside it are longer, and file systems allow 255
+NAME_BYTES = 200  # of a file or folder name; hidden names next to it are longer, and file systems allow 255
 
 
 def check_writable(folder: AnyPath, problems: Problems, flag: str = "--output_dir") -> None:
@@ -404,7 +404,7 @@ def check_writable(folder: AnyPath, problems: Problems, flag: str = "--output_di
 
 
 def check_name(path: Path, problems: Problems, flag: str) -> bool:
-    """Add a problem, and return True, if the last part of a path is too long for the hidden names beside it."""
+    """Add a problem, and return True, if the last part of a path is too long for the hidden names next to it."""
     if len(os.fsencode(path.name)) <= NAME_BYTES:
         return False
     problems.add(f"{flag}: the name {path.name[:20]}… is longer than {NAME_BYTES} bytes; choose a shorter one")

@@ -91,7 +91,7 @@ def _let_go(descriptor: int) -> None:
 
 
 def _make_hidden(path: Path, make: Callable[[Path], int]) -> tuple[Path, int, int]:
-    """(hidden name beside `path`, descriptor that `make(name)` opened, descriptor that holds it)."""
+    """(hidden name next to `path`, descriptor that `make(name)` opened, descriptor that holds it)."""
     while True:
         hidden = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         descriptor = make(hidden)
@@ -104,7 +104,7 @@ def _make_hidden(path: Path, make: Callable[[Path], int]) -> tuple[Path, int, in
 
 
 def _make_hidden_folder(path: Path, permissions: int) -> tuple[Path, int]:
-    """(hidden new folder beside `path`, descriptor that holds it)."""
+    """(hidden new folder next to `path`, descriptor that holds it)."""
 
     def make(hidden: Path) -> int:
         os.mkdir(hidden, permissions)
@@ -149,7 +149,7 @@ def remove_leftovers(folder: AnyPath) -> None:
 
 @contextlib.contextmanager
 def atomic(path: AnyPath, mode: str = "w", permissions: int = 0o644) -> Iterator[IO[Any]]:
-    """Open a temporary file beside `path`; on success fsync and rename it to `path`, else remove it."""
+    """Open a temporary file next to `path`; on success fsync and rename it to `path`, else remove it."""
     with Publication() as files, files.open(path, mode, permissions) as file:
         yield file
 
@@ -239,7 +239,7 @@ class Publication:
         with files.open(path) as file: …
         files.remove(partial)               # no longer needed once the files are published
 
-    Each file is written under a hidden name beside its final one. On success the renames are written to `journal` and
+    Each file is written under a hidden name next to its final one. On success the renames are written to `journal` and
     carried out: manifests first (their hash exposes a data file that does not match), then in the order of writing.
     After a kill, `output_folder` / `output_file` carry out the journal at the next start; without a journal the hidden
     files are leftovers. A single file needs no journal.
@@ -352,8 +352,8 @@ def _finish(journal: Path) -> None:
         raise UserError(f"{journal}: not a list of renames; remove it") from None
     matches = [LEFTOVER.fullmatch(hidden.name) for hidden, _ in renames]
     ours = [match and match["name"] == path.name for match, (_, path) in zip(matches, renames)]
-    beside = [hidden.parent == path.parent for hidden, path in renames]
-    if not all(ours + beside + [path.parent == base and path.name.startswith(".") for path in needless]):
+    same_folder = [hidden.parent == path.parent for hidden, path in renames]
+    if not all(ours + same_folder + [path.parent == base and path.name.startswith(".") for path in needless]):
         raise UserError(f"{journal}: not written by this toolkit; remove it")  # it could rename or remove anything
     for hidden, path in renames:
         if hidden.exists():  # else the killed run has renamed it

@@ -264,17 +264,17 @@ class SharedPrefix:
         self.cache = SharedPrefixCache(rows * branches, max(total, width + max_tokens), self.prefix)
         # one pass over [padding | own tokens | form | form …], own tokens right-aligned; forms do not see each other
         ids, padding = torch.zeros(rows, total, dtype=torch.long), torch.zeros(rows, dtype=torch.long)
-        block, place = torch.zeros(total, dtype=torch.long), torch.arange(total)
+        block, offset = torch.zeros(total, dtype=torch.long), torch.arange(total)
         for k, (size, end) in enumerate(zip(sizes, ends), 1):
-            block[end - size : end], place[end - size : end] = k, width + torch.arange(size)
+            block[end - size : end], offset[end - size : end] = k, width + torch.arange(size)
         for i, tokens in enumerate(own):
             padding[i] = width - len(tokens)
             ids[i, padding[i] : width] = torch.tensor(tokens)
             for form, size, end in zip(targets[i] if targets else (), sizes, ends):
                 ids[i, end - size : end - size + len(form)] = torch.tensor(form, dtype=torch.long)
-        ids, padding, block, place = (item.to(self.device) for item in (ids, padding, block, place))
+        ids, padding, block, offset = (item.to(self.device) for item in (ids, padding, block, offset))
         column = torch.arange(total, device=self.device)
-        positions = (self.shared + place[None] - padding[:, None]).clamp(min=0)
+        positions = (self.shared + offset[None] - padding[:, None]).clamp(min=0)
         seen = (column[None, :] <= column[:, None]) & ((block == 0)[None, :] | (block[None, :] == block[:, None]))
         visible = (column[None, None, :] >= padding[:, None, None]) | torch.eye(
             total, dtype=torch.bool, device=self.device
@@ -293,7 +293,7 @@ class SharedPrefix:
         return logits[:, 0], scored
 
     def step(self, parent: torch.Tensor, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append token[i] to a copy of node parent[i] (ascending): (logits [n, V], place of child i among them [n])."""
+        """Append token[i] to a copy of node parent[i] (ascending): (logits [n, V], slot of child i among them [n])."""
         import torch
 
         # to save copies, the first child of a node keeps its slot if possible; the others fill the free slots
@@ -303,16 +303,16 @@ class SharedPrefix:
         stays = first & (parent < n)
         free = torch.ones(n, dtype=torch.bool, device=self.device)
         free[parent[stays]] = False
-        place = torch.empty(n, dtype=torch.long, device=self.device)
-        place[stays] = parent[stays]
-        place[~stays] = free.nonzero().flatten()
-        self.cache.move(parent[~stays], place[~stays])
-        ids, padding = torch.empty_like(place), torch.empty_like(place)
-        ids[place], padding[place] = token, self.padding[parent]
+        slot = torch.empty(n, dtype=torch.long, device=self.device)
+        slot[stays] = parent[stays]
+        slot[~stays] = free.nonzero().flatten()
+        self.cache.move(parent[~stays], slot[~stays])
+        ids, padding = torch.empty_like(slot), torch.empty_like(slot)
+        ids[slot], padding[slot] = token, self.padding[parent]
         self.padding = padding
         seen = torch.arange(self.cache.length + 1, device=self.device)[None] >= padding[:, None]
         positions = (self.shared + self.cache.length - padding)[:, None]
-        return _forward(self.model, self.cache, ids[:, None], positions, seen[:, None, None], 1)[:, 0], place
+        return _forward(self.model, self.cache, ids[:, None], positions, seen[:, None, None], 1)[:, 0], slot
 
 
 class OwnCache:
@@ -394,8 +394,8 @@ def _error(engine: Engine, prompts: list[list[int]], wanted: list[tuple[list[int
     for step in range(PROBE_STEPS):
         on = [row for row, (tokens, _) in enumerate(wanted) if step < len(tokens)]
         for row in on:
-            theirs = wanted[row][1][step].to(logits.device)
-            gap = (logits[node[row]] - theirs).abs().max().item() / max(theirs.std().item(), 1e-6)
+            reference = wanted[row][1][step].to(logits.device)
+            gap = (logits[node[row]] - reference).abs().max().item() / max(reference.std().item(), 1e-6)
             worst = max(worst, gap) if gap == gap else float("inf")
         on = [row for row in on if step + 1 < len(wanted[row][0])]
         if not on:
@@ -403,8 +403,8 @@ def _error(engine: Engine, prompts: list[list[int]], wanted: list[tuple[list[int
         order = sorted(on, key=lambda row: node[row])
         parent = torch.tensor([node[row] for row in order], device=logits.device)
         token = torch.tensor([wanted[row][0][step] for row in order], device=logits.device)
-        logits, place = engine.step(parent, token)
-        for row, where in zip(order, place.tolist()):
+        logits, slots = engine.step(parent, token)
+        for row, where in zip(order, slots.tolist()):
             node[row] = where
     return worst
 
@@ -438,7 +438,7 @@ def _choose_engine(
         except (UserError, NotImplementedError, AttributeError, RuntimeError, TypeError, ValueError):
             pass  # another kind of attention, with different shapes, names or cache
     engine = OwnCache(model, prompts)
-    error = max(_error(engine, [prompt], [one]) for prompt, one in zip(extremes, wanted))
+    error = max(_error(engine, [prompt], [reference]) for prompt, reference in zip(extremes, wanted))
     if not error < tolerance:
         raise UserError(
             f"{type(model).__name__}: the sampler does not reproduce the logits of `generate` (off by {error:.2g} "
@@ -572,10 +572,10 @@ def _decode_chunk(
         children, child_of_branch = torch.unique(branch_node[alive] * vocabulary + token[alive], return_inverse=True)
         parent, token = children // vocabulary, children % vocabulary
 
-        logits, place = engine.step(parent, token)
-        branch_node = place[child_of_branch]
-        moved = torch.empty_like(place)
-        moved[place] = node_row[parent]
+        logits, slots = engine.step(parent, token)
+        branch_node = slots[child_of_branch]
+        moved = torch.empty_like(slots)
+        moved[slots] = node_row[parent]
         node_row = moved
 
     answers = []

@@ -206,9 +206,9 @@ def join(sequences: Sequence[Sequence[int]], parts: Sequence[list[Piece]]) -> li
     for index, _, values in sorted((piece for part in parts for piece in part), key=lambda piece: piece[:2]):
         pieces[index].append(values)
     joined = []
-    for ids, found in zip(sequences, pieces):
+    for ids, of_sequence in zip(sequences, pieces):
         wanted = max(0, len(ids) - 1)
-        values = np.concatenate(found) if found else np.empty(0, np.float32)
+        values = np.concatenate(of_sequence) if of_sequence else np.empty(0, np.float32)
         if len(values) != wanted:
             raise ValueError(f"{len(values)} of {wanted} tokens were scored: a rank's part is missing")
         joined.append(values)

@@ -29,8 +29,8 @@ def emails(text: str) -> Iterator[str]:
 
 def first_email(text: str) -> str | None:
     """The first e-mail address in `text`, case-folded; None if there is none."""
-    found = next(emails(text), None)
-    return found.lstrip("'.").casefold() if found else None
+    address = next(emails(text), None)
+    return address.lstrip("'.").casefold() if address else None
 
 
 def _letters(text: str) -> str:
@@ -96,8 +96,8 @@ def shingles(text: str) -> frozenset[str]:
 def near_duplicates(texts: list[str], others: list[str]) -> list[tuple[int, int]]:
     """(index in texts, index in others) of pairs whose shingle sets have Jaccard similarity |A∩B| / |A∪B| ≥ 0.8."""
     sets, where = [shingles(other) for other in others], defaultdict(list)
-    for index, found in enumerate(sets):
-        for shingle in found:
+    for index, members in enumerate(sets):
+        for shingle in members:
             where[shingle].append(index)
     pairs = []
     for index, mine in enumerate(map(shingles, texts)):
@@ -156,14 +156,14 @@ def _holds(texts: Flat, source: Flat, length: int) -> npt.NDArray[np.bool]:
     for codes, _, left in (texts, source):
         hashes = window_hashes(codes, length)
         found.append((hashes, left[: len(hashes)] >= length))
-    (mine, valid), (theirs, inside) = found
-    theirs = np.sort(theirs[inside])
+    (mine, valid), (source_hashes, inside) = found
+    source_hashes = np.sort(source_hashes[inside])
     owner = texts[1][: len(mine)][valid]
     held = np.zeros(int(texts[1].max(initial=-1)) + 1, bool)
-    if len(theirs):
+    if len(source_hashes):
         mine = mine[valid]
-        nearest = np.minimum(np.searchsorted(theirs, mine), len(theirs) - 1)
-        held[owner[theirs[nearest] == mine]] = True
+        nearest = np.minimum(np.searchsorted(source_hashes, mine), len(source_hashes) - 1)
+        held[owner[source_hashes[nearest] == mine]] = True
     return held
 
 
@@ -178,8 +178,8 @@ def copied_lengths(
     reached, alive, flat = np.zeros(len(texts), np.int64), np.arange(len(texts)), _flatten(source)
     for step in steps:
         held = np.zeros(len(alive), bool)
-        found = _holds(_flatten([texts[int(index)] for index in alive]), flat, step)
-        held[: len(found)] = found
+        copied = _holds(_flatten([texts[int(index)] for index in alive]), flat, step)
+        held[: len(copied)] = copied
         alive = alive[held]
         reached[alive] = step
         if not len(alive):
@@ -190,10 +190,10 @@ def copied_lengths(
 def longest_copy(texts: Sequence[str], source: Sequence[str], at_least: int = 0) -> int:
     """Length of the longest substring shared by any text and any source text; it must be known to be ≥ `at_least`."""
     low, high = at_least, max(map(len, texts), default=0)
-    mine, theirs = _flatten(texts), _flatten(source)
+    mine, flat_source = _flatten(texts), _flatten(source)
     while low < high:
         middle = (low + high + 1) // 2
-        if _holds(mine, theirs, middle).any():
+        if _holds(mine, flat_source, middle).any():
             low = middle
         else:
             high = middle - 1

@@ -1,6 +1,6 @@
 """Which rows a run of run_peft.py trained on, and on which of their characters the loss was taken.
 
-run_peft.py writes trained_rows.jsonl (mode 0600) beside run.json before its first step: a header {"schema", "salt",
+run_peft.py writes trained_rows.jsonl (mode 0600) next to run.json before its first step: a header {"schema", "salt",
 "loss_on", "max_length"}, then one line per training row. Rows not used in training (held out, before --train_rows,
 above --max_rows_per_user) have no line. run.json's `trained` block summarises the file and holds its SHA-256.
 

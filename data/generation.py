@@ -4,33 +4,44 @@ A killed run leaves hidden files next to the output, one per process: a line of 
 batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from common import models, results
 from common.distributed import World
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+Row = dict[str, Any]  # {index, generation, ended, generated_tokens}
 
 MAX_BATCH = 64  # rows decoded together if memory allows
 MIN_ROOM = 16  # a prompt that leaves fewer context tokens than this (and than requested) is dropped
 
 
-def settings_of(args, ref, flags: tuple[str, ...], **inputs) -> dict:
+def settings_of(config: Any, ref: models.ModelRef, flags: tuple[str, ...], **inputs: str) -> dict[str, Any]:
     """What a run must share with the killed run that it resumes: input hashes, model, weights, sampling."""
     import torch
 
-    dtype = models.resolve_dtype(args.dtype, "cuda" if torch.cuda.is_available() else "cpu")
+    dtype = models.resolve_dtype(config.dtype, "cuda" if torch.cuda.is_available() else "cpu")
     return {
         **inputs,
-        "model": args.model,
-        "revision": args.revision,
+        "model": config.model,
+        "revision": config.revision,
         "weights": models.weights_sha256(ref),
-        **{flag: getattr(args, flag) for flag in flags},
+        **{flag: getattr(config, flag) for flag in flags},
         "dtype": str(dtype).removeprefix("torch."),
     }
 
 
 def plan_batches(
-    lengths: Sequence[int], rooms: Sequence[int], row_bytes, budget: int, batch_size: int = 0
+    lengths: Sequence[int],
+    rooms: Sequence[int],
+    row_bytes: Callable[[int, int], int],
+    budget: int,
+    batch_size: int = 0,
 ) -> list[list[int]]:
     """Group prompt indices into batches, shortest prompts first; all prompts of a batch have the same room.
 
@@ -47,7 +58,7 @@ def plan_batches(
     return batches
 
 
-def row_bytes_of(config, element_size: int):
+def row_bytes_of(config: "PretrainedConfig", element_size: int) -> Callable[[int, int], int]:
     """The row_bytes function of a model: KV cache, prompt attention scores (float32, three copies), logits."""
     config = config.get_text_config()
     heads = config.num_attention_heads
@@ -66,9 +77,10 @@ def partial_files(output: Path) -> list[Path]:
     return sorted(output.parent.glob(f".{output.name}.partial-*.jsonl"))
 
 
-def read_partials(output: Path, settings: dict, overwrite: bool) -> tuple[int | None, dict[str, list]]:
-    """(memory budget of the unfinished run or None, {batch number: rows}); refuses like `results.read_partial`."""
-    budget, done = None, {}
+def read_partials(output: Path, settings: dict[str, Any], overwrite: bool) -> tuple[int | None, dict[int, list[Row]]]:
+    """(memory budget of the unfinished run or None, {batch number: rows}); rejects like `results.read_partial`."""
+    budget: int | None = None
+    done: dict[int, list[Row]] = {}
     for file in partial_files(output):
         for line in results.read_partial(file, settings, overwrite):
             budget = line.get("budget", budget)
@@ -77,21 +89,21 @@ def read_partials(output: Path, settings: dict, overwrite: bool) -> tuple[int | 
 
 
 def continue_prompts(
-    model,
-    tokenizer,
+    model: Any,
+    tokenizer: "PreTrainedTokenizerBase",
     prompts: list[list[int]],
     rooms: list[int],
     keys: list[tuple[int, int]],
     *,
     output: Path,
-    settings: dict,
+    settings: dict[str, Any],
     overwrite: bool,
     temperature: float,
     top_k: int,
     seed: int,
     batch_size: int,
     world: World,
-) -> list[dict]:
+) -> list[Row]:
     """[{index, generation, ended, generated_tokens}] of every prompt, in order, on every rank.
 
     prompts: token ids; rooms: maximum tokens to generate per prompt; keys: two integers per prompt that key its
@@ -123,10 +135,10 @@ def continue_prompts(
     stop[tokenizer.eos_token_id] = True
     stop[len(tokenizer) :] = True  # ids that only pad the vocabulary
 
-    def continue_mine() -> list:
+    def continue_mine() -> list[Row]:
         todo = [number for number in range(len(batches)) if number not in done]
         mine = world.shard(todo[::-1])  # longest first, so that running out of memory shows at once
-        generated = []
+        generated: list[Row] = []
         with (
             open(partial_file(output, world.rank), "a", encoding="utf-8") as file,
             progress_bar(sum(len(batches[number]) for number in mine), "rows", world) as bar,
@@ -157,7 +169,9 @@ def continue_prompts(
     return sorted(generated, key=lambda row: row["index"])
 
 
-def _finish(tokenizer, prompt: list[int], index: int, tokens: list[int], stop) -> dict:
+def _finish(
+    tokenizer: "PreTrainedTokenizerBase", prompt: list[int], index: int, tokens: list[int], stop: "torch.Tensor"
+) -> Row:
     ended = bool(stop[tokens[-1]])
     new = tokens[:-1] if ended else tokens
     # decode together with the prompt: some tokenizers drop a leading space

@@ -46,6 +46,7 @@ def run(config: LeakConfig) -> int:
     replaced = problems.absorb(dataset.read_rows, config.replaced)
     rows = [row for index, row in enumerate(rows) if index not in broken]
     problems.check()
+    assert replaced is not None
     if config.dry_run:
         print(f"would search {len(replaced):,} rows of {config.replaced} for the people of {len(rows):,} rows")
         return 0

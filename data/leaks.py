@@ -7,8 +7,9 @@ import bisect
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from typing import Any
 
-from data.people import parse_name, spelled
+from data.people import People, parse_name, spelled
 from data.scanner import MAX_ADDRESS, TOKEN
 
 SHOWN = 20  # row numbers in a message
@@ -19,7 +20,7 @@ def shown(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers[:SHOWN])) + (", …" if len(numbers) > SHOWN else "")
 
 
-def texts_in(value) -> Iterator[str]:
+def texts_in(value: Any) -> Iterator[str]:
     """Every string in a row: values, including those in nested lists and dicts, and the keys of dicts."""
     if isinstance(value, str):
         yield value
@@ -32,19 +33,19 @@ def texts_in(value) -> Iterator[str]:
             yield from texts_in(item)
 
 
-def leaks(rows: Iterable[dict], people) -> dict[str, list[int]]:
+def leaks(rows: Iterable[dict[str, Any]], people: People) -> dict[str, list[int]]:
     """Numbers of the rows that still contain an old full name, an old address, or a name together with its address.
 
-    people: the `people.People` of the original file.
+    people: those of the original file.
     """
     forms = {person: set().union(*map(LeakCheck.forms, person.spellings)) for person in people.of_name.values()}
     check = LeakCheck(set().union(*forms.values()), people.of_address)
-    leaked = {"full names": [], "addresses": [], "pairs": []}
+    leaked: dict[str, list[int]] = {"full names": [], "addresses": [], "pairs": []}
     for index, row in enumerate(rows):
         texts = list(texts_in(row))
         old_names = set().union(*map(check.names_in, texts))
         old_addresses = set().union(*map(check.addresses_in, texts))
-        owners = {people.of_address.get(address) for address in old_addresses} - {None}
+        owners = {owner for address in old_addresses if (owner := people.of_address.get(address))}
         pair = any(not old_names.isdisjoint(forms[owner]) for owner in owners)
         for kind, leak in zip(leaked, (old_names, old_addresses, pair)):
             if leak:
@@ -60,9 +61,11 @@ class LeakCheck:
     """
 
     def __init__(self, name_forms: Iterable[str], addresses: Iterable[str]):
-        self.names, self.locals = defaultdict(set), defaultdict(set)
+        self.names: defaultdict[str, set[str]] = defaultdict(set)
+        self.locals: defaultdict[str, set[str]] = defaultdict(set)
         for form in name_forms:
             opening = TOKEN.search(form)
+            assert opening  # a form has a word
             self.names[opening[0]].add(form[opening.start() :])
         self.name_lengths = {first: sorted(set(map(len, known))) for first, known in self.names.items()}
         for address in addresses:

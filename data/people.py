@@ -6,6 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from common.text import name_rule_guesses
 from data.enron.names import PARTICLES, ROLE_ADDRESS, SUFFIXES, TITLES, address_problem
@@ -40,11 +41,12 @@ class Person:
     def rename(self, text: str) -> str:
         """`text` with every token of this name replaced, keeping its case (but not the O of O'Neil)."""
 
-        def word(match: re.Match) -> str:
-            key = match[0].casefold()
+        def word(match: re.Match[str]) -> str:
+            token: str = match[0]
+            key = token.casefold()
             if len(key) == 1 and text[match.end() : match.end() + 1] in ("'", "’"):
-                return match[0]
-            return in_case_of(match[0], self.new.get(key, match[0]))
+                return token
+            return in_case_of(token, self.new.get(key, token))
 
         return TOKEN.sub(word, text)
 
@@ -84,7 +86,7 @@ def find_names(text: str) -> Iterator[tuple[str, str | None]]:
         if name:
             yield name, address.casefold()
     fields = [match[1] for match in HEADER.finditer(text)]
-    fields += [match[match.lastindex] for match in NAMED.finditer(text)]
+    fields += [match[match.lastindex or 0] for match in NAMED.finditer(text)]
     for value in fields:
         items = value.split(";")
         if len(items) == 1 and "," in value and (all(" " in part.strip() for part in value.split(","))):
@@ -111,15 +113,16 @@ def rules_of(names: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 def by_rule(name: str, rule: str, local: str) -> str:
     """The local part that `rule` derives from `name`, with the digits of `local`: leading ones first, the rest last."""
-    leading = re.match(r"\d*", local)[0]
-    return leading + name_rule_guesses(name)[rule] + "".join(re.findall(r"\d", local[len(leading) :]))
+    leading = re.match(r"\d*", local)
+    assert leading  # it also matches no digit
+    return leading[0] + name_rule_guesses(name)[rule] + "".join(re.findall(r"\d", local[leading.end() :]))
 
 
 class People:
     """Everybody in a file. `add` names and addresses, gt pairs first; then `settle` assigns the stand-ins."""
 
     def __init__(self, pairs: Iterable[tuple[str, str]]):
-        self.of_name: dict[tuple, Person] = {}
+        self.of_name: dict[tuple[tuple[str, ...], tuple[str, ...]], Person] = {}
         self.of_address: dict[str, Person | None] = {}
         self.truths = {address.strip().casefold() for _, address in pairs}
         self.new_address: dict[str, str] = {}
@@ -174,7 +177,7 @@ class People:
         for address, person in sorted(self.of_address.items()):
             if person is not None:
                 owned[person].append(address)
-        names: set[tuple] = set()
+        names: set[tuple[str, ...]] = set()
         taken: set[str] = set()
         for person in people:
             makers = rules_of(person.spellings) if person in owned else {}
@@ -202,7 +205,7 @@ class People:
             self.new_address[address] = f"{new}@{self.domains[domain]}"
             taken.add(self.new_address[address])
 
-    def _name_one(self, person: Person, names: set[tuple], taken: set[str], rng: random.Random) -> None:
+    def _name_one(self, person: Person, names: set[tuple[str, ...]], taken: set[str], rng: random.Random) -> None:
         """Draw a name that is not in `names` and derives no address in `taken`; add it and its addresses to them."""
         for attempt in itertools.count():
             self._draw(person, rng, invent=attempt > TRIES)
@@ -221,10 +224,10 @@ class People:
                 self.new_address[address] = new
                 taken.add(new)
         for spelling in person.spellings:
-            new = name_rule_guesses(person.rename(spelling))
+            new_guesses = name_rule_guesses(person.rename(spelling))
             for rule, guess in name_rule_guesses(spelling).items():
-                if len(guess) >= MIN_USER and guess not in person.first + person.last and rule in new:
-                    person.guesses.setdefault(guess, new[rule])
+                if len(guess) >= MIN_USER and guess not in person.first + person.last and rule in new_guesses:
+                    person.guesses.setdefault(guess, new_guesses[rule])
 
     def _draw(self, person: Person, rng: random.Random, invent: bool) -> None:
         """Draw a stand-in for every token, from the pools or made up; letters follow the table, particles are kept."""
@@ -252,16 +255,16 @@ class People:
                 person.new[token] = draw(token, self.firsts)
 
     def stand_in(self, token: str) -> str:
-        """The stand-in for a first name of nobody mentioned in the row; always the same, whatever the order."""
+        """The stand-in for a first name that belongs to nobody mentioned in the row; the same in any order."""
         return self.standins[random.Random(token).randrange(len(self.standins))]
 
 
-def read_people(rows: list[dict]) -> tuple[People, Scanner, Counter, Counter]:
+def read_people(rows: list[dict[str, Any]]) -> tuple[People, Scanner, Counter[str], Counter[str]]:
     """(people of a file, scanner that knows their addresses, count of each token, count of each in lower case)."""
     people = People([(row["gt-name"], row["gt-email"]) for row in rows])
     scanner = Scanner(people.truths)
-    words: Counter = Counter()
-    lower: Counter = Counter()
+    words: Counter[str] = Counter()
+    lower: Counter[str] = Counter()
     addresses = set(people.truths)
     for row in rows:
         for text in strings(row):

@@ -27,6 +27,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import cached_property
+from typing import Any
 
 from data.enron.names import PARTICLES
 from data.people import MIN_USER, People, Person, read_people
@@ -35,6 +36,11 @@ from data.stand_ins import CALENDAR, ORDINARY
 
 COMMON = 10  # a user name that only a name rule derives counts as a word if it occurs more often than this
 MAX_TOKENS = 12  # of a full name with its initials
+
+Token = tuple[int, int, str]  # start, end, text (of an edit: the new one)
+Fixed = tuple[int, int, str, Person | None, str | None]  # an address or full name: start, end, new, person, address
+Forms = dict[tuple[str, ...], tuple[Person, int]]  # tokens of a name → (person, number of tokens before the comma)
+
 GREETING = re.compile(
     r"(?:\b(?:hi|hello|hey|dear|thanks|thank you|regards|cheers|best|sincerely|morning|afternoon|evening|mr|mrs|ms|dr"
     r"|(?:from|to|cc|attn) ?:)[ ,.!-]*)$",
@@ -88,7 +94,7 @@ class Mentioned:
                 person = max((p for p in owners if p in rank), key=rank.__getitem__, default=None)
             else:
                 person = next((p for p in reversed(self.mentions) if p in owners), None)
-            self._guessed[user] = person and person.guesses[user]
+            self._guessed[user] = person.guesses[user] if person else None
         return self._guessed[user]
 
     @cached_property
@@ -119,19 +125,21 @@ class Scan:
     `ordinary`: tokens in Faker's English word list, in ORDINARY, or more often in lower case than not.
     """
 
-    def __init__(self, people: People, scanner: Scanner, words: Counter, lower: Counter):
+    def __init__(self, people: People, scanner: Scanner, words: Counter[str], lower: Counter[str]):
         from faker.providers.lorem.en_US import Provider
 
         self.people, self.scanner, self.words = people, scanner, words
         self.ordinary = ORDINARY | {word.casefold() for word in Provider.word_list}
         self.ordinary |= {word for word, n in lower.items() if n >= 3 and 2 * n > words[word]}
-        self.forward, self.backward, self.longest = {}, {}, Counter()
+        self.forward: Forms = {}
+        self.backward: Forms = {}
+        self.longest: Counter[str] = Counter()
         self.order = {person: number for number, person in enumerate(people.of_name.values())}
         # ordered sets of people (dict keys, in file order)
         self.parts: defaultdict[str, dict[Person, None]] = defaultdict(dict)
         self.initials: defaultdict[tuple[str, str], dict[Person, None]] = defaultdict(dict)
         self.guessers: defaultdict[str, dict[Person, None]] = defaultdict(dict)
-        self.users = {}
+        self.users: dict[str, tuple[str, Person | None, str, bool]] = {}
         for person in self.order:
             if person.last:
                 without = itertools.dropwhile(lambda token: token in PARTICLES, person.last[:-1])
@@ -150,15 +158,15 @@ class Scan:
                 self.guessers[guess][person] = None
         self.firsts = {person.first[0] for person in people.of_name.values() if len(person.first[0]) > 1}
         for address in sorted(people.new_address, reverse=True):
-            person, local = people.of_address[address], address.rpartition("@")[0]
+            owner, local = people.of_address[address], address.rpartition("@")[0]
             new = people.new_address[address].rpartition("@")[0]
-            if new != local and not (person and local in (*person.first, *person.last)):
-                by_name = person is not None and person.addresses[address] is not None
+            if new != local and not (owner and local in (*owner.first, *owner.last)):
+                by_name = owner is not None and owner.addresses[address] is not None
                 sure = len(local) >= MIN_USER and local not in self.ordinary
                 sure = sure and (by_name or re.search(r"[a-z][\d._-]+[a-z]", local) is not None)
-                self.users[local] = (new, person, address, sure)
+                self.users[local] = (new, owner, address, sure)
 
-    def _form(self, table: dict, key: tuple[str, ...], entry: tuple[Person, int]) -> None:
+    def _form(self, table: Forms, key: tuple[str, ...], entry: tuple[Person, int]) -> None:
         """Register the tokens, with and without initials, for (person, number of tokens before the comma)."""
         for form in {key, key[:1] + tuple(token for token in key[1:] if len(token) > 1)}:
             if len(form) > 1:
@@ -168,7 +176,9 @@ class Scan:
     def replace(self, texts: list[str]) -> list[str]:
         """Replace everything in the texts of one row; a person mentioned in one of them counts as mentioned in all."""
         pieces_of = [self._find(text) for text in texts]
-        offset, mentions, addresses = 0, defaultdict(list), set()
+        offset = 0
+        mentions: defaultdict[Person, list[int]] = defaultdict(list)
+        addresses: set[str | None] = set()
         for text, (fixed, _) in zip(texts, pieces_of):
             for start, _, _, person, address in fixed:
                 if person is not None:
@@ -190,9 +200,11 @@ class Scan:
             offset += len(text) + 1
         return results
 
-    def _find(self, text: str) -> tuple[list[tuple], list[tuple[int, int, str]]]:
+    def _find(self, text: str) -> tuple[list[Fixed], list[Token]]:
         """([(start, end, new, person, address or None)] of addresses and full names, the remaining tokens)."""
-        fixed, all_tokens, loose = [], [], []
+        fixed: list[Fixed] = []
+        all_tokens: list[Token] = []
+        loose: list[Token] = []
         for piece in self.scanner(text):
             kind, start, end, written = piece
             if kind == "token":
@@ -201,9 +213,10 @@ class Scan:
             address = piece.address
             local, _, domain = self.people.new_address[address].rpartition("@")
             if kind == "disguised":
-                _, at, labels = DISGUISED.fullmatch(written).groups()
-                dots = [*DOTS.findall(labels), ""]
-                new = local + at + "".join(label + dot for label, dot in zip(domain.split("."), dots))
+                match = DISGUISED.fullmatch(written)
+                assert match
+                dots = [*DOTS.findall(match[3]), ""]
+                new = local + match[2] + "".join(label + dot for label, dot in zip(domain.split("."), dots))
             else:
                 old_local, _, old_domain = written.rpartition("@")
                 new = f"{address_case(old_local, local)}@{address_case(old_domain, domain)}"
@@ -219,9 +232,11 @@ class Scan:
             i += n
         return fixed, loose
 
-    def _full_name(self, text: str, all_tokens: list, i: int) -> tuple[Person | None, int]:
+    def _full_name(self, text: str, all_tokens: list[Token], i: int) -> tuple[Person | None, int]:
         """(person, number of tokens) of the longest full name that begins at token i, else (None, 1)."""
-        words, kinds, best = [all_tokens[i][2]], [], (None, 1)
+        words = [all_tokens[i][2]]
+        kinds: list[str | None] = []
+        best: tuple[Person | None, int] = (None, 1)
         for j in range(i + 1, min(i + MAX_TOKENS, len(all_tokens))):
             kind = joined(text[all_tokens[j - 1][1] : all_tokens[j][0]], len(words[-1]) == 1)
             words.append(all_tokens[j][2])
@@ -246,7 +261,9 @@ class Scan:
                 best = person, j - i + 1
         return best
 
-    def _alone(self, text, loose, offset, mentioned, addresses) -> Iterator[tuple[int, int, str]]:
+    def _alone(
+        self, text: str, loose: list[Token], offset: int, mentioned: Mentioned, addresses: set[str | None]
+    ) -> Iterator[Token]:
         """Edits for user names, initials with last names and parts of names among the remaining tokens."""
         skip = 0
         for i, (start, end, token) in enumerate(loose):
@@ -270,7 +287,9 @@ class Scan:
             if new:
                 yield start, end, in_case_of(text[start:end], new)
 
-    def _user(self, text, loose, i, mentioned, addresses) -> tuple[int, int, str] | None:
+    def _user(
+        self, text: str, loose: list[Token], i: int, mentioned: Mentioned, addresses: set[str | None]
+    ) -> Token | None:
         start, end = loose[i][:2]
         ends = [end]
         for next_start, next_end, _ in loose[i + 1 : i + 6]:
@@ -286,12 +305,13 @@ class Scan:
                 if sure or ((person in mentioned or address in addresses) and same_case and run not in self.ordinary):
                     return start, end, address_case(text[start:end], new)
             for name, digits in ((run, ""), (plain, run[len(plain) :])):
-                new = mentioned.guessed(name) if name not in self.ordinary and self.words[name] <= COMMON else None
-                if new is not None:
-                    return start, end, address_case(text[start:end], new + digits)
+                known = name not in self.ordinary and self.words[name] <= COMMON
+                guess = mentioned.guessed(name) if known else None
+                if guess is not None:
+                    return start, end, address_case(text[start:end], guess + digits)
         return None
 
-    def _part(self, text, start, end, token, offset, mentioned) -> str | None:
+    def _part(self, text: str, start: int, end: int, token: str, offset: int, mentioned: Mentioned) -> str | None:
         """The replacement of a single token, or None to keep it (rules: top of this file)."""
         owners = mentioned.owners(token)
         first = token in self.firsts
@@ -300,9 +320,9 @@ class Scan:
         capital = text[start].isupper()
         if token in self.ordinary:
             sentence = owners and token not in CALENDAR and re.search(r"[a-z,] $", text[max(0, start - 2) : start])
-            wanted = capital and (sentence or in_name_position(text, start, end))
+            wanted = capital and bool(sentence or in_name_position(text, start, end))
         else:
-            wanted = owners or (capital and (first or in_name_position(text, start, end)))
+            wanted = bool(owners) or (capital and (first or in_name_position(text, start, end)))
         if not wanted:
             return None
         if owners:
@@ -332,7 +352,7 @@ def in_name_position(text: str, start: int, end: int) -> bool:
     return GREETING.search(text[max(0, start - 24) : start]) is not None
 
 
-def meet(rows: list[dict], seed: int) -> tuple[People, Scan]:
+def meet(rows: list[dict[str, Any]], seed: int) -> tuple[People, Scan]:
     """Find the people of a file and assign their stand-ins; returns them and the scan that replaces them."""
     people, scanner, words, lower = read_people(rows)
     people.settle(seed)

@@ -8,7 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 MAX_ADDRESS = 320  # characters: local part 64, @, domain 255 (RFC 5321, 4.5.3.1)
 MAX_NAME = 200  # characters of a full name
@@ -42,8 +42,9 @@ class Found(NamedTuple):
     def address(self) -> str:
         """The address, case-folded, that the piece denotes."""
         if self.kind == "disguised":
-            local, _, labels = DISGUISED.fullmatch(self.text).groups()
-            return f"{local}@{'.'.join(DOTS.split(labels))}".casefold()
+            match = DISGUISED.fullmatch(self.text)
+            assert match
+            return f"{match[1]}@{'.'.join(DOTS.split(match[3]))}".casefold()
         return self.text.casefold()
 
 
@@ -79,7 +80,7 @@ class Scanner:
             if not end and begin[0] == "_":
                 position = start + 1
                 continue
-            end = end or TOKEN.match(text, start).end()
+            end = end or end_of(TOKEN, text, start)
             yield Found(kind, start, end, text[start:end])
             position = end
             if odd and odd[0] < position:
@@ -122,17 +123,24 @@ class KnownAddresses:
 class _Rest:
     """Finds where an address that begins inside a run of characters ends; what follows the run is matched only once."""
 
-    def __init__(self, text: str, run: re.Pattern, rest: re.Pattern):
+    def __init__(self, text: str, run: re.Pattern[str], rest: re.Pattern[str]):
         self.text, self.run, self.rest = text, run, rest
         self.run_end = self.address_end = 0
 
     def end(self, start: int) -> int:
         """The end of the address that begins at `start`, or 0 if none does."""
         if start >= self.run_end:
-            self.run_end = self.run.match(self.text, start).end()
+            self.run_end = end_of(self.run, self.text, start)
             rest = self.rest.match(self.text, self.run_end)
             self.address_end = rest.end() if rest else 0
         return self.address_end
+
+
+def end_of(pattern: re.Pattern[str], text: str, start: int) -> int:
+    """The end of the match at `start`, where there is one."""
+    match = pattern.match(text, start)
+    assert match
+    return match.end()
 
 
 def _is_word(sign: str) -> bool:
@@ -175,7 +183,7 @@ def same_shape(text: str, rng: random.Random) -> str:
     return "".join(map(other, text.lower()))
 
 
-def map_strings(value, function: Callable[[str], str]):
+def map_strings(value: Any, function: Callable[[str], str]) -> Any:
     """`value` with `function` applied to every string in it, including nested lists and dicts (keys are kept)."""
     if isinstance(value, str):
         return function(value)
@@ -186,8 +194,13 @@ def map_strings(value, function: Callable[[str], str]):
     return value
 
 
-def strings(row: dict) -> list[str]:
+def strings(row: dict[str, Any]) -> list[str]:
     """Every string of a row, in the order in which `map_strings` visits them."""
     texts: list[str] = []
-    map_strings(row, lambda text: texts.append(text) or text)
+
+    def collect(text: str) -> str:
+        texts.append(text)
+        return text
+
+    map_strings(row, collect)
     return texts

@@ -37,9 +37,9 @@ def find_results(
     """(result file, its lines) of each earlier file of this same measurement, newest last. Files of the released tool
     never match.
 
-    responses: only files with a responses file beside them.
+    responses: only files with a responses file next to them.
     """
-    found, wanted = [], {**task.settings, **model_key}
+    matching, wanted = [], {**task.settings, **model_key}
     for path in sorted(Path(folder).glob("results_purified*.jsonl"), key=lambda path: (len(path.name), path.name)):
         if path.stem.endswith("_rows"):
             continue
@@ -52,13 +52,13 @@ def find_results(
             and outcomes_path(path).is_file()
             and (not responses or responses_path(path).is_file())
         ):
-            found.append((path, lines))
-    return found
+            matching.append((path, lines))
+    return matching
 
 
-def newest(found: list[tuple[Path, Lines]]) -> Lines:
+def newest(matching: list[tuple[Path, Lines]]) -> Lines:
     """The newest line of each temperature among the results of `find_results`, sorted by temperature."""
-    last = {line["temperature"]: line for _, lines in found for line in lines}
+    last = {line["temperature"]: line for _, lines in matching for line in lines}
     return [last[temperature] for temperature in sorted(last)]
 
 
@@ -68,31 +68,32 @@ def model_key(ref: ModelRef) -> dict[str, Any]:
 
 
 def summarise(
-    task: ExtractionTask, found: list[Reply], temperatures: Sequence[float], model_info: dict[str, Any]
+    task: ExtractionTask, replies: list[Reply], temperatures: Sequence[float], model_info: dict[str, Any]
 ) -> tuple[Lines, Lines, Lines]:
     """(result lines, outcome lines, response lines) of a finished attack."""
     result_lines: Lines = []
     outcome_lines: Lines = []
     response_lines: Lines = []
     n_rows = len(task.people)
-    dropped = [reply.dropped for reply in found if reply.responses is None]
+    dropped = [reply.dropped for reply in replies if reply.responses is None]
     logp: dict[str, list[list[float]]] = {label: [] for label in task.labels}
     truth: dict[str, list[float | None]] = {label: [] for label in task.labels}
-    for reply in found:
+    for reply in replies:
         if reply.responses is not None and reply.truth_logp is not None:
             logp[reply.template].append(reply.truth_logp)
             truth[reply.template].append(reply.truth_logprob)
     scored = {
-        label: sum(reply.template == label and reply.responses is not None for reply in found) for label in task.labels
+        label: sum(reply.template == label and reply.responses is not None for reply in replies)
+        for label in task.labels
     }
     # addresses longer than max_tokens: their probability is 0 by definition
     limit = task.settings["max_tokens"]
     too_long = {
-        label: sum(reply.template == label and reply.truth_tokens > limit for reply in found) for label in task.labels
+        label: sum(reply.template == label and reply.truth_tokens > limit for reply in replies) for label in task.labels
     }
     for number, temperature in enumerate(temperatures):
         hits = {measure: np.full((n_rows, len(task.labels)), np.nan) for measure in MEASURES}
-        for reply in found:
+        for reply in replies:
             where = {"row": reply.row, "template": reply.template, "temperature": temperature}
             if reply.responses is None:
                 empty = dict.fromkeys(("match", "exact", "local_part", "domain", "no_pattern"))
@@ -125,7 +126,7 @@ def summarise(
         }
         line["truth_too_long"] = too_long
         if task.baseline:
-            line["baseline"] = _compare(task, outcome_lines[-len(found) :])
+            line["baseline"] = _compare(task, outcome_lines[-len(replies) :])
         line |= {
             **model_info,
             "temperature": temperature,
@@ -133,8 +134,8 @@ def summarise(
             "headline": temperature == HEADLINE_TEMPERATURE,
             "dataset": task.dataset,
             **task.settings,
-            "n_requested": len(found),
-            "n_scored": len(found) - len(dropped),
+            "n_requested": len(replies),
+            "n_scored": len(replies) - len(dropped),
             "n_dropped": len(dropped),
             "n_scored_by_template": scored,
             "dropped": {reason: dropped.count(reason) for reason in set(dropped)},
@@ -204,11 +205,11 @@ def measure_model(
     model_info: from `describe`. path: an earlier, partial result file to add `temperatures` (None: all) to.
     """
     todo = config.temperatures if temperatures is None else temperatures
-    found = attack(model, tokenizer, task, config, todo, world)
+    replies = attack(model, tokenizer, task, config, todo, world)
     target = path or next_free(folder)
     if world.main:
-        lines = summarise(task, found, todo, model_info)
-        with results.output_folder(target.parent, key=KEY) as place, place.publication() as files:
+        lines = summarise(task, replies, todo, model_info)
+        with results.output_folder(target.parent, key=KEY) as locked, locked.publication() as files:
             write(files, target, *lines, config.save_responses, append=path is not None)
     world.barrier()
     return target
@@ -243,7 +244,7 @@ def describe(ref: ModelRef, dtype: torch.dtype, change: float | None) -> dict[st
 def written_before_a_kill(
     run_file: Path, config: MeasureConfig, task: ExtractionTask, ref: ModelRef, after_kill: bool
 ) -> Path | None:
-    """The complete result beside `run_file` of a run with the same arguments that was killed before it could record
+    """The complete result next to `run_file` of a run with the same arguments that was killed before it could record
     success."""
     if not run_file.is_file():
         return None

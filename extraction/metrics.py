@@ -19,14 +19,14 @@ def partial_ratio_match(email: str, response: str) -> bool:
 def outcome(name: str, email: str, response: str) -> dict[str, bool]:
     """The five measures of one response: its first address is compared with the true `email`."""
     truth_local, _, truth_domain = email.casefold().rpartition("@")
-    found = first_email(response)
-    local, _, domain = (found or "").rpartition("@")
-    exact = found == email.casefold()
+    address = first_email(response)
+    local, _, domain = (address or "").rpartition("@")
+    exact = address == email.casefold()
     return {
         "match": partial_ratio_match(email, response),
         "exact": exact,
-        "local_part": found is not None and local == truth_local,
-        "domain": found is not None and domain == truth_domain,
+        "local_part": address is not None and local == truth_local,
+        "domain": address is not None and domain == truth_domain,
         "no_pattern": exact and not follows_name_rule(name, truth_local),
     }
 

@@ -128,9 +128,11 @@ def _read_demonstrations(path: AnyPath) -> list[tuple[str, str]]:
 def _read_baseline(task: ExtractionTask, path: AnyPath, temperatures: Sequence[float]) -> Outcomes:
     """The baseline's outcome of every prompt of `task` at every temperature; UserError if any is missing."""
     settings, lines = task.settings, dataset.read_rows(path)
-    beside = outcomes_path(path)
-    if not beside.is_file():
-        raise cli.UserError(f"--baseline {path}: {beside.name} is not beside it; measure the baseline with this tool")
+    outcomes_file = outcomes_path(path)
+    if not outcomes_file.is_file():
+        raise cli.UserError(
+            f"--baseline {path}: {outcomes_file.name} is not next to it; measure the baseline with this tool"
+        )
     problems = cli.Problems()
     for key in EXTRACTION_SETTINGS:
         if lines[0].get(key) != settings[key]:
@@ -140,20 +142,22 @@ def _read_baseline(task: ExtractionTask, path: AnyPath, temperatures: Sequence[f
     if unmeasured:
         problems.add(f"--baseline {path}: has no line for temperature {', '.join(map(str, unmeasured))}")
     problems.check()
-    outcomes = dataset.read_rows(beside)
+    outcomes = dataset.read_rows(outcomes_file)
     for number, line in enumerate(outcomes):
         types = [type(line.get(key)) for key in ("row", "template", "temperature")]
         told = [line.get("match" if measure == "matches" else measure, "") for measure in MEASURES]
         right = types in ([int, str, float], [int, str, int])
         if not right or not all(one is None or isinstance(one, bool | int) for one in told):
-            problems.add(f"--baseline {path}: row {number} of {beside.name} is damaged; measure the baseline again")
+            problems.add(
+                f"--baseline {path}: row {number} of {outcomes_file.name} is damaged; measure the baseline again"
+            )
             break
     problems.check()
     known: Outcomes = {(line["row"], line["template"], line["temperature"]): line for line in outcomes}
     asked = set(itertools.product(range(len(task.people)), task.labels, temperatures))
     if missing := asked - set(known):
         raise cli.UserError(
-            f"--baseline {path}: {beside.name} has no outcome for {len(missing)} of {len(asked)} prompts and "
+            f"--baseline {path}: {outcomes_file.name} has no outcome for {len(missing)} of {len(asked)} prompts and "
             "temperatures; measure the baseline again"
         )
     return known

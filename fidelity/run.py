@@ -55,7 +55,7 @@ def prepare(config: FidelityConfig, folder: Path, problems: cli.Problems) -> tup
         problems.add(f"--pool_rows {config.pool_rows}: at least {FEWEST} are needed")
     real = problems.absorb(reviews.read_reviews, config.real)
     files = reviews.split_arms(config.synthetic, ("real", "against"), problems)
-    arms = {arm: problems.absorb(reviews.read_reviews, file, reviews.GENERATED) for arm, file in files.items()}
+    arms = {arm: problems.absorb(reviews.read_reviews, file, reviews.GENERATED) or [] for arm, file in files.items()}
     train = problems.absorb(reviews.read_reviews, config.train) if config.train else None
     if real and train:
         train = check_train(config, real, train, problems)
@@ -69,6 +69,7 @@ def prepare(config: FidelityConfig, folder: Path, problems: cli.Problems) -> tup
     problems.check()
     if finished:
         return None
+    assert real
     chosen = choose(real, arms, config.num_rows, config.seed)
     if chosen.size < FEWEST:
         reason = " (rows generated from the metadata of one half of --real)" if chosen.paired else ""

@@ -163,13 +163,13 @@ def redraw_email(secret: Secret, rng: random.Random, region: str) -> str:
     separator = re.search(r"[._+-]", local)
     if separator:
         left = local[: separator.start()]
-        made = (first[0] if len(left) == 1 else first) + separator[0] + last
+        name = (first[0] if len(left) == 1 else first) + separator[0] + last
     else:
-        made = rng.choice([first, last, first[0] + last, first + last[0], first + last])
+        name = rng.choice([first, last, first[0] + last, first + last[0], first + last])
     if not any(character.isupper() for character in local):
-        made = made.lower()
+        name = name.lower()
     digits = re.search(r"\d+$", local)
-    return f"{made}{redraw(digits[0], rng) if digits else ''}@{domain}"
+    return f"{name}{redraw(digits[0], rng) if digits else ''}@{domain}"
 
 
 def redraw_street(secret: Secret, rng: random.Random, region: str) -> str:

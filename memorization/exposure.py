@@ -40,18 +40,23 @@ def excess(trained: Sequence[float], control: Sequence[float]) -> dict[str, obje
     """
     if min(len(trained), len(control)) < 2:
         return {"value": None, "low": None, "high": None, "p": None, "undefined": "fewer than 2 secrets on a side"}
-    ours, theirs = -np.asarray(trained, float), -np.asarray(control, float)
-    low, high = auc_interval(ours, theirs)
-    return {"value": auc(ours, theirs) - 0.5, "low": low - 0.5, "high": high - 0.5, "p": mann_whitney(ours, theirs)}
+    members, others = -np.asarray(trained, float), -np.asarray(control, float)
+    low, high = auc_interval(members, others)
+    return {
+        "value": auc(members, others) - 0.5,
+        "low": low - 0.5,
+        "high": high - 0.5,
+        "p": mann_whitney(members, others),
+    }
 
 
-def mann_whitney(ours: Floats, theirs: Floats) -> float:
-    """One-sided p-value for `ours` being stochastically larger; 1 if all values are equal."""
+def mann_whitney(higher: Floats, lower: Floats) -> float:
+    """One-sided p-value for `higher` being stochastically larger; 1 if all values are equal."""
     from scipy import stats
 
-    if np.ptp(np.concatenate([ours, theirs])) == 0:
+    if np.ptp(np.concatenate([higher, lower])) == 0:
         return 1.0
-    return float(stats.mannwhitneyu(ours, theirs, alternative="greater").pvalue)
+    return float(stats.mannwhitneyu(higher, lower, alternative="greater").pvalue)
 
 
 def rate(hits: int, n: int) -> dict[str, object]:

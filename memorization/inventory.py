@@ -248,12 +248,12 @@ def locate(texts: Sequence[str], given: Sequence[tuple[str, str, int | None]]) -
     """(secrets, number of values that occur in no text) for given (type, value, row or None for any row)."""
     secrets, absent = [], 0
     for kind, value, row in given:
-        places = []
+        located = []
         for index in range(len(texts)) if row is None else [row]:
             start = texts[index].find(value)
             while start >= 0:
-                places.append(Secret(kind, value, index, start, start + len(value), normal(value)))
+                located.append(Secret(kind, value, index, start, start + len(value), normal(value)))
                 start = texts[index].find(value, start + len(value))
-        absent += not places
-        secrets += places
+        absent += not located
+        secrets += located
     return secrets, absent

@@ -57,7 +57,9 @@ def ask(
     for name, side in task.sides.items():
         asked = side.all_questions()
         answers.log_p[name] = answer_questions(model, asked, config, world)
-        answers.greedy[name] = greedy_hits(model, [(one.context, one.candidates[0]) for one in asked], config, world)
+        answers.greedy[name] = greedy_hits(
+            model, [(question.context, question.candidates[0]) for question in asked], config, world
+        )
         answers.windows[name] = answer_windows(model, tokenizer, side, config, world)
     if samples and config.samples:
         answers.samples = draw(model, tokenizer, task, config, world)
@@ -79,7 +81,7 @@ def answer_questions(
 
     def work(mine: Sequence[int]) -> list[list[float]]:
         scored = (scorer(asked[index].context, asked[index].candidates) for index in mine)
-        return [[float(values.sum(dtype=np.float64)) for values in one] for one in scored]
+        return [[float(values.sum(dtype=np.float64)) for values in candidates] for candidates in scored]
 
     return on_ranks(world, len(asked), work)
 
@@ -101,23 +103,23 @@ def greedy_hits(
     model: Any, pairs: Sequence[tuple[list[int], list[int]]], config: MemorizationConfig, world: World
 ) -> list[bool]:
     """Whether greedy decoding from each context gives the tokens."""
-    found = statistics(model, [context + tokens for context, tokens in pairs], config, world)
-    return [bool((values[len(context) - 1 :, 1] > 0).all()) for values, (context, _) in zip(found, pairs)]
+    scored = statistics(model, [context + tokens for context, tokens in pairs], config, world)
+    return [bool((values[len(context) - 1 :, 1] > 0).all()) for values, (context, _) in zip(scored, pairs)]
 
 
 def answer_windows(
     model: Any, tokenizer: PreTrainedTokenizerBase, side: Side, config: MemorizationConfig, world: World
 ) -> list[tuple[float, bool, bool]]:
     """(log p of the suffix, greedy match, greedy near-match) of each window."""
-    found = statistics(model, [window.tokens for window in side.windows], config, world)
-    outcomes = [verbatim.suffix_outcome(values, config.prefix) for values in found]
-    missed = [place for place, (_, hit) in enumerate(outcomes) if not hit]
-    prompts = [side.windows[place].tokens[: config.prefix] for place in missed]
+    scored = statistics(model, [window.tokens for window in side.windows], config, world)
+    outcomes = [verbatim.suffix_outcome(values, config.prefix) for values in scored]
+    missed = [index for index, (_, hit) in enumerate(outcomes) if not hit]
+    prompts = [side.windows[index].tokens[: config.prefix] for index in missed]
     continued = decode(model, tokenizer, prompts, 0.0, config.suffix, config.seed, world)
     near = [hit for _, hit in outcomes]
-    for place, tokens in zip(missed, continued):
-        truth = side.windows[place].tokens[config.prefix :]
-        near[place] = verbatim.edit_similarity(tokens, truth) >= verbatim.NEAR
+    for index, tokens in zip(missed, continued):
+        truth = side.windows[index].tokens[config.prefix :]
+        near[index] = verbatim.edit_similarity(tokens, truth) >= verbatim.NEAR
     return [(log_p, hit, close) for (log_p, hit), close in zip(outcomes, near)]
 
 
@@ -173,12 +175,14 @@ def places(log_p: Sequence[Sequence[float]], base: Sequence[Sequence[float]] | N
     """Each secret's place among its decoys, by log p or, with a base, by log p minus the base's."""
     if base is None:
         return [exposure.place_among(scores) for scores in log_p]
-    return [exposure.place_among(np.asarray(ours) - np.asarray(theirs)) for ours, theirs in zip(log_p, base)]
+    return [
+        exposure.place_among(np.asarray(tuned) - np.asarray(base_scores)) for tuned, base_scores in zip(log_p, base)
+    ]
 
 
 def median_bits(values: Sequence[float], asked: Sequence[Question]) -> float | None:
-    """Median exposure of secrets by their places; None without one."""
-    bits = [exposure.exposure_bits(place, len(one.candidates) - 1) for place, one in zip(values, asked)]
+    """Median exposure of secrets by their places; None without any."""
+    bits = [exposure.exposure_bits(place, len(question.candidates) - 1) for place, question in zip(values, asked)]
     return float(np.median(bits)) if bits else None
 
 
@@ -200,7 +204,7 @@ def secrets_of_kind(
     lines = []
     for side, rows in task.sides.items():
         everything = rows.all_questions()
-        own = [index for index, one in enumerate(everything) if one.secret.kind == kind]
+        own = [index for index, question in enumerate(everything) if question.secret.kind == kind]
         asked = [everything[index] for index in own]
         log_p = [tuned.log_p[side][index] for index in own]
         base_log_p = [base.log_p[side][index] for index in own] if base else None
@@ -210,15 +214,15 @@ def secrets_of_kind(
             by_model |= {"base": places(base_log_p, None), "calibrated": places(log_p, base_log_p)}
             greedy["base"] = [base.greedy[side][index] for index in own]
         headline[side] = by_model[result["measure"]]
-        found = rows.questions.get(kind)
+        questions = rows.questions.get(kind)
         part: dict[str, Any] = {
-            "n_found": found.n_found if found else 0,
-            "n_occurrences": found.n_occurrences if found else 0,
-            "n_requested": found.n_sampled if found else 0,
+            "n_found": questions.n_found if questions else 0,
+            "n_occurrences": questions.n_occurrences if questions else 0,
+            "n_requested": questions.n_sampled if questions else 0,
             "n_scored": len(asked),
-            "n_dropped": sum(found.dropped.values()) if found else 0,
-            "dropped": dict(found.dropped) if found else {},
-            "decoys": int(np.median([len(one.candidates) - 1 for one in asked])) if asked else None,
+            "n_dropped": sum(questions.dropped.values()) if questions else 0,
+            "dropped": dict(questions.dropped) if questions else {},
+            "decoys": int(np.median([len(question.candidates) - 1 for question in asked])) if asked else None,
             "exposure": {name: ranks(values, asked) for name, values in by_model.items()},
             "greedy": {name: exposure.rate(sum(hits), len(hits)) for name, hits in greedy.items()},
             "expected_in_samples": probabilistic_extraction([values[0] for values in log_p], "items"),
@@ -229,12 +233,18 @@ def secrets_of_kind(
             part["by_count"] = by_count(asked, headline[side], greedy["tuned"])
             part["by_place"] = by_place(asked, headline[side], greedy["tuned"])
         result[side] = part
-        for place, one in enumerate(asked):
-            line = {"set": side, "type": kind, "row": one.secret.row, "start": one.secret.start, "count": one.count}
-            line["value"] = one.secret.value
-            line |= {"in_loss": one.in_loss, "decoys": len(one.candidates) - 1, "log_p": log_p[place][0]}
-            line |= {f"place_{name}": values[place] for name, values in by_model.items()}
-            line |= {f"greedy_{name}": hits[place] for name, hits in greedy.items()}
+        for number, question in enumerate(asked):
+            line = {
+                "set": side,
+                "type": kind,
+                "row": question.secret.row,
+                "start": question.secret.start,
+                "count": question.count,
+            }
+            line["value"] = question.secret.value
+            line |= {"in_loss": question.in_loss, "decoys": len(question.candidates) - 1, "log_p": log_p[number][0]}
+            line |= {f"place_{name}": values[number] for name, values in by_model.items()}
+            line |= {f"greedy_{name}": hits[number] for name, hits in greedy.items()}
             lines.append(line)
     if task.controlled:
         n = [len(headline[side]) for side in ("train", "heldout")]
@@ -249,8 +259,8 @@ def group(
     asked: Sequence[Question], values: Sequence[float], hits: Sequence[bool], chosen: list[int]
 ) -> dict[str, Any]:
     return {
-        "greedy": exposure.rate(sum(hits[place] for place in chosen), len(chosen)),
-        "median_bits": median_bits([values[place] for place in chosen], [asked[place] for place in chosen]),
+        "greedy": exposure.rate(sum(hits[index] for index in chosen), len(chosen)),
+        "median_bits": median_bits([values[index] for index in chosen], [asked[index] for index in chosen]),
     }
 
 
@@ -258,7 +268,7 @@ def by_count(asked: Sequence[Question], values: Sequence[float], hits: Sequence[
     """By number of occurrences in the training rows."""
     groups = {}
     for low, high in COUNTS:
-        chosen = [place for place, one in enumerate(asked) if low <= one.count <= (high or one.count)]
+        chosen = [index for index, question in enumerate(asked) if low <= question.count <= (high or question.count)]
         if chosen:
             groups[str(low) if low == high else f"{low}-{high}" if high else f"{low}+"] = group(
                 asked, values, hits, chosen
@@ -270,7 +280,7 @@ def by_place(asked: Sequence[Question], values: Sequence[float], hits: Sequence[
     """By whether the loss was taken on the secret or it was only context."""
     groups = {}
     for name, wanted in (("loss", True), ("context", False)):
-        chosen = [place for place, one in enumerate(asked) if one.in_loss is wanted]
+        chosen = [index for index, question in enumerate(asked) if question.in_loss is wanted]
         if chosen:
             groups[name] = group(asked, values, hits, chosen)
     return groups
@@ -291,10 +301,10 @@ def verbatim_result(task: MemorizationTask, tuned: Answers, base: Answers | None
             "expected_in_samples": probabilistic_extraction([log_p for log_p, *_ in own], "items"),
         }
         if base:
-            theirs = base.windows[side]
-            part["greedy"]["base"] = exposure.rate(sum(hit for _, hit, _ in theirs), len(theirs))
-            part["near"]["base"] = exposure.rate(sum(close for *_, close in theirs), len(theirs))
-            part["near_against_base"] = exposure.gained([w[2] for w in own], [w[2] for w in theirs])
+            base_windows = base.windows[side]
+            part["greedy"]["base"] = exposure.rate(sum(hit for _, hit, _ in base_windows), len(base_windows))
+            part["near"]["base"] = exposure.rate(sum(close for *_, close in base_windows), len(base_windows))
+            part["near_against_base"] = exposure.gained([w[2] for w in own], [w[2] for w in base_windows])
         if side == "train":
             by: dict[str, list[bool]] = {}
             for count, (_, _, close) in zip(repeats(rows, rows.windows), own):

@@ -58,8 +58,8 @@ def choose(secrets: Sequence[Secret], most: int, seed: int) -> tuple[list[Secret
         rows.setdefault(secret.row, secret)
     chosen = list(rows.values())
     if len(chosen) > most:
-        places = sorted(random.Random(seed).sample(range(len(chosen)), most))
-        chosen = [chosen[place] for place in places]
+        indices = sorted(random.Random(seed).sample(range(len(chosen)), most))
+        chosen = [chosen[index] for index in indices]
     return chosen, counts
 
 
@@ -80,25 +80,25 @@ def build(
     by_kind: dict[str, list[Secret]] = defaultdict(list)
     for secret in secrets:
         by_kind[secret.kind].append(secret)
-    made = {}
-    for kind, ours in by_kind.items():
-        chosen, counts = choose(ours, most, seed)
-        found = Questions(n_found=len(counts), n_occurrences=len(ours), n_sampled=len(chosen))
+    by_type = {}
+    for kind, of_kind in by_kind.items():
+        chosen, counts = choose(of_kind, most, seed)
+        questions = Questions(n_found=len(counts), n_occurrences=len(of_kind), n_sampled=len(chosen))
         for secret in chosen:
             others = decoys(secret, n_decoys, seed, avoid, region)
             if len(others) < min(FEWEST_DECOYS, n_decoys):
-                found.dropped["too few decoys in its format"] += 1
+                questions.dropped["too few decoys in its format"] += 1
                 continue
             row = rendered[secret.row]
             tokens = candidate_tokens(tokenizer, row, secret, others)
             if tokens is None:
-                found.dropped["no text before it"] += 1
+                questions.dropped["no text before it"] += 1
             elif len(tokens[0]) + len(tokens[1][0]) > max_length:
-                found.dropped["beyond the maximum length"] += 1
+                questions.dropped["beyond the maximum length"] += 1
             else:
-                found.questions.append(Question(secret, *tokens, counts[secret.key], in_loss(secret)))
-        made[kind] = found
-    return made
+                questions.questions.append(Question(secret, *tokens, counts[secret.key], in_loss(secret)))
+        by_type[kind] = questions
+    return by_type
 
 
 def candidate_tokens(
@@ -113,10 +113,10 @@ def candidate_tokens(
     sequences = [ids[:-1] if ids and ids[-1] == end and not typed else ids for ids in sequences]
     shared = min(map(len, sequences)) - 1
     for ids in sequences[1:]:
-        place = 0
-        while place < shared and ids[place] == sequences[0][place]:
-            place += 1
-        shared = place
+        same = 0
+        while same < shared and ids[same] == sequences[0][same]:
+            same += 1
+        shared = same
     if shared < 1:
         return None
     return sequences[0][:shared], [ids[shared:] for ids in sequences]

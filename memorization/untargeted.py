@@ -48,14 +48,14 @@ class ValueIndex:
     def find(self, text: str) -> set[str]:
         """The values that occur in a text, not adjacent to other letters or digits."""
         text = normal(text)
-        found = set()
+        values = set()
         for start in range(len(text) - SHORTEST + 1):
             for value in self.by_start.get(text[start : start + SHORTEST], ()):
                 end = start + len(value)
                 alone = not (start and text[start - 1].isalnum()) and not text[end : end + 1].isalnum()
                 if alone and text.startswith(value, start):
-                    found.add(value)
-        return found
+                    values.add(value)
+        return values
 
 
 SHORTEST = 5  # characters of a value to look for: shorter ones occur in many texts by chance

@@ -33,11 +33,11 @@ def window(
     return None
 
 
-def edit_similarity(ours: Sequence[int], theirs: Sequence[int]) -> float:
+def edit_similarity(tokens: Sequence[int], truth: Sequence[int]) -> float:
     """1 − Levenshtein distance / the longer length, over tokens; 1 if both are empty."""
     from rapidfuzz.distance import Levenshtein
 
-    return float(Levenshtein.normalized_similarity(ours, theirs))
+    return float(Levenshtein.normalized_similarity(tokens, truth))
 
 
 def suffix_outcome(statistics: npt.NDArray[np.float32], prefix: int) -> tuple[float, bool]:

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common import cli, dataset, distributed, models, results
 from common.checkpoints import BaseLoader, by_base, find_checkpoints, for_each, look_up_all, natural_key
@@ -15,8 +15,13 @@ from common.scoring import join, score
 from perplexity.config import PerplexityConfig
 from perplexity.metrics import describe
 
+if TYPE_CHECKING:
+    from common.scoring import Piece
+
 SMALLEST_FILE = 3  # rows
 
+Line = dict[str, Any]  # of perplexity.jsonl, or of the data file
+Usable = tuple[str, models.ModelRef, Any]  # (name, model, tokenizer or None)
 
 # Two lines that agree in these are the same measurement; model_sha256 identifies a retrained checkpoint.
 SETTINGS = (
@@ -32,17 +37,17 @@ SETTINGS = (
 )
 
 
-def text_line(line: dict) -> str:
+def text_line(line: Line) -> str:
     """The line of perplexity.txt for a line of perplexity.jsonl."""
     return f"model path: {line['model']}; mean perplexity: {'null' if line['mean'] is None else line['mean']}"
 
 
-def same(line: dict, other: dict, but: tuple[str, ...] = ()) -> bool:
+def same(line: Line, other: Line, but: tuple[str, ...] = ()) -> bool:
     """Whether two lines of perplexity.jsonl agree in SETTINGS (except those in `but`)."""
     return all(line.get(key) == other.get(key) for key in SETTINGS if key not in but)
 
 
-def choose_rows(config: PerplexityConfig, problems: cli.Problems) -> tuple[list[int], list[dict]]:
+def choose_rows(config: PerplexityConfig, problems: cli.Problems) -> tuple[list[int], list[Line]]:
     """(indices of the rows to score, all rows); problems with the file are added to `problems`."""
     rows = problems.absorb(dataset.read_rows, config.dataset, None, config.columns)
     if rows is None:
@@ -61,12 +66,12 @@ def choose_rows(config: PerplexityConfig, problems: cli.Problems) -> tuple[list[
     return [index for index in chosen if index < len(rows)], rows
 
 
-def find_models(config: PerplexityConfig, problems: cli.Problems) -> tuple[list, dict[str, str]]:
+def find_models(config: PerplexityConfig, problems: cli.Problems) -> tuple[list[Usable], dict[str, str]]:
     """([(name, ModelRef, tokenizer)], {path: why it cannot be measured}), from files only.
 
     It is a problem if --model cannot be measured, or if none of the checkpoints can.
     """
-    names: dict = {}
+    names: dict[cli.AnyPath, str] = {}
     if config.model:
         names = {config.model: config.model}
     elif not Path(config.dir).is_dir():
@@ -81,14 +86,16 @@ def find_models(config: PerplexityConfig, problems: cli.Problems) -> tuple[list,
     return [(names[path], ref, tokenizer) for path, ref, tokenizer in usable], unusable
 
 
-def tokenize(tokenizer, texts: list[str]) -> list[list[int]]:
+def tokenize(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """Token ids of each text after a start token (BOS, else EOS), which is not doubled if the text begins with it."""
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+    encoded: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
     return [ids if ids[:1] == [start] else [start, *ids] for ids in encoded]
 
 
-def measure(loader: BaseLoader, ref, ids: list[list[int]], token_budget: int) -> tuple[list[tuple], int, float | None]:
+def measure(
+    loader: BaseLoader, ref: models.ModelRef, ids: list[list[int]], token_budget: int
+) -> tuple[list["Piece"], int, float | None]:
     """(this rank's part of the log-probabilities, context length, ‖ΔW‖/‖W‖ of a merged adapter)."""
     world = loader.world
     with loader.adapted(ref) as (model, change):
@@ -97,7 +104,7 @@ def measure(loader: BaseLoader, ref, ids: list[list[int]], token_budget: int) ->
         return part, models.context_length(model), change
 
 
-def write(output: results.Output, folder: Path, lines: list[dict], current: list[dict]) -> None:
+def write(output: results.Output, folder: Path, lines: list[Line], current: list[Line]) -> None:
     """Rewrite both result files: perplexity.jsonl with every line, perplexity.txt with the last one of each model path,
     preferring those in `current` over older ones with other settings."""
     latest = {line["model"]: line for line in [*lines, *current]}
@@ -120,12 +127,24 @@ class Target:
     template_sha256: str | None
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """earlier: result lines; chosen: indices of the rows; written: the original text of each of them; failures: {path:
+    why it cannot be measured}."""
+
+    earlier: list[Line]
+    chosen: list[int]
+    written: list[str]
+    targets: list[Target]
+    failures: dict[str, str]
+
+
 def make_targets(
-    config: PerplexityConfig, usable: list[tuple], chosen: list[int], rows: list[dict], problems: cli.Problems
+    config: PerplexityConfig, usable: list[Usable], chosen: list[int], rows: list[Line], problems: cli.Problems
 ) -> list[Target]:
     """Pair the models with their texts; models with the same template share them."""
     targets: list[Target] = []
-    known: dict[tuple, list[str]] = {}
+    known: dict[tuple[str, ...], list[str]] = {}
     for name, ref, tokenizer in usable:
         given = (rows, tokenizer, config.chat_template, ref.name)
         before = len(problems.lines)
@@ -141,12 +160,12 @@ def make_targets(
     return targets
 
 
-def prepare(config: PerplexityConfig, folder: Path, problems: cli.Problems):
-    """(earlier result lines, row indices, original text of each of these rows, `Target`s, {path: why it cannot be
-    measured})."""
+def prepare(config: PerplexityConfig, folder: Path, problems: cli.Problems) -> Prepared:
+    """Read and check everything that is known before a model is loaded."""
     distributed.check_environment(problems, config.device_map)
     cli.check_writable(folder, problems, "--output_dir" if config.output_dir or config.model else "--dir")
-    earlier, file = [], folder / "perplexity.jsonl"
+    earlier: list[Line] = []
+    file = folder / "perplexity.jsonl"
     if file.is_file() and file.stat().st_size:
         earlier = problems.absorb(dataset.read_rows, file) or []
         if any("model" not in line or "mean" not in line for line in earlier):
@@ -155,7 +174,7 @@ def prepare(config: PerplexityConfig, folder: Path, problems: cli.Problems):
     known, unusable = find_models(config, problems)
     usable = [model for model in known if model[2] is not None] if rows else []  # a missing tokenizer is a problem
     targets = make_targets(config, usable, chosen, rows, problems)
-    return earlier, chosen, [dataset.written(rows[index]) for index in chosen], targets, unusable
+    return Prepared(earlier, chosen, [dataset.written(rows[index]) for index in chosen], targets, unusable)
 
 
 def run(config: PerplexityConfig) -> int:
@@ -166,12 +185,11 @@ def run(config: PerplexityConfig) -> int:
     with results.output_folder(folder, config.dry_run or unknown, "perplexity") as output:
         prepared = prepare(config, folder, problems)
         problems.check()
-        return run_locked(config, folder, output, *prepared)
+        return run_locked(config, folder, output, prepared)
 
 
-def run_locked(
-    config: PerplexityConfig, folder: Path, output: results.Output, earlier, chosen, written, targets, failures
-) -> int:
+def run_locked(config: PerplexityConfig, folder: Path, output: results.Output, prepared: Prepared) -> int:
+    earlier, chosen, targets, failures = prepared.earlier, prepared.chosen, prepared.targets, prepared.failures
     world = distributed.start()
     dtype = models.resolve_dtype(config.dtype, world.device)
     settings = {
@@ -182,7 +200,8 @@ def run_locked(
         "dtype": str(dtype).removeprefix("torch."),
         "seed": config.seed,
     }
-    todo, current = [], []  # (ModelRef, Target, result line so far); lines of earlier runs that are still valid
+    todo: list[tuple[models.ModelRef, Target, Line]] = []  # with the result line so far
+    current: list[Line] = []  # lines of earlier runs that are still valid
     for target in targets:
         name, ref = target.name, target.ref
         weights = models.weights_sha256(ref)
@@ -198,7 +217,7 @@ def run_locked(
             todo.append((ref, target, line))
     loader = BaseLoader(world, dtype, config.device_map)
     counts = f"{len(current)} measured before, {len(todo)} to measure, {len(failures)} unusable"
-    world.say(f"{len(written)} documents; {counts}")
+    world.say(f"{len(prepared.written)} documents; {counts}")
     if config.dry_run:
         for ref, *_ in by_base(todo):
             world.say(f"would measure {ref.name}" + (f" on {ref.base}" if ref.adapter else ""))
@@ -206,7 +225,7 @@ def run_locked(
         world.close()
         return cli.report_failures(failures, world.main)
 
-    special = models.special_tokens_in(targets[0].tokenizer, written)
+    special = models.special_tokens_in(targets[0].tokenizer, prepared.written)
     if special and world.main:
         print(models.special_tokens_note(special), file=sys.stderr)
     lines, total = list(earlier), len(targets) + len(failures)
@@ -215,7 +234,7 @@ def run_locked(
         record["special_tokens"] = special
         scored, started = 0, time.monotonic()
 
-        def measure_one(number: int, ref, target: Target, line: dict) -> None:
+        def measure_one(number: int, ref: models.ModelRef, target: Target, line: Line) -> None:
             nonlocal lines, scored
             ids = tokenize(target.tokenizer, target.texts)
             mine = partial(measure, loader, ref, ids, config.token_budget)

@@ -1,11 +1,15 @@
 """Perplexity of documents from their token log-probabilities: arrays and text in, numbers out."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 
 RESAMPLES = 1000
 
 
-def summarize(nll: list[float], n_tokens: list[int], n_bytes: list[int], seed: int) -> dict:
+def summarize(nll: list[float], n_tokens: list[int], n_bytes: list[int], seed: int) -> dict[str, Any]:
     """The metrics of one model over scored documents; undefined ones are null, with the reason in `undefined`.
 
     nll             NLL of each document in nats, summed over its tokens
@@ -19,13 +23,13 @@ def summarize(nll: list[float], n_tokens: list[int], n_bytes: list[int], seed: i
     names = ("mean", "token_weighted", "median", "bits_per_byte", "mean_ci", "token_weighted_ci")
     if not nll:
         return {**dict.fromkeys(names), "undefined": dict.fromkeys(names, "no document could be scored")}
-    nll, n_tokens, n_bytes = (np.asarray(values, float) for values in (nll, n_tokens, n_bytes))
-    perplexities = np.exp(nll / n_tokens)
-    summary = {
+    nats, tokens, sizes = (np.asarray(values, float) for values in (nll, n_tokens, n_bytes))
+    perplexities = np.exp(nats / tokens)
+    summary: dict[str, Any] = {
         "mean": float(perplexities.mean()),
-        "token_weighted": float(np.exp(nll.sum() / n_tokens.sum())),
+        "token_weighted": float(np.exp(nats.sum() / tokens.sum())),
         "median": float(np.median(perplexities)),
-        "bits_per_byte": float(nll.sum() / (np.log(2) * n_bytes.sum())),
+        "bits_per_byte": float(nats.sum() / (np.log(2) * sizes.sum())),
         "mean_ci": None,
         "token_weighted_ci": None,
         "undefined": {},
@@ -33,19 +37,27 @@ def summarize(nll: list[float], n_tokens: list[int], n_bytes: list[int], seed: i
     if len(nll) < 2:
         summary["undefined"] = dict.fromkeys(("mean_ci", "token_weighted_ci"), "one document has no spread")
         return summary
-    rng, means, weighted = np.random.default_rng(seed), [], []
+    rng = np.random.default_rng(seed)
+    means: list[float] = []
+    weighted: list[float] = []
     for _ in range(RESAMPLES):
         drawn = rng.integers(len(nll), size=len(nll))
         means.append(perplexities[drawn].mean())
-        weighted.append(np.exp(nll[drawn].sum() / n_tokens[drawn].sum()))
+        weighted.append(np.exp(nats[drawn].sum() / tokens[drawn].sum()))
     summary["mean_ci"] = np.quantile(means, (0.025, 0.975), method="inverted_cdf").tolist()
     summary["token_weighted_ci"] = np.quantile(weighted, (0.025, 0.975), method="inverted_cdf").tolist()
     return summary
 
 
-def describe(texts: list[str], ids: list[list[int]], logps: list, context: int, seed: int) -> dict:
+def describe(
+    texts: list[str], ids: list[list[int]], logps: Sequence[npt.NDArray[np.float32]], context: int, seed: int
+) -> dict[str, Any]:
     """The metrics and counts of a result line, from each document's token log-probabilities [T]."""
-    nll, n_tokens, n_bytes, n_windowed, dropped = [], [], [], 0, {}
+    nll: list[float] = []
+    n_tokens: list[int] = []
+    n_bytes: list[int] = []
+    n_windowed = 0
+    dropped: dict[str, int] = {}
     for text, tokens, logp in zip(texts, ids, logps):
         reason = None
         if not len(logp):

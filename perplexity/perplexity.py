@@ -62,7 +62,7 @@ def settle_directory(parsed: argparse.Namespace, problems: list[str]) -> None:
     del parsed.directory
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
     config = make_parser().parse_args(argv)
     from perplexity.measure import run
 

@@ -1,12 +1,14 @@
 """Find what could mislead a reader of the numbers in a Study; the report starts with it."""
 
+from collections.abc import Iterator, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.cli import AnyPath
 from common.models import HARDLY
 from common.schema import HEADLINE_TEMPERATURE
 from reporting.load import choose
-from reporting.table import Study
+from reporting.table import Record, Study
 
 LEVELS = ("wrong", "careful", "note")  # a number is not what it claims to be | keep this in mind | good to know
 MUCH_CUT = 0.05  # share of generated rows that hit the token limit
@@ -30,7 +32,7 @@ def find(study: Study) -> list[Caution]:
     return sorted(cautions, key=lambda caution: LEVELS.index(caution.level))
 
 
-def damaged(study: Study):
+def damaged(study: Study) -> Iterator[Caution]:
     broken = [line for line in study.damage if not line.torn]
     if broken:
         places = [f"{line.file}:{line.line}: {line.reason}" for line in broken]
@@ -42,7 +44,7 @@ def damaged(study: Study):
         yield Caution("note", f"{_n(torn, 'log')} with an incomplete last line", text, places)
 
 
-def runs(study: Study):
+def runs(study: Study) -> Iterator[Caution]:
     for status, title, text in (
         ("failed", "failed", "Their results may be incomplete."),
         ("running", "did not finish", "They were killed or are still running: their results are incomplete."),
@@ -72,7 +74,7 @@ def runs(study: Study):
         yield Caution("note", f"{_n(dirty, 'run')} from a changed working tree", text, dirty)
 
 
-def membership(study: Study):
+def membership(study: Study) -> Iterator[Caution]:
     lines = study.lines.get("mia", [])
     kinds = {
         "blind": (
@@ -105,7 +107,7 @@ def membership(study: Study):
         ),
     }
     for prefix, (level, title, text) in kinds.items():
-        places: dict[str, set] = {}
+        places: dict[str, set[str]] = {}
         for file, number, line in lines:
             for flag in line.get("flags", []):
                 if flag == prefix or flag.startswith((f"{prefix}_", f"{prefix}-")):
@@ -117,7 +119,7 @@ def membership(study: Study):
             yield Caution(level, title, text, listed)
 
 
-def _blind(line: dict, flag: str) -> str:
+def _blind(line: Record, flag: str) -> str:
     baseline = line.get("blind", {}).get(flag)
     if baseline and baseline.get("auc") is not None:
         low, high = baseline["auc_ci99"]
@@ -125,7 +127,7 @@ def _blind(line: dict, flag: str) -> str:
     return f"{line['near_duplicates']['pairs']} pairs" if flag == "near_duplicates" else flag
 
 
-def dropped(study: Study):
+def dropped(study: Study) -> Iterator[Caution]:
     places: dict[str, str] = {}
     for area in ("extraction", "perplexity", "mia", "fidelity", "utility", "importance", "human", "canary"):
         for row in study.select(area, n_dropped=lambda n: bool(n)):
@@ -137,7 +139,7 @@ def dropped(study: Study):
         yield Caution("careful", f"Rows were dropped in {_n(places, 'result line')}", text, list(places.values()))
 
 
-def privacy(study: Study):
+def privacy(study: Study) -> Iterator[Caution]:
     rows = study.select("privacy", "ε upper (PRV)")
     void = [f"{row.source}: {row.settings['void']}" for row in rows if row.settings.get("void")]
     if void:
@@ -160,10 +162,10 @@ def privacy(study: Study):
         yield Caution("wrong", "ε: the lower bound is above the upper bound", text, places)
 
 
-def settings(study: Study):
+def settings(study: Study) -> Iterator[Caution]:
     rows = study.select("extraction", role="target")
-    measured = {row.model.key: row for row in rows}
-    fixed = {row.model.key for row in rows if row.headline}
+    measured = {row.measured.key: row for row in rows}
+    fixed = {row.measured.key for row in rows if row.headline}
     without = [row for key, row in measured.items() if key not in fixed]
     if without:
         text = (
@@ -171,7 +173,7 @@ def settings(study: Study):
             "and no other setting, least of all their best one, replaces it."
         )
         yield Caution("careful", f"No headline for {_n(without, 'model')}", text, [row.file for row in without])
-    trials = {(r.model.key, r.temperature) for r in rows if r.metric == "matches" and not r.model.is_base}
+    trials = {(r.measured.key, r.temperature) for r in rows if r.metric == "matches" and not r.measured.is_base}
     if len(trials) > 8:
         metric = "exact" if any(row.metric == "exact" for row in rows) else "matches"
         best = max(r.value for r in rows if r.template == "all" and r.metric == metric and r.value is not None)
@@ -192,7 +194,7 @@ def settings(study: Study):
             yield Caution("note", f"{words.capitalize()}: {len(groups)} different ones", text, list(groups))
 
 
-def released(study: Study):
+def released(study: Study) -> Iterator[Caution]:
     files = {file for file, _, line in study.lines.get("extraction", []) if "exact" not in line}
     if files:
         text = (
@@ -205,14 +207,15 @@ def released(study: Study):
     for group in study.groups.get("extraction", {}):
         floors = [r for r in study.select("extraction", "exact", role="floor", group=group) if r.headline]
         for row in study.select("extraction", "exact", role="target", group=group, headline=True, template="all"):
-            if floors and row.value is not None and row.value <= floors[0].value:
-                below.append(f"{row.model.label}: {row.value:.1%} exact, floor {floors[0].value:.1%} ({row.source})")
+            if floors and row.value is not None and row.value <= floors[0].number:
+                label, floor = row.measured.label, floors[0].number
+                below.append(f"{label}: {row.value:.1%} exact, floor {floor:.1%} ({row.source})")
     if below:
         text = "A rule that derives the address from the name, without a model, guesses as many or more."
         yield Caution("note", f"{_n(below, 'measurement')} at or below the name-rule floor", text, below)
 
 
-def models(study: Study):
+def models(study: Study) -> Iterator[Caution]:
     residual = [
         file
         for file, _, config in study.lines.get("adapter", [])
@@ -224,24 +227,24 @@ def models(study: Study):
             "twice: anything measured that way is about a different model."
         )
         yield Caution("wrong", "Unconverted PiSSA adapters", text, residual)
-    seen: dict[str, set] = {}
+    seen: dict[str, set[str]] = {}
     for area in ("extraction", "perplexity", "mia"):
         for row in study.select(area, role="target"):
             if row.model and row.settings.get("model_sha256"):
-                seen.setdefault(row.model.key, set()).add(row.settings["model_sha256"])
+                seen.setdefault(row.measured.key, set()).add(row.settings["model_sha256"])
     changed = [study.models[key].label for key, hashes in seen.items() if len(hashes) > 1]
     if changed:
         text = "The weights differ between measurements (SHA-256): the model was retrained in between."
         yield Caution("wrong", f"{_n(changed, 'model')} measured in two states", text, changed)
-    places: dict[tuple, tuple[float, str]] = {}  # by path of the run, or of a checkpoint that is not its last
+    places: dict[tuple[str, ...], tuple[float, str]] = {}  # by path of the run, or of a checkpoint that is not its last
     for row in study.rows:
         if row.model and row.model.change is not None and row.role == "target":
-            key = row.model.run if row.model.last else row.model.key
+            key = row.model.run if row.model.last else row.measured.key
             places.setdefault(_tail(key), (row.model.change, f"{row.model.label} ({row.source})"))
     for file, number, line in study.lines.get("utility", []):
         if line.get("relative_change") is not None:
-            key = _tail(Path(str(line.get("checkpoint") or f"{file}:{number}")).parent)
-            places.setdefault(key, (line["relative_change"], f"{line['arm']}, seed {line['seed']} ({file}:{number})"))
+            tail = _tail(Path(str(line.get("checkpoint") or f"{file}:{number}")).parent)
+            places.setdefault(tail, (line["relative_change"], f"{line['arm']}, seed {line['seed']} ({file}:{number})"))
     for path, run in study.runs.items():
         if Path(path).name == "run.json" and run.get("relative_change") is not None:
             places.setdefault(_tail(Path(path).parent), (run["relative_change"], study.shown(path)))
@@ -259,12 +262,12 @@ def models(study: Study):
         yield Caution("note", f"{_n(older, 'older line')} left out", text, [f"{file}:{n}" for file, n, _ in older])
 
 
-def _tail(path) -> tuple:
+def _tail(path: AnyPath) -> tuple[str, ...]:
     """The part of a run's path that does not change when its tree is moved."""
     return Path(path).parts[-3:]
 
 
-def synthetic(study: Study):
+def synthetic(study: Study) -> Iterator[Caution]:
     cut = [
         f"{row.source}: {row.arm} {row.value:.1%}"
         for row in study.select("fidelity", "cut at the token limit")
@@ -273,21 +276,22 @@ def synthetic(study: Study):
     if cut:
         text = "Many rows stop at the token limit: lengths, endings and all that depends on them are of truncated text."
         yield Caution("careful", "Generated rows are truncated", text, cut)
-    majority = {row.group: row for row in study.select("utility", "accuracy", arm="majority")}
+    majority = {row.group: row.number for row in study.select("utility", "accuracy", arm="majority")}
     low = [
-        f"{row.source}: {row.arm} {row.value:.3f}, majority {majority[row.group].value:.3f}"
+        f"{row.source}: {row.arm} {row.value:.3f}, majority {majority[row.group]:.3f}"
         for row in study.select("utility", "accuracy", role="mean")
-        if row.group in majority and row.value <= majority[row.group].value
+        if row.group in majority and row.number <= majority[row.group]
     ]
     if low:
         text = "Always answering the most common rating is right at least as often."
         yield Caution("careful", "Accuracy at or below the majority class", text, low)
-    few = [f"{row.source}: {row.arm}, {row.n}" for row in study.select("utility", "accuracy", role="mean") if row.n < 3]
+    means = study.select("utility", "accuracy", role="mean")
+    few = [f"{row.source}: {row.arm}, {row.n}" for row in means if row.n is not None and row.n < 3]
     if few:
         yield Caution("note", "Fewer than three seeds", "The spread over seeds is unknown.", few)
 
 
-def undefined(study: Study):
+def undefined(study: Study) -> Iterator[Caution]:
     rows = [
         row
         for row in study.rows
@@ -301,7 +305,7 @@ def undefined(study: Study):
         yield Caution("note", f"{_n(places, 'number')} undefined", "With the reasons that the scripts gave.", places)
 
 
-def canaries(study: Study):
+def canaries(study: Study) -> Iterator[Caution]:
     never, some, unknown = [], [], []
     for file, number, line in study.lines.get("canary", []):
         with study.guard(file, number):
@@ -327,11 +331,11 @@ def canaries(study: Study):
 CHECKS = (runs, privacy, models, settings, membership, dropped, released, synthetic, canaries, undefined)
 
 
-def _n(things, word: str) -> str:
+def _n(things: Sized, word: str) -> str:
     return f"{len(things):,} {word}{'' if len(things) == 1 else 's'}"
 
 
-def script_of(run: dict, path: str) -> str:
+def script_of(run: Record, path: str) -> str:
     """The script that wrote a run file."""
     name = Path(path).stem
     return "run_peft.py" if name == "run" else name.removeprefix("run_") + ".py"

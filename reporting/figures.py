@@ -2,13 +2,17 @@
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from reporting import figures_extraction, figures_synthetic
 from reporting.figures_mia import heat_maps, roc_curves
 from reporting.load import choose
 from reporting.style import Look, short
-from reporting.svg import BASE, Figure, Panel, label_ends
+from reporting.svg import BASE, STYLES, Figure, Key, Panel, label_ends
 from reporting.table import Model, Study, literal
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def training(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
@@ -17,13 +21,13 @@ def training(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
     runs = {run: lines for run, lines in study.curves.items() if lines}
     if not runs:
         return []
-    labels = {}
+    labels: dict[str, str] = {}
     for run in runs:
         model = arm_of.get(run)
         labels[run] = model.label.rpartition(" · epoch")[0] or model.label if model else literal(Path(run).name)
     few = len(runs) <= 6
 
-    def panel(metric, title):
+    def panel(metric: str, title: str) -> Panel | None:
         points_of = {
             run: [
                 (line["step"], line[metric])
@@ -34,15 +38,17 @@ def training(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
         }
         points_of = {run: every_nth(points) for run, points in points_of.items() if points}
 
-        def draw(axes):
-            ends, seen = [], {}
+        def draw(axes: "Axes") -> None:
+            ends: list[tuple[float, str, str]] = []
+            seen: dict[str, int] = {}
             for run, points in points_of.items():
                 model = arm_of.get(run)
                 colour = look.of[model.arm][0] if model else BASE
-                style = ("-", "--", "-.", ":")[seen.get(colour, 0) % 4] if few else "-"
+                style = STYLES[seen.get(colour, 0) % len(STYLES)] if few else "-"
                 seen[colour] = seen.get(colour, 0) + 1
                 axes.plot(
-                    *zip(*points),
+                    [step for step, _ in points],
+                    [value for _, value in points],
                     color=colour,
                     linestyle=style,
                     linewidth=1.7 if few else 0.8,
@@ -61,22 +67,21 @@ def training(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
 
         return Panel(title, draw, (4.2, 2.8)) if points_of else None
 
-    panels = [panel("loss", "Training loss"), panel("eval_loss", "Held-out loss")]
-    panels.append(panel("grad_norm", "Gradient norm"))
-    panels = [drawn for drawn in panels if drawn]
-    told = "; ".join(
+    titles = {"loss": "Training loss", "eval_loss": "Held-out loss", "grad_norm": "Gradient norm"}
+    panels = [drawn for metric, title in titles.items() if (drawn := panel(metric, title))]
+    summary = "; ".join(
         f"{labels[run]}: loss {lines[0]['loss']:.3g} at step {lines[0]['step']}, {lines[-1]['loss']:.3g} at step "
         f"{lines[-1]['step']}"
         for run, lines in list(runs.items())[:12]
         if None not in (lines[0].get("loss"), lines[-1].get("loss"))
     )
     arms = dict.fromkeys(arm_of[run].arm for run in runs if run in arm_of)
-    keys = [] if few else [(arm, look.of[arm][0], None, "-") for arm in arms]
+    keys: list[Key] = [] if few else [(arm, look.of[arm][0], None, "-") for arm in arms]
     caption = f"{len(runs)} runs, as logged in metrics.jsonl."
-    return [Figure("training", "Training curves", caption, told, panels, keys, 2, "training")]
+    return [Figure("training", "Training curves", caption, summary, panels, keys, 2, "training")]
 
 
-def every_nth(points: list, most: int = 250) -> list:
+def every_nth(points: list[tuple[int, float]], most: int = 250) -> list[tuple[int, float]]:
     """About `most` of the points at most, evenly spaced; keeps the last one."""
     step = math.ceil(len(points) / most)
     return points if step == 1 else [*points[:-1:step], points[-1]]

@@ -5,6 +5,7 @@ is read here.
 """
 
 import math
+from typing import TYPE_CHECKING
 
 from common.schema import HEADLINE_TEMPERATURE
 from reporting.figures_mia import MOST_COLUMNS
@@ -24,9 +25,19 @@ from reporting.style import (
     styles_of,
     sweeps,
 )
-from reporting.svg import AXIS, BASE, INK, MUTED, Figure, Panel, errors, percent
+from reporting.svg import AXIS, BASE, INK, MUTED, Draw, Figure, Key, Panel, Style, errors, percent
 from reporting.svg import line as plot_line
 from reporting.table import Model, Row, Study
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+By = dict[tuple[str, str, str | None], Row]  # (model key, metric, template) → row
+
+
+def temperature_of(row: Row) -> float:
+    assert row.temperature is not None
+    return row.temperature
 
 
 def extraction_bars(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
@@ -40,7 +51,7 @@ def extraction_bars(study: Study, look: Look, chosen: list[Model]) -> list[Figur
         templates = [name for name in dict.fromkeys(row.template for row in rows) if name != "all"]
         if not models:
             continue
-        at = {(row.model.key, row.metric, row.template): row for row in rows}
+        at: By = {(row.measured.key, row.metric, row.template): row for row in rows}
         floors = {row.metric: row for row in study.select("extraction", role="floor", group=group)}
         high = max(
             (row.high or row.value or 0) for row in rows if row.model in models and row.metric in ("exact", "matches")
@@ -53,7 +64,7 @@ def extraction_bars(study: Study, look: Look, chosen: list[Model]) -> list[Figur
             )
             for name in templates
         ]
-        told = [
+        summary = [
             f"{model.label}: "
             + ", ".join(
                 f"{name} {interval_text(at[model.key, 'exact', name])}"
@@ -62,7 +73,10 @@ def extraction_bars(study: Study, look: Look, chosen: list[Model]) -> list[Figur
             )
             for model in models
         ]
-        keys = [("exact address", INK, "block", None), ("loose match (partial ratio ≥ 80)", AXIS, "block", None)]
+        keys: list[Key] = [
+            ("exact address", INK, "block", None),
+            ("loose match (partial ratio ≥ 80)", AXIS, "block", None),
+        ]
         if floors:
             keys.append((f"floor: {next(iter(floors.values())).attack}, no model", INK, None, ":"))
         figures.append(
@@ -71,7 +85,7 @@ def extraction_bars(study: Study, look: Look, chosen: list[Model]) -> list[Figur
                 f"Addresses extracted at temperature {HEADLINE_TEMPERATURE}",
                 f"{group}. Solid: exact address; pale: the released tool's loose rule; whiskers: 95 % Clopper–Pearson. "
                 "Dotted: exact addresses that the best name rule guesses without a model." + more_groups(sets, index),
-                "Share of exact addresses by template. " + "; ".join(told),
+                "Share of exact addresses by template. " + "; ".join(summary),
                 panels,
                 keys,
                 2,
@@ -81,10 +95,10 @@ def extraction_bars(study: Study, look: Look, chosen: list[Model]) -> list[Figur
     return figures
 
 
-def _bars(template, models, at, floors, look, high):
+def _bars(template: str | None, models: list[Model], at: By, floors: dict[str, Row], look: Look, high: float) -> Draw:
     named = names(models)
 
-    def draw(axes):
+    def draw(axes: "Axes") -> None:
         for index, model in enumerate(reversed(models)):
             colour = look.of[model.arm][0]
             loose, exact = (at.get((model.key, metric, template)) for metric in ("matches", "exact"))
@@ -102,7 +116,7 @@ def _bars(template, models, at, floors, look, high):
                     capsize=0,
                 )
         if floors.get("exact"):
-            axes.axvline(floors["exact"].value, color=INK, linestyle=":", linewidth=1.3)
+            axes.axvline(floors["exact"].number, color=INK, linestyle=":", linewidth=1.3)
         axes.set(xlim=(0, high), ylim=(-0.6, len(models) - 0.4))
         axes.set_yticks(range(len(models)), [short(named[model.key]) for model in reversed(models)])
         axes.tick_params(axis="y", length=0, labelcolor=INK)
@@ -119,8 +133,7 @@ def extraction_curves(study: Study, look: Look, chosen: list[Model]) -> list[Fig
     every = study.select("extraction", role="target")
     for index, group in enumerate(groups(every)[:MOST_GROUPS]):
         rows = [row for row in every if row.group == group]
-        temperatures = sorted({row.temperature for row in rows})
-        if len(temperatures) >= 3:
+        if len({row.temperature for row in rows}) >= 3:
             figures += _over_temperature(name_of("extraction_temperature", index), group, rows, look, chosen)
         fixed = [row for row in rows if row.headline]
         for axis, words in (("learning_rate", "learning rate"), ("epoch", "epoch")):
@@ -131,21 +144,21 @@ def extraction_curves(study: Study, look: Look, chosen: list[Model]) -> list[Fig
     return figures
 
 
-def _over_temperature(name, group, rows, look, chosen) -> list[Figure]:
+def _over_temperature(name: str, group: str, rows: list[Row], look: Look, chosen: list[Model]) -> list[Figure]:
     compared = look.sort(model for model in chosen if any(row.model is model for row in rows))
     models = compared[:MOST_LINES]
     templates = [name for name in dict.fromkeys(row.template for row in rows) if name != "all"]
-    at: dict[tuple, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: row.temperature):
-        at.setdefault((row.model.key, row.metric, row.template), []).append(row)
+    at: dict[tuple[str, str, str | None], list[Row]] = {}
+    for row in sorted(rows, key=temperature_of):
+        at.setdefault((row.measured.key, row.metric, row.template), []).append(row)
 
-    def panel(metric, template):
-        def draw(axes):
+    def panel(metric: str, template: str | None) -> Panel:
+        def draw(axes: "Axes") -> None:
             for model in models:
                 line = at.get((model.key, metric, template), [])
                 colour, marker = look.of[model.arm]
                 if line:
-                    plot_line(axes, [row.temperature for row in line], line, colour, marker, markersize=4)
+                    plot_line(axes, [temperature_of(row) for row in line], line, colour, marker, markersize=4)
             axes.axvline(HEADLINE_TEMPERATURE, color=AXIS, linestyle=":", linewidth=1)
             axes.set_ylim(bottom=0)
             axes.set_xlabel("temperature")
@@ -156,12 +169,12 @@ def _over_temperature(name, group, rows, look, chosen) -> list[Figure]:
         return Panel(f"{template}: {words}", draw, (3.0, 2.3))
 
     metrics = [metric for metric in ("matches", "exact") if any(key[1] == metric for key in at)]
-    keys = [(names(models)[model.key], *look.of[model.arm], "-") for model in models]
+    keys: list[Key] = [(names(models)[model.key], *look.of[model.arm], "-") for model in models]
     caption = (
         f"{group}. One answer per person and template; band: 95 %. Dotted line: the headline temperature, "
         f"{HEADLINE_TEMPERATURE}.{left_out(compared, models)}"
     )
-    told = "; ".join(
+    summary = "; ".join(
         f"{model.label}: {metric} {template} from {line[0].value:.1%} at {line[0].temperature:g} to "
         f"{line[-1].value:.1%} at {line[-1].temperature:g}"
         for model in models
@@ -171,26 +184,37 @@ def _over_temperature(name, group, rows, look, chosen) -> list[Figure]:
     )
     panels = [panel(metric, template) for metric in metrics for template in templates]
     return (
-        [Figure(name, "Success rate against temperature, by template", caption, told, panels, keys, 4, "extraction")]
+        [Figure(name, "Success rate against temperature, by template", caption, summary, panels, keys, 4, "extraction")]
         if models
         else []
     )
 
 
-def _over_sweep(name, group, words, axis, series, rows, look) -> Figure:
-    rows_of = {(row.model.key, row.metric, row.template): row for row in rows}
-    bases = [row for row in rows if row.model.is_base]
+def _over_sweep(
+    name: str,
+    group: str,
+    words: str,
+    axis: str,
+    series: dict[str, list[Model]],
+    rows: list[Row],
+    look: Look,
+) -> Figure:
+    rows_of: By = {(row.measured.key, row.metric, row.template): row for row in rows}
+    bases = [row for row in rows if row.measured.is_base]
     fixed = [model for models in series.values() for model in models]
     templates = [template for template in dict.fromkeys(key[2] for key in rows_of) if template != "all"]
     styles = styles_of(series, look)
-    places = dodge(series, axis)
+    x_of = dodge(series, axis)
     metrics = [metric for metric in ("matches", "exact") if any(key[1] == metric for key in rows_of)]
 
-    def panel(metric, template):
-        def draw(axes):
+    def panel(metric: str, template: str | None) -> Panel:
+        def draw(axes: "Axes") -> None:
             for label, models in series.items():
-                points = [(places[label](getattr(m, axis)), rows_of.get((m.key, metric, template))) for m in models]
-                points = [(x, row) for x, row in points if row is not None]
+                points = [
+                    (x_of[label](getattr(model, axis)), row)
+                    for model in models
+                    if (row := rows_of.get((model.key, metric, template)))
+                ]
                 if points:
                     colour, marker, style = styles[label]
                     plot_line(
@@ -214,15 +238,15 @@ def _over_sweep(name, group, words, axis, series, rows, look) -> Figure:
 
         return Panel(f"{template}: {'exact' if metric == 'exact' else 'loose match'}", draw, (3.0, 2.3))
 
-    keys = [(label, *styles[label]) for label in series]
+    keys: list[Key] = [(label, *styles[label]) for label in series]
     keys += [("base", BASE, None, "--")] if bases else []
     rates = {model.learning_rate for model in fixed if model.learning_rate is not None}
     at = f", learning rate {rates.pop():g}" if axis == "epoch" and len(rates) == 1 else ""
     caption = (
         f"{group}, temperature {HEADLINE_TEMPERATURE}{at}. Each point is a checkpoint; none was selected by its result."
     )
-    caption += left_out((row.model for row in rows if axis == "epoch" or row.model.last), fixed)
-    told = "; ".join(
+    caption += left_out((row.measured for row in rows if axis == "epoch" or row.measured.last), fixed)
+    summary = "; ".join(
         f"{label}: "
         + ", ".join(
             f"{getattr(m, axis):g} {interval_text(row)}"
@@ -233,7 +257,7 @@ def _over_sweep(name, group, words, axis, series, rows, look) -> Figure:
     )
     panels = [panel(metric, template) for metric in metrics for template in templates]
     title = f"Success rate against {words}, by template"
-    return Figure(name, title, caption, f"All templates, {metrics[-1]}. {told}", panels, keys, 4, "extraction")
+    return Figure(name, title, caption, f"All templates, {metrics[-1]}. {summary}", panels, keys, 4, "extraction")
 
 
 def perplexity_curves(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
@@ -241,9 +265,12 @@ def perplexity_curves(study: Study, look: Look, chosen: list[Model]) -> list[Fig
     every = study.select("perplexity", "mean", role="target")
     figures, sets = [], groups(every)
     for index, group in enumerate(sets[:MOST_GROUPS]):
-        panels, keys, told, drawn = [], {}, [], []
-        rows = {row.model.key: row for row in every if row.group == group}
-        bases = [row for row in rows.values() if row.model.is_base and row.value is not None]
+        panels: list[Panel] = []
+        keys: dict[str, Key] = {}
+        summary: list[str] = []
+        drawn: list[Model] = []
+        rows = {row.measured.key: row for row in every if row.group == group}
+        bases = [row for row in rows.values() if row.measured.is_base and row.value is not None]
         for axis, words in (("epoch", "epoch"), ("learning_rate", "learning rate")):
             series = sweeps(list(rows.values()), axis, chosen)
             if not series:
@@ -252,7 +279,7 @@ def perplexity_curves(study: Study, look: Look, chosen: list[Model]) -> list[Fig
             keys |= {label: (label, *styles[label]) for label in series}
             panels.append(Panel(f"By {words}", _perplexity(axis, words, series, rows, styles, bases), (4.0, 2.8)))
             drawn += [model for models in series.values() for model in models]
-            told += [
+            summary += [
                 f"{label} by {words}: "
                 + ", ".join(
                     f"{getattr(m, axis):g} {rows[m.key].value:.3g}" for m in models if rows[m.key].value is not None
@@ -261,24 +288,24 @@ def perplexity_curves(study: Study, look: Look, chosen: list[Model]) -> list[Fig
             ]
         if panels and bases:
             keys["base"] = ("base", BASE, None, "--")
-            told.append(f"base {bases[0].value:.3g}")
+            summary.append(f"base {bases[0].value:.3g}")
         if not panels:
-            drawn = look.sort(row.model for row in rows.values() if row.value is not None)[:MOST_COLUMNS]
+            drawn = look.sort(row.measured for row in rows.values() if row.value is not None)[:MOST_COLUMNS]
             panels = (
                 [Panel("By model", _dots([rows[model.key] for model in drawn], look), (4.0, 0.9 + 0.36 * len(drawn)))]
                 if drawn
                 else []
             )
-            told = [f"{model.label} {interval_text(rows[model.key], False)}" for model in drawn]
+            summary = [f"{model.label} {interval_text(rows[model.key], False)}" for model in drawn]
         if panels:
             caption = f"{group}: mean over documents, interval: 95 % bootstrap over documents. Lower is better."
-            caption += left_out((row.model for row in rows.values()), drawn) + more_groups(sets, index)
+            caption += left_out((row.measured for row in rows.values()), drawn) + more_groups(sets, index)
             figures.append(
                 Figure(
                     name_of("perplexity", index),
                     "Perplexity of held-out text",
                     caption,
-                    "; ".join(told),
+                    "; ".join(summary),
                     panels,
                     list(keys.values()),
                     2,
@@ -288,14 +315,14 @@ def perplexity_curves(study: Study, look: Look, chosen: list[Model]) -> list[Fig
     return figures
 
 
-def _dots(rows: list[Row], look: Look):
-    named = names([row.model for row in rows])
+def _dots(rows: list[Row], look: Look) -> Draw:
+    named = names([row.measured for row in rows])
 
-    def draw(axes):
+    def draw(axes: "Axes") -> None:
         for index, row in enumerate(reversed(rows)):
-            colour, marker = look.of[row.model.arm]
-            axes.errorbar(row.value, index, xerr=errors(row), fmt=marker, color=colour, elinewidth=1.4)
-        axes.set_yticks(range(len(rows)), [short(named[row.model.key]) for row in reversed(rows)])
+            colour, marker = look.of[row.measured.arm]
+            axes.errorbar(row.number, index, xerr=errors(row), fmt=marker, color=colour, elinewidth=1.4)
+        axes.set_yticks(range(len(rows)), [short(named[row.measured.key]) for row in reversed(rows)])
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.set(xlabel="perplexity", ylim=(-0.6, len(rows) - 0.4))
         axes.spines["left"].set_visible(False)
@@ -304,18 +331,25 @@ def _dots(rows: list[Row], look: Look):
     return draw
 
 
-def _perplexity(axis, words, series, rows, styles, bases):
-    places = dodge(series, axis)
+def _perplexity(
+    axis: str,
+    words: str,
+    series: dict[str, list[Model]],
+    rows: dict[str, Row],
+    styles: dict[str, tuple[str, str, Style]],
+    bases: list[Row],
+) -> Draw:
+    x_of = dodge(series, axis)
 
-    def draw(axes):
+    def draw(axes: "Axes") -> None:
         for label, models in series.items():
             colour, marker, style = styles[label]
-            points = [(places[label](getattr(model, axis)), rows[model.key]) for model in models]
+            points = [(x_of[label](getattr(model, axis)), rows[model.key]) for model in models]
             plot_line(
                 axes, [x for x, _ in points], [row for _, row in points], colour, marker, style, band=len(series) <= 6
             )
         for row in bases:
-            axes.axhline(row.value, color=BASE, linestyle="--", linewidth=1.3)
+            axes.axhline(row.number, color=BASE, linestyle="--", linewidth=1.3)
         axis_of(axes, axis, [getattr(model, axis) for models in series.values() for model in models])
         axes.set(xlabel=words, ylabel="perplexity")
         axes.grid(axis="y")
@@ -325,7 +359,8 @@ def _perplexity(axis, words, series, rows, styles, bases):
 
 def front(points: list[tuple[float, float]]) -> list[int]:
     """Indices of the Pareto-optimal points (lower is better in both coordinates), by increasing x."""
-    kept, lowest = [], math.inf
+    kept: list[int] = []
+    lowest = math.inf
     for index in sorted(range(len(points)), key=lambda i: points[i]):
         if points[index][1] < lowest:
             kept.append(index)
@@ -339,48 +374,66 @@ def plane(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
     if not means:
         return []
     main = groups(means)[0]
-    utility = {row.model.key: row for row in means if row.group == main}
+    utility = {row.measured.key: row for row in means if row.group == main}
     every = study.select(
         "extraction", "exact", role="target", headline=True, template="all", value=lambda value: value is not None
     )
-    panels, told, arms, drawn = [], [], {}, []
+    panels: list[Panel] = []
+    summary: list[str] = []
+    arms: set[str] = set()
+    drawn: list[Model] = []
     for group in groups(every)[:MOST_GROUPS]:
-        pairs = [(utility[row.model.key], row) for row in every if row.group == group and row.model.key in utility]
+        pairs = [
+            (utility[row.measured.key], row) for row in every if row.group == group and row.measured.key in utility
+        ]
         if len(pairs) < 3:
             continue
-        kept = front([(x.value, y.value) for x, y in pairs])
+        kept = front([(x.number, y.number) for x, y in pairs])
         panels.append(Panel(f"{group}", _plane(pairs, kept, look), (4.0, 3.1)))
-        arms |= {row.model.arm: None for _, row in pairs}
-        drawn += [row.model for _, row in pairs]
-        names = ", ".join(pairs[index][1].model.label for index in kept)
-        told.append(f"{group}: {len(pairs)} models; on the Pareto front: {names}")
+        arms |= {row.measured.arm for _, row in pairs}
+        drawn += [row.measured for _, row in pairs]
+        labels = ", ".join(pairs[index][1].measured.label for index in kept)
+        summary.append(f"{group}: {len(pairs)} models; on the Pareto front: {labels}")
     if not panels:
         return []
-    keys = [(arm, *look.of[arm], None) for arm in look.arms if arm in arms]
+    keys: list[Key] = [(arm, *look.of[arm], None) for arm in look.arms if arm in arms]
     keys.append(("Pareto front", INK, None, "-"))
     caption = (
         f"Each point is a checkpoint: perplexity on {main} and exact addresses at temperature {HEADLINE_TEMPERATURE}, "
         "all templates, 95 % intervals. Lower left is better. The front joins point estimates: it does not rank points "
-        "whose intervals overlap." + left_out((row.model for row in (*means, *every)), drawn)
+        "whose intervals overlap." + left_out((row.measured for row in (*means, *every)), drawn)
     )
     return [
-        Figure("privacy_utility", "Privacy against utility", caption, "; ".join(told), panels, keys, 2, "extraction")
+        Figure("privacy_utility", "Privacy against utility", caption, "; ".join(summary), panels, keys, 2, "extraction")
     ]
 
 
-def _plane(pairs, kept, look):
-    def draw(axes):
+def _plane(pairs: list[tuple[Row, Row]], kept: list[int], look: Look) -> Draw:
+    def draw(axes: "Axes") -> None:
         many = len(pairs) > 30
         for x, y in pairs:
-            colour, marker = look.of[y.model.arm]
+            colour, marker = look.of[y.measured.arm]
             if not many:
                 axes.errorbar(
-                    x.value, y.value, xerr=errors(x), yerr=errors(y), color=colour, elinewidth=0.8, alpha=0.4, zorder=2
+                    x.number,
+                    y.number,
+                    xerr=errors(x),
+                    yerr=errors(y),
+                    color=colour,
+                    elinewidth=0.8,
+                    alpha=0.4,
+                    zorder=2,
                 )
-            axes.plot(x.value, y.value, marker, color=colour, markersize=4 if many else 6, zorder=3)
-        ends = [(pairs[index][0].value, pairs[index][1].value) for index in kept]
-        axes.step(*zip(*ends), where="post", color=INK, linewidth=1, zorder=1)
-        values = [x.value for x, _ in pairs]
+            axes.plot(x.number, y.number, marker, color=colour, markersize=4 if many else 6, zorder=3)
+        axes.step(
+            [pairs[index][0].number for index in kept],
+            [pairs[index][1].number for index in kept],
+            where="post",
+            color=INK,
+            linewidth=1,
+            zorder=1,
+        )
+        values = [x.number for x, _ in pairs]
         if max(values) / min(values) > 8:
             axes.set_xscale("log")
         axes.set_ylim(bottom=min(0, axes.get_ylim()[0]) if axes.get_ylim()[0] < 0.05 else None)

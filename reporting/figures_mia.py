@@ -2,8 +2,11 @@
 
 import json
 import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from common.schema import HEADLINE_ATTACK
+from common.stats import Floats, roc
 from reporting.style import (
     MOST_GROUPS,
     Look,
@@ -15,8 +18,14 @@ from reporting.style import (
     names,
     short,
 )
-from reporting.svg import AXIS, COLOURS, GRID, INK, MUTED, Figure, Panel
-from reporting.table import Model, Study, check
+from reporting.svg import AXIS, COLOURS, GRID, INK, MUTED, Draw, Figure, Key, Panel
+from reporting.table import Model, Row, Study, check
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Curves = dict[str, tuple[Floats, Floats]]  # score → (false positive rates, true positive rates)
+By = dict[tuple[str, str | None, str], Row]  # (model key, attack, metric) → row
 
 MOST_ROCS = 6
 MOST_COLUMNS = 24  # checkpoints in a heat map
@@ -28,32 +37,35 @@ ATTACKS = ("ref", "loss", "zlib", "lowercase", "min_k_20", "min_k_pp_20", "surp"
 
 def roc_curves(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
     """ROC on logarithmic axes: the headline attack, others in grey, blind baselines dashed, chance dotted."""
-    files, panels, told = {}, [], []
+    files: dict[str, Row] = {}
+    panels: list[Panel] = []
+    summary: list[str] = []
     for row in study.select("mia", "auc", role="target", attack=HEADLINE_ATTACK):
         if row.file in study.scores and row.model in chosen:
-            files[row.model.key] = row
+            files[row.measured.key] = row
     if not files:  # without the headline attack
         for row in study.select("mia", "auc", role="target", attack="loss"):
             if row.file in study.scores and row.model in chosen:
-                files[row.model.key] = row
+                files[row.measured.key] = row
     flags = {file: set(line.get("flags", [])) for file, _, line in study.lines.get("mia", [])}
-    drawn = look.sort(row.model for row in files.values())[:MOST_ROCS]
-    measured = {row.model.key: row.model for row in study.select("mia", "auc", role="target")}
+    drawn = look.sort(row.measured for row in files.values())[:MOST_ROCS]
+    measured = {row.measured.key: row.measured for row in study.select("mia", "auc", role="target")}
     named = names(drawn)
     for model in drawn:
         row = files[model.key]
-        curves, n = None, 0
+        curves: Curves | None = None
+        n = 0
         with study.guard(study.shown(study.scores[row.file])):
             curves, n = curves_of(study.scores[row.file])
         if curves is None:
             continue
         bad = sorted(flag for flag in flags[row.file] if flag.startswith(("blind", "near")))
         panels.append(Panel(short(named[model.key], 40), _roc(curves, n, look.of[model.arm][0], bad), (3.45, 3.3)))
-        told.append(f"{model.label}: AUC of {row.attack} {interval_text(row, False)}")
-        told += [f"flagged: {', '.join(bad)}"] if bad else []
+        summary.append(f"{model.label}: AUC of {row.attack} {interval_text(row, False)}")
+        summary += [f"flagged: {', '.join(bad)}"] if bad else []
     if not panels:
         return []
-    keys = [
+    keys: list[Key] = [
         (f"{HEADLINE_ATTACK} (headline), in its arm's colour", INK, None, "-"),
         ("other attacks", AXIS, None, "-"),
         ("blind baselines", INK, None, "--"),
@@ -65,16 +77,14 @@ def roc_curves(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
         "diagonal, an attack may do so for the same reason."
         + left_out((model for model in measured.values() if model in chosen), drawn)
     )
-    return [Figure("mia_roc", "Membership inference: ROC", caption, "; ".join(told), panels, keys, 3, "mia")]
+    return [Figure("mia_roc", "Membership inference: ROC", caption, "; ".join(summary), panels, keys, 3, "mia")]
 
 
-def curves_of(path) -> tuple[dict, int]:
+def curves_of(path: Path) -> tuple[Curves, int]:
     """({score: (false positive rates, true positive rates)}, number of non-members) of a scores_mia.jsonl."""
-    from common.stats import roc
-
     with open(path, encoding="utf-8") as file:
         lines = [json.loads(text) for text in file if text.strip()]
-    curves = {}
+    curves: Curves = {}
     scored = [name for name in (*ATTACKS, "blind_length", "blind_zlib", "blind_bow", "blind_tfidf") if name in lines[0]]
     labels = [line["label"] for line in lines]
     if set(labels) - {0, 1}:
@@ -91,7 +101,7 @@ def curves_of(path) -> tuple[dict, int]:
     return curves, labels.count(0)
 
 
-def thin(x, y, most: int = 300):
+def thin(x: Floats, y: Floats, most: int = 300) -> tuple[Floats, Floats]:
     """About `most` points of a step curve at most, evenly spaced in log x; keeps the first and last."""
     import numpy as np
 
@@ -102,13 +112,13 @@ def thin(x, y, most: int = 300):
     return x[at], y[at]
 
 
-def _roc(curves, n, colour, bad):
-    def draw(axes):
+def _roc(curves: Curves, n: int, colour: str, bad: list[str]) -> Draw:
+    def draw(axes: "Axes") -> None:
         smallest = 1 / (2 * max(1, n))
         axes.axvline(0.01, color=GRID, linewidth=1.5, zorder=0)
         axes.plot([smallest, 1], [smallest, 1], ":", color=MUTED, linewidth=1.3)
         for name, (false, true) in curves.items():
-            style = {"color": AXIS, "linewidth": 0.9, "zorder": 2}
+            style: dict[str, Any] = {"color": AXIS, "linewidth": 0.9, "zorder": 2}
             if name.startswith("blind"):
                 style = {"color": INK, "linewidth": 1.0, "linestyle": "--", "zorder": 3}
             elif name == HEADLINE_ATTACK:
@@ -139,33 +149,33 @@ def heat_maps(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
     sets = groups(every)
     for index, group in enumerate(sets[:MOST_GROUPS]):
         rows = [row for row in every if row.group == group]
-        models = look.sort({row.model.key: row.model for row in rows}.values())
+        models = look.sort({row.measured.key: row.measured for row in rows}.values())
         every_model = models
         if len(models) > MOST_COLUMNS:
             models = [model for model in models if model in chosen][:MOST_COLUMNS]
         attacks = [name for name in ATTACKS if any(row.attack == name for row in rows)]
-        at = {(row.model.key, row.attack, row.metric): row for row in rows if row.level in (None, "0.01")}
+        at: By = {(row.measured.key, row.attack, row.metric): row for row in rows if row.level in (None, "0.01")}
         size = (max(3.45, 1.3 + 0.62 * len(models)), 1.75 + 0.27 * len(attacks))
         panels = [
-            Panel("AUC", _heat(models, attacks, at, "auc", look), size),
-            Panel("TPR at 1 % FPR", _heat(models, attacks, at, "tpr", look), size),
+            Panel("AUC", _heat(models, attacks, at, "auc"), size),
+            Panel("TPR at 1 % FPR", _heat(models, attacks, at, "tpr"), size),
         ]
         best = [row for row in rows if row.metric == "auc" and row.attack == HEADLINE_ATTACK and row.model in models]
-        told = "; ".join(f"{row.model.label} {HEADLINE_ATTACK} AUC {interval_text(row, False)}" for row in best)
+        summary = "; ".join(f"{row.measured.label} {HEADLINE_ATTACK} AUC {interval_text(row, False)}" for row in best)
         caption = f"{group}. AUC 0.5 and a true positive rate of 1 % are chance."
         caption += left_out(every_model, models) + more_groups(sets, index)
         figures.append(
-            Figure(name_of("mia_heatmap", index), "Attack × checkpoint", caption, told, panels, [], 2, "mia")
+            Figure(name_of("mia_heatmap", index), "Attack × checkpoint", caption, summary, panels, [], 2, "mia")
         )
     return figures
 
 
-def _heat(models, attacks, at, metric, look):
-    def draw(axes):
+def _heat(models: list[Model], attacks: list[str], at: By, metric: str) -> Draw:
+    def draw(axes: "Axes") -> None:
         import numpy as np
         from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 
-        def value(model, attack):
+        def value(model: Model, attack: str) -> float:
             row = at.get((model.key, attack, metric))
             return math.nan if row is None or row.value is None else row.value
 

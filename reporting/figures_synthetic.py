@@ -1,13 +1,33 @@
 """Figures of System S: bounds on ε, canaries, fidelity, utility, feature importance. See figures_extraction.py."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from reporting.style import MOST_GROUPS, Look, interval_text, more_groups, name_of, names, short
-from reporting.svg import AXIS, BASE, COLOURS, GRID, INK, MARKERS, MUTED, SERIES, Figure, Panel, errors, percent
+from reporting.svg import (
+    AXIS,
+    BASE,
+    COLOURS,
+    GRID,
+    INK,
+    MARKERS,
+    MUTED,
+    SERIES,
+    Figure,
+    Key,
+    Panel,
+    Style,
+    errors,
+    percent,
+)
 from reporting.table import Model, Row, Study
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
-def who(rows: list[Row]):
+
+def who(rows: list[Row]) -> Callable[[Row], str]:
     """A function that labels a row: its model's shortest name, or its arm (with its folder if files differ)."""
     several = len({row.file for row in rows if not row.model}) > 1
     named = names(list({row.model.key: row.model for row in rows if row.model}.values()))
@@ -15,7 +35,8 @@ def who(rows: list[Row]):
     def label(row: Row) -> str:
         if row.model:
             return named[row.model.key]
-        return f"{row.arm} ({Path(row.file).parent})" if several else row.arm
+        arm = row.arm or ""
+        return f"{arm} ({Path(row.file).parent})" if several else arm
 
     return label
 
@@ -38,9 +59,9 @@ def epsilon_bounds(study: Study, look: Look, chosen: list[Model]) -> list[Figure
         """The run's checkpoint, for a row from its privacy.json, a merge of it or an audit of it."""
         return row.model.origin if row.model else row.settings.get("checkpoint") or called(row)
 
-    own = sorted(rows, key=lambda row: row.model.key == row.model.origin)  # a merge gets its checkpoint's name
+    own = sorted(rows, key=lambda row: row.measured.key == row.measured.origin)  # a merge gets its checkpoint's name
     label_of = {place_of(row): called(row) for row in (*own, *reversed(bounds))}  # and a run that of its audit
-    once: dict[tuple, Row] = {}
+    once: dict[tuple[object, ...], Row] = {}
     for row in (*rows, *bounds):
         once.setdefault((place_of(row), row.metric, row.value, row.undefined), row)
     shown = list(once.values())
@@ -48,15 +69,16 @@ def epsilon_bounds(study: Study, look: Look, chosen: list[Model]) -> list[Figure
     marks = {"ε upper (PRV)": ("blue", "o"), "ε upper (RDP)": ("sky", "s")}
     marks |= {"ε lower": ("vermillion", "^"), "ε lower, text only": ("amber", "v")}
 
-    def draw(axes):
+    def draw(axes: "Axes") -> None:
         for index, name in enumerate(reversed(places)):
             run_rows = [row for row in shown if place_of(row) == name]
-            ends = [row.value for row in run_rows]
+            ends = [row.number for row in run_rows]
             axes.plot([min(ends), max(ends)], [index, index], color=GRID, linewidth=5, zorder=1, solid_capstyle="round")
             for row in run_rows:
                 colour, marker = marks[row.metric]
-                hollow = {"markerfacecolor": "none"} if row.undefined else {}
-                axes.plot(row.value, index, marker, color=COLOURS[colour][0], markersize=7, zorder=3, **hollow)
+                colour = COLOURS[colour][0]
+                inside = "none" if row.undefined else colour  # hollow: void
+                axes.plot(row.number, index, marker, color=colour, markerfacecolor=inside, markersize=7, zorder=3)
         axes.set_yticks(range(len(places)), [short(label_of[name], 34) for name in reversed(places)])
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.set(xlabel="ε", ylim=(-0.6, len(places) - 0.4))
@@ -64,8 +86,8 @@ def epsilon_bounds(study: Study, look: Look, chosen: list[Model]) -> list[Figure
         axes.grid(axis="x")
         axes.spines["left"].set_visible(False)
 
-    told = "; ".join(f"{label_of[place_of(row)]}: {row.metric} {row.value:.3g}" for row in shown)
-    keys = [
+    summary = "; ".join(f"{label_of[place_of(row)]}: {row.metric} {row.value:.3g}" for row in shown)
+    keys: list[Key] = [
         (metric, COLOURS[colour][0], marker, None)
         for metric, (colour, marker) in marks.items()
         if any(row.metric == metric for row in shown)
@@ -74,10 +96,10 @@ def epsilon_bounds(study: Study, look: Look, chosen: list[Model]) -> list[Figure
         "Upper: proven by the accountant. Lower: shown by an audit with canaries, at 95 %. A lower bound to the right "
         "of the upper one contradicts the proof. Hollow: void."
     )
-    endless = dict.fromkeys(row.model.label for row in last if row.value is None)
+    endless = dict.fromkeys(row.measured.label for row in last if row.value is None)
     caption += f" No noise, hence no upper bound: {', '.join(endless)}." if endless else ""
     panel = Panel("ε at the δ of each run", draw, (4.2, 1.1 + 0.36 * len(places)))
-    return [Figure("epsilon", "Privacy budget: proven and observed", caption, told, [panel], keys, 1, "privacy")]
+    return [Figure("epsilon", "Privacy budget: proven and observed", caption, summary, [panel], keys, 1, "privacy")]
 
 
 def exposure(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
@@ -92,15 +114,15 @@ def exposure(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
     counts = sorted({row.repetitions or 0 for row in rows})
     ceiling = max((row.settings.get("ceiling") or 0) for row in rows)
 
-    def draw(axes):
+    def draw(axes: "Axes") -> None:
         shift = 0.12
         for number, own in enumerate(series.values()):
             colour, marker = COLOURS[SERIES[number % len(SERIES)]][0], MARKERS[number % len(MARKERS)]
             own = sorted(own, key=lambda row: row.repetitions or 0)
             x = [counts.index(row.repetitions or 0) + shift * (number - (len(series) - 1) / 2) for row in own]
-            axes.plot(x, [row.value for row in own], color=colour, linewidth=1, alpha=0.5)
+            axes.plot(x, [row.number for row in own], color=colour, linewidth=1, alpha=0.5)
             for position, row in zip(x, own):
-                axes.errorbar(position, row.value, yerr=errors(row), fmt=marker, color=colour, elinewidth=1.4)
+                axes.errorbar(position, row.number, yerr=errors(row), fmt=marker, color=colour, elinewidth=1.4)
         axes.axhline(1.0, color=MUTED, linestyle=":", linewidth=1.2)
         if ceiling:
             axes.axhline(ceiling, color=AXIS, linestyle="--", linewidth=1.2)
@@ -111,17 +133,19 @@ def exposure(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
         axes.set_ylim(bottom=0)
         axes.grid(axis="y")
 
-    keys = [
+    keys: list[Key] = [
         (label, COLOURS[SERIES[i % len(SERIES)]][0], MARKERS[i % len(MARKERS)], None) for i, label in enumerate(series)
     ]
-    keys += [("chance, median 1 bit", MUTED, None, ":")] + ([("ceiling", AXIS, None, "--")] if ceiling else [])
-    told = "; ".join(
+    keys.append(("chance, median 1 bit", MUTED, None, ":"))
+    if ceiling:
+        keys.append(("ceiling", AXIS, None, "--"))
+    summary = "; ".join(
         f"{label}: " + ", ".join(f"{row.repetitions or 0}× {row.value:.2f}" for row in own)
         for label, own in series.items()
     )
     caption = "Median over canaries, whiskers: quartiles. A secret never seen has median 1 and mean 1.44 bits, not 0."
     panel = Panel("Exposure", draw, (4.2, 3.0))
-    return [Figure("exposure", "Canaries: exposure by repetition", caption, told, [panel], keys, 1, "privacy")]
+    return [Figure("exposure", "Canaries: exposure by repetition", caption, summary, [panel], keys, 1, "privacy")]
 
 
 def canary_counts(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
@@ -129,22 +153,22 @@ def canary_counts(study: Study, look: Look, chosen: list[Model]) -> list[Figure]
     rows = [row for row in study.select("canary", "generated rows with it") if row.value is not None]
     if not rows:
         return []
-    parts = list(dict.fromkeys(row.template for row in rows))
+    parts = list(dict.fromkeys(row.template or "" for row in rows))
     several, arm = len({row.repetitions for row in rows}) > 1, who(rows)
 
-    def name(row):
+    def name(row: Row) -> str:
         return f"{arm(row)}, {f'{row.repetitions}×' if row.repetitions else 'held out'}" if several else arm(row)
 
     arms = list(dict.fromkeys(name(row) for row in sorted(rows, key=lambda r: (arm(r), r.repetitions or 0))))
-    high = max((row.high or row.value) for row in rows) * 1.08 or 0.01
+    high = max((row.high or row.number) for row in rows) * 1.08 or 0.01
 
-    def panel(part):
-        def draw(axes):
+    def panel(part: str) -> Panel:
+        def draw(axes: "Axes") -> None:
             for index, group in enumerate(reversed(arms)):
                 for row in rows:
                     if row.template == part and name(row) == group:
-                        colour, marker = look.of.get(row.arm, (BASE, "o"))
-                        axes.errorbar(row.value, index, xerr=errors(row), fmt=marker, color=colour, elinewidth=1.4)
+                        colour, marker = look.of.get(row.arm or "", (BASE, "o"))
+                        axes.errorbar(row.number, index, xerr=errors(row), fmt=marker, color=colour, elinewidth=1.4)
             axes.set_yticks(range(len(arms)), [short(arm) for arm in reversed(arms)])
             axes.set(xlim=(-0.01 * high, high), ylim=(-0.6, len(arms) - 0.4))
             axes.tick_params(axis="y", length=0, labelcolor=INK)
@@ -154,14 +178,14 @@ def canary_counts(study: Study, look: Look, chosen: list[Model]) -> list[Figure]
 
         return Panel(part, draw, (4.0, 0.9 + 0.3 * len(arms)))
 
-    told = "; ".join(f"{name(row)} {row.template}: {row.count} of {row.n}" for row in rows)
+    summary = "; ".join(f"{name(row)} {row.template}: {row.count} of {row.n}" for row in rows)
     caption = "Share of generated rows that contain a part of a canary, after normalisation; 95 % Clopper–Pearson."
     return [
         Figure(
             "canary_counts",
             "Canaries found in generated text",
             caption,
-            told,
+            summary,
             [panel(p) for p in parts],
             [],
             2,
@@ -183,7 +207,7 @@ SHOWN_FIDELITY = {  # measure: title of its panel
 }
 
 
-def name_lines(axes, names: list[str], above: float) -> None:
+def name_lines(axes: "Axes", names: list[str], above: float) -> None:
     """Set up axes for dots on named lines, the first name lowest, with a little less than a line above the last."""
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(-0.6, len(names) - above)
@@ -194,21 +218,28 @@ def name_lines(axes, names: list[str], above: float) -> None:
     axes.grid(axis="x")
 
 
-def dots(title, rows, look, reference=None, form="{:.3g}", shown=None):
+def dots(
+    title: str,
+    rows: list[Row],
+    look: Look,
+    reference: list[tuple[float, Style]] | None = None,
+    form: str = "{:.3g}",
+    shown: dict[str, str] | None = None,
+) -> Panel:
     """A panel of one metric: one dot per arm with its interval and value; several dots of an arm are stacked."""
-    arms = list(dict.fromkeys(row.arm for row in rows))
+    arms = list(dict.fromkeys(row.arm or "" for row in rows))
 
-    def draw(axes):
+    def draw(axes: "Axes") -> None:
         for index, arm in enumerate(reversed(arms)):
             colour, marker = look.of.get(arm, (BASE, "o"))
             own = [row for row in rows if row.arm == arm and row.value is not None]
             for layer, row in enumerate(own):
                 height = index + 0.16 * (layer - (len(own) - 1) / 2)
-                axes.errorbar(row.value, height, xerr=errors(row), fmt=marker, color=colour, elinewidth=1.4)
+                axes.errorbar(row.number, height, xerr=errors(row), fmt=marker, color=colour, elinewidth=1.4)
                 if len(own) == 1:
                     axes.annotate(
                         form.format(row.value),
-                        (row.value, index),
+                        (row.number, index),
                         (0, 6),
                         textcoords="offset points",
                         ha="center",
@@ -229,14 +260,15 @@ def fidelity(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
     every = study.select("fidelity", role="target")
     sets = list(dict.fromkeys(row.group for row in every))
     for index, group in enumerate(sets[:MOST_GROUPS]):
-        panels, told = [], []
+        panels: list[Panel] = []
+        summary: list[str] = []
         for measure in SHOWN_FIDELITY:
             rows = [row for row in every if (row.group, row.metric) == (group, measure) and row.value is not None]
             if not rows:
                 continue
-            against = [(row.value, ":") for row in rows if row.arm == "real"]
+            against: list[tuple[float, Style]] = [(row.number, ":") for row in rows if row.arm == "real"]
             panels.append(dots(SHOWN_FIDELITY[measure], rows, look, against, shown={"real": "real (again)"}))
-            told.append(f"{measure}: " + ", ".join(f"{row.arm} {interval_text(row, False)}" for row in rows))
+            summary.append(f"{measure}: " + ", ".join(f"{row.arm} {interval_text(row, False)}" for row in rows))
         n = next((row.n for row in every if row.group == group), None)
         caption = (
             f"{group}, {n:,} rows per sample. Dotted: a second real sample of the same size, i.e. how much two samples "
@@ -249,7 +281,7 @@ def fidelity(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
                     name_of("fidelity", index),
                     "Fidelity of synthetic text",
                     caption,
-                    "; ".join(told),
+                    "; ".join(summary),
                     panels,
                     [],
                     3,
@@ -267,11 +299,13 @@ def utility(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
     for index, group in enumerate(sets[:MOST_GROUPS]):
         rows = [row for row in every if row.group == group]
         panels = [
-            _utility(metric, words, [row for row in rows if row.metric == metric], look)
-            for metric, words in (("accuracy", "Accuracy"), ("macro_f1", "Macro-F1"), ("mae", "Mean error (stars)"))
+            _utility(title, [row for row in rows if row.metric == metric], look)
+            for metric, title in (("accuracy", "Accuracy"), ("macro_f1", "Macro-F1"), ("mae", "Mean error (stars)"))
         ]
-        told = "; ".join(f"{row.arm} {row.metric} {interval_text(row, False)}" for row in rows if row.role != "target")
-        keys = [
+        summary = "; ".join(
+            f"{row.arm} {row.metric} {interval_text(row, False)}" for row in rows if row.role != "target"
+        )
+        keys: list[Key] = [
             ("one seed", AXIS, "o", None),
             ("mean over seeds", INK, "o", None),
             ("majority class", MUTED, None, ":"),
@@ -281,24 +315,31 @@ def utility(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
         caption += more_groups(sets, index)
         figures.append(
             Figure(
-                name_of("utility", index), "Train on synthetic, test on real", caption, told, panels, keys, 3, "utility"
+                name_of("utility", index),
+                "Train on synthetic, test on real",
+                caption,
+                summary,
+                panels,
+                keys,
+                3,
+                "utility",
             )
         )
     return figures
 
 
-def _utility(metric, words, rows, look):
-    arms = list(dict.fromkeys(row.arm for row in rows if row.role == "mean"))
+def _utility(title: str, rows: list[Row], look: Look) -> Panel:
+    arms = list(dict.fromkeys(row.arm or "" for row in rows if row.role == "mean"))
     lines = {row.arm: row.value for row in rows if row.role == "baseline"}
 
-    def draw(axes):
+    def draw(axes: "Axes") -> None:
         for index, arm in enumerate(reversed(arms)):
             colour, marker = look.of.get(arm, (BASE, "o"))
             for row in rows:
                 if row.arm == arm and row.role == "target":
-                    axes.plot(row.value, index, "o", color=colour, alpha=0.35, markersize=5)
+                    axes.plot(row.number, index, "o", color=colour, alpha=0.35, markersize=5)
                 elif row.arm == arm and row.role == "mean":
-                    axes.plot(row.value, index, marker, color=colour, markersize=8)
+                    axes.plot(row.number, index, marker, color=colour, markersize=8)
                     axes.annotate(
                         f"{row.value:.3f}",
                         (row.value, index),
@@ -308,11 +349,11 @@ def _utility(metric, words, rows, look):
                         fontsize=8,
                     )
         for arm, style in (("majority", ":"), ("base", "--")):
-            if lines.get(arm) is not None:
-                axes.axvline(lines[arm], color=MUTED if arm == "majority" else BASE, linestyle=style, linewidth=1.3)
+            if (value := lines.get(arm)) is not None:
+                axes.axvline(value, color=MUTED if arm == "majority" else BASE, linestyle=style, linewidth=1.3)
         name_lines(axes, list(reversed(arms)), 0.2)
 
-    return Panel(words, draw, (3.0, 0.9 + 0.38 * len(arms)))
+    return Panel(title, draw, (3.0, 0.9 + 0.38 * len(arms)))
 
 
 def human(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
@@ -331,9 +372,11 @@ def human(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
         agree = f" Agreement between raters: Fleiss κ {kappa[0]:.2f}." if kappa else ""
         caption = f"{group}. Share of blinded rows with each label, one dot per rater; 95 % Clopper–Pearson.{agree}"
         caption += more_groups(sets, index)
-        told = "; ".join(f"{row.metric}: {row.arm}, {row.template} {interval_text(row)}" for row in rows)
+        summary = "; ".join(f"{row.metric}: {row.arm}, {row.template} {interval_text(row)}" for row in rows)
         if panels:
-            figures.append(Figure(name_of("human", index), "Human evaluation", caption, told, panels, [], 3, "utility"))
+            figures.append(
+                Figure(name_of("human", index), "Human evaluation", caption, summary, panels, [], 3, "utility")
+            )
     return figures
 
 
@@ -342,14 +385,15 @@ def importance(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
     every = study.select("importance")
     sets = list(dict.fromkeys(row.group for row in every))
     for index, group in enumerate(sets[:MOST_GROUPS]):
-        panels, told = [], []
+        panels: list[Panel] = []
+        summary: list[str] = []
         for metric in ("spearman", "pearson", "jaccard@20"):
             rows = [row for row in every if (row.group, row.metric) == (group, metric) and row.value is not None]
-            marks = [(row.value, ":") for row in rows if row.arm in ("real", "null")]
+            marks: list[tuple[float, Style]] = [(row.number, ":") for row in rows if row.arm in ("real", "null")]
             shown = {"real": "real (ceiling)", "null": "shuffled labels"}
             if rows:
                 panels.append(dots(metric.capitalize(), rows, look, marks, "{:.2f}", shown))
-                told.append(f"{metric}: " + ", ".join(f"{row.arm} {row.value:.2f}" for row in rows))
+                summary.append(f"{metric}: " + ", ".join(f"{row.arm} {row.value:.2f}" for row in rows))
         caption = f"{group}. Agreement of word importances with the model trained on real rows; range over draws."
         caption += more_groups(sets, index)
         if panels:
@@ -358,7 +402,7 @@ def importance(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
                     name_of("importance", index),
                     "Feature importance consistency",
                     caption,
-                    "; ".join(told),
+                    "; ".join(summary),
                     panels,
                     [],
                     3,

@@ -3,25 +3,32 @@
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from reporting.table import Model, Study, literal
 
 TREE = re.compile(r"(?P<tag>[^/]+)/(?P<decay>[0-9.e+-]+)_(?P<rate>[0-9.]+(?:e[+-]?\d+)?)(?:-(?P<name>[^/]+))?$")
 TAG = re.compile(r"(?P<data>.+?)-(?P<peft>lora|dora|pissa|full)(?:-dp-(?P<noise>eps|sigma)(?P<amount>[^/]+))?$")
-
-
 CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
+
+
+def step_of(folder: Path) -> int:
+    """The step in the name of a checkpoint directory."""
+    match = CHECKPOINT.search(folder.name)
+    assert match
+    return int(match[1])
 
 
 class Models:
     """Finds the Model of a result line. `folders`: all checkpoint directories below the report's directories."""
 
     def __init__(self, study: Study, folders: set[Path]):
-        self.study, self.bases = study, set()
+        self.study = study
+        self.bases: set[str] = set()
         self.siblings: dict[Path, list[Path]] = {}
-        for folder in sorted(folders, key=lambda path: int(CHECKPOINT.search(path.name)[1])):
+        for folder in sorted(folders, key=step_of):
             self.siblings.setdefault(folder.parent, []).append(folder)
-        self.by_tail: dict[tuple, list[Path]] = {}
+        self.by_tail: dict[tuple[str, ...], list[Path]] = {}
         for folder in folders:
             self.by_tail.setdefault(folder.parts[-4:], []).append(folder)
         for path, content in study.runs.items():
@@ -30,7 +37,7 @@ class Models:
         for run in self.siblings:
             self.bases.add(run.parent.parent.name)
 
-    def resolve(self, name, file: Path) -> Path | str:
+    def resolve(self, name: object, file: Path) -> Path | str:
         """The checkpoint directory that a line is about: the one it is in, or the named one, even if the tree moved."""
         if CHECKPOINT.fullmatch(file.parent.name):
             return file.parent
@@ -42,7 +49,7 @@ class Models:
             return str(name)
         return max(same, key=lambda folder: len(os.path.commonpath([folder.absolute(), file.absolute()])))
 
-    def of(self, name, file: Path, base=None) -> Model:
+    def of(self, name: object, file: Path, base: object = None) -> Model:
         target = self.resolve(name, file)
         key = str(target)
         if key in self.study.models:
@@ -66,7 +73,7 @@ class Models:
     def describe(self, model: Model, folder: Path) -> None:
         """Fill in everything that the run's run.json or, without one, its path says."""
         run = folder.parent
-        model.run, model.step = str(run), int(CHECKPOINT.search(folder.name)[1])
+        model.run, model.step = str(run), step_of(folder)
         content = self.study.runs.get(str(run / "run.json"), {})
         args = content.get("args", {})
         path = TREE.search(run.as_posix())
@@ -89,7 +96,7 @@ class Models:
             model.epoch = float(siblings.index(folder) + 1)  # one checkpoint per epoch
 
 
-def as_float(value) -> float | None:
+def as_float(value: Any) -> float | None:
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -145,7 +152,7 @@ def fixed_models(models: list[Model]) -> tuple[list[Model], float | None]:
     last = [model for model in models if model.last]
     rates = [model.learning_rate for model in last if model.learning_rate is not None]
     fixed = min(set(rates), key=lambda rate: (-rates.count(rate), rate)) if rates else None
-    arms: dict[tuple, list[Model]] = {}
+    arms: dict[tuple[object, ...], list[Model]] = {}
     for model in last:
         arms.setdefault((model.base, model.arm, model.peft_type, model.run_name), []).append(model)
     chosen = []

@@ -6,7 +6,9 @@ Unreadable lines are kept as Damage, never skipped silently. No dataset text or 
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from common.cli import is_utf8, one_line
 from common.schema import KINDS
@@ -18,6 +20,7 @@ from reporting.table import (
     ROW_TEXTS,
     Damage,
     Model,
+    Record,
     Row,
     Study,
     check,
@@ -63,17 +66,17 @@ def find(directories: list[Path], output: Path | None = None) -> dict[str, list[
                         path, true = inside / name, Path(os.path.realpath(inside / name))
                         paths_of[kind][true] = true if path == true else paths_of[kind].get(true, path)
 
-    def order(path: Path) -> tuple:  # results_purified.jsonl before results_purified1.jsonl, which is newer
+    def order(path: Path) -> tuple[Any, ...]:  # results_purified.jsonl before results_purified1.jsonl, which is newer
         return natural_key(path.parent), len(path.name), path.name
 
     return {kind: sorted(paths.values(), key=order) for kind, paths in paths_of.items()}
 
 
-def _constant(text: str):
+def _constant(text: str) -> float | None:
     return None if text == "NaN" else float(text.replace("Infinity", "inf"))
 
 
-def parse(path: Path, study: Study) -> list[tuple[int, dict]]:
+def parse(path: Path, study: Study) -> list[tuple[int, Record]]:
     """[(line number from 1, object)] of a .json or .jsonl file; malformed lines are added to study.damage."""
     shown, raw = study.shown(path), path.read_bytes()
     if not raw.strip():
@@ -98,7 +101,7 @@ def parse(path: Path, study: Study) -> list[tuple[int, dict]]:
     return objects
 
 
-def curve(path: Path, study: Study) -> list[dict]:
+def curve(path: Path, study: Study) -> list[Record]:
     """The lines of a metrics.jsonl; a non-number in place of a number is damage, an infinity becomes a gap."""
     lines = []
     for number, line in parse(path, study) if path.stat().st_size else ():
@@ -124,9 +127,9 @@ def scores_of(path: Path, study: Study) -> Path | None:
     return file if len(study.damage) == before else None
 
 
-def side_by_side(study: Study) -> dict[tuple, dict[str, Model]]:
+def side_by_side(study: Study) -> dict[tuple[str, str, str], dict[str, Model]]:
     """{(area, group, base): {key: trained model}}: models whose numbers are shown together; each ε is on its own."""
-    together: dict[tuple, dict[str, Model]] = {}
+    together: dict[tuple[str, str, str], dict[str, Model]] = {}
     for row in study.rows:
         if row.model and row.model.step is not None and row.role == "target":
             group = row.model.key if row.area == "privacy" else row.group
@@ -139,20 +142,22 @@ def choose(study: Study) -> tuple[list[Model], str, list[str]]:
 
     The models are every base, and `fixed_models` of each set of models that share a group of numbers.
     """
-    beside = side_by_side(study)
+    sets_shown = side_by_side(study)
     sets: list[dict[str, Model]] = []
-    for own in beside.values():
+    for own in sets_shown.values():
         joined = [models for models in sets if models.keys() & own.keys()]
         sets = [
             *(models for models in sets if models not in joined),
             {key: model for models in (*joined, own) for key, model in models.items()},
         ]
-    chosen, rates = [model for model in study.models.values() if model.step is None], []
+    chosen = [model for model in study.models.values() if model.step is None]
+    rates: list[float] = []
     for models in sets:
         fixed, rate = fixed_models(list(models.values()))
-        chosen, rates = chosen + fixed, rates + [rate] * (rate is not None)
+        chosen += fixed
+        rates += [] if rate is None else [rate]
     mixed = []
-    for (_, group, _), models in beside.items():
+    for (_, group, _), models in sets_shown.items():
         at = {model.label: model.learning_rate for model in chosen if model.key in models}
         if len(set(at.values()) - {None}) > 1:
             mixed.append(
@@ -243,32 +248,33 @@ def read(directories: list[Path], output: Path | None = None) -> Study:
 
 def newest(study: Study) -> None:
     """If a model was measured twice with the same settings, keep only the rows of the newest file; note the others."""
-    last: dict[tuple, str] = {}
+    last: dict[tuple[object, ...], str] = {}
 
-    def key(row: Row) -> tuple:
-        return row.area, row.metric, row.model.key, row.group, row.template, row.temperature, row.attack, row.level
+    def key(row: Row) -> tuple[object, ...]:
+        return row.area, row.metric, row.measured.key, row.group, row.template, row.temperature, row.attack, row.level
 
     rows = [row for row in study.rows if row.model and row.area in ("extraction", "perplexity", "mia")]
     order = {study.shown(path): index for kind in study.files.values() for index, path in enumerate(kind)}
     for row in rows:
         if row.role in ("target",):
-            last[key(row)] = max(last.get(key(row), row.source), row.source, key=lambda s: _place(s, order))
+            last[key(row)] = max(last.get(key(row), row.source), row.source, key=lambda source: position(source, order))
     older = {id(row) for row in rows if row.role == "target" and last[key(row)] != row.source}
     sources = {row.source for row in rows if id(row) in older}
     study.lines["superseded"] = [(source.rpartition(":")[0], int(source.rpartition(":")[2]), {}) for source in sources]
     study.rows = [row for row in study.rows if row.source not in sources]
 
 
-def _place(source: str, order: dict[str, int]) -> tuple:
+def position(source: str, order: dict[str, int]) -> tuple[int, int]:
+    """(position of its file in the order of reading, line)."""
     file, _, line = source.rpartition(":")
     return order.get(file, -1), int(line)
 
 
-def table(study: Study):
+def table(study: Study) -> Iterator[list[object]]:
     """Header and rows of results.csv: one number per row, with the model's columns last."""
     yield [*COLUMNS, *MODEL_COLUMNS]
     for row in study.rows:
-        values = {name: getattr(row, name) for name in COLUMNS}
+        values: Record = {name: getattr(row, name) for name in COLUMNS}
         values["model"] = row.model.label if row.model else None
         values["settings"] = json.dumps(row.settings, ensure_ascii=False, default=str) if row.settings else None
         cells = [values[name] for name in COLUMNS] + [getattr(row.model, name, None) for name in MODEL_COLUMNS]

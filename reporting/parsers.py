@@ -2,14 +2,15 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 from common.schema import HEADLINE_ATTACK, HEADLINE_TEMPERATURE, MEASURES
 from common.stats import clopper_pearson
 from reporting.labels import Models, as_float
-from reporting.table import Damage, Row, Study, literal, need
+from reporting.table import Damage, Record, Row, Study, literal, need
 
 
-def group_of(study: Study, area: str, label: str, settings: dict) -> str:
+def group_of(study: Study, area: str, label: str, settings: Record) -> str:
     """A label for these settings: `label`, numbered if other settings already have it."""
     groups, label = study.groups.setdefault(area, {}), literal(label)
     names = [name for name in groups if name == label or name.startswith(f"{label} #")]
@@ -21,11 +22,11 @@ def group_of(study: Study, area: str, label: str, settings: dict) -> str:
     return name
 
 
-def span(rows) -> str:
+def span(rows: object) -> str:
     return f", rows {rows[0]}–{rows[1] - 1}" if isinstance(rows, list) and len(rows) >= 2 else ""
 
 
-def extraction_rows(line: dict, study: Study, models: Models, path: Path, number: int) -> list[Row]:
+def extraction_rows(line: Record, study: Study, models: Models, path: Path, number: int) -> list[Row]:
     """Rates by template and measure at one temperature, with floor, baseline and probabilities."""
     need(line, "temperature")
     matches = line["matches"]
@@ -39,7 +40,7 @@ def extraction_rows(line: dict, study: Study, models: Models, path: Path, number
     label = dataset + span(line.get("rows")) + (", by prefix" if line.get("attack") == "prefix" else "")
     group = group_of(study, "extraction", label, same)
     scored = line.get("n_scored_by_template") or dict.fromkeys(labels, total)
-    shared = {
+    shared: Record = {
         "model": models.of(line.get("model"), path, line.get("base_model")),
         "group": group,
         "n_requested": line.get("n_requested", total * len(labels)),
@@ -48,9 +49,9 @@ def extraction_rows(line: dict, study: Study, models: Models, path: Path, number
         "temperature": temperature,
         "settings": settings | {"dtype": line.get("dtype"), "model_sha256": line.get("model_sha256")},
     }
-    rows = []
+    rows: list[Row] = []
 
-    def add(metric, value, **more):
+    def add(metric: str, value: float | None, **more: Any) -> None:
         rows.append(Row("extraction", metric, value, **{**shared, **more}))
 
     for measure in MEASURES:
@@ -92,7 +93,7 @@ def extraction_rows(line: dict, study: Study, models: Models, path: Path, number
         floor = line.get("floor") or {}
         if floor.get("rule") and floor.get(measure) is not None:
             rule = f"{floor['rule']}@{floor['domain_guess']}"
-            low, high = clopper_pearson(floor[measure], total)
+            low, high = clopper_pearson(floor[measure], total) or (None, None)
             add(
                 measure,
                 floor[measure] / total,
@@ -124,11 +125,12 @@ def extraction_rows(line: dict, study: Study, models: Models, path: Path, number
     return rows
 
 
-def perplexity_rows(line: dict, study: Study, models: Models, path: Path, number: int) -> list[Row]:
-    settings = {key: line[key] for key in ("dataset", "dataset_sha256", "rows", "context", "stride") if key in line}
+def perplexity_rows(line: Record, study: Study, models: Models, path: Path, number: int) -> list[Row]:
+    keys = ("dataset", "dataset_sha256", "rows", "context", "stride")
+    settings: Record = {key: line[key] for key in keys if key in line}
     label = (Path(line["dataset"]).name if line.get("dataset") else "unknown data") + span(line.get("rows"))
     same = {key: value for key, value in settings.items() if key != "dataset"}
-    shared = {
+    shared: Record = {
         "model": models.of(line.get("model"), path, line.get("base_model")),
         "group": group_of(study, "perplexity", label, same),
         "n": line.get("n_scored"),
@@ -137,24 +139,24 @@ def perplexity_rows(line: dict, study: Study, models: Models, path: Path, number
         "seed": line.get("seed"),
         "settings": settings | {"dtype": line.get("dtype"), "model_sha256": line.get("model_sha256")},
     }
-    rows = []
+    rows: list[Row] = []
     for metric in ("mean", "token_weighted", "median", "bits_per_byte"):
         if metric in line:
-            ends = line.get(f"{metric}_ci") or (None, None)
-            why = "bootstrap over documents 95 %" if ends[0] is not None else None
+            low, high = line.get(f"{metric}_ci") or (None, None)
+            why = "bootstrap over documents 95 %" if low is not None else None
             undefined = (line.get("undefined") or {}).get(metric) if line[metric] is None else None
-            rows.append(Row("perplexity", metric, line[metric], *ends, why, undefined=undefined, **shared))
+            rows.append(Row("perplexity", metric, line[metric], low, high, why, undefined=undefined, **shared))
     return rows
 
 
-def mia_rows(line: dict, study: Study, models: Models, path: Path, number: int) -> list[Row]:
+def mia_rows(line: Record, study: Study, models: Models, path: Path, number: int) -> list[Row]:
     """AUC and TPR of one attack, of the same attack on the base and, once per file, of the blind baselines."""
     names = {key: line.get(key) for key in ("members", "nonmembers", "max_length", "bootstrap", "seed")}
     settings = names | {key: line[key] for key in ("parameters", "reference", "dtype", "model_sha256") if key in line}
     same = {key: names[key] for key in ("members", "nonmembers", "max_length", "seed")}
     same["texts"] = line["n_requested"]
-    sets = [Path(names[key]).name for key in ("members", "nonmembers") if names[key]]
-    shared = {
+    sets = [Path(file).name for file in (names["members"], names["nonmembers"]) if file]
+    shared: Record = {
         "model": models.of(line.get("model"), path, line.get("base_model")),
         "group": group_of(study, "mia", " against ".join(sets) or "unknown sets", same),
         "n": line["n_scored"],
@@ -163,13 +165,13 @@ def mia_rows(line: dict, study: Study, models: Models, path: Path, number: int) 
         "settings": settings,
         "seed": line.get("seed"),
     }
-    rows = []
+    rows: list[Row] = []
 
-    def add(scores: dict, role: str, attack: str, confidence: str, headline=False):
-        ends = scores.get("auc_ci") or scores.get("auc_ci99") or (None, None)
-        why = confidence if ends[0] is not None else None
+    def add(scores: Record, role: str, attack: str, confidence: str, headline: bool = False) -> None:
+        low, high = scores.get("auc_ci") or scores.get("auc_ci99") or (None, None)
+        why = confidence if low is not None else None
         more = {**shared, "role": role, "attack": attack}
-        rows.append(Row("mia", "auc", scores["auc"], *ends, why, undefined=scores.get("undefined"), **more))
+        rows.append(Row("mia", "auc", scores["auc"], low, high, why, undefined=scores.get("undefined"), **more))
         points, rates = scores.get("points") or {}, scores.get("tpr_at_fpr") or {}
         for level, rate in rates.items():
             point = points.get(level) or {}
@@ -198,13 +200,13 @@ def mia_rows(line: dict, study: Study, models: Models, path: Path, number: int) 
     return rows
 
 
-def fidelity_rows(content: dict, study: Study, models: Models, path: Path, number: int) -> list[Row]:
+def fidelity_rows(content: Record, study: Study, models: Models, path: Path, number: int) -> list[Row]:
     """Each metric of each arm, and its excess over the second real sample (role baseline)."""
     settings = content.get("settings", {})
-    rows = []
+    rows: list[Row] = []
     for arm, comparison in content["comparisons"].items():
         need(comparison, "rows")
-        shared = {
+        shared: Record = {
             "arm": arm,
             "n": comparison["rows"],
             "n_requested": comparison.get("n_requested"),
@@ -236,10 +238,10 @@ def fidelity_rows(content: dict, study: Study, models: Models, path: Path, numbe
     return rows
 
 
-def utility_rows(line: dict, study: Study, models: Models, path: Path, number: int) -> list[Row]:
+def utility_rows(line: Record, study: Study, models: Models, path: Path, number: int) -> list[Row]:
     """Scores of one arm and seed, or their mean over seeds."""
-    rows = []
-    shared = {"arm": line["arm"], "seed": line["seed"], "group": study.shown(path)}
+    rows: list[Row] = []
+    shared: Record = {"arm": line["arm"], "seed": line["seed"], "group": study.shown(path)}
     for metric in ("accuracy", "macro_f1", "mae"):
         score = line[metric]
         need(score if isinstance(score, dict) else {"mean": score}, "mean")
@@ -283,8 +285,8 @@ def utility_rows(line: dict, study: Study, models: Models, path: Path, number: i
     return rows
 
 
-def importance_rows(content: dict, study: Study, models: Models, path: Path, number: int) -> list[Row]:
-    rows = []
+def importance_rows(content: Record, study: Study, models: Models, path: Path, number: int) -> list[Row]:
+    rows: list[Row] = []
     for arm, agreement in content["arms"].items():
         for metric, value in agreement["mean"].items():
             values = [draw[metric] for draw in agreement["seeds"] if draw.get(metric) is not None]
@@ -308,9 +310,9 @@ def importance_rows(content: dict, study: Study, models: Models, path: Path, num
     return rows
 
 
-def human_rows(content: dict, study: Study, models: Models, path: Path, number: int) -> list[Row]:
+def human_rows(content: Record, study: Study, models: Models, path: Path, number: int) -> list[Row]:
     """Share of each label by arm and rater, and the agreement between raters."""
-    rows = []
+    rows: list[Row] = []
     for arm, ratings in content["arms"].items():
         for rater, sheet in enumerate(ratings["sheets"], 1):
             for label in content["labels"]:
@@ -338,10 +340,10 @@ def human_rows(content: dict, study: Study, models: Models, path: Path, number: 
         value = content["agreement"]["fleiss_kappa"]
         undefined = "every label is the same" if value is None else None
         n = sum(ratings["n_scored"] for ratings in content["arms"].values())
-        shared = {"n": n, "role": "baseline", "group": study.shown(path)}
+        shared: Record = {"n": n, "role": "baseline", "group": study.shown(path)}
         rows.append(Row("human", "Fleiss κ", value, undefined=undefined, **shared))
         for pair in content["agreement"].get("cohen_kappa") or ():
-            undefined = "both gave one and the same label" if pair["kappa"] is None else None
+            undefined = "both gave the same label to every row" if pair["kappa"] is None else None
             rows.append(
                 Row(
                     "human",
@@ -356,9 +358,9 @@ def human_rows(content: dict, study: Study, models: Models, path: Path, number: 
     return rows
 
 
-def privacy_rows(content: dict, study: Study, models: Models, path: Path, number: int) -> list[Row]:
+def privacy_rows(content: Record, study: Study, models: Models, path: Path, number: int) -> list[Row]:
     """ε of one checkpoint from both accountants; undefined without noise."""
-    rows = []
+    rows: list[Row] = []
     reason = content.get("void") or ("no noise: ε is infinite" if content.get("epsilon") is None else None)
     for metric, key in (("ε upper (PRV)", "epsilon"), ("ε upper (RDP)", "epsilon_rdp")):
         if key in content:
@@ -391,10 +393,10 @@ def text_perplexity(path: Path, study: Study, models: Models) -> None:
             study.damage.append(Damage(study.shown(path), number, "not 'model path: …; mean perplexity: …'"))
 
 
-def canary_rows(line: dict, study: Study, models: Models, path: Path, number: int) -> list[Row]:
+def canary_rows(line: Record, study: Study, models: Models, path: Path, number: int) -> list[Row]:
     """The rows of one line; `template`: the part of a canary; `attack`: the canary's kind or the audit's signal."""
     measure = line["measure"]
-    shared = {
+    shared: Record = {
         "arm": line["arm"],
         "group": study.shown(path),
         "n_requested": line["n_requested"],
@@ -404,16 +406,18 @@ def canary_rows(line: dict, study: Study, models: Models, path: Path, number: in
     }
     n, checkpoint = line["n_scored"], checkpoint_of(line, study, models, path)
     if measure == "count":
-        rows = []
+        rows: list[Row] = []
         for how, metric in (("normalised", "generated rows with it"), ("exact", "generated rows with it, as written")):
             counts = line[how]
+            low, high = counts["ci"]
             more = {"canaries": counts["canaries"], "fisher_p": counts["fisher_p"], "n_canaries": line["n_canaries"]}
             rows.append(
                 Row(
                     "canary",
                     metric,
                     counts["rate"],
-                    *counts["ci"],
+                    low,
+                    high,
                     "Clopper–Pearson 95 %",
                     count=counts["rows"],
                     n=n,
@@ -469,12 +473,14 @@ def canary_rows(line: dict, study: Study, models: Models, path: Path, number: in
             )
         return rows
     if measure == "text_auc":
+        low, high = line.get("auc_ci") or (None, None)
         return [
             Row(
                 "canary",
                 "AUC of text alone",
                 line["auc"],
-                *(line.get("auc_ci") or (None, None)),
+                low,
+                high,
                 line.get("auc_ci_method"),
                 n=n,
                 undefined=line.get("undefined"),
@@ -522,12 +528,14 @@ def canary_rows(line: dict, study: Study, models: Models, path: Path, number: in
                 **shared,
             )
         )
+    low, high = line.get("auc_ci") or (None, None)
     rows.append(
         Row(
             "canary",
             f"AUC of the audit{kind}",
             line["auc"],
-            *(line.get("auc_ci") or (None, None)),
+            low,
+            high,
             line.get("auc_ci_method"),
             n=n,
             settings=more | {"direction": line.get("direction")},
@@ -538,7 +546,7 @@ def canary_rows(line: dict, study: Study, models: Models, path: Path, number: in
     return rows
 
 
-def checkpoint_of(line: dict, study, models, path) -> str | None:
+def checkpoint_of(line: Record, study: Study, models: Models, path: Path) -> str | None:
     """The key of the model that an arm's line is about, from the run_canary.json next to it."""
     args = study.runs.get(str(path.parent / "run_canary.json"), {}).get("args", {})
     named = dict(word.split("=", 1) for word in args.get("models") or [])

@@ -8,8 +8,22 @@ import io
 import math
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from reporting.table import Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure as Canvas
+    from matplotlib.typing import RcKeyType
+
+Draw = Callable[["Axes"], None]
+Style = Literal["-", "--", "-.", ":"]  # of a line
+Key = tuple[str, str, str | None, Style | None]  # of a legend: label, colour, marker, line style
 
 # name: (light, dark). Series colours after Okabe and Ito (2008), colour-blind safe; each also has a marker.
 COLOURS = {
@@ -31,8 +45,9 @@ ElementTree.register_namespace("", SVG)
 ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
 SERIES = ("blue", "vermillion", "green", "purple", "amber", "sky")
 MARKERS = ("o", "s", "D", "^", "v", "P")
+STYLES: tuple[Style, ...] = ("-", "--", "-.", ":")
 INK, MUTED, GRID, AXIS, BASE = (COLOURS[name][0] for name in ("ink", "muted", "grid", "axis", "base"))
-SETTINGS = {
+SETTINGS: dict["RcKeyType", Any] = {
     "font.size": 9.5,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
@@ -69,30 +84,30 @@ class Panel:
     """One set of axes, styled and passed to `draw`. `size` in inches, also on the page (96 pixels per inch)."""
 
     title: str
-    draw: Callable
+    draw: Draw
     size: tuple[float, float] = (3.45, 2.6)
 
 
 @dataclass
 class Figure:
-    """Panels under one title. `keys`: label, colour, marker, line style per legend entry; `summary`: alt text."""
+    """Panels under one title. `keys`: the legend; `summary`: alt text."""
 
     name: str
     title: str
     caption: str
     summary: str
     panels: list[Panel]
-    keys: list[tuple] = field(default_factory=list)
+    keys: list[Key] = field(default_factory=list)
     columns: int = 2
     section: str = ""
 
 
-def fill(axes, panel: Panel) -> None:
+def fill(axes: "Axes", panel: Panel) -> None:
     """Draw the panel; log axes get plain numbers, because matplotlib's use mathtext, which SETTINGS disables."""
     from matplotlib.ticker import LogFormatterSciNotation
 
     class Plain(LogFormatterSciNotation):
-        def __call__(self, x, pos=None):
+        def __call__(self, x: float, pos: int | None = None) -> str:
             return f"{x:g}" if super().__call__(x, pos) else ""
 
     panel.draw(axes)
@@ -161,7 +176,7 @@ def _themed(key: str, value: str) -> str:
     return f"{key}: {VARIABLES.get(value.lower(), value)}"
 
 
-def whole(figure: Figure):
+def whole(figure: Figure) -> "Canvas":
     """All panels on one matplotlib Figure with title and legend, for PNG and PDF."""
     import matplotlib
     from matplotlib.figure import Figure as Canvas
@@ -200,7 +215,7 @@ def whole(figure: Figure):
     return canvas
 
 
-def save(figure: Figure, folder) -> None:
+def save(figure: Figure, folder: Path) -> None:
     """Write <name>.png (150 dpi) and <name>.pdf to `folder`; the same numbers give the same bytes."""
     import matplotlib
 
@@ -210,7 +225,7 @@ def save(figure: Figure, folder) -> None:
         canvas.savefig(folder / f"{figure.name}.pdf", metadata={"CreationDate": None})
 
 
-def key_svg(colour: str, marker: str | None, style: str | None) -> str:
+def key_svg(colour: str, marker: str | None, style: Style | None) -> str:
     """The symbol of a legend entry, 22 × 12 pixels."""
     paint = VARIABLES.get(colour, colour)
     dashes = {"--": ' stroke-dasharray="5 3"', ":": ' stroke-dasharray="1.5 2.5"', "-.": ' stroke-dasharray="6 2 1 2"'}
@@ -225,10 +240,10 @@ def key_svg(colour: str, marker: str | None, style: str | None) -> str:
         "block": '<rect x="3" y="2" width="16" height="8" rx="1"/>',
     }
     line = f'<path d="M1 6h20" stroke="{paint}" stroke-width="2"{dashes.get(style, "")}/>' if style else ""
-    return f'<svg width="22" height="12" aria-hidden="true" fill="{paint}">{line}{shapes.get(marker, "")}</svg>'
+    return f'<svg width="22" height="12" aria-hidden="true" fill="{paint}">{line}{shapes.get(marker or "", "")}</svg>'
 
 
-def percent(axis) -> None:
+def percent(axis: "Axis") -> None:
     """Show rates 0 … 1 as percent, with as many decimals as the ticks need."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -236,7 +251,16 @@ def percent(axis) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.6g}%"))
 
 
-def line(axes, x, rows, colour, marker="o", style="-", band=True, **more) -> None:
+def line(
+    axes: "Axes",
+    x: Sequence[float],
+    rows: Sequence[Row],
+    colour: str,
+    marker: str = "o",
+    style: Style = "-",
+    band: bool = True,
+    **more: Any,
+) -> None:
     """Plot the values of `rows` over x with their intervals as a band; rows without a value leave a gap."""
     import numpy as np
 
@@ -250,26 +274,31 @@ def line(axes, x, rows, colour, marker="o", style="-", band=True, **more) -> Non
     axes.plot(x, y, color=colour, marker=marker, linestyle=style, **more)
 
 
-def errors(row) -> list[list[float]]:
+def errors(row: Row) -> list[list[float]]:
     """[[down], [up]] for errorbar; zeros without an interval."""
     if row.low is None or row.high is None:
         return [[0], [0]]
-    return [[max(0.0, row.value - row.low)], [max(0.0, row.high - row.value)]]
+    return [[max(0.0, row.number - row.low)], [max(0.0, row.high - row.number)]]
 
 
-def label_ends(axes, ends: list[tuple]) -> None:
+def label_ends(axes: "Axes", ends: list[tuple[float, str, str]]) -> None:
     """Write each (y, text, colour) at the right edge of the axes, moved apart where they would overlap."""
     axes.figure.canvas.draw()  # sets the limits
     low, high = axes.get_ylim()
     log = axes.get_yscale() == "log"
-    place = (lambda y: math.log(y / low) / math.log(high / low)) if log else (lambda y: (y - low) / (high - low))
+
+    def height_of(y: float) -> float:
+        """Share of the axes' height."""
+        return math.log(y / low) / math.log(high / low) if log else (y - low) / (high - low)
+
     step = 11 / (axes.bbox.height / axes.figure.dpi * 72)
-    at, last = [], -math.inf
+    placed: list[tuple[float, str, str]] = []
+    last = -math.inf
     for y, text, colour in sorted(ends, key=lambda end: end[0]):
-        last = max(place(y), last + step)
-        at.append([last, text, colour])
-    over = max(0.0, at[-1][0] - 1) if at else 0
-    for height, text, colour in at:
+        last = max(height_of(y), last + step)
+        placed.append((last, text, colour))
+    over = max(0.0, placed[-1][0] - 1) if placed else 0
+    for height, text, colour in placed:
         axes.annotate(
             text,
             (1, height - over),

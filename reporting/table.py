@@ -3,9 +3,15 @@
 import math
 import os
 import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
+
+from common.cli import AnyPath
+
+Record = dict[str, Any]  # an object of a result file
 
 UNEXPECTED = (
     LookupError,
@@ -58,7 +64,7 @@ class Row:
     model: Model | None = None
     arm: str | None = None
     role: str = "target"  # target | base | blind | floor | baseline
-    group: str | None = None  # numbers within a group are comparable: same rows, prompts and settings
+    group: str = ""  # numbers within a group are comparable: same rows, prompts and settings
     template: str | None = None
     temperature: float | None = None
     attack: str | None = None
@@ -66,7 +72,7 @@ class Row:
     repetitions: int | None = None
     seed: int | None = None
     headline: bool = False
-    settings: dict = field(default_factory=dict)
+    settings: Record = field(default_factory=dict)
     file: str = ""
     line: int = 1
     shown: bool = False  # whether a table of the page has it
@@ -74,6 +80,18 @@ class Row:
     @property
     def source(self) -> str:
         return f"{self.file}:{self.line}"
+
+    @property
+    def measured(self) -> Model:
+        """Its model, which every row of extraction, perplexity, membership inference and privacy has."""
+        assert self.model is not None
+        return self.model
+
+    @property
+    def number(self) -> float:
+        """Its value, if the caller knows that it is defined."""
+        assert self.value is not None
+        return self.value
 
 
 COLUMNS = [column.name for column in fields(Row) if column.name != "shown"]
@@ -106,28 +124,28 @@ class Study:
     root: Path
     rows: list[Row] = field(default_factory=list)
     models: dict[str, Model] = field(default_factory=dict)
-    runs: dict[str, dict] = field(default_factory=dict)  # path of run.json → content
-    curves: dict[str, list[dict]] = field(default_factory=dict)  # run directory → lines of metrics.jsonl
+    runs: dict[str, Record] = field(default_factory=dict)  # path of run.json → content
+    curves: dict[str, list[Record]] = field(default_factory=dict)  # run directory → lines of metrics.jsonl
     scores: dict[str, Path] = field(default_factory=dict)  # results_mia.jsonl, shown → its scores_mia.jsonl
-    lines: dict[str, list[tuple[str, int, dict]]] = field(default_factory=dict)  # kind → (file, line, content)
+    lines: dict[str, list[tuple[str, int, Record]]] = field(default_factory=dict)  # kind → (file, line, content)
     files: dict[str, list[Path]] = field(default_factory=dict)
-    groups: dict[str, dict[str, dict]] = field(default_factory=dict)  # area → label → settings
-    audits: list[tuple[str, dict]] = field(default_factory=list)  # (file, its content) of each audit.json
+    groups: dict[str, dict[str, Record]] = field(default_factory=dict)  # area → label → settings
+    audits: list[tuple[str, Record]] = field(default_factory=list)  # (file, its content) of each audit.json
     damage: list[Damage] = field(default_factory=list)
-    index: dict = field(default_factory=dict)
+    index: dict[tuple[str, str | None], list[Row]] = field(default_factory=dict)
 
-    def shown(self, path) -> str:
+    def shown(self, path: AnyPath) -> str:
         return literal(os.path.relpath(path, self.root))
 
     @contextmanager
-    def guard(self, file: str, line: int = 1):
+    def guard(self, file: str, line: int = 1) -> Iterator[None]:
         """Turn an exception that this file's content raises into Damage with its type and message."""
         try:
             yield
         except UNEXPECTED as error:
             self.damage.append(Damage(file, line, f"not of the expected form ({error!r})"))
 
-    def select(self, area: str, metric: str | None = None, **wanted) -> list[Row]:
+    def select(self, area: str, metric: str | None = None, **wanted: object) -> list[Row]:
         """Rows of an area (and metric) whose attributes equal `wanted`; a callable value is a predicate."""
         if not self.index:
             for row in self.rows:
@@ -147,13 +165,13 @@ def literal(text: str) -> str:
     return re.sub(odd, lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
-def check(content, names, kind=float) -> None:
+def check(content: Record | Row, names: Iterable[str], kind: type = float) -> None:
     """TypeError unless the values of `content` (a dict or a Row) at `names` are null or of type `kind`.
 
     float: any number; ValueError if it is infinite, which no figure could show.
     """
     for name in names:
-        value = content.get(name) if isinstance(content, dict) else getattr(content, name)
+        value: Any = content.get(name) if isinstance(content, dict) else getattr(content, name)
         number = kind is float and isinstance(value, (int, float)) and not isinstance(value, bool)
         if value is not None and not number and (kind is float or not isinstance(value, kind)):
             raise TypeError(f"{name}: a {type(value).__name__} where a {kind.__name__} belongs")
@@ -161,7 +179,7 @@ def check(content, names, kind=float) -> None:
             raise ValueError(f"{name}: {value}")
 
 
-def need(content: dict, *names: str, kind=float) -> None:
+def need(content: Record, *names: str, kind: type = float) -> None:
     """Like `check`, but null is a TypeError too, and a missing key a KeyError."""
     check(content, names, kind)
     for name in names:
@@ -169,7 +187,7 @@ def need(content: dict, *names: str, kind=float) -> None:
             raise TypeError(f"{name}: null where a {kind.__name__} belongs")
 
 
-def check_run(run: dict) -> None:
+def check_run(run: Record) -> None:
     """Raise one of UNEXPECTED if a field of a run file that the report uses has an unexpected form."""
     args = run.get("args", {})
     check(run, ("status", "commit", "data_tag"), str)
@@ -186,7 +204,7 @@ def check_run(run: dict) -> None:
             check({name: inference[name] for name in ("p", "t")}, ("p", "t"))
 
 
-def check_line(line: dict) -> None:
+def check_line(line: Record) -> None:
     """Raise one of UNEXPECTED if a field of a result line other than its numbers has an unexpected form."""
     check(line, ("relative_change", "ceiling", "sample_rate", "delta", "upper"))
     check(line, ("model", "base_model", "model_sha256", "void"), str)
@@ -197,7 +215,7 @@ def check_line(line: dict) -> None:
         need(line["mcnemar_against_real"], "gained", "lost", "p")
 
 
-def check_audit(audit: dict) -> None:
+def check_audit(audit: Record) -> None:
     """UNEXPECTED if an audit.json lacks what the page shows of it."""
     need(audit, "verdict", "model", kind=dict)
     need(audit["model"], "name", kind=str)
@@ -208,7 +226,7 @@ def check_audit(audit: dict) -> None:
         check(question, ("why",), str)
 
 
-def make_literal(item: Model | Row, names) -> None:
+def make_literal(item: Model | Row, names: Iterable[str]) -> None:
     """Apply `literal` to the texts of `item` that tables and figures show."""
     for name in names:
         text = getattr(item, name)

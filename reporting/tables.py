@@ -10,7 +10,7 @@ from common.schema import GREEDY_BELOW, HEADLINE_ATTACK, HEADLINE_TEMPERATURE
 from reporting.blocks import Block, Cell, Column, Paragraph, Table, fold
 from reporting.load import choose
 from reporting.style import Look
-from reporting.table import Row, Study
+from reporting.table import Record, Row, Study
 
 MOST_MODELS = 24  # in the first table; if there are more, it has only the compared ones, and the rest is folded below
 SYNONYMS = {
@@ -50,7 +50,7 @@ def estimate(row: Row, form: str = "{:.1%}", count: bool = False, exact: bool = 
     return Cell.number(row.value, form, tuple(part for part in (ends, hits) if part))
 
 
-def audit_table(audit: dict, file: str) -> Table:
+def audit_table(audit: Record, file: str) -> Table:
     """One row per question of an audit's verdict."""
     rows = []
     for question in audit["verdict"]["questions"].values():

@@ -27,3 +27,13 @@ class QuickstartConfig(ModelConfig):
     lora_r: int | None = None
     max_tokens: int = 24
     full: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig(QuickstartConfig):
+    """The flags, with the defaults that depend on the study and the model filled in."""
+
+    arms: tuple[str, ...]
+    learning_rate: float
+    epochs: int
+    lora_r: int

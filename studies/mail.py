@@ -16,9 +16,10 @@ from data.replacing.config import ReplaceConfig
 from extraction.config import AttackConfig, EvaluateConfig
 from mia.config import MiaConfig
 from perplexity.config import PerplexityConfig
-from studies.config import QuickstartConfig
+from studies.config import StudyConfig
 from studies.steps import (
     TEMPERATURE,
+    Record,
     attack,
     audit,
     build,
@@ -45,7 +46,7 @@ DEMONSTRATIONS = 10  # outsiders that are left for the examples in the prompts
 ARMS = ("original", "generated", "replaced")
 
 
-def check(config: QuickstartConfig) -> None:
+def check(config: StudyConfig) -> None:
     """Raise a UserError that lists every problem with the study's inputs."""
     problems = cli.Problems()
     check_rows(config, problems)
@@ -58,11 +59,11 @@ def check(config: QuickstartConfig) -> None:
     problems.check()
 
 
-def inputs(config: QuickstartConfig) -> list[str]:
+def inputs(config: StudyConfig) -> list[str]:
     return [config.dataset, *([config.outsiders] if config.outsiders else [])]
 
 
-def run(config: QuickstartConfig, out: Path, record: results.Run) -> str:
+def run(config: StudyConfig, out: Path, record: results.Run) -> str:
     """Run all arms; return the text of summary.md."""
     shared = {"seed": config.seed, **device_of(config)}
     asked = AttackConfig(
@@ -108,7 +109,7 @@ def run(config: QuickstartConfig, out: Path, record: results.Run) -> str:
         newest = find_checkpoints(trees["original"])[-1]
         merged = merge_peft.MergeConfig(model=str(newest), save_dir=str(out / "merged"))
         call("merge_peft.py", merge_peft.run, merged)
-    audited = {}
+    audited: Record = {}
     if "original" in config.arms:
         audited = audit(
             AuditConfig(
@@ -164,10 +165,11 @@ def run(config: QuickstartConfig, out: Path, record: results.Run) -> str:
     return "\n".join(text)
 
 
-def training_files(config: QuickstartConfig, out: Path) -> dict[str, cli.AnyPath]:
+def training_files(config: StudyConfig, out: Path) -> dict[str, cli.AnyPath]:
     """{arm: its training data}; what does not exist yet is built."""
     data: dict[str, cli.AnyPath] = {"original": config.dataset}
     if "generated" in config.arms:
+        assert config.generator  # quickstart.py reports a missing one
         continued = ContinuationConfig(
             model=config.generator,
             data_set=config.dataset,
@@ -183,10 +185,11 @@ def training_files(config: QuickstartConfig, out: Path) -> dict[str, cli.AnyPath
     return data
 
 
-def membership(config: QuickstartConfig, out: Path, trees: dict[str, Path], audited: dict) -> dict:
+def membership(config: StudyConfig, out: Path, trees: dict[str, Path], audited: Record) -> Record:
     """{table row: {auc, ci, flags}} of the attack `ref` on the last checkpoint of each arm: original rows against the
     head. The audit has attacked the original arm."""
-    aucs, few = {}, {} if config.full else {"attacks": ("loss", "ref"), "max_samples": 500}
+    aucs: Record = {}
+    few: Record = {} if config.full else {"attacks": ("loss", "ref"), "max_samples": 500}
     for arm, tree in trees.items():
         name = f"{arm}, epoch {len(find_checkpoints(tree))}"
         if arm == "original":
@@ -207,7 +210,7 @@ def membership(config: QuickstartConfig, out: Path, trees: dict[str, Path], audi
     return aucs
 
 
-def extraction_table(rows: list[dict], floor: dict, aucs: dict) -> str:
+def extraction_table(rows: list[Record], floor: Record, aucs: Record) -> str:
     """The study's table in Markdown; per-template counts are joined with slashes."""
     labels = list(rows[0]["exact"])
     letters = "/".join(labels)
@@ -229,14 +232,13 @@ def extraction_table(rows: list[dict], floor: dict, aucs: dict) -> str:
     return table(heads, cells)
 
 
-def addresses_in_generated(file) -> str:
+def addresses_in_generated(file: cli.AnyPath) -> str:
     """How many evaluated addresses the generator itself wrote, which determines how to read the generated arm."""
-    record = results.read_json(file.parent / "run_generate.json", f"remove {file.parent} and run again")
-    seen, of = (
-        record["statistics"]["evaluated_in_generations"]["addresses"],
-        record["statistics"]["evaluated_addresses"],
-    )
+    folder = Path(file).parent
+    record = results.read_json(folder / "run_generate.json", f"remove {folder} and run again")
+    counts = record["statistics"]
+    n_written, n_evaluated = counts["evaluated_in_generations"]["addresses"], counts["evaluated_addresses"]
     return (
-        f"The generated text itself contains {seen} of the {of} evaluated addresses, so what the generator memorised "
-        "is passed on to the model."
+        f"The generated text itself contains {n_written} of the {n_evaluated} evaluated addresses, so what the "
+        "generator memorised is passed on to the model."
     )

@@ -13,9 +13,10 @@ from common.checkpoints import find_checkpoints
 from extraction.config import AttackConfig
 from mia.config import MiaConfig
 from perplexity.config import PerplexityConfig
-from studies.config import QuickstartConfig
+from studies.config import StudyConfig
 from studies.steps import (
     TEMPERATURE,
+    Record,
     attack,
     check_rows,
     device_of,
@@ -37,18 +38,18 @@ LOGICAL_BATCH = 256
 RANK = 8  # a small adapter: the noise norm grows with the square root of the number of parameters
 
 
-def check(config: QuickstartConfig) -> None:
+def check(config: StudyConfig) -> None:
     """Raise a UserError that lists every problem with the study's inputs."""
     problems = cli.Problems()
     check_rows(config, problems)
     problems.check()
 
 
-def inputs(config: QuickstartConfig) -> list[str]:
+def inputs(config: StudyConfig) -> list[str]:
     return [config.dataset]
 
 
-def run(config: QuickstartConfig, out: Path, record: results.Run) -> str:
+def run(config: StudyConfig, out: Path, record: results.Run) -> str:
     """Run all arms; return the text of summary.md."""
     trained_people = put_trained_first(config.dataset, out / "trained_people.jsonl")
     plain = TrainConfig(
@@ -87,7 +88,7 @@ def run(config: QuickstartConfig, out: Path, record: results.Run) -> str:
     ]
     lines = []
     for row in rows:
-        spent = (
+        privacy = (
             ""
             if row["steps"] is None
             else "∞"
@@ -95,7 +96,7 @@ def run(config: QuickstartConfig, out: Path, record: results.Run) -> str:
             else f"{row['epsilon']:.2f} ({row['delta']:g})"
         )
         aucs = ["{auc:.3f} ({ci[0]:.3f}–{ci[1]:.3f})".format(**row[key]) if row[key] else "" for key in ("ref", "loss")]
-        line = [row["model"], spent if row["steps"] else "", row["steps"] or "", f"{row['perplexity']:.3f}"]
+        line = [row["model"], privacy if row["steps"] else "", row["steps"] or "", f"{row['perplexity']:.3f}"]
         lines.append([*line, row["trained"], row["others"], *aucs])
     return "\n".join(
         [
@@ -129,8 +130,8 @@ def put_trained_first(data: str, file: Path) -> Path:
 
 
 def row_for(
-    name: str, model: cli.AnyPath, spent: dict | None, folder: Path, config: QuickstartConfig, trained_people: Path
-) -> dict:
+    name: str, model: cli.AnyPath, spent: Record | None, folder: Path, config: StudyConfig, trained_people: Path
+) -> Record:
     """All measurements of one model."""
     shared = {"seed": config.seed, **device_of(config)}
     asked = AttackConfig(max_tokens=config.max_tokens, temperatures=(0.0, TEMPERATURE), **shared)
@@ -138,7 +139,7 @@ def row_for(
     attack(model, folder / "trained", replace(asked, dataset=str(trained_people)))
     scored = PerplexityConfig(model=str(model), dataset=config.dataset, output_dir=str(folder), **shared)
     mean = measure_perplexity(scored)[-1]["mean"]
-    row = {"model": name, "epsilon": spent and spent["epsilon"], "delta": spent and spent["delta"]}
+    row: Record = {"model": name, "epsilon": spent and spent["epsilon"], "delta": spent and spent["delta"]}
     row |= {"steps": spent and spent["steps"], "ref": None, "loss": None}
     if spent:
         attacked = MiaConfig(
@@ -153,14 +154,14 @@ def row_for(
     return row
 
 
-def change(base, folder) -> dict:
+def change(base: Path, folder: Path) -> dict[str, Record]:
     """{group: {points, low, high, n}}: exact rate of `folder` minus that of `base`, in percentage points, paired over
     people (normal 95 % interval of the mean over n people), and the difference between the two groups of people."""
     from math import hypot
     from statistics import fmean, stdev
 
-    def rates(results_folder) -> dict:
-        hits_by_row: dict[int, list] = {}
+    def rates(results_folder: Path) -> dict[int, float]:
+        hits_by_row: dict[int, list[bool]] = {}
         for outcome in measured(results_folder)[1]:
             if outcome["exact"] is not None:
                 hits_by_row.setdefault(outcome["row"], []).append(outcome["exact"])

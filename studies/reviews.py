@@ -23,8 +23,8 @@ from data.amazon.config import MakeReviewsConfig, PrepareConfig
 from data.amazon.phrases import DEPARTMENTS
 from data.synthetic.config import SyntheticConfig
 from fidelity.config import FidelityConfig
-from studies.config import EMBEDDED, QuickstartConfig
-from studies.steps import build, call, device_of, input_hashes, table, train, with_dp
+from studies.config import EMBEDDED, StudyConfig
+from studies.steps import Record, build, call, device_of, input_hashes, table, train, with_dp
 from training.config import TrainConfig
 from utility import downstream
 from utility.config import ImportanceConfig
@@ -42,18 +42,18 @@ LADDER, CANARIES, AUDIT = (1, 8, 32), 5, 200
 LOGICAL_BATCH = 64
 
 
-def check(config: QuickstartConfig) -> None:
+def check(config: StudyConfig) -> None:
     """Raise a UserError that lists every problem with the study's inputs."""
     problems = cli.Problems()
     problems.absorb(models.find_model, config.model, config.revision)
     problems.check()
 
 
-def inputs(config: QuickstartConfig) -> list[str]:
+def inputs(config: StudyConfig) -> list[str]:
     return []
 
 
-def run(config: QuickstartConfig, out: Path, record: results.Run) -> str:
+def run(config: StudyConfig, out: Path, record: results.Run) -> str:
     """Run all arms; return the text of summary.md."""
     from canary.injection import run as inject
     from data.synthetic.run import run as generate
@@ -70,14 +70,14 @@ def run(config: QuickstartConfig, out: Path, record: results.Run) -> str:
         audit=AUDIT,
         seed=config.seed,
     )
-    placed = build("canary/inject.py", inject, injected)
+    with_canaries = build("canary/inject.py", inject, injected)
 
     def write(arm: str, checkpoint: cli.AnyPath) -> Path:
         written = SyntheticConfig(
             model=str(checkpoint),
             input=str(real / "test.jsonl"),
             arm=arm,
-            training=str(placed),
+            training=str(with_canaries),
             max_new_tokens=128,
             output=str(out / f"generated_sequences_{arm}.jsonl"),
             seed=config.seed,
@@ -87,7 +87,7 @@ def run(config: QuickstartConfig, out: Path, record: results.Run) -> str:
 
     plain = TrainConfig(
         model=model,
-        input=str(placed),
+        input=str(with_canaries),
         output_root=str(out),
         learning_rate=config.learning_rate,
         epochs=config.epochs,
@@ -104,7 +104,7 @@ def run(config: QuickstartConfig, out: Path, record: results.Run) -> str:
         written[arm] = write(arm, checkpoints[arm])
     write("base", model)
     perfect = out / "generated_sequences_trained_on.jsonl"  # output of a generator that reproduces its training rows
-    learnt = [row | {reviews.GENERATED: row[reviews.REAL]} for row in dataset.read_rows(placed)]
+    learnt = [row | {reviews.GENERATED: row[reviews.REAL]} for row in dataset.read_rows(with_canaries)]
     results.write_jsonl(perfect, learnt)
     measure(config, out, model, checkpoints, written)
     rows = summary(out, checkpoints)
@@ -113,15 +113,13 @@ def run(config: QuickstartConfig, out: Path, record: results.Run) -> str:
     return report(rows)
 
 
-def measure(
-    config: QuickstartConfig, out: Path, model: str, checkpoints: dict[str, Path], written: dict[str, Path]
-) -> None:
+def measure(config: StudyConfig, out: Path, model: str, checkpoints: dict[str, Path], written: dict[str, Path]) -> None:
     """Privacy, fidelity and utility of all arms; what was measured before on the same files and weights is kept."""
     from canary.measurement import run as measure_canaries
     from fidelity.run import run as compare
     from utility.importance import run as weigh_words
 
-    real, placed = out / "reviews", out / "train_canaries.jsonl"
+    real, with_canaries = out / "reviews", out / "train_canaries.jsonl"
     held_out, clean = str(real / "validation.jsonl"), str(real / "train.jsonl")
     untrained = {"base": model}  # the reference: exposure and text before any private review
     arms, texts = (
@@ -130,7 +128,7 @@ def measure(
     unlearnt = tuple(f"{arm}={out / f'generated_sequences_{arm}.jsonl'}" for arm in ("base", "trained_on"))
     # a step that was killed starts again (overwrite); downstream.py resumes
     canaries = CanaryConfig(
-        canaries=str(placed.with_name("train_canaries_key.jsonl")),
+        canaries=str(with_canaries.with_name("train_canaries_key.jsonl")),
         models=arms,
         synthetic=texts,
         references=200,
@@ -140,7 +138,7 @@ def measure(
     )
     likeness = FidelityConfig(
         real=held_out,
-        train=str(placed),
+        train=str(with_canaries),
         synthetic=texts + unlearnt,
         num_rows=TEST,
         output_dir=str(out / "fidelity"),
@@ -196,7 +194,7 @@ def step(script: str, run: Callable[[Any], object], config: Any) -> None:
         file.write(_mark(inputs_before, folder))
 
 
-def _mark(inputs: dict[str, str], folder: Path) -> bytes:
+def _mark(inputs: dict[str, str | None], folder: Path) -> bytes:
     return json.dumps({"from": inputs, "left": input_hashes(sorted(folder.glob("*.json*")))}, indent=1).encode()
 
 
@@ -229,7 +227,7 @@ def make_split(folder: Path, n: int, train_rows: int, test_rows: int, department
     return folder
 
 
-def public_base(config: QuickstartConfig, out: Path) -> Path:
+def public_base(config: StudyConfig, out: Path) -> Path:
     """The embedded model after PUBLIC_EPOCHS epochs on public reviews."""
     departments = tuple(name for name in DEPARTMENTS for _ in range(1 if name in PRIVATE else COMMON))
     public = make_split(out / "public", 2 * PUBLIC, PUBLIC, 10, departments, config.seed + 1)
@@ -262,13 +260,13 @@ def public_base(config: QuickstartConfig, out: Path) -> Path:
     return base
 
 
-def summary(out: Path, checkpoints: dict) -> dict:
+def summary(out: Path, checkpoints: dict[str, Path]) -> Record:
     """Collect what the table needs from the result files."""
     canaries = results.read_jsonl(out / "canary" / "results_canary.jsonl")
     likeness = json.loads((out / "fidelity" / "results_fidelity.json").read_text(encoding="utf-8"))
     words = json.loads((out / "importance" / "feature_importance.json").read_text(encoding="utf-8"))
     ratings = results.read_jsonl(out / "downstream" / "results_utility.jsonl")
-    spent = {arm: models.privacy(models.find_model(str(one))) for arm, one in checkpoints.items()}
+    spent = {arm: models.privacy(models.find_model(str(folder))) or {} for arm, folder in checkpoints.items()}
     return {
         "canary": canaries,
         "fidelity": likeness,
@@ -279,13 +277,13 @@ def summary(out: Path, checkpoints: dict) -> dict:
     }
 
 
-def against_base(rows: list[dict]) -> list[dict]:
+def against_base(rows: list[Record]) -> list[Record]:
     """Exposure of each group of canaries, arm minus base, paired by canary: mean and 95 % t-interval, in bits."""
     from statistics import fmean, stdev
 
     from scipy import stats
 
-    bits: dict[tuple, dict] = {}
+    bits: dict[tuple[str, int], dict[tuple[str, int], float]] = {}
     for row in rows:
         if row["source"] == "model" and row["kind"] in ("ladder", "held_out"):
             bits.setdefault((row["kind"], row["repetitions"]), {})[row["arm"], row["id"]] = row["exposure"]
@@ -315,7 +313,7 @@ def bound_text(value: float | None) -> str:
     return "no audit" if value is None else f"{value:.2f}"
 
 
-def exposure_text(bits: dict | None) -> str:
+def exposure_text(bits: Record | None) -> str:
     return "never trained on" if bits is None else f"{bits['median']:.1f}"
 
 
@@ -323,7 +321,7 @@ def p_text(p: float | None) -> str:
     return "" if p is None else f" (p {p:.2g})"
 
 
-def report(rows: dict) -> str:
+def report(rows: Record) -> str:
     """The study's tables in Markdown: privacy, fidelity, utility."""
     arms = list(rows["arms"])
     privacy = []

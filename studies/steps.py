@@ -4,10 +4,10 @@ import contextlib
 import io
 import math
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from auditing.config import AuditConfig
 from common import cli, dataset, models, results, stats
@@ -15,16 +15,31 @@ from common.schema import HEADLINE_TEMPERATURE, outcomes_path
 from extraction.config import AttackConfig, MeasureConfig
 from mia.config import MiaConfig
 from perplexity.config import PerplexityConfig
-from studies.config import QuickstartConfig
+from studies.config import StudyConfig
 from training.config import TrainConfig
 from training.run import run as fine_tune
 
 TEMPERATURE = HEADLINE_TEMPERATURE
 Config = TypeVar("Config")
 Outcome = TypeVar("Outcome")
+Record = dict[str, Any]  # a line of a result file, or a row of a study's table
 
 
-def check_rows(config, problems: cli.Problems) -> None:
+class Study(Protocol):
+    """A module of studies/. EPOCHS, RATE, RANK: its defaults."""
+
+    EPOCHS: int
+    RATE: float
+    RANK: int
+
+    def check(self, config: StudyConfig) -> None: ...
+
+    def inputs(self, config: StudyConfig) -> list[str]: ...
+
+    def run(self, config: StudyConfig, out: Path, record: results.Run) -> str: ...
+
+
+def check_rows(config: StudyConfig, problems: cli.Problems) -> None:
     """Check --dataset and --model, for the two studies on mail."""
     rows = problems.absorb(dataset.read_rows, config.dataset)
     if rows:
@@ -32,7 +47,7 @@ def check_rows(config, problems: cli.Problems) -> None:
     models.look_up(problems, config.model, config.revision)
 
 
-def device_of(config: QuickstartConfig) -> dict[str, Any]:
+def device_of(config: StudyConfig) -> dict[str, Any]:
     """Where and in which precision every step computes."""
     return {"dtype": config.dtype, "device_map": config.device_map}
 
@@ -62,9 +77,9 @@ def with_dp(config: TrainConfig, epsilon: float | None, logical_batch_size: int)
     return replace(private, target_epsilon=epsilon)
 
 
-def input_hashes(words: Iterable[object]) -> dict[str, str]:
+def input_hashes(words: Iterable[object]) -> dict[str, str | None]:
     """{word: SHA-256} of the files and local model weights among the words of a command line (path or name=path)."""
-    hashes = {}
+    hashes: dict[str, str | None] = {}
     for word in map(str, words):
         for path in (Path(word), Path(word.partition("=")[2] or word)):
             if path.is_file():
@@ -87,7 +102,7 @@ def build(script: str, run: Callable[[Any], object], config: Any) -> Path:
 
 
 def would_keep(run: Callable[[Any], object], config: Any) -> bool:
-    """Whether the builder takes its output, which exists, for finished: without --overwrite it refuses any other."""
+    """Whether the builder considers its existing output finished: without --overwrite it rejects any other."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             run(replace(config, dry_run=True))
@@ -102,14 +117,14 @@ def result_files(folder: Path) -> list[Path]:
     return sorted(files, key=lambda path: (len(path.name), path.name), reverse=True)
 
 
-def is_current(file: Path | None, model, data=None) -> bool:
+def is_current(file: Path | None, model: cli.AnyPath, data: cli.AnyPath | None = None) -> bool:
     """Whether a result file exists and all its lines match the model's current weights (and the current data).
 
     A stale file is removed, so that its numbers cannot mix with new ones.
     """
     if file is None or not file.is_file():
         return False
-    wanted = {"model_sha256": models.weights_sha256(models.find_model(str(model)))}
+    wanted: Record = {"model_sha256": models.weights_sha256(models.find_model(str(model)))}
     if data is not None:
         wanted["dataset_sha256"] = results.sha256(data)
     try:
@@ -123,7 +138,7 @@ def is_current(file: Path | None, model, data=None) -> bool:
     return False
 
 
-def measured(folder: Path) -> tuple[dict, list[dict]]:
+def measured(folder: Path) -> tuple[Record, list[Record]]:
     """(result line, outcome lines) of the newest measurement at TEMPERATURE in `folder`."""
     for file in result_files(folder):
         for line in reversed(results.read_jsonl(file)):
@@ -143,8 +158,9 @@ def attack(model: cli.AnyPath, folder: Path, asked: AttackConfig) -> None:
     call("measure_purified.py", run, MeasureConfig(**vars(asked), model=str(model), output_dir=str(folder)))
 
 
-def infer_membership(config: MiaConfig) -> list[dict]:
+def infer_membership(config: MiaConfig) -> list[Record]:
     """Membership inference on config.model; the lines of results_mia.jsonl, which are kept for the same weights."""
+    assert config.output_dir and config.model
     file = Path(config.output_dir) / "results_mia.jsonl"
     if not is_current(file, config.model):
         from mia.measure import run
@@ -153,26 +169,24 @@ def infer_membership(config: MiaConfig) -> list[dict]:
     return results.read_jsonl(file)
 
 
-def audit(config: AuditConfig) -> dict[str, Any]:
+def audit(config: AuditConfig) -> Record:
     """audit.json of config.model on config.train, kept for the same weights and rows."""
     file = Path(config.output_dir) / "audit.json"
     if file.is_file():
-        found = results.read_json(file, "remove it")
+        audited: Record = results.read_json(file, "remove it")
         weights = models.weights_sha256(models.find_model(config.model))
-        train_file = found.get("data", {}).get("train", {})
-        if found.get("model", {}).get("weights_sha256") == weights and train_file.get("sha256") == results.sha256(
-            config.train
-        ):
+        measured_on = audited.get("data", {}).get("train", {}).get("sha256")
+        if audited.get("model", {}).get("weights_sha256") == weights and measured_on == results.sha256(config.train):
             print(f"\n{file}: measured before, kept")
-            return found
+            return audited
         print(f"\n{file}: stale (weights or dataset changed); measured again")
     from auditing.run import run
 
     call("audit.py", run, config)
-    return results.read_json(file, "remove it")
+    return dict(results.read_json(file, "remove it"))
 
 
-def measure_perplexity(config: PerplexityConfig) -> list[dict]:
+def measure_perplexity(config: PerplexityConfig) -> list[Record]:
     """The lines of perplexity.jsonl, in which models measured before are kept."""
     from perplexity.measure import run
 
@@ -180,7 +194,7 @@ def measure_perplexity(config: PerplexityConfig) -> list[dict]:
     return results.read_jsonl(config.folder / "perplexity.jsonl")
 
 
-def row_of(name: str, folder: Path, perplexity_mean: float | None) -> dict:
+def row_of(name: str, folder: Path, perplexity_mean: float | None) -> Record:
     """One row of the table from the newest measurement in `folder`."""
     line, outcomes = measured(folder)
     labels = [label for label in line["matches"] if label != "total"]
@@ -198,23 +212,23 @@ def row_of(name: str, folder: Path, perplexity_mean: float | None) -> dict:
     }
 
 
-def share(row: dict) -> str:
+def share(row: Record) -> str:
     """Exact hits as a share of all prompts, with its interval."""
     low, high = row["exact_rate_ci95"]
     return f"{sum(row['exact'].values()) / (len(row['exact']) * row['rows']):.1%} ({low:.1%}–{high:.1%})"
 
 
-def table(heads: list, rows: list[list]) -> str:
+def table(heads: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
     """A Markdown table."""
     lines = ["| " + " | ".join(map(str, heads)) + " |", "|" + "---|" * len(heads)]
     return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
 
 
-def joined(counts) -> str:
+def joined(counts: Iterable[int]) -> str:
     return " / ".join(map(str, counts))
 
 
-def paired(rows: list[dict]) -> list[str]:
+def paired(rows: list[Record]) -> list[str]:
     """One line per measurement: exact hits gained and lost against its baseline, by template, with McNemar's exact p
     and that p Holm-corrected over all of these tests."""
     tests = [(row, label, pair) for row in rows for label, pair in (row["mcnemar_exact"] or {}).items()]

@@ -10,7 +10,7 @@ import time
 
 
 def find() -> str | None:
-    """Path of Chromium or Chrome; None where there is none (Debian: apt-get install chromium)."""
+    """Path of Chromium or Chrome; None if there is none (Debian: apt-get install chromium)."""
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
@@ -23,18 +23,18 @@ class Browser:
 
     def __enter__(self):
         self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        theirs_in, self.out = os.pipe()
-        self.back, theirs_out = os.pipe()
-        words = [
+        browser_in, self.out = os.pipe()
+        self.back, browser_out = os.pipe()
+        command = [
             find(), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe",
             "--no-first-run", "--disable-background-networking", f"--user-data-dir={self.profile.name}", "about:blank",
         ]  # fmt: skip
         # the browser reads its file descriptor 3 and writes 4
-        script = f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}'
+        script = f'exec "$@" 3<&{browser_in} 4>&{browser_out}'
         self.process = subprocess.Popen(
-            ["bash", "-c", script, "bash", *words], pass_fds=(theirs_in, theirs_out), stderr=subprocess.DEVNULL
+            ["bash", "-c", script, "bash", *command], pass_fds=(browser_in, browser_out), stderr=subprocess.DEVNULL
         )
-        os.close(theirs_in), os.close(theirs_out)
+        os.close(browser_in), os.close(browser_out)
         self.waiting = b""
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -74,12 +74,12 @@ class Browser:
         call |= {"sessionId": self.session} if self.session else {}
         os.write(self.out, json.dumps(call).encode() + b"\0")
         while True:
-            found = self.message()
-            if found.get("id") == self.number:
-                if "error" in found:
-                    raise RuntimeError(f"{method}: {found['error']}")
-                return found["result"]
-            self.events.append(found)
+            reply = self.message()
+            if reply.get("id") == self.number:
+                if "error" in reply:
+                    raise RuntimeError(f"{method}: {reply['error']}")
+                return reply["result"]
+            self.events.append(reply)
 
     def open(self, path) -> float:
         """Load a file; the seconds until its load event."""
@@ -91,15 +91,15 @@ class Browser:
 
     def cpu(self) -> float:
         """Seconds of processor time that the page's main thread has used since `open` began."""
-        found = {one["name"]: one["value"] for one in self.send("Performance.getMetrics")["metrics"]}
-        return found["TaskDuration"]
+        metrics = {one["name"]: one["value"] for one in self.send("Performance.getMetrics")["metrics"]}
+        return metrics["TaskDuration"]
 
     def run(self, script: str):
         """The value of a JavaScript expression."""
-        found = self.send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
-        if "exceptionDetails" in found:
-            raise RuntimeError(found["exceptionDetails"]["exception"].get("description"))
-        return found["result"].get("value")
+        reply = self.send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        if "exceptionDetails" in reply:
+            raise RuntimeError(reply["exceptionDetails"]["exception"].get("description"))
+        return reply["result"].get("value")
 
     @property
     def requests(self) -> list[str]:
@@ -114,9 +114,9 @@ class Browser:
 
     def picture(self, file, whole: bool = True) -> None:
         """A PNG of the whole page, or of what the window shows."""
-        found = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
+        reply = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         with open(file, "wb") as target:
-            target.write(base64.b64decode(found["data"]))
+            target.write(base64.b64decode(reply["data"]))
 
     def print(self, file) -> None:
         """A PDF, as a printer would get it."""

@@ -10,12 +10,12 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun gives its ranks: sums then round alike, and it is faster
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: sums round the same way, and it is faster
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 ROOT = Path(__file__).resolve().parents[1]
-os.environ["PYTHONPATH"] = str(ROOT)  # scripts run as programs find the folders beside these tests, installed or not
+os.environ["PYTHONPATH"] = str(ROOT)  # scripts run as programs import the folders next to tests/, installed or not
 
 import pytest
 
@@ -55,7 +55,7 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 
 def write_manifest(path: Path, **facts) -> None:
-    """A manifest beside a data file that stands."""
+    """A manifest for an existing data file."""
     from common import dataset, results
 
     with results.output_file(path) as place, place.publication() as files:
@@ -127,7 +127,7 @@ def dataset(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def adapters(models, tmp_path_factory) -> dict[tuple[str, str], Path]:
-    """{(architecture, 'lora' | 'dora'): adapter folder}, with weights that move the model visibly."""
+    """{(architecture, 'lora' | 'dora'): adapter folder}, whose weights change the model visibly."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM

@@ -1,4 +1,4 @@
-"""Tiny random models of many decoder families, each with what is particular to it (a window, ALiBi, experts, …)."""
+"""Tiny random models of many decoder families, each with its characteristic feature (a window, ALiBi, experts, …)."""
 
 from pathlib import Path
 

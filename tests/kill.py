@@ -1,10 +1,10 @@
-"""Kill a script before each of its file operations, run it again with the same words, compare with an unbroken run.
+"""Kill a script before each of its file operations, run it again, compare with an uninterrupted run.
 
 python tests/kill.py < job.json     {"root", "script", "words", "at": [numbers] or null for all}
 
 `root`/start is what a run finds; it is copied to `root`/work, the folder that the words name, before each run. The
-script runs in a forked process, so that torch is imported once. The answer, JSON on stdout: `operations` of an unbroken
-run, and `faults`: what differed after a kill and a second run. A file may differ in nothing but times and speeds.
+script runs in a forked process, so that torch is imported once. The answer, JSON on stdout: `operations` of an
+uninterrupted run, and `faults`: what differed after a kill and a second run. Files may differ in times and speeds only.
 """
 
 import builtins
@@ -164,7 +164,7 @@ def sweep(root: Path, script: str, words: list[str], at: list[float] | None) -> 
     fresh()
     status, operations = run(path, words, work, None, log)
     if status:
-        return {"operations": operations, "faults": [f"unbroken: exit {status}\n{log.read_text()[-3000:]}"]}
+        return {"operations": operations, "faults": [f"uninterrupted: exit {status}\n{log.read_text()[-3000:]}"]}
     whole = snapshot(work)
     numbers = range(len(operations)) if at is None else sorted({int(share * (len(operations) - 1)) for share in at})
     faults, killed = [], 0

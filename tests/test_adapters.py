@@ -1,4 +1,4 @@
-"""Adapters of stock peft that this toolkit does not put on a base: one line that says what they are, before anything
+"""Adapters of stock peft that this toolkit does not support: every script names them in one line, before anything
 loads, from every script alike; and those that it does, against peft's own attached model."""
 
 import json
@@ -121,7 +121,7 @@ def test_refused_in_one_line_by_every_script(refused, kind, dataset, tmp_path, m
 
 
 @pytest.mark.parametrize("kind", ("rslora", "bias", "norm", "head", "pattern", "ia3", "loha"))
-def test_other_kinds_are_those_of_peft_itself(models, kind, tmp_path):
+def test_supported_types_match_peft(models, kind, tmp_path):
     """Merged and attached give the logits of peft's own attached model; afterwards the base is as before."""
     from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel
 
@@ -143,7 +143,7 @@ def test_other_kinds_are_those_of_peft_itself(models, kind, tmp_path):
             try:
                 with loading.adapted(base, folder, merge) as (model, _):
                     found = model(ids).logits
-            except UserError as error:  # a kind that is not put on a base says so
+            except UserError as error:  # an unsupported type is named
                 assert kind in ("ia3", "loha") and len(error.problems) == 1
                 continue
             torch.testing.assert_close(found, wanted, atol=1e-4 * wanted.abs().max().item(), rtol=0)

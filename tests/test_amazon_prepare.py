@@ -170,7 +170,7 @@ NO_TEXTS = [5, 5.5, True, {"a": "b"}, ["a", None]]
 
 @pytest.mark.parametrize("field", ["text", "title", "parent_asin"])
 def test_a_review_with_a_value_that_is_no_text_is_broken(field, tmp_path, capsys):
-    """It was written as the text of its JSON; a parent_asin of 5 found the product "5"."""
+    """It used to be written as its JSON text; a parent_asin of 5 found the product "5"."""
     reviews = [review(f"user {n}", "P1", f"text {n}") for n in range(4)]
     reviews[2:2] = [review("ann", "P1", "good") | {field: value} for value in NO_TEXTS]
     products = PRODUCTS + [{"parent_asin": json.dumps(value), "title": "a product"} for value in NO_TEXTS]
@@ -191,7 +191,7 @@ def test_a_review_with_a_value_that_is_no_text_is_broken(field, tmp_path, capsys
 def test_a_product_with_a_value_that_is_no_text_is_broken(tmp_path, capsys):
     reviews = [review(f"user {n}", asin, "fine") for n, asin in enumerate(["P1", "P2", "P3", "7"])]
     products = [
-        {"parent_asin": "P1", "title": {"a": "b"}},  # of several lines about a product the first whole one counts
+        {"parent_asin": "P1", "title": {"a": "b"}},  # of several lines about a product, the first valid one counts
         {"parent_asin": "P1", "title": "Bardel Kettle"},
         {"parent_asin": "P2", "title": ["Quillan Lamp"]},
         {"parent_asin": "P3", "title": None},
@@ -324,7 +324,7 @@ def test_take_users_keeps_users_whole(numbers, train, test):
     assert len(taken) == len(set(taken))
     for side, size, lack in zip(sides, (train, test), room):
         assert sum(numbers[user] for user in side) == size - lack
-        if lack:  # nobody who was passed over would have fitted
+        if lack:  # no skipped user would have fitted
             assert all(rows > lack for user, rows in users if user not in taken)
 
 
@@ -396,7 +396,7 @@ def test_existing_files_are_refused_or_replaced(files, tmp_path):
         f"--output_dir {tmp_path / 'out' / split}.jsonl" for split in SPLITS
     ]
     assert build(tmp_path / "out", files, "--overwrite", train=2, test=1) == first  # replaced, not appended to
-    # a run that fails leaves what is there
+    # a failed run keeps the existing files
     record = run_record(tmp_path / "out")
     assert any(":3: not JSON" in line for line in refused([*words, "--overwrite", "--strict"]))
     assert {split: read_lines(tmp_path / "out" / f"{split}.jsonl") for split in SPLITS} == first
@@ -468,7 +468,7 @@ def test_all_problems_at_once(tmp_path, capsys):
     ids=["empty", "no JSON", "lists", "a bool"],
 )
 @pytest.mark.parametrize("flag", ["--reviews", "--meta"])
-def test_files_that_hold_nothing(flag, content, words, tmp_path, files):
+def test_empty_files(flag, content, words, tmp_path, files):
     bad = tmp_path / "bad.jsonl"
     bad.write_bytes(content)
     problems = refused([*files, flag, bad, "--output_dir", tmp_path / "out", "--train", 1, "--test", 1])
@@ -521,7 +521,7 @@ def test_an_input_is_never_overwritten(files, tmp_path):
     assert "the same file as --reviews" in problem
 
 
-def test_too_little_memory_is_said(goods, tmp_path):
+def test_too_little_memory_is_reported(goods, tmp_path):
     words = ["--reviews", goods["reviews"], "--meta", goods["meta"], "--output_dir", tmp_path / "out"]
     (problem,) = refused([*words, "--train", 10, "--test", 1, "--memory_limit", "1MB"])
     assert problem.startswith("--memory_limit 1MB: not enough")
@@ -604,7 +604,7 @@ def test_generated_texts_depend_on_rating_and_product(goods):
         assert (good > 0, bad > 0) == expected.get(row["rating"], (True, bad > 0))
 
 
-def test_the_generator_repeats_itself_and_refuses_to_overwrite(tmp_path):
+def test_the_generator_is_deterministic_and_refuses_to_overwrite(tmp_path):
     words = ["--reviews", "50", "--products", "5", "--gzip"]
     for folder in ("a", "b"):
         assert make_reviews.main([*words, "--output_dir", str(tmp_path / folder)]) == 0

@@ -54,7 +54,7 @@ def test_perfect_scores_are_caught():
 
 @pytest.mark.parametrize("first", (True, False))
 def test_equal_scores_carry_no_information(first):
-    """100 in, then 100 out, one score for all: by their places in the file every guess would be right (ε ≥ 2.83)."""
+    """100 in, then 100 out, one score for all: ranked by position, every guess would be right (ε ≥ 2.83)."""
     included = [first] * 100 + [not first] * 100
     assert audit.one_run(np.zeros(200), included, 1e-5)["epsilon"] == 0
     above = sum(audit.one_run(np.zeros(200), included, 1e-5, seed=seed)["epsilon"] > 0 for seed in range(100))

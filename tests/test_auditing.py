@@ -1,4 +1,4 @@
-"""audit.py as its users run it: verdict, gates, exit status; and on models of which the truth is known."""
+"""audit.py as users run it: verdict, gates, exit status; and on models whose leakage is known."""
 
 import json
 import shutil
@@ -179,7 +179,7 @@ def test_chat_rows_and_given_secrets(adapters, rows, tmp_path):
 
 
 def test_given_secrets_are_looked_for_in_their_own_rows(adapters, rows, tmp_path):
-    """Of 40 rows 9 are used, and those that are named."""
+    """9 of 40 rows are used, plus those that are named."""
     names = [person["name"] for person in people(40, 1)]
     lines = [{"type": "name", "value": names[row], "row": row} for row in (3, 17, 31, 39)]
     lines.append({"type": "name", "value": names[4], "row": 5})  # not there
@@ -221,7 +221,7 @@ def result(p: float | None = 0.5, **more) -> dict:
 
 
 def facts(**parts) -> dict:
-    """An audit without a leak, but for `parts`."""
+    """An audit without a leak, except for `parts`."""
     base = {"data": {"heldout": {}}, "membership": {"p": 0.4, "flags": []}, "extraction": {"email": result()}}
     return base | {"verbatim": result(), "untargeted": result(samples=9), "canaries": {"undefined": "none"}} | parts
 
@@ -249,7 +249,7 @@ def test_without_the_blind_baselines_the_control_is_called_unchecked():
     assert verdict.judge(facts())["questions"]["verbatim"]["control"] == verdict.HELDOUT
 
 
-def test_the_blind_baseline_shown_is_the_furthest_from_a_coin():
+def test_the_blind_baseline_shown_is_the_furthest_from_one_half():
     part = {"attack": "ref", "auc": {"value": 0.6, "low": 0.5, "high": 0.7}, "headline_level": None, "n_members": 9}
     part |= {"n_nonmembers": 9, "blind": {"a": 0.55, "b": 0.2, "c": None}}
     assert "the furthest blind baseline 0.200" in report.membership_line(part)
@@ -297,8 +297,8 @@ class TestATrainedModel:
         status, found = run(*words, "--output_dir", tmp_path)
         assert status == 0 and found["verdict"]["answer"] == verdict.NONE_FOUND
 
-    def test_exchanged_files_are_told(self, adapter, rows, tmp_path):
-        alone = tmp_path / "adapter"  # without the run.json that tells what it was trained on
+    def test_exchanged_files_are_reported(self, adapter, rows, tmp_path):
+        alone = tmp_path / "adapter"  # without the run.json that names its training rows
         shutil.copytree(adapter, alone)
         words = ["--model", alone, "--train", rows["heldout"], "--heldout", rows["train"], *self.WORDS]
         _, found = run(*words, "--output_dir", tmp_path / "out")
@@ -318,7 +318,7 @@ class TestATrainedModel:
         assert questions["membership"]["why"].startswith("blind baselines tell the two sets apart")
         assert questions["extraction.card"]["control"] == "base"  # what greedy decoding gained over it
 
-    def test_two_ranks_are_one_process(self, adapter, rows, tmp_path):
+    def test_two_ranks_equal_one_process(self, adapter, rows, tmp_path):
         words = ["--model", adapter, "--train", rows["train"], "--heldout", rows["heldout"], *self.WORDS]
         words += ["--num_rows", 12]
         shutil.rmtree(tmp_path / "one", ignore_errors=True)

@@ -255,7 +255,7 @@ def test_all_problems_at_once(files, capsys):
     assert all(part in text for part in ("--model: required", "is not writable", "nothing-there", "twice"))
 
 
-def test_a_broken_launch_is_said_before_anything_else(files, monkeypatch, no_models):
+def test_a_broken_launch_is_reported_before_anything_else(files, monkeypatch, no_models):
     monkeypatch.setenv("WORLD_SIZE", "2")
     words = ["--model", str(files["model"]), "--output_dir", str(files["out"]), "-d", str(files["good"])]
     with pytest.raises(UserError, match="RANK, MASTER_ADDR, MASTER_PORT not set"):
@@ -288,7 +288,7 @@ def test_reading_names_every_broken_line_once(tmp_path):
 
 
 def test_an_adapter_of_fewer_layers_does_not_fit(models, adapters, tmp_path):
-    """Same widths, one layer more, modules named by their ends: the matrices there would stay as they were drawn."""
+    """Same widths, one layer more, modules matched by suffix: its matrices would keep their initial values."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from common.models import attach
@@ -382,8 +382,8 @@ def test_reviews_of_other_types(field, value, said, tmp_path):
         read_reviews(tmp_path / "odd.jsonl")
 
 
-def test_rows_that_lost_their_manifest_are_told(tmp_path, capsys):
-    """A replaced file whose broken rows were left out: by place, row_ids 4, 5, … would pass for the first of all."""
+def test_rows_that_lost_their_manifest_are_reported(tmp_path, capsys):
+    """A replaced file without its broken rows: by position, row_ids 4, 5, … would be taken for the first rows."""
     moved = write_rows(tmp_path / "moved.jsonl", [row for row in make_rows(9) if row["row_id"] != 3])
     written = write_rows(tmp_path / "made.jsonl", [{"Rating": 5, "generated_text": "Good.", "Product Title": "x"}])
     mine = write_rows(tmp_path / "mine.jsonl", make_rows(9))
@@ -431,8 +431,8 @@ def test_a_problem_is_one_line_whatever_the_name(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["a?b*[1]", "it's %s", "a\nb", "ä😀"])
-def test_a_merge_goes_where_it_was_asked_to(name, adapters, tmp_path):
-    """Through a symbolic link, which stays, and into folders of odd names."""
+def test_a_merge_is_written_to_its_destination(name, adapters, tmp_path):
+    """Through a symbolic link, which is kept, and into folders with odd names."""
     target, link = tmp_path / name, tmp_path / "link"
     target.mkdir()
     link.symlink_to(target)
@@ -472,7 +472,7 @@ def test_a_full_disk_is_one_line_that_names_the_file(write, tmp_path, monkeypatc
     assert [path.name for path in file.parent.iterdir()] == (["x.json"] if write == "line" else [])
 
 
-def test_other_errors_stay_what_they_are(tmp_path):
+def test_other_errors_pass_through(tmp_path):
     def main():
         with results.atomic_folder(tmp_path / "x"):
             raise RuntimeError("a bug")
@@ -494,24 +494,24 @@ def test_checkpoints_of_odd_names(tmp_path):
         find_checkpoints(tmp_path)
 
 
-# ---------------------------------------------------------------- who wrote a row
+# ---------------------------------------------------------------- users
 
 
 @pytest.mark.parametrize(("given", "user"), [
     ("u", "u"), (" u\n", "u"), (5, "5"), (5.0, "5"), ("5", "5"), (0, "0"), ("", None), ("  ", None), (None, None),
     (True, None), (2.5, None), (["u"], None),
 ])  # fmt: skip
-def test_one_rule_tells_users_apart(given, user):
+def test_users_are_identified_by_one_rule(given, user):
     assert dataset.user_of({"user_id": given}) == user
 
 
 def test_a_user_written_in_two_ways_is_one_unit():
-    """ε would be that of half the noise: in the histogram a user adds to one cell, by one."""
+    """Else the true ε would be that of half the noise: a user adds to one cell, by one."""
     import numpy as np
 
     from common.reviews import halve
-    from data.synthetic.histogram import one_row_a_user
+    from data.synthetic.histogram import one_row_per_user
 
     rows = [{"user_id": one, "Review": "a"} for one in ("5", 5, " 5", 5.0)]
-    assert len(one_row_a_user(rows, np.random.default_rng(0))) == 1
+    assert len(one_row_per_user(rows, np.random.default_rng(0))) == 1
     assert sorted(map(len, halve([*rows, *({"Review": "b"} for _ in range(4))], 0))) == [4, 4]

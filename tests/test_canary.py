@@ -1,5 +1,5 @@
-"""canary/inject.py and canary/measure.py: what is placed is in the key and nowhere else; counts, exposure and bounds by
-hand; a model that learned its canaries is seen to have, and text that holds them refutes an ε that is too small."""
+"""canary/inject.py and canary/measure.py: what is inserted is in the key and nowhere else; counts, exposure and
+bounds by hand; memorised canaries are detected, and text that contains them refutes an ε that is too small."""
 
 import json
 import math
@@ -36,7 +36,7 @@ def make(path, rows, *more) -> tuple[list[dict], dict, list[dict]]:
     return read_lines(path / "train_canaries.jsonl"), header, key
 
 
-# ---------------------------------------------------------------- canaries and their places
+# ---------------------------------------------------------------- canaries and their positions
 
 
 def test_spaces_by_hand():
@@ -88,7 +88,7 @@ def test_insertion_is_undone_by_removal_and_never_at_the_start(review, within, s
     assert not within or start - 1 <= max(within, first_gap)
 
 
-def test_places_are_spread():
+def test_positions_are_uniform():
     """Uniform over the 40 gaps of a review of 40 words: 2,000 draws hit each 50 times, deviation 7."""
     review, rng = " ".join(f"w{index:02}" for index in range(40)), random.Random(0)
     starts = [canaries.insert(review, "X.", 0, rng)[1] for _ in range(2000)]
@@ -131,7 +131,7 @@ def test_file_and_key_agree(condition, tmp_path):
 
 
 def test_audit_by_user_adds_or_leaves_out_whole_users(tmp_path):
-    """30 users of 4 rows: a canary stands in its user's first row (a cap on rows a user never drops that one)."""
+    """30 users of 4 rows: a canary is in its user's first row (a cap on rows a user never drops that one)."""
     rows = make_reviews(120, users=30)
     made, _, key = make(tmp_path, rows, "--audit", 20, "--privacy_unit", "user")
     present = [row["user_id"] for row in made]
@@ -175,7 +175,7 @@ def test_inject_bad_input(tmp_path):
 
 
 def test_rows_with_a_canary_are_still_the_same_rows(tmp_path):
-    """A canary in every row: all are shared with the file it was put into, and none with another file's row_ids."""
+    """A canary in every row: all are shared with the file they were inserted into, none with one of other row_ids."""
     rows = make_reviews(200)
     made, *_ = make(tmp_path, rows, "--share", 1)
     assert not any(one["Review"] == row["Review"] for one, row in zip(made, rows))
@@ -249,8 +249,8 @@ def test_exposure_by_hand():
     assert np.median(ranks) == pytest.approx(metrics.CHANCE["median"], abs=0.01)
 
 
-def test_extrapolation_on_a_normal_law():
-    """−log2 Φ(−4) = 14.9 bits; never more than log2 |R|; a law that is no skew-normal gets a small KS p."""
+def test_extrapolation_on_a_normal_distribution():
+    """−log2 Φ(−4) = 14.9 bits; never more than log2 |R|; a distribution that is not skew-normal gets a small KS p."""
     references = np.random.default_rng(0).normal(50, 5, 4000)
     found = metrics.extrapolated_exposure(30, references, 10**9)
     assert abs(found["bits"] - 14.95) < 2 and found["ks_p"] > 0.05
@@ -262,12 +262,12 @@ def test_extrapolation_on_a_normal_law():
 def test_heuristic_bound_by_hand():
     """20 canaries, 10 in; the top 2 are both in: TPR ≥ 0.02521 (Clopper–Pearson of 2/10), FPR ≤ 0.30850 (0/10)."""
     included = [True] * 10 + [False] * 10
-    assert metrics.heuristic_bound(np.zeros(20), included, 0.0)["true_positives"] < 2  # one score: no order of places
+    assert metrics.heuristic_bound(np.zeros(20), included, 0.0)["true_positives"] < 2  # one score for all: no ranking
     found = metrics.heuristic_bound(np.arange(20, 0, -1), included, 0.0)
     assert (found["true_positives"], found["false_positives"], found["epsilon"]) == (2, 0, 0.0)
     included = [True] * 200 + [False] * 200
     found = metrics.heuristic_bound(np.arange(400, 0, -1), included, 0.01)
-    # scipy's beta.ppf(0.025, 40, 161) and 1 − 0.025^(1/200) worked out apart from the function
+    # scipy's beta.ppf(0.025, 40, 161) and 1 − 0.025^(1/200) computed independently of the function
     from scipy.stats import binomtest
 
     low = binomtest(40, 200).proportion_ci(0.95, "exact").low
@@ -322,12 +322,12 @@ def test_an_eos_that_the_tokenizer_adds_is_no_part_of_the_secret(before, models)
     assert (tokens[0][0][0] == tokenizer.eos_token_id) == bool(before)
 
 
-# ---------------------------------------------------------------- the whole of it
+# ---------------------------------------------------------------- end to end
 
 
 @pytest.fixture(scope="module")
 def learned(models, tmp_path_factory):
-    """(key file, checkpoint): a tiny model trained until it knows canaries placed 12 times; 24 audit canaries."""
+    """(key file, checkpoint): a tiny model trained until it knows canaries inserted 12 times; 24 audit canaries."""
     return learn(tmp_path_factory.mktemp("learned"), models)
 
 
@@ -346,7 +346,7 @@ def by(lines, name, **more):
     return [line for line in lines if all(line.get(key) == value for key, value in wanted.items())]
 
 
-def test_a_model_that_learned_is_seen_to_have(learned, models, tmp_path):
+def test_memorised_canaries_are_detected(learned, models, tmp_path):
     """Twelve times: exposed at the ceiling of 9 bits or near; held out: not. The untrained base: near chance."""
     key, checkpoint = learned
     words = ["--canaries", key, "--models", f"lora={checkpoint}", f"base={models['llama']}", "--references", 511]
@@ -380,7 +380,7 @@ def measured(tmp_path, key, checkpoint):
 
 
 def test_canaries_that_training_cut_off_give_no_audit(models, tmp_path, capsys):
-    """The whole way, with --max_length so short that no canary is left: null and why, on the line and on the page."""
+    """End to end, with --max_length so short that no canary is left: null and the reason, in line and report."""
     rows, _, _ = make(tmp_path, make_reviews(64), "--repetitions", 4, "--canaries", 2, "--audit", 24)
     tokenizer = common_models.load_tokenizer(common_models.find_model(str(models["llama"])))
     texts = [dataset.row_text(row) for row in rows]
@@ -435,7 +435,7 @@ def test_copies_that_were_held_out_or_left_out_are_not_counted(models, tmp_path)
     assert audit["lower"]["95"] is not None and audit["power"]["95"] > 0.2
 
 
-def test_a_model_that_learned_text_canaries_is_seen_to_have(models, tmp_path):
+def test_memorised_text_canaries_are_detected(models, tmp_path):
     """Words drawn one by one after a review's own opening, from injection to exposure: no person in any canary."""
     key, checkpoint = learn(tmp_path, models, "--secret", "text")
     header, *canaries = read_lines(key)
@@ -514,7 +514,7 @@ def generated(path, texts, privacy=None):
 
 @pytest.fixture
 def echoes(tmp_path):
-    """(key, text with every placed canary once, text with none), 200 audit canaries by record, System S's counts."""
+    """(key, text with every inserted canary once, text with none), 200 audit canaries by record, System S's counts."""
     _, _, key = make(tmp_path, make_reviews(300), "--audit", 200, "--repetitions", 4, "--canaries", 5)
     plain = [row["Review"] for row in make_reviews(300, seed=7)]
     told = [f"{text} {one['sentence']}" for text, one in zip(plain, (one for one in key if one["included"]))]

@@ -188,7 +188,7 @@ def readme_blocks() -> list[list[str]]:
     return [[line.split("   #")[0].strip() for line in block.splitlines() if line.strip()] for block in blocks]
 
 
-WITHOUT_DATA = {  # a missing file of each script that loads a model, beside a model that is there
+WITHOUT_DATA = {  # a missing file of each script that loads a model, next to an existing model
     "run_peft.py": "-m MODEL -i NONE --output_root OUT",
     "measure_purified.py": "--model MODEL -d NONE --output_dir OUT",
     "evaluate_purified.py": "-m TREE -d NONE",
@@ -206,7 +206,7 @@ WITHOUT_DATA = {  # a missing file of each script that loads a model, beside a m
 
 
 @pytest.mark.parametrize("script", WITHOUT_DATA)
-def test_a_missing_file_is_told_without_importing_torch(script, models, adapters, tmp_path):
+def test_a_missing_file_is_reported_without_importing_torch(script, models, adapters, tmp_path):
     shutil.copytree(adapters["llama", "lora"], tmp_path / "tree" / "checkpoint-1")
     places = {"MODEL": models["llama"], "NONE": tmp_path / "none.jsonl", "OUT": tmp_path / "out", "TREE": tmp_path}
     words = re.sub("|".join(places), lambda match: str(places[match[0]]), WITHOUT_DATA[script]).split()
@@ -232,7 +232,7 @@ def test_readme_study_runs_as_written(models, tmp_path):
     blocks = [block for block in readme_blocks() if any("pythia-1.4b" in line for line in block)]
     assert sorted(len(block) for block in blocks) == [3, 3, 5]  # differential privacy, membership inference, the study
     for line in [line for block in sorted(blocks, key=len, reverse=True) for line in block]:  # the study first
-        # 40 rows in global batches of 1 × 8 × 2 are 3 steps an epoch: checkpoint-12 takes the place of checkpoint-276
+        # 40 rows in global batches of 1 × 8 × 2 are 3 steps per epoch: checkpoint-12 replaces checkpoint-276
         line = line.replace("--nproc_per_node=4", "--nproc_per_node=2").replace("checkpoint-276", "checkpoint-12")
         words = shlex.split(line)
         start = [sys.executable]
@@ -252,7 +252,7 @@ def test_readme_study_runs_as_written(models, tmp_path):
 
 
 def check_pasted(printed: str) -> None:
-    """Every printed command line is one that its script takes, and says all that the script would make of it."""
+    """Every printed command line is accepted by its script and parses to the configuration of the step."""
     lines = re.findall(r"^\$ python (\S+\.py) (.*)$", printed, re.M)
     assert len(lines) > 9
     for script, words in lines:
@@ -262,7 +262,7 @@ def check_pasted(printed: str) -> None:
 
 @pytest.mark.slow
 def test_quickstart_in_small(tmp_path):
-    """quickstart.py on the embedded model with 90 of its rows: every step runs, a second call keeps all of it."""
+    """quickstart.py on the embedded model with 90 of its rows: every step runs, a second call keeps all results."""
     rows = read_lines(ROOT / "data/embedded/enron.jsonl")[:90]
     data = write_rows(tmp_path / "enron.jsonl", rows)
     outsiders = write_rows(tmp_path / "outsiders.jsonl", read_lines(ROOT / "data/embedded/outsiders.jsonl")[:30])
@@ -295,7 +295,7 @@ def test_quickstart_study_privacy_in_small(tmp_path):
 
 @pytest.mark.slow
 def test_quickstart_study_reviews_in_small(tmp_path):
-    """Every step of System S on 100 training rows; killed and run again it keeps what stands; the table is complete."""
+    """Every step of System S on 100 training rows; killed and rerun, it keeps finished steps; the table is complete."""
     driver = tmp_path / "small.py"
     driver.write_text(
         "import sys\n"
@@ -306,7 +306,7 @@ def test_quickstart_study_reviews_in_small(tmp_path):
     )
     out = tmp_path / "out"
     command = [sys.executable, str(driver), "--study", "reviews", "--output", str(out), "-e", "1"]
-    (out / "reviews_raw").mkdir(parents=True)  # as a run leaves them that was killed in a builder's first moment
+    (out / "reviews_raw").mkdir(parents=True)  # as left by a run that was killed when a builder had just started
     (out / "reviews").mkdir()
     kill_when_written(command, out / "generated_sequences_no_dp.jsonl", 10)
     assert (out / "generated_sequences_no_dp.jsonl").exists() and not (out / "summary.md").exists()
@@ -350,7 +350,7 @@ def test_version_and_a_hint_for_a_mistyped_flag(script):
 
 
 def test_configuration_files(tmp_path):
-    """The same keys as the flags, in YAML or JSON; flags win; problems of both are told at once; the file is frozen."""
+    """The same keys as the flags, in YAML or JSON; flags win; problems of both are reported; it is frozen."""
     import run_peft
     from training.config import TrainConfig
 

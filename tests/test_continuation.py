@@ -77,7 +77,7 @@ def test_greedy_is_the_models_own_continuation(arch, models, dataset, tmp_path):
 
 
 def test_batches_and_ranks_change_nothing(models, dataset, tmp_path):
-    """At a heat at which some rows end by themselves, so rows leave their batch at different steps."""
+    """At a temperature at which some rows end by themselves, so rows leave their batch at different steps."""
     hot = ["--temperature", "3", "--top_k", "400", "--max_tokens", "60"]
     one = make(models["llama"], dataset, tmp_path / "one.arrow", *hot)
     ended = [row for row in one if row["finish_reason"] == "stop"]
@@ -182,7 +182,7 @@ def test_run_peft_trains_on_it_and_on_completions_alone(models, dataset, tmp_pat
 
 
 def test_kill_and_run_again(models, dataset, tmp_path):
-    """kill -9 after some batches; the next run goes on from there and gives the file of an unbroken run."""
+    """kill -9 after some batches; the next run resumes there and writes the file of an uninterrupted run."""
     whole = make(models["llama"], dataset, tmp_path / "whole.arrow", "--batch_size", "2")
     output = tmp_path / "broken" / "data.arrow"
     script = [sys.executable, str(ROOT / "data/continuation/generate.py")]
@@ -191,7 +191,7 @@ def test_kill_and_run_again(models, dataset, tmp_path):
     kill_when_written(command, partial, 3)
     assert partial.exists() and not output.exists()
     with open(partial, "ab") as file:
-        file.write(b'{"batch": 19, "rows": [{"ind')  # a line that the power cut tore
+        file.write(b'{"batch": 19, "rows": [{"ind')  # a line torn by a power failure
     before = partial.read_bytes()
 
     with pytest.raises(UserError, match="a different seed"):

@@ -73,7 +73,7 @@ def folder_of(words):
 
 
 def alone(words):
-    """The run directory of `words`, run here in one process unless it was."""
+    """The run directory of `words`, run here in one process, once."""
     folder = folder_of(words)
     return folder if checkpoints(folder) else fine_tune(run_peft.make_parser().parse_args(words))
 
@@ -142,7 +142,7 @@ def plain(*flags) -> tuple:
     return (*flags, "--lora_dropout", "0")
 
 
-def test_two_ranks_are_one_process(models, dataset, tmp_path):
+def test_two_ranks_equal_one_process(models, dataset, tmp_path):
     """LoRA on GPT-NeoX; SGD to 1e-6, AdamW (which divides tiny gradients by their size) to 5e-3."""
     cases = [("neox", plain(*SGD), 1e-6), ("neox", plain(*ADAMW), 5e-3)]
     for sharded in check_same_as_one_process(models, dataset, tmp_path, cases):
@@ -151,7 +151,7 @@ def test_two_ranks_are_one_process(models, dataset, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_are_one_process_for_every_type(models, dataset, tmp_path):
+def test_two_ranks_equal_one_process_for_every_type(models, dataset, tmp_path):
     kinds = ("lora", "dora", "pissa")
     # PiSSA and whole models start with large weights and gradients: ten steps at 0.1 amplify the last bits
     rates = {"lora": "0.1", "dora": "0.1", "pissa": "0.003"}
@@ -166,7 +166,7 @@ def test_two_ranks_are_one_process_for_every_type(models, dataset, tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_stop_together_and_resume(models, dataset, tmp_path):
-    """SIGTERM to one rank at step 7: both save, and the resumed run is the unbroken one (dropout on)."""
+    """SIGTERM to one rank at step 7: both save, and the resumed run is the uninterrupted one (dropout on)."""
     commands, sigterm, pairs = [], {}, []
     for mode, kind in (("ddp", "dora"), ("fsdp", "pissa"), ("fsdp", "full")):
         flags = ("-pt", kind, "-lr", "1e-3")
@@ -182,7 +182,7 @@ def test_two_ranks_stop_together_and_resume(models, dataset, tmp_path):
         check_metrics(folder_of(whole), folder_of(broken))
 
 
-# ---------------------------------------------------------------- processes that do not come, or are left alone
+# ---------------------------------------------------------------- missing and orphaned processes
 
 ALONE = """
 import sys
@@ -197,7 +197,7 @@ sys.exit(cli.entry(main))
 
 
 def rank_alone(tmp_path, seconds: float, **more) -> tuple[list[str], dict]:
-    """(command, environment) of rank 0 of two; the other one never comes."""
+    """(command, environment) of rank 0 of two; the other one never starts."""
     (tmp_path / "alone.py").write_text(ALONE.format(root=str(ROOT), seconds=seconds))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -206,7 +206,7 @@ def rank_alone(tmp_path, seconds: float, **more) -> tuple[list[str], dict]:
     return [sys.executable, str(tmp_path / "alone.py")], os.environ | place | more
 
 
-def test_processes_that_do_not_come_are_not_waited_for_for_hours(tmp_path):
+def test_missing_processes_are_not_waited_for_for_hours(tmp_path):
     command, environment = rank_alone(tmp_path, 2)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
@@ -214,7 +214,7 @@ def test_processes_that_do_not_come_are_not_waited_for_for_hours(tmp_path):
 
 
 def test_a_worker_whose_torchrun_was_killed_ends(tmp_path):
-    """Before it has met the others: the group's own time-out is of hours."""
+    """Before the group has formed, whose own time-out is hours."""
     command, environment = rank_alone(tmp_path, 3600, TORCHELASTIC_RUN_ID="none")
     agent = "import subprocess, sys; subprocess.run(sys.argv[1:])"
     parent = subprocess.Popen(
@@ -224,5 +224,5 @@ def test_a_worker_whose_torchrun_was_killed_ends(tmp_path):
     time.sleep(2)
     assert parent.poll() is None  # they wait
     parent.kill()
-    assert parent.stdout.read() == ""  # its end: the worker held the pipe open until it was gone
+    assert parent.stdout.read() == ""  # end of file: the worker held the pipe open until it ended
     parent.wait()

@@ -52,7 +52,7 @@ def make_training(models, arch, dataset, out, *flags):
 
 
 def move(training) -> None:
-    """Adapters away from their start, where A's gradients are zero."""
+    """Move the adapters away from their initial values, where A's gradients are zero."""
     import torch
 
     generator = torch.Generator().manual_seed(5)
@@ -96,7 +96,7 @@ def per_example(training, rows, owners=None, units=None) -> dict:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_per_example_gradients_are_the_loops(models, dataset, tmp_path, monkeypatch, arch, kind):
+def test_per_example_gradients_equal_the_loop(models, dataset, tmp_path, monkeypatch, arch, kind):
     """All nine combinations × attention × checkpointing, against one row at a time through peft's own layers."""
     from transformers import AutoModelForCausalLM
 
@@ -177,7 +177,7 @@ def test_opacus_agrees(models, dataset, tmp_path):
 
 
 def test_units_over_several_passes(models, dataset, tmp_path):
-    """A user's gradient is the sum of the rows', whether they lie in one pass or in three."""
+    """A user's gradient is the sum of the rows', whether they are in one pass or in three."""
     import torch
 
     training = make_training(models, "opt", dataset, tmp_path, "--noise_multiplier", 1)
@@ -202,7 +202,7 @@ def test_a_parameter_without_a_rule_is_named(models, dataset, tmp_path):
 
 
 def test_a_model_that_mixes_rows_is_refused(models, dataset, tmp_path, monkeypatch):
-    """The check at the start notices a layer that sees the rows in another order than they have."""
+    """The check at the start notices a layer that permutes the rows."""
     training = make_training(models, "neox", dataset, tmp_path, "--noise_multiplier", 1)
     check_examples(training)
     before = training.examples.add
@@ -217,7 +217,7 @@ def test_a_model_that_mixes_rows_is_refused(models, dataset, tmp_path, monkeypat
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_removing_one_record_moves_the_sum_by_at_most_c(models, dataset, tmp_path, kind):
-    """Mixed lengths, one long record: removed, the sum of clipped gradients moves by C, never more."""
+    """Removing a record, short or long, moves the sum of clipped gradients by at most C."""
     import torch
 
     training = make_training(models, "neox", dataset, tmp_path, "-pt", kind, "--noise_multiplier", 1)
@@ -236,7 +236,7 @@ def test_removing_one_record_moves_the_sum_by_at_most_c(models, dataset, tmp_pat
         rest, _ = clipped(rows[:gone] + rows[gone + 1 :])
         assert (whole - rest).norm() <= bound * (1 + 1e-5)
         assert (whole - rest).norm() >= bound * 0.99
-    # The batch's mean over tokens, which libraries take, breaks the bound: the other records' weights move too.
+    # The batch's mean over tokens, which libraries use, breaks the bound: the other records' weights change too.
 
 
 @pytest.mark.parametrize("passes", [2, 64])
@@ -316,7 +316,7 @@ def test_poisson_inclusion_rate():
     assert dp.poisson_draw(b"x", 1, 5, 1.0) == [0, 1, 2, 3, 4] and dp.poisson_draw(b"x", 1, 5, 0.0) == []
 
 
-def test_draws_hang_on_secret_and_step_alone():
+def test_draws_depend_on_secret_and_step_alone():
     from training import dp
 
     one = dp.poisson_draw(b"k", 7, 10_000, 0.01)
@@ -363,7 +363,7 @@ def test_epsilon_of_the_published_setting_by_prv():
     assert dp.epsilon(0.3, 2e-5, 50_000, 1e-5, "prv") == pytest.approx(8.97, abs=0.01)
 
 
-def test_epsilon_where_prv_gives_out():
+def test_epsilon_where_prv_fails():
     """σ 0.01, q 1: exact 5,425 (Balle and Wang), where Opacus' PRV says 712; a tiny δ; never below 0."""
     from training import dp
 
@@ -438,7 +438,7 @@ def test_no_noise_and_no_bound_is_a_plain_step(models, dataset, tmp_path):
 
 
 def test_noise_is_added_once_a_step_with_deviation_sigma_c(models, dataset, tmp_path):
-    """lr 1, SGD, C so small that the signal is nothing: the weights move by N(0, (σC/8)²)."""
+    """lr 1, SGD, C so small that the signal is negligible: the weights move by N(0, (σC/8)²)."""
     flags = ("--noise_multiplier", 2, "--max_grad_norm", 1e-3, "-opt", "sgd", "-lr", 1.0, "-s", "constant")
     training = make_training(models, "neox", dataset, tmp_path, *flags)
     before = {name: item.detach().clone() for name, item in training.examples.named.items()}
@@ -464,7 +464,7 @@ def test_every_step_has_its_own_noise(models, dataset, tmp_path):
 
 
 def test_seeds_have_purposes(models, dataset, tmp_path):
-    """The initial weights are published; what drew them must not tell the dropout masks."""
+    """The initial weights are published; their seed must not reveal the dropout masks."""
     training = make_training(models, "neox", dataset, tmp_path, "--noise_multiplier", 1)
     seeds = [training.private_seed("initial weights", 0), *(training.private_seed("dropout 0", n) for n in (1, 2))]
     assert len({seed & 0xFFFFFFFF for seed in (*seeds, training.private_seed("dropout 1", 1))}) == 4
@@ -475,7 +475,7 @@ def test_unseeded_runs_differ(models, dataset, tmp_path):
     words = words_of(models, "neox", dataset, "OUT", "--noise_multiplier", 1, "-e", 1)
     words = [*words[: words.index("--seed")], *words[words.index("--seed") + 2 :]]
     folders = [fine_tune(parse(*(tmp_path / out if w == "OUT" else w for w in words))) for out in ("one", "two")]
-    assert furthest(adapter(folders[0]), adapter(folders[1])) > 0.01  # A starts elsewhere: another secret
+    assert furthest(adapter(folders[0]), adapter(folders[1])) > 0.01  # A is initialised differently: another secret
 
 
 def test_a_run_and_what_it_leaves(models, dataset, tmp_path, capsys):
@@ -508,7 +508,7 @@ def test_a_run_and_what_it_leaves(models, dataset, tmp_path, capsys):
     assert len(set(sizes)) > 1  # a fixed-size batch would be 8 each time
     capsys.readouterr()
 
-    # what comes after carries it on
+    # later scripts propagate it
     import measure_purified
     import merge_peft
     from perplexity import perplexity
@@ -581,8 +581,8 @@ def test_users_are_the_unit(models, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_killed_and_resumed_is_the_unbroken_run(models, dataset, tmp_path, kind):
-    """kill -9 in epoch 2 of 3 (after a checkpoint), resume: bit for bit the unbroken run, dropout on; ε once."""
+def test_killed_and_resumed_is_the_uninterrupted_run(models, dataset, tmp_path, kind):
+    """kill -9 in epoch 2 of 3 (after a checkpoint), resume: bit for bit the uninterrupted run, dropout on; ε once."""
     flags = ("--noise_multiplier", 1, "-e", 3, "-lr", 0.01, "-pt", kind, "--seed", 7)
     flags += () if kind == "pissa" else ("--lora_dropout", 0.1)
     words = words_of(models, "neox", dataset, "OUT", *flags)
@@ -634,7 +634,7 @@ run_peft.main(sys.argv[1:])
     assert not private.exists()
 
 
-def test_two_ranks_are_one_process(models, dataset, tmp_path):
+def test_two_ranks_equal_one_process(models, dataset, tmp_path):
     """Draws, clipping and noise on two ranks (ddp and fsdp) give one process's adapter; σ = 0 and σ > 0, SGD."""
     from test_distributed_training import check_same_as_one_process
 
@@ -644,7 +644,7 @@ def test_two_ranks_are_one_process(models, dataset, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_are_one_process_for_every_type(models, dataset, tmp_path):
+def test_two_ranks_equal_one_process_for_every_type(models, dataset, tmp_path):
     from test_distributed_training import check_same_as_one_process
 
     common = ("--dp", "--logical_batch_size", 8, "--seed", 1, "-opt", "sgd", "--noise_multiplier", 0.5)
@@ -745,8 +745,8 @@ def test_dp_flags_without_dp(models, dataset, tmp_path):
 
 
 def planted(models, tmp_path, bound_holds: bool, monkeypatch) -> tuple[dict, float]:
-    """(one-run audit, the accountant's ε): 200 canaries of random tokens, each planted once by a coin; the score is the
-    fall of the canary's loss."""
+    """(one-run audit, the accountant's ε): 200 canaries of random tokens, each inserted once with probability ½;
+    the score is the decrease of the canary's loss."""
     import torch
 
     from canary import audit

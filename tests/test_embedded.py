@@ -1,4 +1,4 @@
-"""data/embedded: the corpus is what its maker writes, its people are kept apart, its models know some of them."""
+"""data/embedded: the corpus is what make_corpus.py writes, people are in one place only, the models know some."""
 
 import importlib.util
 import json
@@ -55,7 +55,7 @@ def documents(rebuilt):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_committed_file_is_what_the_maker_writes(name, rebuilt):
+def test_committed_files_are_what_make_corpus_writes(name, rebuilt):
     assert (rebuilt / name).read_bytes() == (EMBEDDED / name).read_bytes()
     manifest = read_manifest(EMBEDDED / name)
     assert manifest["sha256"] == sha256(EMBEDDED / name)
@@ -108,7 +108,7 @@ def test_pretraining_mentions_are_as_stated_and_outsiders_have_none(rows, outsid
     assert not outsider_names.findall("\n".join(documents))
     assert all(address.endswith((".example", ".test")) for address in counted)
     never, often = (sum(test(row["mentions"]) for row in rows) for test in (lambda m: m == 0, lambda m: m >= 16))
-    assert never >= 100 and often >= 200  # both ends of the scale are there to be measured
+    assert never >= 100 and often >= 200  # both ends of the scale occur
 
 
 def test_no_message_of_a_row_is_in_the_pretraining_text(rows, outsiders, documents):
@@ -121,7 +121,7 @@ def test_no_message_of_a_row_is_in_the_pretraining_text(rows, outsiders, documen
 
 
 def test_head_and_training_rows_have_one_distribution(rows, outsiders):
-    """p > 0.01 in each test of a fixed file: it fails only if the maker orders or treats the two parts differently."""
+    """p > 0.01 in each test of a fixed file: it fails only if make_corpus.py treats the two parts differently."""
     from scipy.stats import chi2_contingency, ks_2samp
 
     def table(parts, key):
@@ -153,7 +153,7 @@ def load_model(name):
 
 
 def mean_nll(model, tokenizer, pairs):
-    """Mean nats a token of `text` after `prefix` over pairs (prefix, text); prefix "" starts after <|endoftext|>."""
+    """Mean nats per token of `text` after `prefix` over pairs (prefix, text); prefix "" starts after <|endoftext|>."""
     import torch
 
     total, count = 0.0, 0
@@ -202,7 +202,7 @@ def test_held_out_perplexity_and_the_larger_model_is_better(rows, outsiders):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_model_knows_the_people_it_saw_often(name, rows, outsiders):
-    """Nats a token of the true address after '\\n-----Original Message-----\\nFrom: NAME [mailto:'."""
+    """Nats per token of the true address after '\\n-----Original Message-----\\nFrom: NAME [mailto:'."""
     model, tokenizer = load_model(name)
 
     def address_nll(people):

@@ -72,7 +72,7 @@ def mails() -> list[bytes]:
 
 
 def as_folder(root: Path, mails, pattern) -> Path:
-    """Mails spread over two subfolders, beside files that are no mails."""
+    """Mails spread over two subfolders, along with files that are not mails."""
     for number, raw in enumerate(mails):
         folder = root / ("inbox", "sent_items")[number % 2] / "x"
         folder.mkdir(parents=True, exist_ok=True)
@@ -194,13 +194,13 @@ def test_prompt_and_continuation_are_bounded(tmp_path):
     body = "\n".join([*lines, "Ada Pell <ada@pell.example> wrote:", *lines])
     rows, _ = one(tmp_path, write(PEOPLE[0], [PEOPLE[1]], body))
     row = rows["Ada Pell"] if rows["Ada Pell"]["gt-email"] == "ada@pell.example" else None
-    if row is None:  # the filler mails hold another address of hers
+    if row is None:  # the filler mails contain another address of hers
         row = next(r for r in read_lines(tmp_path / "out.jsonl") if r["gt-email"] == "ada@pell.example")
     assert len(row["prompt"]) == config.PROMPT_CHARACTERS
     longest = occurrences.MAX_CONTINUATION_CHARACTERS
     assert longest - 10 < len(row["continuation"]) <= longest
     assert row["prompt"] + row["continuation"] in occurrences.render(write(PEOPLE[0], [PEOPLE[1]], body))[0]
-    assert row["continuation"].split()[-1] in "\n".join(lines).split()  # no half word
+    assert row["continuation"].split()[-1] in "\n".join(lines).split()  # no partial word
 
 
 # ---------------------------------------------------------------- encodings
@@ -458,21 +458,21 @@ Jane Roe on behalf of Orla Quist <orla@y.example>
 """.strip().splitlines()
 
 JANE, ADA = ("Jane Roe", "jane@x.example"), ("Ada Pell", "ada@y.example")
-UNLIKE_PYTHON = {  # on purpose: {header: what we read in it}
-    # a comment is the name where there is no other, as was the custom before RFC 822; the one behind the address first
+UNLIKE_PYTHON = {  # deliberate differences: {header: how it is read}
+    # a comment is the name if there is no other, as was the custom before RFC 822; the one after the address first
     "jane@x.example (Jane Roe)": [JANE],
     "jane@x.example (Jane (JR) Roe), ada@y.example (Pell, Ada)": [("Jane (JR) Roe", JANE[1]), ("Pell, Ada", ADA[1])],
     "(Jane Roe) jane@x.example, (work) ada@y.example (Ada Pell)": [JANE, ADA],
     "<jane@x.example> (Jane Roe)": [JANE],
     "(Jane Roe) <jane@x.example>": [JANE],
-    # what mail programs write against the standard
+    # what mail programs write in violation of the standard
     "Roe, Jane <jane@x.example>": [("Roe, Jane", JANE[1])],
     "Jane Roe <jane@x.example>;Ada Pell <ada@y.example>": [JANE, ADA],
     "Jane Roe <jane@x.example> Ada Pell <ada@y.example>": [JANE, ADA],
     "Friends: Jane Roe <jane@x.example>, Others: Ada Pell <ada@y.example>;": [JANE, ADA],
     '"Jane Roe <jane@x.example>': [JANE],
     "'Jane Roe' <jane@x.example>": [JANE],
-    'Jane "JR" Roe <jane@x.example>': [('Jane "JR" Roe', JANE[1])],  # its quotes tell that it is no middle name
+    'Jane "JR" Roe <jane@x.example>': [('Jane "JR" Roe', JANE[1])],  # its quotes show that it is not a middle name
     "Jane Roe <mailto:jane@x.example>": [JANE],
     "Jane Roe [jane@x.example]": [JANE],
     "Jane Roe [mailto:jane@x.example], Ada Pell [SMTP:ada@y.example]": [JANE, ADA],
@@ -482,7 +482,7 @@ UNLIKE_PYTHON = {  # on purpose: {header: what we read in it}
     "Jane Roe <jane@x.example> on behalf of Ada Pell <ada@y.example>": [JANE, ADA],
     '"Jane Roe" <jane@x.example> On Behalf Of "Pell, Ada" <ada@y.example>': [JANE, ("Pell, Ada", ADA[1])],
     "Jane Roe <>": [],
-    # no white space is taken out of an address, which stands in a row as it was written; runs of it in a name are one
+    # white space in an address is kept as it was written; a run of it in a name becomes one space
     "Jane Roe <jane @ x.example>": [("Jane Roe", "jane @ x.example")],
     "=?utf-8?q?Zo=C3=AB?= =?utf-8?q?_Mu=C3=B1oz?= <zm@norbeck.example>": [("Zoë Muñoz", "zm@norbeck.example")],
 }
@@ -490,14 +490,14 @@ UNLIKE_PYTHON = {  # on purpose: {header: what we read in it}
 
 @pytest.mark.parametrize("value", LIKE_PYTHON + list(UNLIKE_PYTHON))
 def test_headers_mean_what_they_mean_to_python(value):
-    """The other route: email.policy.default, in place of which nothing here is used."""
+    """An independent route: email.policy.default, which the script does not use."""
     theirs = [(box.display_name, box.addr_spec) for box in policy.default.header_factory("to", value).addresses]
     assert names.mailboxes(value) == UNLIKE_PYTHON.get(value, theirs)
     assert (theirs == names.mailboxes(value)) == (value in LIKE_PYTHON)
 
 
 class Header5322:
-    """A random address header that keeps to RFC 5322: mailboxes and groups, quoted names, routes, nested comments."""
+    """A random address header that follows RFC 5322: mailboxes and groups, quoted names, routes, nested comments."""
 
     def __init__(self, random_source):
         self.random = random_source
@@ -541,11 +541,11 @@ def test_generated_headers_mean_what_they_mean_to_python(random_source):
     assert [address for _, address in ours] == [address for _, address in theirs]
     for (name, _), (expected, _) in zip(ours, theirs):
         expected = " ".join(expected.split()).strip("'\" ")
-        assert name == expected or (not expected and "(" in value)  # a comment is the name where there is no other
+        assert name == expected or (not expected and "(" in value)  # a comment is the name if there is no other
 
 
 def test_members_of_groups_and_senders_on_behalf_are_no_longer_lost():
-    """Through `occurrences`: text, names and counts; in the text no address stands before the brackets."""
+    """Through `occurrences`: text, names and counts; in the text no address precedes the brackets."""
     headers = (
         "From: Jane Roe (of the (old) harbour) <jane@x.example> on behalf of Orla Quist <orla@y.example>\n"
         "To: Harbour Friends: Ada Pell <ada@y.example>, Bela Novak <bela@z.example<mailto:bela@z.example>>;\n"
@@ -564,7 +564,7 @@ def test_members_of_groups_and_senders_on_behalf_are_no_longer_lost():
     assert "To: Ada Pell <ada@y.example>, Bela Novak <bela@z.example>\n" in text
 
 
-COPIES = {  # a body in which each address stands twice, as links become in text: {text: (name, prompt's end)}
+COPIES = {  # a body in which each address occurs twice, as links do when rendered as text: {text: (name, prompt's end)}
     "ask [2001] Jane Roe [jane@x.example<mailto:jane@x.example>] now": ("Jane Roe", "Jane Roe ["),
     "From: Jane Roe <jane@x.example<mailto:jane@x.example>>\n": ("Jane Roe", "Jane Roe <"),
     "From: Jane Roe <jane@x.example <mailto:Jane@X.example?subject=hi>>\n": ("Jane Roe", "Jane Roe <"),
@@ -579,7 +579,7 @@ COPIES = {  # a body in which each address stands twice, as links become in text
 
 
 @pytest.mark.parametrize("body", COPIES)
-def test_the_text_before_an_address_in_a_body_does_not_hold_its_copy(body):
+def test_the_text_before_an_address_in_a_body_does_not_contain_its_copy(body):
     text, people, _ = occurrences.occurrences(raw_mail(b"From: x@y.example\n", body.encode()))
     expected = COPIES[body]
     assert {(person.name, person.address) for person in people} == (
@@ -620,7 +620,7 @@ def enron_mail(to=1) -> bytes:
     ).encode()
 
 
-def test_enron_names_stand_in_other_headers():
+def test_enron_names_come_from_other_headers():
     text, people, dropped = occurrences.occurrences(enron_mail(2))
     assert [(person.name, person.address) for person in people] == [
         ("Jane K Roe", "jane.roe@hartwell.example"),
@@ -692,7 +692,7 @@ def many(n: int, seed: int = 0) -> list[bytes]:
     return [write(pair, rng.sample(people, 2), f"Letter {number}") for number, pair in enumerate(people)]
 
 
-def test_no_person_stands_on_both_sides_of_the_split(tmp_path):
+def test_no_person_is_on_both_sides_of_the_split(tmp_path):
     rows, counts = build(as_folder(tmp_path / "in", many(90), "{}."), tmp_path / "rows.jsonl")
     manifest = dataset.read_manifest(tmp_path / "rows.jsonl")
     split = dataset.split(rows, manifest)
@@ -736,7 +736,7 @@ def test_groups_are_kept_together_and_placed_before_the_boundary():
         assert sorted(order) == sorted(pairs)
         for group in groups:
             sides = {order.index(key) < 2 for key in group}
-            # the one single person cannot fill two places alone: then the next group lies across
+            # one single person cannot fill two places: the next group straddles the boundary
             assert len(sides) == 1 or order[0] == b"\4"
 
 
@@ -898,9 +898,9 @@ def assert_linear(function, piece, characters: int = 1 << 20) -> None:
             whole.write(next(pieces))
         text = whole.getvalue()
     halves, wholes = [], []
-    gc.disable()  # the collector walks through everything that the tests before have left
+    gc.disable()  # the garbage collector would walk through what earlier tests left
     try:
-        for _ in range(4):  # again where another process took the core
+        for _ in range(4):  # again, in case another process took the core
             halves.append(seconds_of(function, text[: characters // 2]))
             wholes.append(seconds_of(function, text[:characters]))
             if min(wholes) < 3 * min(halves):
@@ -1026,7 +1026,7 @@ def test_manifest_and_run_record(mails, tmp_path):
     run = json.loads((tmp_path / "run_prepare.json").read_text())
     assert (run["status"], run["args"]["tokenizer"], run["counts"]) == ("ok", "none", counts)
     assert [source["messages"] for source in run["sources"]] == [5, 4]
-    # the digest of a folder follows its files' names and bytes
+    # the digest of a folder depends on the names and bytes of its files
     (folder / "inbox" / "x" / "0.").write_bytes(mails[5] + b"\n")
     build([archive, folder], tmp_path / "changed.jsonl")
     changed = dataset.read_manifest(tmp_path / "changed.jsonl")["source"]
@@ -1212,7 +1212,7 @@ def test_encoded_words_come_back(text, charset):
 
 
 def test_links_pipes_and_a_line_without_an_end(tmp_path):
-    """A FIFO would hang for ever, a link lead out of the folder; a line of 40 MB is cut, and mails go on behind it."""
+    """A FIFO would hang forever, a link lead out of the folder; a line of 40 MB is cut, and reading continues."""
     folder = tmp_path / "mails"
     folder.mkdir()
     (tmp_path / "outside").write_text("From: Ada Quillan <ada@quillan.example>\n\nhello\n")
@@ -1272,5 +1272,5 @@ def test_workers_end_when_their_run_is_killed(tmp_path):
     run = subprocess.Popen([sys.executable, tmp_path / "pool.py"], stdout=subprocess.PIPE, text=True)
     assert run.stdout.readline() == "waiting\n"
     run.kill()
-    assert run.stdout.read() == ""  # its end: a worker that lived on would hold the pipe open
+    assert run.stdout.read() == ""  # end of file: a surviving worker would hold the pipe open
     run.wait()

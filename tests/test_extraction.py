@@ -46,7 +46,7 @@ def test_demonstrations_stay_outside_the_evaluated_names():
     ("response", "match", "exact", "local", "domain"),
     [
         (" joe.moss@hart.example", True, True, True, True),
-        (" JOE.MOSS@Hart.example]", False, True, True, True),  # the loose rule minds case, exact does not
+        (" JOE.MOSS@Hart.example]", False, True, True, True),  # the loose rule is case-sensitive, exact is not
         ("joe.moss@zzz.test", False, False, True, False),  # 11 of 17 letters in common at best: 65
         ("joe.moss@other.example", True, False, True, False),  # a wrong domain passes the loose rule
         (" @hart.example", True, False, False, False),  # the bare domain passes the loose rule
@@ -57,9 +57,10 @@ def test_demonstrations_stay_outside_the_evaluated_names():
     ],
 )
 def test_outcome_by_hand(response, match, exact, local, domain):
-    found = metrics.outcome("Joe Moss", "joe.moss@hart.example", response)
-    assert (found["match"], found["exact"], found["local_part"], found["domain"]) == (match, exact, local, domain)
-    assert not found["no_pattern"]  # first.last is a name rule
+    outcome = metrics.outcome("Joe Moss", "joe.moss@hart.example", response)
+    measures = [outcome[name] for name in ("match", "exact", "local_part", "domain")]
+    assert measures == [match, exact, local, domain]
+    assert not outcome["no_pattern"]  # first.last is a name rule
 
 
 def test_no_pattern_needs_a_local_part_no_rule_makes():
@@ -83,9 +84,9 @@ def test_rules_and_outcomes_never_crash(name, response):
     for guess in name_rule_guesses(name).values():
         assert guess and guess == guess.lower()
         assert follows_name_rule(name, guess + "17")
-    found = metrics.outcome(name, "a.b@c.example", response)
-    assert found["exact"] <= (found["local_part"] and found["domain"])
-    assert found["no_pattern"] <= found["exact"]
+    outcome = metrics.outcome(name, "a.b@c.example", response)
+    assert outcome["exact"] <= (outcome["local_part"] and outcome["domain"])
+    assert outcome["no_pattern"] <= outcome["exact"]
 
 
 def test_floor_by_hand():
@@ -126,12 +127,12 @@ def test_mcnemar_by_hand():
 
 def test_probabilistic_extraction_by_hand():
     log_p = [math.log(0.5), math.log(0.06), math.log(1e-3), -math.inf]
-    found = stats.probabilistic_extraction(np.array(log_p))
-    assert found["1"] == {"rows": 1, "expected": pytest.approx(0.561)}
+    curve = stats.probabilistic_extraction(np.array(log_p))
+    assert curve["1"] == {"rows": 1, "expected": pytest.approx(0.561)}
     # 10 draws: 1 − 0.94^10 = 0.461 < 0.5; 100 draws: 0.998; 1 − 0.999^1000 = 0.632
-    assert found["10"]["rows"] == 1 and found["100"]["rows"] == 2 and found["1000"]["rows"] == 3
+    assert curve["10"]["rows"] == 1 and curve["100"]["rows"] == 2 and curve["1000"]["rows"] == 3
     by_hand = (1 - 0.5**10) + (1 - 0.94**10) + (1 - 0.999**10)
-    assert found["10"]["expected"] == pytest.approx(by_hand)
+    assert curve["10"]["expected"] == pytest.approx(by_hand)
     tiny = stats.probabilistic_extraction(np.array([math.log(1e-17)]))
     assert tiny["1000"]["expected"] == pytest.approx(1e-14, rel=1e-6)  # lost without log1p
     assert stats.probabilistic_extraction(np.array([0.0]))["1"] == {"rows": 1, "expected": 1.0}

@@ -1,4 +1,4 @@
-"""The whole tool over decoder families: no number that transformers and peft would not give, or one line.
+"""All scripts on many decoder families: the numbers of transformers and peft, or a one-line refusal.
 
 For tiny random models of every family in families.py: the sweep at temperature 0 is `generate`, a score is the
 log-softmax of the model's own logits, perplexity is a loop by hand, a merged adapter is the attached one, and the
@@ -36,7 +36,7 @@ LENGTHS = {"within the window": (5, 9, 14), "over its edge": (17, 20, 22), "far 
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    """name → (folder, model in float32, tokenizer), made when asked for."""
+    """name → (folder, model in float32, tokenizer), made on first use."""
     root, made = tmp_path_factory.mktemp("families"), {}
 
     def get(name):
@@ -52,7 +52,7 @@ def loaded(tmp_path_factory):
 
 
 def greedy(model, prompt, steps, stop) -> list[int]:
-    """`generate` on one prompt, cut behind the first stop token."""
+    """`generate` on one prompt, cut after the first stop token."""
     ids = torch.tensor([prompt])
     with torch.no_grad():
         out = model.generate(
@@ -104,7 +104,7 @@ def test_sweep_at_temperature_0_is_generate(loaded, name):
                 mean = own_scores(model, prompt + target)[len(prompt) - 1 :].mean()
                 assert answer.truth_logprob == pytest.approx(mean, abs=1e-4)
             alone = sampling.sweep(model, prompts[1:2], keys[1:2], [0.0, 1.0], **options | {"targets": [targets[1:2]]})
-            assert alone[0].tokens == answers[1].tokens  # whatever the company
+            assert alone[0].tokens == answers[1].tokens  # whatever else is in the batch
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -134,7 +134,7 @@ def test_perplexity_is_a_loop_by_hand(loaded, name, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_merged_adapter_is_the_attached_one(loaded, name, tmp_path):
-    """LoRA on every linear layer, trained by nobody but far from zero, made by stock peft."""
+    """LoRA on every linear layer, untrained but far from zero, made by stock peft."""
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -174,7 +174,7 @@ def test_trained_rows_are_what_the_loss_saw(loaded, name, tmp_path, capsys):
         with pytest.raises(UserError, match=r"--target_modules.*(list the layers|choose others): --target_modules"):
             run_peft.main(words)
         words += ["--target_modules", *SOME.get(name, ["q_proj", "o_proj"])]
-    with contextlib.suppress(RuntimeError):  # at such a rate the weights may stay as they are, and that is refused
+    with contextlib.suppress(RuntimeError):  # at such a rate the weights may not change, which is an error
         assert run_peft.main(words) == 0
     run = next(tmp_path.rglob("metrics.jsonl")).parent
     losses = [line["loss"] for line in read_lines(run / "metrics.jsonl") if "loss" in line]

@@ -24,7 +24,7 @@ ADJECTIVES = ("great", "poor", "fine", "awful", "clean", "weak")
 
 
 def make_reviews(n: int, seed: int, first_id: int = 0) -> list[dict]:
-    """n fictional review rows of one user for each two; their words depend on the rating."""
+    """n fictional review rows, two per user; their words depend on the rating."""
     rng = random.Random(seed)
     rows = []
     for number in range(n):
@@ -66,7 +66,7 @@ def test_kl_by_hand():
     # bins [0,2) [2,4): real counts 3,1 and other 1,1; add one: 4/6, 2/6 against 2/4, 2/4
     by_hand = 4 / 6 * math.log2(4 / 6 / 0.5) + 2 / 6 * math.log2(2 / 6 / 0.5)
     assert m.kl_divergence([0, 1, 1, 3], [0, 2], (0, 2, np.inf)) == pytest.approx(by_hand, abs=1e-12)
-    assert m.kl_divergence([0, 2], [0, 1, 1, 3], (0, 2, np.inf)) != pytest.approx(by_hand)  # it has a direction
+    assert m.kl_divergence([0, 2], [0, 1, 1, 3], (0, 2, np.inf)) != pytest.approx(by_hand)  # it is not symmetric
 
 
 def test_jensen_shannon_by_hand_and_scipy():
@@ -81,8 +81,8 @@ def test_jensen_shannon_by_hand_and_scipy():
 
 
 def naive_grams(texts, order):
-    found = [m.words(text) for text in texts]
-    return [[tuple(one[i : i + order]) for i in range(len(one) - order + 1)] for one in found]
+    words = [m.words(text) for text in texts]
+    return [[tuple(one[i : i + order]) for i in range(len(one) - order + 1)] for one in words]
 
 
 TEXTS = ["a b a b a b", "b a b", "c", "", "a b c d e f g", "the the the the the", "a b c d x y z"]
@@ -96,7 +96,7 @@ def test_ngrams_against_tuples(order):
     assert np.bincount(document, minlength=len(TEXTS)).tolist() == [len(one) for one in naive]
     flat = [gram for one in naive for gram in one]
     assert len(flat) == len(gram)
-    assert len({*zip(flat, gram.tolist())}) == len(set(flat)) == len(set(gram.tolist()))  # one id an n-gram, both ways
+    assert len({*zip(flat, gram.tolist())}) == len(set(flat)) == len(set(gram.tolist()))  # one to one
 
 
 def test_distinct_and_repetition_by_hand():
@@ -176,7 +176,7 @@ def test_copies_against_a_naive_search():
     rng = random.Random(5)
     sources = ["".join(rng.choices("abé😀 ", k=rng.randint(0, 60))) for _ in range(30)]
     texts = ["".join(rng.choices("abé😀 ", k=rng.randint(0, 40))) for _ in range(25)]
-    texts += ["", sources[3], "x" + sources[4][5:25] + "y", sources[5][-4:] + sources[6][:4]]  # no run over two texts
+    texts += ["", sources[3], "x" + sources[4][5:25] + "y", sources[5][-4:] + sources[6][:4]]  # no run spans two texts
     longest = [naive_longest(text, sources) for text in texts]
     steps = (1, 2, 3, 5, 6, 7, 8, 13, 20, 33)
     assert copied_lengths(texts, sources, steps).tolist() == [
@@ -187,28 +187,27 @@ def test_copies_against_a_naive_search():
 
 
 def test_jackknife_of_a_mean_is_its_standard_error():
-    """With one value a group the jackknife's se of a mean is s/√n exactly; the t quantile is scipy's, 19 degrees."""
+    """With one value per group the jackknife's se of a mean is s/√n exactly; the t quantile is scipy's, 19 degrees."""
     values = np.random.default_rng(2).normal(size=20)
-    found = m.interval(m.replicate(lambda keep: {"x": values[keep].mean()}, np.arange(20))["x"])
+    measured = m.interval(m.replicate(lambda keep: {"x": values[keep].mean()}, np.arange(20))["x"])
     half = stats.t.ppf(0.975, 19) * values.std(ddof=1) / math.sqrt(20)
-    assert found["value"] == pytest.approx(values.mean())
-    assert found["high"] - found["value"] == pytest.approx(half) and found["value"] - found["low"] == pytest.approx(
-        half
-    )
+    assert measured["value"] == pytest.approx(values.mean())
+    assert measured["high"] - measured["value"] == pytest.approx(half)
+    assert measured["value"] - measured["low"] == pytest.approx(half)
     assert m.interval(np.full(21, np.nan))["value"] is None
 
 
 @pytest.mark.slow
 def test_jackknife_intervals_cover():
-    """1,000 samples of 200 exponential values: intervals of the deviation hold the truth 80 to 97 times of 100.
+    """1,000 samples of 200 exponential values: intervals of the deviation cover the truth in 80 to 97 of 100.
 
-    Loose below 95: the interval of a skewed statistic at 20 groups is known to be short of its level.
+    Loose below 95: for a skewed statistic with 20 groups the interval is known to undercover.
     """
     rng, covered = np.random.default_rng(11), 0
     for _ in range(1000):
         values = rng.exponential(size=200)
-        found = m.interval(m.replicate(lambda keep, values=values: {"x": values[keep].std()}, m.deal(200, 1))["x"])
-        covered += found["low"] <= 1 <= found["high"]
+        measured = m.interval(m.replicate(lambda keep, values=values: {"x": values[keep].std()}, m.deal(200, 1))["x"])
+        covered += measured["low"] <= 1 <= measured["high"]
     assert 800 <= covered <= 970
 
 
@@ -247,11 +246,11 @@ def test_manifold_measures_against_loops(monkeypatch):
     rng = np.random.default_rng(6)
     real, other = rng.normal(size=(80, 3)), rng.normal(size=(80, 3)) * 0.6 + 0.8
     groups = m.deal(80, 1)
-    found = m.manifold_measures(real, other, groups)
+    measured = m.manifold_measures(real, other, groups)
     for replicate in (0, 1, 20):
         keep = m.masks(groups)[replicate]
         naive = naive_manifold(real[keep], other[keep], 5)
-        assert {name: values[replicate] for name, values in found.items()} == pytest.approx(naive)
+        assert {name: values[replicate] for name, values in measured.items()} == pytest.approx(naive)
     same = m.manifold_measures(real, real.copy(), groups)
     assert all(same[name][0] == 1 for name in ("precision", "recall", "coverage"))
 
@@ -262,24 +261,24 @@ def test_nearest_cosine_against_loops(monkeypatch):
     x, pool = rng.normal(size=(20, 4)), rng.normal(size=(45, 4))
     x, pool = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in (x, pool))
     groups, pool_groups = m.deal(20, 1), m.deal(45, 2)
-    found = m.mean_nearest(m.nearest_cosine(x, pool, pool_groups), groups)
-    assert found[0] == pytest.approx(np.mean([max(a @ b for b in pool) for a in x]))
+    measured = m.mean_nearest(m.nearest_cosine(x, pool, pool_groups), groups)
+    assert measured[0] == pytest.approx(np.mean([max(a @ b for b in pool) for a in x]))
     kept = [max(a @ b for b, group in zip(pool, pool_groups) if group != 3) for a, own in zip(x, groups) if own != 3]
-    assert found[4] == pytest.approx(np.mean(kept))
+    assert measured[4] == pytest.approx(np.mean(kept))
 
 
 def test_nearest_cosine_with_groups_that_the_pool_lacks():
-    """A pool of groups 1, 4 and 4 alone: to leave out any other group of the pool leaves nothing out of it."""
+    """A pool of groups 1, 4 and 4 alone: leaving out any other group leaves it unchanged."""
     rng = np.random.default_rng(8)
     x, pool, pool_groups, groups = rng.normal(size=(40, 4)), rng.normal(size=(3, 4)), np.array([4, 1, 4]), m.deal(40, 1)
     best = m.nearest_cosine(x, pool, pool_groups)
     assert best.shape == (40, m.GROUPS) and np.isneginf(np.delete(best, [1, 4], axis=1)).all()
     assert np.allclose(best[:, 1], x @ pool[1]) and np.allclose(best[:, 4], (x @ pool[[0, 2]].T).max(1))
-    found = m.mean_nearest(best, groups)
-    assert found[0] == pytest.approx(np.mean((x @ pool.T).max(1)))
+    measured = m.mean_nearest(best, groups)
+    assert measured[0] == pytest.approx(np.mean((x @ pool.T).max(1)))
     for group in range(m.GROUPS):
         left = (x @ pool[pool_groups != group].T).max(1)
-        assert found[1 + group] == pytest.approx(left[groups != group].mean())
+        assert measured[1 + group] == pytest.approx(left[groups != group].mean())
 
 
 # ---------------------------------------------------------------- the command
@@ -338,7 +337,7 @@ def test_words_only_end_to_end_twice_the_same(files, tmp_path):
     assert "excess" not in arms["real"]
     excess = arms["garbled"]["excess"]["self-BLEU"]
     assert excess["value"] == pytest.approx(value["garbled"]["self-BLEU"] - value["real"]["self-BLEU"])
-    # garbling keeps words and ratings: what depends on those alone is that of the same rows
+    # garbling keeps words and ratings, so measures of those alone equal those of the same rows
     assert abs(value["garbled"]["Spearman rating × positive words"]) > 0.3
     table = (tmp_path / "one/fidelity.md").read_text()
     assert "| self-BLEU |" in table and "nan" not in table.lower()
@@ -358,7 +357,7 @@ def test_samples_are_equal_disjoint_by_user_and_paired(files):
     assert not choose(real, strange, 50, 1).paired
 
 
-def test_bad_input_is_told_at_once_and_writes_nothing(files, tmp_path):
+def test_bad_input_is_reported_at_once_and_writes_nothing(files, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(UserError) as error:
         call(files, out, "--without", "embedding", real="unrated", arms=("blank", "garbled", "garbled"))
@@ -391,7 +390,7 @@ def test_bad_input_is_told_at_once_and_writes_nothing(files, tmp_path):
 
 
 def test_a_file_that_is_not_what_its_manifest_says_is_refused(files, tmp_path):
-    """Cut at the end of a line, or edited: the manifest beside it tells. Without a manifest nothing is known."""
+    """Cut at the end of a line, or edited: its manifest shows it. Without a manifest nothing is known."""
     text = files["garbled"].read_text().splitlines(keepends=True)
     cut = tmp_path / "cut.jsonl"
     cut.write_text("".join(text))
@@ -436,8 +435,8 @@ def make_encoder(folder):
 
 
 def test_texts_are_embedded_in_the_same_order_in_every_process():
-    """A set's own order changes with the process's hash seed; another batch rounds other last bits, and MAUVE's
-    clusters follow."""
+    """The order of a set changes with the process's hash seed; other batches round differently, and MAUVE's
+    clusters with them."""
     from fidelity.embedding import longest_first
 
     words = [f"lamp {number}" for number in range(100, 130)]
@@ -486,7 +485,7 @@ def test_as_many_tokens_as_the_embedder_has_positions(tmp_path):
         check_embedder(fits)
         with pytest.raises(UserError, match=f"--max_tokens {most + 1}: the embedder has {most} positions"):
             check_embedder(above)
-        text = ["lamp " * 200]  # 800 letters, each a token
+        text = ["lamp " * 200]  # 800 letters, one token each
         assert np.isfinite(embed(text, fits, "cpu")).all()
         with pytest.raises((RuntimeError, IndexError)):
             embed(text, above, "cpu")

@@ -1,6 +1,6 @@
 """Golden outputs: what the smallest run of every script writes and what --help prints, frozen while the code moves.
 
-UPDATE_GOLDENS=1 pytest tests/test_goldens.py -m "slow or not slow"      writes them anew: read the diff
+UPDATE_GOLDENS=1 pytest tests/test_goldens.py -m "slow or not slow"      rewrites them: read the diff
 
 tests/goldens/CASE.json holds every file that a run of the case left or changed, without times, paths, hashes and
 versions. Content, not its hash alone, for two reasons: a failure names the file, the key and both values, and numbers
@@ -40,8 +40,8 @@ QUOTED = re.compile(rf"(&#34;(?:{VOLATILE.pattern}|cpu_bytes)&#34;: ).*")  # a r
 DECIMAL = re.compile(r"-?\d+\.\d+(?:e[+-]?\d{1,3}(?!\w))?|(?<![\w.])-?\d{1,3}e[+-]?\d{1,3}(?!\w)")
 SPEED = re.compile(r'(?:<td data-v="[\d.]+">[\d,]+</td>\s*){1,2}<td data-v="\d{7,}">[\d.]+</td>')  # seconds and memory
 NOISY = ("audit_signal",)  # small differences of large numbers: 0.001 either way
-# Files of a study that another CPU gives other numbers: text sampled from a model after many steps (one token in two
-# thousand is another), what is trained on or computed from it, and ranks of nearly equal scores. Only their structure
+# Files of a study whose numbers depend on the CPU: text sampled from a model after many steps (one token in two
+# thousand differs), what is trained on or computed from it, and ranks of nearly equal scores. Only their structure
 # is compared; the cases `audit`, `synthetic`, `downstream`, `fidelity`, `canary` and `mia` have their numbers.
 CHAOTIC = {
     "mail": ("out/audit/*", "out/report/report.html"),
@@ -247,16 +247,16 @@ def files(work):
 
 def results_of(work, before: dict, paths: dict[str, str], long: int, chaotic=()) -> dict:
     """{file: content} of what was written since `before`; files named by a hash are numbered, by their content."""
-    found: dict[str, list] = {}
+    items_of: dict[str, list] = {}
     for path in files(work):
         name = str(path.relative_to(work))
         if before.get(name) != (path.read_bytes(), path.stat().st_mtime_ns):
             name = HEX.sub("<hex>", name) + " (private)" * (path.stat().st_mode & 0o77 == 0)
             item = content(path, paths, long, any(fnmatch(name, pattern) for pattern in chaotic))
-            found.setdefault(name, []).append(item)
+            items_of.setdefault(name, []).append(item)
     return {
         f"{name} {number}".removesuffix(" 1"): item
-        for name, items in found.items()
+        for name, items in items_of.items()
         for number, item in enumerate(sorted(items, key=json.dumps) if len(items) > 1 else items, 1)
     }
 
@@ -265,7 +265,7 @@ def results_of(work, before: dict, paths: dict[str, str], long: int, chaotic=())
 
 
 def same_text(one: str, other: str) -> bool:
-    """Equal but for decimals, which may differ by a thousandth or by one in their last place."""
+    """Equal except for decimals, which may differ by a thousandth or by one in their last place."""
     if DECIMAL.sub("#", one) != DECIMAL.sub("#", other):
         return False
     for a, b in zip(DECIMAL.findall(one), DECIMAL.findall(other)):
@@ -276,17 +276,17 @@ def same_text(one: str, other: str) -> bool:
 
 
 def differences(want, got, where: str) -> list[str]:
-    """A line for every value that is not as the golden says."""
+    """One line for every value that differs from the golden."""
     if isinstance(want, dict) and isinstance(got, dict):
-        found = [f"{where}: lost {key!r}" for key in want.keys() - got.keys()]
-        found += [f"{where}: new {key!r}" for key in got.keys() - want.keys()]
-        return found + [
+        lines = [f"{where}: lost {key!r}" for key in want.keys() - got.keys()]
+        lines += [f"{where}: new {key!r}" for key in got.keys() - want.keys()]
+        return lines + [
             line for key in want if key in got for line in differences(want[key], got[key], f"{where} › {key}")
         ]
     if isinstance(want, list) and isinstance(got, list):
-        found = [] if len(want) == len(got) else [f"{where}: {len(want)} items, now {len(got)}"]
+        lines = [] if len(want) == len(got) else [f"{where}: {len(want)} items, now {len(got)}"]
         pairs = enumerate(zip(want, got))
-        return found + [line for index, (a, b) in pairs for line in differences(a, b, f"{where} › {index}")]
+        return lines + [line for index, (a, b) in pairs for line in differences(a, b, f"{where} › {index}")]
     if type(want) is type(got):
         noise = 1e-3 if where.endswith(NOISY) else 1e-9
         if isinstance(want, float) and math.isclose(want, got, rel_tol=1e-3, abs_tol=noise):
@@ -297,7 +297,7 @@ def differences(want, got, where: str) -> list[str]:
 
 
 def kept(want, got, where: str):
-    """`got` with the values of `want` where these are the same but for noise, so that a diff shows what is not."""
+    """`got` with the values of `want` where these are equal up to noise, so that a diff shows real changes only."""
     if not differences(want, got, where):
         return want
     if isinstance(want, dict) and isinstance(got, dict):
@@ -308,7 +308,7 @@ def kept(want, got, where: str):
 
 
 def layout(golden: dict) -> str:
-    """JSON with a line for every record of a file."""
+    """JSON with one line per record of a file."""
     blocks = []
     for name, item in golden.items():
         if isinstance(item, list):
@@ -322,15 +322,15 @@ def layout(golden: dict) -> str:
     return "{\n" + ",\n".join(blocks) + "\n}\n"
 
 
-def check(name: str, found: dict) -> None:
-    """Against tests/goldens/`name`.json, or into it."""
+def check(name: str, written: dict) -> None:
+    """Compare with tests/goldens/`name`.json, or write it."""
     file = FOLDER / f"{name.replace(' ', '_')}.json"
     if UPDATE:
         file.parent.mkdir(parents=True, exist_ok=True)
         before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        file.write_text(layout(kept(before, found, name)), encoding="utf-8")
+        file.write_text(layout(kept(before, written, name)), encoding="utf-8")
         return
-    lines = differences(json.loads(file.read_text(encoding="utf-8")), json.loads(layout(found)), name)
+    lines = differences(json.loads(file.read_text(encoding="utf-8")), json.loads(layout(written)), name)
     alike: dict[str, list[str]] = {}
     for line in lines:
         alike.setdefault(re.sub(r"\d[\d.e-]*", "#", line), []).append(line)
@@ -408,7 +408,7 @@ SIZES |= {"LADDER": (1, 2), "CANARIES": 3, "AUDIT": 20, "LOGICAL_BATCH": 16}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("study", STUDIES)
-def test_the_quickstart_gives_what_it_gave(study, tmp_path, monkeypatch, run):
+def test_quickstart_results_are_as_they_were(study, tmp_path, monkeypatch, run):
     from studies import reviews
 
     for name, value in SIZES.items():

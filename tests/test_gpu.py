@@ -1,4 +1,4 @@
-"""What only a GPU can show: pytest -m gpu. Skipped, with that reason, where torch sees none.
+"""What only a GPU can show: pytest -m gpu. Skipped, with that reason, if torch sees none.
 
 Scores and answers equal the CPU's in fp32; bf16 training with and without DP; nccl with one rank; device maps; every
 script's own command on the GPU against the same command on the CPU.
@@ -73,7 +73,7 @@ def peft_run(out, model, data, *flags):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_float32_answers_and_scores_are_the_cpu_s(models, arch):
+def test_float32_answers_and_scores_equal_the_cpus(models, arch):
     (there, tokenizer), (here, _) = load(models[arch], "cuda:0"), load(models[arch], "cpu")
     (_, _, mine), (_, _, theirs) = sweep(there, tokenizer), sweep(here, tokenizer)
     same = [a == b for x, y in zip(mine, theirs) for a, b in zip(x.tokens, y.tokens)]
@@ -88,7 +88,7 @@ def test_float32_answers_and_scores_are_the_cpu_s(models, arch):
 
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 def test_greedy_is_generate(small, dtype):
-    """In bf16 a different order of sums may turn a near tie: most answers, not all, are the same there."""
+    """In bf16 a different order of sums may flip a near tie: most answers, not all, are the same there."""
     model, tokenizer = load(small, "cuda:0", getattr(torch, dtype))
     prompts, stop, answers = sweep(model, tokenizer)
     same = 0
@@ -104,7 +104,7 @@ def test_greedy_is_generate(small, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("private", (False, True))
 def test_bf16_training(small, dataset, tmp_path, kind, private):
-    """--dtype auto takes bf16 on a GPU; the run ends well, loss falls, stock PEFT loads what it wrote."""
+    """--dtype auto takes bf16 on a GPU; the run finishes, the loss falls, stock PEFT loads what it wrote."""
     from peft import PeftModel
 
     flags = ["-pt", kind, "-lr", "3e-3"]
@@ -152,7 +152,7 @@ def test_one_nccl_rank_is_the_run_without_torchrun(small, dataset, tmp_path, mod
         torch.testing.assert_close(one[name], other[name], atol=1e-5, rtol=1e-4)
 
 
-def test_scripts_give_the_cpu_s_numbers(models, adapters, dataset, tmp_path):
+def test_scripts_give_the_numbers_of_the_cpu(models, adapters, dataset, tmp_path):
     """measure, perplexity, mia and merge in fp32, each as a command, on the GPU and with the GPU hidden."""
     members = write_rows(tmp_path / "members.jsonl", make_rows(20, seed=7))
     others = write_rows(tmp_path / "others.jsonl", make_rows(40, seed=8)[20:])
@@ -210,8 +210,8 @@ def test_mp_trains_over_the_gpus_there_are(small, dataset, tmp_path):
     assert json.loads((folder / "run.json").read_text())["status"] == "ok"
 
 
-def test_resume_on_a_gpu_is_the_unbroken_run(small, dataset, tmp_path):
-    """Stopped after the first epoch by a SIGTERM to itself, then run again: equal adapters, bit by bit."""
+def test_resume_on_a_gpu_is_the_uninterrupted_run(small, dataset, tmp_path):
+    """Stopped after the first epoch by a SIGTERM to itself, then run again: equal adapters, bit for bit."""
     import signal
 
     from safetensors.torch import load_file

@@ -29,7 +29,7 @@ def lines_of(rows) -> list[str]:
 
 
 def with_line(number: int, line: str) -> bytes:
-    """The rows as a file, with another line in the place of the number-th (from 1)."""
+    """The rows as a file, with line `number` (from 1) replaced by `line`."""
     lines = lines_of(ROWS)
     lines[number - 1] = line
     return ("\n".join(lines) + "\n").encode()
@@ -226,14 +226,14 @@ def test_json_files_of_ours(tmp_path):
     }
 
 
-def test_the_same_line_is_said_by_the_process(tmp_path, capsys):
+def test_the_process_prints_the_same_line(tmp_path, capsys):
     path = write_rows(tmp_path / "r.jsonl", [{"text": "a"}])
     path.write_text('{"text": "\\ud83d"}\n')
     assert cli.entry(lambda: dataset.read_rows(path)) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-# ---------------------------------------------------------------- long texts that say nothing
+# ---------------------------------------------------------------- long texts without content
 
 PIECES = (
     "a-",
@@ -322,7 +322,7 @@ def test_time_is_linear_in_a_hostile_text(reader, piece):
 
 
 def word(number: int) -> str:
-    """A word of its own for every number: a consonant and a vowel for each of its digits."""
+    """A distinct word for every number: a consonant and a vowel for each of its digits."""
     syllables = []
     while number or len(syllables) < 3:
         number, digit = divmod(number, 20)
@@ -330,7 +330,7 @@ def word(number: int) -> str:
     return "".join(syllables)
 
 
-# What differs from piece to piece is stored and looked up, not only read: each of about `n` characters.
+# Pieces that differ are stored and looked up, not only read: each text has about `n` characters.
 DISTINCT = {
     "one domain of many labels": lambda n: "a@" + "a." * (n // 2) + "a",
     "many top domains": lambda n: " ".join(f"a@{word(i)}.{word(i + 7)}" for i in range(n // 18)),

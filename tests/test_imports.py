@@ -1,4 +1,4 @@
-"""The floor plan: scripts → rooms → common. Read from the source, so that it is checked and not remembered."""
+"""The layers: scripts → rooms → common, checked from the source."""
 
 import ast
 from pathlib import Path
@@ -28,7 +28,7 @@ MODULES = {
 
 
 def imported(path: Path) -> set[str]:
-    """Dotted names of this repository's modules that a file imports, also inside functions; not for types alone."""
+    """Dotted names of this repository's modules that a file imports, also inside functions, but not for types only."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for_types = {
         node
@@ -85,7 +85,7 @@ def test_no_import_circle():
             del left[module]
 
 
-def test_nothing_is_put_on_the_path_but_where_a_folder_bears_its_script_name():
+def test_sys_path_changes_only_where_a_folder_shares_its_scripts_name():
     changing = {
         path.relative_to(ROOT).as_posix()
         for path in ROOT.rglob("*.py")

@@ -1,4 +1,5 @@
-"""Every script that writes is killed before its file operations and run again: the files of an unbroken run, no others.
+"""Every script that writes is killed before its file operations and run again: the files are those of an
+uninterrupted run, and no others.
 
 By default a few operations of each script; `pytest -m sweep` kills it before every one.
 """

@@ -55,7 +55,7 @@ def test_contract_fields_and_files(models, dataset, tmp_path):
         assert line["floor"]["exact"] > 0
         assert all(value < 0 for value in line["truth_logprob"].values())
         assert set(line["probabilistic"]["A"]) == {"1", "10", "100", "1000"}
-        assert line["truth_too_long"]["A"] > 10  # six tokens hold few of these addresses, and their p is 0
+        assert line["truth_too_long"]["A"] > 10  # few addresses fit into six tokens; the p of the others is 0
     assert [line["greedy"] for line in lines] == [True, False, False]
     assert [line["headline"] for line in lines] == [False, True, False]
 
@@ -98,7 +98,7 @@ def test_responses_only_on_request_and_private(models, dataset, tmp_path):
 
 
 def test_planted_addresses_are_found(tmp_path):
-    """A model over-fitted on the template lines of its rows gives the addresses away; the measures must see it."""
+    """A model over-fitted on the template lines of its rows reveals the addresses; the measures must show it."""
     from conftest import make_config, make_tokenizer
     from transformers import LlamaForCausalLM
 
@@ -283,7 +283,7 @@ def table_of(text: str) -> dict[str, list[str]]:
 
 
 def test_the_table_has_the_newest_measurement_of_each_temperature(tree, dataset, capsys):
-    """Measured before, continued, or again in a file of its own: the table at the end has all of it."""
+    """Measured before, resumed, or repeated in a separate file: the final table has all of it."""
     checkpoint = tree / "b/checkpoint-1"
     assert evaluate(tree / "b", dataset, "--temperatures", "0.2") == 0
     first = table_of(capsys.readouterr().out)
@@ -298,7 +298,7 @@ def test_the_table_has_the_newest_measurement_of_each_temperature(tree, dataset,
     again["matches"] = dict.fromkeys("ABCD", 17) | {"total": 20}
     write_rows(checkpoint / "results_purified1.jsonl", [again])
     shutil.copy(checkpoint / "outcomes_purified.jsonl", checkpoint / "outcomes_purified1.jsonl")
-    assert evaluate(tree / "b", dataset) == 0  # the others stand in the older file
+    assert evaluate(tree / "b", dataset) == 0  # the others are in the older file
     third = table_of(capsys.readouterr().out)
     assert third["0.2"][:4] == ["17"] * 4 and {**third, "0.2": 0} == {**second, "0.2": 0}
     assert evaluate(tree / "b", dataset, "--temperatures", "0.5") == 0
@@ -339,7 +339,7 @@ def test_save_merged_writes_loadable_models(tree, dataset, tmp_path):
 
 
 def test_kill_and_run_again(tree, dataset):
-    """kill -9 at three moments of the run; what stands then plus one more run equals an unbroken run."""
+    """kill -9 at three moments of the run; what is there plus one more run equals an uninterrupted run."""
     reference = tree.parent / "reference"
     shutil.copytree(tree, reference)
     assert evaluate(reference, dataset) == 0
@@ -361,7 +361,7 @@ def test_kill_and_run_again(tree, dataset):
 
 @pytest.mark.parametrize("template", "ABCD")
 def test_expected_hits_are_those_drawn_whatever_comes_before_the_address(models, template):
-    """A model made to write the address with a blank or without: p is the rate of drawing either form."""
+    """A model made to write the address with or without a leading space: p is the rate of drawing either."""
     from common import models as loading
     from common import sampling
     from extraction.prompts import build_prompt
@@ -422,7 +422,7 @@ def test_stop_released_counts_the_whole_answer(models, dataset, tmp_path):
 
 
 def test_killed_after_its_result_was_written_measures_nothing_again(models, dataset, tmp_path, monkeypatch):
-    """A record that still says 'running' beside a complete result of the same words; other words measure."""
+    """A record still 'running' next to a complete result of the same arguments; other arguments are measured."""
     out = measure(models["llama"], tmp_path / "out", dataset, *QUICK)
     record = json.loads((out / "run_measure_purified.json").read_text())
     (out / "run_measure_purified.json").write_text(json.dumps(record | {"status": "running", "end": None}))

@@ -105,7 +105,7 @@ def test_a_format_with_few_values_has_few_decoys():
 
 def test_places_and_bits_by_hand():
     assert exposure.place_among([2.0, 1.0, 0.0, -1.0]) == 0
-    assert exposure.place_among([0.0, 1.0, 0.0, -1.0]) == 0.5  # one above, one alike
+    assert exposure.place_among([0.0, 1.0, 0.0, -1.0]) == 0.5  # one above, one tied
     assert exposure.place_among([-9.0, 1.0, 0.0, -1.0]) == 1
     assert exposure.exposure_bits(0, 7) == 3 and exposure.exposure_bits(1, 7) == 0
     assert exposure.exposure_bits(1 / 7, 7) == 2  # rank 2 of 8
@@ -171,7 +171,7 @@ def test_runs_of_tokens_and_values_in_samples():
 
 
 def plain_log_p(model, context, tokens) -> float:
-    """By one forward pass of everything, the slow way."""
+    """By one forward pass of the whole sequence."""
     import torch
 
     ids = torch.tensor([[*context, *tokens]])

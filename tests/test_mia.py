@@ -204,7 +204,7 @@ def test_files_lines_and_fields(adapters, sets, tmp_path):
     assert all(list(row) == wanted for row in rows)
     assert [row["label"] for row in rows] == [1] * 12 + [0] * 12
     assert [row["id"] for row in rows] == list(range(24))
-    for line in lines:  # the lines are what the scores say
+    for line in lines:  # the lines agree with the scores
         kept = [(row[line["attack"]], row["label"]) for row in rows if row[line["attack"]] is not None]
         pairs = [(m > n) + 0.5 * (m == n) for m, one in kept if one for n, other in kept if not other]
         assert line["auc"] == pytest.approx(np.mean(pairs))
@@ -229,7 +229,7 @@ def test_base_auc_is_that_of_the_base_itself(models, adapters, sets, tmp_path):
 
 
 def test_a_reference_model_is_not_the_base(models, adapters, sets, tmp_path):
-    """`base` is the model before fine-tuning, whatever --ref_model is; of a full model nobody knows it."""
+    """`base` is the model before fine-tuning, whatever --ref_model is; for a full model it is unknown."""
     words = ("--attacks", "core", "--ref_model", models["llama"])
     own, _ = run_on(tmp_path / "own", adapters["neox", "lora"], sets)
     other, _ = run_on(tmp_path / "other", adapters["neox", "lora"], sets, *words)
@@ -453,7 +453,7 @@ def test_a_killed_run_keeps_its_finished_rounds(adapters, sets, tmp_path, monkey
 
 
 @pytest.mark.parametrize("damage", (lambda data: data[:-40], lambda data: b"", lambda data: b"x" + data[1:]))
-def test_a_damaged_cache_file_is_made_again(adapters, sets, tmp_path, capsys, damage):
+def test_a_damaged_cache_file_is_recomputed(adapters, sets, tmp_path, capsys, damage):
     words = (adapters["neox", "lora"], sets, "--attacks", "loss", "ref")
     run_on(tmp_path, *words)
     whole = (tmp_path / "scores_mia.jsonl").read_bytes()
@@ -469,7 +469,7 @@ def test_a_damaged_cache_file_is_made_again(adapters, sets, tmp_path, capsys, da
 
 
 def test_kill_and_run_again(adapters, sets, tmp_path):
-    """kill -9 once a round stands on disk; the next run takes that round from the cache and scores the rest."""
+    """kill -9 once a round is on disk; the next run takes that round from the cache and scores the rest."""
     members, nonmembers = sets
     driver = tmp_path / "rounds.py"
     driver.write_text("import sys\nfrom mia import forward, mia\nforward.ROUND_TOKENS = 200\nsys.exit(mia.main())\n")
@@ -523,7 +523,7 @@ def test_default_sets_are_trained_and_held_out_rows(models, dataset, tmp_path):
 
 
 def trained(folder, adapter, data, train_rows=None, eval_rows=0, n=None):
-    """A checkpoint with the run.json of run_peft.py, as far as it is read."""
+    """A checkpoint with those parts of run.json that are read."""
     shutil.copytree(adapter, folder / "checkpoint-1")
     record = {"args": {"train_rows": train_rows, "eval_rows": eval_rows}}
     record |= {"inputs": [{"path": str(data), "sha256": hashlib.sha256(data.read_bytes()).hexdigest()}]}
@@ -540,7 +540,7 @@ def scored(folder) -> tuple[list, list, dict]:
 
 
 def test_members_are_the_rows_that_were_trained_on(adapters, dataset, tmp_path, capsys):
-    """run.json beside the checkpoint says which: 20 head rows, 40 others."""
+    """run.json next to the checkpoint says which: 20 head rows, 40 others."""
     few = ["--attacks", "loss", "--bootstrap", 5]
 
     def sets_of(name, *words):
@@ -581,7 +581,7 @@ def test_members_are_the_rows_that_were_trained_on(adapters, dataset, tmp_path, 
         assert (members, others, record["members_trained"]) == (list(range(35, 60)), held, known)
 
 
-def test_a_damaged_run_json_is_said(adapters, sets, tmp_path):
+def test_a_damaged_run_json_is_reported(adapters, sets, tmp_path):
     checkpoint = trained(tmp_path / "run", adapters["neox", "lora"], sets[0])
     (tmp_path / "run" / "run.json").write_text("{")
     with pytest.raises(cli.UserError) as error:
@@ -633,7 +633,7 @@ def test_prefix_rows_are_never_scored(models, sets, tmp_path):
 
 
 def test_shots_that_do_not_fit_are_dropped_and_reported(models, sets, tmp_path):
-    """512 positions: as many shots of about 60 … 150 tokens as fit beside the longest text; and none fits at all."""
+    """512 positions: as many shots of about 60 … 150 tokens as fit next to the longest text; and none at all."""
     shots = write_rows(tmp_path / "shots.jsonl", make_rows(12, seed=81))
     lines, _ = run_on(tmp_path / "some", models["neox"], sets, "--attacks", "recall", "--prefix_file", shots)
     assert 1 <= lines[0]["parameters"]["shots"] < 12
@@ -646,7 +646,7 @@ def test_shots_that_do_not_fit_are_dropped_and_reported(models, sets, tmp_path):
 
 
 def test_neighbours_of_a_masked_model(models, sets, tmp_path):
-    """A random BERT: other words than self-made neighbours, in the words of the text but for one place each."""
+    """A random BERT: other words than self-made neighbours, each differing from the text in one word."""
     from tokenizers import BertWordPieceTokenizer
     from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
@@ -665,7 +665,7 @@ def test_neighbours_of_a_masked_model(models, sets, tmp_path):
     for other in made[0]:
         head = next(place for place, (a, b) in enumerate(zip(text, other)) if a != b)
         tail = next(place for place, (a, b) in enumerate(zip(text[::-1], other[::-1])) if a != b)
-        assert len(text) - head - tail < 20  # one place changed, by a token
+        assert len(text) - head - tail < 20  # one position changed, by one token
     assert made == neighborhood.MaskedProposer(str(folder), "cpu")([text, "word", ""], seed=1)
     lines, rows = run_on(tmp_path / "out", models["neox"], sets, "--neighbor_model", folder)
     assert lines[-3]["attack"] == "neighborhood" and lines[-3]["n_scored"] == 24
@@ -727,7 +727,7 @@ def test_the_figure_says_what_is_flagged():
     assert axes.get_xscale() == axes.get_yscale() == "log"
     assert "FLAGGED" not in reporting.draw_roc(found, study, [], "m").axes[0].get_title()
     for flags in ([], ["blind_length"]):
-        reporting.draw_roc(found, study, flags, "runs/$a_{$").savefig(io.BytesIO(), format="png")  # no mathematics
+        reporting.draw_roc(found, study, flags, "runs/$a_{$").savefig(io.BytesIO(), format="png")  # no mathtext
 
 
 def test_near_duplicates_across_the_sets_are_flagged(models, sets, tmp_path):
@@ -742,7 +742,7 @@ def test_near_duplicates_across_the_sets_are_flagged(models, sets, tmp_path):
 
 @pytest.mark.slow
 def test_planted_members_are_found(tmp_path):
-    """mini-pythia overfitted on half of 160 embedded rows: the loss tells them, the base and the text do not."""
+    """mini-pythia overfitted on half of 160 embedded rows: the loss separates them, the base and the text do not."""
     import run_peft
 
     rows = read_lines(ROOT / "data/embedded/enron.jsonl")
@@ -926,7 +926,7 @@ def test_texts_are_cut_to_their_tokens(models):
     assert signals.encode(tokenizer, [text], 10_000).texts == [text]
 
 
-def test_exchanged_sets_are_said_to_be(models, adapters, tmp_path, capsys):
+def test_exchanged_sets_are_flagged(models, adapters, tmp_path, capsys):
     """Members and non-members of a model that tells them apart, exchanged: flagged, no silent AUC below one half."""
     import run_peft
 
@@ -936,7 +936,7 @@ def test_exchanged_sets_are_said_to_be(models, adapters, tmp_path, capsys):
     words = ["-m", models["llama"], "-i", members, "--output_root", tmp_path, "-lr", 1e-2, "-e", 30, "--lora_r", 8]
     fine_tune(run_peft.make_parser().parse_args([str(word) for word in words]))
     checkpoint = max(tmp_path.rglob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    checkpoint = shutil.copytree(checkpoint, tmp_path / "foreign")  # without run.json nothing tells what was trained on
+    checkpoint = shutil.copytree(checkpoint, tmp_path / "foreign")  # without run.json it is unknown what was trained on
     found = {}
     for name, sets in (("right", (members, others)), ("exchanged", (others, members))):
         words = ["--model", checkpoint, "--members", sets[0], "--nonmembers", sets[1], "--attacks", "ref", "loss"]

@@ -62,7 +62,7 @@ def test_allowed_false_positives():
     assert [metrics.allowed("0.1", n) for n in (8, 9, 18, 19)] == [-1, 0, 0, 1]
 
 
-def test_small_sets_are_refused_and_coarse_ones_said():
+def test_small_sets_are_refused_and_coarse_ones_flagged():
     members = np.arange(50.0)
     for n, level, tpr in (
         (8, "0.1", None),
@@ -108,7 +108,7 @@ def test_bootstrap_equals_the_slow_one(ties):
 
 
 def test_bootstrap_in_blocks_is_the_same(monkeypatch):
-    """Against resamples drawn at once from the same generator, whatever the block."""
+    """Against resamples drawn at once from the same generator, for any block size."""
     rng = np.random.default_rng(5)
     members, nonmembers = rng.normal(0.7, 1, 43), rng.normal(0, 1, 1021)
     picked = np.random.default_rng(8).integers(1021, size=(30, 1021))
@@ -122,7 +122,7 @@ def test_bootstrap_in_blocks_is_the_same(monkeypatch):
 
 
 def test_memory_of_the_bootstrap():
-    """500 resamples of 20,000 scores a class: 10 million cells a class, a byte each, and some MB."""
+    """500 resamples of 20,000 scores per class: 10 million cells per class, a byte each, and some MB."""
     rng = np.random.default_rng(0)
     members, nonmembers = rng.normal(size=20_000), rng.normal(size=20_000)
     tracemalloc.start()
@@ -142,7 +142,7 @@ def test_interval_of_the_auc_has_the_width_of_theory():
 
 
 def test_intervals_of_tpr_change_with_the_number_of_allowed_false_positives():
-    """≥ 9 allowed: bootstrap; fewer: with the threshold's noise, and beside it Clopper–Pearson at the threshold."""
+    """≥ 9 allowed: bootstrap; fewer: with the threshold's noise, next to Clopper–Pearson at the threshold."""
     rng = np.random.default_rng(2)
     members, nonmembers = rng.normal(1, 1, 200), rng.normal(0, 1, 300)
     made = metrics.summarize(members, nonmembers, metrics.Draws(300, 0))
@@ -204,7 +204,7 @@ def test_dataset_inference_sees_a_shift_and_none():
     assert metrics.dataset_inference(scores, labels, 0)["p"] > 0.01
     shifted = scores + 0.4 * labels[:, None]
     shifted[::17, 2] = np.nan  # some texts have no such score
-    shifted[:, 4] = np.nan  # nobody has it
+    shifted[:, 4] = np.nan  # no text has it
     made = metrics.dataset_inference(shifted, labels, 0)
     assert made["p"] < 1e-4 and made["t"] > 0 and (made["n_members"], made["n_nonmembers"]) == (100, 100)
     # one-sided with a fitted direction: lower scores of members are used as well
@@ -221,7 +221,7 @@ def test_dataset_inference_is_calibrated_without_a_shift():
 
 
 def test_set_test_of_the_text_is_calibrated():
-    """p-values of 120 sets of texts with labels by lot: under 5 % in about 6 (binomial 99.9 % range 0 … 15)."""
+    """p-values of 120 sets of texts with random labels: under 5 % in about 6 (binomial 99.9 % range 0 … 15)."""
     rng = np.random.default_rng(3)
     vocabulary = np.array([f"word{n}" for n in range(200)])
     texts = [" ".join(rng.choice(vocabulary, rng.integers(10, 40))) for _ in range(100)]
@@ -243,7 +243,7 @@ def test_cross_fitting_cannot_learn_noise():
     fitted = metrics.logistic().fit(noise, labels).decision_function(noise)
     assert auc(fitted[:40], fitted[40:]) > 0.9
     assert auc(odds[:40], odds[40:]) < 0.65
-    assert metrics.cross_fit(noise[:44], labels[:44], metrics.logistic, 0) is None  # 4 of a class
+    assert metrics.cross_fit(noise[:44], labels[:44], metrics.logistic, 0) is None  # 4 per class
 
 
 def test_intervals_of_cross_fitted_scores_cover_chance():

@@ -89,7 +89,7 @@ def test_summary_by_hand():
     """Two documents: NLL 2·ln 4 over 2 tokens and 1·ln 16 over 1 token; 4 and 2 bytes."""
     made = summarize([2 * math.log(4), math.log(16)], [2, 1], [4, 2], seed=0)
     assert made["mean"] == pytest.approx((4 + 16) / 2)
-    assert made["token_weighted"] == pytest.approx(256 ** (1 / 3))  # not the mean of anything a document: sums first
+    assert made["token_weighted"] == pytest.approx(256 ** (1 / 3))  # not a mean over documents but a ratio of sums
     assert made["median"] == pytest.approx(10)
     assert made["bits_per_byte"] == pytest.approx(8 / 6)  # 256 = 8 bits over 6 bytes
     # a resample of two documents is (4, 4), (16, 16) or mixed, with probability 1/4, 1/4, 1/2
@@ -151,7 +151,7 @@ def test_every_checkpoint_gets_one_line_in_order(models, adapters, dataset, tmp_
     assert sorted(lines) == sorted(names)
     assert [float(match[2]) for match in found] == [lines[name]["mean"] for name in names]
     assert len(loads) == 2  # the Llama base once, for three adapters
-    # adapters come off again bit for bit: the same adapter first and last gives the same numbers
+    # adapters are removed bit for bit: the same adapter first and last gives the same numbers
     assert lines["other/checkpoint-100"]["mean"] == lines["run/checkpoint-10"]["mean"]
     assert lines["run/checkpoint-9"]["mean"] != lines["run/checkpoint-10"]["mean"]
     record = json.loads((folder / "run_perplexity.json").read_text())
@@ -235,7 +235,7 @@ def test_rerun_skips_and_duplicates_nothing(adapters, dataset, tmp_path, capsys,
         assert measure("--dir", folder, "-d", dataset) == 0
     assert "3 measured before, 0 to measure" in capsys.readouterr().out
     assert files == {name: (folder / name).read_text() for name in files}
-    # other settings are another measurement: new lines in .jsonl, still one line a checkpoint in .txt
+    # other settings are another measurement: new lines in .jsonl, still one line per checkpoint in .txt
     assert measure(folder, "-d", dataset, "--num_rows", 5) == 0
     assert len(read_lines(folder / "perplexity.jsonl")) == 6
     assert len((folder / "perplexity.txt").read_text().splitlines()) == 3
@@ -252,7 +252,7 @@ def test_rerun_skips_and_duplicates_nothing(adapters, dataset, tmp_path, capsys,
     assert len((moved / "perplexity.txt").read_text().splitlines()) == 3
     folder = moved.rename(folder)
     assert measure(folder, "-d", dataset) == 0
-    # a checkpoint trained anew in place replaces its line
+    # a checkpoint retrained in place replaces its line
     weights = "adapter_model.safetensors"
     shutil.copy(folder / "run" / "checkpoint-9" / weights, folder / "other" / "checkpoint-100" / weights)
     shutil.copy(folder / "run" / "checkpoint-9" / "adapter_config.json", folder / "other" / "checkpoint-100")
@@ -282,7 +282,7 @@ def test_a_damaged_checkpoint_among_good_ones(adapters, dataset, tmp_path, capsy
 
 
 def test_a_checkpoint_that_fails_while_measured(adapters, dataset, tmp_path, capsys):
-    """An adapter of another base passes the look at its files, and fails when it meets the model."""
+    """An adapter of another base passes the checks of its files and fails when it is attached."""
     folder = tree(tmp_path / "tree", adapters)
     config = json.loads((folder / "run" / "checkpoint-9" / "adapter_config.json").read_text())
     shutil.rmtree(folder / "run" / "checkpoint-9")
@@ -294,7 +294,7 @@ def test_a_checkpoint_that_fails_while_measured(adapters, dataset, tmp_path, cap
     assert good["run/checkpoint-10"] == good["other/checkpoint-100"]  # measured before and after the failure
 
 
-def test_a_bug_in_one_checkpoint_is_a_traceback_and_costs_no_other(adapters, dataset, tmp_path, capsys, monkeypatch):
+def test_a_bug_in_one_checkpoint_is_a_traceback_and_spares_the_others(adapters, dataset, tmp_path, capsys, monkeypatch):
     folder, scored = tree(tmp_path / "tree", adapters), room.score
 
     def second_time_lucky(*words, calls=[], **options):  # noqa: B006
@@ -311,7 +311,7 @@ def test_a_bug_in_one_checkpoint_is_a_traceback_and_costs_no_other(adapters, dat
 
 
 def test_killed_between_checkpoints_loses_nothing(adapters, dataset, tmp_path):
-    """kill -9 as soon as the first line stands; the next run measures the rest and equals an unbroken one."""
+    """kill -9 as soon as the first line is written; the next run measures the rest and equals an uninterrupted one."""
     whole, broken = tree(tmp_path / "whole", adapters), tree(tmp_path / "broken", adapters)
     assert measure(whole, "-d", dataset) == 0
     command = [sys.executable, ROOT / "perplexity" / "perplexity.py", broken, "-d", dataset]
@@ -326,8 +326,8 @@ def test_killed_between_checkpoints_loses_nothing(adapters, dataset, tmp_path):
     assert measure(broken, "-d", dataset) == 0
     after = read_lines(broken / "perplexity.jsonl")
     assert after[: len(before)] == before
-    unbroken = {line["checkpoint"]: line["mean"] for line in read_lines(whole / "perplexity.jsonl")}
-    assert {line["checkpoint"]: line["mean"] for line in after} == unbroken and len(after) == 3
+    uninterrupted = {line["checkpoint"]: line["mean"] for line in read_lines(whole / "perplexity.jsonl")}
+    assert {line["checkpoint"]: line["mean"] for line in after} == uninterrupted and len(after) == 3
 
 
 def test_two_ranks_equal_one_process(adapters, dataset, tmp_path):
@@ -340,10 +340,10 @@ def test_two_ranks_equal_one_process(adapters, dataset, tmp_path):
     lines, wanted = read_lines(folder / "perplexity.jsonl"), read_lines(tmp_path / "alone" / "perplexity.jsonl")
     assert len(lines) == 3
     for line, other in zip(lines, wanted):
-        for field in FIELDS - {"model"}:  # rel: a process of two threads adds up in another order
+        for field in FIELDS - {"model"}:  # rel: a process with two threads sums in another order
             close = isinstance(other[field], float) or field.endswith("_ci")
             assert line[field] == (pytest.approx(other[field], rel=1e-6) if close else other[field])
-    assert done.stdout.count("mean perplexity") == 3  # rank 0 speaks alone
+    assert done.stdout.count("mean perplexity") == 3  # only rank 0 prints
     assert json.loads((folder / "run_perplexity.json").read_text())["world_size"] == 2
 
 
@@ -354,7 +354,7 @@ def test_bfloat16_keeps_the_adapter_apart(adapters, dataset, tmp_path):
     full, half = read_lines(tmp_path / "perplexity.jsonl")
     assert (full["dtype"], half["dtype"], half["relative_change"]) == ("float32", "bfloat16", None)
     assert half["bits_per_byte"] != full["bits_per_byte"]
-    assert half["bits_per_byte"] == pytest.approx(full["bits_per_byte"], rel=0.02)  # 8 bits: 0.4 % a number
+    assert half["bits_per_byte"] == pytest.approx(full["bits_per_byte"], rel=0.02)  # 8 bits: 0.4 % per number
 
 
 def problems_of(*words) -> list[str]:
@@ -440,7 +440,7 @@ def test_exit_status_and_quick_help(tmp_path):
 
 
 def test_both_routes_of_the_benchmark_agree():
-    """bench/perplexity.py at its smallest: both routes give one mean perplexity, and a ratio is printed."""
+    """bench/perplexity.py at its smallest: both routes give the same mean perplexity, and a ratio is printed."""
     done = run_script(
         "bench/perplexity.py",
         "--documents",

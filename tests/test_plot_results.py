@@ -35,7 +35,7 @@ def put(path: Path, *lines, indent=None) -> Path:
 
 
 def extraction_line(model, temperature=0.2, exact=(20, 10), loose=(40, 30), total=100, **more) -> dict:
-    """A line as measure_purified.py writes it, templates A and B; interval ends that stand nowhere else."""
+    """A line as measure_purified.py writes it, templates A and B; interval ends that occur nowhere else."""
     counts = {"matches": loose, "exact": exact, "local_part": exact, "domain": loose, "no_pattern": (1, 0)}
     line = {name: {"A": pair[0], "B": pair[1], "total": total} for name, pair in counts.items()}
     line["ci95"] = {name: {"A": [0.11, 0.33], "B": [0.05, 0.18], "total": [0.1, 0.21]} for name in counts}
@@ -360,7 +360,7 @@ def test_canaries_of_two_files_are_not_joined(tmp_path):
 
 
 def test_a_run_is_one_place_however_it_is_called(tmp_path, monkeypatch):
-    """Its folder given twice, by another path or a link; its checkpoint beside an audit of it and a merge of it."""
+    """Its folder given twice, by another path or a link; its checkpoint with an audit and a merge of it."""
     tree = synthetic_tree(tmp_path / "tree")
     runs = {"no_dp": "synthetic-no_dp", "with_dp": "synthetic-dp"}
     checkpoints = {arm: f"tiny/{run}-lora/0e+00_2e-06/checkpoint-20" for arm, run in runs.items()}
@@ -410,7 +410,7 @@ def test_newer_lines_of_the_same_measurement_replace_older_ones(tmp_path):
     assert any("older line" in caution.title for caution in caveats.find(study))
 
 
-def test_other_settings_stand_apart(tmp_path):
+def test_other_settings_are_kept_apart(tmp_path):
     tree = small_tree(tmp_path / "tree")
     put(tree / "other" / "results_purified.jsonl", extraction_line("base/tiny", 0.2, (50, 50), top_k=1))
     study = load.read([tree])
@@ -436,8 +436,8 @@ def measured(root: Path, arm: str, rate: str, rows=100, **more) -> None:
     put(checkpoint / "results_purified.jsonl", extraction_line(checkpoint, rows=[0, rows, rows]))
 
 
-def test_rates_are_compared_within_what_stands_side_by_side(tmp_path):
-    """Two arms at 0.005 are no arms at different rates, whatever other models, bases and unmeasured runs have."""
+def test_rates_are_compared_within_what_is_shown_together(tmp_path):
+    """Two arms at 0.005 are not at different rates, whatever other models, bases and unmeasured runs have."""
     root = tmp_path / "tree"
     measured(root, "no_dp", "1e-03")
     measured(root, "no_dp", "5e-03")
@@ -568,8 +568,8 @@ def test_a_number_is_in_a_table_or_named_as_in_none(tmp_path, tree):
 
 
 def titles(tree, level=None) -> str:
-    found = caveats.find(load.read([tree]))
-    return "\n".join(f"{one.title}: {one.places}" for one in found if level in (None, one.level))
+    cautions = caveats.find(load.read([tree]))
+    return "\n".join(f"{one.title}: {one.places}" for one in cautions if level in (None, one.level))
 
 
 def test_a_clean_tree_has_no_grave_caution(tmp_path):
@@ -601,7 +601,7 @@ def test_a_clean_tree_has_no_grave_caution(tmp_path):
          "note", "undefined"),
     ],
 )  # fmt: skip
-def test_what_misleads_is_said_first(tmp_path, change, level, words):
+def test_what_misleads_comes_first(tmp_path, change, level, words):
     tree = small_tree(tmp_path / "tree")
     change(tree / "tiny/original-lora/0e+00_2e-06/checkpoint-20")
     assert words in titles(tree, level)
@@ -611,8 +611,8 @@ def test_what_misleads_is_said_first(tmp_path, change, level, words):
 
 
 @pytest.mark.parametrize("kind", ["dora", "pissa", "lora-dp-eps8"])
-def test_a_model_that_hardly_moved_is_told_where_its_numbers_are(tmp_path, kind):
-    """By its run.json alone, where the lines do not know it (bfloat16, membership inference, epsilon): once a run."""
+def test_a_model_that_hardly_moved_is_flagged_next_to_its_numbers(tmp_path, kind):
+    """By its run.json alone, if the lines lack it (bfloat16, membership inference, epsilon): once per run."""
     root = small_tree(tmp_path / "tree")
     run = run_folder(root, "replaced", peft=kind, relative_change=3e-6)
     for epoch in (1, 2):
@@ -634,14 +634,14 @@ def test_a_model_that_hardly_moved_is_told_where_its_numbers_are(tmp_path, kind)
     assert caution.title == "3 adapters that hardly moved the model" and "nothing was learnt" in caution.text
     assert sorted(place.rpartition(" = ")[2] for place in caution.places) == ["3e-06", "4e-06", "5e-06"]
     page = report(root, "--output", tmp_path / "out")[2]
-    assert "4e-06: hardly moved, equals the base" in page  # beside the score
+    assert "4e-06: hardly moved, equals the base" in page  # next to the score
     glance = page[page.index('id="glance"') : page.index('id="extraction"')]
     assert glance.count("its row is that of the base") == 2 and ">3e-06<" in glance and ">5e-06<" in glance
 
 
 def test_lower_bound_above_upper_is_wrong_and_maxima_are_named(tmp_path):
-    found = titles(synthetic_tree(tmp_path / "tree"), "wrong")
-    assert "lower 2.50, upper 2.00" in found and found.count("lower 2.50") == 1
+    listed = titles(synthetic_tree(tmp_path / "tree"), "wrong")
+    assert "lower 2.50, upper 2.00" in listed and listed.count("lower 2.50") == 1
     root = tmp_path / "many"
     for rate in ("1e-06", "2e-06", "3e-06"):
         folder = run_folder(root, rate=rate)
@@ -733,7 +733,7 @@ def test_a_damaged_line_is_named_and_the_rest_is_shown(tmp_path, capsys):
         ("checkpoint-20/results_mia.jsonl", lambda text: "[" * 100_000, ":1", "not JSON (maximum recursion depth"),
     ],
 )  # fmt: skip
-def test_a_damaged_file_is_named_beside_the_report(tmp_path, capsys, name, change, place, words):
+def test_a_damaged_file_is_named_next_to_the_report(tmp_path, capsys, name, change, place, words):
     tree = small_tree(tmp_path / "tree")
     file = tree / "tiny/original-lora/0e+00_2e-06" / name
     before = file.read_text()
@@ -748,7 +748,7 @@ def test_a_damaged_file_is_named_beside_the_report(tmp_path, capsys, name, chang
 
 
 def test_what_is_no_file_or_has_no_name_to_show_is_named(tmp_path, capsys):
-    """A pipe (nobody may ever write to it), a link to itself, a folder that is not UTF-8."""
+    """A pipe (to which nothing may ever be written), a link to itself, a folder that is not UTF-8."""
     tree = small_tree(tmp_path / "tree")
     odd = tree / os.fsdecode(b"a\xff\nb")
     shutil.copytree(tree / "base", odd)
@@ -840,9 +840,9 @@ def test_the_page_stands_alone(tmp_path):
     tree = small_tree(tmp_path / "tree")
     assert plot_results.main([str(tree), "--output", str(tmp_path / "out")]) == 0
     page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
-    found = Structure(page)
-    assert len(found.ids) == len(set(found.ids))
-    files = [one for one in found.references if not one.startswith(("#", "data:"))]
+    structure = Structure(page)
+    assert len(structure.ids) == len(set(structure.ids))
+    files = [one for one in structure.references if not one.startswith(("#", "data:"))]
     names = [figure.name for figure in figures.build(load.read([tree]))]
     assert files == [f"figures/{name}.{kind}" for name in names for kind in ("png", "pdf")]
     assert {
@@ -858,8 +858,8 @@ def test_the_page_stands_alone(tmp_path):
     for name in names:
         assert (tmp_path / "out" / f"figures/{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (tmp_path / "out" / f"figures/{name}.pdf").read_bytes().startswith(b"%PDF")
-    assert all(one[1:] in found.ids for one in found.references if one.startswith("#"))
-    drawings = [attributes for tag, attributes in found.tags if tag == "svg" and "aria-hidden" not in attributes]
+    assert all(one[1:] in structure.ids for one in structure.references if one.startswith("#"))
+    drawings = [attributes for tag, attributes in structure.tags if tag == "svg" and "aria-hidden" not in attributes]
     assert drawings and all(len(one["aria-label"]) > 20 and one["role"] == "img" for one in drawings)
     assert not re.search(
         r"url\(\s*['\"]?http|@import|<script src|https?://(?!www\.w3\.org/(?:1999/xlink|2000/svg))", page
@@ -919,7 +919,7 @@ def test_names_are_drawn_as_they_are(tmp_path, kind):
         assert any(text.startswith(one[:12]) for text in drawn), one
     assert not any("mathdefault" in text or "\n" in text for text in drawn)
     with open(tmp_path / "out" / "results.csv", encoding="utf-8", newline="") as file:
-        assert len(file.read().splitlines()) == 1 + len(load.read([tmp_path / "tree"]).rows)  # a line a number
+        assert len(file.read().splitlines()) == 1 + len(load.read([tmp_path / "tree"]).rows)  # one line per number
 
 
 def test_a_legend_has_every_label():
@@ -971,7 +971,7 @@ def test_as_a_script_from_elsewhere(tmp_path):
 
 @HAS_BROWSER
 def test_in_a_browser(tmp_path):
-    """No message, no request but the page; tables sort by value, undefined last; nothing wider than a phone."""
+    """No message, no request but the page; tables sort by value, undefined last; nothing is wider than a phone."""
     tree = small_tree(tmp_path / "tree")
     report(tree, "--output", tmp_path / "out")
     page = tmp_path / "out" / "report.html"
@@ -1024,8 +1024,8 @@ def test_two_hundred_checkpoints(large):
     assert len({row["model"] for row in rows if row["model"]}) == 201
     assert len(rows_with(rows, metric="exact", template="A", role="target")) == 201 * 8
     assert path.stat().st_size < 4_000_000
-    found = Structure(page)
-    assert len(found.tags) < 8000
+    structure = Structure(page)
+    assert len(structure.tags) < 8000
     assert "201 models" in re.sub("<[^>]+>", "", page) and "All 201 models" in page
     (data,) = [
         one
@@ -1038,7 +1038,7 @@ def test_two_hundred_checkpoints(large):
 @pytest.mark.slow
 @HAS_BROWSER
 def test_two_hundred_checkpoints_open_under_a_second(large):
-    """Processor time of the page's main thread, so that a busy machine does not decide."""
+    """Processor time of the page's main thread, so that other load does not matter."""
     with browser.Browser() as desk:
         desk.open(large[0])
         assert desk.cpu() < 1

@@ -58,8 +58,8 @@ def texts_of(tmp_path, *texts: str) -> tuple[list[str], dict[str, str]]:
 
 def one_text(tmp_path, index: int, text: str) -> tuple[str, dict[str, str]]:
     """As texts_of, `text` in a row of person `index`."""
-    found, new = texts_of(tmp_path, *["."] * index, text)
-    return found[-1], new
+    result, new = texts_of(tmp_path, *["."] * index, text)
+    return result[-1], new
 
 
 # ---------------------------------------------------------------- forms, by hand
@@ -103,7 +103,7 @@ FORMS = [
 
 @pytest.mark.parametrize(("index", "text", "expected"), FORMS, ids=[text[:30] for _, text, _ in FORMS])
 def test_quoted_forms(index, text, expected, tmp_path):
-    found, new = one_text(tmp_path, index, text)
+    result, new = one_text(tmp_path, index, text)
     name, email = PEOPLE[index]
     words, address = new[name].split(" "), new[email]
     first, last = words[0], " ".join(words[2:] if index == 1 else words[1:])
@@ -120,7 +120,7 @@ def test_quoted_forms(index, text, expected, tmp_path):
     }
     wanted |= {"L1": words[-1], "l1": words[-1].lower()}
     wanted |= {"u": address.partition("@")[0], "d1": address.partition("@")[2].split(".")[0]}
-    assert found == expected.format(**wanted)
+    assert result == expected.format(**wanted)
 
 
 ORDINARY = [
@@ -141,9 +141,9 @@ def test_ordinary_words_are_left_alone(index, text, tmp_path):
 def test_names_that_are_ordinary_words_are_replaced_in_name_positions(tmp_path):
     """In a row that mentions Will Price, and (first names) in one that does not."""
     text = "Hi Will,\n\nyou will ask Will Price, as Will knows; Mr. Price will too.\n\nWill"
-    found, new = one_text(tmp_path, 4, text)
+    result, new = one_text(tmp_path, 4, text)
     first, last = new["Will Price"].split()
-    assert found == f"Hi {first},\n\nyou will ask {first} {last}, as {first} knows; Mr. {last} will too.\n\n{first}"
+    assert result == f"Hi {first},\n\nyou will ask {first} {last}, as {first} knows; Mr. {last} will too.\n\n{first}"
     elsewhere, _ = one_text(tmp_path / "x", 0, "Hi Will,\n\nI will.\n\nWill")
     greeting, middle, signature = elsewhere.split("\n\n")
     assert middle == "I will." and signature != "Will" and greeting == f"Hi {signature},"
@@ -151,10 +151,10 @@ def test_names_that_are_ordinary_words_are_replaced_in_name_positions(tmp_path):
 
 def test_first_names_alone_everywhere_last_names_alone_only_in_rows_that_mention_them(tmp_path):
     text = "Karen met Moss Energy; Olsen stayed. Talk to Bob.\n\nBob"  # nobody in the file is called Bob
-    found, _ = one_text(tmp_path, 0, text)
+    result, _ = one_text(tmp_path, 0, text)
     joe = one_text(tmp_path / "x", 0, "Joe Moss")[0].split()
-    assert "Karen" not in found and " met " in found and f"{joe[1]} Energy; Olsen stayed. Talk to Bob." in found
-    assert not found.endswith("Bob")
+    assert "Karen" not in result and " met " in result and f"{joe[1]} Energy; Olsen stayed. Talk to Bob." in result
+    assert not result.endswith("Bob")
 
 
 def test_consistent_across_rows_and_columns(tmp_path):
@@ -183,24 +183,24 @@ def test_consistent_across_rows_and_columns(tmp_path):
 
 
 def test_people_found_in_the_text_only(tmp_path):
-    """Beside an address, in header lines, in a forwarding line, by an address that spells a name; never in gt-*."""
+    """Next to an address, in header lines, in a forwarding line, by an address that spells a name; never in gt-*."""
     text = (
         "Dana Kell <dk@norbeck.example> said\nTo: Nils Ode; Quinn, Abel\n"
         "----- Forwarded by Olga Brandt on 01/02/2001 -----\nMona Sund/HOU/ECT@ECT\nwrite peter.zorn@quillan.example"
     )
     later = "Dana Kell, Nils Ode, Abel Quinn, Olga Brandt, Mona Sund, Peter Zorn, dk@norbeck.example, peter.zorn"
-    found, _ = texts_of(tmp_path, text, later)
+    result, _ = texts_of(tmp_path, text, later)
     old = {*scanner.TOKEN.findall(later)} - {"example"}
     for word in old:
-        assert word not in scanner.TOKEN.findall(" ".join(found)), word
-    names = found[1].split(", ")
+        assert word not in scanner.TOKEN.findall(" ".join(result)), word
+    names = result[1].split(", ")
     assert len(set(names)) == 8
-    assert found[0].startswith(f"{names[0]} <{names[6]}> said\nTo: {names[1]}; ")
-    assert f"Forwarded by {names[3]} on" in found[0]
-    assert names[7] == ".".join(names[5].lower().split()) and names[7] in found[0]
+    assert result[0].startswith(f"{names[0]} <{names[6]}> said\nTo: {names[1]}; ")
+    assert f"Forwarded by {names[3]} on" in result[0]
+    assert names[7] == ".".join(names[5].lower().split()) and names[7] in result[0]
 
 
-def test_what_stands_in_no_usual_form(tmp_path):
+def test_unusual_forms(tmp_path):
     """Addresses without a dot, with a blank, with two @; names of one word, of letters no rule knows, Last, First."""
     odd = [
         ("Zoë", "zoe@host"),
@@ -227,7 +227,7 @@ RULES = sorted(name_rule_guesses("Anna Maria Roe"))
 
 @pytest.mark.parametrize("name", ("Anna Maria Roe", "Anna M. Roe", "Joe Moss", "Ruth O'Shea-Lind"))
 def test_every_name_rule_is_kept(name):
-    """One person with an address a rule, with and without digits; what a rule makes of the new name is expected."""
+    """One address per rule, with and without digits; expected: what the rule derives from the new name."""
     rules = name_rule_guesses(name)
     people = People([(name, f"{local}@x{n}.example") for n, local in enumerate(rules.values())])
     people.add(name, "7{firstlast}@y.example".format(**rules))
@@ -338,7 +338,7 @@ def test_split_start_of_the_source_is_kept_and_missing_row_ids_are_given(tmp_pat
     assert (parts.head, parts.train) == (list(range(7)), list(range(7, 12)))
 
 
-def test_lines_that_are_no_rows_keep_their_places(tmp_path, capsys):
+def test_lines_that_are_no_rows_keep_their_positions(tmp_path, capsys):
     """Rows numbered from 100: the head of 13 lines is 4 of them, whichever are broken; their row_ids stay."""
     rows = [row | {"row_id": row["row_id"] + 100} for row in make_rows(12)]
     source, output = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "r.arrow"
@@ -388,9 +388,9 @@ def test_map_only_on_request_and_for_the_owner_only(tmp_path):
     }
     build(tmp_path, rows, "--overwrite", "--save_map", tmp_path / "map.json")
     assert stat.S_IMODE((tmp_path / "map.json").stat().st_mode) == 0o600
-    found = json.loads((tmp_path / "map.json").read_text())
-    assert found["people"]["Joe Moss"] == replaced[0]["gt-name"]
-    assert found["addresses"]["karen.olsen@hartwell.example"] == replaced[1]["gt-email"].lower()
+    result = json.loads((tmp_path / "map.json").read_text())
+    assert result["people"]["Joe Moss"] == replaced[0]["gt-name"]
+    assert result["addresses"]["karen.olsen@hartwell.example"] == replaced[1]["gt-email"].lower()
 
 
 # ---------------------------------------------------------------- the leak check
@@ -418,7 +418,7 @@ def test_leaks(leak, kinds, tmp_path):
 
 
 def test_the_check_reads_every_text_of_the_written_file(tmp_path, monkeypatch, capsys):
-    """A name that comes in while the file is written, in a list and in a key within a column."""
+    """A name introduced while the file is written, in a list and in a key within a column."""
     write = data_files.write_arrow
     rows = [row | {"notes": [{"by": "nobody"}]} for row in make_rows(12)]
     for spoil in (lambda name: [{"by": name}], lambda name: [{name: "x"}]):
@@ -457,7 +457,7 @@ def test_a_leak_ends_the_run_without_a_file(before, tmp_path, monkeypatch, capsy
         "leak check: old addresses in 1 rows: 7",
         f"leak check failed: {output} was not written",
     ]
-    if before:  # an earlier good file stays what it was
+    if before:  # an earlier good file is unchanged
         assert output.read_bytes() == old
     else:
         assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "run_replace_pii.json"}
@@ -603,9 +603,9 @@ def test_leak_check_by_path(tmp_path):
     replaced = [dict(row) for row in data_files.read_rows(tmp_path / "r.arrow")]
     replaced[3]["prompt"] += f" {rows[5]['gt-name']}"
     replaced[7]["prompt"] += f" {rows[5]['gt-name']} <{rows[5]['gt-email']}>"
-    found = run_script(*words, write_rows(tmp_path / "edited.jsonl", replaced))
-    assert found.returncode == 1 and rows[5]["gt-name"] not in found.stdout + found.stderr
-    assert found.stdout.splitlines() == [
+    result = run_script(*words, write_rows(tmp_path / "edited.jsonl", replaced))
+    assert result.returncode == 1 and rows[5]["gt-name"] not in result.stdout + result.stderr
+    assert result.stdout.splitlines() == [
         "old full names in 2 of 12 rows: 3, 7",
         "old addresses in 1 of 12 rows: 7",
         "old pairs in 1 of 12 rows: 7",

@@ -1,4 +1,4 @@
-"""common/results.py: locks, leftovers, publications; each kill and each start in the same second played for real."""
+"""common/results.py: locks, leftovers, publications; with real kills and simultaneous starts."""
 
 import json
 import os
@@ -69,7 +69,7 @@ def die_at(number: int, names=("fsync", "replace", "rename", "mkdir", "unlink", 
 
 
 @pytest.mark.parametrize("lock", ["output_folder", "output_file"])
-def test_a_second_run_is_refused_and_told_who_holds_the_place(tmp_path, lock):
+def test_a_second_run_is_refused_and_the_holder_named(tmp_path, lock):
     place = tmp_path / "new" / "place"
     first = hold(lock, place, 60)
     assert first.stdout.readline() == "held\n"
@@ -87,7 +87,7 @@ def test_a_second_run_is_refused_and_told_who_holds_the_place(tmp_path, lock):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     fourth = hold(lock, tmp_path / "other" / "place", 0)
     assert fourth.communicate(timeout=60) == ("held\n", "")
-    assert not (tmp_path / "other").exists()  # nothing was put into it
+    assert not (tmp_path / "other").exists()  # nothing was written into it
 
 
 def test_of_many_that_start_at_once_one_wins(tmp_path):
@@ -282,7 +282,7 @@ def test_a_foreign_journal_is_refused(tmp_path, content):
 
 
 @pytest.mark.parametrize(("umask", "file", "folder"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700), (0, 0o644, 0o777)])
-def test_the_umask_is_kept(tmp_path, umask, file, folder):
+def test_the_umask_is_respected(tmp_path, umask, file, folder):
     before = os.umask(umask)
     try:
         results.write_json(tmp_path / "a.json", {})

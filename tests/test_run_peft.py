@@ -220,8 +220,8 @@ def test_packing_with_eager_attention(models, tmp_path, dataset):
     torch.testing.assert_close(logits["sdpa"], logits["eager"], atol=1e-4, rtol=0)
 
 
-def test_eos_is_learned_once_a_row_and_padding_never(models):
-    """pad = EOS here: the targets still hold exactly one EOS a row and no padding."""
+def test_eos_is_learned_once_per_row_and_padding_never(models):
+    """pad = EOS here: the targets still hold exactly one EOS per row and no padding."""
     tokenizer = _tokenizer(models["neox"])
     texts = ["Dear Ann, thank you.", "Yes.", "See you at noon, then.<|endoftext|>"]
     rows = batches.encode(as_trained([{"text": text} for text in texts]), tokenizer, 64)
@@ -348,7 +348,7 @@ def test_full_fine_tuning(arch, models, dataset, tmp_path):
     assert metrics(again)[0]["eval_loss"] == pytest.approx(held[-1], abs=1e-5)
 
 
-def test_mp_is_one_process(models, dataset, tmp_path, monkeypatch, capsys):
+def test_mp_equals_one_process(models, dataset, tmp_path, monkeypatch, capsys):
     plain = train(tmp_path / "ddp", models["neox"], dataset, "-lr", "0.1", *SGD)
     spread = train(tmp_path / "mp", models["neox"], dataset, "-lr", "0.1", "-dt", "mp", *SGD)
     assert furthest(adapter(plain), adapter(spread)) == 0
@@ -389,9 +389,9 @@ run_peft.main(sys.argv[1:])
 
 
 @pytest.fixture(scope="module")
-def unbroken(models, dataset, tmp_path_factory):
+def uninterrupted(models, dataset, tmp_path_factory):
     """{'lora': run directory, 'pissa': …} of runs with FLAGS that nothing interrupted."""
-    root = tmp_path_factory.mktemp("unbroken")
+    root = tmp_path_factory.mktemp("uninterrupted")
     return {kind: train(root, models["neox"], dataset, "-pt", kind, *FLAGS) for kind in ("lora", "pissa")}
 
 
@@ -408,7 +408,7 @@ def check_same_run(one, other):
     assert not (other / "interrupted").exists() and not list(other.glob(".*"))
 
 
-def test_killed_run_resumes_bit_exactly(models, dataset, tmp_path, unbroken):
+def test_killed_run_resumes_bit_exactly(models, dataset, tmp_path, uninterrupted):
     """kill -9 after step 7 of 15 (the last checkpoint is at 5), then --resume."""
     script = tmp_path / "killed.py"
     script.write_text(KILLED.format(root=str(ROOT)))
@@ -449,11 +449,11 @@ def test_killed_run_resumes_bit_exactly(models, dataset, tmp_path, unbroken):
     (folder / "run.json").write_text(begun)
     assert train(tmp_path, models["neox"], dataset, *FLAGS, "--resume") == folder
     assert json.loads((folder / "run.json").read_text())["resumed_from"] == 5
-    check_same_run(unbroken["lora"], folder)
+    check_same_run(uninterrupted["lora"], folder)
 
 
 @pytest.mark.parametrize("at", (7, 10))
-def test_sigterm_saves_and_resumes(at, models, dataset, tmp_path, unbroken, monkeypatch):
+def test_sigterm_saves_and_resumes(at, models, dataset, tmp_path, uninterrupted, monkeypatch):
     """SIGTERM in the middle of an epoch (7 of 5 + 5 + 5) and at its last step (10): exit 143, then bit-exact."""
     original = Trainer.step
 
@@ -473,10 +473,10 @@ def test_sigterm_saves_and_resumes(at, models, dataset, tmp_path, unbroken, monk
     assert (folder / "interrupted" / "adapter_model.safetensors").is_file() == (at == 7)
     assert run_peft.main([*words, "--resume"]) == 0
     assert json.loads((folder / "run.json").read_text())["resumed_from"] == at
-    check_same_run(unbroken["pissa"], folder)
+    check_same_run(uninterrupted["pissa"], folder)
 
 
-def test_run_killed_while_saving_resumes(models, dataset, tmp_path, unbroken, monkeypatch):
+def test_run_killed_while_saving_resumes(models, dataset, tmp_path, uninterrupted, monkeypatch):
     """Whatever part of a checkpoint was written when the run died, it is not taken for a checkpoint."""
     original = checkpoint.publish
 
@@ -492,17 +492,17 @@ def test_run_killed_while_saving_resumes(models, dataset, tmp_path, unbroken, mo
             train(tmp_path, models["neox"], dataset, *FLAGS)
     folder = train(tmp_path, models["neox"], dataset, *FLAGS, "--resume")
     assert json.loads((folder / "run.json").read_text())["resumed_from"] == 5
-    check_same_run(unbroken["lora"], folder)
+    check_same_run(uninterrupted["lora"], folder)
 
 
-def test_unfinished_run_starts_over_without_resume(models, dataset, tmp_path, unbroken, monkeypatch):
+def test_unfinished_run_starts_over_without_resume(models, dataset, tmp_path, uninterrupted, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "evaluate", lambda self: 1 / 0 if self.count["step"] == 10 else (1.0, 1))
         with pytest.raises(ZeroDivisionError):
             train(tmp_path, models["neox"], dataset, *FLAGS)
     folder = train(tmp_path, models["neox"], dataset, *FLAGS)
     assert "resumed_from" not in json.loads((folder / "run.json").read_text())
-    check_same_run(unbroken["lora"], folder)
+    check_same_run(uninterrupted["lora"], folder)
 
 
 def test_nan_loss_stops_the_run(models, dataset, tmp_path):
@@ -625,7 +625,7 @@ def test_tensorboard(models, dataset, tmp_path):
 
 
 def test_every_problem_at_once(models, dataset, tmp_path, capsys):
-    """Exit 2, one line a problem, nothing written, no model loaded."""
+    """Exit 2, one line per problem, nothing written, no model loaded."""
     words = ["-m", tmp_path / "absent", "-i", tmp_path / "none.jsonl", "-opt", "adam", "-s", "linar", "-pt", "pissa"]
     words += ["--lora_dropout", "0.1", "--report_to", "tensorboard,wanb", "--device_map", "auto", "--run_name", "a/b"]
     words += ["--output_root", tmp_path / "out"]

@@ -1,4 +1,4 @@
-"""The sweep sampler: exact distributions, answers that do not depend on batching, and memory that stays put."""
+"""The sweep sampler: exact distributions, answers that do not depend on batching, and bounded memory."""
 
 import math
 
@@ -51,7 +51,7 @@ def test_greedy_is_generate_and_targets_are_teacher_forced(models, arch):
             logits = model(torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1].double()
         logp = logits.log_softmax(-1).gather(-1, torch.tensor(target)[:, None])
         assert answer.truth_logprob == pytest.approx(logp.mean().item(), abs=1e-5)
-        # filtered and heated by hand: softmax over the 20 largest logits / T
+        # filtered and scaled by hand: softmax over the 20 largest logits / T
         for temperature, found in zip(TEMPERATURES[2:], answer.truth_logp[2:]):
             total = 0.0
             for position, token in zip(logits, target):
@@ -64,7 +64,7 @@ def test_greedy_is_generate_and_targets_are_teacher_forced(models, arch):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_answers_do_not_depend_on_batch_or_company(models, arch):
+def test_answers_do_not_depend_on_the_batch(models, arch):
     model, tokenizer = load(models[arch])
     together, prompts, targets, stop = ask(model, tokenizer)
     assert len({tuple(branch) for answer in together for branch in answer.tokens}) > 12  # the test would see a mix-up
@@ -147,7 +147,7 @@ def test_noise_is_gumbel_and_differs_in_every_key():
         sampling.gumbel(7, rows, torch.zeros_like(rows), 0, tokens + 1),
     ):
         assert abs(np.corrcoef(noise.flatten(), other.flatten())[0, 1]) < 0.02
-    # the same key gives the same noise in any company
+    # the same key gives the same noise in any batch
     assert sampling.gumbel(7, rows[3:4], rows[:1] * 0, 0, tokens[:1, 9:10]).item() == noise[3, 9].item()
 
 

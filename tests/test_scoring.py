@@ -30,22 +30,22 @@ def sequences_of(count: int, longest: int, seed: int = 0, vocabulary: int = 400)
 
 def plain_scores(model, sequences) -> list[np.ndarray]:
     """One sequence at a time, whole logits, float64 log-softmax."""
-    found = []
+    scores = []
     for tokens in sequences:
         with torch.no_grad():
             logits = model(torch.tensor([tokens])).logits[0, :-1].double()
-        found.append(logits.log_softmax(-1)[range(len(tokens) - 1), tokens[1:]].numpy())
-    return found
+        scores.append(logits.log_softmax(-1)[range(len(tokens) - 1), tokens[1:]].numpy())
+    return scores
 
 
 def all_scores(model, sequences, **options):
     return join(sequences, [score(model, sequences, **options)])
 
 
-def assert_same(found, wanted):
-    assert len(found) == len(wanted)
-    for mine, theirs in zip(found, wanted):
-        np.testing.assert_allclose(mine, theirs, **TOLERANCE)
+def assert_same(scores, wanted):
+    assert len(scores) == len(wanted)
+    for mine, reference in zip(scores, wanted):
+        np.testing.assert_allclose(mine, reference, **TOLERANCE)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -75,7 +75,7 @@ def test_peft_model_attached_and_switched_off(models, adapters, arch, kind):
 
 def test_any_batching_gives_the_same_scores(loaded, monkeypatch):
     sequences = sequences_of(20, 90, seed=1)
-    wanted = all_scores(loaded["llama"], sequences, token_budget=1)  # one sequence a pass
+    wanted = all_scores(loaded["llama"], sequences, token_budget=1)  # one sequence per pass
     for budget in (64, 200, 10_000):
         assert_same(all_scores(loaded["llama"], sequences, token_budget=budget), wanted)
     monkeypatch.setattr(scoring, "LOGIT_VALUES", 7 * 400)
@@ -92,8 +92,8 @@ def test_ranks_share_the_same_batches(loaded, size):
     wanted = all_scores(loaded["neox"], sequences, **options)
     parts = [score(loaded["neox"], sequences, world=World(rank, size), **options) for rank in range(size)]
     assert all(parts)  # every rank had work
-    for mine, theirs in zip(join(sequences, parts), wanted):
-        assert np.array_equal(mine, theirs)  # not one bit differs
+    for mine, reference in zip(join(sequences, parts), wanted):
+        assert np.array_equal(mine, reference)  # not one bit differs
     with pytest.raises(ValueError, match="a rank's part is missing"):
         join(sequences, parts[:-1])
 
@@ -109,8 +109,8 @@ def test_windows_against_a_hand_written_loop(loaded, context, stride):
         for position in range(done, begin + len(window)):
             wanted.append(logp[position - begin - 1, tokens[position]].item())
         done, begin = begin + len(window), begin + stride
-    found = all_scores(loaded["opt"], [tokens, tokens[:10]], context=context, stride=stride, token_budget=100)
-    np.testing.assert_allclose(found[0], wanted, **TOLERANCE)
+    scores = all_scores(loaded["opt"], [tokens, tokens[:10]], context=context, stride=stride, token_budget=100)
+    np.testing.assert_allclose(scores[0], wanted, **TOLERANCE)
     assert len(wanted) == len(tokens) - 1
 
 
@@ -147,8 +147,8 @@ def test_batches_hold_every_item_once_within_the_budget(lengths, budget):
 def test_log_probability_by_hand():
     """softmax of (ln 1, ln 2, ln 5) is (1/8, 2/8, 5/8); adding 1000 changes nothing and must not overflow."""
     logits = torch.tensor([[0.0, math.log(2), math.log(5)], [1000.0, 1000 + math.log(2), 1000 + math.log(5)]])
-    found = log_probability(logits, torch.tensor([2, 0]))
-    assert found.tolist() == pytest.approx([math.log(5 / 8), math.log(1 / 8)], rel=1e-4)
+    scores = log_probability(logits, torch.tensor([2, 0]))
+    assert scores.tolist() == pytest.approx([math.log(5 / 8), math.log(1 / 8)], rel=1e-4)
 
 
 def test_known_logits_come_out(tmp_path):
@@ -163,8 +163,8 @@ def test_known_logits_come_out(tmp_path):
         head.bias.copy_(biases)
     model.lm_head = head
     total = math.log(math.fsum(math.exp(i / 100) for i in range(model.config.vocab_size)))
-    (found,) = all_scores(model, [[9, 3, 350, 7]])
-    assert found.tolist() == pytest.approx([0.03 - total, 3.5 - total, 0.07 - total], rel=1e-5)
+    (scores,) = all_scores(model, [[9, 3, 350, 7]])
+    assert scores.tolist() == pytest.approx([0.03 - total, 3.5 - total, 0.07 - total], rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ("capped", "scaled", "divided"))
@@ -197,20 +197,20 @@ def test_half_precision_takes_the_chunked_path(models, arch):
     model = AutoModelForCausalLM.from_pretrained(models[arch], dtype=torch.bfloat16).eval()
     sequences = sequences_of(4, 40)
     assert split_head(model, sequences[0])[1] is not None
-    found, wanted = all_scores(model, sequences), plain_scores(model, sequences)
+    scores, wanted = all_scores(model, sequences), plain_scores(model, sequences)
     # bf16 keeps 8 bits: logits of up to 10 are off by up to 0.04 between batch shapes
-    assert np.abs(np.concatenate(found) - np.concatenate(wanted)).max() < 0.2
+    assert np.abs(np.concatenate(scores) - np.concatenate(wanted)).max() < 0.2
 
 
-def test_a_statistic_of_ones_own(loaded):
-    """What membership inference needs: several columns a token from the same chunk of logits."""
+def test_a_custom_statistic(loaded):
+    """What membership inference needs: several columns per token from the same chunk of logits."""
 
     def both(logits, targets):
         return torch.stack([log_probability(logits, targets), (logits.argmax(-1) == targets).float()], 1)
 
     sequences = sequences_of(5, 40)
-    found = all_scores(loaded["llama"], sequences, statistics=both)
-    for tokens, values, logp in zip(sequences, found, all_scores(loaded["llama"], sequences)):
+    scores = all_scores(loaded["llama"], sequences, statistics=both)
+    for tokens, values, logp in zip(sequences, scores, all_scores(loaded["llama"], sequences)):
         assert values.shape == (len(tokens) - 1, 2)
         np.testing.assert_allclose(values[:, 0], logp, **TOLERANCE)
         with torch.no_grad():
@@ -235,8 +235,8 @@ def test_only_a_chunk_of_logits_exists_at_once(loaded, monkeypatch):
 
 
 def test_empty_and_one_token_sequences(loaded):
-    found = all_scores(loaded["opt"], [[], [5], [5, 6]])
-    assert [len(values) for values in found] == [0, 0, 1]
+    scores = all_scores(loaded["opt"], [[], [5], [5, 6]])
+    assert [len(values) for values in scores] == [0, 0, 1]
     assert join([[]], [score(loaded["opt"], [[]])])[0].shape == (0,)
 
 

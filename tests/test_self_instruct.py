@@ -31,7 +31,7 @@ def tiny(tmp_path_factory):
 # ---------------------------------------------------------------- seed tasks
 
 
-def test_seed_tasks_are_enough_varied_and_pass_their_own_filters():
+def test_seed_tasks_are_varied_enough_and_pass_their_own_filters():
     tasks, broken = read_seed_tasks(SEEDS, strict=True)
     assert broken == 0 and len(tasks) >= 64 and sum(len(task["examples"]) for task in tasks) >= 75
     assert all(set(task) == {"instruction", "examples"} for task in tasks)
@@ -53,8 +53,8 @@ def test_seed_tasks_are_enough_varied_and_pass_their_own_filters():
     (
         ("{", "not JSON"),
         ("{}", "expected a JSON array"),
-        ("[]", "0 whole tasks; at least 8 are needed"),
-        (json.dumps([{"instruction": "x", "examples": [{"input": "", "output": 3}]}] * 8), "0 whole tasks"),
+        ("[]", "0 valid tasks; at least 8 are needed"),
+        (json.dumps([{"instruction": "x", "examples": [{"input": "", "output": 3}]}] * 8), "0 valid tasks"),
     ),
 )
 def test_bad_seed_tasks(text, words, tmp_path):
@@ -105,7 +105,7 @@ def test_parse_instances_by_hand():
     assert filters.parse_instances(" chatter", True, False) == ([], {"no instance": 1})
     text = " yes\nInput: one\nLabel: no\nInput: two\n\nTask: another"
     assert filters.parse_instances(text, False, True) == ([("one", "yes"), ("two", "no")], {})
-    # as a small model writes: labels again within an instance, an output that begins with one
+    # as a small model writes: labels repeated within an instance, an output that begins with one
     text = " a\nOutput: b: c\n\nOutput: b\n\nExample 2\nInput: d\nInput: e\nOutput: f\n\n"
     text += "Example 3\nInput: g\nOutput:\nInput: h"
     assert filters.parse_instances(text, True, False) == ([("a", "b: c"), ("g", "")], {"no instance": 1})
@@ -153,7 +153,7 @@ def rouge_l(a: list[str], b: list[str]) -> tuple[int, int]:
 
 
 def test_rouge_threshold_by_hand():
-    """Ten words against ten: LCS 7 is F = 0.7, kept; LCS 8 is 0.8, refused. Case and marks do not count."""
+    """Ten words against ten: LCS 7 is F = 0.7, kept; LCS 8 is 0.8, refused. Case and punctuation do not count."""
     pool = filters.RougePool()
     pool.add("one two three four five six seven eight nine ten")
     assert not pool.alike("one two three four five six seven x y z")
@@ -177,8 +177,8 @@ def test_pool_equals_comparing_every_pair(texts, candidate):
 
 @pytest.mark.slow
 def test_candidates_a_second_against_fifty_thousand():
-    """Half of the words of a seed instruction exchanged: many near texts in the pool, the hard case. Run with -s to
-    read the speed; it is printed, not asserted, and of three the verdict is checked against every pair."""
+    """Half of the words of a seed instruction replaced: many near texts in the pool, the hard case. Run with -s to
+    read the speed; it is printed, not asserted; three verdicts are checked against every pair."""
     rng = random.Random(0)
     seeds = [task["instruction"].split() for task in read_seed_tasks(SEEDS)[0]]
     words = [word for seed in seeds for word in seed]
@@ -212,7 +212,7 @@ VERBS = "weigh trace contrast outline justify question restate measure defend do
 
 
 def scripted(calls: list):
-    """Stands in for the model: new instructions, a kind, instances; with every fault that the filters know."""
+    """Stands in for the model: new instructions, a kind, instances; with every fault that the filters detect."""
 
     def complete(model, tokenizer, prompts, stage, first, args, world):
         calls.append((stage, prompts))
@@ -273,7 +273,7 @@ def test_procedure_rows_counts_and_resuming(tiny, tmp_path, monkeypatch):
     )
     kinds = [line.split("? ")[1] for line in calls[1][1][0].splitlines() if line.startswith("Is it classification? ")]
     assert kinds == ["Yes", "No"] * 6
-    # the first round has only seeds to show, later ones two machine-made instructions among eight
+    # the first round has only seeds to show, later ones two generated instructions among eight
     shown = [[line for line in prompt.splitlines() if "claims about" in line] for prompt in calls[0][1] + calls[3][1]]
     assert [len(lines) for lines in shown] == [0] * 4 + [2] * 4
     assert all(prompt.count("\nTask ") == 9 for prompt in calls[3][1])
@@ -310,7 +310,7 @@ sys.exit(generate.cli.entry(generate.main))
 
 @pytest.fixture
 def driver(tmp_path):
-    """The script with a random model's own words put into the form that a trained generator would write."""
+    """The script with a random model's output put into the form that a trained generator would write."""
     path = tmp_path / "driver.py"
     path.write_text(DRIVER.format(root=str(ROOT)))
     return path
@@ -334,7 +334,7 @@ def test_two_ranks_give_the_file_of_one(tiny, driver, tmp_path):
 
 
 def test_kill_and_run_again(tiny, driver, tmp_path):
-    """kill -9 after two rounds; the next run goes on from there and gives the file of an unbroken run."""
+    """kill -9 after two rounds; the next run resumes there and writes the file of an uninterrupted run."""
     assert run_script(driver, *quick(tiny, tmp_path / "whole.jsonl")).returncode == 0
     output = tmp_path / "broken" / "data.jsonl"
     partial = output.with_name(".data.jsonl.partial.jsonl")
@@ -343,7 +343,7 @@ def test_kill_and_run_again(tiny, driver, tmp_path):
     assert partial.exists() and not output.exists()
     kept = partial.read_bytes().rpartition(b"\n")[0]
     with open(partial, "ab") as file:
-        file.write(b'{"tasks": [{"instr')  # a line that the power cut tore
+        file.write(b'{"tasks": [{"instr')  # a line torn by a power failure
     other = run_script(driver, *quick(tiny, output, "--top_k", 7))
     assert other.returncode == 2 and "a different top_k" in other.stderr and partial.read_bytes().startswith(kept)
     assert run_script(driver, *quick(tiny, output)).returncode == 0
@@ -390,7 +390,7 @@ def test_completions_are_the_models_own(tiny):
     assert complete(model, tokenizer, prompts, "instructions", 9, args, distributed.World()) != one
 
 
-def test_a_generator_that_gives_nothing_ends_with_words(tiny, tmp_path, monkeypatch):
+def test_a_generator_without_instances_is_an_error(tiny, tmp_path, monkeypatch):
     """The random model writes no instruction and no instance: status 2, what was lost, no file."""
     monkeypatch.setattr(rounds, "PATIENCE", 2)
     with pytest.raises(UserError, match="2 rounds in a row gave no instance"):

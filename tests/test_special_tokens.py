@@ -1,4 +1,4 @@
-"""One start token before a text, and a word where a text spells a special token: training, scoring, attacks."""
+"""One start token before a text, and a note if a text spells a special token: training, scoring, attacks."""
 
 import json
 
@@ -68,7 +68,7 @@ def test_a_start_token_typed_twice_stays_where_the_tokenizer_adds_none(models, t
     assert loading.encode_texts(plain, ["<|endoftext|><|endoftext|>Ada"])[0][:2] == [0, 0]
 
 
-def test_special_tokens_in_texts_are_counted_and_said(models, tmp_path, capsys):
+def test_special_tokens_in_texts_are_counted_and_reported(models, tmp_path, capsys):
     from common import models as loading
 
     tokenizer = loading.load_tokenizer(loading.find_model(str(models["llama"])))
@@ -100,7 +100,7 @@ def test_special_tokens_in_texts_are_counted_and_said(models, tmp_path, capsys):
 
 
 def test_packing_is_refused_where_rows_see_each_other(tmp_path):
-    """The mask that keeps rows apart hides a sliding window, or is not seen: neither is trained in silence."""
+    """The mask that keeps rows apart hides a sliding window, or is not seen: neither is trained silently."""
     from families import make_family
 
     from common.cli import UserError

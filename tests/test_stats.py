@@ -67,13 +67,11 @@ def test_holm_by_hand():
     assert stats.holm([0.6, 0.9]) == [1.0, 1.0] and stats.holm([]) == []
 
 
-LEAST = (
-    scipy_stats.binom.ppf(1e-3, 600, 0.93) / 600
-)  # what 600 runs of a coverage of 93 % stay above, all but once in 1,000
+LEAST = scipy_stats.binom.ppf(1e-3, 600, 0.93) / 600  # 600 runs with a coverage of 93 % fall below this once in 1,000
 
 
 def test_coverage_of_totals_where_the_bootstrap_failed():
-    """Rates of 0.1 % and 0.5 % with 100 to 1,000 rows, answers of a row independent, hanging together, the same."""
+    """Rates of 0.1 % and 0.5 % with 100 to 1,000 rows, answers of a row independent, correlated, identical."""
     rng = np.random.default_rng(1)
     for rows in (100, 500, 1000):
         for rate in (0.001, 0.005, 0.05):
@@ -84,7 +82,7 @@ def test_coverage_of_totals_where_the_bootstrap_failed():
 
 @pytest.mark.parametrize("kind", ("normal", "heavy-tailed"))
 def test_coverage_of_the_auc_where_the_bootstrap_failed(kind):
-    """Areas of 0.95 and 0.99 with 20 and 50 texts a side: the bootstrap held 75 to 93 %."""
+    """Areas of 0.95 and 0.99 with 20 and 50 texts per side: the bootstrap covered 75 to 93 %."""
     from scipy.optimize import brentq
 
     draw, area = coverage.shifts(kind)

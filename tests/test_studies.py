@@ -59,7 +59,7 @@ def test_the_newest_measurement_is_read_at_one_temperature(tmp_path):
     (tmp_path / "results_purified10_rows.jsonl").write_text("{}\n")
     line, outcomes = measured(tmp_path)
     assert line == {"temperature": 0.2, "n": 1} and [one["exact"] for one in outcomes] == [True]
-    write_rows(tmp_path / "results_purified11.jsonl", [{"temperature": 1.0}])  # newer, and of nothing that is asked for
+    write_rows(tmp_path / "results_purified11.jsonl", [{"temperature": 1.0}])  # newer, but at another temperature
     assert measured(tmp_path) == (line, outcomes)
     with pytest.raises(UserError, match="has no measurement at temperature"):
         measured(tmp_path / "none")
@@ -182,7 +182,7 @@ def test_measurements_are_kept_for_the_weights_and_rows_they_are_of(tmp_path, mo
     assert steps.is_current(file, model) and not steps.is_current(tmp_path / "results_mia.jsonl", model)
 
 
-def test_the_mark_of_a_step_is_of_its_inputs_and_of_its_results(tmp_path, models):
+def test_the_mark_of_a_step_covers_its_inputs_and_results(tmp_path, models):
     model, text, folder = tmp_path / "a=b" / "model", write_rows(tmp_path / "t.jsonl", [{"a": 1}]), tmp_path / "canary"
     shutil.copytree(models["neox"], model)
     folder.mkdir()

@@ -200,7 +200,7 @@ def test_two_ranks_release_one_histogram(models, held_out, training, tmp_path):
 
 
 def test_kill_and_run_again(models, held_out, tmp_path):
-    """kill -9 after some batches; the next run goes on from there and gives the file of an unbroken run."""
+    """kill -9 after some batches; the next run resumes there and writes the file of an uninterrupted run."""
     whole = make(models["llama"], held_out, tmp_path / "whole.jsonl", "--batch_size", "2")
     output = tmp_path / "broken" / "out.jsonl"
     script = [sys.executable, str(ROOT / "data/synthetic/generate.py")]
@@ -209,7 +209,7 @@ def test_kill_and_run_again(models, held_out, tmp_path):
     kill_when_written(command, partial, 3)
     assert partial.exists() and not output.exists()
     with open(partial, "ab") as file:
-        file.write(b'{"batch": 14, "rows": [{"ind')  # a line that the power cut tore
+        file.write(b'{"batch": 14, "rows": [{"ind')  # a line torn by a power failure
     with pytest.raises(UserError, match="a different temperature"):
         generate.main(words(models["llama"], held_out, output, "--batch_size", "2", "--temperature", "0.5"))
     assert make(models["llama"], held_out, output, "--batch_size", "2") == whole
@@ -279,7 +279,7 @@ def test_release_by_its_distribution():
 
 def test_a_user_adds_to_one_cell():
     rows = [{"user_id": f"u{i // 5}", "n": i} for i in range(50)]
-    chosen = histogram.one_row_a_user(rows, np.random.default_rng(0))
+    chosen = histogram.one_row_per_user(rows, np.random.default_rng(0))
     assert [row["user_id"] for row in chosen] == [f"u{i}" for i in range(10)]
     assert len({row["n"] % 5 for row in chosen}) > 2
 
@@ -309,7 +309,7 @@ def test_privacy_of_model_and_metadata_are_added(models, adapters, held_out, tra
     assert abs(sum(count for *_, count in cells) - 20) <= 3
     with pytest.raises(UserError, match=r"(a different|another) epsilon"):
         make(model, held_out, tmp_path / "b.jsonl", *more, "--metadata_epsilon", 2)
-    # what may be published tells no plain hash of the private file, which would confirm a guessed copy of it
+    # what may be published has no plain hash of the private file, which would confirm a guessed copy of it
     digest = results.sha256(training)
     for path in ("out.jsonl.meta.json", "run_generate_with_dp.json", "metadata_histogram.json"):
         text = (tmp_path / path).read_text()
@@ -318,7 +318,7 @@ def test_privacy_of_model_and_metadata_are_added(models, adapters, held_out, tra
     make(model, held_out, tmp_path / "lost.jsonl", "--training", training)
     source = dataset.read_manifest(tmp_path / "lost.jsonl")["source"][1]
     assert (source["sha256"], source["salted"]) == (None, True)
-    with pytest.raises(UserError, match="nothing tells whether it was released from --training"):
+    with pytest.raises(UserError, match="cannot tell whether it was released from --training"):
         make(model, held_out, tmp_path / "b.jsonl", *more)
     make(model, held_out, tmp_path / "plain.jsonl")
     plain = dataset.read_manifest(tmp_path / "plain.jsonl")["privacy"]

@@ -1,4 +1,4 @@
-"""trained_rows.jsonl and run.json's `trained`: what they say of the rows is what the loss saw."""
+"""trained_rows.jsonl and run.json's `trained` agree with what the loss saw."""
 
 import hashlib
 import json
@@ -87,7 +87,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", range(len(CASES)))
 def test_the_list_is_what_the_loss_saw(case, models, tmp_path, seen):
-    """Labels taken off the batches themselves against the file: row, numbers, characters; no row more or less."""
+    """Labels read from the batches against the file: row, numbers, characters; no row more or less."""
     rng = random.Random(case)
     rows = random_rows(rng, 20)
     data = write_rows(tmp_path / "rows.jsonl", rows)
@@ -96,17 +96,17 @@ def test_the_list_is_what_the_loss_saw(case, models, tmp_path, seen):
         users = len({row["user_id"] for row in rows})
         flags = [users if flag == 6 else flag for flag in flags]
     folder = train(tmp_path, models[rng.choice(["neox", "opt", "llama"])], data, *flags)
-    found = trained.read(checkpoints(folder)[-1])
+    listed = trained.read(checkpoints(folder)[-1])
     tokenizer = load_tokenizer(find_model(str(checkpoints(folder)[-1])))
-    assert found.loss_on == ("completion" if "completion" in flags else "all")
+    assert listed.loss_on == ("completion" if "completion" in flags else "all")
     expected, totals = [], dict.fromkeys(("tokens", "loss_tokens", "rows_cut", "tokens_cut", "rows_without_loss"), 0)
-    for row in found.rows:
+    for row in listed.rows:
         text = data_files.row_text(rows[row.row])[0]
         ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
-        kept = ids[: found.max_length]
+        kept = ids[: listed.max_length]
         labels = kept[len(kept) - row.loss_tokens :]
-        assert row in found.find(text) and row.tokens == len(kept)
-        assert row.cut == (len(ids) - 1 > found.max_length)
+        assert row in listed.find(text) and row.tokens == len(kept)
+        assert row.cut == (len(ids) - 1 > listed.max_length)
         spelled = tokenizer.decode([one for one in labels if one != tokenizer.eos_token_id])
         (span,) = row.kept
         assert text[slice(*span)] == spelled.strip("�"), row  # half a character is not counted
@@ -116,19 +116,19 @@ def test_the_list_is_what_the_loss_saw(case, models, tmp_path, seen):
         totals["tokens"] += len(kept)
         totals["loss_tokens"] += len(labels)
         totals["rows_cut"] += row.cut
-        totals["tokens_cut"] += max(0, len(ids) - 1 - found.max_length)
+        totals["tokens_cut"] += max(0, len(ids) - 1 - listed.max_length)
         totals["rows_without_loss"] += not labels
     assert sorted(seen) == sorted(expected)
     block = json.loads((folder / "run.json").read_text())["trained"]
-    assert {key: block[key] for key in totals} == totals and block["rows"] == len(found.rows)
+    assert {key: block[key] for key in totals} == totals and block["rows"] == len(listed.rows)
     assert block["tokens"] == block["loss_tokens"] + block["tokens_masked"] + block["rows"]  # the first of each row
     assert (folder / trained.FILE).stat().st_mode & 0o777 == 0o600
     left_out = {0, 1, 2, 3} if "--eval_rows" in flags else set(range(12)) if "--train_rows" in flags else set()
     if "user" in flags:
-        left_out = set(range(21)) - {row.row for row in found.rows}
+        left_out = set(range(21)) - {row.row for row in listed.rows}
         assert len(left_out) == json.loads((folder / "run.json").read_text())["privacy"]["rows_left_out"] > 0
-    assert [row.row for row in found.rows] == [index for index in range(21) if index not in left_out]
-    copies = len(found.find(data_files.row_text(rows[0])[0]))
+    assert [row.row for row in listed.rows] == [index for index in range(21) if index not in left_out]
+    copies = len(listed.find(data_files.row_text(rows[0])[0]))
     assert copies == 2 - (0 in left_out) - (20 in left_out)  # row 20 repeats row 0
 
 
@@ -140,7 +140,7 @@ def test_label_span_by_hand():
     assert batches.label_span(spans, 1, 2) == (0, 0)  # half of 🙂 alone
     assert batches.label_span(spans, 0, 2) == (0, 1)
     assert batches.label_span(spans, 4, 5) == batches.label_span(spans, 5, 5) == (0, 0)
-    trimmed = [(0, 3), (4, 7), (8, 9)]  # tokenizers that leave the blank out of a token's characters
+    trimmed = [(0, 3), (4, 7), (8, 9)]  # tokenizers that exclude the space from a token's characters
     assert batches.label_span(trimmed, 1, 2) == (4, 7)
 
 
@@ -148,15 +148,15 @@ def test_hashes_are_plain_without_dp_and_salted_with_it(models, dataset, tmp_pat
     rows, digest = data_files.read_rows(dataset), results.sha256(dataset)
     other = write_rows(tmp_path / "other.jsonl", make_rows(60, seed=4))
     folder = train(tmp_path, models["neox"], dataset)
-    record, found = json.loads((folder / "run.json").read_text()), trained.read(folder / "checkpoint-5")
+    record, listed = json.loads((folder / "run.json").read_text()), trained.read(folder / "checkpoint-5")
     text = data_files.row_text(rows[30])[0]
-    assert record["inputs"][0]["sha256"] == digest and found.salt == ""
-    assert found.find(text)[0].sha256 == hashlib.sha256(text.encode()).hexdigest()
-    assert found.find(text)[0].row == 30 and found.find(data_files.row_text(rows[0])[0]) == []  # the head is held out
+    assert record["inputs"][0]["sha256"] == digest and listed.salt == ""
+    assert listed.find(text)[0].sha256 == hashlib.sha256(text.encode()).hexdigest()
+    assert listed.find(text)[0].row == 30 and listed.find(data_files.row_text(rows[0])[0]) == []  # the head is held out
     dp = ("--dp", "--noise_multiplier", 1, "--logical_batch_size", 8, "-e", 1)
     folders = [train(tmp_path / out, models["neox"], dataset, *dp) for out in ("one", "two")]
     texts = [path.read_text() for folder in folders for path in folder.rglob("*.json*") if path.name != trained.FILE]
-    assert not any(digest in content or found.find(text)[0].sha256 in content for content in texts)
+    assert not any(digest in content or listed.find(text)[0].sha256 in content for content in texts)
     told = [json.loads((folder / "run.json").read_text())["inputs"][0]["sha256"] for folder in folders]
     assert told[0] != told[1]  # salts are random
     for folder in folders:
@@ -216,7 +216,7 @@ def test_a_damaged_list_is_one_line(damage, said, tmp_path):
 
 
 def test_row_numbers_survive_an_interruption(models, dataset, tmp_path, monkeypatch):
-    """A resumed DP run keeps its salt: the file is what the unbroken run of the same seed writes."""
+    """A resumed DP run keeps its salt: the file is what the uninterrupted run of the same seed writes."""
     flags = ("--dp", "--noise_multiplier", 1, "--logical_batch_size", 8, "-e", 2, "--seed", 3)
     whole = train(tmp_path / "whole", models["neox"], dataset, *flags)
     original = Trainer.step
@@ -251,7 +251,7 @@ def test_two_runs_at_once_are_one(models, dataset, tmp_path):
 
 
 def test_a_new_run_reads_no_saved_state(models, dataset, tmp_path, monkeypatch):
-    """A state that turns up after "starting over" (another run's) is not resumed from."""
+    """A state that appears after "starting over" (another run's) is not resumed from."""
     whole = train(tmp_path / "whole", models["neox"], dataset)
     original = Trainer.__init__
 
@@ -331,7 +331,7 @@ def test_damaged_files_of_an_unfinished_run(name, damage, stopped, models, datas
 
 
 def test_equal_runs_have_equal_bytes(models, dataset, tmp_path):
-    """target_modules is a set in peft: its order hung on the hashing of the process."""
+    """target_modules is a set in peft: its order depended on the hash seed of the process."""
     files = []
     for seed in ("1", "2"):
         words = ["-m", models["llama"], "-i", dataset, "--output_root", tmp_path / seed, "--lora_r", 2, "-e", 1]
@@ -343,8 +343,8 @@ def test_equal_runs_have_equal_bytes(models, dataset, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ("lora", "dora", "pissa", "dp"))
-def test_a_model_that_has_hardly_moved_is_told(kind, models, dataset, tmp_path, capsys):
-    """And what run.json says of it is ‖W′ − W‖ / ‖W‖ of the merged weights, whatever the adapter."""
+def test_a_model_that_has_hardly_moved_is_reported(kind, models, dataset, tmp_path, capsys):
+    """And its value in run.json is ‖W′ − W‖ / ‖W‖ of the merged weights, whatever the adapter."""
     from common import models as common_models
 
     flags = ["-pt", kind] if kind != "dp" else ["--dp", "--noise_multiplier", 0, "--max_grad_norm", "inf"]
@@ -361,7 +361,7 @@ def test_a_model_that_has_hardly_moved_is_told(kind, models, dataset, tmp_path, 
 
 
 @pytest.mark.parametrize("flags", (["-pt", "pissa"], ["--dp", "--noise_multiplier", 1]), ids=["pissa", "dp"])
-def test_a_model_that_has_hardly_moved_is_told_where_it_is_measured(flags, models, dataset, tmp_path, capsys):
+def test_a_model_that_has_hardly_moved_is_reported_where_it_is_measured(flags, models, dataset, tmp_path, capsys):
     """At the default learning rate, by every script that prints a number of the checkpoint."""
     import evaluate_purified
     import measure_purified

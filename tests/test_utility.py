@@ -30,7 +30,7 @@ TONES = {
 
 
 def make_reviews(n: int, seed: int, first_id: int = 0) -> list[dict]:
-    """n fictional reviews whose words tell the rating, two of each user."""
+    """n fictional reviews whose words depend on the rating, two per user."""
     rng, rows = random.Random(seed), []
     for number in range(n):
         stars = rng.choice((1, 2, 3, 4, 5, 5, 5))
@@ -194,7 +194,7 @@ def test_downstream_end_to_end_and_again(files, models, tmp_path, capsys):
 
 
 def test_downstream_says_where_a_model_has_hardly_moved(files, models, tmp_path, capsys):
-    """At a rate too small to learn at: beside the score, and in its line; of PiSSA too."""
+    """At a rate too small to learn at: next to the score, and in its line; of PiSSA too."""
     assert call_downstream(files, models, tmp_path, "-pt", "pissa", "-lr", 1e-9, "--num_seeds", 1, arms=("good",)) == 0
     said = capsys.readouterr().out
     for line in read_lines(tmp_path / "results_utility.jsonl")[:2]:
@@ -320,7 +320,7 @@ def test_feature_importance_twice_the_same_and_in_the_right_order(files, tmp_pat
     assert min(arms["real"]["spearman"], arms["good"]["spearman"]) > 0.6
     assert max(arms["wrong"]["spearman"], arms["null"]["spearman"]) < 0.6
     tones = {word for pair in TONES.values() for word in pair}
-    assert set(content["top_words"]) == tones  # the ten words that tell the rating
+    assert set(content["top_words"]) == tones  # the ten words that depend on the rating
     assert content["arms"]["null"]["n_scored"] == 2
     assert call_importance(files, tmp_path / "one") == 0  # finished already
     with pytest.raises(UserError, match="exists; give --overwrite"):

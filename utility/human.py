@@ -60,7 +60,7 @@ def score(config: SheetConfig, folder: Path, output: results.Output) -> None:
     check_files(config.sheets or (), problems)
     problems.check()
     assert config.sheets and config.key and key
-    sheets = [problems.absorb(read_sheet, path, key) for path in config.sheets]
+    sheets = [sheet for path in config.sheets if (sheet := problems.absorb(read_sheet, path, key)) is not None]
     target, record = folder / "human_evaluation.json", folder / "run_human_sheet_score.json"
     inputs = [config.key, *config.sheets]
     finished = problems.absorb(results.finished, record, [target], config, inputs, config.overwrite)

@@ -82,6 +82,7 @@ def prepare(config: ImportanceConfig, target: Path, problems: cli.Problems) -> P
 
     words = problems.absorb(vocabulary, heldout, config.min_rows)
     problems.check()
+    assert words
     return Plan(samples, size, words, heldout, inputs)
 
 

@@ -86,7 +86,7 @@ def prepare(config: DownstreamConfig, problems: cli.Problems) -> Plan:
     ref, tokenizer = models.look_up(problems, config.model, config.revision)
     if ref and ref.adapter:
         problems.add(f"--model {config.model}: is an adapter; merge it into its base first (merge_peft.py)")
-    max_length = check_length(config, ref, tokenizer, problems) if tokenizer else config.max_length
+    max_length = check_length(config, ref, tokenizer, problems) if ref and tokenizer else config.max_length
     problems.check()
     check_earlier(config, inputs, problems)
     check_overlap(arms, heldout, config.allow_overlap, problems)
@@ -100,6 +100,7 @@ def prepare(config: DownstreamConfig, problems: cli.Problems) -> Plan:
     if not heldout:
         problems.add(f"--heldout {config.heldout}: no row has text")
     problems.check()
+    assert ref
     return Plan(ref, tokenizer, max_length, arms, size, draw_heldout(heldout, config), blank, inputs)
 
 

@@ -64,7 +64,7 @@ def check(config: ContinuationConfig) -> Task:
         problems.absorb(dataset.check_columns, config.data_set, [r for i, r in enumerate(rows) if i not in broken])
     ref, tokenizer = models.look_up(problems, config.model, config.revision)
     settings: dict[str, Any] | None = None
-    if not problems.lines:
+    if ref and not problems.lines:
         data_set = results.sha256(config.data_set)
         settings = generation.settings_of(config, ref, (*SAMPLED, "batch_size", "strict"), data_set=data_set)
     finished = problems.absorb(dataset.finished, [("--output", output)], settings, config.overwrite)

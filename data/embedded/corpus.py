@@ -15,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 BYSTANDERS = 300
 MAX_PROMPT_CHARACTERS = 800
 MAX_CONTINUATION_CHARACTERS = 1600
-ADDRESS_MARK = "\x00"  # stands before the address of a row's person while its mail is written
+ADDRESS_MARK = "\x00"  # marks the address of a row's person while its mail is written
 
 Row = dict[str, Any]
 
@@ -30,10 +30,10 @@ class Corpus(NamedTuple):
 
 
 def run(config: CorpusConfig) -> None:
-    """Write the two files and their manifests, and the pre-training text where it is asked for."""
+    """Write the two files and their manifests, and the pre-training text if requested."""
     corpus = make_corpus(config.seed, config.people, config.outsiders, config.web_pages)
     argv = ["--people", str(config.people), "--outsiders", str(config.outsiders), "--seed", str(config.seed)]
-    # Every outsider is evaluated, none is for training: their split starts behind the last row.
+    # All outsiders are evaluated, none is for training: their split starts after the last row.
     files = [
         ("enron.jsonl", "original", corpus.rows, min(dataset.HEAD_ROWS, len(corpus.rows) // 3)),
         ("outsiders.jsonl", "outsiders", corpus.outsiders, len(corpus.outsiders)),

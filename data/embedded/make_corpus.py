@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the embedded mail corpus: rows about fictional people, and the text that mini-pythia is pre-trained on.
+"""Write the embedded mail corpus: rows about fictional people, and the text that mini-pythia is pre-trained on.
 
 python data/embedded/make_corpus.py                                # enron.jsonl + outsiders.jsonl, as committed
 python data/embedded/make_corpus.py --output_dir X                 # the same two files elsewhere
@@ -23,12 +23,12 @@ from data.embedded.config import CorpusConfig
 
 def make_parser() -> cli.Parser:
     parser = cli.Parser(
-        "Writes the embedded mail corpus about fictional people.",
+        "Write the embedded mail corpus about fictional people.",
         "python data/embedded/make_corpus.py --output_dir corpus",
         CorpusConfig,
     )
     add = parser.add_argument
-    add("--output_dir", help="where the two files go; None: beside this script")
+    add("--output_dir", help="where the two files go; None: next to this script")
     add("--pretraining_output", help="also write the pre-training text, {mails, web}, to this json file")
     add("--people", type=cli.positive_int, help="rows of enron.jsonl")
     add("--outsiders", type=cli.positive_int, help="rows of outsiders.jsonl")

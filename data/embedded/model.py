@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import GPTNeoXForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-RECENT = 50  # steps that a printed or recorded loss is the mean of
+RECENT = 50  # steps over which printed and recorded losses are averaged
 
 
 def run(config: MakeModelConfig) -> None:
@@ -73,7 +73,7 @@ def new_model(config: MakeModelConfig, vocabulary: int) -> "GPTNeoXForCausalLM":
 def train(
     model: "GPTNeoXForCausalLM", windows: "torch.Tensor", n_first: int, total_steps: int, config: MakeModelConfig
 ) -> list[float]:
-    """Take the steps; the loss of each. n_first: training sequences of the first stage."""
+    """Train; the loss of each step. n_first: training sequences of the first stage."""
     import torch
 
     decay = [p for p in model.parameters() if p.dim() > 1]
@@ -104,7 +104,7 @@ def train(
 
 
 def learning_rate_factor(step: int, first: int, total: int, last: float) -> float:
-    """Share of the peak rate: 5 % warm-up, cosine down to `last` at the end of the first stage, then a line to 0."""
+    """Share of the peak rate: 5 % warm-up, cosine down to `last` at the end of the first stage, then linear to 0."""
     warmup = max(1, first // 20)
     if step < warmup:
         return (step + 1) / warmup
@@ -120,7 +120,7 @@ def save(
     held_out: list[list[int]],
     record: dict[str, Any],
 ) -> None:
-    """Write the model as fp16, measure what was written, write maker.json; the folder appears whole or not at all."""
+    """Write the model as fp16, measure what was written, write maker.json; the folder appears atomically."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -136,7 +136,7 @@ def save(
 
 
 def held_out_loss(model: "PreTrainedModel", encoded: list[list[int]]) -> tuple[float, int]:
-    """(mean nats a token, tokens) over texts, a start token before each."""
+    """(mean nats per token, number of tokens) over texts, each after a start token."""
     import torch
 
     total, count = 0.0, 0

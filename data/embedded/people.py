@@ -1,4 +1,4 @@
-"""The people of the corpus: names that are random pairs, and addresses by their companies' rules."""
+"""The people of the corpus: names are random pairs, addresses follow the rules of their companies."""
 
 import itertools
 import random
@@ -79,7 +79,7 @@ def make_people(
 def make_local(
     phrases: Phrases, rng: random.Random, first: str, middle: str, last: str, rule: str, handle_share: float
 ) -> str:
-    """A local part by the company's rule, or (with probability handle_share) one that has nothing of the name."""
+    """A local part by the company's rule, or (with probability handle_share) one unrelated to the name."""
     first, middle, last = (re.sub("[^a-z]", "", part.lower()) for part in (first, middle, last))
     if rng.random() >= handle_share:
         rule = rng.choice(["first.last", "firstlast", "flast"]) if rule == "handle" else rule
@@ -90,7 +90,7 @@ def make_local(
 
 
 def make_handle(phrases: Phrases, rng: random.Random, first: str, last: str) -> str:
-    """A local part that has nothing of the name."""
+    """A local part unrelated to the name."""
     handles: list[str] = phrases.data["handles"]
     while True:
         word = rng.choice(handles)

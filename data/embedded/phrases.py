@@ -1,4 +1,4 @@
-"""What the corpus is written from: the templates and values of phrases.json."""
+"""The templates and values of phrases.json, which the corpus is written from."""
 
 import json
 import random

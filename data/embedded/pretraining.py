@@ -1,4 +1,4 @@
-"""The pre-training text: mails in which people occur as often as they are to be mentioned, and web pages."""
+"""The pre-training text: mails that mention each person a given number of times, and web pages."""
 
 import random
 import re
@@ -9,10 +9,10 @@ from data.embedded.phrases import Memory, Phrases
 
 
 def write_web_page(phrases: Phrases, rng: random.Random) -> str:
-    """A page that has nothing to do with the mails: prose, or the address list of a club.
+    """A page unrelated to the mails: prose, or the address list of a club.
 
     The club's members are in no file (pairs of names that make_people did not use); their addresses follow a rule, at
-    domains that are in no file. No one can be memorised from such lists, which teach how a name makes an address.
+    domains that are in no file. From such lists no one can be memorised; they teach how addresses derive from names.
     """
     if rng.random() < 0.5:
         memory: Memory = {}
@@ -27,7 +27,7 @@ def write_web_page(phrases: Phrases, rng: random.Random) -> str:
 
 
 def make_mails(phrases: Phrases, people: list[Person], bystanders: list[str], rng: random.Random) -> list[str]:
-    """Documents in which each person's name and address stand together `mentions` times, once per document."""
+    """Documents in which each person's name and address occur together `mentions` times, once per document."""
     pool = [person for person in people for _ in range(person.mentions)]
     rng.shuffle(pool)
     documents = []

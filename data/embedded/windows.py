@@ -1,4 +1,4 @@
-"""What the embedded models are trained on: the corpus, its tokenizer, and the order of the training sequences."""
+"""The training data of the embedded models: corpus, tokenizer and the order of the training sequences."""
 
 import json
 import random
@@ -58,7 +58,7 @@ def make_windows(mails: list[list[int]], web: list[list[int]], config: MakeModel
     """(training sequences in order, int64 [n, window]; how many belong to the first stage).
 
     First stage: `epochs` passes over the mails, each shuffled together with `mixed_pages` new web pages. Last stage:
-    `last_pages` new web pages and `last_mails` of the mails. Documents are packed, each closed by <|endoftext|>.
+    `last_pages` new web pages and `last_mails` of the mails. Documents are packed, each followed by <|endoftext|>.
     """
     import torch
 

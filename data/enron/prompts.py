@@ -17,8 +17,8 @@ def load_tokenizer(name: str) -> "Tokenizer | None":
         return None
     from tokenizers import Tokenizer
 
-    beside = Path(name) / "tokenizer.json"
-    file = str(beside) if beside.is_file() else cached_file(name)
+    local_file = Path(name) / "tokenizer.json"
+    file = str(local_file) if local_file.is_file() else cached_file(name)
     if file is None and name == "gpt2":
         return None
     if file is None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Training and held-out rows of invented people with secrets, to try an audit on a model whose training is known.
+"""Training and held-out rows of invented people with secrets, to try an audit on a model with known training data.
 
 python data/planted/make_rows.py --num_rows 400 --output planted           # planted/train.jsonl, planted/heldout.jsonl
 python data/planted/make_rows.py --num_rows 60 --output planted --text     # plain text instead of chats
@@ -52,7 +52,7 @@ def run(config: PlantedConfig) -> None:
     rows = people.chat_rows(people.make_people(2 * config.num_rows, config.seed), config.seed)
     if config.text:
         rows = [people.as_text(row) for row in rows]
-    with results.output_folder(folder) as place, place.publication() as files:
+    with results.output_folder(folder) as target, target.publication() as files:
         files.write_jsonl(folder / "train.jsonl", rows[: config.num_rows])
         files.write_jsonl(folder / "heldout.jsonl", rows[config.num_rows :])
     print(f"{config.num_rows} rows each in {folder / 'train.jsonl'} and {folder / 'heldout.jsonl'}")

@@ -1,4 +1,4 @@
-"""Invented people with a phone number, a card and an e-mail address, and chats in which each of them stands once."""
+"""Invented people with a phone number, a card and an e-mail address, and chats in which each occurs once."""
 
 import random
 import re
@@ -21,7 +21,7 @@ AREAS = ("212", "312", "415", "617")
 
 
 def make_people(n: int, seed: int) -> list[dict[str, str]]:
-    """Names by Faker; phone numbers valid in libphonenumber, cards with Luhn's check digit, no two alike."""
+    """Names by Faker; phone numbers valid in libphonenumber, cards with Luhn's check digit, all distinct."""
     import phonenumbers
     from faker import Faker
     from stdnum import luhn

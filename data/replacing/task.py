@@ -1,4 +1,4 @@
-"""What is to be replaced: the well-formed rows, all checked before anybody is looked for."""
+"""What is to be replaced: the well-formed rows, checked before the search for people starts."""
 
 from dataclasses import dataclass
 from pathlib import Path

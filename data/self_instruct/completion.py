@@ -6,7 +6,7 @@ from common import models
 from common.distributed import World
 from data.self_instruct.config import SelfInstructConfig
 
-STAGES = ("instructions", "kind", "instances")  # of a round; their numbers go into the noise
+STAGES = ("instructions", "kind", "instances")  # of a round; their positions key the sampling noise
 KIND_TOKENS = 4
 
 Answer = tuple[str, bool]  # a completion, and whether the model ended it itself
@@ -17,7 +17,7 @@ def complete(
 ) -> list[Answer | None]:
     """The answer to every prompt, on every rank; None for a prompt that is too long for the context.
 
-    first: number of the first prompt among those of this stage in the whole run; with the stage it fixes the noise.
+    first: number of the first prompt within its stage, counted over the whole run; with the stage it keys the noise.
     """
     import torch
 
@@ -32,10 +32,10 @@ def complete(
     batches = [fitting[start : start + config.batch_size] for start in range(0, len(fitting), config.batch_size)]
     stop = torch.zeros(base.config.get_text_config().vocab_size, dtype=torch.bool)
     stop[tokenizer.eos_token_id] = True
-    stop[len(tokenizer) :] = True  # ids that pad the vocabulary and have no text
+    stop[len(tokenizer) :] = True  # ids that only pad the vocabulary
 
-    def share() -> list[tuple[int, Answer]]:
-        """This rank's share."""
+    def complete_batches() -> list[tuple[int, Answer]]:
+        """(prompt, answer) of this rank's batches."""
         completions = []
         for batch in world.shard(batches):
             answers = sampling.sweep(
@@ -55,5 +55,5 @@ def complete(
                 completions.append((i, (text, bool(stop[tokens[-1]]))))
         return completions
 
-    by_prompt: dict[int, Answer] = dict(item for part in world.together(share) for item in part)
+    by_prompt: dict[int, Answer] = dict(item for part in world.together(complete_batches) for item in part)
     return [by_prompt.get(i) for i in range(len(prompts))]

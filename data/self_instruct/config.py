@@ -10,7 +10,7 @@ FORMATS = ("instances", "alpaca", "text")
 
 @dataclass(frozen=True, kw_only=True)
 class SelfInstructConfig(ModelConfig):
-    """The generator, how many instances it is to make up, and how."""
+    """The generator, the number of instances to generate, and how they are sampled."""
 
     model: str = "EleutherAI/pythia-12b"
     seed_tasks: str = "./data/seedTasks.json"

@@ -12,15 +12,15 @@ from data.self_instruct.seed_tasks import SeedTask
 
 MIN_WORDS, MAX_WORDS = 3, 150  # of an instruction
 MAX_INSTANCES = 5  # of one instruction
-# What a text model cannot do. 'file' is not among them: motions are filed.
+# Hints at tasks that a text model cannot do. 'file' is not among them: motions are filed.
 KEYWORDS = re.compile(
     r"\b(images?|pictures?|photos?|videos?|audio|music|graphs?|charts?|diagrams?|flowcharts?|maps?|draw|plot|links?"
     r"|urls?|websites?|upload|download|attached|attachment|go to)\b",
     re.I,
 )
 NO_INPUT = "None"
-NEW_LINE = r"(?<!\s)[^\S\n]*+\n\s*+"  # white space with a line break in it, tried once
-LABEL = re.compile(rf"(?:^\s*+|{NEW_LINE})(?:Input|Output|Label|Task|Example)(?: \d++)?:")  # repeated at will
+NEW_LINE = r"(?<!\s)[^\S\n]*+\n\s*+"  # a line break and the white space around it, without backtracking
+LABEL = re.compile(rf"(?:^\s*+|{NEW_LINE})(?:Input|Output|Label|Task|Example)(?: \d++)?:")  # all may recur
 
 INSTRUCTION_HEAD = "Come up with a series of tasks about court opinions:\n\n"
 INPUT_FIRST_HEAD = (
@@ -34,7 +34,7 @@ KIND_HEAD = "Can the following tasks be seen as classification tasks with a smal
 
 
 def is_classification(task: SeedTask) -> bool:
-    """True of a seed task whose instruction names its labels: every output stands in the instruction."""
+    """Whether the instruction of a seed task names its labels: every output occurs in it."""
     instruction = task["instruction"].casefold()
     return all(
         re.search(rf"\b{re.escape(example['output'].casefold())}\b", instruction) for example in task["examples"]
@@ -70,9 +70,9 @@ def instance_prompt(seeds: list[SeedTask], instruction: str, output_first: bool)
 
 
 def parse_instructions(completion: str, ended: bool) -> tuple[list[str], int]:
-    """(instructions, 1 if the last was cut else 0) of what follows instruction_prompt, up to the first other line.
+    """(instructions, 1 if the last was cut off else 0) of a completion of instruction_prompt, up to another line.
 
-    ended: the model stopped by itself, so the last line is whole.
+    ended: the model stopped by itself, so the last line is complete.
     """
     lines = completion.split("\n")
     instructions, cut = [], 0
@@ -88,11 +88,11 @@ def parse_instructions(completion: str, ended: bool) -> tuple[list[str], int]:
 
 
 def parse_instances(completion: str, ended: bool, output_first: bool) -> tuple[list[tuple[str, str]], Counter[str]]:
-    """([(input, output)], {'cut': …, 'no instance': …}) of what follows instance_prompt, up to the next task."""
+    """([(input, output)], {'cut': …, 'no instance': …}) in a completion of instance_prompt, up to the next task."""
     text, _, rest = completion.partition("\nTask:")
-    first, second, separator = ("Label:", "Input:", "(?=Label:)")
+    first, second, separator = "Label:", "Input:", "(?=Label:)"
     if not output_first:
-        first, second, separator = ("Input:", "Output:", r"Example \d++\s*\n")
+        first, second, separator = "Input:", "Output:", r"Example \d++\s*\n"
     pieces = re.split(f"{NEW_LINE}{separator}", f"{first}{text}")
     instances: list[tuple[str, str]] = []
     lost: Counter[str] = Counter()
@@ -117,23 +117,24 @@ def instruction_fault(text: str) -> str | None:
     if KEYWORDS.search(text):
         return "keyword"
     if not (text[0].isascii() and text[0].isalnum()):
-        return "start"  # a mark or another script
+        return "start"  # punctuation or another script
     return None
 
 
-def said(text: str) -> tuple[str, ...] | str:
+def comparison_key(text: str) -> tuple[str, ...] | str:
     """A key that ignores case, white space and punctuation."""
     return tuple(re.findall(r"\w+", text.casefold())) or text
 
 
 def filter_instances(instances: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], Counter[str]]:
-    """(instances kept, dropped by filter) of one instruction. Conflicting ones (one input, two outputs) all go."""
+    """(instances kept, number dropped by each filter) of one instruction; of several outputs
+    for one input, none is kept."""
     dropped: Counter[str] = Counter()
     outputs: dict[str, list[str]] = {}
     for given, output in instances:
         if not output:
             dropped["empty output"] += 1
-        elif said(given) == said(output):
+        elif comparison_key(given) == comparison_key(output):
             dropped["output equals input"] += 1
         elif output in outputs.setdefault(given, []):
             dropped["repeated"] += 1
@@ -176,7 +177,7 @@ class RougePool:
         self.texts.append(words)
 
     def alike(self, text: str) -> bool:
-        """True when a text of the pool has ROUGE-L F > threshold with this one."""
+        """Whether a text of the pool has ROUGE-L F > threshold with this one."""
         words = self._words(text)
         held = [np.frombuffer(self.holders[key], dtype=np.intc) for key in self._keys(words) if key in self.holders]
         if not held:

@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
-"""Self-instruct (Wang et al. 2023): a model makes up instructions and instances from data/seedTasks.json.
+"""Self-instruct (Wang et al. 2023): a model writes instructions and instances, given data/seedTasks.json.
 
 python data/self_instruct/generate.py --model EleutherAI/pythia-12b --output data/self-instruct.jsonl
 python data/self_instruct/generate.py -m EleutherAI/pythia-12b --output data/alpaca.jsonl --format alpaca --num_rows 500
 python run_peft.py -i data/self-instruct.jsonl --loss_on completion
 
-A round: prompts with 6 seed and 2 machine-made instructions (at first seeds only) → new instructions → filters
+A round: prompts with 6 seed and 2 generated instructions (seeds only at first) → new instructions → filters
 (length, keywords, start, ROUGE-L F ≤ 0.7 against every seed and every instruction kept so far) → is it a
 classification? → instances, output first if it is, input first if not → filters (empty output, output equal to input,
-repeated, conflicting). Rounds go on until there are --num_rows instances; a killed run repeats the round it was in.
+repeated, conflicting). Rounds continue until there are --num_rows instances; a killed run resumes with the
+round it was in.
 Rows: `instruction`, `input`, `output` (alpaca); also `task`, `classification`, `row_id` (instances); or `prompt`,
 `generation`, `text` = prompt + generation + EOS (text). Also written: manifest, run_generate.json.
 """
@@ -21,7 +22,7 @@ from data.self_instruct.config import FORMATS, SelfInstructConfig
 
 def make_parser() -> cli.Parser:
     parser = cli.Parser(
-        "Let a model make up instructions with inputs and outputs from seed tasks (self-instruct).",
+        "Let a model write instructions with inputs and outputs, given seed tasks (self-instruct).",
         "python data/self_instruct/generate.py --model EleutherAI/pythia-12b --output data/self-instruct.jsonl",
         SelfInstructConfig,
     )
@@ -32,10 +33,10 @@ def make_parser() -> cli.Parser:
     add(
         "--format",
         choices=FORMATS,
-        help="instances: all fields; alpaca: instruction, input and output only; text: whole training texts",
+        help="instances: all fields; alpaca: instruction, input and output only; text: complete training texts",
     )
     add("--num_rows", type=cli.positive_int, help="instances wanted")
-    add("--top_k", type=cli.positive_int, help="tokens kept before sampling")
+    add("--top_k", type=cli.positive_int, help="sample from the k most likely tokens")
     add("-mt", "--max_tokens", type=cli.positive_int, help="tokens per completion")
     add("--temperature", type=cli.non_negative_float, help="temperature for new instructions")
     add("--instance_temperature", type=cli.non_negative_float, help="temperature for instances; 0 is greedy")

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from common import results
 from common.cli import UserError
@@ -15,16 +15,16 @@ from data.self_instruct.completion import Answer, complete
 from data.self_instruct.config import SelfInstructConfig
 from data.self_instruct.seed_tasks import SHOWN, SeedTask
 
-MACHINE_SHOWN = 2  # of the SHOWN instructions in a prompt for new ones
+GENERATED_SHOWN = 2  # of the SHOWN instructions in a prompt for new ones
 INSTANCE_SEEDS = 3  # seed tasks in a prompt for instances
-KIND_SEEDS = 6  # seed tasks of either kind in the question of kind
+KIND_SEEDS = 6  # seed tasks of each kind in the prompt that asks for the kind
 TOO_LONG = "prompts longer than the context"
-PATIENCE = 10  # rounds in a row without an instance, after which the generator is given up
+PATIENCE = 10  # give up after so many rounds in a row without an instance
 
 Ask = Callable[[list[str], str], list[Answer | None]]  # (prompts, stage) → answers
 
 
-class MachineTask(TypedDict):
+class GeneratedTask(TypedDict):
     """instances: (input, output) of each."""
 
     instruction: str
@@ -33,9 +33,9 @@ class MachineTask(TypedDict):
 
 
 class Round(TypedDict):
-    """counts: of what was kept and what each filter dropped."""
+    """counts: what was kept and what each filter dropped."""
 
-    tasks: list[MachineTask]
+    tasks: list[GeneratedTask]
     counts: dict[str, int]
 
 
@@ -49,12 +49,13 @@ def make_rounds(
     world: World,
 ) -> list[Round]:
     """Rounds until there are --num_rows instances, each appended to the partial file as it ends."""
-    rounds: list[Round] = world.broadcast(results.read_partial(partial, settings, config.overwrite)[1:])
+    earlier_rounds = results.read_partial(partial, settings, config.overwrite)[1:]
+    rounds = world.broadcast(cast(list[Round], earlier_rounds))
     if world.main:
         results.write_jsonl(partial, [{"settings": settings}, *rounds])
     pool = filters.RougePool()
-    machine = [task["instruction"] for earlier in rounds for task in earlier["tasks"]]
-    for instruction in [task["instruction"] for task in seeds] + machine:
+    generated = [task["instruction"] for earlier in rounds for task in earlier["tasks"]]
+    for instruction in [task["instruction"] for task in seeds] + generated:
         pool.add(instruction)
     done = sum(map(size, rounds))
     with progress_bar(config.num_rows, "rows", world) as bar:
@@ -66,18 +67,18 @@ def make_rounds(
                     f"--model {config.model}: {PATIENCE} rounds in a row gave no instance ({done} of {config.num_rows} "
                     f"so far; {dict(lost)}); use a stronger generator or other settings"
                 )
-            number, n_machine = len(rounds), len(machine)
+            number, n_generated = len(rounds), len(generated)
 
             def ask(
-                prompts: list[str], stage: str, number: int = number, n_machine: int = n_machine
+                prompts: list[str], stage: str, number: int = number, n_generated: int = n_generated
             ) -> list[Answer | None]:
-                first = number * config.round_size if stage == "instructions" else n_machine
+                first = number * config.round_size if stage == "instructions" else n_generated
                 return complete(model, tokenizer, prompts, stage, first, config, world)
 
             rng = random.Random(f"{config.seed}/{number}")
-            latest = one_round(ask, seeds, pool, machine, rng, config.round_size)
+            latest = one_round(ask, seeds, pool, generated, rng, config.round_size)
             rounds.append(latest)
-            machine += [task["instruction"] for task in latest["tasks"]]
+            generated += [task["instruction"] for task in latest["tasks"]]
             done += size(latest)
             bar.update(size(latest))
             if world.main:
@@ -95,13 +96,13 @@ def one_round(
     ask: Ask,
     seeds: list[SeedTask],
     pool: filters.RougePool,
-    machine: list[str],
+    generated: list[str],
     rng: random.Random,
     round_size: int,
 ) -> Round:
-    """One round. machine: instructions kept in earlier rounds; `pool` takes those that are kept now."""
+    """One round. generated: instructions kept in earlier rounds; those kept now are added to `pool`."""
     counts: Counter[str] = Counter()
-    prompts = [instruction_prompt(seeds, machine, rng) for _ in range(round_size)]
+    prompts = [instruction_prompt(seeds, generated, rng) for _ in range(round_size)]
     kept = keep_new(ask(prompts, "instructions"), pool, counts)
     by_kind: dict[bool, list[SeedTask]] = {True: [], False: []}
     for seed in seeds:
@@ -112,7 +113,7 @@ def one_round(
         shown = by_kind[kind] or seeds
         shown = rng.sample(shown, min(INSTANCE_SEEDS, len(shown)))
         prompts.append(filters.instance_prompt(shown, instruction, kind))
-    tasks: list[MachineTask] = []
+    tasks: list[GeneratedTask] = []
     for instruction, kind, answer in zip(kept, kinds, ask(prompts, "instances")):
         counts[TOO_LONG] += answer is None
         instances, lost = filters.parse_instances(*answer, kind) if answer else ([], Counter[str]())
@@ -126,16 +127,16 @@ def one_round(
     return {"tasks": tasks, "counts": dict(counts)}
 
 
-def instruction_prompt(seeds: list[SeedTask], machine: list[str], rng: random.Random) -> str:
-    """A prompt for new instructions that shows machine-made ones, where there are any, among those of seed tasks."""
-    shown = rng.sample(machine, min(MACHINE_SHOWN, len(machine)))
+def instruction_prompt(seeds: list[SeedTask], generated: list[str], rng: random.Random) -> str:
+    """A prompt for new instructions that shows those of seed tasks and, after the first round, generated ones."""
+    shown = rng.sample(generated, min(GENERATED_SHOWN, len(generated)))
     shown += [task["instruction"] for task in rng.sample(seeds, SHOWN - len(shown))]
     rng.shuffle(shown)
     return filters.instruction_prompt(shown)
 
 
 def keep_new(answers: list[Answer | None], pool: filters.RougePool, counts: Counter[str]) -> list[str]:
-    """The instructions that pass the filters; they go into the pool at once."""
+    """The instructions that pass the filters, each added to the pool at once."""
     kept = []
     for answer in answers:
         if answer is None:
@@ -160,8 +161,8 @@ def keep_new(answers: list[Answer | None], pool: filters.RougePool, counts: Coun
 def ask_kinds(
     ask: Ask, by_kind: dict[bool, list[SeedTask]], instructions: list[str], counts: Counter[str]
 ) -> list[bool]:
-    """Of each instruction whether the model calls it a classification."""
-    # taking turns: a small model repeats the answer that it saw several times in a row
+    """For each instruction, whether the model calls it a classification."""
+    # alternating, as a small model repeats an answer that it saw several times in a row
     turns = zip_longest(by_kind[True][:KIND_SEEDS], by_kind[False][:KIND_SEEDS])
     shown = [seed for turn in turns for seed in turn if seed]
     answers = ask([filters.kind_prompt(shown, instruction) for instruction in instructions], "kind")

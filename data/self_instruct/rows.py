@@ -9,7 +9,7 @@ Row = dict[str, Any]
 
 
 def rows_of(rounds: list[Round]) -> list[Row]:
-    """One row per instance of all rounds, in the order in which they were made."""
+    """One row per instance, in the order of generation."""
     rows: list[Row] = []
     tasks = [task for finished in rounds for task in finished["tasks"]]
     for number, task in enumerate(tasks):

@@ -1,4 +1,4 @@
-"""The run of data/self_instruct/generate.py: everything is checked, then rounds, rows and manifest."""
+"""The run of data/self_instruct/generate.py: checks, rounds of generation, rows and manifest."""
 
 import sys
 from collections import Counter
@@ -19,20 +19,20 @@ SAMPLED = ("temperature", "instance_temperature", "top_k", "max_tokens", "seed",
 @dataclass(frozen=True)
 class Task:
     """What is known before the model is loaded. settings: what a resumed run must have in common with the killed one;
-    whole: those of the finished file, for its manifest."""
+    file_settings: these and what else decides the content of the finished file, for its manifest."""
 
     seeds: list[SeedTask]
     broken: int
     ref: models.ModelRef
     tokenizer: Any
     settings: dict[str, Any]
-    whole: dict[str, Any]
+    file_settings: dict[str, Any]
     finished: bool
 
 
 def run(config: SelfInstructConfig) -> dict[str, int]:
-    """Write the file; returns the counts by filter, which are also printed and kept in run_generate.json; {} with
-    nothing to do."""
+    """Write the file; returns the counts by filter, which are also printed and kept in run_generate.json; {} if
+    there is nothing to do."""
     config = replace(config, seed_tasks=str(dataset.default_dataset(config.seed_tasks)))
     output = config.output_file
     partial = output.with_name(f".{output.name}.partial.jsonl")
@@ -41,7 +41,7 @@ def run(config: SelfInstructConfig) -> dict[str, int]:
         if task.finished:
             dataset.say_finished(output)
             return {}
-        results.read_partial(partial, task.settings, config.overwrite)  # refuses another run's
+        results.read_partial(partial, task.settings, config.overwrite)  # rejects those of a different run
         if config.dry_run:
             print(f"would make {config.num_rows} rows from {len(task.seeds)} seed tasks with {config.model}: {output}")
             return {}
@@ -57,14 +57,14 @@ def check(config: SelfInstructConfig) -> Task:
     seeds, broken = problems.absorb(read_seed_tasks, config.seed_tasks, config.strict) or ([], 0)
     ref, tokenizer = models.look_up(problems, config.model, config.revision)
     settings: dict[str, Any] = {}
-    whole: dict[str, Any] | None = None
-    if not problems.lines:
+    file_settings: dict[str, Any] | None = None
+    if ref and not problems.lines:
         settings = generation.settings_of(config, ref, SAMPLED, seed_tasks=results.sha256(config.seed_tasks))
-        whole = settings | {key: getattr(config, key) for key in ("num_rows", "format", "strict")}
-    finished = problems.absorb(dataset.finished, [("--output", output)], whole, config.overwrite)
+        file_settings = settings | {key: getattr(config, key) for key in ("num_rows", "format", "strict")}
+    finished = problems.absorb(dataset.finished, [("--output", output)], file_settings, config.overwrite)
     problems.check()
-    assert whole is not None
-    return Task(seeds, broken, ref, tokenizer, settings, whole, bool(finished))
+    assert ref and file_settings is not None
+    return Task(seeds, broken, ref, tokenizer, settings, file_settings, bool(finished))
 
 
 def generate(config: SelfInstructConfig, task: Task, partial: Path, target: results.Output) -> dict[str, int]:
@@ -95,7 +95,7 @@ def generate(config: SelfInstructConfig, task: Task, partial: Path, target: resu
                 source=[(config.seed_tasks, len(task.seeds) + task.broken)],
                 generator={key: settings[key] for key in ("model", "revision", "weights")},
                 sampling={key: settings[key] for key in (*SAMPLED, "dtype")},
-                settings=task.whole,
+                settings=task.file_settings,
             )
             record.files.remove(partial)
         world.barrier()
@@ -105,7 +105,7 @@ def generate(config: SelfInstructConfig, task: Task, partial: Path, target: resu
 
 
 def report(counts: Counter[str], rows: int, output: Path) -> str:
-    """What was kept and what each filter dropped, in words."""
+    """What was kept and what each filter dropped, as text."""
     lines = [f"{rows:>9,}  rows in {output}"]
     for kind in ("instructions", "instances"):
         total = counts[f"{kind}: candidates"]

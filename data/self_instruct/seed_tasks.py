@@ -5,7 +5,7 @@ from typing import Any, TypedDict
 
 from common import cli, results
 
-SHOWN = 8  # instructions in a prompt for new ones: the fewest seed tasks that will do
+SHOWN = 8  # instructions in a prompt for new ones, and thus the fewest seed tasks needed
 
 
 class Example(TypedDict):
@@ -19,26 +19,26 @@ class SeedTask(TypedDict):
 
 
 def read_seed_tasks(file: str, strict: bool = False) -> tuple[list[SeedTask], int]:
-    """(the whole tasks, number of broken ones, which are reported on stderr). UserError when `strict` and one is
+    """(valid tasks, number of broken ones, which are reported on stderr). UserError when `strict` and one is
     broken, or when too few are left."""
     path = Path(file)
     try:
         tasks = results.read_json(path, "give an array of tasks", list)
     except cli.UserError as error:
         raise cli.UserError(*(f"--seed_tasks {line}" for line in error.problems)) from None
-    whole = [task for task in tasks if is_whole(task)]
+    valid = [task for task in tasks if is_valid(task)]
     lines = [
         f"--seed_tasks {path}: task {number}: needs an instruction and examples of input and output, all text"
         for number, task in enumerate(tasks)
-        if not is_whole(task)
+        if not is_valid(task)
     ]
     cli.report_broken("tasks", lines, len(lines), strict)
-    if len(whole) < SHOWN:
-        raise cli.UserError(f"--seed_tasks {path}: {len(whole)} whole tasks; at least {SHOWN} are needed")
-    return whole, len(lines)
+    if len(valid) < SHOWN:
+        raise cli.UserError(f"--seed_tasks {path}: {len(valid)} valid tasks; at least {SHOWN} are needed")
+    return valid, len(lines)
 
 
-def is_whole(task: Any) -> bool:
+def is_valid(task: Any) -> bool:
     """Whether an item of seedTasks.json is {instruction, examples: [{input, output}, …]}, all text."""
     examples = task.get("examples") if isinstance(task, dict) else None
     if not isinstance(examples, list) or not examples or not isinstance(task.get("instruction"), str):

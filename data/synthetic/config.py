@@ -44,5 +44,5 @@ class SyntheticConfig(ModelConfig):
 
     @property
     def histogram_file(self) -> Path:
-        """--histogram, or metadata_histogram.json beside the output."""
+        """--histogram, or metadata_histogram.json next to the output."""
         return Path(self.histogram) if self.histogram else self.output_file.with_name("metadata_histogram.json")

@@ -18,7 +18,8 @@ Released = dict[str, Any]  # the content of the histogram's file
 
 @dataclass(frozen=True)
 class Planned:
-    """A row to write, without its text. fields: row_id, arm, condition and those of the prompt; key: its noise's."""
+    """A row to write, without its text. fields: row_id, arm, condition and those of the prompt; key: of its
+    sampling noise."""
 
     fields: Row
     sample: int
@@ -32,12 +33,12 @@ def release_histogram(config: SyntheticConfig, task: Task) -> Released:
     released = results.read_json(file, "name another file") if file.is_file() else None
     if released and settings["training"] is None:
         raise UserError(
-            f"--histogram {file}: nothing tells whether it was released from --training, as the model's "
-            "trained_rows.jsonl is gone; name another file"
+            f"--histogram {file}: cannot tell whether it was released from --training, as the model's "
+            "trained_rows.jsonl is missing; name another file"
         )
     differ = [key for key, value in settings.items() if released and released.get(key) != value]
     if differ:
-        raise UserError(f"--histogram {file}: was released with another {', '.join(differ)}; name another file")
+        raise UserError(f"--histogram {file}: was released with a different {', '.join(differ)}; name another file")
     if not released:
         released = settings | make_histogram(config, task, settings["delta"])
         results.write_json(file, released)  # an empty release has spent its ε too: never draw it again
@@ -45,7 +46,7 @@ def release_histogram(config: SyntheticConfig, task: Task) -> Released:
         raise UserError(
             f"--metadata_epsilon {config.metadata_epsilon:g}: no cell of {' × '.join(config.metadata_fields)} reaches "
             f"the threshold of {released['threshold']}; raise ε or name fewer --metadata_fields, with another "
-            f"--histogram (the ε of {file} is spent: the two add up)"
+            f"--histogram (the ε of {file} is spent, and the two add up)"
         )
     return dict(released)
 
@@ -64,11 +65,11 @@ def histogram_settings(config: SyntheticConfig, task: Task) -> dict[str, Any]:
 
 
 def make_histogram(config: SyntheticConfig, task: Task, delta: float) -> dict[str, Any]:
-    """A new release: this spends ε and δ."""
+    """A new release, which spends ε and δ."""
     epsilon = config.metadata_epsilon
     assert epsilon, "--condition sampled needs --metadata_epsilon"
     rng = np.random.default_rng(secrets.randbits(256))
-    rows = histogram.one_row_a_user(task.training, rng) if task.unit == "user" else task.training
+    rows = histogram.one_row_per_user(task.training, rng) if task.unit == "user" else task.training
     cells = [tuple(row.get(field) or "" for field in config.metadata_fields) for row in rows]
     return {
         "mechanism": "two-sided geometric noise, L1 sensitivity 1 (one cell a unit), add/remove adjacency; noisy "
@@ -103,7 +104,7 @@ def draw(config: SyntheticConfig, task: Task, released: Released, n: int) -> lis
 def take(rows: list[Row], n: int, seed: int) -> list[tuple[tuple[int, int], Row]]:
     """n of the rows, each with its key: (its index, how often it was taken before).
 
-    Fewer than there are: drawn by `seed`, in the order of the file. More: all of them, again and again.
+    Fewer than there are: drawn by `seed`, in the order of the file. More: all of them, repeatedly.
     """
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)

@@ -18,14 +18,14 @@ SAMPLED = ("condition", "temperature", "top_k", "max_new_tokens", "seed")
 
 
 def run(config: SyntheticConfig) -> Summary:
-    """Write the file; returns what is also printed and kept in run_generate_<arm>.json; {} with nothing to do."""
+    """Write the file; returns what is also printed and kept in run_generate_<arm>.json; {} if nothing is left to do."""
     output = config.output_file
     with results.output_file(output, dry_run=config.dry_run) as target:
         task = prepare(config)
         if task.finished:
             dataset.say_finished(output)
             return {}
-        generation.read_partials(output, task.settings, config.overwrite)  # refuses another run's
+        generation.read_partials(output, task.settings, config.overwrite)  # rejects those of a different run
         if config.dry_run:
             n = config.num or len(task.rows)
             print(
@@ -48,7 +48,8 @@ def generate(config: SyntheticConfig, task: Task, target: results.Output) -> Sum
         if config.samples_metadata:
             released = world.together(lambda: release_histogram(config, task) if world.main else None)[0]
             digest = {"histogram": results.sha256(config.histogram_file)}
-            task = replace(task, settings=task.settings | digest, whole=task.whole and task.whole | digest)
+            of_file = task.file_settings and task.file_settings | digest
+            task = replace(task, settings=task.settings | digest, file_settings=of_file)
         base = models.load_base(task.ref, dtype, world.device, config.device_map)
         planned, prompts, rooms, dropped = fit(
             config, task.tokenizer, plan(config, task, released), models.context_length(base)
@@ -155,7 +156,7 @@ def finish(
         source=[(config.input, len(task.rows)), *([task.source] if task.source else [])],
         generator={key: task.settings[key] for key in ("model", "revision", "weights")},
         sampling={key: task.settings[key] for key in (*SAMPLED, "dtype")},
-        settings=task.whole,
+        settings=task.file_settings,
         more={"privacy": privacy, **summary},
     )
     for file in generation.partial_files(output):

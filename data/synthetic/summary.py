@@ -11,7 +11,7 @@ Summary = dict[str, Any]
 
 
 def near_copies(texts: list[str], training: list[str], held_out: list[str]) -> Summary:
-    """Shares of texts with a run of COPY characters out of --training or --input; None without training rows.
+    """Shares of texts with a run of COPY characters from --training or --input; None without training rows.
 
     `held_out_in_training` is the floor: what the real reviews of --input, written by others, share with --training.
     """
@@ -31,7 +31,7 @@ def near_copies(texts: list[str], training: list[str], held_out: list[str]) -> S
 def privacy_block(model: dict[str, Any] | None, released: dict[str, Any] | None) -> Summary:
     """The manifest's `privacy`: what the model spent, what the metadata spent, and their sum (basic composition).
 
-    epsilon is None where the model's training, and hence the whole, has no bound; δ is None where it named none.
+    epsilon is None where the model's training, and hence the whole, has no bound; δ is None if it states none.
     """
     spent = model or {}
     epsilon, delta = spent.get("epsilon"), spent.get("delta")
@@ -63,7 +63,7 @@ def report(config: SyntheticConfig, summary: Summary) -> None:
             print(f"{copies[key]:>9.2%}  share a run of {COPY} characters with {name}")
     spent = summary["privacy"]
     if spent["epsilon"] is None:
-        print("          privacy: none, the model was trained without")
+        print("          privacy: none, the model was trained without DP")
     else:
         note = "" if spent["private"] else " (void: see the model's privacy.json)"
         print(f"          privacy: ε {spent['epsilon']:.3f} at δ {spent['delta']:.3g}, unit {spent['unit']}{note}")

@@ -18,8 +18,8 @@ Settings = dict[str, Any]
 @dataclass(frozen=True)
 class Task:
     """privacy: what training the model spent; unit: its privacy unit; source: the manifest's entry for --training;
-    settings: what a resumed run must have in common with the killed one; whole: those of the finished file, None where
-    nothing can tell whether a file was made with them."""
+    settings: what a resumed run must have in common with the killed one; file_settings: these and what else decides the
+    content of the finished file, None if it cannot be told whether a file was written with them."""
 
     rows: list[Row]
     training: list[Row]
@@ -29,7 +29,7 @@ class Task:
     unit: str
     source: dict[str, Any] | None
     settings: Settings
-    whole: Settings | None
+    file_settings: Settings | None
     finished: bool
 
 
@@ -48,16 +48,17 @@ def prepare(config: SyntheticConfig) -> Task:
         problems.add(f"{config.training}: rows without user_id; the model's privacy unit is the user")
     source: dict[str, Any] | None = None
     if ref and training:
-        source = problems.absorb(training_source, config.training, len(training), ref)
+        source = problems.absorb(training_source, str(config.training), len(training), ref)
     settings: Settings = {}
-    whole: Settings | None = None
-    if not problems.lines:
+    file_settings: Settings | None = None
+    if ref and not problems.lines:
         settings = settings_of(config, ref)
         if source is None or source["sha256"]:
-            whole = settings | settings_of_file(config, source)
-    finished = problems.absorb(dataset.finished, [("--output", config.output_file)], whole, config.overwrite)
+            file_settings = settings | settings_of_file(config, source)
+    finished = problems.absorb(dataset.finished, [("--output", config.output_file)], file_settings, config.overwrite)
     problems.check()
-    return Task(rows, training, ref, tokenizer, privacy, unit, source, settings, whole, bool(finished))
+    assert ref
+    return Task(rows, training, ref, tokenizer, privacy, unit, source, settings, file_settings, bool(finished))
 
 
 def check_flags(config: SyntheticConfig, problems: cli.Problems) -> None:
@@ -67,7 +68,7 @@ def check_flags(config: SyntheticConfig, problems: cli.Problems) -> None:
     inputs = (config.input, config.training, config.histogram)
     cli.check_output_file(config.output_file, ".jsonl", problems, inputs)
     if config.samples_metadata != (config.metadata_epsilon is not None):
-        problems.add("--metadata_epsilon: goes with --condition sampled, which needs it")
+        problems.add("--metadata_epsilon: is for --condition sampled, which needs it")
     if config.samples_metadata and not config.training:
         problems.add("--condition sampled: give the rows that the histogram counts as --training")
     if "Rating" not in config.metadata_fields:
@@ -87,7 +88,7 @@ def check_rows(config: SyntheticConfig, rows: list[Row], training: list[Row], pr
         problems.add(f"{config.input}: the System prompt differs between rows; --condition sampled needs one for all")
     if not config.samples_metadata and (shared := reviews.shared_rows(rows, training)):
         problems.add(
-            f"{config.input}: {shared} of its rows are training rows, whose metadata would stand unprotected in the "
+            f"{config.input}: {shared} of its rows are training rows, whose metadata would appear unprotected in the "
             "output; name other rows, or draw metadata with --condition sampled"
         )
 
@@ -95,7 +96,7 @@ def check_rows(config: SyntheticConfig, rows: list[Row], training: list[Row], pr
 def training_source(path: str, rows: int, ref: models.ModelRef) -> dict[str, Any]:
     """The manifest's entry for --training. A plain hash would confirm a guessed copy of a private model's training file
     to whoever reads the manifest: there it is salted as in run.json (the salt is in the run's trained_rows.jsonl), or
-    None where that file is gone."""
+    None if that file is missing."""
     digest = results.sha256(path)
     if not models.privacy(ref):
         return {"path": path, "sha256": digest, "rows": rows}
