@@ -19,7 +19,7 @@ def p_value(correct, guesses, canaries, inverse, parameter, choices=2) -> float:
     low, high = 0.0, 1.0
     if not fdp.refuted(correct, guesses, canaries, 1.0, inverse, parameter, choices):
         return 1.0
-    while high - low > 1e-11:
+    while high - low > 1e-9 * high:
         middle = (low + high) / 2
         beyond = fdp.refuted(correct, guesses, canaries, middle, inverse, parameter, choices)
         low, high = (low, middle) if beyond else (middle, high)
