@@ -106,38 +106,37 @@ def table(lines: list[dict], limit: float) -> str:
 
 
 def draw(lines: list[dict], level: float, delta: float, folder: Path) -> Path:
-    """bounds.svg: a panel for each number of canaries, bound against true ε."""
+    """bounds.svg: a panel for each number of canaries, bound / true ε against the true ε."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from reporting.svg import AXIS, COLOURS, Figure, Panel, whole
-    from reporting.svg import SETTINGS as STYLE
+    from reporting.svg import AXIS, COLOURS, SETTINGS, Figure, Panel, whole
 
     epsilons = sorted({line["epsilon"] for line in lines})
 
     def panel(m: int) -> Panel:
         def draw_bounds(axes):
-            axes.plot(epsilons, epsilons, color=AXIS, linestyle="--", linewidth=1.2)
-            for name, (colour, marker) in LOOKS.items():
+            axes.axhline(1.0, color=AXIS, linestyle="--", linewidth=1.2)
+            for place, (name, (colour, marker)) in enumerate(LOOKS.items()):
                 own = [line for line in lines if line["m"] == m and line["name"] == name]
-                low, middle, high = ([line["epsilon"] * line[key] for line in own] for key in ("low", "middle", "high"))
-                x = [line["epsilon"] for line in own]
-                axes.fill_between(x, low, high, color=COLOURS[colour][0], alpha=0.13, linewidth=0)
-                axes.plot(x, middle, color=COLOURS[colour][0], marker=marker)
+                x = [line["epsilon"] * 1.12 ** (place - 1) for line in own]  # beside each other, not on top
+                ends = [[line["middle"] - line["low"] for line in own], [line["high"] - line["middle"] for line in own]]
+                middles = [line["middle"] for line in own]
+                axes.errorbar(x, middles, yerr=ends, color=COLOURS[colour][0], fmt=marker, elinewidth=1.4)
             axes.set_xscale("log", base=2)
             axes.set_xticks(epsilons, [f"{epsilon:g}" for epsilon in epsilons])
             axes.minorticks_off()
-            axes.set(xlabel="true ε", ylabel="lower bound", ylim=(0, 1.05 * max(epsilons)))
+            axes.set(xlabel="true ε", ylabel="bound / true ε", ylim=(-0.03, 1.05))
             axes.grid(axis="y")
 
         return Panel(f"{m:,} canaries", draw_bounds)
 
-    keys = [(NAMES[name], COLOURS[colour][0], marker, "-") for name, (colour, marker) in LOOKS.items()]
-    keys.append(("true ε", AXIS, None, "--"))
+    keys = [(NAMES[name], COLOURS[colour][0], marker, None) for name, (colour, marker) in LOOKS.items()]
+    keys.append(("the true ε", AXIS, None, "--"))
     panels = [panel(m) for m in sorted({line["m"] for line in lines})]
-    title = f"Lower bounds at {100 * (1 - level):g} %, δ {delta:g}"
-    figure = Figure("bounds", title, "", "", panels, keys, 2, "privacy")
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": "bounds", "savefig.facecolor": "white"}):
+    title = f"Lower bounds at {100 * (1 - level):g} %, δ {delta:g}: median and 5 %–95 % of the runs"
+    figure = Figure("bounds", title, "", "", panels, keys, 2)
+    with matplotlib.rc_context({**SETTINGS, "svg.hashsalt": "bounds"}):
         path = folder / "bounds.svg"
         whole(figure).savefig(path, metadata={"Date": None, "Creator": None})
     return path

@@ -11,7 +11,8 @@ import pytest
 from scipy.optimize import linprog
 from scipy.stats import binom, norm
 
-from canary import audit, fdp
+from bench import bounds
+from canary import audit, fdp, lines
 
 
 def p_value(correct, guesses, canaries, inverse, parameter, choices=2) -> float:
@@ -249,17 +250,37 @@ def test_epsilon_of_a_gaussian_mechanism():
 
 
 def test_a_bound_is_where_the_recursion_meets_the_level():
-    for bounds, inverse, parameter in (
+    for found, inverse, parameter in (
         (fdp.gaussian_mu([75], [80], 200, 0.01), fdp.gaussian_inverse, "μ"),
         (fdp.epsilon_delta_bounds([75], [80], 200, 1e-5, 0.01), fdp.epsilon_delta_inverse(1e-5), "ε"),
     ):
-        bound = bounds[0]
+        bound = found[0]
         assert bound > 0.5, parameter
         assert p_value(75, 80, 200, inverse, bound) <= 0.01 < p_value(75, 80, 200, inverse, bound + 2e-5)
     assert fdp.epsilon_delta_bounds([40, 80], [80, 80], 200, 1e-5, 0.01)[0] == 0.0
     together = fdp.gaussian_mu([9, 75, 3, 0], [10, 80, 3, 4], 200, 0.01)  # in one call or each by itself
     alone = [fdp.gaussian_mu([c], [n], 200, 0.01)[0] for c, n in ((9, 10), (75, 80), (3, 3), (0, 4))]
     assert together.tolist() == pytest.approx(alone, abs=1e-12)
+
+
+# ---------------------------------------------------------------- by simulation
+
+
+def test_the_simulation_measures_what_an_audit_does(capsys):
+    """bench/bounds.py: its counts and bounds are one_run's on the same scores, its μ has the ε asked for."""
+    m, mu, runs = 100, 3.0, 5
+    counts = bounds.right_guesses(m, mu, runs, np.random.default_rng(3))
+    rng = np.random.default_rng(3)  # the same draws, in the same order
+    coins = rng.random((runs, m)) < 0.5
+    scores = rng.normal(size=coins.shape) + np.where(coins, mu / 2, -mu / 2)
+    for method in (audit.lower_bounds, *lines.F_DP.values()):
+        found = bounds.bounds_of(counts, m, 1e-5, 0.05, method)
+        direct = [audit.one_run(scores[run], coins[run], 1e-5, 0.05, method=method) for run in range(runs)]
+        assert found.tolist() == pytest.approx([one["epsilon"] for one in direct], abs=1e-12) and found.max() > 0.5
+    assert fdp.gaussian_epsilon(bounds.mu_of(2.0, 1e-5), 1e-5) == pytest.approx(2.0)
+    # 100 audits of a mechanism with ε = 1: none above 5 % and three standard errors, or the exit status is 1
+    assert bounds.main(["--runs", "100", "--canaries", "300", "--epsilons", "1"]) == 0
+    assert "| f-DP if Gaussian | 300 | 1 | 0.0" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- against jax_privacy
@@ -309,11 +330,11 @@ for line in sys.stdin:
 
 def of_jax_privacy(cases: list[dict]) -> list[list[float]]:
     """[Steinke's, f-DP's] bounds of each case by jax_privacy, under the interpreter that JAX_PRIVACY_PYTHON names."""
-    lines = "".join(json.dumps(case) + "\n" for case in cases)
+    asked = "".join(json.dumps(case) + "\n" for case in cases)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     python = os.environ["JAX_PRIVACY_PYTHON"]
     done = subprocess.run(
-        [python, "-c", PEER], input=lines, capture_output=True, text=True, env=environment, timeout=600
+        [python, "-c", PEER], input=asked, capture_output=True, text=True, env=environment, timeout=600
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
