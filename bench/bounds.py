@@ -30,9 +30,9 @@ def make_parser() -> cli.Parser:
     add("--runs", type=cli.positive_int, default=2000, help="simulated audits per setting")
     add("--canaries", type=cli.positive_int, nargs="+", default=[100, 300, 1000, 3000], help="numbers of canaries")
     add("--epsilons", type=cli.positive_float, nargs="+", default=[0.5, 1.0, 2.0, 4.0, 8.0], help="true values of ε")
-    add("--delta", type=cli.positive_float, default=1e-5, help="δ of every ε")
-    add("--level", type=cli.positive_float, default=0.05, help="allowed share of bounds above the true ε")
-    add("--seed", type=int, default=SEED, help="seed of the simulation")
+    add("--delta", type=cli.share, default=1e-5, help="δ of every ε")
+    add("--level", type=cli.share, default=0.05, help="allowed share of bounds above the true ε")
+    add("--seed", type=cli.seed, default=SEED, help="seed of the simulation")
     add("--figure", metavar="DIR", help="also draw bounds.svg in this folder")
     return parser
 
