@@ -137,7 +137,7 @@ def audit_line(
         why = f"{placed} of {placed} canaries were {NEVER}: no audit" if never else CONSTANT
     void = why is not None
     own = bound_block(scores, included, delta, audit.lower_bounds, why)
-    deltas = {name: delta or GAUSSIAN_DELTA if name == "gaussian" else delta for name in F_DP}
+    deltas = {name: (delta or GAUSSIAN_DELTA) if name == "gaussian" else delta for name in F_DP}
     others = {
         name: {"delta": deltas[name], **bound_block(scores, included, deltas[name], method, why)}
         for name, method in F_DP.items()

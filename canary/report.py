@@ -65,7 +65,7 @@ def audit_rows(line: Line) -> list[str]:
 
 def f_dp_rows(line: Line) -> list[str]:
     """Steinke's bound at 99.9 %, and the bounds by f-DP at both levels."""
-    rows = [f"one run: {bound_words(line, '99.9')}"]
+    rows = [f"Steinke: {bound_words(line, '99.9')}"]
     names = {"epsilon_delta": "f-DP", "gaussian": "f-DP, if the training is a Gaussian mechanism"}
     for name, words in names.items():
         block = line["f_dp"][name]

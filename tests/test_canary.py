@@ -609,7 +609,7 @@ def test_bounds_by_f_dp_stand_beside_steinkes():
     assert without["f_dp"]["gaussian"]["delta"] == 1e-5
     assert without["lower"]["95"] == pytest.approx(without["f_dp"]["epsilon_delta"]["lower"]["95"], abs=2e-4)
     words = audit_rows(line)
-    assert words[1].strip().startswith("one run: ε ≥ 2.")
+    assert words[1].strip().startswith("Steinke: ε ≥ 2.")
     assert "f-DP: ε ≥ " in words[2] and "(δ 1e-06)" in words[2] and "Gaussian mechanism: ε ≥ " in words[3]
     rows = canary_rows(line | {"arm": "a"}, SimpleNamespace(shown=str, runs={}), {}, Path("x"), 1)
     above = {row.metric: row.settings.get("lower_above_upper") for row in rows}
