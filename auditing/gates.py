@@ -26,6 +26,7 @@ PATHS = re.compile(
     r"|untargeted\.excess\.(?:value|p)"
     r"|untargeted\.(?:train|heldout)\.(?:secrets|samples_with_secret|samples_with_run)\.(?:hits|rate|low|high)"
     rf"|canaries\.auc{ENDS}|canaries\.epsilon\.low|canaries\.p"
+    r"|canaries\.bounds\.(?:one_run|f_dp_epsilon_delta|f_dp_gaussian)\.low\.(?:95|99\.9)"
 )
 EXAMPLES = "membership.tpr_at_fpr_0.01.low>0.05, extraction.email.excess.low>0, verbatim.train.near.tuned.hits>0"
 

@@ -117,9 +117,18 @@ def untargeted_line(part: Mapping[str, Any]) -> str:
 
 
 def canary_line(part: Mapping[str, Any]) -> str:
-    auc, epsilon = part["auc"], part["epsilon"]
-    words = "" if auc["value"] is None else f"AUC {auc['value']:.3f} (95 %: {auc['low']:.3f}–{auc['high']:.3f})"
-    return words + ("" if epsilon["low"] is None else f", ε ≥ {epsilon['low']:.2f} at 95 %")
+    auc = part["auc"]
+    words = [] if auc["value"] is None else [f"AUC {auc['value']:.3f} (95 %: {auc['low']:.3f}–{auc['high']:.3f})"]
+    names = {"one_run": "", "f_dp_epsilon_delta": " by f-DP", "f_dp_gaussian": " by f-DP if Gaussian"}
+    for name, how in names.items():
+        block = part["bounds"][name]
+        if block["low"]["95"] is None:
+            if name == "one_run":
+                words.append(f"no bound on ε ({block['undefined']['95']})")
+        else:
+            ends = ", ".join(f"{low:.2f} at {level} %" for level, low in block["low"].items() if low is not None)
+            words.append(f"ε ≥ {ends}{how} (δ {block['delta']:.3g})")
+    return ", ".join(words)
 
 
 def line_of(audit: Mapping[str, Any], question: str) -> str:

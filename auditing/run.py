@@ -272,13 +272,23 @@ def canary_summary(line: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Audit canaries that were inserted against those that were not."""
     rows = [row for row in results.read_jsonl(folder / ROWS) if row.get("audit_signal") is not None]
     sides = [np.array([row["audit_signal"] for row in rows if row["included"] is wanted]) for wanted in (True, False)]
-    judged = line.get("undefined") is None and all(map(len, sides))
+    whole = line["auc"] is not None and line["power"]["95"] is not None  # otherwise there is nothing to compare
+    judged = whole and all(map(len, sides))
     return {
         "auc": bounds(line.get("auc"), line.get("auc_ci")),
-        "epsilon": {"low": (line.get("lower") or {}).get("95"), "upper": line.get("upper")},
+        "epsilon": {"low": line["lower"]["95"], "upper": line.get("upper")},
+        "bounds": {
+            "one_run": epsilon_block(line, line["delta"]),
+            **{f"f_dp_{name}": epsilon_block(block, block["delta"]) for name, block in line["f_dp"].items()},
+        },
         "p": mann_whitney(*sides) if judged else None,
         "n_requested": line["n_requested"],
         "n_scored": line["n_scored"],
-        "undefined": line.get("undefined"),
+        "undefined": None if whole else line["undefined"],
         "results": f"canaries/{RESULTS}",
     }
+
+
+def epsilon_block(block: dict[str, Any], delta: float) -> dict[str, Any]:
+    """{low, most, undefined: by level in percent; delta}: a bound on ε, the most it could have been, why it is null."""
+    return {"low": block["lower"], "most": block["power"], "undefined": block["lower_undefined"], "delta": delta}

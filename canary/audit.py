@@ -1,7 +1,7 @@
 """Empirical lower bounds on ε from canaries that were each inserted with probability ½. Pure functions."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
@@ -21,7 +21,10 @@ class Guesses(TypedDict):
 
 
 class Bound(TypedDict):
-    """The largest bound over all shares. most: the bound if every guess were correct, i.e. the audit's power."""
+    """The largest bound over all shares. most: the bound if every guess were correct, i.e. the audit's power.
+
+    epsilon is None if `most` is None (fewer than five canaries) or 0: then the audit could not have shown anything.
+    """
 
     epsilon: float | None
     most: float | None
@@ -30,6 +33,10 @@ class Bound(TypedDict):
     level: float
     delta: float
     guesses: list[Guesses]
+
+
+# (correct, guesses, canaries, δ, level) → the bound of each pair of counts
+Method = Callable[[Sequence[int], Sequence[int], int, float, float], Sequence[float]]
 
 
 def p_value(correct: int, guesses: int, canaries: int, epsilon: float, delta: float) -> float:
@@ -59,40 +66,57 @@ def lower_bound(correct: int, guesses: int, canaries: int, delta: float, level: 
     return low
 
 
+def lower_bounds(
+    correct: Sequence[int], guesses: Sequence[int], canaries: int, delta: float, level: float
+) -> list[float]:
+    """`lower_bound` of each pair of counts (Steinke, Nasr and Jagielski 2023)."""
+    return [lower_bound(right, n, canaries, delta, level) for right, n in zip(correct, guesses, strict=True)]
+
+
 def ranking(scores: Sequence[float] | NDArray[Any], seed: int = TIES) -> NDArray[np.intp]:
     """(m,) indices, highest score first; ties are broken at random, so that the order in the file does not matter."""
     values = np.asarray(scores, dtype=float)
     return np.lexsort((np.random.default_rng(seed).permutation(len(values)), -values))
 
 
+def halves(canaries: int) -> dict[float, int]:
+    """{share: guesses "in", and as many "out"} of the shares that give any."""
+    return {share: half for share in SHARES if (half := math.floor(share * canaries / 2))}
+
+
 def one_run(
-    scores: Sequence[float], included: Sequence[bool], delta: float, level: float = 0.05, seed: int = TIES
+    scores: Sequence[float],
+    included: Sequence[bool],
+    delta: float,
+    level: float = 0.05,
+    seed: int = TIES,
+    method: Method = lower_bounds,
 ) -> Bound:
     """Lower bound on ε, valid with probability 1 − level, from one training run.
 
     scores (m,): higher = more likely included; included (m,): the coin flips. For each share in SHARES, the highest
     scores are guessed "in", as many of the lowest "out", and the rest abstain; each share is tested at level / 5. Ties
-    are broken at random by `seed`: their order carries no information. `epsilon` and `most` are None with fewer than
-    five canaries, where no share gives a pair of guesses.
+    are broken at random by `seed`: their order carries no information. method: whose bound; fdp.py has others.
     """
     if np.isnan(np.asarray(scores, dtype=float)).any():
         raise ValueError("a canary has no score")
     coins = np.asarray(included, dtype=bool)
     order, m = ranking(scores, seed), len(scores)
-    tests: list[Guesses] = []
-    for share in SHARES:
-        half = math.floor(share * m / 2)
-        if half:
-            correct = int(coins[order[:half]].sum() + (~coins[order[-half:]]).sum())
-            bound = lower_bound(correct, 2 * half, m, delta, level / len(SHARES))
-            tests.append({"share": share, "guesses": 2 * half, "correct": correct, "epsilon": bound})
-    most = [lower_bound(test["guesses"], test["guesses"], m, delta, level / len(SHARES)) for test in tests]
+    pairs = halves(m)
+    guesses = [2 * half for half in pairs.values()]
+    correct = [int(coins[order[:half]].sum() + (~coins[order[-half:]]).sum()) for half in pairs.values()]
+    bounds = method([*correct, *guesses], [*guesses, *guesses], m, delta, level / len(SHARES))
+    found = [float(bound) for bound in bounds[: len(pairs)]]
+    most = max((float(bound) for bound in bounds[len(pairs) :]), default=None)
     return {
-        "epsilon": max((test["epsilon"] for test in tests), default=None),
-        "most": max(most, default=None),
+        "epsilon": max(found) if most else None,
+        "most": most,
         "canaries": m,
         "included": int(coins.sum()),
         "level": level,
         "delta": delta,
-        "guesses": tests,
+        "guesses": [
+            {"share": share, "guesses": n, "correct": right, "epsilon": bound}
+            for share, n, right, bound in zip(pairs, guesses, correct, found)
+        ],
     }

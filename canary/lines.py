@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from canary import audit, metrics
+from canary import audit, fdp, metrics
 from canary.key import KeyLine
 from canary.likelihoods import Bits
 from canary.task import ModelArm, Task, TextArm
@@ -15,6 +15,11 @@ SIGNALS = ("2-gram", "similarity")  # from the text alone
 HEADLINE = "2-gram"  # the signal whose bound is reported: the larger of two 95 % bounds would not be a 95 % bound
 CONSTANT = "the signal is the same for all canaries"
 NEVER = "never trained on"
+FEW = "fewer than five canaries"
+TOO_FEW = "no audit: were every guess right, the bound would be 0; more canaries are needed"
+GAUSSIAN_DELTA = 1e-5  # where no accountant names a δ: without one, no Gaussian mechanism has an ε
+# f-DP bounds (fdp.py) beside Steinke's: of any training, and of one that is a Gaussian mechanism
+F_DP: dict[str, audit.Method] = {"epsilon_delta": fdp.epsilon_delta_bounds, "gaussian": fdp.gaussian_bounds}
 
 Line = dict[str, Any]
 
@@ -110,10 +115,12 @@ def audit_line(
 ) -> Line:
     """The lower bounds of one arm next to its accountant's ε. unit: what the audit adds or removes.
 
-    Without an accountant δ is 0: only pure ε is refuted then. Bounds and AUC are null if undefined: fewer than five
-    canaries, a constant signal, or no canary was trained on. Canaries truncated by --max_length are dropped because of
-    their text alone, inserted or not, so the coin flips of the others stay fair; a canary that was inserted but not
-    trained on for another reason is kept, which can only lower the bound.
+    Without an accountant δ is 0: only pure ε is refuted then (for Gaussian mechanisms it is GAUSSIAN_DELTA). Bounds are
+    null, and `undefined` or `lower_undefined` says why, where there is no audit: too few canaries for any bound above
+    0, a constant signal, or no canary was trained on. `above_upper` compares Steinke's bound with the accountant's ε
+    and no other: fixed in advance, so that there is one chance of a false alarm. Canaries truncated by --max_length are
+    dropped because of their text alone, inserted or not, so the coin flips of the others stay fair; a canary that was
+    inserted but not trained on for another reason is kept, which can only lower the bound.
     """
     seen, spent = source.seen, source.privacy or {}
     requested, placed = len(audited), sum(canary["included"] for canary in audited)
@@ -125,12 +132,16 @@ def audit_line(
     included, never = [canary["included"] for canary in audited], copies == 0 and placed > 0
     unknown = spent.get("unknown")
     upper, delta = (None, 0.0) if unknown else (spent.get("epsilon"), spent.get("delta") or 0.0)
-    bounds = {level: audit.one_run(scores, included, delta, alpha) for level, alpha in LEVELS.items()}
-    void = never or is_constant(scores)
-    undefined = "fewer than five canaries" if bounds["95"]["epsilon"] is None else None
-    if void:
-        undefined = f"{placed} of {placed} canaries were {NEVER}: no audit" if never else CONSTANT
-    lower = {level: None if void else bound["epsilon"] for level, bound in bounds.items()}
+    why = None
+    if never or is_constant(scores):
+        why = f"{placed} of {placed} canaries were {NEVER}: no audit" if never else CONSTANT
+    void = why is not None
+    own = bound_block(scores, included, delta, audit.lower_bounds, why)
+    deltas = {name: (delta or GAUSSIAN_DELTA) if name == "gaussian" else delta for name in F_DP}
+    others = {
+        name: {"delta": deltas[name], **bound_block(scores, included, deltas[name], method, why)}
+        for name, method in F_DP.items()
+    }
     return {
         "measure": measure,
         "arm": arm,
@@ -143,20 +154,35 @@ def audit_line(
         "placed_trained": copies,
         "included": sum(included),
         **auc([] if void else scores, included),
-        "power": {level: bound["most"] for level, bound in bounds.items()},
-        "lower": lower,
-        "guesses": [] if void else bounds["95"]["guesses"],
+        **own,
+        "f_dp": others,
         "upper": upper,
         "upper_unknown": unknown,
         "delta": delta,
         "unit": unit,
         "void": None if unknown else spent.get("void"),
-        "undefined": undefined,
-        "above_upper": {level: upper is not None and (bound or 0) > upper for level, bound in lower.items()},
+        "undefined": why or own["lower_undefined"]["95"],
+        "above_upper": {level: upper is not None and (bound or 0) > upper for level, bound in own["lower"].items()},
         "heuristic": {
             "note": "TPR/FPR bound, heuristic: canaries of one run are not independent",
             "bound": None if void else metrics.heuristic_bound(scores, included, delta),
         },
+    }
+
+
+def bound_block(
+    scores: Sequence[float], included: Sequence[bool], delta: float, method: audit.Method, why: str | None
+) -> Line:
+    """power, lower and lower_undefined (why lower is null) by level, and the guesses. why: there is no audit at all."""
+    bounds = {level: audit.one_run(scores, included, delta, alpha, method=method) for level, alpha in LEVELS.items()}
+    few = FEW if bounds["95"]["most"] is None else TOO_FEW
+    return {
+        "power": {level: bound["most"] for level, bound in bounds.items()},
+        "lower": {level: None if why else bound["epsilon"] for level, bound in bounds.items()},
+        "lower_undefined": {
+            level: why or (few if bound["epsilon"] is None else None) for level, bound in bounds.items()
+        },
+        "guesses": [] if why else bounds["95"]["guesses"],
     }
 
 

@@ -14,15 +14,17 @@ exposure     in bits: the total NLL of the secret's tokens in the canary's own c
              the same context; by number of repetitions, including held-out canaries. Chance: mean 1.44, median 1 bit.
 audit        lower bound on ε from one run (Steinke et al. 2023) on the audit canaries. Signal: how much training raised
              the log-probability of the canary's sentence in its row. Reported with the accountant's ε (privacy.json)
-             and the bound if every guess were correct (`power`).
+             and the bound if every guess were correct (`power`). Beside it, in `f_dp`, the bounds of Mahloujifar et al.
+             (2024): `epsilon_delta` holds for any training, `gaussian` if it is a Gaussian mechanism.
 audit_text   the same bound without the model: the signal is a 2-gram model of the generated rows, or similarity to
              them. `headline` marks the signal to report, fixed in advance so that nobody picks the larger of the two.
 text_auc     how well that signal separates inserted from held-out canaries, by number of repetitions.
 A signal that is the same for all audit canaries gives no bound: null, and `undefined` says why. The same holds for
-canaries that were never trained on: run_peft.py's trained_rows.jsonl records which rows were used and what was
-truncated or masked. Canaries that --max_length would truncate are excluded from the audit whether inserted or not, so
-the coin flips of the others stay fair. A lower bound above the accountant's ε is flagged at 95 %; at 99.9 % the exit
-status is 1: that ε is wrong.
+canaries that were never trained on (run_peft.py's trained_rows.jsonl records which rows were used and what was
+truncated or masked), and for so few canaries that the bound would be 0 were every guess right (`lower_undefined`, by
+level). Canaries that --max_length would truncate are excluded from the audit whether inserted or not, so the coin flips
+of the others stay fair. A lower bound above the accountant's ε is flagged at 95 %; at 99.9 % the exit status is 1: that
+ε is wrong. Steinke's bound decides this, not those beside it.
 
 results_canary_rows.jsonl has one line per canary and arm (no text), run_canary.json describes the run.
 """

@@ -38,13 +38,14 @@ def exposure_row(line: Line) -> str:
 
 
 def audit_rows(line: Line) -> list[str]:
-    """The lower bound next to the accountant's ε, and one row per level at which it is larger."""
+    """Steinke's bound next to the accountant's ε, those by f-DP, and one row per level at which the first is larger."""
     upper = "none" if line["upper"] is None else f"{line['upper']:.3f}"
     upper = "unknown" if line["upper_unknown"] else upper
     signal = line["signal"] + (", headline" if line.get("headline") else "")
     arm = f"{line['measure']:<10} {line['arm']} ({signal})"
     if line["undefined"]:
-        rows = [f"{arm}: no bound ({line['undefined']}), accountant {upper}"]
+        most = "" if line["power"]["95"] is None else f", at most {line['power']['95']:.3f} could be shown"
+        rows = [f"{arm}: no bound ({line['undefined']}){most}, accountant {upper}"]
     else:
         low, auc = ("none" if value is None else f"{value:.3f}" for value in (line["lower"]["95"], line["auc"]))
         if line["auc_ci"]:
@@ -54,8 +55,26 @@ def audit_rows(line: Line) -> list[str]:
             counts += f", {line['placed_trained']} of {line['placed']} trained on"
         most = f"at most {line['power']['95']:.3f} could be shown"
         rows = [f"{arm}: ε ≥ {low} at 95 % ({most}), accountant {upper}, AUC {auc}; {counts}"]
+        rows += [f"           {words}" for words in f_dp_rows(line)]
     return rows + [
         f"           {line['arm']}: the lower bound EXCEEDS the accountant's ε at {level} %"
         for level, above in line["above_upper"].items()
         if above
     ]
+
+
+def f_dp_rows(line: Line) -> list[str]:
+    """Steinke's bound at 99.9 %, and the bounds by f-DP at both levels."""
+    rows = [f"Steinke: {bound_words(line, '99.9')}"]
+    names = {"epsilon_delta": "f-DP", "gaussian": "f-DP, if the training is a Gaussian mechanism"}
+    for name, words in names.items():
+        block = line["f_dp"][name]
+        bounds = "; ".join(bound_words(block, level) for level in block["lower"])
+        rows.append(f"{words}: {bounds} (δ {block['delta']:.3g})")
+    return rows
+
+
+def bound_words(block: Line, level: str) -> str:
+    """ε ≥ … at … %, or that there is no bound, and the most that could have been."""
+    low, most = block["lower"][level], block["power"][level]
+    return f"no bound at {level} %" if low is None else f"ε ≥ {low:.3f} at {level} % (at most {most:.3f})"

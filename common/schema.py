@@ -81,7 +81,10 @@ OUTPUTS = {
     "results_secrets.jsonl": ("audit.py", "one line per secret: row, rank among decoys, greedy hit; no text"),
     "secrets_private.jsonl": ("audit.py --save_responses", "the same with the secrets (mode 0600)"),
     "run_audit.json": ("audit.py", "configuration, versions, inputs, status"),
-    "results_canary.jsonl": ("canary/measure.py", "one line per arm and measure: exposure, counts, bounds on ε"),
+    "results_canary.jsonl": (
+        "canary/measure.py",
+        "one line per arm and measure: exposure, counts, bounds on ε (docs/differential-privacy.md)",
+    ),
     "results_canary_rows.jsonl": ("canary/measure.py", "one line per canary and arm (mode 0600)"),
     "results_fidelity.json": ("fidelity/fidelity.py", "metrics of each arm with their intervals"),
     "results_utility.jsonl": ("utility/downstream.py", "one line per arm and seed"),

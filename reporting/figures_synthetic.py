@@ -45,7 +45,10 @@ def epsilon_bounds(study: Study, look: Look, chosen: list[Model]) -> list[Figure
     """Upper bounds from the accountants and empirical lower bounds, one row per run (its last checkpoint)."""
     last = [row for row in study.select("privacy") if row.model and row.model.last]
     rows = [row for row in last if row.value is not None]
-    kinds = ("ε lower", "ε lower, text only", "ε upper (PRV)")
+    marks = {"ε upper (PRV)": ("blue", "o"), "ε upper (RDP)": ("sky", "s"), "ε lower": ("vermillion", "^")}
+    marks |= {"ε lower, f-DP": ("purple", "D"), "ε lower, f-DP if Gaussian": ("green", "P")}
+    marks |= {"ε lower, text only": ("amber", "v")}
+    kinds = marks.keys() - {"ε upper (RDP)"}
     bounds = [
         row
         for row in study.select("canary")
@@ -66,8 +69,6 @@ def epsilon_bounds(study: Study, look: Look, chosen: list[Model]) -> list[Figure
         once.setdefault((place_of(row), row.metric, row.value, row.undefined), row)
     shown = list(once.values())
     places = list(dict.fromkeys(map(place_of, shown)))
-    marks = {"ε upper (PRV)": ("blue", "o"), "ε upper (RDP)": ("sky", "s")}
-    marks |= {"ε lower": ("vermillion", "^"), "ε lower, text only": ("amber", "v")}
 
     def draw(axes: "Axes") -> None:
         for index, name in enumerate(reversed(places)):
@@ -96,6 +97,11 @@ def epsilon_bounds(study: Study, look: Look, chosen: list[Model]) -> list[Figure
         "Upper: proven by the accountant. Lower: shown by an audit with canaries, at 95 %. A lower bound to the right "
         "of the upper one contradicts the proof. Hollow: void."
     )
+    if any(row.metric.endswith("if Gaussian") for row in shown):
+        caption += (
+            " f-DP: the bound of Mahloujifar et al. beside Steinke's; if Gaussian: it holds for a training that is a "
+            "Gaussian mechanism, which DP-SGD is only nearly, and contradicts no proof."
+        )
     endless = dict.fromkeys(row.measured.label for row in last if row.value is None)
     caption += f" No noise, hence no upper bound: {', '.join(endless)}." if endless else ""
     panel = Panel("ε at the δ of each run", draw, (4.2, 1.1 + 0.36 * len(places)))

@@ -497,20 +497,26 @@ def canary_rows(line: Record, study: Study, models: Models, path: Path, number: 
         raise ValueError("above_upper: the bounds that it compares are missing")
     more["lower_above_upper"] = above
     more["headline"] = line.get("headline")  # of several signals, the one to report
-    why = line.get("undefined") or "fewer than five canaries"
     kind = "" if measure == "audit" else ", text only"
+    beside = line.get("f_dp") or {}
+    blocks = {f"ε lower{kind}": (line, more)}
+    for name, words in (("epsilon_delta", "f-DP"), ("gaussian", "f-DP if Gaussian")):
+        if name in beside:  # the accountant's ε is compared with Steinke's bound alone
+            own = {"delta": beside[name]["delta"], "guesses": beside[name]["guesses"], "power": beside[name]["power"]}
+            blocks[f"ε lower{kind}, {words}"] = beside[name], more | own | {"above_upper": {}, "lower_above_upper": []}
     rows = [
         Row(
             "canary",
-            f"ε lower{kind}" + ("" if level == "95" else f" at {level} %"),
+            name + ("" if level == "95" else f" at {level} %"),
             value,
             n=n,
             level=level,
-            undefined=None if value is not None else why,
-            settings=more,
+            undefined=None if value is not None else why_no_bound(block, line, level),
+            settings=settings,
             **shared,
         )
-        for level, value in line["lower"].items()
+        for name, (block, settings) in blocks.items()
+        for level, value in block["lower"].items()
     ]
     bound = line["heuristic"]["bound"]
     if bound:
@@ -544,6 +550,12 @@ def canary_rows(line: Record, study: Study, models: Models, path: Path, number: 
         )
     )
     return rows
+
+
+def why_no_bound(block: Record, line: Record, level: str) -> str:
+    """Why a lower bound is null."""
+    reason = (block.get("lower_undefined") or {}).get(level)
+    return reason or line.get("undefined") or "fewer than five canaries"
 
 
 def checkpoint_of(line: Record, study: Study, models: Models, path: Path) -> str | None:

@@ -11,6 +11,9 @@ import audit
 import run_peft
 from auditing import gates, report, verdict
 from auditing.config import PARTS
+from auditing.run import canary_summary
+from canary.lines import FEW, TOO_FEW, audit_line
+from canary.task import ROWS, TextArm
 from common.cli import UserError
 
 SMALL = ["--quick", "--decoys", 25, "--samples", 4, "--num_rows", 40, "--max_length", 200]
@@ -357,3 +360,28 @@ def test_models_that_saw_no_row_are_seldom_called_leaking(models, tmp_path, caps
     with capsys.disabled():
         print(f"\n{len(leaking)} of 40 audits of untrained models say leaks (nominal: at most 5 %)")
     assert len(leaking) <= 5
+
+
+@pytest.mark.parametrize("m", (4, 12, 60))
+def test_the_canaries_part_has_both_bounds_and_says_where_there_is_no_audit(m, tmp_path):
+    """All coins told: 60 canaries give bounds, 12 an AUC and its p alone, 4 nothing that is judged."""
+    coins = [index % 2 == 0 for index in range(m)]
+    audited = [{"kind": "audit", "included": coin} for coin in coins]
+    scores = [coin + index / 100 for index, coin in enumerate(coins)]
+    arm = TextArm([], {"epsilon": 8.0, "delta": 1e-5}, None)
+    line = audit_line(arm, audited, scores, "record", measure="audit", arm="audited", signal="s")
+    rows = [{"included": coin, "audit_signal": score} for coin, score in zip(coins, scores)]
+    (tmp_path / ROWS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    part = canary_summary(line, tmp_path)
+    assert set(part["bounds"]) == {"one_run", "f_dp_epsilon_delta", "f_dp_gaussian"}
+    words = report.canary_line(part)
+    names = [f"canaries.bounds.{name}.low.{level}" for name in part["bounds"] for level in ("95", "99.9")]
+    held = [gates.parse(f"{name}>0.1").result({"canaries": part})["holds"] for name in names]
+    assert part["epsilon"] == {"low": line["lower"]["95"], "upper": 8.0}
+    if m == 60:
+        assert held == [True] * 6 and part["undefined"] is None and part["p"] < 1e-6
+        assert "ε ≥ " in words and "at 99.9 % (δ 1e-05)" in words and "by f-DP if Gaussian (δ 1e-05)" in words
+    else:
+        assert held == [None] * 6 and "no bound on ε (" in words
+        assert (part["undefined"] is None) == (part["p"] is not None) == (m == 12)
+        assert set(part["bounds"]["one_run"]["undefined"].values()) == {TOO_FEW if m == 12 else FEW}

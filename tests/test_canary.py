@@ -19,7 +19,8 @@ from test_synthetic import make_reviews
 import run_peft
 from canary import canaries, inject, measure, metrics
 from canary.likelihoods import secret_nlls, tokens_from
-from canary.lines import audit_line
+from canary.lines import TOO_FEW, audit_line
+from canary.report import audit_rows
 from canary.task import TextArm
 from common import dataset, reviews
 from common import models as common_models
@@ -569,6 +570,10 @@ def test_a_signal_that_is_the_same_for_all_gives_no_bound(echoes, tmp_path, caps
     assert [row.metric for row in made] == [
         "ε lower, text only",
         "ε lower, text only at 99.9 %",
+        "ε lower, text only, f-DP",
+        "ε lower, text only, f-DP at 99.9 %",
+        "ε lower, text only, f-DP if Gaussian",
+        "ε lower, text only, f-DP if Gaussian at 99.9 %",
         "AUC of the audit, text only",
     ]
     assert {row.undefined for row in made} == {second["undefined"]}
@@ -576,6 +581,64 @@ def test_a_signal_that_is_the_same_for_all_gives_no_bound(echoes, tmp_path, caps
     unknown = TextArm([], None, None)
     few = audit_line(unknown, audited, [2.0, 1.0], "record", measure="audit_text", arm="a", signal="2-gram")
     assert (few["lower"]["95"], few["undefined"], few["auc"]) == (None, "fewer than five canaries", 1)
+
+
+def audited_line(m: int, epsilon: float | None = None) -> dict:
+    """The audit line of m canaries whose scores tell every coin."""
+    included = [index % 2 == 0 for index in range(m)]
+    audited = [{"kind": "audit", "included": one} for one in included]
+    privacy = None if epsilon is None else {"epsilon": epsilon, "delta": 1e-6, "unit": "record"}
+    scores = [one + 0.0 for one in included]
+    arm = TextArm([], privacy, None)
+    return audit_line(arm, audited, scores, "record", measure="audit", arm="a", signal="s")
+
+
+def test_bounds_by_f_dp_stand_beside_steinkes():
+    """200 coins all known, at the accountant's δ; the Gaussian bound has a δ of its own where there is none."""
+    line = audited_line(200, epsilon=1.0)
+    for block in (line, *line["f_dp"].values()):
+        assert block["delta"] == 1e-6 and block["lower_undefined"] == {"95": None, "99.9": None}
+        assert block["lower"] == block["power"] and block["lower"]["95"] > block["lower"]["99.9"] > 1
+        assert [test["guesses"] for test in block["guesses"]] == [4, 10, 20, 40, 80]
+    assert line["f_dp"]["gaussian"]["lower"]["95"] > line["f_dp"]["epsilon_delta"]["lower"]["95"] + 1
+    assert line["above_upper"] == {"95": True, "99.9": True}
+    assert audited_line(200, epsilon=2.9)["above_upper"] == {"95": False, "99.9": False}  # Steinke's alone decides
+    assert audited_line(200, epsilon=2.9)["f_dp"]["gaussian"]["lower"]["95"] > 2.9
+    without = audited_line(200)
+    assert (without["delta"], without["f_dp"]["epsilon_delta"]["delta"]) == (0.0, 0.0)
+    assert without["f_dp"]["gaussian"]["delta"] == 1e-5
+    assert without["lower"]["95"] == pytest.approx(without["f_dp"]["epsilon_delta"]["lower"]["95"], abs=2e-4)
+    words = audit_rows(line)
+    assert words[1].strip().startswith("Steinke: ε ≥ 2.")
+    assert "f-DP: ε ≥ " in words[2] and "(δ 1e-06)" in words[2] and "Gaussian mechanism: ε ≥ " in words[3]
+    rows = canary_rows(line | {"arm": "a"}, SimpleNamespace(shown=str, runs={}), {}, Path("x"), 1)
+    above = {row.metric: row.settings.get("lower_above_upper") for row in rows}
+    assert above["ε lower"] == above["ε lower at 99.9 %"] == ["95", "99.9"]
+    assert above["ε lower, f-DP"] == above["ε lower, f-DP if Gaussian at 99.9 %"] == []
+    old = {key: value for key, value in line.items() if key not in ("f_dp", "lower_undefined")}  # an earlier version's
+    assert [row.metric for row in canary_rows(old, SimpleNamespace(shown=str, runs={}), {}, Path("x"), 1)][:2] == [
+        "ε lower",
+        "ε lower at 99.9 %",
+    ]
+
+
+@pytest.mark.parametrize(("m", "at_95", "at_999"), ((4, None, None), (19, None, None), (20, 0.25, None), (35, 1, 0.15)))
+def test_too_few_canaries_give_no_audit(m, at_95, at_999):
+    """A level of 1 % for each share asks for 7 right guesses of 7 (2⁻⁷ < 0.01), so 20 canaries; 0.02 %: 13, so 35."""
+    line = audited_line(m)
+    for block in (line, *line["f_dp"].values()):
+        for level, wanted in (("95", at_95), ("99.9", at_999)):
+            low, why = block["lower"][level], block["lower_undefined"][level]
+            assert (low is None) == (wanted is None) == (why is not None)
+            assert low is None or low > wanted - 0.1
+            assert low is not None or block["power"][level] == (None if m < 5 else 0)
+            assert why in (None, "fewer than five canaries" if m < 5 else TOO_FEW)
+    assert line["undefined"] == line["lower_undefined"]["95"]
+    words = audit_rows(line)
+    if at_95 is None:
+        assert "no bound" in words[0] and ("at most 0.000 could be shown" in words[0]) == (m == 19)
+    elif at_999 is None:
+        assert "no bound at 99.9 %" in words[1]
 
 
 def test_measure_bad_input(echoes, models, adapters, tmp_path, monkeypatch):

@@ -389,6 +389,30 @@ def test_a_run_is_one_place_however_it_is_called(tmp_path, monkeypatch):
     assert svg.svg(figure.panels[0], "e", "e").count(">with_dp<") == 1
 
 
+def test_bounds_by_f_dp_are_drawn_and_contradict_nothing(tmp_path):
+    """Above the accountant's 2 at both levels, beside a bound of Steinke's below it: drawn, in the table, no alarm."""
+    tree = synthetic_tree(tmp_path / "tree")
+    file = tree / "canary" / "results_canary.jsonl"
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    for line in lines:
+        if line["measure"] == "audit":
+            line["lower"], line["above_upper"] = {"95": 1.5, "99.9": 0.5}, {"95": False, "99.9": False}
+            own = {"power": {"95": 6.0, "99.9": 5.0}, "guesses": [], "lower_undefined": {"95": None, "99.9": None}}
+            line["f_dp"] = {
+                "epsilon_delta": own | {"delta": 1e-5, "lower": {"95": 1.625, "99.9": 0.625}},
+                "gaussian": own | {"delta": 1e-5, "lower": {"95": 3.5, "99.9": 2.25}},
+            }
+    put(file, *lines)
+    assert "contradicts the accountant" not in titles(tree, "wrong") and "lower 3.50" not in titles(tree, "wrong")
+    study = load.read([tree])
+    (figure,) = [one for one in figures.build(study) if one.name == "epsilon"]
+    assert "with_dp: ε lower, f-DP 1.62" in figure.summary and "f-DP if Gaussian 3.5" in figure.summary
+    assert "2.25" not in figure.summary and "contradicts no proof" in figure.caption
+    assert {"ε lower, f-DP", "ε lower, f-DP if Gaussian"} <= {key[0] for key in figure.keys}
+    at_999 = study.select("canary", "ε lower, f-DP if Gaussian at 99.9 %")
+    assert {(row.value, row.level, row.settings["power"]["99.9"]) for row in at_999} == {(2.25, "99.9", 5.0)}
+
+
 def test_a_moved_tree_keeps_its_models(tmp_path):
     tree = small_tree(tmp_path / "old")
     shutil.move(tree, tmp_path / "new")
