@@ -161,6 +161,7 @@ def find_jobs(config: EvaluateConfig, attack: "ExtractionTask", tree: list[Path]
 
     from common import models
     from extraction import measure
+    from extraction.attack import chat_renderer
 
     jobs = Jobs()
     dtype = str(models.resolve_dtype(config.dtype, "cuda" if torch.cuda.is_available() else "cpu"))
@@ -169,6 +170,8 @@ def find_jobs(config: EvaluateConfig, attack: "ExtractionTask", tree: list[Path]
             ref = models.find_model(str(checkpoint), config.revision, config.base_model, is_opt=config.is_opt)
             key = measure.model_key(ref) | {"dtype": dtype.removeprefix("torch.")}
             earlier = measure.find_results(checkpoint, attack, key, config.save_responses)
+            if config.chat:
+                chat_renderer(attack, models.load_tokenizer(ref), str(checkpoint))
         except cli.UserError as error:
             jobs.failures[str(checkpoint)] = "; ".join(error.problems)
             continue

@@ -194,6 +194,12 @@ class Renderer:
             raise ValueError(f"the chat template rejects its messages ({words})") from None
         return str(text)
 
+    def end_of_turn(self) -> str:
+        """What the template writes behind an assistant's message ("" if nothing)."""
+        mark = "\x02"
+        text = self.text([{"role": "user", "content": mark}, {"role": "assistant", "content": mark}])
+        return text.rpartition(mark)[2].lstrip()
+
     def render(self, row: dict[str, Any]) -> Rendered:
         """The text of a chat row and the assistant's spans; ValueError says why it cannot be rendered."""
         prompt, completion = _parts(row)

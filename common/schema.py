@@ -11,7 +11,7 @@ HEADLINE_TEMPERATURE = 0.2
 # Settings that must match for two measurements to be comparable, or for a result file to belong to a measurement.
 EXTRACTION_SETTINGS = (
     "dataset_sha256", "rows", "attack", "templates", "trailing_space", "stop", "demonstrations_sha256",
-    "top_k", "max_tokens", "seed",
+    "top_k", "max_tokens", "seed", "chat",
 )  # fmt: skip
 HEADLINE_ATTACK = "ref"  # of membership inference, at 1 % FPR, fixed in advance
 # Counts in a result line of the extraction attack.

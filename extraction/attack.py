@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
-from common import models, sampling
+from common import chat, models, sampling
 from common.distributed import World, progress_bar
 from common.models import encode_prompt
 from extraction.config import AttackConfig
@@ -46,6 +47,12 @@ def attack(
         vocabulary = model.config.get_text_config().vocab_size
         newline = task.settings["stop"] == "newline"
         stop = sampling.stop_tokens(tokenizer, vocabulary, newline)
+        encode = partial(encode_prompt, tokenizer)
+        if task.settings["chat"]:
+            renderer = chat_renderer(task, tokenizer)
+            encode = partial(encode_turn, renderer)
+            turn_end = tokenizer(renderer.end_of_turn(), add_special_tokens=False).input_ids[:1]
+            stop[[token for token in turn_end if token in tokenizer.added_tokens_decoder]] = True
         mine = world.shard(list(range(len(task.people))))
         replies = []
         with progress_bar(len(mine) * len(task.labels), "prompts", world) as bar:
@@ -53,7 +60,7 @@ def attack(
                 asked, tokens, keys, targets = [], [], [], []
                 for row in mine:
                     prompt, truths = task.asked[row][number]
-                    ids = encode_prompt(tokenizer, prompt)
+                    ids = encode(prompt)
                     if not ids or len(ids) + config.max_tokens > longest:
                         reason = "longer than the context" if ids else "empty prompt"
                         replies.append(Reply(row, label, dropped=reason))
@@ -62,7 +69,7 @@ def attack(
                     asked.append(row)
                     tokens.append(ids)
                     keys.append((row, number))
-                    targets.append(_forms(tokenizer, prompt, ids, truths, longest - len(ids)))
+                    targets.append(_forms(tokenizer, encode, prompt, ids, truths, longest - len(ids)))
                 answers = sampling.sweep(
                     model,
                     tokens,
@@ -97,8 +104,25 @@ def attack(
     return sorted(everything, key=lambda reply: (reply.row, order[reply.template]))
 
 
+def chat_renderer(task: ExtractionTask, tokenizer: PreTrainedTokenizerBase, model: str = "the model") -> chat.Renderer:
+    """The chat template of --chat_template or the tokenizer; UserError if there is none."""
+    return chat.Renderer(tokenizer, chat.read_template(task.chat_template, tokenizer, model))
+
+
+def encode_turn(renderer: chat.Renderer, prompt: str) -> list[int]:
+    """A prompt in chat form: the user's turn is all but its last line, which the assistant has begun to write."""
+    said, _, begun = prompt.rpartition("\n")
+    text = renderer.text([{"role": "user", "content": said}], add_generation_prompt=True) + begun
+    return models.encode_texts(renderer.tokenizer, [text], whole=True)[0]
+
+
 def _forms(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, ids: list[int], truths: list[str], room: int
+    tokenizer: PreTrainedTokenizerBase,
+    encode: Callable[[str], list[int]],
+    prompt: str,
+    ids: list[int],
+    truths: list[str],
+    room: int,
 ) -> list[list[int]]:
     """The canonical tokens of each true text after the prompt, without duplicates and those that exceed the context.
 
@@ -106,7 +130,7 @@ def _forms(
     """
     forms: list[list[int]] = []
     for truth in truths:
-        joined = encode_prompt(tokenizer, prompt + truth)
+        joined = encode(prompt + truth)
         merged = joined[: len(ids)] != ids  # the tokenizer merges prompt and answer: tokenise the answer alone
         target = tokenizer(truth, add_special_tokens=False).input_ids if merged else joined[len(ids) :]
         if 0 < len(target) <= room and target not in forms:

@@ -18,6 +18,8 @@ class AttackConfig(ModelConfig):
     attack: str = "templates"
     templates: str = "released"
     trailing_space: bool = False
+    chat: bool = False
+    chat_template: str | None = None
     stop: str | None = None  # None: released with templates released, else newline
     demonstrations: str | None = None
     batch_size: int = 0

@@ -31,6 +31,16 @@ def add_attack_flags(parser: cli.Parser) -> None:
             help="template D as the released tool prints it, or with plain hyphens and no stray space",
         )
         add("--trailing_space", action="store_true", help="end prompts with a space, like the released tool")
+        add(
+            "--chat",
+            action="store_true",
+            help="ask in chat form: all but the prompt's last line is the user's turn, the last line opens the answer",
+        )
+        add(
+            "--chat_template",
+            metavar="FILE",
+            help="with --chat: Jinja template or chatml (default: the tokenizer's own)",
+        )
         add("--temperatures", type=cli.non_negative_float, nargs="+", help="0 is greedy")
         add("--top_k", type=cli.positive_int, help="top-k truncation before sampling")
         add("-mt", "--max_tokens", type=cli.positive_int, help="tokens per answer")

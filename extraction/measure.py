@@ -15,7 +15,7 @@ from common.distributed import World
 from common.schema import GREEDY_BELOW, HEADLINE_TEMPERATURE, MEASURES, next_free, outcomes_path, responses_path
 from common.stats import mean_or_none
 from extraction import metrics
-from extraction.attack import Reply, attack
+from extraction.attack import Reply, attack, chat_renderer
 from extraction.config import AttackConfig, MeasureConfig
 from extraction.task import ExtractionTask, prepare
 
@@ -283,6 +283,8 @@ def check(config: MeasureConfig) -> Plan:
     ref = tokenizer = None
     if config.model:
         ref, tokenizer = models.look_up(problems, config.model, config.revision, config.base_model)
+        if tokenizer and task and config.chat:
+            problems.absorb(chat_renderer, task, tokenizer, config.model)
     if problems.lines or task is None or ref is None or tokenizer is None or config.output_dir is None:
         raise cli.UserError(*problems.lines)
     return Plan(config, task, ref, tokenizer, Path(config.output_dir))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from common import cli, dataset, results
+from common import chat, cli, dataset, results
 from common.schema import EXTRACTION_SETTINGS, MEASURES, outcomes_path
 from extraction import metrics, prompts
 from extraction.config import AttackConfig
@@ -35,6 +35,7 @@ class ExtractionTask:
     inputs: list[str]
     baseline: Outcomes = field(default_factory=dict)  # for every prompt; empty without --baseline
     baseline_path: str | None = None
+    chat_template: str | None = None  # --chat_template; `settings` says whether prompts are asked in chat form
 
 
 def prepare(config: AttackConfig, problems: cli.Problems) -> ExtractionTask | None:
@@ -44,6 +45,11 @@ def prepare(config: AttackConfig, problems: cli.Problems) -> ExtractionTask | No
     manifest = problems.absorb(dataset.read_manifest, config.dataset) if rows else None
     if len(set(config.temperatures)) < len(config.temperatures):
         problems.add("--temperatures: the same temperature twice")
+    if config.chat and config.attack == "prefix":
+        problems.add("--chat: goes with --attack templates; audit.py asks chat rows with their own text")
+    if config.chat_template and not config.chat:
+        problems.add("--chat_template: needs --chat")
+    given = problems.absorb(chat.read_template, config.chat_template, None, "") if config.chat_template else None
     demonstrations = problems.absorb(_read_demonstrations, config.demonstrations) if config.demonstrations else None
     if rows is None:
         return None
@@ -89,10 +95,13 @@ def prepare(config: AttackConfig, problems: cli.Problems) -> ExtractionTask | No
         "top_k": config.top_k,
         "max_tokens": config.max_tokens,
         "seed": config.seed,
+        "chat": (hashlib.sha256(given.encode()).hexdigest() if given else "own") if config.chat else None,
     }
     floor = metrics.name_rule_floor(people, outside)
     inputs = [str(config.dataset), *([config.demonstrations] if config.demonstrations else [])]
-    task = ExtractionTask(str(config.dataset), people, asked, labels, floor, settings, inputs)
+    task = ExtractionTask(
+        str(config.dataset), people, asked, labels, floor, settings, inputs, chat_template=config.chat_template
+    )
     if config.baseline:
         task.baseline = problems.absorb(_read_baseline, task, config.baseline, config.temperatures) or {}
         task.baseline_path = config.baseline

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -371,7 +372,7 @@ def test_expected_hits_are_those_drawn_whatever_comes_before_the_address(models,
     people = [("Ada Moss", "ada@a.example"), ("Bo Lund", "bo@b.example")]
     prompt = build_prompt(template, people, "Cy Dahl")
     ids = encode_prompt(tokenizer, prompt)
-    forms = _forms(tokenizer, prompt, ids, [" c", "c"], 100)
+    forms = _forms(tokenizer, partial(encode_prompt, tokenizer), prompt, ids, [" c", "c"], 100)
     assert len(forms) == 2 and all(len(form) == 1 for form in forms)  # one token each, for many hits
     with torch.no_grad():  # a large, equal bias towards both, through the last state
         state = model.base_model(torch.tensor([ids])).last_hidden_state[0, -1]
@@ -468,3 +469,74 @@ def test_another_dtype_or_wanted_responses_is_another_measurement(models, adapte
     assert files() == {"results_purified.jsonl": "float32", "results_purified1.jsonl": "bfloat16"} == files()
     words += ["--save_responses"]
     assert len(files()) == 3 and (checkpoint / "results_purified2_rows.jsonl").is_file() and len(files()) == 3
+
+
+def test_chat_form_is_what_transformers_continues(models, dataset, tmp_path):
+    """Greedy answers: `generate` on stock apply_chat_template(continue_final_message=True); the probability of an
+    address, per token: log-softmax of the model's logits on that text."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from common.chat import CHATML
+
+    flags = ("--chat", "--chat_template", "chatml", "--temperatures", "0", "--max_tokens", "6", "--num_rows", "3")
+    out = measure(models["llama"], tmp_path / "out", dataset, *flags, "--save_responses")
+    rows = read_lines(dataset)
+    pairs = prompts.spread_demonstrations(rows, [0, 1, 2])
+    tokenizer = AutoTokenizer.from_pretrained(models["llama"])
+    model = AutoModelForCausalLM.from_pretrained(models["llama"], dtype=torch.float32)
+    wanted, logp = [], {}
+    for number in range(3):
+        for template in "ABCD":
+            prompt = prompts.build_prompt(template, pairs, rows[number]["gt-name"])
+            lead, begun = prompt.rsplit("\n", 1)
+            turns = [{"role": "user", "content": lead}, {"role": "assistant", "content": begun}]
+            text = tokenizer.apply_chat_template(
+                turns, chat_template=CHATML, continue_final_message=True, tokenize=False
+            )
+            assert text.endswith(begun)
+            ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+            answer = model.generate(**ids, max_new_tokens=6, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+            wanted.append(tokenizer.decode(answer[0, ids.input_ids.shape[1] :], skip_special_tokens=True))
+            both, sizes = [], []
+            for space in (" ", ""):
+                whole = tokenizer(text + space + rows[number]["gt-email"], add_special_tokens=False).input_ids
+                logits = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+                begin = ids.input_ids.shape[1]
+                assert whole[:begin] == ids.input_ids[0].tolist()
+                both.append(sum(logits[i - 1, whole[i]].item() for i in range(begin, len(whole))))
+                sizes.append(len(whole) - begin)
+            per_token = math.log(sum(math.exp(one - max(both)) for one in both)) + max(both)
+            logp.setdefault(template, []).append(per_token / sizes[both.index(max(both))])
+    responses = [line["response"] for line in read_lines(out / "results_purified_rows.jsonl")]
+    assert responses == wanted
+    (line,) = read_lines(out / "results_purified.jsonl")
+    assert line["chat"] and len(line["chat"]) == 64
+    for template, values in logp.items():
+        assert line["truth_logprob"][template] == pytest.approx(sum(values) / 3, rel=1e-4)
+    plain = measure(models["llama"], tmp_path / "plain", dataset, *flags[3:])
+    assert read_lines(plain / "results_purified.jsonl")[0]["chat"] is None
+    with pytest.raises(UserError, match="measured with chat None"):
+        measure(models["llama"], tmp_path / "x", dataset, *flags, "--baseline", str(plain / "results_purified.jsonl"))
+
+
+def test_the_end_of_a_turn_ends_a_chat_answer(models):
+    from transformers import AutoTokenizer
+
+    from common.chat import CHATML, Renderer
+
+    assert Renderer(AutoTokenizer.from_pretrained(models["llama"]), CHATML).end_of_turn() == "<|im_end|>\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--chat"], "its tokenizer has no chat template"),
+        (["--chat", "--attack", "prefix"], "--chat: goes with --attack templates"),
+        (["--chat_template", "chatml"], "--chat_template: needs --chat"),
+        (["--chat", "--chat_template", "none.jinja"], "no such file"),
+    ],
+)
+def test_chat_flags_that_cannot_work(models, dataset, tmp_path, flags, said):
+    with pytest.raises(UserError, match=said):
+        measure(models["llama"], tmp_path / "out", dataset, *flags)
+    assert not (tmp_path / "out").exists()
