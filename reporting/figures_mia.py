@@ -31,8 +31,24 @@ MOST_ROCS = 6
 MOST_COLUMNS = 24  # checkpoints in a heat map
 
 
-ATTACKS = ("ref", "loss", "zlib", "lowercase", "min_k_20", "min_k_pp_20", "surp", "recall", "con_recall", "dc_pdd",
-           "neighborhood", "neighborhood_self", "grad_norm", "ez", "wbc", "combine")  # fmt: skip
+ATTACKS = (
+    "ref",
+    "loss",
+    "zlib",
+    "lowercase",
+    "min_k_20",
+    "min_k_pp_20",
+    "surp",
+    "recall",
+    "con_recall",
+    "dc_pdd",
+    "neighborhood",
+    "neighborhood_self",
+    "grad_norm",
+    "ez",
+    "wbc",
+    "combine",
+)
 
 
 def roc_curves(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:

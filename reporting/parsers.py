@@ -32,8 +32,19 @@ def extraction_rows(line: Record, study: Study, models: Models, path: Path, numb
     matches = line["matches"]
     labels = [label for label in matches if label != "total"]
     total, temperature = matches["total"], line["temperature"]
-    keys = ("dataset", "dataset_sha256", "rows", "attack", "templates", "trailing_space", "stop",
-            "demonstrations_sha256", "top_k", "max_tokens", "seed")  # fmt: skip
+    keys = (
+        "dataset",
+        "dataset_sha256",
+        "rows",
+        "attack",
+        "templates",
+        "trailing_space",
+        "stop",
+        "demonstrations_sha256",
+        "top_k",
+        "max_tokens",
+        "seed",
+    )
     settings = {key: line[key] for key in keys if key in line}
     same = {key: value for key, value in settings.items() if key != "dataset"} | {"asked": total}
     dataset = Path(line["dataset"]).name if line.get("dataset") else f"unknown data, {total} rows"

@@ -380,8 +380,16 @@ def report(rows: Record) -> str:
         means = [words["mean"][name] for name in AGREEMENT] if words else []
         agree = ["–" if mean is None else f"{mean:.3f}" for mean in means] or [""] * len(AGREEMENT)
         utility.append([arm, *(f"{cell:.3f}" for cell in cells), *agree])
-    heads = ["", "ε (PRV)", *(f"inserted {times}×" for times in LADDER), "held out", "ε ≥ (model)", "ε ≥ (text)",
-             "audit AUC", "generated rows with a whole canary"]  # fmt: skip
+    heads = [
+        "",
+        "ε (PRV)",
+        *(f"inserted {times}×" for times in LADDER),
+        "held out",
+        "ε ≥ (model)",
+        "ε ≥ (text)",
+        "audit AUC",
+        "generated rows with a whole canary",
+    ]
     return "\n".join(
         [
             f"Privacy (unit {spent['unit']}, add/remove, δ = {spent['delta']:.3g}). Canary exposure in bits (median; "
