@@ -3,7 +3,7 @@
 import json
 import math
 
-from common.schema import HEADLINE_ATTACK
+from common.schema import HEADLINE_ATTACK, SHADOW_ATTACKS
 from reporting.style import (
     MOST_GROUPS,
     Look,
@@ -23,7 +23,7 @@ MOST_COLUMNS = 24  # checkpoints in a heat map
 
 
 ATTACKS = ("ref", "loss", "zlib", "lowercase", "min_k_20", "min_k_pp_20", "surp", "recall", "con_recall", "dc_pdd",
-           "neighborhood", "neighborhood_self", "grad_norm", "ez", "wbc", "combine")  # fmt: skip
+           "neighborhood", "neighborhood_self", "grad_norm", "ez", "wbc", "combine", *SHADOW_ATTACKS)  # fmt: skip
 
 
 def roc_curves(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
