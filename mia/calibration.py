@@ -75,8 +75,8 @@ def ratio(mean_logp: float, out: Sequence[float], a: float = RMIA_A) -> float:
 def rmia(own: float, population: Values, gamma: float = RMIA_GAMMA) -> float:
     """The share of population texts z with ratio(x) / ratio(z) > γ. own: ratio(x); population: ratio(z) of each z.
 
-    Where x is one of the z, x / x = 1 does not exceed γ = 1: no text counts for itself, and all have one denominator, so
-    that a member and a non-member of equal ratio score alike.
+    Where x is one of the z, ratio(x) / ratio(x) = 1 does not exceed γ = 1: no text counts for itself. All have the same
+    denominator, so a member and a non-member of equal ratio score alike.
     """
     if len(population) < LEAST:
         raise Undefined(f"{len(population)} non-members to compare with; {LEAST} needed")
