@@ -85,9 +85,9 @@ def rmia(own: float, population: Values, gamma: float = RMIA_GAMMA) -> float:
 
 def enough(inside: Sequence[float] | None = None, out: Sequence[float] | None = None) -> None:
     """Undefined with the reason if fewer than `LEAST` shadows saw the text, or did not see it."""
-    for values, words in ((inside, "trained on it"), (out, "not trained on it")):
+    for values, words in ((inside, "saw it"), (out, "did not see it")):
         if values is not None and len(values) < LEAST:
-            raise Undefined(f"{len(values)} shadows {words}; {LEAST} needed")
+            raise Undefined(f"shadows that {words}: {len(values)}; {LEAST} needed")
 
 
 def spread(values: Sequence[float], deviation: float | None) -> float:

@@ -130,7 +130,7 @@ def measure(
             for key, value in kept.items():
                 record[key] = value
             if shadows:
-                calibrated.describe(task, shadows, lines, rows)
+                calibrated.describe(shadows, lines, rows)
                 files.write_jsonl(folder / calibrated.RISK, calibrated.risk(task, shadows, found, reasons))
             else:
                 (folder / calibrated.RISK).unlink(missing_ok=True)  # of an earlier run with shadows
@@ -141,7 +141,7 @@ def measure(
             files.write_jsonl(folder / "results_mia.jsonl", lines)
             world.say(f"{name}\n{table(lines)}")
             if shadows:
-                world.say(calibrated.summary(shadows, lines))
+                world.say(calibrated.summary(shadows))
             models.say_if_hardly_moved(ref)
             p = {who: made["p"] for who, made in kept["dataset_inference"].items() if made and made["p"] is not None}
             world.say("dataset inference: " + ", ".join(f"{who} p = {value:.2g}" for who, value in p.items()))

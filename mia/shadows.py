@@ -71,6 +71,11 @@ class Calibration:
         """(IN, OUT) shadows of a text."""
         return len(self.inside.get(index, ())), len(self.out.get(index, ()))
 
+    def ranges(self) -> dict[str, list[int]]:
+        """The least and the most IN, and OUT, shadows of a text of the pool."""
+        known = [self.counts(index) for index in {*self.inside, *self.out}] or [(0, 0)]
+        return {name: [min(values), max(values)] for name, values in zip(("shadows_in", "shadows_out"), zip(*known))}
+
 
 def fitting(ref: ModelRef, shadows: Shadows) -> tuple[list[tuple[Shadow, Path]], str | None]:
     """([(shadow, its checkpoint at the target's epoch)], None), or ([], why they do not fit this target).
@@ -163,10 +168,10 @@ def add_scores(task: MembershipTask, evidence: Evidence, made: Calibration, foun
         found[name] = column
 
 
-def describe(task: MembershipTask, made: Calibration, lines: Lines, rows: Lines) -> None:
+def describe(made: Calibration, lines: Lines, rows: Lines) -> None:
     """Add to every result line how many shadows stood behind it, and to every score line how many saw its text.
 
-    Counts of a line: the least and the most over the texts that have the score.
+    Counts of a line: the least and the most over the texts of the pool.
     """
     variance = "per row" if made.per_row else "pooled"
     parameters: dict[str, dict[str, Any]] = {
@@ -174,15 +179,13 @@ def describe(task: MembershipTask, made: Calibration, lines: Lines, rows: Lines)
         "lira_offline": {"signal": "logit", "variance": variance},
         "rmia": {"signal": "probability", "a": RMIA_A, "gamma": RMIA_GAMMA, "population": "non-members"},
     }
+    ranges = made.ranges()
     for line in lines:
         name = line["attack"]
-        line |= {"n_shadows": 0, "shadows_in": None, "shadows_out": None}
-        if name in SHADOW_ATTACKS:
-            counts = [made.counts(index) for index, row in enumerate(rows) if row[name] is not None]
-            line |= {"parameters": parameters[name], "n_shadows": made.n_shadows}
-            if counts:
-                for key, values in zip(("shadows_in", "shadows_out"), zip(*counts)):
-                    line[key] = [min(values), max(values)]
+        used = name in SHADOW_ATTACKS
+        line |= {"n_shadows": made.n_shadows if used else 0} | (ranges if used else dict.fromkeys(ranges))
+        if used:
+            line["parameters"] = parameters[name]
     for index, row in enumerate(rows):
         row["shadows_in"], row["shadows_out"] = made.counts(index)
 
@@ -226,10 +229,9 @@ def risk(task: MembershipTask, made: Calibration, found: Scores, reasons: Reason
     return sorted(lines, key=lambda line: (line["rank"] is None, line["rank"] or 0))
 
 
-def summary(made: Calibration, lines: Lines) -> str:
+def summary(made: Calibration) -> str:
     """One line of text about the shadows, for below the table."""
     if made.reason:
         return f"shadows: none used ({made.reason})"
-    said = next((line for line in lines if line["attack"] in SHADOW_ATTACKS and line["shadows_in"]), None)
-    ranges = ["–".join(map(str, sorted(set(said[key])))) if said else "0" for key in ("shadows_in", "shadows_out")]
-    return f"shadows: {made.n_shadows}; each scored text is in {ranges[0]} of them and out of {ranges[1]}"
+    inside, out = ("–".join(map(str, sorted(set(ends)))) for ends in made.ranges().values())
+    return f"shadows: {made.n_shadows}, of which {inside} saw a text of the pool, and {out} did not"
