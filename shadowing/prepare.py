@@ -264,4 +264,4 @@ def check_state(config: TrainConfig, plan: Plan) -> None:
 def write_pool(preparation: Preparation) -> None:
     """Write pool.jsonl, unless it is there (`check_pool`)."""
     if not preparation.pool.is_file():
-        results.write_jsonl(preparation.pool, preparation.lines)
+        results.write_jsonl(preparation.pool, preparation.lines, permissions=0o600)

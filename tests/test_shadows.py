@@ -3,12 +3,15 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_rows, read_lines, run_script, write_rows
+from conftest import ROOT, make_rows, read_lines, run_script, write_rows
 from scipy.stats import norm
+from test_cli import HEAVY
 
 from common import cli, shadows, trained
 from common.stats import auc_interval
@@ -379,6 +382,23 @@ def test_membership_with_shadows(target, four, tmp_path):
     assert "n_shadows" not in read_lines(tmp_path / "results_mia.jsonl")[0]
 
 
+def test_the_report_shows_them(target, four, tmp_path):
+    """Also where they are null; two models, as of two shadows each and four."""
+    import plot_results
+
+    root, checkpoint, _ = target
+    two = shutil.copytree(four, tmp_path / "shadows")
+    for number in (2, 3):
+        shutil.rmtree(two / f"shadow-{number}")
+    for name, folder, model in (("a", four, checkpoint), ("b", two, checkpoint.with_name("checkpoint-3"))):
+        words = ("--attacks", "loss", "ref", "--bootstrap", 20, "--output_dir", tmp_path / "results" / name)
+        attack("--model", model, *flags(root), "--shadows", folder, *words)
+    assert plot_results.main([str(tmp_path / "results"), "--output", str(tmp_path / "report")]) == 0
+    page = (tmp_path / "report/report.html").read_text()
+    assert "lira (4 shadows)" in page and "rmia (4 shadows)" in page
+    assert "shadows that saw it: 1; 2 needed" in (tmp_path / "report/results.csv").read_text()
+
+
 def test_an_earlier_epoch_is_compared_with_the_same_epoch(target, four, tmp_path):
     root, checkpoint, _ = target
     first = checkpoint.with_name("checkpoint-3")
@@ -471,6 +491,19 @@ def test_refusals(target, four, tmp_path):
         file.unlink()
     write_rows(broken / shadows.POOL, lines)
     assert "none of its shadows is finished" in refused(attack, *words, "--shadows", broken)
+
+
+def test_a_missing_file_is_told_without_importing_torch(target, tmp_path):
+    _, checkpoint, _ = target
+    words = ["x", "--like", checkpoint, "--members", tmp_path / "none.jsonl", "--output_dir", tmp_path / "s"]
+    code = (
+        "import runpy, sys\n"
+        f"sys.modules.update(dict.fromkeys({HEAVY[:4]!r}))\n"
+        f"sys.argv = {[str(word) for word in words]!r}\n"
+        f"runpy.run_path({str(ROOT / 'mia/shadow.py')!r}, run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and str(tmp_path / "none.jsonl") in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("kind", ["dora", "pissa"])
