@@ -10,7 +10,6 @@ AUC and TPR at 1 % FPR with 95 % intervals, then wall and CPU seconds of each pr
 the attack without and with them.
 """
 
-import json
 import os
 import platform
 import resource
@@ -107,11 +106,11 @@ def main(argv=None) -> int:
         print(f"{name:<13} {line['n_shadows']:>7}  {shown:<20}  {at_one:<24}  {own}")
     blind = ", ".join(f"{name} {made['auc']:.3f}" for name, made in lines[0]["blind"].items())
     print(f"controls: {blind}; flags: {', '.join(found['lira']['flags']) or 'none'}")
-    for clock, place in (("wall", 0), ("CPU", 1)):
-        costs = one[place], all_of_them[place], all_of_them[place] / one[place]
-        words = "one fine-tune {:.1f} s, {} shadows {:.1f} s: {:.2f} × one, {:.2f} × each; attack {:.1f} s, with them {:.1f} s"
-        each = costs[2] / args.shadows
-        print(f"{clock}: " + words.format(costs[0], args.shadows, *costs[1:], each, plain[place], attack[place]))
+    for place, clock in enumerate(("wall", "CPU")):
+        alone, together = one[place], all_of_them[place]
+        cost = f"{together / alone:.2f} × one, {together / alone / args.shadows:.2f} × each"
+        print(f"{clock}: one fine-tune {alone:.1f} s, {args.shadows} shadows {together:.1f} s ({cost})")
+        print(f"{clock}: attack without shadows {plain[place]:.1f} s, with them {attack[place]:.1f} s")
     return 0
 
 

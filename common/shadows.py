@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import cli, records, results, trained
+from common import cli, models, records, results, trained
 from common.checkpoints import find_checkpoints
 from common.cli import AnyPath, UserError
 
@@ -115,7 +115,10 @@ def read(folder: AnyPath) -> Shadows:
             if row.row >= len(lines) or lines[row.row]["sha256"] != row.sha256:
                 raise UserError(f"{place / trained.FILE}: row {row.row} is not that of {POOL}; {REMEDY}")
         seen = frozenset(row.sha256 for row in rows.rows if row.loss_tokens)
-        found.append(Shadow(place, tuple(find_checkpoints(place)), seen))
+        checkpoints = tuple(find_checkpoints(place))
+        for checkpoint in checkpoints:
+            models.adapter_shapes(checkpoint)  # UserError if it is damaged
+        found.append(Shadow(place, checkpoints, seen))
     if not found:
         raise UserError(f"--shadows {folder}: none of its shadows is finished; run mia/shadow.py again")
     return Shadows(folder, header["settings"], frozenset(line["sha256"] for line in lines), tuple(found), unfinished)

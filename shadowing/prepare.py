@@ -15,7 +15,7 @@ from shadowing.draw import halves, training_seed
 from training.batches import encode, pack
 from training.checkpoint import check_resumable
 from training.config import TrainConfig
-from training.optim import optimizer_class
+from training.optim import METRIC_SCHEDULERS, optimizer_class
 from training.plan import Plan, boundaries, check_ids, longest_row, run_state
 
 if TYPE_CHECKING:
@@ -66,7 +66,9 @@ def prepare(config: ShadowConfig, problems: cli.Problems) -> Preparation:
     )
     reader = Reader(sets, problems) if like else None
     revision = like.revision if like else None
-    ref, tokenizer = models.look_up(problems, config.like, revision, config.base_model, "--like")
+    ref = tokenizer = None
+    if record:
+        ref, tokenizer = models.look_up(problems, config.like, revision, config.base_model, "--like")
     members: list[Item] = []
     nonmembers: list[Item] = []
     if reader and record:
@@ -148,6 +150,10 @@ def training_config(config: ShadowConfig, record: dict[str, Any]) -> TrainConfig
         suggest_max_grad_norm=None,
     )
     problems = cli.Problems()
+    if like.scheduler in METRIC_SCHEDULERS:
+        problems.add(
+            f"--like {config.like}: --scheduler {like.scheduler} follows held-out rows, which shadows have not"
+        )
     if spread and os.environ.get("WORLD_SIZE", "1") != "1":
         problems.add(f"--like {config.like}: was trained with --distribution_type mp; start it without torchrun")
     if like.optimizer != TrainConfig.optimizer:

@@ -462,6 +462,7 @@ def test_refusals(target, four, tmp_path):
         ("dp", True, "was trained with --dp"),
         ("peft_type", "full", "is fully fine-tuned"),
         ("newest", 1, "unknown arguments newest"),
+        ("scheduler", "reduce_lr_on_plateau", "follows held-out rows"),
         ("epochs", "two", "epochs: expected int, got str"),
     ):
         run = shutil.copytree(checkpoint.parent, tmp_path / "run", dirs_exist_ok=True)
@@ -487,9 +488,12 @@ def test_refusals(target, four, tmp_path):
     assert "another members or non-members" in refused(
         shadow, "--like", checkpoint, *flags(root), "--output_dir", broken
     )
+    write_rows(broken / shadows.POOL, lines)
+    adapter = broken / "shadow-1/checkpoint-3/adapter_model.safetensors"
+    adapter.write_bytes(adapter.read_bytes()[:100])
+    assert str(adapter) in refused(attack, *words, "--shadows", broken)
     for file in broken.glob("shadow-*/run.json"):
         file.unlink()
-    write_rows(broken / shadows.POOL, lines)
     assert "none of its shadows is finished" in refused(attack, *words, "--shadows", broken)
 
 
