@@ -348,7 +348,9 @@ def test_membership_with_shadows(target, four, tmp_path):
     assert [line["n_shadows"] for line in lines.values()] == [0, 0, 4, 4, 4]
     assert lines["lira"]["shadows_in"] == lines["rmia"]["shadows_out"] == [2, 2]
     assert lines["rmia"]["parameters"]["gamma"] == 1 and lines["lira"]["parameters"]["variance"] == "pooled"
-    assert lines["lira"]["base"]["auc"] is not None and lines["lira"]["members_trained"] is True
+    for name in ("lira", "lira_offline", "rmia"):  # the base has no signal, and the sets are alike
+        low, high = lines[name]["base"]["auc_ci"]
+        assert low <= 0.5 <= high and lines[name]["members_trained"] is True
     scores = read_lines(tmp_path / "scores_mia.jsonl")
     texts = texts_of(root)
     tokenizer = AutoTokenizer.from_pretrained(base)
