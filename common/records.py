@@ -1,4 +1,5 @@
-"""What must be in the files of ours that scripts read back: manifests, run.json, privacy.json, trained_rows.jsonl."""
+"""What must be in the files of ours that scripts read back: manifests, run.json, privacy.json, trained_rows.jsonl,
+pool.jsonl."""
 
 from __future__ import annotations
 
@@ -75,6 +76,19 @@ class TrainedLine(msgspec.Struct):
         numbers = sum(isinstance(item, int) for item in self.kept)
         if numbers and (numbers, len(self.kept)) != (2, 2):
             raise ValueError("kept is neither [from, to) nor a list of these")
+
+
+class PoolHeader(msgspec.Struct):
+    """pool.jsonl of mia/shadow.py, its first line."""
+
+    schema: int
+    seed: Count
+    settings: dict[str, Any]
+
+
+class PoolLine(msgspec.Struct):
+    row: Count
+    sha256: str
 
 
 def check(item: object, kind: type[Record], file: AnyPath, remedy: str) -> Record:

@@ -20,6 +20,8 @@ MEASURES = ("matches", "exact", "local_part", "domain", "no_pattern")
 CORE = ("loss", "zlib", "lowercase", "ref", "min_k", "min_k_pp", "surp", "ez", "wbc")
 FAMILIES = ("loss", "zlib", "lowercase", "ref", "min_k", "min_k_pp", "surp", "recall", "con_recall", "dc_pdd",
             "neighborhood", "grad_norm", "ez", "wbc")  # fmt: skip
+# Those that --shadows adds; the score of the first that has one is in risk_mia.jsonl.
+SHADOW_ATTACKS = ("lira", "lira_offline", "rmia")
 # Result files by the kind of content that a report reads.
 KINDS = {
     "audit": re.compile(r"audit\.json$"),
@@ -75,6 +77,9 @@ OUTPUTS = {
     "perplexity.jsonl": ("perplexity/perplexity.py", "one line per model"),
     "results_mia.jsonl": ("mia/mia.py", "one line per attack"),
     "scores_mia.jsonl": ("mia/mia.py", "one line per text with all its scores"),
+    "risk_mia.jsonl": ("mia/mia.py --shadows", "one line per row, most at risk first: its calibrated score and rank"),
+    "pool.jsonl": ("mia/shadow.py", "the shadows' training settings, then one line per row of the pool; no text"),
+    "run_shadow.json": ("mia/shadow.py", "configuration, inputs, status, and each shadow's rows and cost"),
     "run_mia.json": ("mia/mia.py", "configuration, dataset inference, near-duplicates"),
     "audit.json": ("audit.py", "the verdict and every number behind it (docs/audit.md); `schema` 1"),
     "audit.md": ("audit.py", "the verdict in words, one line per question"),

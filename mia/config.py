@@ -22,6 +22,7 @@ class MiaConfig(ModelConfig):
     prefix_file: str | None = None
     neighbor_model: str | None = None
     freq_corpus: str | None = None
+    shadows: str | None = None  # a directory of mia/shadow.py
     max_length: int = 512
     max_samples: int | None = None
     token_budget: int = 4096

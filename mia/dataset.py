@@ -6,13 +6,14 @@ import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from common import cli, dataset, models, results
 from common.checkpoints import find_checkpoints
-from common.schema import CORE, FAMILIES
+from common.schema import CORE, FAMILIES, SHADOW_ATTACKS
+from common.shadows import read as read_shadows
 from common.text import near_duplicates
 from common.trained import input_is
 from mia.attacks import PERCENTS
@@ -21,14 +22,23 @@ from mia.config import MiaConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from common.shadows import Shadows
     from mia.metrics import Floats
 
 SHOTS = 12
 Row = dict[str, Any]
-Item = tuple[Any, str, Row]  # (id, text, row)
 Trained = dict[Path, bool | None]  # model folder → whether it was trained on a file; None: unknown
 T = TypeVar("T")
 WithText = TypeVar("WithText", bound=tuple[Any, ...])  # (id, text, …)
+
+
+class Item(NamedTuple):
+    """A row of one of the two sets."""
+
+    key: Any  # its row_id, else its index
+    text: str
+    row: Row
+    place: int  # its index in the file
 
 
 @dataclass
@@ -50,6 +60,8 @@ class MembershipTask:
     trained: Trained = field(default_factory=dict)  # whether each model was trained on --members
     blind: dict[str, Floats | None] = field(default_factory=dict)  # baseline → [n]; set by the first measurement
     blind_test: dict[str, Any] | None = None  # set-level test of the baselines; set by the first measurement
+    indices: list[int] = field(default_factory=list)  # of each text: its row in its file
+    shadows: Shadows | None = None  # of --shadows
 
 
 class Reader:
@@ -162,15 +174,15 @@ def trained_on(
 
 
 def read_sets(reader: Reader) -> tuple[list[Item], list[Item], Trained, int]:
-    """([(id, text, row)] of the members, the same of the non-members, `trained_on` of --members, number of rows
-    excluded because they were not trained on).
+    """(the members, the non-members, `trained_on` of --members, number of rows excluded because they were not trained
+    on).
 
     If run.json records the training rows, members are rows that every such model was trained on, and non-members are
     rows that none of them was.
     """
     config, problems = reader.config, reader.problems
     rows, texts, manifest = reader.read(config.members, "--members")
-    known = [(row.get("row_id", index), text, row) for index, (row, text) in enumerate(zip(rows, texts))]
+    known = [Item(row.get("row_id", index), text, row, index) for index, (row, text) in enumerate(zip(rows, texts))]
     trainings = read_trainings(config, problems) if rows else {}
     trained, chosen = trained_on(trainings, config.members, rows, manifest) if rows else ({}, [])
 
@@ -182,7 +194,7 @@ def read_sets(reader: Reader) -> tuple[list[Item], list[Item], Trained, int]:
         others, texts, manifest = reader.read(config.nonmembers, "--nonmembers")
         _, seen = trained_on(trainings, config.nonmembers, others, manifest) if others else ({}, [])
         rest = [
-            (row.get("row_id", index), text, row)
+            Item(row.get("row_id", index), text, row, index)
             for index, (row, text) in enumerate(zip(others, texts))
             if not any(index in used for used in seen)
         ]
@@ -238,14 +250,14 @@ def choose_shots(
         if rows and not shots:
             problems.add(f"--prefix_file {config.prefix_file}: every row has label 1; recall needs non-members")
     else:  # at most a quarter of a small set
-        shots = [text for _, text, _ in sample(nonmembers, min(SHOTS, len(nonmembers) // 4), config.seed)]
+        shots = [item.text for item in sample(nonmembers, min(SHOTS, len(nonmembers) // 4), config.seed)]
     if "con_recall" in attacks and not member_shots:
-        member_shots = [text for _, text, _ in sample(members, min(SHOTS, len(members) // 4), config.seed)]
+        member_shots = [item.text for item in sample(members, min(SHOTS, len(members) // 4), config.seed)]
     return shots, member_shots
 
 
 def choose_attacks(config: MiaConfig, problems: cli.Problems) -> list[str]:
-    """The requested attacks, in the order of FAMILIES."""
+    """The requested attacks, in the order of FAMILIES; --shadows adds its own to them."""
     asked: Sequence[str]
     if config.attacks is None:
         extra = (
@@ -258,7 +270,10 @@ def choose_attacks(config: MiaConfig, problems: cli.Problems) -> list[str]:
         asked = config.attacks
     sizes = {f"{family}_{k}": family for family in ("min_k", "min_k_pp") for k in PERCENTS}
     for name in asked:
-        if name not in (*FAMILIES, *sizes, "core", "all"):
+        if name in SHADOW_ATTACKS:
+            if not config.shadows:
+                problems.add(f"--attacks {name}: needs --shadows, the --output_dir of mia/shadow.py")
+        elif name not in (*FAMILIES, *sizes, "core", "all"):
             problems.add(
                 f"--attacks {name}: unknown; choose from {' '.join(FAMILIES)}, min_k_10 … min_k_pp_100, core, all"
             )
@@ -273,6 +288,7 @@ def prepare(config: MiaConfig, problems: cli.Problems, reader: Reader) -> Member
     """Read and check everything that the attacks need, before any model is loaded; None if something is wrong."""
     before = len(problems.lines)
     attacks = choose_attacks(config, problems)
+    shadows = problems.absorb(read_shadows, config.shadows) if config.shadows else None
     members, nonmembers, trained, not_trained = read_sets(reader)
     shots, member_shots = choose_shots(reader, attacks, members, nonmembers)
     corpus = None
@@ -298,7 +314,8 @@ def prepare(config: MiaConfig, problems: cli.Problems, reader: Reader) -> Member
     if min(len(members), len(nonmembers)) < 2:
         problems.add(f"{len(members)} members and {len(nonmembers)} non-members are left besides the shots: too few")
         return None
-    texts = [text for _, text, _ in [*members, *nonmembers]]
+    both_sets = [*members, *nonmembers]
+    texts = [item.text for item in both_sets]
     if corpus is not None:
         clean = without(list(enumerate(corpus)), texts)
         counts["freq_corpus_rows_excluded"] = len(corpus) - len(clean)
@@ -309,10 +326,11 @@ def prepare(config: MiaConfig, problems: cli.Problems, reader: Reader) -> Member
 
     pairs = near_duplicates(texts[: len(members)], texts[len(members) :])
     inputs = [config.members, config.nonmembers, config.prefix_file, config.freq_corpus]
+    inputs += map(str, shadows.inputs) if shadows else []
     return MembershipTask(
         texts=texts,
-        ids=[key for key, _, _ in [*members, *nonmembers]],
-        written=[dataset.written(row) for _, _, row in [*members, *nonmembers]] if whole else None,
+        ids=[item.key for item in both_sets],
+        written=[dataset.written(item.row) for item in both_sets] if whole else None,
         whole=whole,
         labels=[1] * len(members) + [0] * len(nonmembers),
         attacks=attacks,
@@ -323,6 +341,8 @@ def prepare(config: MiaConfig, problems: cli.Problems, reader: Reader) -> Member
         counts=counts,
         trained=trained,
         duplicates=[(member, len(members) + other) for member, other in pairs],
+        indices=[item.place for item in both_sets],
+        shadows=shadows,
     )
 
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from common import chat, cli, dataset, distributed, models, results
 from common import trained as trained_rows
 from common.checkpoints import BaseLoader, find_checkpoints, for_each, look_up_all
+from common.schema import SHADOW_ATTACKS
+from mia import shadows as calibrated
 from mia.config import MiaConfig
 from mia.dataset import MembershipTask, Reader, prepare
 from mia.forward import Cache, Passes
@@ -55,7 +57,7 @@ def template_sha256(config: MiaConfig, tokenizer: PreTrainedTokenizerBase, ref: 
 def measure(
     ref: ModelRef, task: MembershipTask, config: MiaConfig, world: World, folder: Path, passes: Passes, name: str
 ) -> list[dict[str, Any]]:
-    """Attack one model and write its four files into `folder`; returns the result lines on rank 0, [] elsewhere.
+    """Attack one model and write its files into `folder`; returns the result lines on rank 0, [] elsewhere.
 
     passes: its loader may already hold the unadapted base, which is left bit for bit unchanged.
     """
@@ -79,6 +81,7 @@ def measure(
             its_own = models.load_tokenizer(other, "--ref_model")
             about = replace(task, attacks=against)
             reference = gather(passes, other, its_own, about, config, gradients=False, target=evidence.encoded)
+        shadows = calibrated.calibrate(passes, ref, evidence.encoded, task, task.shadows) if task.shadows else None
         passes.close()
         trained = task.trained.get(Path(os.path.realpath(Path(ref.adapter or ref.base).expanduser())))
         if trained is False and world.main:
@@ -119,15 +122,26 @@ def measure(
             base_reasons: Reasons = {}
             if base:
                 base_scores, base_reasons = score_texts(alone, config, base, None, frequencies)
+            if shadows:
+                calibrated.add_scores(task, evidence, shadows, found, reasons)
+                if base:
+                    calibrated.add_scores(task, base, shadows, base_scores, base_reasons)
             lines, rows, kept = report(task, config, info, found, reasons, evidence, base_scores, base_reasons)
             for key, value in kept.items():
                 record[key] = value
+            if shadows:
+                calibrated.describe(shadows, lines, rows)
+                files.write_jsonl(folder / calibrated.RISK, calibrated.risk(task, shadows, found, reasons))
+            else:
+                (folder / calibrated.RISK).unlink(missing_ok=True)  # of an earlier run with shadows
             files.write_jsonl(folder / "scores_mia.jsonl", rows)
             flags = sorted({flag for line in lines for flag in line["flags"] if not flag.startswith("coarse")})
             with files.open(folder / "roc_mia.png", "wb") as file:
                 draw_roc(found, task, flags, name).savefig(file, format="png", dpi=120)
             files.write_jsonl(folder / "results_mia.jsonl", lines)
             world.say(f"{name}\n{table(lines)}")
+            if shadows:
+                world.say(calibrated.summary(shadows))
             models.say_if_hardly_moved(ref)
             p = {who: made["p"] for who, made in kept["dataset_inference"].items() if made and made["p"] is not None}
             world.say("dataset inference: " + ", ".join(f"{who} p = {value:.2g}" for who, value in p.items()))
@@ -222,6 +236,9 @@ def run(config: MiaConfig) -> int:
     config, task, targets, failures = plan.config, plan.task, plan.targets, plan.unusable
     members = sum(task.labels)
     summary = f"{members} members, {len(task.labels) - members} non-members; attacks {' '.join(task.attacks)}"
+    if task.shadows:
+        finished, rest = len(task.shadows.trained), task.shadows.unfinished
+        summary += f" {' '.join(SHADOW_ATTACKS)} ({finished} shadows{f', {rest} unfinished left out' if rest else ''})"
     if config.dry_run:
         print(summary)
         for _, ref, folder in targets:

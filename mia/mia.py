@@ -4,10 +4,12 @@
 python mia/mia.py --model ./pythia-1.4b/run/checkpoint-276 --members data/enron.jsonl --output_dir ./results
 python mia/mia.py --dir ./pythia-1.4b --members data/enron.jsonl        # every checkpoint-* below, results beside each
 python mia/mia.py --model ./model --ref_model ./base --members a.jsonl --nonmembers b.jsonl --combine
+python mia/mia.py --model ./run/checkpoint-276 --members data/enron.jsonl --shadows ./shadows  # of mia/shadow.py
 torchrun --nproc_per_node=4 mia/mia.py --config mia.json                       # the same keys, as JSON
 
 Writes results_mia.jsonl (one line per attack), scores_mia.jsonl (one line per text, members first; texts only as
-hashes), roc_mia.png and run_mia.json, which has the set-level test. For every score, higher = more likely a member.
+hashes), roc_mia.png and run_mia.json, which has the set-level test; with --shadows also risk_mia.jsonl (one line per
+row: its score calibrated by the shadows, and its rank). For every score, higher = more likely a member.
 Controls always run: blind baselines that never see the model, the same attacks on the base model, near-duplicates
 across the two sets. Sets that fail a control are flagged in every line, in the table and in the figure.
 If run_peft.py's run.json is beside a checkpoint, members are only rows that it was trained on (with --dir: that all
@@ -75,6 +77,11 @@ def make_parser() -> cli.Parser:
             help=f"any of {' '.join(FAMILIES)}, one size like min_k_20, core, or all (default: core: {' '.join(CORE)}; "
             "plus recall and con_recall with --prefix_file, dc_pdd with --freq_corpus, neighborhood with "
             "--neighbor_model)",
+        )
+        add(
+            "--shadows",
+            metavar="DIR",
+            help="the --output_dir of mia/shadow.py: adds lira_offline, lira and rmia, and risk_mia.jsonl",
         )
         add("--combine", action="store_true", help="add a cross-fitted logistic regression over all scores")
         add("--bootstrap", type=cli.positive_int, help="bootstrap resamples for the intervals")

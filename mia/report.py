@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from common import stats
-from common.schema import HEADLINE_ATTACK
+from common.schema import HEADLINE_ATTACK, SHADOW_ATTACKS
 from common.stats import roc
 from mia import attacks, baselines, metrics
 from mia.config import MiaConfig
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 AGAINST_BASE = ("ref", "ez", "wbc")  # these compare with the base, so they have no score for the base itself
 NO_BASE = "no base known: the model has no adapter"
 DRAWN = ("loss", "zlib", "lowercase", "ref", "min_k_20", "min_k_pp_20", "surp", "recall", "con_recall", "dc_pdd",
-         "neighborhood", "neighborhood_self", "grad_norm", "ez", "wbc", "combine")  # fmt: skip
+         "neighborhood", "neighborhood_self", "grad_norm", "ez", "wbc", "combine", *SHADOW_ATTACKS)  # fmt: skip
+FROM_LABELS = ("rmia",)  # uses the labels (its population), so no classifier of labels is fitted to it
 
 
 def parameters_of(attack: str, config: MiaConfig, evidence: Evidence) -> dict[str, Any]:
@@ -56,8 +57,9 @@ def by_class(values: Iterable[float | None], labels: Iterable[int]) -> tuple[lis
 
 
 def matrix(found: Scores) -> Floats:
-    """Scores [n, A] with NaN for None."""
-    return np.array([[np.nan if value is None else value for value in column] for column in found.values()]).T
+    """Scores [n, A] with NaN for None, of the attacks that do not know the labels."""
+    columns = [column for name, column in found.items() if name not in FROM_LABELS]
+    return np.array([[np.nan if value is None else value for value in column] for column in columns]).T
 
 
 def combined(found: Scores, labels: Sequence[int], seed: int) -> list[float | None] | None:

@@ -121,6 +121,11 @@ def context_of(ref: ModelRef) -> int:
     return models.context_length(cast("Model", model))
 
 
+def scorable(encoded: Encoded, context: int) -> list[int]:
+    """Indices of the texts that a model with this context can score: 2 tokens or more, and not too many."""
+    return [index for index, ids in enumerate(encoded.tokens) if 1 < len(ids) <= context]
+
+
 @dataclass
 class Evidence:
     """Results of the passes over one model, on rank 0: arrays by text index, without entries for texts that have none.
@@ -154,7 +159,7 @@ def gather(
     else:
         encoded = encode(tokenizer, task.texts, min(config.max_length, context), task.whole)
     wanted = set(task.attacks)
-    scored = [index for index, ids in enumerate(encoded.tokens) if 1 < len(ids) <= context]
+    scored = scorable(encoded, context)
     sequences = [encoded.tokens[index] for index in scored]
 
     def over(indices: Iterable[int], arrays: list[Array]) -> dict[int, Array]:

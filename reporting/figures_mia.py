@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.schema import HEADLINE_ATTACK
+from common.schema import HEADLINE_ATTACK, SHADOW_ATTACKS
 from common.stats import Floats, roc
 from reporting.style import (
     MOST_GROUPS,
@@ -48,6 +48,7 @@ ATTACKS = (
     "ez",
     "wbc",
     "combine",
+    *SHADOW_ATTACKS,
 )
 
 

@@ -163,7 +163,9 @@ def perplexity_rows(line: Record, study: Study, models: Models, path: Path, numb
 def mia_rows(line: Record, study: Study, models: Models, path: Path, number: int) -> list[Row]:
     """AUC and TPR of one attack, of the same attack on the base and, once per file, of the blind baselines."""
     names = {key: line.get(key) for key in ("members", "nonmembers", "max_length", "bootstrap", "seed")}
-    settings = names | {key: line[key] for key in ("parameters", "reference", "dtype", "model_sha256") if key in line}
+    settings = names | {
+        key: line[key] for key in ("parameters", "reference", "dtype", "model_sha256", "n_shadows") if key in line
+    }
     same = {key: names[key] for key in ("members", "nonmembers", "max_length", "seed")}
     same["texts"] = line["n_requested"]
     sets = [Path(file).name for file in (names["members"], names["nonmembers"]) if file]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common import models
-from common.schema import GREEDY_BELOW, HEADLINE_ATTACK, HEADLINE_TEMPERATURE
+from common.schema import GREEDY_BELOW, HEADLINE_ATTACK, HEADLINE_TEMPERATURE, SHADOW_ATTACKS
 from reporting.blocks import Block, Cell, Column, Paragraph, Table, fold
 from reporting.load import choose
 from reporting.style import Look
@@ -264,10 +264,16 @@ def perplexity(study: Study) -> list[Block]:
     return fold("All figures", plain_table(study.select("perplexity"), "Perplexity and bits per byte", heads))
 
 
+def attack_of(row: Row) -> str:
+    """The attack, and the number of shadows behind it."""
+    shadows = row.settings.get("n_shadows") if row.attack in SHADOW_ATTACKS else None
+    return f"{row.attack} ({shadows} shadows)" if shadows else row.attack or ""
+
+
 def mia(study: Study) -> list[Block]:
     heads: dict[Column, Describe] = {
         text("Model"): who,
-        text("Attack"): lambda row: row.attack or "",
+        text("Attack"): attack_of,
         text("Of"): lambda row: row.role,
         text("Texts"): lambda row: row.group or "",
     }

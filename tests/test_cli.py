@@ -44,7 +44,11 @@ FLAGS = {
         "--model", "--dir", "--base_model", "--members", "--data", "--num_rows", "--nonmembers",
         "--text_field", "--chat_template", "--columns", "--attacks", "--ref_model",
         "--prefix_file", "--neighbor_model", "--freq_corpus", "--max_length", "--max_samples", "--token_budget",
-        "--bootstrap", "--combine", "--output_dir",
+        "--bootstrap", "--combine", "--shadows", "--output_dir",
+    },
+    "mia/shadow.py": {
+        "--like", "--shadows", "--members", "--data", "--nonmembers", "--base_model", "--output_dir", "--dry_run",
+        "--seed",
     },
     "quickstart.py": MODEL | {
         "-m", "--model", "-d", "--dataset", "--data", "--outsiders", "--output", "--output_dir", "-lr",

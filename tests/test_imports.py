@@ -13,6 +13,7 @@ ORCHESTRATORS = {  # what may import another room, or a script
     "audit.py": {"auditing"},
     "evaluate_purified.py": {"extraction", "mia"},
     "quickstart.py": {"studies", "plot_results"},
+    "mia/shadow.py": {"shadowing"},
     "utility/downstream.py": {"training"},
 }
 SCRIPTS = sorted(
@@ -22,7 +23,7 @@ SCRIPTS = sorted(
 )
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
-    for place in (*ROOMS, "common", "auditing", "studies", ".")
+    for place in (*ROOMS, "common", "auditing", "shadowing", "studies", ".")
     for path in (ROOT.glob("*.py") if place == "." else (ROOT / place).rglob("*.py"))
 }
 
@@ -58,7 +59,7 @@ def test_arrows_point_down(module):
     path = MODULES[module]
     name = path.relative_to(ROOT).as_posix()
     scripts = {".".join(script.relative_to(ROOT).with_suffix("").parts) for script in SCRIPTS} - {module}
-    if name.startswith(("auditing/", "studies/")):
+    if name.startswith(("auditing/", "shadowing/", "studies/")):
         called = [MODULES[script].read_text(encoding="utf-8") for script in imported(path) & scripts]
         assert all("\ndef run(config" in text for text in called), "of a script only its own run is called"
         return
@@ -92,4 +93,4 @@ def test_sys_path_changes_only_where_a_folder_shares_its_scripts_name():
         if "sys.path" in path.read_text(encoding="utf-8") and "tests" not in path.parts
     }
     shadowed = {"bench/coverage.py", "bench/mia.py"}  # bench/ has scripts named like the packages that these import
-    assert changing == {"mia/mia.py", "perplexity/perplexity.py", "fidelity/fidelity.py"} | shadowed
+    assert changing == {"mia/mia.py", "mia/shadow.py", "perplexity/perplexity.py", "fidelity/fidelity.py"} | shadowed

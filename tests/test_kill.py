@@ -17,6 +17,8 @@ from test_enron_prepare import PEOPLE, write
 from test_fidelity import generated, make_reviews
 from test_self_instruct import DRIVER
 
+import mia.shadow
+import run_peft
 from canary import inject
 from data.amazon import make_reviews as shop
 
@@ -113,6 +115,33 @@ def membership(start, have):
     return f"--dir WORK/tree --members WORK/enron.jsonl --nonmembers WORK/other.jsonl {attacks}"
 
 
+def target(start, have):
+    """A checkpoint with its run.json, the file it was trained on, and another."""
+    write_rows(start / "enron.jsonl", make_rows(8))
+    write_rows(start / "other.jsonl", make_rows(50, seed=5)[42:])
+    words = f"-m {have['models']['llama']} -i {start}/enron.jsonl --output_root {start} --train_rows 8 --allow_overlap"
+    assert run_peft.main([*words.split(), *["-lr", "1e-2", "-e", "2", "--lora_r", "2", "-pdbs", "2", "-gas", "2"]]) == 0
+    (run,) = start.glob("tiny-llama/*/*")
+    run.rename(start / "run")
+    shutil.rmtree(start / "tiny-llama")
+    return "--members WORK/enron.jsonl --nonmembers WORK/other.jsonl"
+
+
+def shadow(start, have):
+    return f"--like WORK/run/checkpoint-4 --shadows 2 --output_dir WORK/shadows {target(start, have)}"
+
+
+def shadowed(start, have):
+    """As `shadow`, with four of them trained."""
+    words = f"--like {start}/run/checkpoint-4 --shadows 4 --output_dir {start}/shadows {target(start, have)}"
+    assert mia.shadow.main(words.replace("WORK", str(start)).split()) == 0
+    attacks = "--attacks loss ref --bootstrap 20 --token_budget 600 --output_dir WORK/out"
+    return (
+        "--model WORK/run/checkpoint-4 --members WORK/enron.jsonl --nonmembers WORK/other.jsonl --shadows WORK/shadows "
+        f"{attacks}"
+    )
+
+
 def merge(start, have):
     tree(start, have)
     return "--model WORK/tree/run/checkpoint-1 --save_dir WORK/merged/m"
@@ -192,6 +221,8 @@ CASES = {
     "evaluate": ("evaluate_purified.py", evaluate, ""),
     "perplexity": ("perplexity/perplexity.py", perplexity, ""),
     "mia": ("mia/mia.py", membership, ""),
+    "mia shadows": ("mia/mia.py", shadowed, ""),
+    "shadow": ("mia/shadow.py", shadow, ""),
     "merge": ("merge_peft.py", merge, ""),
     "canary": ("canary/measure.py", canary_results, ""),
     "report": ("plot_results.py", report, ""),

@@ -23,7 +23,7 @@ from training import dp_plan, verify
 from training.checkpoint import check_resumable, checkpoints, clean, keep_metrics, restore, save, saved_states
 from training.config import TrainConfig
 from training.dp_trainer import DPTrainer, find_secret, hash_salt
-from training.model import save_adapter
+from training.model import detach, save_adapter
 from training.optim import METRIC_SCHEDULERS
 from training.plan import Plan, chosen_dtype, run_state, unfinished
 from training.trackers import start_trackers
@@ -32,6 +32,7 @@ from training.trainer import Trainer
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
     from torch.optim.lr_scheduler import ReduceLROnPlateau
+    from transformers import PreTrainedModel
 
 LOG_SECONDS = 30
 TRIM_STEPS = 16  # steps between calls of trim_memory
@@ -137,9 +138,15 @@ def train(training: Trainer, run: results.Run, trackers: "list[GeneralTracker]")
                 raise Interrupted(f"SIGTERM after step {count['step']}; --resume continues from there")
 
 
-def run_plan(config: TrainConfig, plan: Plan) -> Path:
-    """Run a plan in its run directory, which must be locked; returns the directory."""
-    world = distributed.start(group_of_one=config.distribution_type == "fsdp")
+def run_plan(
+    config: TrainConfig, plan: Plan, joined: World | None = None, base: "PreTrainedModel | None" = None
+) -> Path:
+    """Run a plan in its run directory, which must be locked; returns the directory.
+
+    joined: the processes that share this run, if they have met already (they stay together); base: the loaded base for
+    an adapter, which is as before afterwards.
+    """
+    world = joined or distributed.start(group_of_one=config.distribution_type == "fsdp")
     try:
         if not world.main or not sys.stderr.isatty():
             transformers_logging.disable_progress_bar()
@@ -186,11 +193,12 @@ def run_plan(config: TrainConfig, plan: Plan) -> Path:
             digest = trained.salted(results.sha256(plan.input), salt)
             record["inputs"] = [{"path": str(plan.input), "sha256": digest, "salted": True}]
         with record:
-            fit(config, plan, world, dtype, record, secret)
+            fit(config, plan, world, dtype, record, secret, base)
         if world.main and plan.private.is_dir():
             shutil.rmtree(plan.private)  # only once run.json says ok: a run killed earlier is resumed, not repeated
     finally:
-        world.close()
+        if joined is None:
+            world.close()
     return plan.folder
 
 
@@ -208,10 +216,16 @@ def write_trained(plan: Plan, loss_on: str, salt: str) -> dict[str, Any]:
 
 
 def fit(
-    config: TrainConfig, plan: Plan, world: World, dtype: torch.dtype, record: results.Run, secret: bytes | None
+    config: TrainConfig,
+    plan: Plan,
+    world: World,
+    dtype: torch.dtype,
+    record: results.Run,
+    secret: bytes | None,
+    base: "PreTrainedModel | None" = None,
 ) -> None:
     """Build the model, restore an interrupted run's state, train to the end, verify what was saved."""
-    training = DPTrainer(config, plan, world, dtype, secret) if secret else Trainer(config, plan, world, dtype)
+    training = DPTrainer(config, plan, world, dtype, secret) if secret else Trainer(config, plan, world, dtype, base)
     record["base_commit"] = getattr(training.model.config, "_commit_hash", None)
     record["max_length"] = plan.max_length
     record["rows"] = {"train": len(plan.train), "held_out": len(plan.held), "sequences": len(plan.sequences)}
@@ -260,3 +274,5 @@ def fit(
         tracker.finish()
     if world.main:
         shutil.rmtree(plan.folder / "interrupted", ignore_errors=True)
+    if base is not None:
+        detach(training.peft_model)

@@ -23,16 +23,24 @@ NEVER = {"out_proj", "conv1d"}
 
 
 def build(
-    config: TrainConfig, plan: "Plan", world: World, dtype: "torch.dtype", seed: int
+    config: TrainConfig,
+    plan: "Plan",
+    world: World,
+    dtype: "torch.dtype",
+    seed: int,
+    base: "PreTrainedModel | None" = None,
 ) -> "tuple[PreTrainedModel | PeftModel, dict[str, torch.Tensor]]":
-    """(model in training mode, its initial adapter's tensors on the CPU; {} for full fine-tuning)."""
+    """(model in training mode, its initial adapter's tensors on the CPU; {} for full fine-tuning). base: a loaded one,
+    of `dtype` and on the right devices; `detach` gives it back."""
     import torch
 
     full, fsdp = config.peft_type == "full", config.distribution_type == "fsdp"
     device_map = (config.device_map or "auto") if config.distribution_type == "mp" else None
     # Full fine-tuning keeps float32 weights: half precision would round most of an update away.
     loaded = torch.float32 if full else dtype
-    model: PreTrainedModel | PeftModel = models.load_base(plan.ref, loaded, "cpu" if fsdp else world.device, device_map)
+    model: PreTrainedModel | PeftModel = (
+        base if base is not None else models.load_base(plan.ref, loaded, "cpu" if fsdp else world.device, device_map)
+    )
     if device_map and len({parameter.device for parameter in model.parameters()}) == 1:
         world.say(f"mp: one device here, all layers on {next(model.parameters()).device}")
     if config.gradient_checkpointing:
@@ -85,6 +93,14 @@ def add_adapter(
     lora.init_lora_weights = True  # the published adapter is loaded as it is
     set_peft_model_state_dict(model, world.broadcast(adapter_state(model) if world.main else None))
     return model, adapter_state(model)
+
+
+def detach(model: "PeftModel") -> None:
+    """Take the adapter off its base, which is then as `load_base` gave it (not for PiSSA, which changes it)."""
+    base = model.unload()
+    if hasattr(base, "peft_config"):
+        del base.peft_config
+    base._hf_peft_config_loaded = False
 
 
 def _is_named(name: str, target: str) -> bool:

@@ -22,7 +22,7 @@ from training.trackers import tracker_classes
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 PUBLIC_ROWS = 256  # rows used by --suggest_max_grad_norm
 # These affect only where a run goes and how it is monitored, not its result: a finished run matches with other values.
@@ -207,14 +207,7 @@ def make_plan(config: TrainConfig) -> Plan:
         source = Path(config.suggest_max_grad_norm)
         rows, chosen = public, (list(range(len(public)))[:PUBLIC_ROWS], [])
 
-    max_length = min(config.max_length, models.context_length(SimpleNamespace(config=architecture)))
-    limit = models.rope_limit(architecture)
-    if limit and max_length > limit:
-        raise UserError(
-            f"--max_length {max_length}: {architecture.model_type} changes its rotary embedding beyond {limit} tokens, "
-            f"also for shorter rows in the same batch; use --max_length {limit}"
-        )
-    models.check_rope(architecture, max_length)
+    max_length = longest_row(config, architecture)
     if renderer:
         tokenizer.chat_template = renderer.template  # saved with every checkpoint
     rendered = dataset.render(source, rows, chosen[0], renderer)
@@ -222,12 +215,7 @@ def make_plan(config: TrainConfig) -> Plan:
     held = encode(dataset.render(source, rows, chosen[1], renderer), tokenizer, max_length, config.loss_on)
     if not sum(row.labels for row in train):
         raise UserError(f"{path}: no tokens left to train on with --max_length {max_length}; increase it")
-    highest = max(max(row.ids) for row in train + held)
-    vocabulary = architecture.get_text_config().vocab_size
-    if highest >= vocabulary:
-        raise UserError(
-            f"--model {config.model}: its tokenizer gives id {highest}, but the model has only {vocabulary} embeddings"
-        )
+    check_ids(train + held, architecture, f"--model {config.model}")
     sequences = pack(train, max_length) if config.packing else [[index] for index in range(len(train))]
     n_trainable = count_trainable(config, architecture) if config.dp else 0
     return Plan(
@@ -249,6 +237,27 @@ def make_plan(config: TrainConfig) -> Plan:
         privacy=spending,
         n_trainable=n_trainable,
     )
+
+
+def longest_row(config: TrainConfig, architecture: "PreTrainedConfig") -> int:
+    """Tokens per row: --max_length, limited to the model's context. UserError if its rotary embedding forbids it."""
+    max_length = min(config.max_length, models.context_length(SimpleNamespace(config=architecture)))
+    limit = models.rope_limit(architecture)
+    if limit and max_length > limit:
+        raise UserError(
+            f"--max_length {max_length}: {architecture.model_type} changes its rotary embedding beyond {limit} tokens, "
+            f"also for shorter rows in the same batch; use --max_length {limit}"
+        )
+    models.check_rope(architecture, max_length)
+    return max_length
+
+
+def check_ids(rows: Sequence[Row], architecture: "PreTrainedConfig", whose: str) -> None:
+    """UserError, starting with `whose`, for a token id that the model has no embedding for."""
+    highest = max(max(row.ids) for row in rows)
+    vocabulary = architecture.get_text_config().vocab_size
+    if highest >= vocabulary:
+        raise UserError(f"{whose}: its tokenizer gives id {highest}, but the model has only {vocabulary} embeddings")
 
 
 def run_state(

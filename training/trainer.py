@@ -18,6 +18,7 @@ from training.plan import Plan
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
 
 
 class Counts(TypedDict):
@@ -34,12 +35,19 @@ class Counts(TypedDict):
 class Trainer:
     """The state of one run: what a checkpoint saves and --resume restores."""
 
-    def __init__(self, config: TrainConfig, plan: Plan, world: World, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        plan: Plan,
+        world: World,
+        dtype: torch.dtype,
+        base: "PreTrainedModel | None" = None,
+    ) -> None:
         self.config, self.plan, self.world, self.dtype = config, plan, world, dtype
         self.seed = self.initial_seed()
         self.full = config.peft_type == "full"
         self.sharded = self.full and config.distribution_type == "fsdp"
-        self.model, self.initial = build(config, plan, world, dtype, self.seed)
+        self.model, self.initial = build(config, plan, world, dtype, self.seed, base)
         self.trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         kind, keywords = optimizer_class(config)
         self.initial_sums = verify.fingerprint(self) if self.full else []

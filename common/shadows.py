@@ -1,0 +1,124 @@
+"""Shadow models on disk: written by mia/shadow.py, read by mia/mia.py --shadows.
+
+    <folder>/pool.jsonl         a header {"schema", "seed", "settings"}, then one line per row of the pool, of which
+                                each shadow saw half: {"set", "row" (index in its file), "sha256" (of its text)}
+    <folder>/shadow-<k>/        a run of training/: run.json, trained_rows.jsonl (its `row` counts the pool's rows), one
+                                checkpoint-<step>/ per epoch
+    <folder>/run_shadow.json    the record of mia/shadow.py
+
+No file holds a text. Two runs are alike if their `settings_of` are equal.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common import cli, models, records, results, trained
+from common.checkpoints import find_checkpoints
+from common.cli import AnyPath, UserError
+
+POOL, RECORD, SCHEMA = "pool.jsonl", "run_shadow.json", 1
+SETS = ("members", "nonmembers")
+REMEDY = "remove the directory and run mia/shadow.py again"
+# Arguments of a training that its result depends on, besides rows and seed; and other fields of its run.json.
+ARGUMENTS = (
+    "peft_type", "lora_r", "lora_alpha", "lora_dropout", "target_modules", "epochs", "learning_rate", "warmup_steps",
+    "optimizer", "weight_decay", "scheduler", "scheduler_kwargs", "max_grad_norm", "loss_on", "packing", "dp",
+)  # fmt: skip
+FIELDS = ("global_batch", "max_length", "dtype", "base_sha256")
+
+
+def settings_of(record: dict[str, Any]) -> dict[str, Any]:
+    """The settings in a run.json that make two trainings alike, whatever their rows and seeds."""
+    plain: dict[str, Any] = cli.plain(
+        {key: record["args"].get(key) for key in ARGUMENTS} | {key: record.get(key) for key in FIELDS}
+    )
+    return plain
+
+
+def epoch_of(checkpoint: AnyPath, record: dict[str, Any]) -> int | None:
+    """The number of epochs after which checkpoint-<step> was saved; None if its run.json does not say."""
+    step = re.fullmatch(r"checkpoint-(\d+)", Path(checkpoint).name)
+    sequences, batch = (record.get("rows") or {}).get("sequences"), record.get("global_batch")
+    if not step or not isinstance(sequences, int) or not isinstance(batch, int) or min(sequences, batch) < 1:
+        return None
+    epoch, rest = divmod(int(step[1]), math.ceil(sequences / batch))
+    return None if rest or not epoch else epoch
+
+
+@dataclass(frozen=True)
+class Shadow:
+    """One trained shadow. checkpoints: one per epoch; seen: hashes of the texts that the loss was taken on."""
+
+    folder: Path
+    checkpoints: tuple[Path, ...]
+    seen: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Shadows:
+    """The shadows in a folder, and the pool of rows that each was trained on half of."""
+
+    folder: Path
+    settings: dict[str, Any]
+    pool: frozenset[str]  # hashes of its texts
+    trained: tuple[Shadow, ...]
+    unfinished: int
+
+    @property
+    def inputs(self) -> list[Path]:
+        """The files that say which rows each shadow saw."""
+        return [self.folder / POOL, *(shadow.folder / trained.FILE for shadow in self.trained)]
+
+
+def pool_lines(settings: dict[str, Any], seed: int, rows: Sequence[tuple[str, int, str]]) -> list[dict[str, Any]]:
+    """The lines of pool.jsonl; rows: (set, index in its file, text)."""
+    header = {"schema": SCHEMA, "seed": seed, "settings": settings}
+    return [header, *({"set": name, "row": row, "sha256": trained.text_sha256(text)} for name, row, text in rows)]
+
+
+def read_pool(folder: AnyPath) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(header, lines of the rows) of a folder's pool.jsonl. UserError if it is damaged."""
+    file = Path(folder) / POOL
+    try:
+        header, *lines = results.read_jsonl(file)
+    except ValueError as error:
+        raise UserError(f"{file}: damaged ({error}); {REMEDY}") from None
+    known = records.check(header, records.PoolHeader, file, REMEDY)
+    if known.schema != SCHEMA:
+        raise UserError(f"{file}: its schema is {known.schema}, not {SCHEMA}; {REMEDY}")
+    for number, line in enumerate(lines):
+        records.check(line, records.PoolLine, f"{file}: row {number}", REMEDY)
+    return header, lines
+
+
+def read(folder: AnyPath) -> Shadows:
+    """The finished shadows in a folder. UserError if there are none, or if files do not belong together."""
+    folder = Path(folder)
+    if not (folder / POOL).is_file():
+        raise UserError(f"--shadows {folder}: no {POOL} in it; give the --output_dir of mia/shadow.py")
+    header, lines = read_pool(folder)
+    found, unfinished = [], 0
+    for place in sorted(folder.glob("shadow-*"), key=lambda path: (len(path.name), path.name)):
+        file = place / "run.json"
+        record = results.read_json(file, REMEDY) if file.is_file() else {}
+        if record.get("status") != "ok":
+            unfinished += 1
+            continue
+        rows = trained.read_folder(place)
+        if rows is None:
+            raise UserError(f"{place}: its {trained.FILE} is missing; {REMEDY}")
+        for row in rows.rows:
+            if row.row >= len(lines) or lines[row.row]["sha256"] != row.sha256:
+                raise UserError(f"{place / trained.FILE}: row {row.row} is not that of {POOL}; {REMEDY}")
+        seen = frozenset(row.sha256 for row in rows.rows if row.loss_tokens)
+        checkpoints = tuple(find_checkpoints(place))
+        for checkpoint in checkpoints:
+            models.adapter_shapes(checkpoint)  # UserError if it is damaged
+        found.append(Shadow(place, checkpoints, seen))
+    if not found:
+        raise UserError(f"--shadows {folder}: none of its shadows is finished; run mia/shadow.py again")
+    return Shadows(folder, header["settings"], frozenset(line["sha256"] for line in lines), tuple(found), unfinished)
