@@ -55,7 +55,7 @@ def chosen_parts(config: AuditConfig, task: AuditTask) -> list[str]:
 
 
 def measure(config: AuditConfig, task: AuditTask, place: results.Output) -> int:
-    world = distributed.start()
+    world = distributed.start(model_parallel=config.model_parallel)
     folder = Path(config.output_dir)
     for note in task.notes:
         world.say(note)
@@ -258,6 +258,7 @@ def canary_part(config: AuditConfig, task: AuditTask, world: World) -> dict[str,
             overwrite=True,
             dtype=config.dtype,
             device_map=config.device_map,
+            model_parallel=config.model_parallel,
             revision=config.revision,
             seed=config.seed,
         )

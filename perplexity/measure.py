@@ -144,7 +144,7 @@ def make_targets(
 def prepare(config: PerplexityConfig, folder: Path, problems: cli.Problems):
     """(earlier result lines, row indices, original text of each of these rows, `Target`s, {path: why it cannot be
     measured})."""
-    distributed.check_environment(problems, config.device_map)
+    distributed.check_environment(problems, config.device_map, config.model_parallel)
     cli.check_writable(folder, problems, "--output_dir" if config.output_dir or config.model else "--dir")
     earlier, file = [], folder / "perplexity.jsonl"
     if file.is_file() and file.stat().st_size:
@@ -172,7 +172,7 @@ def run(config: PerplexityConfig) -> int:
 def run_locked(
     config: PerplexityConfig, folder: Path, output: results.Output, earlier, chosen, written, targets, failures
 ) -> int:
-    world = distributed.start()
+    world = distributed.start(model_parallel=config.model_parallel)
     dtype = models.resolve_dtype(config.dtype, world.device)
     settings = {
         "revision": config.revision,
