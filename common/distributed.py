@@ -150,6 +150,12 @@ def check_environment(problems: Problems, device_map: str | None = None, model_p
             )
 
 
+def node_size() -> int:
+    """Number of processes that torchrun started on this machine; all of them if it does not say."""
+    size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE", "1")
+    return int(size) if size.isdigit() and int(size) else 1
+
+
 def _meet(rank: int, size: int) -> Store:
     """The rendezvous store of all processes; UserError if some never arrive."""
     import torch.distributed as dist
