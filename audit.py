@@ -32,6 +32,7 @@ def make_parser() -> cli.Parser:
         add("--base_model", help="base of the adapter, overriding adapter_config.json")
         add("--ref_model", help="the model before training (default: an adapter's base)")
         cli.add_model_flags(parser)
+        cli.add_parallel_flag(parser)
     with parser.section("data"):
         add("--train", "--data", required=True, metavar="FILE", help="training rows (default: none, required)")
         add("--heldout", metavar="FILE", help="rows from the same source, held out of training by a random split")

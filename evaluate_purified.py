@@ -42,6 +42,7 @@ def make_parser() -> cli.Parser:
         add("--base_model", help="base of every adapter, instead of the one named in its configuration")
         add("--is_opt", action="store_true", help="guess a missing base model's name as facebook/opt-*")
         cli.add_model_flags(parser)
+        cli.add_parallel_flag(parser)
     add_attack_flags(parser)
     with parser.section("output"):
         add("--save_merged", action="store_true", help="also write each merged model below --temp")
@@ -74,7 +75,7 @@ def run(config: EvaluateConfig) -> int:
 
     problems = cli.Problems()
     config = replace(config, dataset=str(dataset.default_dataset(config.dataset)))
-    distributed.check_environment(problems, config.device_map)
+    distributed.check_environment(problems, config.device_map, config.model_parallel)
     tree: list[Path] = []
     if not Path(config.model).is_dir():
         problems.add(f"--model {config.model}: no such directory")
@@ -84,6 +85,8 @@ def run(config: EvaluateConfig) -> int:
             problems.add(f"--model {config.model}: no checkpoint-* directory below it")
         cli.check_writable(config.model, problems, "--model")
     if config.save_merged:
+        if config.model_parallel > 1:
+            problems.add("--save_merged: no process holds the whole model with --model_parallel; use merge_peft.py")
         cli.check_writable(config.temp, problems, "--temp")
         if config.dtype not in ("auto", "float32"):
             problems.add("--save_merged: merging needs --dtype float32; in half precision small updates round to zero")
@@ -95,7 +98,13 @@ def run(config: EvaluateConfig) -> int:
     if config.mia:
         from mia.dataset import Reader, prepare
 
-        membership = MiaConfig(dir=config.model, members=config.dataset, seed=config.seed, dtype=config.dtype)
+        membership = MiaConfig(
+            dir=config.model,
+            members=config.dataset,
+            seed=config.seed,
+            dtype=config.dtype,
+            model_parallel=config.model_parallel,
+        )
         sets = prepare(membership, problems, Reader(membership, problems))
     problems.check()
     assert attack
@@ -127,7 +136,7 @@ def evaluate(
             print(f"  {checkpoint} on {ref.base}: temperatures {missing}{f', resuming {path.name}' if path else ''}")
         return cli.report_failures(jobs.failures, True)
 
-    world = distributed.start()
+    world = distributed.start(model_parallel=config.model_parallel)
     loader = checkpoints.BaseLoader(world, models.resolve_dtype(config.dtype, world.device), config.device_map)
     world.say(counts)
     failures = jobs.failures

@@ -30,6 +30,7 @@ def make_parser() -> cli.Parser:
         add("--model", help="model directory, adapter checkpoint or hub name (required)")
         add("--base_model", help="base of an adapter, overriding adapter_config.json")
         cli.add_model_flags(parser)
+        cli.add_parallel_flag(parser)
     add_attack_flags(parser)
     with parser.section("output"):
         add("--output_dir", help="directory for the result files (required)")

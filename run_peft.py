@@ -89,6 +89,7 @@ def make_parser() -> cli.Parser:
             choices=("ddp", "mp", "fsdp"),
             help="ddp: one model per process; fsdp: base sharded over processes; mp: layers over one process's GPUs",
         )
+        add("--hsdp", action="store_true", help="fsdp on several nodes: shard inside a node, replicate across nodes")
         add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, more time")
     with section("adapter"):
         kinds = ("lora", "dora", "pissa", "full")

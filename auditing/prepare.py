@@ -60,7 +60,7 @@ class AuditTask:
 def prepare(config: AuditConfig) -> AuditTask:
     """UserError with every problem of the flags and files."""
     problems = cli.Problems()
-    distributed.check_environment(problems, config.device_map)
+    distributed.check_environment(problems, config.device_map, config.model_parallel)
     cli.check_writable(config.output_dir, problems)
     budget = budget_of(config)
     parsed = [gate for text in config.fail_on if (gate := _gate(text, problems))]
@@ -169,6 +169,7 @@ def membership_config(config: AuditConfig, budget: Budget) -> MiaConfig:
         revision=config.revision,
         dtype=config.dtype,
         device_map=config.device_map,
+        model_parallel=config.model_parallel,
         seed=config.seed,
         max_samples=budget.num_rows,
         max_length=config.max_length,

@@ -54,7 +54,7 @@ def chosen_parts(config: AuditConfig, task: AuditTask) -> list[str]:
 
 
 def measure(config: AuditConfig, task: AuditTask, output: results.Output) -> int:
-    world = distributed.start()
+    world = distributed.start(model_parallel=config.model_parallel)
     folder = Path(config.output_dir)
     for note in task.notes:
         world.say(note)
@@ -257,6 +257,7 @@ def canary_part(config: AuditConfig, task: AuditTask, world: World) -> dict[str,
             overwrite=True,
             dtype=config.dtype,
             device_map=config.device_map,
+            model_parallel=config.model_parallel,
             revision=config.revision,
             seed=config.seed,
         )

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from common.cli import ModelConfig
+from common.cli import MeasuringConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class InjectConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasureConfig(ModelConfig):
+class MeasureConfig(MeasuringConfig):
     """At least one of models and synthetic is set."""
 
     canaries: str  # the key file

@@ -9,7 +9,7 @@ from canary import metrics
 from canary.config import MeasureConfig
 from canary.key import KeyLine
 from canary.task import ModelArm, Task
-from common import models
+from common import checkpoints, models
 from common.distributed import World, progress_bar
 
 Bits = dict[int, dict[str, float]]  # canary index → nll, exposure, and bits and ks_p if extrapolated
@@ -102,9 +102,9 @@ def measure_model(
     """(exposures, signal of each audit canary, the signal's name)."""
     audited = task.audited
     before: list[float] | None = None
-    base = models.load_base(arm.ref, dtype, world.device, config.device_map)
+    base = checkpoints.load_base(arm.ref, dtype, world, config.device_map)
     if audited and task.ref_model:
-        untrained = models.load_base(task.ref_model, dtype, world.device, config.device_map)
+        untrained = checkpoints.load_base(task.ref_model, dtype, world, config.device_map)
         its_tokenizer = models.load_tokenizer(task.ref_model, "--ref_model")
         with models.adapted(untrained, task.ref_model.adapter) as (model, _):
             before = sentence_logps(model, its_tokenizer, audited, world)

@@ -50,6 +50,7 @@ def make_parser() -> cli.Parser:
     add("--output_dir", help="directory for the results")
     add("--overwrite", action="store_true", help="replace existing results")
     cli.add_model_flags(parser)
+    cli.add_parallel_flag(parser)
     return parser
 
 

@@ -40,7 +40,7 @@ def measure(config: MeasureConfig, task: Task, target: results.Output) -> Outcom
     """Measure every arm, write the files, print the results."""
     import torch
 
-    world = distributed.start()
+    world = distributed.start(model_parallel=config.model_parallel)
     dtype = models.resolve_dtype(config.dtype, "cuda" if torch.cuda.is_available() else "cpu")
     folder = Path(config.output_dir)
     for name, arm in task.models.items():

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from common import models
+from common import models, sharding
 from common.cli import AnyPath, Problems, UserError, is_utf8
 from common.distributed import World
 
@@ -67,6 +67,18 @@ def look_up_all(
     return usable, unusable
 
 
+def load_base(ref: models.ModelRef, dtype: torch.dtype, world: World, device_map: str | None = None) -> PreTrainedModel:
+    """`models.load_base` on this rank's device, or spread over its model group."""
+    if world.model_group is None:
+        return models.load_base(ref, dtype, world.device, device_map)
+    config = models.read_config(ref.base, ref.revision, "--model")
+    if getattr(config, "quantization_config", None):
+        raise UserError(f"{ref.base}: is quantised, so its layers cannot be spread; drop --model_parallel")
+    model = models.load_base(ref, dtype, "cpu")
+    sharding.spread(model, world.model_group)
+    return model
+
+
 class BaseLoader:
     """Holds the last requested base; it is freed before another one is loaded."""
 
@@ -78,7 +90,7 @@ class BaseLoader:
         """The unadapted base of `ref`, in eval mode."""
         if ref.base not in self._loaded:
             self.clear()
-            self._loaded[ref.base] = models.load_base(ref, self.dtype, self.world.device, self.device_map)
+            self._loaded[ref.base] = load_base(ref, self.dtype, self.world, self.device_map)
         return self._loaded[ref.base]
 
     def adapted(
@@ -112,6 +124,8 @@ def for_each(jobs: Iterable[Job], measure: Callable[..., object], loader: BaseLo
         except UserError as error:
             failures[ref.name] = "; ".join(error.problems)
         except Exception as error:
+            if loader.world.model_group:  # the other ranks may be anywhere: they end with this one
+                raise
             traceback.print_exc()
             failures[ref.name] = f"{type(error).__name__}: {error}"
             loader.clear()

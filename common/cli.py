@@ -294,6 +294,13 @@ class ModelConfig:
     seed: int = 3407
 
 
+@dataclass(frozen=True, kw_only=True)
+class MeasuringConfig(ModelConfig):
+    """The flags of every script that only runs a model. model_parallel: number of ranks that hold it between them."""
+
+    model_parallel: int = 1
+
+
 def positive_int(text: str) -> int:
     """argparse type: an integer ≥ 1."""
     value = _number(int, text, "a whole number")
@@ -366,6 +373,12 @@ def add_model_flags(parser: Parser, seed_help: str = "random seed") -> None:
     add("--revision", help="branch, tag or commit of a hub model")
     add("--dry_run", action="store_true", help="check every argument and file, print the plan, load no model")
     add("--seed", type=seed, help=seed_help)
+
+
+def add_parallel_flag(parser: Parser) -> None:
+    """The flag of `MeasuringConfig`."""
+    words = "under torchrun: spread the model over groups of this many processes, for models larger than one GPU"
+    parser.add_argument("--model_parallel", metavar="M", type=positive_int, help=words)
 
 
 def add_row_flags(parser: Parser) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
     from tqdm import tqdm
 
+    from common.sharding import Group
+
 T = TypeVar("T")
 
 MEETING = timedelta(minutes=10)  # all processes must start within this time
@@ -23,13 +25,19 @@ MEETING = timedelta(minutes=10)  # all processes must start within this time
 
 @dataclass(frozen=True)
 class World:
-    """This process's place in the group. `device` is a torch device string; `backend` is None, 'gloo' or 'nccl'."""
+    """This process's place in the group. `device` is a torch device string; `backend` is None, 'gloo' or 'nccl'.
+
+    model_group: the ranks that hold one model between them (--model_parallel); a rank that waits here for the others
+    goes on giving them its share of the layers. opened: this World set the process group up, and closes it.
+    """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     device: str = "cpu"
     backend: str | None = None
+    model_group: Group | None = None
+    opened: bool = True
 
     @property
     def main(self) -> bool:
@@ -40,11 +48,17 @@ class World:
         """Every size-th item starting at `rank`: balanced if neighbouring items cost about the same."""
         return items[self.rank :: self.size]
 
+    def settle(self) -> None:
+        """Wait until no rank of the model group needs a layer."""
+        if self.model_group:
+            self.model_group.serve()
+
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """All-reduce SUM in place; returns the tensor."""
         if self.backend:
             import torch.distributed as dist
 
+            self.settle()
             dist.all_reduce(tensor)
         return tensor
 
@@ -54,6 +68,7 @@ class World:
             return [item]
         import torch.distributed as dist
 
+        self.settle()
         items: list[Any] = [None] * self.size
         dist.all_gather_object(items, item)
         return items
@@ -85,6 +100,7 @@ class World:
         if self.backend:
             import torch.distributed as dist
 
+            self.settle()
             dist.broadcast_object_list(box, src=0)
         return cast(T, box[0])
 
@@ -93,13 +109,16 @@ class World:
         if self.backend:
             import torch.distributed as dist
 
+            self.settle()
             dist.barrier()
 
     def close(self) -> None:
-        """Leave the process group."""
-        if self.backend:
+        """Leave the process group, if this World set it up."""
+        if self.backend and self.opened:
             import torch.distributed as dist
 
+            self.settle()
+            _groups.clear()
             dist.destroy_process_group()
 
     def say(self, *words: object) -> None:
@@ -108,11 +127,19 @@ class World:
             print(*words, flush=True)
 
 
-def check_environment(problems: Problems, device_map: str | None = None) -> None:
-    """WORLD_SIZE > 1 needs RANK, MASTER_ADDR and MASTER_PORT (torchrun sets all of them), and no --device_map."""
+def check_environment(problems: Problems, device_map: str | None = None, model_parallel: int = 1) -> None:
+    """WORLD_SIZE > 1 needs RANK, MASTER_ADDR and MASTER_PORT (torchrun sets all of them), and no --device_map; it must
+    be a multiple of --model_parallel."""
     size = os.environ.get("WORLD_SIZE", "1")
     if not size.isdigit() or int(size) < 1:
         problems.add(f"WORLD_SIZE={size}: must be a whole number of 1 or more")
+    elif int(size) == 1 and model_parallel > 1:
+        problems.add(
+            f"--model_parallel {model_parallel}: there is only one process; start with torchrun --nproc_per_node="
+            f"{model_parallel}, or a multiple of it"
+        )
+    elif int(size) % model_parallel:
+        problems.add(f"--model_parallel {model_parallel}: does not divide the {size} processes; start a multiple of it")
     elif int(size) > 1:
         missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
@@ -121,6 +148,12 @@ def check_environment(problems: Problems, device_map: str | None = None) -> None
             problems.add(
                 f"--device_map {device_map}: each of the {size} processes would use all devices; drop one or the other"
             )
+
+
+def node_size() -> int:
+    """Number of processes that torchrun started on this machine; all of them if it does not say."""
+    size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE", "1")
+    return int(size) if size.isdigit() and int(size) else 1
 
 
 def _meet(rank: int, size: int) -> Store:
@@ -141,10 +174,31 @@ def _meet(rank: int, size: int) -> Store:
     return store
 
 
-def start(group_of_one: bool = False) -> World:
+_groups: dict[int, Group] = {}  # --model_parallel → this process's group, in the present process group
+
+
+def _model_group(world: World, size: int) -> Group | None:
+    """The `size` neighbouring ranks, this one among them, that hold one model."""
+    if size == 1:
+        return None
+    if size not in _groups:
+        import torch.distributed as dist
+
+        from common.sharding import Group
+
+        for first in range(0, world.size, size):  # every rank takes part in making every group
+            ranks = list(range(first, first + size))
+            data, control = dist.new_group(ranks), dist.new_group(ranks, backend="gloo")
+            if world.rank in ranks:
+                _groups[size] = Group(world.rank - first, size, world.device, data, control)
+    return _groups[size]
+
+
+def start(group_of_one: bool = False, model_parallel: int = 1) -> World:
     """Join the process group that torchrun set up, if any.
 
-    `group_of_one`: create a group even for a single process (FSDP2 needs a device mesh).
+    group_of_one: create a group even for a single process (FSDP2 needs a device mesh).
+    model_parallel: number of ranks that hold one model between them.
     """
     import torch
 
@@ -160,7 +214,8 @@ def start(group_of_one: bool = False) -> World:
     import torch.distributed as dist
 
     backend = "nccl" if cuda else "gloo"
-    if not dist.is_initialized():
+    opened = not dist.is_initialized()
+    if opened:
         store = _meet(rank, size) if "MASTER_PORT" in os.environ else dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(
             backend,
@@ -170,7 +225,8 @@ def start(group_of_one: bool = False) -> World:
             timeout=timedelta(hours=6),
             device_id=torch.device(device) if cuda else None,
         )
-    return World(rank, size, local_rank, device, backend)
+    world = World(rank, size, local_rank, device, backend, opened=opened)
+    return replace(world, model_group=_model_group(world, model_parallel))
 
 
 def progress_bar(total: int | None, unit: str, world: World | None = None) -> tqdm[Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
-from common import records
+from common import records, sharding
 from common.cli import AnyPath, Problems, UserError
 from common.results import read_json, sha256
 
@@ -601,18 +601,30 @@ def adapted(
         )
     if merge is None:
         merge = next(model.parameters()).dtype == torch.float32 and not shared
+    layers = sharding.layers_of(model)
+    spread = {id(item) for layer in layers for item in layer.parameters}
     with torch.no_grad():
         check_fit(model, adapter)
         originals = {name: model.get_submodule(name) for name in names}
         saved = {
-            name: {key: item.detach().to("cpu", copy=True) for key, item in module.named_parameters(recurse=False)}
+            name: {
+                key: item.detach().to("cpu", copy=True)
+                for key, item in module.named_parameters(recurse=False)
+                if id(item) not in spread
+            }
             for name, module in originals.items()
         }
+        shares = [layer.share.to("cpu", copy=True) for layer in layers] if merge else []
         try:
             peft_model = attach(model, adapter)
             if merge:
-                peft_model.merge_and_unload(safe_merge=True)
-                yield model, relative_change(model, saved)
+                moved: dict[tuple[str, str], Squares] = {}
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "All adapters are already merged", UserWarning)
+                    for layer in layers:
+                        moved |= _merge_layer(layer, peft_model, originals)
+                    peft_model.merge_and_unload(safe_merge=True)
+                yield model, relative_change(model, saved, moved)
             else:
                 yield peft_model, None
                 peft_model.unload()
@@ -620,11 +632,45 @@ def adapted(
             for name, module in originals.items():
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, module)
-                for key, item in module.named_parameters(recurse=False):
-                    item.copy_(saved[name][key])
+                for key, before in saved[name].items():
+                    module.get_parameter(key).copy_(before)
+            for layer, share in zip(layers, shares):
+                layer.put(share)
             if hasattr(model, "peft_config"):
                 del model.peft_config
             model._hf_peft_config_loaded = False
+
+
+Squares = tuple[float, float]  # ‖W' − W‖² and ‖W‖²
+
+
+def _merge_layer(
+    layer: sharding.Layer, peft_model: PeftModel, originals: dict[str, torch.nn.Module]
+) -> dict[tuple[str, str], Squares]:
+    """Merge the adapter into one spread layer; {(module, parameter): how far it moved}."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    inside = {id(item) for item in layer.parameters}
+    adapted_here = [
+        module
+        for module in peft_model.modules()
+        if isinstance(module, BaseTunerLayer)
+        and any(id(item) in inside for item in module.get_base_layer().parameters())
+    ]
+    if not adapted_here:
+        return {}
+    own = {
+        (name, key): item
+        for name, module in originals.items()
+        for key, item in module.named_parameters(recurse=False)
+        if id(item) in inside
+    }
+    with layer.whole():
+        before = {place: item.detach().to("cpu", copy=True) for place, item in own.items()}
+        for module in adapted_here:
+            module.merge(safe_merge=True)
+        layer.keep()
+        return {place: _squares(before[place], item.detach()) for place, item in own.items() if item.dim() > 1}
 
 
 def tied(model: torch.nn.Module, names: Iterable[str]) -> list[str]:
@@ -637,17 +683,29 @@ def tied(model: torch.nn.Module, names: Iterable[str]) -> list[str]:
     return sorted(name for sharing in owners.values() if len(sharing) > 1 for name in sharing & set(names))
 
 
-def relative_change(model: torch.nn.Module, before: dict[str, dict[str, torch.Tensor]]) -> float:
-    """‖W' − W‖ / ‖W‖ over the matrices in `before` (module name → its parameters before the merge)."""
-    change = total = 0.0
+def relative_change(
+    model: torch.nn.Module,
+    before: dict[str, dict[str, torch.Tensor]],
+    moved: dict[tuple[str, str], Squares] | None = None,
+) -> float:
+    """‖W' − W‖ / ‖W‖ over the matrices in `before` (module name → its parameters before the merge) and those whose
+    squares are known (`moved`)."""
+    found = dict(moved or {})
     for name, parameters in before.items():
         for key, weight in parameters.items():
-            if weight.dim() < 2:
-                continue
-            weight, now = weight.double(), getattr(model.get_submodule(name), key).detach().to("cpu").double()
-            change += (now - weight).square().sum().item()
-            total += weight.square().sum().item()
+            if weight.dim() > 1:
+                found[name, key] = _squares(weight, getattr(model.get_submodule(name), key).detach())
+    order = list(before)
+    change = total = 0.0
+    for _, (own_change, own_total) in sorted(found.items(), key=lambda item: order.index(item[0][0])):
+        change += own_change
+        total += own_total
     return float((change / total) ** 0.5)
+
+
+def _squares(weight: torch.Tensor, now: torch.Tensor) -> Squares:
+    weight = weight.double()
+    return (now.to("cpu").double() - weight).square().sum().item(), weight.square().sum().item()
 
 
 def _rope(config: PreTrainedConfig) -> list[dict[str, Any]]:

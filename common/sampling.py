@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from common import models
+from common import models, sharding
 from common.cli import UserError
 from common.models import check_tokens, embedding_weight, without_adapter
 
@@ -523,7 +523,8 @@ def _rows_by_memory(
     cache = n_temperatures * engine.bytes_per_position() * (longest + max(target, max_tokens))
     vocabulary: int = engine.model.config.get_text_config().vocab_size
     logits = 4 * vocabulary * 2 * max(target + 1, n_temperatures)
-    return max(1, min(MAX_ROWS, memory_budget(str(engine.device)) // (cache + logits)))
+    most = MAX_ROWS * sharding.ranks_of(engine.model)  # each step of a spread model moves all its weights
+    return max(1, min(most, memory_budget(str(engine.device)) // (cache + logits)))
 
 
 def _decode_chunk(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common import cli, dataset, distributed, models, results, stats
+from common import checkpoints, cli, dataset, distributed, models, results, stats
 from common.distributed import World
 from common.schema import GREEDY_BELOW, HEADLINE_TEMPERATURE, MEASURES, next_free, outcomes_path, responses_path
 from common.stats import mean_or_none
@@ -273,7 +273,7 @@ def check(config: MeasureConfig) -> Plan:
     """Read everything except the model; UserError with every problem."""
     problems = cli.Problems()
     config = replace(config, dataset=str(dataset.default_dataset(config.dataset)))
-    distributed.check_environment(problems, config.device_map)
+    distributed.check_environment(problems, config.device_map, config.model_parallel)
     for name in ("model", "output_dir"):
         if getattr(config, name) is None:
             problems.add(f"--{name}: required")
@@ -299,7 +299,7 @@ def run(config: MeasureConfig) -> int:
         print(f"would ask {words} of {ref.name} (base {ref.base}) and write {next_free(folder)}")
         return 0
 
-    world = distributed.start()
+    world = distributed.start(model_parallel=config.model_parallel)
     dtype = models.resolve_dtype(config.dtype, world.device)
     run_file = folder / "run_measure_purified.json"
     with results.output_folder(folder, key=KEY) as place:
@@ -307,7 +307,7 @@ def run(config: MeasureConfig) -> int:
         path = world.broadcast(known)
         with results.Run(run_file, config, task.inputs, world) as record:
             if path is None:
-                base = models.load_base(ref, dtype, world.device, config.device_map)
+                base = checkpoints.load_base(ref, dtype, world, config.device_map)
                 with models.adapted(base, ref.adapter) as (model, change):
                     about = describe(ref, dtype, change)
                     path = measure_model(model, plan.tokenizer, task, config, about, world, folder)

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from common.cli import ModelConfig
+from common.cli import MeasuringConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class MiaConfig(ModelConfig):
+class MiaConfig(MeasuringConfig):
     """Either model or dir is set."""
 
     model: str | None = None

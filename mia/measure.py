@@ -213,7 +213,7 @@ def check(config: MiaConfig) -> Plan:
     """Read everything except the models; UserError with every problem."""
     problems = cli.Problems()
     config = replace(config, members=str(dataset.default_dataset(config.members)))
-    distributed.check_environment(problems, config.device_map)
+    distributed.check_environment(problems, config.device_map, config.model_parallel)
     root = config.output_dir or config.dir or "./"
     cli.check_writable(root, problems, "--output_dir" if config.output_dir or config.model else "--dir")
     reader = Reader(config, problems)
@@ -245,7 +245,7 @@ def run(config: MiaConfig) -> int:
             print(f"would attack {ref.name}" + (f" on {ref.base}" if ref.adapter else "") + f", results in {folder}")
         return cli.report_failures(failures, True)
 
-    world = distributed.start()
+    world = distributed.start(model_parallel=config.model_parallel)
     world.say(summary)
     folders = {folder: ref for _, ref, folder in targets}
     names = {ref.name: name for name, ref, _ in targets}

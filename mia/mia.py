@@ -45,6 +45,7 @@ def make_parser() -> cli.Parser:
         add("--ref_model", help="reference model (default: an adapter's base)")
         add("--neighbor_model", help="directory of a masked LM (default: the target model proposes neighbours)")
         cli.add_model_flags(parser)
+        cli.add_parallel_flag(parser)
     with parser.section("data"):
         add("--members", "--data", help="texts the model was trained on (.jsonl, .json, .csv, .arrow, .parquet)")
         add(

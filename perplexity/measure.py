@@ -162,7 +162,7 @@ def make_targets(
 
 def prepare(config: PerplexityConfig, folder: Path, problems: cli.Problems) -> Prepared:
     """Read and check everything that is known before a model is loaded."""
-    distributed.check_environment(problems, config.device_map)
+    distributed.check_environment(problems, config.device_map, config.model_parallel)
     cli.check_writable(folder, problems, "--output_dir" if config.output_dir or config.model else "--dir")
     earlier: list[Line] = []
     file = folder / "perplexity.jsonl"
@@ -190,7 +190,7 @@ def run(config: PerplexityConfig) -> int:
 
 def run_locked(config: PerplexityConfig, folder: Path, output: results.Output, prepared: Prepared) -> int:
     earlier, chosen, targets, failures = prepared.earlier, prepared.chosen, prepared.targets, prepared.failures
-    world = distributed.start()
+    world = distributed.start(model_parallel=config.model_parallel)
     dtype = models.resolve_dtype(config.dtype, world.device)
     settings = {
         "revision": config.revision,

@@ -37,6 +37,7 @@ def make_parser() -> cli.Parser:
         add("--model", help="instead of --dir: one model directory, adapter or hub name")
         add("--base_model", help="base of every adapter, instead of the one named in its configuration")
         cli.add_model_flags(parser)
+        cli.add_parallel_flag(parser)
         add("--token_budget", type=cli.positive_int, help="positions per forward pass")
     with parser.section("data"):
         add("-d", "--dataset", "--data", help="data file (.jsonl, .json, .csv, .arrow, .parquet)")

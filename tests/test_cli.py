@@ -14,6 +14,7 @@ from conftest import ROOT, kill_when_written, make_rows, read_lines, run_script,
 from common import cli
 
 MODEL = {"--dtype", "--device_map", "--revision", "--dry_run", "--seed"}
+MEASURING = MODEL | {"--model_parallel"}
 MEASURE = {
     "-d", "--dataset", "--data", "--top_k", "-mt", "--max_tokens", "--num_rows", "--temperatures", "--attack",
     "--templates", "--trailing_space", "--stop", "--demonstrations", "--batch_size", "--save_responses", "--baseline",
@@ -27,20 +28,20 @@ FLAGS = {
         "--distribution_type", "-pt", "--peft_type", "--output_root", "--run_name", "--train_rows", "--eval_rows",
         "--allow_overlap", "--lora_r", "--lora_alpha", "--lora_dropout", "--target_modules", "--max_length",
         "--chat_template", "--columns", "--loss_on", "--max_grad_norm",
-        "--gradient_checkpointing", "--packing", "--resume", "--report_to",
+        "--hsdp", "--gradient_checkpointing", "--packing", "--resume", "--report_to",
         "--dp", "--target_epsilon", "--noise_multiplier", "--target_delta", "--logical_batch_size", "--accountant",
         "--privacy_unit", "--max_rows_per_user", "--secure_rng", "--suggest_max_grad_norm",
     },
     "merge_peft.py": MODEL | {"--model", "--save_dir", "--output_dir", "--base_model", "--is_opt"},
-    "measure_purified.py": MODEL | MEASURE | {"--model", "--output_dir", "--base_model"},
-    "evaluate_purified.py": MODEL | MEASURE | {
+    "measure_purified.py": MEASURING | MEASURE | {"--model", "--output_dir", "--base_model"},
+    "evaluate_purified.py": MEASURING | MEASURE | {
         "-m", "--model", "-t", "--temp", "--is_opt", "--base_model", "--save_merged", "--mia",
     },
-    "perplexity/perplexity.py": MODEL | {
+    "perplexity/perplexity.py": MEASURING | {
         "--dir", "-d", "--dataset", "--data", "--model", "--base_model", "--output_dir", "--num_rows", "--token_budget",
         "--chat_template", "--columns",
     },
-    "mia/mia.py": MODEL | {
+    "mia/mia.py": MEASURING | {
         "--model", "--dir", "--base_model", "--members", "--data", "--num_rows", "--nonmembers",
         "--text_field", "--chat_template", "--columns", "--attacks", "--ref_model",
         "--prefix_file", "--neighbor_model", "--freq_corpus", "--max_length", "--max_samples", "--token_budget",
@@ -66,12 +67,12 @@ FLAGS = {
         "--reviews", "--meta", "--output_dir", "--train", "--test", "--memory_limit", "--threads", "--strict",
         "--overwrite", "--dry_run", "--seed",
     },
-    "data/continuation/generate.py": MODEL | {
+    "data/continuation/generate.py": MEASURING | {
         "-m", "--model", "-d", "--data_set", "--dataset", "--data", "--top_k", "-mt", "--max_tokens",
         "--temperature", "--output",
         "--batch_size", "--strict", "--overwrite",
     },
-    "data/synthetic/generate.py": MODEL | {
+    "data/synthetic/generate.py": MEASURING | {
         "-m", "--model", "-i", "--input", "--data", "--arm", "--num", "--num_rows", "--condition", "--training",
         "--metadata_epsilon", "--metadata_delta", "--metadata_fields", "--histogram", "--max_new_tokens",
         "--temperature", "--top_k", "--filter", "--batch_size", "--output", "--overwrite",
@@ -80,10 +81,10 @@ FLAGS = {
         "-i", "--input", "--data", "--output", "--key_file", "--share", "--repetitions", "--canaries", "--audit",
         "--privacy_unit", "--secret", "--within", "--condition", "--overwrite", "--dry_run", "--seed",
     },
-    "canary/measure.py": MODEL | {
+    "canary/measure.py": MEASURING | {
         "--canaries", "--models", "--synthetic", "--ref_model", "--references", "--output_dir", "--overwrite",
     },
-    "data/self_instruct/generate.py": MODEL | {
+    "data/self_instruct/generate.py": MEASURING | {
         "-m", "--model", "--seed_tasks", "--num_rows", "--top_k", "-mt", "--max_tokens", "--temperature",
         "--instance_temperature", "--format", "--round_size", "--output", "--batch_size", "--strict",
         "--overwrite",
@@ -109,8 +110,9 @@ FLAGS = {
         "--synthetic", "--real", "--num_rows", "--sheets", "--key", "--output_dir", "--overwrite", "--dry_run",
         "--seed",
     },
-    "audit.py": MODEL | {"--model", "--base_model", "--ref_model", "--train", "--data", "--heldout", "--chat_template",
-                         "--columns", "--num_rows", "--secrets", "--pii", "--region", "--canaries", "--decoys",
+    "audit.py": MEASURING | {"--model", "--base_model", "--ref_model", "--train", "--data", "--heldout",
+                         "--chat_template", "--columns", "--num_rows", "--secrets", "--pii", "--region", "--canaries",
+                         "--decoys",
                          "--samples", "--without", "--quick", "--max_length", "--token_budget", "--output_dir",
                          "--fail_on", "--save_responses"},
 }  # fmt: skip

@@ -28,10 +28,10 @@ from training.trainer import Trainer
 shard, step = training_model.shard, Trainer.step
 
 
-def watched_shard(model, replicated, world):
+def watched_shard(model, replicated, world, hsdp):
     from torch.distributed.tensor import DTensor
 
-    shard(model, replicated, world)
+    shard(model, replicated, world, hsdp)
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     sharded = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
     here = sum(parameter.to_local().numel() for parameter in sharded)
@@ -100,7 +100,14 @@ def furthest(one, other) -> float:
     """Largest difference between the newest checkpoints of two run directories."""
     from safetensors.torch import load_file
 
-    left, right = (load_file(next(checkpoints(folder)[-1].glob("*.safetensors"))) for folder in (one, other))
+    left, right = (
+        {
+            name: tensor
+            for file in checkpoints(folder)[-1].glob("*.safetensors")
+            for name, tensor in load_file(file).items()
+        }
+        for folder in (one, other)
+    )
     assert left.keys() == right.keys() and left
     return max((left[name] - right[name]).abs().max().item() for name in left)
 

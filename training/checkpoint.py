@@ -1,9 +1,11 @@
 """Checkpoints: a run's training state, the published adapter or model, and their files on disk."""
 
+import contextlib
 import copy
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,35 +20,130 @@ if TYPE_CHECKING:
     from training.trainer import Trainer
 
 
-def weights(trainer: "Trainer") -> "dict[str, torch.Tensor]":
-    """The unsharded trainable parameters on the CPU, by name (if sharded: empty on ranks other than 0)."""
-    if trainer.sharded:
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+SHARDED_STATE = "training_state"  # directory: every rank's share of a sharded run's weights and optimizer
 
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return cast("dict[str, torch.Tensor]", get_model_state_dict(trainer.model, options=options))
+
+def weights(trainer: "Trainer") -> "dict[str, torch.Tensor]":
+    """The trainable parameters on the CPU, by name; of a full model, all of its tensors."""
     named = trainer.model.state_dict() if trainer.full else dict(trainer.model.named_parameters())
     chosen = named if trainer.full else {name: item for name, item in named.items() if item.requires_grad}
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in chosen.items()}
 
 
-def optimizer_state(trainer: "Trainer") -> dict[str, Any]:
-    """The optimizer's unsharded state_dict (if sharded: empty on ranks other than 0)."""
-    if trainer.sharded:
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
-
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return get_optimizer_state_dict(trainer.model, trainer.optimizer, options=options)
-    return trainer.optimizer.state_dict()
-
-
 def save(trainer: "Trainer", folder: Path) -> None:
     """Write a checkpoint with the training state, atomically; older training states are deleted."""
-    state = {"count": trainer.count, "weights": weights(trainer), "optimizer": optimizer_state(trainer)}
-    if trainer.world.main:
-        scheduler, scaler = trainer.scheduler.state_dict(), trainer.scaler.state_dict()
-        trainer.write_checkpoint(folder, state | {"scheduler": scheduler, "scaler": scaler})
+    scheduler, scaler = trainer.scheduler.state_dict(), trainer.scaler.state_dict()
+    state = {"count": trainer.count, "scheduler": scheduler, "scaler": scaler}
+    if trainer.sharded:
+        save_sharded(trainer, folder, state)
+    elif trainer.world.main:
+        more = {"weights": weights(trainer), "optimizer": trainer.optimizer.state_dict()}
+        trainer.write_checkpoint(folder, state | more)
     trainer.world.barrier()
+
+
+def save_sharded(trainer: "Trainer", folder: Path, state: dict[str, Any]) -> None:
+    """`save` without the whole model on any rank: the ranks write the layers dealt to them, and their shares of the
+    training state."""
+    import torch
+    from torch.distributed.checkpoint.state_dict_saver import save as save_shares
+
+    world = trainer.world
+    with contextlib.ExitStack() as stack:
+        new = stack.enter_context(results.atomic_folder(folder)) if world.main else None
+        place = Path(world.broadcast(str(new)))
+        mine = own_layers(trainer)
+        world.together(lambda: write_part(trainer, place / f"part-{world.rank}", mine))
+        save_shares(sharded_state(trainer), checkpoint_id=place / SHARDED_STATE)
+        if new:
+            join_parts(new)
+            trainer.plan.tokenizer.save_pretrained(new)
+            torch.save(state | {"weights": {}, "optimizer": {}}, new / "training_state.pt")
+        world.barrier()
+    if world.main:
+        for other in saved_states(trainer.plan.folder):
+            if other != folder:
+                remove_state(other)
+
+
+def _model(trainer: "Trainer") -> "PreTrainedModel":
+    return cast("PreTrainedModel", trainer.model)
+
+
+def sharded_state(trainer: "Trainer") -> dict[str, Any]:
+    """This rank's shares of the weights and of the optimizer's state."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+
+    return {
+        "weights": get_model_state_dict(trainer.model),
+        "optimizer": get_optimizer_state_dict(trainer.model, trainer.optimizer),
+    }
+
+
+def whole_tensors(trainer: "Trainer") -> "Iterator[tuple[str, torch.Tensor]]":
+    """(name, tensor) of a sharded model's tensors, one after another, on every rank; tied ones once."""
+    tied = _model(trainer).all_tied_weights_keys or {}
+    left_out = _model(trainer)._keys_to_ignore_on_save or ()
+    named = trainer.model.state_dict()
+    for name, tensor in named.items():
+        if tied.get(name) not in named and name not in left_out:
+            yield name, (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
+
+
+def own_layers(trainer: "Trainer") -> "dict[str, torch.Tensor]":
+    """The tensors of the layers dealt to this rank, on the CPU. A layer stays together: its tensors may be renamed or
+    joined in the file."""
+    turns: dict[str, int] = {}
+    mine = {}
+    for name, tensor in whole_tensors(trainer):
+        layer = re.sub(r"(\.\d+\.).*", r"\1", name)
+        if turns.setdefault(layer, len(turns)) % trainer.world.size == trainer.world.rank:
+            mine[name] = tensor.to("cpu", copy=True)
+    return mine
+
+
+def write_part(trainer: "Trainer", folder: Path, tensors: "dict[str, torch.Tensor]") -> None:
+    """Write some of the model's tensors as save_pretrained names them; rank 0 writes the configuration too."""
+    from safetensors.torch import save_file
+    from transformers.core_model_loading import revert_weight_conversion
+
+    if trainer.world.main:
+        _model(trainer).save_pretrained(folder, state_dict=tensors)
+    elif tensors:  # save_pretrained writes on rank 0 only
+        folder.mkdir()
+        named = revert_weight_conversion(_model(trainer), tensors)
+        whole = {name: tensor.contiguous() for name, tensor in named.items()}
+        save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def join_parts(folder: Path) -> None:
+    """Make one model directory of the part-* directories in `folder`."""
+    from safetensors import safe_open
+
+    parts = sorted(folder.glob("part-*"), key=lambda part: int(part.name.removeprefix("part-")))
+    files = [file for part in parts for file in sorted(part.glob("*.safetensors"))]
+    where, size = {}, 0
+    for number, file in enumerate(files, 1):
+        name = f"model-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1 else "model.safetensors"
+        with safe_open(file, "pt") as opened:
+            for key in opened.keys():  # noqa: SIM118
+                where[key] = name
+        size += file.stat().st_size
+        file.rename(folder / name)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
+        results.write_json(folder / "model.safetensors.index.json", index)
+    for file in parts[0].glob("*.json"):
+        if not file.name.endswith(".index.json"):
+            file.rename(folder / file.name)
+    for part in parts:
+        shutil.rmtree(part)
+
+
+def remove_state(folder: Path) -> None:
+    """Remove the training state of a checkpoint."""
+    (folder / "training_state.pt").unlink()
+    shutil.rmtree(folder / SHARDED_STATE, ignore_errors=True)
 
 
 def publish(trainer: "Trainer", folder: Path, weights: "dict[str, torch.Tensor]") -> None:
@@ -67,7 +164,7 @@ def restore(trainer: "Trainer", folder: Path) -> None:
     """Restore the training state in `folder`. UserError if it is damaged or from another run."""
     state = read_state(folder)
     try:
-        load_state(trainer, state)
+        load_state(trainer, state, folder)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         reason = (str(error).splitlines() or [repr(error)])[0]
         raise UserError(
@@ -77,18 +174,25 @@ def restore(trainer: "Trainer", folder: Path) -> None:
     trainer.after_restore(state)
 
 
-def load_state(trainer: "Trainer", state: dict[str, Any]) -> None:
-    """Load a training state into the trainer. ValueError, or a torch error, if it is from another run."""
-    if trainer.sharded:
-        from torch.distributed.checkpoint.state_dict import (
-            StateDictOptions,
-            set_model_state_dict,
-            set_optimizer_state_dict,
-        )
+def load_sharded(trainer: "Trainer", folder: Path) -> None:
+    """Load the ranks' shares of a training state. ValueError if they are missing or from another run."""
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
+    from torch.distributed.checkpoint.state_dict_loader import load as load_shares
 
-        options = StateDictOptions(full_state_dict=True)
-        set_model_state_dict(trainer.model, state["weights"], options=options)
-        set_optimizer_state_dict(trainer.model, trainer.optimizer, state["optimizer"], options=options)
+    shares = sharded_state(trainer)
+    try:
+        load_shares(shares, checkpoint_id=folder)
+    except (CheckpointException, OSError) as error:
+        raise ValueError(" ".join(str(error).split())[:200]) from None
+    set_model_state_dict(trainer.model, shares["weights"])
+    set_optimizer_state_dict(trainer.model, trainer.optimizer, shares["optimizer"])
+
+
+def load_state(trainer: "Trainer", state: dict[str, Any], folder: Path) -> None:
+    """Load the training state of `folder` into the trainer. ValueError, or a torch error, if it is from another run."""
+    if trainer.sharded:
+        load_sharded(trainer, folder / SHARDED_STATE)
     else:
         named = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
         if not trainer.full and named != set(state["weights"]):

@@ -51,6 +51,7 @@ class TrainConfig(AdapterConfig, DPConfig, ModelConfig):
     scheduler: str = "linear"
     scheduler_kwargs: str = "{}"
     distribution_type: str = "ddp"
+    hsdp: bool = False
     output_root: str = "./"
     run_name: str | None = None
     train_rows: int | None = None

@@ -20,7 +20,16 @@ from common import distributed, models, results, trained
 from common.cli import Interrupted
 from common.distributed import World
 from training import dp_plan, verify
-from training.checkpoint import check_resumable, checkpoints, clean, keep_metrics, restore, save, saved_states
+from training.checkpoint import (
+    check_resumable,
+    checkpoints,
+    clean,
+    keep_metrics,
+    remove_state,
+    restore,
+    save,
+    saved_states,
+)
 from training.config import TrainConfig
 from training.dp_trainer import DPTrainer, find_secret, hash_salt
 from training.model import detach, save_adapter
@@ -245,7 +254,7 @@ def fit(
         newest = states[-1]
         restore(training, newest)
         for older in states[:-1] if world.main else ():  # left by a run that was killed before removing them
-            (older / "training_state.pt").unlink()
+            remove_state(older)
         record["resumed_from"] = training.count["step"]
         world.say(f"resuming from {newest}, step {training.count['step']} of {training.total}")
     elif config.resume:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 from common import models
 from common.cli import UserError
-from common.distributed import World
+from common.distributed import World, node_size
 from training.config import AdapterConfig, TrainConfig
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def build(
         model, initial = add_adapter(config, plan, world, cast("PreTrainedModel", model), seed)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if fsdp:
-        shard(model, set() if full else set(trainable), world)
+        shard(model, set() if full else set(trainable), world, config.hsdp)
     return model.train(), initial
 
 
@@ -231,15 +231,19 @@ def base_of(model: "PreTrainedModel | PeftModel") -> "PreTrainedModel":
     return cast("PreTrainedModel", model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
-def shard(model: "PreTrainedModel | PeftModel", replicated: "set[torch.nn.Parameter]", world: World) -> None:
-    """FSDP2 over all processes: each decoder layer, then the rest; `replicated` parameters stay whole everywhere."""
+def shard(
+    model: "PreTrainedModel | PeftModel", replicated: "set[torch.nn.Parameter]", world: World, hsdp: bool = False
+) -> None:
+    """FSDP2 over all processes, or (hsdp) over those of each node: each decoder layer, then the rest; `replicated`
+    parameters stay whole everywhere."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
     for parameter in replicated:
         parameter.data = parameter.data.to(world.device)
-    mesh = init_device_mesh(world.device.split(":")[0], (world.size,))
+    sizes = {"replicate": world.size // node_size(), "shard": node_size()} if hsdp else {"shard": world.size}
+    mesh = init_device_mesh(world.device.split(":")[0], tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     base = base_of(model)
     kinds = set(base._no_split_modules or ())
     layers = [module for module in base.modules() if type(module).__name__ in kinds]

@@ -150,6 +150,13 @@ def make_plan(config: TrainConfig) -> Plan:
     world_size = int(size) if size.isdigit() else 1
     if config.distribution_type == "mp" and world_size > 1:
         problems.add(f"--distribution_type mp: runs as a single process, not {world_size}; start it without torchrun")
+    if config.hsdp and config.distribution_type != "fsdp":
+        problems.add("--hsdp: only with --distribution_type fsdp")
+    elif config.hsdp and world_size % distributed.node_size():
+        problems.add(
+            f"--hsdp: {world_size} processes are not a multiple of this node's {distributed.node_size()}; "
+            "start equally many on every node"
+        )
     clean_flags = dp_plan.check_flags(config, METRIC_SCHEDULERS, problems)
     if config.suggest_max_grad_norm and not config.dp:
         problems.add("--suggest_max_grad_norm: only with --dp")

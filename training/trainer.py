@@ -95,7 +95,7 @@ class Trainer:
             torch.save(state, new / "training_state.pt")
         for other in checkpoint.saved_states(self.plan.folder):
             if other != folder:
-                (other / "training_state.pt").unlink()
+                checkpoint.remove_state(other)
 
     def after_restore(self, state: dict[str, Any]) -> None:
         """Hook for what a resumed run has to do after loading `state`."""

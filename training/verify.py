@@ -1,7 +1,9 @@
 """Runtime checks: saved weights match the model in memory, and the assumptions of --dp and --packing hold for it."""
 
+import contextlib
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import set_peft_model_state_dict
@@ -10,7 +12,7 @@ from safetensors.torch import load_file
 
 from common.cli import UserError
 from training.batches import whole_row
-from training.checkpoint import weights
+from training.checkpoint import weights, whole_tensors
 from training.model import adapter_state, effective_weight, lora_layers
 
 if TYPE_CHECKING:
@@ -139,13 +141,21 @@ def check_saved_model(trainer: "Trainer", folder: Path) -> None:
     """RuntimeError unless the full model saved in `folder` changed and has the tensors of the one in memory."""
     if trainer.count["updates"] and fingerprint(trainer) == trainer.initial_sums:
         raise RuntimeError(f"{folder}: the model is unchanged after {trainer.count['updates']} steps")
-    live, compared = weights(trainer), 0
-    for file in folder.glob("*.safetensors") if trainer.world.main else ():
-        with safe_open(file, "pt") as saved:
-            for name in set(saved.keys()) & set(live):
+    with contextlib.ExitStack() as stack:
+        saved: dict[str, Any] = {}
+        for file in folder.glob("*.safetensors") if trainer.world.main else ():
+            opened = stack.enter_context(safe_open(file, "pt"))
+            saved |= dict.fromkeys(opened.keys(), opened)
+        compared = n_live = 0
+        for name, tensor in whole_tensors(trainer) if trainer.sharded else weights(trainer).items():
+            n_live += tensor.numel()
+            if name in saved:
                 compared += 1
-                if not torch.equal(saved.get_tensor(name), live[name]):
+                if not torch.equal(saved[name].get_tensor(name), tensor.cpu()):
                     raise RuntimeError(f"{folder}: {name} differs from the model in memory")
+        n_saved = sum(math.prod(opened.get_slice(name).get_shape()) for name, opened in saved.items())
+    if trainer.world.main and trainer.sharded and n_saved != n_live:
+        raise RuntimeError(f"{folder}: has {n_saved} of the model's {n_live} numbers")
     if trainer.world.main and not compared:
         raise RuntimeError(f"{folder}: contains none of the model's weights")
 

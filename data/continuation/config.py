@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.cli import ModelConfig
+from common.cli import MeasuringConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContinuationConfig(ModelConfig):
+class ContinuationConfig(MeasuringConfig):
     """The generator, the rows whose prompts it continues, and how."""
 
     model: str = "EleutherAI/pythia-12b"

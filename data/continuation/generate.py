@@ -37,6 +37,7 @@ def make_parser() -> cli.Parser:
     parser.add_argument("--strict", action="store_true", help="fail if a row is malformed, instead of leaving it out")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --output or unfinished run")
     cli.add_model_flags(parser)
+    cli.add_parallel_flag(parser)
     return parser
 
 

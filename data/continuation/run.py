@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import dataset, distributed, models, results
+from common import checkpoints, dataset, distributed, models, results
 from data import generation
 from data.continuation import text_statistics
 from data.continuation.config import ContinuationConfig
@@ -35,10 +35,10 @@ def run(config: ContinuationConfig) -> dict[str, Any]:
 def generate(config: ContinuationConfig, task: Task, target: results.Output) -> dict[str, Any]:
     """Load the model, continue every prompt, write the rows and their manifest; their statistics."""
     output, settings = config.output_file, task.settings
-    world = distributed.start()
+    world = distributed.start(model_parallel=config.model_parallel)
     with results.Run(output.parent / "run_generate.json", config, [config.data_set], world, target) as record:
         dtype = models.resolve_dtype(config.dtype, world.device)
-        base = models.load_base(task.ref, dtype, world.device, config.device_map)
+        base = checkpoints.load_base(task.ref, dtype, world, config.device_map)
         with models.adapted(base, task.ref.adapter) as (model, _):
             continuations = generation.continue_prompts(
                 model,

@@ -42,7 +42,7 @@ class Task:
 def check(config: ContinuationConfig) -> Task:
     """Read and check all arguments and files; problems raise one UserError."""
     problems = cli.Problems()
-    distributed.check_environment(problems, config.device_map)
+    distributed.check_environment(problems, config.device_map, config.model_parallel)
     output = config.output_file
     cli.check_output_file(output, ".arrow", problems, (config.data_set,))
     rows: list[Row]

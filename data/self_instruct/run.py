@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common import cli, dataset, distributed, models, results
+from common import checkpoints, cli, dataset, distributed, models, results
 from data import generation
 from data.self_instruct.config import SelfInstructConfig
 from data.self_instruct.rounds import TOO_LONG, make_rounds
@@ -51,7 +51,7 @@ def run(config: SelfInstructConfig) -> dict[str, int]:
 def check(config: SelfInstructConfig) -> Task:
     """Read and check every argument and file. UserError with all problems."""
     problems = cli.Problems()
-    distributed.check_environment(problems, config.device_map)
+    distributed.check_environment(problems, config.device_map, config.model_parallel)
     output = config.output_file
     cli.check_output_file(output, ".jsonl", problems, (config.seed_tasks,))
     seeds, broken = problems.absorb(read_seed_tasks, config.seed_tasks, config.strict) or ([], 0)
@@ -70,10 +70,10 @@ def check(config: SelfInstructConfig) -> Task:
 def generate(config: SelfInstructConfig, task: Task, partial: Path, target: results.Output) -> dict[str, int]:
     """Load the model, make the rounds, write the rows and their manifest."""
     output, settings = config.output_file, task.settings
-    world = distributed.start()
+    world = distributed.start(model_parallel=config.model_parallel)
     with results.Run(output.parent / "run_generate.json", config, [config.seed_tasks], world, target) as record:
         dtype = models.resolve_dtype(config.dtype, world.device)
-        base = models.load_base(task.ref, dtype, world.device, config.device_map)
+        base = checkpoints.load_base(task.ref, dtype, world, config.device_map)
         with models.adapted(base, task.ref.adapter) as (model, _):
             rounds = make_rounds(model, task.tokenizer, task.seeds, config, settings, partial, world)
         rows = formatted(rows_of(rounds)[: config.num_rows], config.format, task.tokenizer.eos_token)

@@ -51,6 +51,7 @@ def make_parser() -> cli.Parser:
     add("--output", help="the .jsonl file (default: generated_sequences_<arm>.jsonl)")
     add("--overwrite", action="store_true", help="replace an existing --output or unfinished run")
     cli.add_model_flags(parser)
+    cli.add_parallel_flag(parser)
     return parser
 
 

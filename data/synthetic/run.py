@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-from common import dataset, distributed, models, results
+from common import checkpoints, dataset, distributed, models, results
 from common.cli import UserError
 from common.models import encode_prompt
 from data import generation
@@ -38,7 +38,7 @@ def run(config: SyntheticConfig) -> Summary:
 def generate(config: SyntheticConfig, task: Task, target: results.Output) -> Summary:
     """Load the model, continue every prompt, write the files."""
     output = config.output_file
-    world = distributed.start()
+    world = distributed.start(model_parallel=config.model_parallel)
     run_file = output.parent / f"run_generate_{config.arm}.json"
     with results.Run(run_file, config, [config.input], world, target) as record:
         if task.source:
@@ -50,7 +50,7 @@ def generate(config: SyntheticConfig, task: Task, target: results.Output) -> Sum
             digest = {"histogram": results.sha256(config.histogram_file)}
             of_file = task.file_settings and task.file_settings | digest
             task = replace(task, settings=task.settings | digest, file_settings=of_file)
-        base = models.load_base(task.ref, dtype, world.device, config.device_map)
+        base = checkpoints.load_base(task.ref, dtype, world, config.device_map)
         planned, prompts, rooms, dropped = fit(
             config, task.tokenizer, plan(config, task, released), models.context_length(base)
         )

@@ -36,7 +36,7 @@ class Task:
 def prepare(config: SyntheticConfig) -> Task:
     """Read and check every argument and file. UserError with all problems."""
     problems = cli.Problems()
-    distributed.check_environment(problems, config.device_map)
+    distributed.check_environment(problems, config.device_map, config.model_parallel)
     check_flags(config, problems)
     rows: list[Row] = problems.absorb(reviews.read_reviews, config.input) or []
     training: list[Row] = (problems.absorb(reviews.read_reviews, config.training) or []) if config.training else []
