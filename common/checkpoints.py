@@ -44,7 +44,12 @@ def natural_key(path: AnyPath) -> list[Any]:
 
 
 def look_up_all(
-    problems: Problems, paths: Iterable[PathT], revision: str | None, base_model: str | None, flag: str
+    problems: Problems,
+    paths: Iterable[PathT],
+    revision: str | None,
+    base_model: str | None,
+    flag: str,
+    quantized: str | None = None,
 ) -> tuple[list[tuple[PathT, models.ModelRef, PreTrainedTokenizerBase | None]], dict[str, str]]:
     """([(path, ModelRef, tokenizer)], {path: why it cannot be used}) of many models, from their files.
 
@@ -55,7 +60,7 @@ def look_up_all(
     files_only = bool(problems.lines)
     for path in paths:
         try:
-            ref = models.find_model(str(path), revision, base_model, flag, files_only=files_only)
+            ref = models.find_model(str(path), revision, base_model, flag, files_only=files_only, quantized=quantized)
             found.append((path, ref, None if files_only else models.load_tokenizer(ref, flag)))
         except UserError as error:
             unusable[str(path)] = "; ".join(error.problems)
@@ -70,14 +75,15 @@ class BaseLoader:
 
     def __init__(self, world: World, dtype: torch.dtype, device_map: str | None = None) -> None:
         self.world, self.dtype, self.device_map = world, dtype, device_map
-        self._loaded: dict[str, PreTrainedModel] = {}
+        self._loaded: dict[tuple[str, str | None], PreTrainedModel] = {}
 
     def base(self, ref: models.ModelRef) -> PreTrainedModel:
         """The unadapted base of `ref`, in eval mode."""
-        if ref.base not in self._loaded:
+        wanted = ref.base, ref.quantization
+        if wanted not in self._loaded:
             self.clear()
-            self._loaded[ref.base] = models.load_base(ref, self.dtype, self.world.device, self.device_map)
-        return self._loaded[ref.base]
+            self._loaded[wanted] = models.load_base(ref, self.dtype, self.world.device, self.device_map)
+        return self._loaded[wanted]
 
     def adapted(
         self, ref: models.ModelRef, merge: bool | None = None

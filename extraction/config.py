@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from common.cli import ModelConfig
+from common.cli import QuantizedConfig
 from common.schema import TEMPERATURES
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttackConfig(ModelConfig):
+class AttackConfig(QuantizedConfig):
     """Settings of the attack, whatever the model."""
 
     dataset: str = "./data/enron.jsonl"

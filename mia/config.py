@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from common.cli import ModelConfig
+from common.cli import QuantizedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class MiaConfig(ModelConfig):
+class MiaConfig(QuantizedConfig):
     """Either model or dir is set."""
 
     model: str | None = None

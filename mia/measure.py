@@ -72,10 +72,12 @@ def measure(
         alone = replace(task, attacks=[attack for attack in task.attacks if attack not in AGAINST_BASE])
         base = reference = other = None
         if ref.adapter:
-            other = models.ModelRef(ref.base, ref.base, None, ref.revision)
+            other = ref.unadapted
             base = reference = gather(passes, other, tokenizer, alone, config, gradients=False)
         if config.ref_model:
-            other, against = models.find_model(config.ref_model, None, None, "--ref_model"), list(AGAINST_BASE)
+            against = list(AGAINST_BASE)
+            given = (config.ref_model, None, config.base_model, "--ref_model")
+            other = models.find_model(*given, quantized=config.quantization)
             its_own = models.load_tokenizer(other, "--ref_model")
             about = replace(task, attacks=against)
             reference = gather(passes, other, its_own, about, config, gradients=False, target=evidence.encoded)
@@ -101,7 +103,7 @@ def measure(
             "nonmembers": config.nonmembers,
             **({"chat_template_sha256": template_sha256(config, tokenizer, ref)} if task.whole else {}),
             "max_length": config.max_length,
-            "dtype": str(passes.dtype).removeprefix("torch."),
+            "dtype": models.dtype_name(passes.dtype, ref),
             "bootstrap": config.bootstrap,
             "seed": config.seed,
         }
@@ -149,7 +151,7 @@ def find_targets(config: MiaConfig, problems: cli.Problems) -> Targets:
 def _single_target(config: MiaConfig, model: str, problems: cli.Problems) -> Targets:
     """`find_targets` for --model; warns on stderr if results of different settings will be replaced."""
     folder = Path(config.output_dir or "./")
-    ref, tokenizer = models.look_up(problems, model, config.revision, config.base_model)
+    ref, tokenizer = models.look_up(problems, model, config.revision, config.base_model, quantized=config.quantization)
     file = folder / "results_mia.jsonl"
     if ref and file.is_file():
         earlier = problems.absorb(dataset.read_rows, file) or []
@@ -169,7 +171,7 @@ def _targets_below(config: MiaConfig, folder: str, problems: cli.Problems) -> Ta
         problems.add(f"--dir {folder}: no such directory; give one with checkpoint-* below it")
         return [], [], {}
     paths = find_checkpoints(folder)
-    found, unusable = look_up_all(problems, paths, config.revision, config.base_model, "--dir")
+    found, unusable = look_up_all(problems, paths, config.revision, config.base_model, "--dir", config.quantization)
     if not paths:
         problems.lines.append(f"--dir {folder}: no checkpoint-* directory below it")
     targets = []
@@ -208,7 +210,8 @@ def check(config: MiaConfig) -> Plan:
     reader.use(known[0] if known else None, targets[0][0] if targets else "--model")
     task = prepare(config, problems, reader)
     if config.ref_model:
-        models.look_up(problems, config.ref_model, flag="--ref_model")
+        given = (problems, config.ref_model, None, config.base_model, "--ref_model")
+        models.look_up(*given, quantized=config.quantization)
     if task and task.whole and not config.chat_template and len({str(one.chat_template) for one in known}) > 1:
         problems.add(f"--dir {config.dir}: its checkpoints have different chat templates; attack them one by one")
     if problems.lines or task is None:

@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.cli import ModelConfig
+from common.cli import QuantizedConfig
 from common.scoring import TOKEN_BUDGET
 
 DEFAULT_DIR = "./pythia-1.4b"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PerplexityConfig(ModelConfig):
+class PerplexityConfig(QuantizedConfig):
     """Measures `model` if given, else every checkpoint-* below `dir`."""
 
     dir: str = DEFAULT_DIR

@@ -13,6 +13,7 @@ class SelfInstructConfig(ModelConfig):
     """The generator, how many instances it is to make up, and how."""
 
     model: str = "EleutherAI/pythia-12b"
+    base_model: str | None = None
     seed_tasks: str = "./data/seedTasks.json"
     output: str | None = None
     format: str = "instances"

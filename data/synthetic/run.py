@@ -50,9 +50,8 @@ def generate(config: SyntheticConfig, task: Task, target: results.Output) -> Sum
             digest = {"histogram": results.sha256(config.histogram_file)}
             task = replace(task, settings=task.settings | digest, whole=task.whole and task.whole | digest)
         base = models.load_base(task.ref, dtype, world.device, config.device_map)
-        planned, prompts, rooms, dropped = fit(
-            config, task.tokenizer, plan(config, task, released), models.context_length(base)
-        )
+        context = models.context_of(task.ref)
+        planned, prompts, rooms, dropped = fit(config, task.tokenizer, plan(config, task, released), context)
         with models.adapted(base, task.ref.adapter) as (model, _):
             continuations = generation.continue_prompts(
                 model,
