@@ -288,9 +288,12 @@ def _other_types(kind: str, config: dict[str, Any]) -> list[str]:
     return wrong
 
 
+WRAPPERS = re.compile(r"\.(modules_to_save|token_adapter|base_layer)(?=\.)")  # what peft puts around a base's module
+
+
 def plain_name(tensor: str) -> str:
     """The name that an adapter's tensor has in the base, if it replaces one of the base's."""
-    return tensor.removeprefix("base_model.model.").replace(".modules_to_save", "").replace(".base_layer", "")
+    return WRAPPERS.sub("", tensor.removeprefix("base_model.model."))
 
 
 def new_vocabulary(path: AnyPath, model: PreTrainedModel) -> int | None:
@@ -300,7 +303,10 @@ def new_vocabulary(path: AnyPath, model: PreTrainedModel) -> int | None:
     ends = {"embeddings": model.get_input_embeddings(), "head": model.get_output_embeddings()}
     names = {f"{name}.weight": end for name, module in modules.items() for end, one in ends.items() if module is one}
     rows: dict[str, int] = {}
-    shapes = {plain_name(tensor): shape for tensor, shape in adapter_shapes(path).items() if ".lora_" not in tensor}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for tensor, shape in adapter_shapes(path).items():
+        if ".lora_" not in tensor:
+            shapes |= {plain_name(tensor): shape, tensor.removeprefix("base_model."): shape}
     for name, end in names.items():
         wanted = tuple(cast("torch.Tensor", cast("torch.nn.Module", ends[end]).weight).shape)
         found = shapes.get(name, wanted)
@@ -372,12 +378,17 @@ def _find_adapter(
 
 def _check_architecture(path: Path, config: dict[str, Any], model: PreTrainedModel) -> None:
     """UserError if the adapter does not fit its base, which has no weights yet."""
+    rows = new_vocabulary(path, model)
     if config["peft_type"] not in virtual_tokens.KINDS:
-        check_fit(model, path, new_vocabulary(path, model))
+        check_fit(model, path, rows)
         return
     kinds = {rope["rope_type"] for rope in _rope(model.config.get_text_config())} & {"dynamic", "longrope"}
     if kinds:
         raise UserError(f"{path}: virtual tokens before a text with a {kinds.pop()} rotary embedding; not supported")
+    width = cast("torch.Tensor", model.get_input_embeddings().weight).shape[1]
+    shape = adapter_shapes(path).get("prompt_embeddings", (0, width))
+    if config["peft_type"] not in virtual_tokens.IN_THE_CACHE and shape[1] != width:
+        raise UserError(f"{path}: does not fit this base model: its prompts have width {shape[1]}, the base {width}")
     n = context_length(model)
     if config["num_virtual_tokens"] >= n - 1:
         raise UserError(f"{path}: {config['num_virtual_tokens']} virtual tokens leave no room in a context of {n}")
@@ -581,10 +592,12 @@ def module_of(tensor: str, modules: Mapping[str, object]) -> str:
         while name.endswith(".base_layer"):  # peft stacks several wrappers around one module of experts
             name = name.removesuffix(".base_layer")
         return name
-    name = name.replace(".modules_to_save", "").replace(".base_layer", "")
-    while name and name not in modules:
-        name = name.rpartition(".")[0]
-    return name
+    for name in (plain_name(tensor), tensor.removeprefix("base_model.")):  # an adapter of virtual tokens wraps less
+        while name and name not in modules:
+            name = name.rpartition(".")[0]
+        if name:
+            return name
+    return ""
 
 
 READ_DIRECTLY = (
@@ -672,8 +685,10 @@ def attach(model: PreTrainedModel, adapter: AnyPath) -> PeftModel:
     else:
         state = set(get_peft_model_state_dict(attached, save_embedding_layers=False))
         named, created = set(shapes), state
-        own = {name.replace(".base_layer", "") for name, _ in attached.get_base_model().named_parameters()}
-        if unused := sorted(name for name in named - state if plain_name(name) not in own):
+        base = attached.get_base_model()
+        own = {WRAPPERS.sub("", name) for name, _ in base.named_parameters(remove_duplicate=False)}
+        others = [name for name in named - state if not {plain_name(name), name.removeprefix("base_model.")} & own]
+        if unused := sorted(others):
             raise UserError(f"{adapter}: does not fit this base model: it has no module for {unused[0]}")
     if created - named:  # e.g. trained on a shallower model: these matrices would keep their random initialisation
         raise UserError(f"{adapter}: does not fit this base model: it has nothing for {min(created - named)}")

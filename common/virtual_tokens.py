@@ -31,7 +31,8 @@ class VirtualTokens:
 
     def __init__(self, model: PreTrainedModel, attached: PeftModel) -> None:
         self.model, self.attached = model, attached
-        self.trunk: torch.nn.Module = model.base_model
+        decoder: Any = model.get_decoder()  # OPT's head calls it directly, not the backbone around it
+        self.trunk: torch.nn.Module = model.base_model if decoder in (None, model) else decoder
         self.count = int(attached.active_peft_config.num_virtual_tokens)
         self.making = False
         self.cache = self._make()
