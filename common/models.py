@@ -108,6 +108,11 @@ def find_model(
     return ref
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a name is an adapter's directory."""
+    return (Path(name).expanduser() / "adapter_config.json").is_file()
+
+
 def read_config(
     name: str, revision: str | None, flag: str, remedy: str = "check the name and the network"
 ) -> PreTrainedConfig:
@@ -353,6 +358,7 @@ def _find_adapter(
     if not isinstance(base, str | None):
         problems.add(f"{path}: base_model_name_or_path in its adapter_config.json is not text; fix it")
         problems.check()
+    architecture = None
     if not base:
         problems.add(f"{path}: its adapter_config.json names no base model; pass --base_model")
     else:
@@ -362,8 +368,6 @@ def _find_adapter(
         if problems.absorb(_check_files, base, wanted, MOVED_BASE) and not files_only:
             remedy = f"check the name and the network, or {MOVED_BASE}"
             architecture = problems.absorb(_check_config, base, revision, wanted, quantized, remedy)
-            if architecture and not problems.lines:
-                problems.absorb(_check_architecture, path, config, architecture)
         if base_model and not problems.lines and (record := training_record(path)):
             recorded, actual = record.get("base_sha256"), weights_sha256(ModelRef(base, base, None, revision))
             if recorded and actual and recorded != actual:
@@ -371,8 +375,12 @@ def _find_adapter(
                     f"--base_model {base}: not the weights that {path} was trained on (if they were only re-saved, "
                     f"remove base_sha256 from {path.parent / 'run.json'})"
                 )
+        if architecture and not problems.lines:
+            problems.absorb(_check_architecture, path, config, architecture)
     problems.check()
-    virtual = config["num_virtual_tokens"] if config.get("peft_type") in virtual_tokens.KINDS else 0
+    virtual = 0
+    if config.get("peft_type") in virtual_tokens.KINDS and not files_only:
+        virtual = int(config["num_virtual_tokens"])
     return ModelRef(str(path), str(base), str(path), revision, quantized, virtual)
 
 

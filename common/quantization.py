@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -74,6 +75,21 @@ def arguments(kind: str, dtype: torch.dtype) -> dict[str, Any]:
 def is_quantised(model: Model) -> bool:
     """Whether some of a loaded model's weights are stored in fewer bits."""
     return bool(method(model.config)) or getattr(model, "hf_quantizer", None) is not None
+
+
+def weight_of(layer: torch.nn.Module) -> torch.Tensor:
+    """The weight of a layer of bitsandbytes, as a matrix of floats."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    state: Any = getattr(layer.weight, "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):  # rearranged by a forward pass on a CPU
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse, dequantize_4bit
+
+        data: Any = layer.weight.data
+        plain, own = _convert_weight_packed_for_cpu_inverse(data.clone(), copy.deepcopy(state))
+        weight: torch.Tensor = dequantize_4bit(plain, own)
+        return weight
+    return dequantize_module_weight(layer)
 
 
 def dequantised(model: PreTrainedModel) -> tuple[PreTrainedModel, str]:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from common import chat, cli, dataset, distributed, models, results
 from common import trained as trained_rows
 from common.checkpoints import BaseLoader, find_checkpoints, for_each, look_up_all
+from mia.attacks import AGAINST_BASE
 from mia.config import MiaConfig
 from mia.dataset import MembershipTask, Reader, prepare
 from mia.forward import Cache, Passes
-from mia.report import AGAINST_BASE, draw_roc, report, table
+from mia.report import draw_roc, report, table
 from mia.signals import Reasons, Scores, count_tokens, gather, score_texts
 
 if TYPE_CHECKING:
@@ -225,6 +226,11 @@ def run(config: MiaConfig) -> int:
     config, task, targets, failures = plan.config, plan.task, plan.targets, plan.unusable
     members = sum(task.labels)
     summary = f"{members} members, {len(task.labels) - members} non-members; attacks {' '.join(task.attacks)}"
+    impossible = [attack for attack in AGAINST_BASE if attack in task.attacks]
+    alone = [ref.name for _, ref, _ in targets if not ref.adapter]
+    if impossible and alone and not config.ref_model:
+        words = f"{', '.join(alone)}: no adapter, so its base is not known and {', '.join(impossible)} are impossible"
+        summary = f"{words}; pass --ref_model BASE\n{summary}"
     if config.dry_run:
         print(summary)
         for _, ref, folder in targets:
