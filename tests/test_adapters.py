@@ -18,6 +18,7 @@ import merge_peft
 from common import continuations, sampling, scoring
 from common import models as loading
 from common.cli import UserError
+from extraction.measure import check
 from mia import mia as mia_script
 from perplexity import perplexity as perplexity_script
 
@@ -124,15 +125,16 @@ def test_refused_in_one_line_by_every_script(refused, kind, dataset, tmp_path, m
 
 
 IDS = list(range(2, 42))
+POSITIONS = 512
 
 
 def make_base(folder, tied=False):
-    """A tiny Llama whose output head is tied to its embeddings, or not; 64 positions."""
+    """A tiny Llama whose output head is tied to its embeddings, or not."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     vocabulary = len(make_tokenizer(folder))
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0}
+    sizes |= {"num_key_value_heads": 2, "max_position_embeddings": POSITIONS, "bos_token_id": 0, "eos_token_id": 0}
     config = LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=tied, **sizes)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).float()
@@ -212,7 +214,7 @@ def test_every_kind_is_measured_as_peft_has_it(trained, name, tmp_path):
     assert (wanted[: len(IDS)] - before if not kind.rows else torch.ones(1)).abs().max() > 0.05
     ref = loading.find_model(str(adapter), base_model=str(folder))
     virtual = PROMPTS if ref.virtual_tokens else 0
-    assert loading.context_of(ref) == 64 - virtual
+    assert loading.context_of(ref) == POSITIONS - virtual
     prompts = [ids[:20], ids[:9], [7, 8, *ids[3:12]]]
     greedy = []
     for prompt in prompts:
@@ -221,7 +223,7 @@ def test_every_kind_is_measured_as_peft_has_it(trained, name, tmp_path):
         greedy.append(theirs.generate(input_ids=given, **options)[0, len(prompt) :].tolist())
     with loading.adapted(base, adapter) as (model, change):
         assert (change is not None) == (kind.measured == "merged")
-        assert loading.context_length(model) == 64 - virtual
+        assert loading.context_length(model) == POSITIONS - virtual
         close(own_logits(model, ids), wanted)
         sequences = [ids, ids[:7], ids[5:30]]
         scores = scoring.join(sequences, [scoring.score(model, sequences)])
@@ -278,7 +280,8 @@ def test_perplexity_as_a_user_measures_it(trained, name, tmp_path):
     """Texts longer than the context, which virtual tokens make shorter; the base is found by --base_model."""
     folder, adapter = trained(name)
     moved = changed(adapter, tmp_path / "moved", base_model_name_or_path="/gone/base")
-    texts = [row["prompt"] + row["continuation"] for row in make_rows(4, seed=3)]
+    rows = [row["prompt"] + row["continuation"] for row in make_rows(24, seed=3)]
+    texts = [rows[0], *(" ".join(rows[start : start + 8]) for start in (0, 8, 16))]
     data = write_rows(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
     words = ["--model", moved, "-d", data, "--output_dir", tmp_path / "out"]
     with pytest.raises(UserError, match=r"/gone/base: no such directory; pass --base_model"):
@@ -286,7 +289,7 @@ def test_perplexity_as_a_user_measures_it(trained, name, tmp_path):
     assert perplexity_script.main([str(word) for word in [*words, "--base_model", folder]]) == 0
     line = read_lines(tmp_path / "out" / "perplexity.jsonl")[0]
     theirs, tokenizer = peft_model(name, trained), loading.load_tokenizer(loading.ModelRef("", str(folder), None, None))
-    context = 64 - (PROMPTS if name in ("prompt", "prefix") else 0)
+    context = POSITIONS - (PROMPTS if name in ("prompt", "prefix") else 0)
     nll = [by_hand(theirs, [0, *tokenizer(text).input_ids], context) for text in texts]
     assert line["n_windowed"] > 0
     assert line["mean"] == pytest.approx(sum(map(math.exp, nll)) / 4, rel=1e-4)
@@ -308,25 +311,35 @@ def test_membership_as_a_user_measures_it(trained, name, tmp_path):
     for row, line in zip(rows, read_lines(tmp_path / "mia" / "scores_mia.jsonl")):
         ids = tokenizer(row["text"]).input_ids
         mine, before = own_scores(theirs, ids).mean().item(), own_scores(base, ids).mean().item()
-        assert line["scores"]["loss"] == pytest.approx(mine, abs=1e-4)
-        assert line["scores"]["ref"] == pytest.approx(mine - before, abs=1e-4)
+        assert line["loss"] == pytest.approx(mine, abs=1e-4)
+        assert line["ref"] == pytest.approx(mine - before, abs=1e-4)
         for one in parameters:
             one.requires_grad_(True)
         logits = theirs(input_ids=torch.tensor([ids])).logits[0, -len(ids) : -1]
         loss = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]))
         norm = torch.stack([one.norm() for one in torch.autograd.grad(loss, parameters)]).norm().item()
-        assert abs(line["scores"]["grad_norm"]) == pytest.approx(norm, rel=1e-3)
+        assert abs(line["grad_norm"]) == pytest.approx(norm, rel=1e-3)
 
 
 def test_extraction_as_a_user_measures_it(trained, tmp_path):
-    """measure_purified at temperature 0 behind a prefix: the tokens of peft's generate."""
+    """measure_purified at temperature 0 behind a prefix: the words of peft's generate."""
     folder, adapter = trained("prefix")
-    rows = [row | {"prompt": row["prompt"][-40:]} for row in make_rows(6)]
-    data = write_rows(tmp_path / "rows.jsonl", rows)
+    data = write_rows(tmp_path / "rows.jsonl", make_rows(12))
     words = ["--model", adapter, "--base_model", folder, "--output_dir", tmp_path / "out", "-d", data, "--num_rows", 2]
-    words += ["--temperatures", 0, "--max_tokens", 6, "--save_responses", "--attack", "context"]
-    assert measure_purified.main([str(word) for word in words]) == 0
-    assert (tmp_path / "out" / "results_purified.jsonl").is_file()
+    words += ["--temperatures", 0, "--max_tokens", 6, "--save_responses"]
+    words = [str(word) for word in words]
+    assert measure_purified.main(words) == 0
+    theirs = peft_model("prefix", trained)
+    tokenizer = loading.load_tokenizer(loading.ModelRef("", str(folder), None, None))
+    task = check(measure_purified.make_parser().parse_args(words)).task
+    lines = read_lines(tmp_path / "out" / "results_purified_rows.jsonl")
+    assert len(lines) == 8  # 2 rows × 4 templates
+    for line in lines:
+        prompt, _ = task.asked[line["row"]]["ABCD".index(line["template"])]
+        ids = torch.tensor([loading.encode_prompt(tokenizer, prompt)])
+        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+        found = theirs.generate(input_ids=ids, **options)[0, ids.shape[1] :].tolist()
+        assert line["response"] == tokenizer.decode(found, skip_special_tokens=True)
 
 
 def test_where_virtual_tokens_are_not_peft_s_the_model_is_refused(tmp_path):
