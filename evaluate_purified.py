@@ -88,6 +88,8 @@ def run(config: EvaluateConfig) -> int:
         if config.model_parallel > 1:
             problems.add("--save_merged: no process holds the whole model with --model_parallel; use merge_peft.py")
         cli.check_writable(config.temp, problems, "--temp")
+        if config.quantization:
+            problems.add(f"--save_merged: not with --quantization {config.quantization}; use merge_peft.py")
         if config.dtype not in ("auto", "float32"):
             problems.add("--save_merged: merging needs --dtype float32; in half precision small updates round to zero")
         elif config.dtype == "auto":
@@ -173,11 +175,15 @@ def find_jobs(config: EvaluateConfig, attack: "ExtractionTask", tree: list[Path]
     from extraction.attack import chat_renderer
 
     jobs = Jobs()
-    dtype = str(models.resolve_dtype(config.dtype, "cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = models.resolve_dtype(config.dtype, "cuda" if torch.cuda.is_available() else "cpu")
     for checkpoint in tree:
         try:
-            ref = models.find_model(str(checkpoint), config.revision, config.base_model, is_opt=config.is_opt)
-            key = measure.model_key(ref) | {"dtype": dtype.removeprefix("torch.")}
+            ref = models.find_model(
+                str(checkpoint), config.revision, config.base_model, is_opt=config.is_opt, quantized=config.quantization
+            )
+            if config.save_merged and ref.adapter:
+                models.check_mergeable(ref)
+            key = measure.model_key(ref) | {"dtype": models.dtype_name(dtype, ref)}
             earlier = measure.find_results(checkpoint, attack, key, config.save_responses)
             if config.chat:
                 chat_renderer(attack, models.load_tokenizer(ref), str(checkpoint))
@@ -211,7 +217,8 @@ def measure_checkpoint(
 
     loader.world.say(f"[{number}/{total}] {checkpoint}")
     tokenizer = models.load_tokenizer(ref)
-    with loader.adapted(ref) as (model, change):
+    merge = True if config.save_merged else None  # which needs float32
+    with loader.adapted(ref, merge) as (model, change):
         if config.save_merged and ref.adapter and loader.world.main:
             with results.atomic_folder(merged_folder(config, checkpoint)) as folder:
                 model.save_pretrained(str(folder))

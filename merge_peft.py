@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import cli, models, results
+from common import cli, models, quantization, results
 from common.cli import Problems
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ RECORD = "run_merge_peft.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeConfig(cli.ModelConfig):
+class MergeConfig(cli.QuantizedConfig):
     """The flags of merge_peft.py."""
 
     model: str
@@ -36,7 +36,7 @@ class MergeConfig(cli.ModelConfig):
 
 def make_parser() -> cli.Parser:
     parser = cli.Parser(
-        "Merge a LoRA, DoRA or PiSSA checkpoint into its base model. --dtype is the dtype of the saved weights; auto "
+        "Merge an adapter checkpoint into its base model. --dtype is the dtype of the saved weights; auto "
         "means float32 on every device, because half precision rounds small updates away.",
         "python merge_peft.py --model pythia-1.4b/original-lora/0e+00_2e-06/checkpoint-276 --save_dir merged",
         MergeConfig,
@@ -63,9 +63,12 @@ def check(config: MergeConfig) -> tuple[models.ModelRef, Path]:
         problems.add(
             f"--save_dir {config.save_dir}: contains something other than an earlier merge; choose an empty directory"
         )
-    ref, _ = models.look_up(problems, config.model, config.revision, config.base_model, is_opt=config.is_opt)
+    given = (problems, config.model, config.revision, config.base_model)
+    ref, _ = models.look_up(*given, is_opt=config.is_opt, quantized=config.quantization)
     if ref and not ref.adapter:
         problems.add(f"--model {config.model}: has no adapter_config.json; it is already a full model")
+    elif ref and not problems.lines:
+        problems.absorb(models.check_mergeable, ref)
     problems.check()
     if not (ref and ref.adapter):
         raise RuntimeError(f"--model {config.model}: no adapter, but no check reported why")
@@ -105,16 +108,25 @@ def run(config: MergeConfig) -> Path:
         results.Run(folder / RECORD, config, inputs) as record,
     ):
         base = models.load_base(ref, torch.float32, device, config.device_map)
+        if quantization.is_quantised(base):
+            base, words = quantization.dequantised(base)
+            record["dequantised"] = words
+            print(f"dequantised to float32: {words}", flush=True)
+        elif how := (models.training_record(adapter) or {}).get("args", {}).get("quantization"):
+            print(f"warning: trained on a base in {how}, merged into the unquantised one", file=sys.stderr)
         record["base"], record["base_commit"] = ref.base, getattr(base.config, "_commit_hash", None)
         with models.adapted(base, adapter, merge=True) as (merged, change):
             record["relative_change"] = change
-            print(f"‖ΔW‖/‖W‖ {change:.4g}", flush=True)
+            if change is not None:  # else no matrix was changed
+                print(f"‖ΔW‖/‖W‖ {change:.4g}", flush=True)
             if dtype != torch.float32:
-                modules = sorted({models.module_of(tensor) for tensor in models.adapter_shapes(adapter)})
+                known = dict(merged.named_modules())
+                modules = sorted({models.module_of(tensor, known) for tensor in models.adapter_shapes(adapter)} - {""})
                 cost = record["rounding"] = rounding(merged, modules, dtype, change)
                 if cost is not None:
                     words = f"saved as {config.dtype}, the adapted weights are rounded by {cost:.2g} times the update"
                     print(f"warning: {words}; float32 keeps it", file=sys.stderr)
+            models.untie_if_different(merged)
             merged.to(dtype).save_pretrained(str(folder))  # type: ignore[arg-type]
         models.load_tokenizer(ref).save_pretrained(folder)
         if spent := models.privacy(ref):

@@ -82,7 +82,9 @@ def prepare(config: AuditConfig) -> AuditTask:
         problems.add(f"--secrets {config.secrets}: {words} (from 0)")
     if config.canaries and not Path(config.canaries).is_file():
         problems.add(f"--canaries {config.canaries}: no such file; give the key that canary/inject.py wrote")
-    ref, tokenizer = models.look_up(problems, config.model, config.revision, config.base_model)
+    ref, tokenizer = models.look_up(
+        problems, config.model, config.revision, config.base_model, quantized=config.quantization
+    )
     base = _reference(ref, tokenizer, config, problems) if ref else None
     problems.check()
     assert ref is not None
@@ -170,6 +172,7 @@ def membership_config(config: AuditConfig, budget: Budget) -> MiaConfig:
         dtype=config.dtype,
         device_map=config.device_map,
         model_parallel=config.model_parallel,
+        quantization=config.quantization,
         seed=config.seed,
         max_samples=budget.num_rows,
         max_length=config.max_length,
@@ -249,13 +252,14 @@ def _render(
 
 def _reference(ref: ModelRef, tokenizer: Any, config: AuditConfig, problems: cli.Problems) -> ModelRef | None:
     if config.ref_model:
-        other, its_own = models.look_up(problems, config.ref_model, flag="--ref_model")
+        given = (problems, config.ref_model, None, config.base_model, "--ref_model")
+        other, its_own = models.look_up(*given, quantized=config.quantization)
         if its_own and tokenizer and its_own.get_vocab() != tokenizer.get_vocab():
             problems.add(
                 f"--ref_model {config.ref_model}: has a different tokenizer than {ref.name}; give its own base"
             )
         return other
-    return ModelRef(ref.base, ref.base, None, ref.revision) if ref.adapter else None
+    return ref.unadapted if ref.adapter else None
 
 
 def opening(tokenizer: Any, config: AuditConfig, ref: ModelRef, train: Rows) -> list[int]:

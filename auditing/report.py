@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from auditing.verdict import LEAKS, NONE_FOUND, UNJUDGED
+from mia.attacks import AGAINST_BASE
 
 ANSWERS = {LEAKS: "LEAKS", NONE_FOUND: "no leak found", UNJUDGED: "cannot be judged"}
 NAMES = {
@@ -160,7 +161,11 @@ def paragraph(audit: Mapping[str, Any]) -> str:
     else:
         words = f"Whether {name} leaks cannot be judged."
     missing = by_answer.get(UNJUDGED)
-    return words + (f" Not judged: {', '.join(missing)}." if missing and verdict["answer"] != UNJUDGED else "")
+    if missing and verdict["answer"] != UNJUDGED:
+        words += f" Not judged: {', '.join(missing)}."
+    if audit["model"]["reference"] is None:
+        words += f" Impossible without a reference model (--ref_model): the attacks {', '.join(AGAINST_BASE)}."
+    return words
 
 
 def summary(audit: Mapping[str, Any]) -> str:

@@ -122,7 +122,7 @@ def describe(task: AuditTask, dtype: Any) -> dict[str, Any]:
         "reference": task.base.name if task.base else None,
         "weights_sha256": models.weights_sha256(task.model),
         "revision": task.model.revision,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": models.dtype_name(dtype, task.model),
         "privacy": models.privacy(task.model),
     }
 
@@ -253,6 +253,8 @@ def canary_part(config: AuditConfig, task: AuditTask, world: World) -> dict[str,
             canaries=config.canaries,
             models=(f"audited={config.model}",),
             ref_model=config.ref_model,
+            base_model=config.base_model,
+            quantization=config.quantization,
             output_dir=str(folder),
             overwrite=True,
             dtype=config.dtype,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from common.cli import MeasuringConfig
+from common.cli import MeasuringConfig, QuantizedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +26,14 @@ class InjectConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasureConfig(MeasuringConfig):
+class MeasureConfig(MeasuringConfig, QuantizedConfig):
     """At least one of models and synthetic is set."""
 
     canaries: str  # the key file
     models: tuple[str, ...] | None = None  # ARM=MODEL
     synthetic: tuple[str, ...] | None = None  # ARM=FILE
     ref_model: str | None = None  # None: the base of an adapter
+    base_model: str | None = None
     references: int = 1000
     output_dir: str = "./"
     overwrite: bool = False

@@ -59,11 +59,11 @@ def secret_nlls(model: Any, tokenizer: Any, context: str, secrets: list[str]) ->
     return nlls
 
 
-def sentence_logps(model: Any, tokenizer: Any, canaries: Sequence[KeyLine], world: World) -> list[float]:
-    """Log-probability in nats of each canary's sentence in its row, on every rank."""
+def sentence_logps(model: Any, tokenizer: Any, canaries: Sequence[KeyLine], most: int, world: World) -> list[float]:
+    """Log-probability in nats of each canary's sentence in its row, of at most `most` tokens, on every rank."""
     from common import scoring
 
-    most = models.context_length(model)
+    most = min(most, models.context_length(model))
     split = [tokens_from(tokenizer, canary["context"], canary["sentence"], most) for canary in canaries]
     sequences = [[*before, *after] for before, after in split]
     parts = world.together(lambda: scoring.score(model, sequences, world=world))
@@ -102,18 +102,19 @@ def measure_model(
     """(exposures, signal of each audit canary, the signal's name)."""
     audited = task.audited
     before: list[float] | None = None
+    most = models.context_of(arm.ref)
     base = checkpoints.load_base(arm.ref, dtype, world, config.device_map)
     if audited and task.ref_model:
         untrained = checkpoints.load_base(task.ref_model, dtype, world, config.device_map)
         its_tokenizer = models.load_tokenizer(task.ref_model, "--ref_model")
         with models.adapted(untrained, task.ref_model.adapter) as (model, _):
-            before = sentence_logps(model, its_tokenizer, audited, world)
+            before = sentence_logps(model, its_tokenizer, audited, most, world)
         del untrained
     elif audited and arm.ref.adapter:
-        before = sentence_logps(base, arm.tokenizer, audited, world)
+        before = sentence_logps(base, arm.tokenizer, audited, most, world)
     with models.adapted(base, arm.ref.adapter) as (model, _):
         bits = exposures(model, arm.tokenizer, task, config.references, config.seed, world)
-        after = sentence_logps(model, arm.tokenizer, audited, world) if audited else []
+        after = sentence_logps(model, arm.tokenizer, audited, most, world) if audited else []
     if before is None:
         return bits, after, "log-probability"
     return (

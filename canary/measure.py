@@ -49,6 +49,7 @@ def make_parser() -> cli.Parser:
     add("--references", type=cli.positive_int, help="number of other secrets to rank against (at most all of them)")
     add("--output_dir", help="directory for the results")
     add("--overwrite", action="store_true", help="replace existing results")
+    cli.add_base_model(parser, "every adapter")
     cli.add_model_flags(parser)
     cli.add_parallel_flag(parser)
     return parser

@@ -72,10 +72,15 @@ def prepare(config: MeasureConfig) -> Task:
     refs: dict[str, ModelRef] = {}
     tokenizers: dict[str, Any] = {}
     for arm, name in names.items():
-        ref, tokenizers[arm] = models.look_up(problems, name, config.revision, None, f"--models {arm}=")
+        ref, tokenizers[arm] = models.look_up(
+            problems, name, config.revision, config.base_model, f"--models {arm}=", quantized=config.quantization
+        )
         if ref:
             refs[arm] = ref
-    ref_model = models.look_up(problems, config.ref_model, flag="--ref_model")[0] if config.ref_model else None
+    ref_model = None
+    if config.ref_model:
+        given = (problems, config.ref_model, None, config.base_model, "--ref_model")
+        ref_model, _ = models.look_up(*given, quantized=config.quantization)
     privacy = {arm: models.privacy(ref) for arm, ref in refs.items()}
     texts = {
         arm: read_texts(config, f"{arm}={file}", file, rows[arm] or [], privacy.get(arm), header, problems)

@@ -46,7 +46,12 @@ def natural_key(path: AnyPath) -> list[Any]:
 
 
 def look_up_all(
-    problems: Problems, paths: Iterable[PathT], revision: str | None, base_model: str | None, flag: str
+    problems: Problems,
+    paths: Iterable[PathT],
+    revision: str | None,
+    base_model: str | None,
+    flag: str,
+    quantized: str | None = None,
 ) -> tuple[list[tuple[PathT, models.ModelRef, PreTrainedTokenizerBase | None]], dict[str, str]]:
     """([(path, ModelRef, tokenizer)], {path: why it cannot be used}) of many models, from their files.
 
@@ -57,7 +62,7 @@ def look_up_all(
     files_only = bool(problems.lines)
     for path in paths:
         try:
-            ref = models.find_model(str(path), revision, base_model, flag, files_only=files_only)
+            ref = models.find_model(str(path), revision, base_model, flag, files_only=files_only, quantized=quantized)
             usable.append((path, ref, None if files_only else models.load_tokenizer(ref, flag)))
         except UserError as error:
             unusable[str(path)] = "; ".join(error.problems)
@@ -72,7 +77,7 @@ def load_base(ref: models.ModelRef, dtype: torch.dtype, world: World, device_map
     if world.model_group is None:
         return models.load_base(ref, dtype, world.device, device_map)
     config = models.read_config(ref.base, ref.revision, "--model")
-    if getattr(config, "quantization_config", None):
+    if ref.quantization or getattr(config, "quantization_config", None):
         raise UserError(f"{ref.base}: is quantised, so its layers cannot be spread; drop --model_parallel")
     model = models.load_base(ref, dtype, "cpu")
     sharding.spread(model, world.model_group)
@@ -84,14 +89,15 @@ class BaseLoader:
 
     def __init__(self, world: World, dtype: torch.dtype, device_map: str | None = None) -> None:
         self.world, self.dtype, self.device_map = world, dtype, device_map
-        self._loaded: dict[str, PreTrainedModel] = {}
+        self._loaded: dict[tuple[str, str | None], PreTrainedModel] = {}
 
     def base(self, ref: models.ModelRef) -> PreTrainedModel:
         """The unadapted base of `ref`, in eval mode."""
-        if ref.base not in self._loaded:
+        wanted = ref.base, ref.quantization
+        if wanted not in self._loaded:
             self.clear()
-            self._loaded[ref.base] = load_base(ref, self.dtype, self.world, self.device_map)
-        return self._loaded[ref.base]
+            self._loaded[wanted] = load_base(ref, self.dtype, self.world, self.device_map)
+        return self._loaded[wanted]
 
     def adapted(
         self, ref: models.ModelRef, merge: bool | None = None

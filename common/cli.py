@@ -31,6 +31,7 @@ P = ParamSpec("P")
 Number = TypeVar("Number", int, float)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("nf4", "int8")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space for a script's output
 SHOWN_BROKEN = 3  # broken rows of an input that are reported individually
 
@@ -301,6 +302,13 @@ class MeasuringConfig(ModelConfig):
     model_parallel: int = 1
 
 
+@dataclass(frozen=True, kw_only=True)
+class QuantizedConfig(ModelConfig):
+    """Of those that can load its base in fewer bits."""
+
+    quantization: str | None = None
+
+
 def positive_int(text: str) -> int:
     """argparse type: an integer ≥ 1."""
     value = _number(int, text, "a whole number")
@@ -364,12 +372,16 @@ def _number(kind: Callable[[str], Number], text: str, words: str) -> Number:
 
 
 def add_model_flags(parser: Parser, seed_help: str = "random seed") -> None:
-    """The flags of `ModelConfig`: --dtype --device_map --revision --dry_run --seed."""
+    """The flags of `ModelConfig`: --dtype --device_map --revision --dry_run --seed; of a `QuantizedConfig` also
+    --quantization."""
     add = parser.add_argument
     words = "auto: float32 on CPU; on a GPU bfloat16 if supported, else float16"
     add("--dtype", choices=DTYPES, help=words)
     words = "passed to transformers ('auto' spreads one model over all GPUs); None: one device per process"
     add("--device_map", type=device_map, help=words)
+    if "quantization" in parser.defaults:
+        words = "load the (base) model's linear layers in 4 or 8 bits, with bitsandbytes"
+        add("--quantization", choices=QUANTIZATIONS, help=words)
     add("--revision", help="branch, tag or commit of a hub model")
     add("--dry_run", action="store_true", help="check every argument and file, print the plan, load no model")
     add("--seed", type=seed, help=seed_help)
@@ -379,6 +391,11 @@ def add_parallel_flag(parser: Parser) -> None:
     """The flag of `MeasuringConfig`."""
     words = "under torchrun: spread the model over groups of this many processes, for models larger than one GPU"
     parser.add_argument("--model_parallel", metavar="M", type=positive_int, help=words)
+
+
+def add_base_model(parser: Parser, adapters: str = "an adapter") -> None:
+    """--base_model, where a base has moved since its adapter was trained."""
+    parser.add_argument("--base_model", help=f"base of {adapters}, overriding adapter_config.json")
 
 
 def add_row_flags(parser: Parser) -> None:

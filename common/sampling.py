@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from common import models, sharding
+from common import models, sharding, virtual_tokens
 from common.cli import UserError
 from common.models import check_tokens, embedding_weight, without_adapter
 
@@ -217,17 +217,22 @@ def common_prefix(prompts: list[list[int]]) -> int:
 
 
 def _encode_prefix(model: PreTrainedModel, tokens: list[int], device: torch.device) -> list[Layer] | None:
-    """Keys and values of the shared prefix, by layer; None if it is empty."""
+    """Keys and values of an adapter's virtual tokens and the shared prefix, by layer; None if there are neither."""
     import torch
 
+    virtual = virtual_tokens.of(model)
+    first = virtual.layers() if virtual else None
     if not tokens:
-        return None
-    cache = SharedPrefixCache(1, len(tokens))
+        return first
+    cache = SharedPrefixCache(1, len(tokens), first)
     t = len(tokens)
     mask = torch.ones(t, t, dtype=torch.bool, device=device).tril()[None, None]
     ids = torch.tensor([tokens], device=device)
-    _forward(model, cache, ids, torch.arange(t, device=device)[None], mask, 1)
-    return cache.as_prefix()
+    begin = virtual_tokens.count(model)
+    _forward(model, cache, ids, torch.arange(begin, begin + t, device=device)[None], mask, 1)
+    if first is None:
+        return cache.as_prefix()
+    return [(torch.cat([a, c], 1), torch.cat([b, d], 1)) for (a, b), (c, d) in zip(first, cache.as_prefix())]
 
 
 class SharedPrefix:
@@ -236,6 +241,7 @@ class SharedPrefix:
     def __init__(self, model: PreTrainedModel, prompts: list[list[int]]) -> None:
         self.model, self.device = model, embedding_weight(model).device
         self.shared = common_prefix(prompts)
+        self.before = virtual_tokens.count(model) + self.shared  # positions before a row's own
         self.prefix = _encode_prefix(model, prompts[0][: self.shared], self.device)
 
     def bytes_per_position(self) -> int:
@@ -274,7 +280,7 @@ class SharedPrefix:
                 ids[i, end - size : end - size + len(form)] = torch.tensor(form, dtype=torch.long)
         ids, padding, block, offset = (item.to(self.device) for item in (ids, padding, block, offset))
         column = torch.arange(total, device=self.device)
-        positions = (self.shared + offset[None] - padding[:, None]).clamp(min=0)
+        positions = (self.before + offset[None] - padding[:, None]).clamp(min=0)
         seen = (column[None, :] <= column[:, None]) & ((block == 0)[None, :] | (block[None, :] == block[:, None]))
         visible = (column[None, None, :] >= padding[:, None, None]) | torch.eye(
             total, dtype=torch.bool, device=self.device
@@ -311,7 +317,7 @@ class SharedPrefix:
         ids[slot], padding[slot] = token, self.padding[parent]
         self.padding = padding
         seen = torch.arange(self.cache.length + 1, device=self.device)[None] >= padding[:, None]
-        positions = (self.shared + self.cache.length - padding)[:, None]
+        positions = (self.before + self.cache.length - padding)[:, None]
         return _forward(self.model, self.cache, ids[:, None], positions, seen[:, None, None], 1)[:, 0], slot
 
 
@@ -424,7 +430,7 @@ def _choose_engine(
     extremes = [min(prompts, key=len), max(prompts, key=len)]
     extremes = [prompts[0]] if len(prompts) == 1 else extremes
     wanted = [_generated(model, prompt) for prompt in extremes]
-    why = models.beyond_plain_attention(model.config, longest)
+    why = models.beyond_plain_attention(model.config, longest + virtual_tokens.count(model))
     if why is None:
         try:
             with contextlib.ExitStack() as switched:

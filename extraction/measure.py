@@ -235,7 +235,7 @@ def describe(ref: ModelRef, dtype: torch.dtype, change: float | None) -> dict[st
         "model": ref.name,
         "base_model": ref.base,
         **model_key(ref),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": models.dtype_name(dtype, ref),
         "relative_change": change,
         "privacy": models.privacy(ref),
     }
@@ -282,7 +282,9 @@ def check(config: MeasureConfig) -> Plan:
     task = prepare(config, problems)
     ref = tokenizer = None
     if config.model:
-        ref, tokenizer = models.look_up(problems, config.model, config.revision, config.base_model)
+        ref, tokenizer = models.look_up(
+            problems, config.model, config.revision, config.base_model, quantized=config.quantization
+        )
         if tokenizer and task and config.chat:
             problems.absorb(chat_renderer, task, tokenizer, config.model)
     if problems.lines or task is None or ref is None or tokenizer is None or config.output_dir is None:

@@ -24,6 +24,7 @@ CON_RECALL_GAMMA = 0.5
 DC_PDD_CEILING = 0.01
 WINDOWS = (2, 3, 4, 6, 9, 13, 18, 25, 32, 40)
 N_NEIGHBOURS = 25
+AGAINST_BASE = ("ref", "ez", "wbc")  # these compare with the base, so they have no score for the base itself
 
 
 class Undefined(ValueError):

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from common.cli import MeasuringConfig
+from common.cli import MeasuringConfig, QuantizedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class MiaConfig(MeasuringConfig):
+class MiaConfig(MeasuringConfig, QuantizedConfig):
     """Either model or dir is set."""
 
     model: str | None = None

@@ -108,8 +108,8 @@ def digest(*parts: object) -> str:
 
 def model_key(ref: ModelRef, dtype: torch.dtype) -> str:
     """Identifies a model's outputs: weights and configuration of base and adapter (or hub name), and the dtype."""
-    parts: list[object] = [str(dtype)]
-    for part in (models.ModelRef(ref.name, ref.base, None, ref.revision), ref if ref.adapter else None):
+    parts: list[object] = [str(dtype), *filter(None, [ref.quantization])]
+    for part in (ref.unadapted, ref if ref.adapter else None):
         if part is None:
             continue
         folder = Path(part.adapter or part.base)
@@ -124,7 +124,7 @@ class Passes:
     def __init__(self, cache: Cache, loader: BaseLoader, token_budget: int) -> None:
         self.cache, self.loader, self.token_budget = cache, loader, token_budget
         self.world, self.dtype = loader.world, loader.dtype
-        self.held: tuple[tuple[str, str | None, bool | None], Model] | None = None
+        self.held: tuple[tuple[object, ...], Model] | None = None
         self.stack = contextlib.ExitStack()
         self.scored = 0  # texts not found in the cache
 
@@ -135,11 +135,12 @@ class Passes:
 
     def model(self, ref: ModelRef, merge: bool | None = None) -> Model:
         """The model of `ref`, loaded and adapted unless it already is."""
-        if self.held and self.held[0] == (ref.base, ref.adapter, merge):
+        wanted = ref.base, ref.quantization, ref.adapter, merge
+        if self.held and self.held[0] == wanted:
             return self.held[1]
         self.close()
         model, _ = self.stack.enter_context(self.loader.adapted(ref, merge))
-        self.held = (ref.base, ref.adapter, merge), model
+        self.held = wanted, model
         return model
 
     def run(
@@ -225,7 +226,7 @@ class Passes:
         """[1] ‖∇ ℓ‖₂ of each sequence over the adapter's parameters, without dropout."""
 
         def compute(model: Model, indices: list[int]) -> Part:
-            parameters = [p.requires_grad_(True) for name, p in model.named_parameters() if "lora_" in name]
+            parameters = [parameter.requires_grad_(True) for parameter in models.adapter_parameters(model)]
             return [(index, gradient_norm(model, parameters, sequences[index])) for index in self.world.shard(indices)]
 
         return self.run(ref, ("gradient",), sequences, compute, merge=False)

@@ -15,10 +15,11 @@ from common import trained as trained_rows
 from common.checkpoints import BaseLoader, find_checkpoints, for_each, look_up_all
 from common.schema import SHADOW_ATTACKS
 from mia import shadows as calibrated
+from mia.attacks import AGAINST_BASE
 from mia.config import MiaConfig
 from mia.dataset import MembershipTask, Reader, prepare
 from mia.forward import Cache, Passes
-from mia.report import AGAINST_BASE, draw_roc, report, table
+from mia.report import draw_roc, report, table
 from mia.signals import Reasons, Scores, count_tokens, gather, score_texts
 
 if TYPE_CHECKING:
@@ -74,10 +75,12 @@ def measure(
         alone = replace(task, attacks=[attack for attack in task.attacks if attack not in AGAINST_BASE])
         base = reference = other = None
         if ref.adapter:
-            other = models.ModelRef(ref.base, ref.base, None, ref.revision)
+            other = ref.unadapted
             base = reference = gather(passes, other, tokenizer, alone, config, gradients=False)
         if config.ref_model:
-            other, against = models.find_model(config.ref_model, None, None, "--ref_model"), list(AGAINST_BASE)
+            against = list(AGAINST_BASE)
+            given = (config.ref_model, None, config.base_model, "--ref_model")
+            other = models.find_model(*given, quantized=config.quantization)
             its_own = models.load_tokenizer(other, "--ref_model")
             about = replace(task, attacks=against)
             reference = gather(passes, other, its_own, about, config, gradients=False, target=evidence.encoded)
@@ -104,7 +107,7 @@ def measure(
             "nonmembers": config.nonmembers,
             **({"chat_template_sha256": template_sha256(config, tokenizer, ref)} if task.whole else {}),
             "max_length": config.max_length,
-            "dtype": str(passes.dtype).removeprefix("torch."),
+            "dtype": models.dtype_name(passes.dtype, ref),
             "bootstrap": config.bootstrap,
             "seed": config.seed,
         }
@@ -163,7 +166,7 @@ def find_targets(config: MiaConfig, problems: cli.Problems) -> Targets:
 def _single_target(config: MiaConfig, model: str, problems: cli.Problems) -> Targets:
     """`find_targets` for --model; warns on stderr if results of different settings will be replaced."""
     folder = Path(config.output_dir or "./")
-    ref, tokenizer = models.look_up(problems, model, config.revision, config.base_model)
+    ref, tokenizer = models.look_up(problems, model, config.revision, config.base_model, quantized=config.quantization)
     file = folder / "results_mia.jsonl"
     if ref and file.is_file():
         earlier = problems.absorb(dataset.read_rows, file) or []
@@ -183,7 +186,7 @@ def _targets_below(config: MiaConfig, folder: str, problems: cli.Problems) -> Ta
         problems.add(f"--dir {folder}: no such directory; give one with checkpoint-* below it")
         return [], [], {}
     paths = find_checkpoints(folder)
-    found, unusable = look_up_all(problems, paths, config.revision, config.base_model, "--dir")
+    found, unusable = look_up_all(problems, paths, config.revision, config.base_model, "--dir", config.quantization)
     if not paths:
         problems.lines.append(f"--dir {folder}: no checkpoint-* directory below it")
     targets = []
@@ -222,7 +225,8 @@ def check(config: MiaConfig) -> Plan:
     reader.use(known[0] if known else None, targets[0][0] if targets else "--model")
     task = prepare(config, problems, reader)
     if config.ref_model:
-        models.look_up(problems, config.ref_model, flag="--ref_model")
+        given = (problems, config.ref_model, None, config.base_model, "--ref_model")
+        models.look_up(*given, quantized=config.quantization)
     if task and task.whole and not config.chat_template and len({str(one.chat_template) for one in known}) > 1:
         problems.add(f"--dir {config.dir}: its checkpoints have different chat templates; attack them one by one")
     if problems.lines or task is None:
@@ -239,6 +243,11 @@ def run(config: MiaConfig) -> int:
     if task.shadows:
         finished, rest = len(task.shadows.trained), task.shadows.unfinished
         summary += f" {' '.join(SHADOW_ATTACKS)} ({finished} shadows{f', {rest} unfinished left out' if rest else ''})"
+    impossible = [attack for attack in AGAINST_BASE if attack in task.attacks]
+    alone = [ref.name for _, ref, _ in targets if not ref.adapter]
+    if impossible and alone and not config.ref_model:
+        words = f"{', '.join(alone)}: no adapter, so its base is not known and {', '.join(impossible)} are impossible"
+        summary = f"{words}; pass --ref_model BASE\n{summary}"
     if config.dry_run:
         print(summary)
         for _, ref, folder in targets:

@@ -12,6 +12,7 @@ from common import stats
 from common.schema import HEADLINE_ATTACK, SHADOW_ATTACKS
 from common.stats import roc
 from mia import attacks, baselines, metrics
+from mia.attacks import AGAINST_BASE
 from mia.config import MiaConfig
 from mia.dataset import MembershipTask
 from mia.metrics import Floats
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
     Lines = list[dict[str, Any]]  # of a result file
 
-AGAINST_BASE = ("ref", "ez", "wbc")  # these compare with the base, so they have no score for the base itself
 NO_BASE = "no base known: the model has no adapter"
 DRAWN = ("loss", "zlib", "lowercase", "ref", "min_k_20", "min_k_pp_20", "surp", "recall", "con_recall", "dc_pdd",
          "neighborhood", "neighborhood_self", "grad_norm", "ez", "wbc", "combine", *SHADOW_ATTACKS)  # fmt: skip

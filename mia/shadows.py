@@ -32,7 +32,7 @@ from mia.calibration import (
 )
 from mia.dataset import MembershipTask
 from mia.forward import LOGP
-from mia.signals import Encoded, Evidence, Reasons, Scores, context_of, scorable
+from mia.signals import Encoded, Evidence, Reasons, Scores, scorable
 
 if TYPE_CHECKING:
     from common.models import ModelRef
@@ -112,7 +112,7 @@ def calibrate(passes: Passes, ref: ModelRef, encoded: Encoded, task: MembershipT
     """Run the target's tokens through every shadow that fits the target, on its base."""
     chosen, reason = fitting(ref, shadows)
     found = Calibration(len(chosen), reason, {}, {})
-    scored = scorable(encoded, context_of(ref))
+    scored = scorable(encoded, models.context_of(ref))
     digests = [text_sha256(task.texts[index]) for index in scored]
     for shadow, checkpoint in chosen:
         model = models.find_model(str(checkpoint), ref.revision, ref.base, "--shadows")

@@ -6,8 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +20,7 @@ from mia.forward import DEVIATION, HIT, LOGP, MEAN, Array, Passes
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from common.models import Model, ModelRef
+    from common.models import ModelRef
 
 Scores = dict[str, list[float | None]]  # attack → score of each text
 Reasons = dict[str, dict[int, str]]  # attack → {index of a text without a score: why}
@@ -115,12 +114,6 @@ def make_prefix(
     return (prefix, used) if used else ([], 0)
 
 
-def context_of(ref: ModelRef) -> int:
-    """`models.context_length` of a model, from its configuration alone."""
-    model = SimpleNamespace(config=models.read_config(ref.base, ref.revision, "--model"))
-    return models.context_length(cast("Model", model))
-
-
 def scorable(encoded: Encoded, context: int) -> list[int]:
     """Indices of the texts that a model with this context can score: 2 tokens or more, and not too many."""
     return [index for index, ids in enumerate(encoded.tokens) if 1 < len(ids) <= context]
@@ -153,7 +146,7 @@ def gather(
 
     target: for a reference model, the target's encoding; its texts are truncated where the target's were.
     """
-    context = context_of(ref)
+    context = models.context_of(ref)
     if target:
         encoded = encode_same(tokenizer, task.texts, target, task.whole)
     else:

@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.cli import MeasuringConfig
+from common.cli import MeasuringConfig, QuantizedConfig
 from common.scoring import TOKEN_BUDGET
 
 DEFAULT_DIR = "./pythia-1.4b"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PerplexityConfig(MeasuringConfig):
+class PerplexityConfig(MeasuringConfig, QuantizedConfig):
     """Measures `model` if given, else every checkpoint-* below `dir`."""
 
     dir: str = DEFAULT_DIR

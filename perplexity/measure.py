@@ -82,7 +82,7 @@ def find_models(config: PerplexityConfig, problems: cli.Problems) -> tuple[list[
         if not names:
             problems.add(f"--dir {config.dir}: no checkpoint-* directory below it; pass --model for a single model")
     flag = "--model" if config.model else "--dir"
-    usable, unusable = look_up_all(problems, names, config.revision, config.base_model, flag)
+    usable, unusable = look_up_all(problems, names, config.revision, config.base_model, flag, config.quantization)
     return [(names[path], ref, tokenizer) for path, ref, tokenizer in usable], unusable
 
 
@@ -197,7 +197,7 @@ def run_locked(config: PerplexityConfig, folder: Path, output: results.Output, p
         "dataset": str(config.dataset),
         "dataset_sha256": results.sha256(config.dataset),
         "rows": [chosen[0], chosen[-1] + 1, len(chosen)],
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": models.dtype_name(dtype, config),
         "seed": config.seed,
     }
     todo: list[tuple[models.ModelRef, Target, Line]] = []  # with the result line so far

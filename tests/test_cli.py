@@ -19,8 +19,9 @@ MEASURE = {
     "-d", "--dataset", "--data", "--top_k", "-mt", "--max_tokens", "--num_rows", "--temperatures", "--attack",
     "--templates", "--trailing_space", "--stop", "--demonstrations", "--batch_size", "--save_responses", "--baseline",
 }  # fmt: skip
+QUANTIZED = {"--quantization"}
 FLAGS = {
-    "run_peft.py": MODEL | {
+    "run_peft.py": MODEL | QUANTIZED | {
         "-m", "--model", "-i", "--input", "--data", "--num_rows", "--output_dir", "-pdbs", "--per_device_batch_size",
         "-gas", "--gradient_accumulation_steps",
         "-w", "--warmup_steps", "-e", "--epochs", "-lr", "--learning_rate", "-l", "--logging_steps", "-opt",
@@ -32,16 +33,16 @@ FLAGS = {
         "--dp", "--target_epsilon", "--noise_multiplier", "--target_delta", "--logical_batch_size", "--accountant",
         "--privacy_unit", "--max_rows_per_user", "--secure_rng", "--suggest_max_grad_norm",
     },
-    "merge_peft.py": MODEL | {"--model", "--save_dir", "--output_dir", "--base_model", "--is_opt"},
-    "measure_purified.py": MEASURING | MEASURE | {"--model", "--output_dir", "--base_model"},
-    "evaluate_purified.py": MEASURING | MEASURE | {
+    "merge_peft.py": MODEL | QUANTIZED | {"--model", "--save_dir", "--output_dir", "--base_model", "--is_opt"},
+    "measure_purified.py": MEASURING | QUANTIZED | MEASURE | {"--model", "--output_dir", "--base_model"},
+    "evaluate_purified.py": MEASURING | QUANTIZED | MEASURE | {
         "-m", "--model", "-t", "--temp", "--is_opt", "--base_model", "--save_merged", "--mia",
     },
-    "perplexity/perplexity.py": MEASURING | {
+    "perplexity/perplexity.py": MEASURING | QUANTIZED | {
         "--dir", "-d", "--dataset", "--data", "--model", "--base_model", "--output_dir", "--num_rows", "--token_budget",
         "--chat_template", "--columns",
     },
-    "mia/mia.py": MEASURING | {
+    "mia/mia.py": MEASURING | QUANTIZED | {
         "--model", "--dir", "--base_model", "--members", "--data", "--num_rows", "--nonmembers",
         "--text_field", "--chat_template", "--columns", "--attacks", "--ref_model",
         "--prefix_file", "--neighbor_model", "--freq_corpus", "--max_length", "--max_samples", "--token_budget",
@@ -68,12 +69,13 @@ FLAGS = {
         "--overwrite", "--dry_run", "--seed",
     },
     "data/continuation/generate.py": MEASURING | {
-        "-m", "--model", "-d", "--data_set", "--dataset", "--data", "--top_k", "-mt", "--max_tokens",
+        "-m", "--model", "--base_model", "-d", "--data_set", "--dataset", "--data", "--top_k", "-mt", "--max_tokens",
         "--temperature", "--output",
         "--batch_size", "--strict", "--overwrite",
     },
     "data/synthetic/generate.py": MEASURING | {
-        "-m", "--model", "-i", "--input", "--data", "--arm", "--num", "--num_rows", "--condition", "--training",
+        "-m", "--model", "--base_model", "-i", "--input", "--data", "--arm", "--num", "--num_rows", "--condition",
+        "--training",
         "--metadata_epsilon", "--metadata_delta", "--metadata_fields", "--histogram", "--max_new_tokens",
         "--temperature", "--top_k", "--filter", "--batch_size", "--output", "--overwrite",
     },
@@ -81,11 +83,13 @@ FLAGS = {
         "-i", "--input", "--data", "--output", "--key_file", "--share", "--repetitions", "--canaries", "--audit",
         "--privacy_unit", "--secret", "--within", "--condition", "--overwrite", "--dry_run", "--seed",
     },
-    "canary/measure.py": MEASURING | {
-        "--canaries", "--models", "--synthetic", "--ref_model", "--references", "--output_dir", "--overwrite",
+    "canary/measure.py": MEASURING | QUANTIZED | {
+        "--base_model", "--canaries", "--models", "--synthetic", "--ref_model", "--references", "--output_dir",
+        "--overwrite",
     },
     "data/self_instruct/generate.py": MEASURING | {
-        "-m", "--model", "--seed_tasks", "--num_rows", "--top_k", "-mt", "--max_tokens", "--temperature",
+        "-m", "--model", "--base_model", "--seed_tasks", "--num_rows", "--top_k", "-mt", "--max_tokens",
+        "--temperature",
         "--instance_temperature", "--format", "--round_size", "--output", "--batch_size", "--strict",
         "--overwrite",
     },
@@ -110,7 +114,7 @@ FLAGS = {
         "--synthetic", "--real", "--num_rows", "--sheets", "--key", "--output_dir", "--overwrite", "--dry_run",
         "--seed",
     },
-    "audit.py": MEASURING | {"--model", "--base_model", "--ref_model", "--train", "--data", "--heldout",
+    "audit.py": MEASURING | QUANTIZED | {"--model", "--base_model", "--ref_model", "--train", "--data", "--heldout",
                          "--chat_template", "--columns", "--num_rows", "--secrets", "--pii", "--region", "--canaries",
                          "--decoys",
                          "--samples", "--without", "--quick", "--max_length", "--token_budget", "--output_dir",

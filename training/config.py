@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from common.cli import ModelConfig
+from common.cli import QuantizedConfig
 
 SEED = 3407  # without --dp, which uses the operating system's entropy
 
@@ -35,7 +35,7 @@ class DPConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(AdapterConfig, DPConfig, ModelConfig):
+class TrainConfig(AdapterConfig, DPConfig, QuantizedConfig):
     """Every flag of run_peft.py, as recorded in run.json."""
 
     model: str = "EleutherAI/pythia-1.4b"

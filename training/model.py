@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from common import models
+from common import models, quantization
 from common.cli import UserError
 from common.distributed import World, node_size
 from training.config import AdapterConfig, TrainConfig
@@ -169,8 +169,14 @@ def linear_layers(model: "PreTrainedModel") -> dict[str, tuple[int, int]]:
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()
+
+    def sides(module: "nn.Linear | Conv1D") -> tuple[int, int]:
+        if isinstance(module, nn.Linear):  # the weight of a quantised layer has another shape
+            return module.out_features, module.in_features
+        return module.weight.shape[0], module.weight.shape[1]
+
     return {
-        name: (module.weight.shape[0], module.weight.shape[1])
+        name: sides(module)
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) and module is not head
     }
@@ -266,7 +272,10 @@ def effective_weight(layer: "LoraLinear", name: str, state: "dict[str, torch.Ten
     from peft.utils.other import transpose
 
     with torch.no_grad():
-        weight = cast("torch.nn.Linear", layer.get_base_layer()).weight.detach()
+        base = cast("torch.nn.Linear", layer.get_base_layer())
+        weight = base.weight.detach()
+        if not weight.is_floating_point():
+            weight = quantization.weight_of(base)
         if hasattr(weight, "full_tensor"):  # fsdp: unsharded, on this rank only
             weight = weight.full_tensor()
         weight = weight.double()

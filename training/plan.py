@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from common import cli, dataset, distributed, models, results, trained
+from common import cli, dataset, distributed, models, quantization, results, trained
 from common.cli import Problems, UserError
 from common.distributed import World
 from training import dp_plan
@@ -193,8 +193,10 @@ def make_plan(config: TrainConfig) -> Plan:
         problems.add(
             f"--suggest_max_grad_norm {config.suggest_max_grad_norm}: is the private --input; give a public file"
         )
-    ref, tokenizer = models.look_up(problems, config.model, config.revision)
-    if ref and ref.adapter:
+    ref = tokenizer = None
+    if not models.is_adapter(config.model):
+        ref, tokenizer = models.look_up(problems, config.model, config.revision, quantized=config.quantization)
+    else:
         problems.add(f"--model {config.model}: is an adapter; merge it into its base first (merge_peft.py)")
     start = None
     if ref and folder and (spending or not config.dp):
@@ -204,6 +206,13 @@ def make_plan(config: TrainConfig) -> Plan:
     if tokenizer and rows and chosen:
         given = (public or rows, tokenizer, config.chat_template, f"--model {config.model}")
         renderer = problems.absorb(dataset.read_renderer, *given)
+    stored = quantization.method(architecture) if architecture else ""
+    if stored and "bitsandbytes" not in stored:
+        problems.add(
+            f"--model {config.model}: is quantised ({stored}), which is not trained on; give the unquantised model"
+        )
+    elif config.quantization or stored:
+        check_quantized(config, f"--quantization {config.quantization}" if config.quantization else stored, problems)
     if architecture and config.peft_type != "full":
         problems.absorb(check_targets, config.target_modules, architecture)
     problems.check()
@@ -265,6 +274,20 @@ def check_ids(rows: Sequence[Row], architecture: "PreTrainedConfig", whose: str)
     vocabulary = architecture.get_text_config().vocab_size
     if highest >= vocabulary:
         raise UserError(f"{whose}: its tokenizer gives id {highest}, but the model has only {vocabulary} embeddings")
+
+
+def check_quantized(config: TrainConfig, how: str, problems: Problems) -> None:
+    """Add problems for what a base in fewer bits cannot be used for. how: the base is quantised, in words."""
+    if config.peft_type == "full":
+        problems.add(f"--peft_type full: quantised weights ({how}) cannot be trained; train an adapter")
+    if config.peft_type == "pissa":
+        problems.add(f"--peft_type pissa: changes the base's weights, which are quantised ({how}); use lora or dora")
+    if config.peft_type == "dora" and "int8" in how:
+        problems.add(f"--peft_type dora: not behind int8 layers ({how}); use --quantization nf4, or lora")
+    if config.dp:
+        problems.add(f"--dp: has no per-example gradients behind quantised layers ({how}); train without one of them")
+    if config.distribution_type == "fsdp":
+        problems.add(f"--distribution_type fsdp: cannot shard quantised weights ({how}); use ddp or mp")
 
 
 def run_state(

@@ -83,8 +83,10 @@ def prepare(config: DownstreamConfig, problems: cli.Problems) -> Plan:
     cli.check_writable(config.output_dir, problems)
     check_seeds(config, problems)
     arms, heldout, inputs = read_arms(config, ("real", "base", "majority"), problems)
-    ref, tokenizer = models.look_up(problems, config.model, config.revision)
-    if ref and ref.adapter:
+    ref = tokenizer = None
+    if not models.is_adapter(config.model):
+        ref, tokenizer = models.look_up(problems, config.model, config.revision)
+    else:
         problems.add(f"--model {config.model}: is an adapter; merge it into its base first (merge_peft.py)")
     max_length = check_length(config, ref, tokenizer, problems) if ref and tokenizer else config.max_length
     problems.check()

@@ -11,6 +11,7 @@ class ContinuationConfig(MeasuringConfig):
     """The generator, the rows whose prompts it continues, and how."""
 
     model: str = "EleutherAI/pythia-12b"
+    base_model: str | None = None
     data_set: str = "./data/enron.jsonl"
     top_k: int = 100
     max_tokens: int = 1000

@@ -36,6 +36,7 @@ def make_parser() -> cli.Parser:
     parser.add_argument("--batch_size", type=cli.non_negative_int, help="rows decoded together; 0: as memory allows")
     parser.add_argument("--strict", action="store_true", help="fail if a row is malformed, instead of leaving it out")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --output or unfinished run")
+    cli.add_base_model(parser)
     cli.add_model_flags(parser)
     cli.add_parallel_flag(parser)
     return parser

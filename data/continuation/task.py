@@ -2,7 +2,6 @@
 
 from collections import Counter
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from common import cli, dataset, distributed, models, results
@@ -62,7 +61,7 @@ def check(config: ContinuationConfig) -> Task:
                 "at least 3 are needed"
             )
         problems.absorb(dataset.check_columns, config.data_set, [r for i, r in enumerate(rows) if i not in broken])
-    ref, tokenizer = models.look_up(problems, config.model, config.revision)
+    ref, tokenizer = models.look_up(problems, config.model, config.revision, config.base_model)
     settings: dict[str, Any] | None = None
     if ref and not problems.lines:
         data_set = results.sha256(config.data_set)
@@ -84,14 +83,13 @@ def choose(
     finished: bool,
 ) -> Task:
     """The training rows whose prompt leaves the context room for a continuation."""
-    architecture = models.read_config(ref.base, ref.revision, "--model")
     rows, split, start = dataset.split_source(rows, broken, manifest)
     if not split.train:
         raise cli.UserError(f"{config.data_set}: all rows belong to the evaluation head; there are none to continue")
     asked: list[int] = []
     prompts: list[list[int]] = []
     rooms: list[int] = []
-    context = models.context_length(SimpleNamespace(config=architecture))
+    context = models.context_of(ref)
     least = min(generation.MIN_ROOM, config.max_tokens)
     counts = Counter({"broken": len(broken)} if broken else {})
     for index in split.train:

@@ -13,6 +13,7 @@ class SelfInstructConfig(MeasuringConfig):
     """The generator, the number of instances to generate, and how they are sampled."""
 
     model: str = "EleutherAI/pythia-12b"
+    base_model: str | None = None
     seed_tasks: str = "./data/seedTasks.json"
     output: str | None = None
     format: str = "instances"

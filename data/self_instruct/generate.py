@@ -44,6 +44,7 @@ def make_parser() -> cli.Parser:
     add("--batch_size", type=cli.positive_int, help="prompts decoded together")
     add("--strict", action="store_true", help="fail if a seed task is broken instead of skipping it")
     add("--overwrite", action="store_true", help="replace an existing --output or unfinished run")
+    cli.add_base_model(parser)
     cli.add_model_flags(parser)
     cli.add_parallel_flag(parser)
     return parser

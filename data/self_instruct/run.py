@@ -55,7 +55,7 @@ def check(config: SelfInstructConfig) -> Task:
     output = config.output_file
     cli.check_output_file(output, ".jsonl", problems, (config.seed_tasks,))
     seeds, broken = problems.absorb(read_seed_tasks, config.seed_tasks, config.strict) or ([], 0)
-    ref, tokenizer = models.look_up(problems, config.model, config.revision)
+    ref, tokenizer = models.look_up(problems, config.model, config.revision, config.base_model)
     settings: dict[str, Any] = {}
     file_settings: dict[str, Any] | None = None
     if ref and not problems.lines:

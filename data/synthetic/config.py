@@ -15,6 +15,7 @@ class SyntheticConfig(MeasuringConfig):
     """The generator, the metadata its prompts are made from, and what it writes."""
 
     model: str
+    base_model: str | None = None
     input: str = "./data/amazon/test.jsonl"
     arm: str = "with_dp"
     num: int | None = None  # None: one review per row of `input`

@@ -50,6 +50,7 @@ def make_parser() -> cli.Parser:
     add("--batch_size", type=cli.non_negative_int, help="rows decoded together; 0: as memory allows")
     add("--output", help="the .jsonl file (default: generated_sequences_<arm>.jsonl)")
     add("--overwrite", action="store_true", help="replace an existing --output or unfinished run")
+    cli.add_base_model(parser)
     cli.add_model_flags(parser)
     cli.add_parallel_flag(parser)
     return parser

@@ -51,9 +51,8 @@ def generate(config: SyntheticConfig, task: Task, target: results.Output) -> Sum
             of_file = task.file_settings and task.file_settings | digest
             task = replace(task, settings=task.settings | digest, file_settings=of_file)
         base = checkpoints.load_base(task.ref, dtype, world, config.device_map)
-        planned, prompts, rooms, dropped = fit(
-            config, task.tokenizer, plan(config, task, released), models.context_length(base)
-        )
+        context = models.context_of(task.ref)
+        planned, prompts, rooms, dropped = fit(config, task.tokenizer, plan(config, task, released), context)
         with models.adapted(base, task.ref.adapter) as (model, _):
             continuations = generation.continue_prompts(
                 model,

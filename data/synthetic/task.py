@@ -41,7 +41,7 @@ def prepare(config: SyntheticConfig) -> Task:
     rows: list[Row] = problems.absorb(reviews.read_reviews, config.input) or []
     training: list[Row] = (problems.absorb(reviews.read_reviews, config.training) or []) if config.training else []
     check_rows(config, rows, training, problems)
-    ref, tokenizer = models.look_up(problems, config.model, config.revision)
+    ref, tokenizer = models.look_up(problems, config.model, config.revision, config.base_model)
     privacy = models.privacy(ref) if ref else None
     unit = (privacy or {}).get("unit", "record")
     if config.samples_metadata and unit == "user" and any(dataset.user_of(row) is None for row in training):
