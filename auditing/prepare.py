@@ -175,16 +175,16 @@ def _patterns(given: Sequence[str], problems: cli.Problems) -> dict[str, str]:
 
 
 def _render(
-    path: str, rows: list[dict[str, Any]], tokenizer: Any, config: AuditConfig, budget: Budget, keep: set[int]
+    path: str, rows: Sequence[dict[str, Any]], tokenizer: Any, config: AuditConfig, budget: Budget, keep: set[int]
 ) -> Rows:
     """At most budget.num_rows rows, sampled by the seed, and those in `keep`, rendered as in training."""
-    indices = list(range(len(rows)))
+    indices: Sequence[int] = range(len(rows))
     if len(rows) > budget.num_rows:
         drawn = np.random.default_rng(config.seed).permutation(len(rows))[: budget.num_rows]
         indices = sorted({int(index) for index in drawn} | keep)
     renderer = dataset.read_renderer(rows, tokenizer, config.chat_template, config.model)
     rendered = dataset.render(path, rows, indices, renderer)
-    return Rows(path, len(rows), results.sha256(path), indices, rendered)
+    return Rows(path, len(rows), results.sha256(path), list(indices), rendered)
 
 
 def _reference(ref: ModelRef, tokenizer: Any, config: AuditConfig, problems: cli.Problems) -> ModelRef | None:

@@ -3,6 +3,7 @@
 import hashlib
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -42,9 +43,9 @@ def same(line: dict, other: dict, but: tuple[str, ...] = ()) -> bool:
     return all(line.get(key) == other.get(key) for key in SETTINGS if key not in but)
 
 
-def choose_rows(config: PerplexityConfig, problems: cli.Problems) -> tuple[list[int], list[dict]]:
+def choose_rows(config: PerplexityConfig, problems: cli.Problems) -> tuple[list[int], Sequence[dict]]:
     """(indices of the rows to score, all rows); problems with the file are added to `problems`."""
-    rows = problems.absorb(dataset.read_rows, config.dataset, None, config.columns)
+    rows = problems.absorb(dataset.open_rows, config.dataset, config.columns)
     if rows is None:
         return [], []
     if len(rows) < SMALLEST_FILE:
@@ -121,7 +122,7 @@ class Target:
 
 
 def make_targets(
-    config: PerplexityConfig, usable: list[tuple], chosen: list[int], rows: list[dict], problems: cli.Problems
+    config: PerplexityConfig, usable: list[tuple], chosen: list[int], rows: Sequence[dict], problems: cli.Problems
 ) -> list[Target]:
     """Pair the models with their texts; models with the same template share them."""
     targets: list[Target] = []
