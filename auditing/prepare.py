@@ -13,7 +13,7 @@ import numpy as np
 from auditing import gates
 from auditing.config import PARTS, AuditConfig, Budget, budget_of
 from auditing.gates import Gate
-from common import chat, cli, dataset, distributed, models, results, trained
+from common import chat, cli, dataset, distributed, models, results, sources, trained
 from common.models import ModelRef
 from memorization.config import MemorizationConfig
 from memorization.inventory import KINDS, Secret
@@ -56,6 +56,7 @@ class AuditTask:
 def prepare(config: AuditConfig) -> AuditTask:
     """UserError with every problem of the flags and files."""
     problems = cli.Problems()
+    sources.load((config.train, config.heldout), config.split, config.data_config)
     distributed.check_environment(problems, config.device_map)
     cli.check_writable(config.output_dir, problems)
     budget = budget_of(config)
@@ -139,6 +140,8 @@ def membership_config(config: AuditConfig, budget: Budget) -> MiaConfig:
         nonmembers=config.heldout,
         chat_template=config.chat_template,
         columns=config.columns,
+        split=config.split,
+        data_config=config.data_config,
         revision=config.revision,
         dtype=config.dtype,
         device_map=config.device_map,

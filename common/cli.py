@@ -369,11 +369,16 @@ def add_model_flags(parser: Parser, seed_help: str = "random seed") -> None:
 
 
 def add_row_flags(parser: Parser) -> None:
-    """--chat_template and --columns: how the rows of a data file are read."""
+    """--chat_template, --columns, --split and --data_config: how the rows of a data file are read."""
     words = "for chat rows: a Jinja file, or chatml (default: the tokenizer's own)"
     parser.add_argument("--chat_template", metavar="FILE", help=words)
     words = "fields to rename, e.g. text=body prompt=question"
     parser.add_argument("--columns", nargs="+", action="extend", metavar="NEW=OLD", help=words)
+    words = "of a data set on the hub given by its name (default: train; NAME:SPLIT overrides it for one file)"
+    parser.add_argument("--split", help=words)
+    parser.add_argument(
+        "--data_config", metavar="NAME", help="of a data set on the hub that has several configurations"
+    )
 
 
 NAME_BYTES = 200  # of a file or folder name; hidden names beside it are longer, and file systems allow 255

@@ -763,7 +763,7 @@ def data_tag(path: AnyPath, manifest: dict[str, Any] | None) -> str:
     if isinstance(tag, str) and tag:
         return tag
     stem = Path(path).name.split(".")[0]
-    return stem if os.path.exists(path) else re.sub(r"[*?\[\]]+", "", stem) or "data"  # of a pattern
+    return stem if os.path.exists(path) else re.sub(r"[*?\[\]:]+", "", stem) or "data"  # of a pattern, or a hub name
 
 
 def default_dataset(path: AnyPath) -> Path:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import chat, cli, dataset, distributed, models, results
+from common import chat, cli, dataset, distributed, models, results, sources
 from common import trained as trained_rows
 from common.checkpoints import BaseLoader, find_checkpoints, for_each, look_up_all
 from mia.config import MiaConfig
@@ -198,6 +198,8 @@ class Plan:
 def check(config: MiaConfig) -> Plan:
     """Read everything except the models; UserError with every problem."""
     problems = cli.Problems()
+    files = (config.members, config.nonmembers, config.prefix_file, config.freq_corpus)
+    sources.load(files, config.split, config.data_config)
     config = replace(config, members=str(dataset.default_dataset(config.members)))
     distributed.check_environment(problems, config.device_map)
     root = config.output_dir or config.dir or "./"

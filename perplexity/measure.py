@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import cli, dataset, distributed, models, results
+from common import cli, dataset, distributed, models, results, sources
 from common.checkpoints import BaseLoader, by_base, find_checkpoints, for_each, look_up_all, natural_key
 from common.distributed import progress_bar
 from common.scoring import join, score
@@ -162,6 +162,7 @@ def prepare(config: PerplexityConfig, folder: Path, problems: cli.Problems):
 def run(config: PerplexityConfig) -> int:
     """Measure the models; return 0, or 1 if a checkpoint failed. Raises UserError before any model is loaded."""
     problems, folder = cli.Problems(), config.folder
+    sources.load([config.dataset], config.split, config.data_config)
     config = replace(config, dataset=str(dataset.default_dataset(config.dataset)))
     unknown = not (config.model or config.output_dir or folder.is_dir())  # reported by `prepare`, not created here
     with results.output_folder(folder, config.dry_run or unknown, "perplexity") as output:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from common import cli, dataset, distributed, models, results, trained
+from common import cli, dataset, distributed, models, results, sources, trained
 from common.chat import Rendered
 from common.cli import Problems, UserError
 from common.distributed import World
@@ -151,6 +151,7 @@ class Plan:
 def make_plan(config: TrainConfig) -> Plan:
     """Check every argument and file, tokenise the rows, inspect the run directory. UserError with all problems."""
     problems = Problems()
+    sources.load([config.input, config.suggest_max_grad_norm], config.split, config.data_config)
     distributed.check_environment(problems)
     if (
         config.optimizer != TrainConfig.optimizer
