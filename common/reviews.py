@@ -32,11 +32,15 @@ def with_text(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if text_of(row)]
 
 
-def read_reviews(path: AnyPath, field: str = REAL) -> list[dict[str, Any]]:
+def read_reviews(path: AnyPath, field: str = REAL, columns: Sequence[str] = ()) -> list[dict[str, Any]]:
     """All rows of a file, without generated text if real text is asked for. UserError if a row lacks the text field
     `field` (blank text is allowed) or a rating of 1 to 5, or if the file does not match its manifest.
     """
-    rows = read_rows(path)
+    return check_reviews(path, read_rows(path, None, columns), field)
+
+
+def check_reviews(path: AnyPath, rows: list[dict[str, Any]], field: str = REAL) -> list[dict[str, Any]]:
+    """`read_reviews`, given the rows of the file."""
     validate(path, rows, (field, "Rating"))
     if field == REAL:
         rows = [{key: value for key, value in row.items() if key != GENERATED} for row in rows]
