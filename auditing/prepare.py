@@ -103,6 +103,9 @@ def prepare(config: AuditConfig) -> AuditTask:
         )
     if "heldout" not in rows:
         notes.append("No held-out rows: membership cannot be judged, and secrets have no control but the base.")
+    texts = [row.text for part in rows.values() for row in part.rendered if not row.whole]
+    if tokenizer and (note := models.bos_note(tokenizer, texts)):
+        notes.append(note[:1].upper() + note[1:] + ".")
     return AuditTask(
         ref,
         base,

@@ -67,6 +67,8 @@ def measure(
         record["special_tokens"] = special = models.special_tokens_in(tokenizer, task.written or task.texts)
         if special and world.main:
             print(models.special_tokens_note(special), file=sys.stderr)
+        if world.main and not task.whole and (note := models.bos_note(tokenizer, task.texts)):
+            print(note, file=sys.stderr)
         before = passes.scored
         evidence = gather(passes, ref, tokenizer, task, config, gradients=True)
         alone = replace(task, attacks=[attack for attack in task.attacks if attack not in AGAINST_BASE])

@@ -211,6 +211,9 @@ def run_locked(
     special = models.special_tokens_in(targets[0].tokenizer, written)
     if special and world.main:
         print(models.special_tokens_note(special), file=sys.stderr)
+    first = targets[0]
+    if world.main and first.template_sha256 is None and (note := models.bos_note(first.tokenizer, first.texts)):
+        print(note, file=sys.stderr)
     lines, total = list(earlier), len(targets) + len(failures)
     run_file = folder / "run_perplexity.json"
     with results.Run(run_file, config, [config.dataset], world) as record:

@@ -116,6 +116,7 @@ class Plan:
     indices: Sequence[int]  # of the training rows in the input file
     rendered: Sequence[Rendered]  # they
     special_tokens: dict[str, int]  # {special token: number of training rows that contain it literally}
+    bos_note: str | None  # about rows that start with the tokenizer's BOS
     train: Sequence[Row]
     held: Sequence[Row]
     sequences: Sequence[list[int]]  # places in `train`
@@ -261,6 +262,7 @@ def make_plan(config: TrainConfig) -> Plan:
         indices=chosen[0],
         rendered=rendered,
         special_tokens=models.special_tokens_in(tokenizer, (dataset.written(rows[index]) for index in chosen[0])),
+        bos_note=models.bos_note(tokenizer, (row.text for row in rendered)) if renderer is None else None,
         train=train,
         held=held,
         sequences=sequences,
@@ -362,6 +364,8 @@ def describe(config: TrainConfig, plan: Plan) -> list[str]:
         lines.insert(3, f"packing      {len(plan.train)} rows in {len(plan.sequences)} sequences")
     if plan.special_tokens:
         lines.insert(3, f"             {models.special_tokens_note(plan.special_tokens)}")
+    if plan.bos_note:
+        lines.insert(3, f"             {plan.bos_note}")
     empty = plan.labels.count(0)
     if empty:
         lines.insert(
