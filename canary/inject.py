@@ -47,7 +47,7 @@ def make_parser() -> cli.Parser:
         help="insert within the first N characters of a review, answer, …; 0: anywhere",
     )
     add("--condition", choices=("metadata", "title"), help="title: prompts include the review's title")
-    add("--columns", nargs="+", action="extend", metavar="NEW=OLD", help="fields to rename, e.g. text=body")
+    cli.add_columns(parser)
     add("--model", help="for chat rows: the model that will be trained, whose tokenizer renders them")
     add("--chat_template", metavar="FILE", help="for chat rows: a Jinja file, or chatml (default: the tokenizer's own)")
     add("--overwrite", action="store_true", help="replace existing files")

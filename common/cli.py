@@ -368,12 +368,17 @@ def add_model_flags(parser: Parser, seed_help: str = "random seed") -> None:
     add("--seed", type=seed, help=seed_help)
 
 
+def add_columns(parser: Parser) -> None:
+    """--columns."""
+    words = "fields to rename, e.g. text=body prompt=question"
+    parser.add_argument("--columns", nargs="+", action="extend", metavar="NEW=OLD", help=words)
+
+
 def add_row_flags(parser: Parser) -> None:
     """--chat_template, --columns, --split and --data_config: how the rows of a data file are read."""
     words = "for chat rows: a Jinja file, or chatml (default: the tokenizer's own)"
     parser.add_argument("--chat_template", metavar="FILE", help=words)
-    words = "fields to rename, e.g. text=body prompt=question"
-    parser.add_argument("--columns", nargs="+", action="extend", metavar="NEW=OLD", help=words)
+    add_columns(parser)
     words = "of a data set on the hub given by its name (default: train; NAME:SPLIT overrides it for one file)"
     parser.add_argument("--split", help=words)
     parser.add_argument(

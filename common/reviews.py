@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from common.cli import AnyPath, Problems, UserError
-from common.dataset import read_rows, user_of, validate
+from common.dataset import read_rows, rename, user_of, validate
 
 ARM = re.compile(r"[A-Za-z][\w-]*")
 REAL, GENERATED = "Review", "generated_text"  # text fields
@@ -52,6 +52,30 @@ def check_reviews(path: AnyPath, rows: list[dict[str, Any]], field: str = REAL) 
         if odd:
             raise UserError(f"{path}: row {index}: {odd[0]} must be text or a number")
     return rows
+
+
+class Files:
+    """The files of one script, with --columns: a field is renamed in each file that has it."""
+
+    def __init__(self, columns: Sequence[str], problems: Problems) -> None:
+        self.columns, self.problems = columns, problems
+        self.used: set[str] = set()
+
+    def read(self, path: AnyPath, field: str = REAL) -> list[dict[str, Any]] | None:
+        """`read_reviews`; None, and a problem, where it raises UserError."""
+        return self.problems.absorb(self._read, path, field)
+
+    def _read(self, path: AnyPath, field: str) -> list[dict[str, Any]]:
+        rows = read_rows(path)
+        own = [text for text in self.columns if any(text.partition("=")[2] in row for row in rows)]
+        self.used.update(own)
+        return check_reviews(path, list(rename(path, rows, own)) if own else rows, field)
+
+    def check(self) -> None:
+        """A problem for each of --columns that no file has."""
+        for text in self.columns:
+            if text not in self.used and not self.problems.lines:
+                self.problems.add(f"--columns {text}: give NEW=OLD, where some file has the field OLD")
 
 
 def split_arms(words: Sequence[str], taken: Sequence[str], problems: Problems) -> dict[str, str]:
