@@ -18,6 +18,8 @@ class AuditConfig(MeasuringConfig, QuantizedConfig):
     ref_model: str | None = None
     chat_template: str | None = None
     columns: tuple[str, ...] = ()
+    split: str | None = None  # of a data set on the hub
+    data_config: str | None = None
     secrets: str | None = None
     pii: tuple[str, ...] = ()
     region: str = "US"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 from auditing import gates
 from auditing.config import PARTS, AuditConfig, Budget, budget_of
 from auditing.gates import Gate
-from common import chat, cli, dataset, distributed, models, results, trained
+from common import chat, cli, dataset, distributed, models, results, sources, trained
 from common.models import ModelRef
 from common.schema import HEADLINE_ATTACK
 from memorization.config import MemorizationConfig
@@ -60,6 +61,7 @@ class AuditTask:
 def prepare(config: AuditConfig) -> AuditTask:
     """UserError with every problem of the flags and files."""
     problems = cli.Problems()
+    sources.load((config.train, config.heldout), config.split, config.data_config)
     distributed.check_environment(problems, config.device_map, config.model_parallel)
     cli.check_writable(config.output_dir, problems)
     budget = budget_of(config)
@@ -88,11 +90,12 @@ def prepare(config: AuditConfig) -> AuditTask:
     base = _reference(ref, tokenizer, config, problems) if ref else None
     problems.check()
     assert ref is not None
-    candidates = {name: (files[name], set(range(len(rows_of)))) for name, rows_of in opened.items()}
+    candidates: dict[str, tuple[str, Sequence[int]]]
+    candidates = {name: (files[name], range(len(rows_of))) for name, rows_of in opened.items()}
     used, unused = split_by_training(membership, reader, opened["train"], problems)
     if used is not None:
-        candidates["train"] = config.train, used
-        beyond = sorted(named - used)
+        candidates["train"] = config.train, used if isinstance(used, range) else sorted(used)
+        beyond = sorted(row for row in named if row not in used)
         if beyond:
             problems.add(f"--secrets {config.secrets}: row {beyond[0]} of {config.train} was not trained on (run.json)")
         if not config.heldout and len(unused) >= FEWEST_HELDOUT:
@@ -131,6 +134,9 @@ def prepare(config: AuditConfig) -> AuditTask:
             notes.append(f"{count}: {'they are the held-out rows.' if 'heldout' in rows else few + '.'}")
     if "heldout" not in rows:
         notes.append("No held-out rows: membership cannot be judged, and secrets have no control but the base.")
+    texts = [row.text for part in rows.values() for row in part.rendered if not row.whole]
+    if tokenizer and (note := models.bos_note(tokenizer, texts)):
+        notes.append(note[:1].upper() + note[1:] + ".")
     return AuditTask(
         ref,
         base,
@@ -168,6 +174,8 @@ def membership_config(config: AuditConfig, budget: Budget) -> MiaConfig:
         nonmembers=config.heldout,
         chat_template=config.chat_template,
         columns=config.columns,
+        split=config.split,
+        data_config=config.data_config,
         revision=config.revision,
         dtype=config.dtype,
         device_map=config.device_map,
@@ -220,34 +228,35 @@ def _patterns(given: Sequence[str], problems: cli.Problems) -> dict[str, str]:
 
 
 def split_by_training(
-    membership: MiaConfig, reader: Reader, rows: list[dict[str, Any]], problems: cli.Problems
-) -> tuple[set[int] | None, set[int]]:
+    membership: MiaConfig, reader: Reader, rows: Sequence[dict[str, Any]], problems: cli.Problems
+) -> tuple[Collection[int] | None, Sequence[int]]:
     """(rows of --train that the model was trained on, the rest), by run_peft.py's run.json beside the checkpoint;
     (None, empty) without one, or if it is of another file."""
     manifest = reader.files[membership.members][1]
     _, chosen = trained_on(read_trainings(membership, problems), membership.members, rows, manifest)
     if not chosen:
-        return None, set()
-    return chosen[0], set(range(len(rows))) - chosen[0]
+        return None, ()
+    used = chosen[0]
+    return used, array("q", (index for index in range(len(rows)) if index not in used))
 
 
 def _render(
     path: str,
-    rows: list[dict[str, Any]],
-    allowed: set[int],
+    rows: Sequence[dict[str, Any]],
+    allowed: Sequence[int],
     tokenizer: Any,
     config: AuditConfig,
     budget: Budget,
     keep: set[int],
 ) -> Rows:
     """At most budget.num_rows of the `allowed` rows, sampled by the seed, and all in `keep`; as in training."""
-    indices = sorted(allowed)
-    if len(indices) > budget.num_rows:
-        drawn = np.random.default_rng(config.seed).permutation(len(indices))[: budget.num_rows]
-        indices = sorted({indices[place] for place in drawn} | keep)
+    indices = allowed
+    if len(allowed) > budget.num_rows:
+        drawn = np.random.default_rng(config.seed).permutation(len(allowed))[: budget.num_rows]
+        indices = sorted({allowed[place] for place in drawn.tolist()} | keep)
     renderer = dataset.read_renderer(rows, tokenizer, config.chat_template, config.model)
     rendered = dataset.render(path, rows, indices, renderer)
-    return Rows(path, len(allowed), results.sha256(path), indices, rendered)
+    return Rows(path, len(allowed), results.sha256(path), list(indices), rendered)
 
 
 def _reference(ref: ModelRef, tokenizer: Any, config: AuditConfig, problems: cli.Problems) -> ModelRef | None:

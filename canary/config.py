@@ -20,6 +20,9 @@ class InjectConfig:
     secret: str = "phone"
     within: int = 400  # 0: anywhere in the review
     condition: str = "metadata"
+    columns: tuple[str, ...] = ()  # NEW=OLD
+    model: str | None = None  # whose tokenizer renders chat rows
+    chat_template: str | None = None  # None: the tokenizer's own
     overwrite: bool = False
     seed: int = 3407
     dry_run: bool = False

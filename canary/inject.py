@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Insert canaries into the reviews of a training file, and write the key that measure.py reads.
+"""Insert canaries into the rows of a training file, and write the key that measure.py reads.
 
 python canary/inject.py --input data/amazon/train.jsonl --repetitions 1 2 4 8 16          # ladder, 10 canaries each
 python canary/inject.py --input data/amazon/train.jsonl --share 0.01      # System S: one canary, in 1 % of rows
 python canary/inject.py --input data/amazon/train.jsonl --audit 1000 --privacy_unit user # for the one-run ε bound
 
 A canary is a sentence with a secret drawn from a space of known size (--secret). It is inserted at a random position in
-a review, never at its start. Every canary of --repetitions and --share has a held-out counterpart that is not inserted
+the part of a row that the loss is taken on (a review, a completion, an output, the last answer of a chat), never at its
+start. Every canary of --repetitions and --share has a held-out counterpart that is not inserted
 anywhere. The three modes can be combined: a row holds at most one canary.
 
 --audit M: M canaries, each inserted once with probability ½ into a row of its own (with --privacy_unit user, the first
@@ -26,12 +27,12 @@ from common import cli
 
 def make_parser() -> cli.Parser:
     parser = cli.Parser(
-        "Insert canaries into a training file of reviews.",
+        "Insert canaries into a training file.",
         "python canary/inject.py --input data/amazon/train.jsonl --repetitions 1 2 4 8 16",
         InjectConfig,
     )
     add = parser.add_argument
-    add("-i", "--input", "--data", help="review rows to train on")
+    add("-i", "--input", "--data", help="rows to train on, of any shape")
     add("--output", help="the .jsonl file to train on (default: <input>_canaries.jsonl)")
     add("--key_file", help="the .jsonl key (default: <output>_key.jsonl)")
     add("--share", type=cli.positive_float, help="one canary in this share of the rows: 0.01, 0.1, 1")
@@ -40,8 +41,15 @@ def make_parser() -> cli.Parser:
     add("--audit", type=cli.positive_int, help="canaries inserted once with probability 1/2")
     add("--privacy_unit", choices=("record", "user"), help="unit that --audit adds or removes")
     add("--secret", choices=SECRETS, help="the secret part; text: random words, no personal data")
-    add("--within", type=cli.non_negative_int, help="insert within the first N characters of a review; 0: anywhere")
+    add(
+        "--within",
+        type=cli.non_negative_int,
+        help="insert within the first N characters of a review, answer, …; 0: anywhere",
+    )
     add("--condition", choices=("metadata", "title"), help="title: prompts include the review's title")
+    cli.add_columns(parser)
+    add("--model", help="for chat rows: the model that will be trained, whose tokenizer renders them")
+    add("--chat_template", metavar="FILE", help="for chat rows: a Jinja file, or chatml (default: the tokenizer's own)")
     add("--overwrite", action="store_true", help="replace existing files")
     cli.add_dry_run(parser)
     add("--seed", type=cli.seed, help="random seed, also of the coin flips")

@@ -8,9 +8,10 @@ from typing import Any
 
 from canary.canaries import Space, vocabulary
 from canary.config import InjectConfig
+from canary.hosts import Hosts, Row, read
 from canary.key import SCHEMA, KeyLine
-from canary.placement import Row, place
-from common import cli, dataset, results, reviews
+from canary.placement import place
+from common import cli, dataset, results
 
 Counts = dict[str, Any]
 
@@ -19,15 +20,15 @@ def run(config: InjectConfig) -> Counts:
     """Write rows, manifest and key; returns the counts, {} if there is nothing to do."""
     output, key_file = destinations(config)
     with results.output_file(output, key_file, dry_run=config.dry_run) as target:
-        rows, settings = check(config)
+        rows, hosts, settings = check(config)
         if settings is None:
             dataset.say_finished(output, key_file)
             return {}
-        written, key, space = place_all(config, rows)
+        written, key, space = place_all(config, rows, hosts)
         counts = count(config, rows, written, key, space)
         if not config.dry_run:
             with target.publication() as files:
-                write(files, config, settings, written, key, counts, space)
+                write(files, config, settings, written, key, counts, space, hosts)
     words = "rows would go into" if config.dry_run else "rows in"
     print(f"{len(written):>9,}  {words} {output}, {counts['rows_with_canary']:,} of them with a canary")
     print(f"{counts['placed']:>9,}  canaries inserted, {counts['held_out']:,} held out")
@@ -44,8 +45,9 @@ def destinations(config: InjectConfig) -> tuple[Path, Path]:
     return output, Path(config.key_file or output.with_name(f"{output.stem}_key.jsonl"))
 
 
-def check(config: InjectConfig) -> tuple[list[Row], dict[str, Any] | None]:
-    """(rows, settings for the manifest, or None if the files exist already). UserError with all problems."""
+def check(config: InjectConfig) -> tuple[list[Row], Hosts, dict[str, Any] | None]:
+    """(rows, how they hold canaries, settings for the manifest: None if the files exist already). UserError with all
+    problems."""
     problems = cli.Problems()
     output, key = destinations(config)
     cli.check_output_file(output, ".jsonl", problems)
@@ -58,19 +60,19 @@ def check(config: InjectConfig) -> tuple[list[Row], dict[str, Any] | None]:
         problems.add(f"--share {config.share:g}: a share of the rows, at most 1")
     if len(set(config.repetitions)) < len(config.repetitions):
         problems.add("--repetitions: a count is given twice")
-    rows: list[Row] = problems.absorb(reviews.read_reviews, config.input) or []
+    rows, hosts = read(config, problems)
     if rows:
-        check_rows(config, rows, problems)
+        check_rows(config, rows, hosts, problems)
     settings: dict[str, Any] | None = None
     if not problems.lines:
         settings = dataset.settings_of(config, ("output", "key_file"), input=results.sha256(config.input))
     others = [("--key_file", key)]
     finished = problems.absorb(dataset.finished, [("--output", output)], settings, config.overwrite, others)
     problems.check()
-    return rows, None if finished else settings
+    return rows, hosts, None if finished else settings
 
 
-def check_rows(config: InjectConfig, rows: list[Row], problems: cli.Problems) -> None:
+def check_rows(config: InjectConfig, rows: list[Row], hosts: Hosts, problems: cli.Problems) -> None:
     """Add problems if the rows cannot hold the requested canaries."""
     needed = config.canaries * sum(config.repetitions)
     users = [dataset.user_of(row) for row in rows]
@@ -86,18 +88,18 @@ def check_rows(config: InjectConfig, rows: list[Row], problems: cli.Problems) ->
         problems.add(f"--audit {config.audit}: {config.input} has only {units} {config.privacy_unit}s")
     elif config.audit + needed > len(rows):
         problems.add(f"{config.input}: {len(rows)} rows; the requested canaries need {config.audit + needed}")
-    if config.condition == "title" and any(not row.get("Review Title") for row in rows):
+    if config.condition == "title" and hosts.shape == "review" and any(not row.get("Review Title") for row in rows):
         problems.add(f"--condition title: {config.input} has rows without a Review Title")
-    if any(not row["Review"].strip() for row in rows):
-        problems.add(f"{config.input}: has rows whose Review is empty; remove them")
+    if any(not hosts.part(row).strip() for row in rows):
+        problems.add(f"{config.input}: has rows whose {hosts.part_name} is empty; remove them")
 
 
-def place_all(config: InjectConfig, rows: list[Row]) -> tuple[list[Row], list[KeyLine], Space]:
+def place_all(config: InjectConfig, rows: list[Row], hosts: Hosts) -> tuple[list[Row], list[KeyLine], Space]:
     """(output rows, key lines, the space of their secrets)."""
     rng = random.Random(config.seed)
     if config.condition == "title":
         rows = [row | {"condition": "title"} for row in rows]
-    texts = [row["Review"] for row in rows]
+    texts = [hosts.part(row) for row in rows]
     space = Space(config.secret, vocabulary(texts, rng) if config.secret == "text" else ())
     if config.secret == "text" and len(space.words) < 2:
         raise cli.UserError(f"{config.input}: too few words for --secret text")
@@ -105,7 +107,7 @@ def place_all(config: InjectConfig, rows: list[Row]) -> tuple[list[Row], list[Ke
         raise cli.UserError(
             f"--secret {config.secret}: only {space.size} secrets; ask for fewer canaries, or for phone"
         )
-    return *place(rows, config, space, rng), space
+    return *place(rows, config, hosts, space, rng), space
 
 
 def count(config: InjectConfig, rows: list[Row], written: list[Row], key: list[KeyLine], space: Space) -> Counts:
@@ -131,6 +133,7 @@ def write(
     key: list[KeyLine],
     counts: Counts,
     space: Space,
+    hosts: Hosts,
 ) -> None:
     """Rows, key and manifest."""
     output, key_file = destinations(config)
@@ -143,7 +146,7 @@ def write(
         "training": results.sha256(files.hidden(output)),
         "seed": config.seed,
         "canaries": len(key),
-    }
+    } | ({"whole": True} if hosts.renderer else {})
     files.write_jsonl(key_file, [header, *key], permissions=0o600)
     dataset.write_manifest(
         files,

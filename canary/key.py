@@ -25,7 +25,8 @@ NOT_OURS = "is not what canary/inject.py writes; create the key again"
 
 
 class Header(TypedDict):
-    """The first line. words: vocabulary of text secrets; training: SHA-256 of the file with the canaries."""
+    """The first line. words: vocabulary of text secrets; training: SHA-256 of the file with the canaries; whole: a chat
+    template wrote the special tokens of the contexts."""
 
     schema: int
     secret: str
@@ -34,6 +35,7 @@ class Header(TypedDict):
     training: NotRequired[str | None]
     seed: NotRequired[int]
     canaries: NotRequired[int]
+    whole: NotRequired[bool]
 
 
 class KeyLine(Canary):
@@ -71,6 +73,7 @@ def check_header(path: str, header: dict[str, Any]) -> None:
         raise UserError(f"{path}: its first line is not a header; give the key file that canary/inject.py wrote")
     wrong = [name for name, kind in HEADER_FIELDS.items() if type(header[name]) is not kind]
     wrong += ["training"] if not isinstance(header.get("training"), str | None) else []
+    wrong += ["whole"] if not isinstance(header.get("whole", False), bool) else []
     wrong += ["secret"] if not wrong and header["secret"] not in SECRETS else []
     words = header["words"]
     if not wrong and not (all(isinstance(word, str) for word in words) and len(set(words)) == len(words)):

@@ -15,26 +15,27 @@ from common.distributed import World, progress_bar
 Bits = dict[int, dict[str, float]]  # canary index → nll, exposure, and bits and ks_p if extrapolated
 
 
-def tokens_from(tokenizer: Any, context: str, text: str, most: int) -> tuple[list[int], list[int]]:
+def tokens_from(tokenizer: Any, context: str, text: str, most: int, whole: bool = False) -> tuple[list[int], list[int]]:
     """(tokens before, tokens of `text`): `text` starts at the first token that covers one of its characters.
 
     At most `most` tokens in total (the context is truncated on the left), without any that the tokenizer appends.
+    whole: a chat template wrote the special tokens of the context.
     """
-    encoded = tokenizer(context + text, return_offsets_mapping=True, verbose=False)
+    encoded = tokenizer(context + text, return_offsets_mapping=True, add_special_tokens=not whole, verbose=False)
     first = next(number for number, (_, end) in enumerate(encoded["offset_mapping"]) if end > len(context))
     ids, extra = encoded["input_ids"], models.extra_start(tokenizer, encoded["input_ids"])
     ids, first = models.without_end(tokenizer, ids[extra:], first - extra + 1), first - extra
     return ids[max(0, len(ids) - most) : first], ids[first:]
 
 
-def secret_nlls(model: Any, tokenizer: Any, context: str, secrets: list[str]) -> list[float]:
+def secret_nlls(model: Any, tokenizer: Any, context: str, secrets: list[str], whole: bool = False) -> list[float]:
     """Total NLL in nats of each secret's tokens after the same context, which is encoded once."""
     import torch
 
     from common import sampling
 
     most = models.context_length(model)
-    split = [tokens_from(tokenizer, context, secret, most) for secret in secrets]
+    split = [tokens_from(tokenizer, context, secret, most, whole) for secret in secrets]
     by_context: dict[tuple[int, ...], list[int]] = {}
     for index, (before, _) in enumerate(split):
         by_context.setdefault(tuple(before), []).append(index)
@@ -59,12 +60,14 @@ def secret_nlls(model: Any, tokenizer: Any, context: str, secrets: list[str]) ->
     return nlls
 
 
-def sentence_logps(model: Any, tokenizer: Any, canaries: Sequence[KeyLine], most: int, world: World) -> list[float]:
+def sentence_logps(
+    model: Any, tokenizer: Any, canaries: Sequence[KeyLine], most: int, world: World, whole: bool = False
+) -> list[float]:
     """Log-probability in nats of each canary's sentence in its row, of at most `most` tokens, on every rank."""
     from common import scoring
 
     most = min(most, models.context_length(model))
-    split = [tokens_from(tokenizer, canary["context"], canary["sentence"], most) for canary in canaries]
+    split = [tokens_from(tokenizer, canary["context"], canary["sentence"], most, whole) for canary in canaries]
     sequences = [[*before, *after] for before, after in split]
     parts = world.together(lambda: scoring.score(model, sequences, world=world))
     values = scoring.join(sequences, parts)
@@ -80,7 +83,7 @@ def exposures(model: Any, tokenizer: Any, task: Task, references: int, seed: int
     def expose(canary: KeyLine) -> dict[str, float]:
         others = space.others(canary["secret"], references, random.Random(f"{seed} {canary['id']}"))
         context = canary["context"] + canary["before"]
-        nll, *rest = secret_nlls(model, tokenizer, context, [canary["secret"], *others])
+        nll, *rest = secret_nlls(model, tokenizer, context, [canary["secret"], *others], task.whole)
         fitted = metrics.extrapolated_exposure(nll, rest, space.size) if sampled else {}
         return {"nll": nll, "exposure": metrics.exposure(nll, rest)} | fitted
 
@@ -108,13 +111,13 @@ def measure_model(
         untrained = checkpoints.load_base(task.ref_model, dtype, world, config.device_map)
         its_tokenizer = models.load_tokenizer(task.ref_model, "--ref_model")
         with models.adapted(untrained, task.ref_model.adapter) as (model, _):
-            before = sentence_logps(model, its_tokenizer, audited, most, world)
+            before = sentence_logps(model, its_tokenizer, audited, most, world, task.whole)
         del untrained
     elif audited and arm.ref.adapter:
-        before = sentence_logps(base, arm.tokenizer, audited, most, world)
+        before = sentence_logps(base, arm.tokenizer, audited, most, world, task.whole)
     with models.adapted(base, arm.ref.adapter) as (model, _):
         bits = exposures(model, arm.tokenizer, task, config.references, config.seed, world)
-        after = sentence_logps(model, arm.tokenizer, audited, most, world) if audited else []
+        after = sentence_logps(model, arm.tokenizer, audited, most, world, task.whole) if audited else []
     if before is None:
         return bits, after, "log-probability"
     return (

@@ -7,14 +7,15 @@ from typing import Any
 from canary import canaries
 from canary.canaries import Canary, Space
 from canary.config import InjectConfig
+from canary.hosts import Hosts, Row
 from canary.key import KeyLine
 from common import dataset
 from common.cli import UserError
 
-Row = dict[str, Any]
 
-
-def place(rows: list[Row], config: InjectConfig, space: Space, rng: random.Random) -> tuple[list[Row], list[KeyLine]]:
+def place(
+    rows: list[Row], config: InjectConfig, holder: Hosts, space: Space, rng: random.Random
+) -> tuple[list[Row], list[KeyLine]]:
     """(output rows, key lines)."""
     units = shuffled_units(rows, config.privacy_unit, rng)
     audited, free = units[: config.audit], [index for unit in units[config.audit :] for index in unit]
@@ -29,13 +30,13 @@ def place(rows: list[Row], config: InjectConfig, space: Space, rng: random.Rando
     if sum(repetitions for _, repetitions in repeated) > len(free):
         raise UserError(f"--input: {len(free)} rows are left besides --audit's; the other canaries need more")
     total = 2 * len(repeated) + config.audit
-    unused = iter(canaries.make(total, space, [row["Review"] for row in rows], rng))
+    unused = iter(canaries.make(total, space, [holder.part(row) for row in rows], rng))
     with_canary: dict[int, Row] = {}
     key: list[KeyLine] = []
 
     def insert(canary: Canary, index: int) -> str:
         """Insert into one row; returns the row's text before the canary."""
-        with_canary[index], context = insert_into(rows[index], canary["sentence"], config.within, rng)
+        with_canary[index], context = holder.insert(rows[index], canary["sentence"], config.within, rng)
         return context
 
     def add_to_key(
@@ -69,7 +70,7 @@ def place(rows: list[Row], config: InjectConfig, space: Space, rng: random.Rando
         add_to_key(canary, kind, repetitions, contexts, hosts, rows[hosts[0]].get("user_id"))
     for _ in repeated:
         canary, row = next(unused), rows[rng.choice(free)]
-        _, context = insert_into(row, canary["sentence"], config.within, rng)
+        _, context = holder.insert(row, canary["sentence"], config.within, rng)
         add_to_key(canary, "held_out", 0, [context], [], row.get("user_id"))
     return [with_canary.get(index, rows[index]) for index in kept], key
 
@@ -82,14 +83,3 @@ def shuffled_units(rows: list[Row], privacy_unit: str, rng: random.Random) -> li
     shuffled = list(units.values())
     rng.shuffle(shuffled)
     return shuffled
-
-
-def insert_into(row: Row, sentence: str, within: int, rng: random.Random) -> tuple[Row, str]:
-    """(the row with the sentence in its review, the row's text before the sentence)."""
-    review, start = canaries.insert(row["Review"].strip(), sentence, within, rng)
-    row = row | {"Review": review}
-    text, boundary = dataset.row_text(row)
-    assert boundary is not None, "a review has a prompt"
-    start += boundary + 1  # the space before the review
-    assert text.startswith(sentence, start), "the canary stands where it was inserted"
-    return row, text[:start]

@@ -10,18 +10,18 @@ from common import models, trained
 class Seen:
     """The rows that a model was trained on, from its trained_rows.jsonl."""
 
-    def __init__(self, rows: trained.TrainedRows, tokenizer: Any):
-        self.max_length, self.tokenizer = rows.max_length, tokenizer
+    def __init__(self, rows: trained.TrainedRows, tokenizer: Any, whole: bool = False):
+        self.max_length, self.tokenizer, self.whole = rows.max_length, tokenizer, whole
         self.by_index = {row.row: row for row in rows.rows}
 
     @classmethod
-    def of(cls, checkpoint: str, tokenizer: Any) -> "Seen | None":
+    def of(cls, checkpoint: str, tokenizer: Any, whole: bool = False) -> "Seen | None":
         """None if unknown: a model from another tool, a merged model, an older run."""
         if not Path(checkpoint).is_dir() or (rows := trained.read(checkpoint)) is None:
             return None
         if tokenizer is None and (Path(checkpoint) / "tokenizer_config.json").is_file():
             tokenizer = models.load_tokenizer(models.ModelRef(checkpoint, checkpoint, None, None))
-        return cls(rows, tokenizer)
+        return cls(rows, tokenizer, whole)
 
     def copies(self, canary: KeyLine) -> int:
         """Number of rows in which the loss was taken on every character of the canary's secret."""
@@ -38,7 +38,7 @@ class Seen:
         """Whether --max_length leaves the canary whole in its row; depends only on the text, inserted or not."""
         if self.tokenizer is None:
             return True
-        ids = models.encode_texts(self.tokenizer, [canary["context"] + canary["sentence"]])[0]
+        ids = models.encode_texts(self.tokenizer, [canary["context"] + canary["sentence"]], self.whole)[0]
         return len(models.without_end(self.tokenizer, ids)) < self.max_length
 
 

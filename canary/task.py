@@ -53,6 +53,11 @@ class Task:
         return Space(self.header["secret"], tuple(self.header["words"]))
 
     @property
+    def whole(self) -> bool:
+        """Whether a chat template wrote the special tokens of the canaries' contexts."""
+        return self.header.get("whole", False)
+
+    @property
     def audited(self) -> list[KeyLine]:
         """The audit canaries."""
         return [canary for canary in self.canaries if canary["kind"] == "audit"]
@@ -152,7 +157,9 @@ def seen_by(
 ) -> Seen | None:
     """The rows an arm's model was trained on; adds a problem if they are from a different file than the key's."""
     checkpoint = ref.adapter or ref.base
-    seen: Seen | None = None if problems.lines else problems.absorb(Seen.of, checkpoint, tokenizer)
+    seen: Seen | None = (
+        None if problems.lines else problems.absorb(Seen.of, checkpoint, tokenizer, header.get("whole", False))
+    )
     if problems.absorb(trained.trained_on, checkpoint, header.get("training") or "") is False:
         problems.add(f"--models {arm}={ref.name}: was not trained on the file that {config.canaries} belongs to")
     return seen

@@ -398,12 +398,22 @@ def add_base_model(parser: Parser, adapters: str = "an adapter") -> None:
     parser.add_argument("--base_model", help=f"base of {adapters}, overriding adapter_config.json")
 
 
-def add_row_flags(parser: Parser) -> None:
-    """--chat_template and --columns: how the rows of a data file are read."""
-    words = "for chat rows: a Jinja file, or chatml (default: the tokenizer's own)"
-    parser.add_argument("--chat_template", metavar="FILE", help=words)
+def add_columns(parser: Parser) -> None:
+    """--columns."""
     words = "fields to rename, e.g. text=body prompt=question"
     parser.add_argument("--columns", nargs="+", action="extend", metavar="NEW=OLD", help=words)
+
+
+def add_row_flags(parser: Parser) -> None:
+    """--chat_template, --columns, --split and --data_config: how the rows of a data file are read."""
+    words = "for chat rows: a Jinja file, or chatml (default: the tokenizer's own)"
+    parser.add_argument("--chat_template", metavar="FILE", help=words)
+    add_columns(parser)
+    words = "of a data set on the hub given by its name (default: train; NAME:SPLIT overrides it for one file)"
+    parser.add_argument("--split", help=words)
+    parser.add_argument(
+        "--data_config", metavar="NAME", help="of a data set on the hub that has several configurations"
+    )
 
 
 NAME_BYTES = 200  # of a file or folder name; hidden names next to it are longer, and file systems allow 255

@@ -5,20 +5,24 @@ A row is a dict of one of seven shapes (`shape_of`): 'text', 'chat', 'enron', 'i
 """
 
 import gzip
+import itertools
 import math
 import os
 import re
 import sys
 import zlib
-from collections.abc import Container, Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from common import chat, records, strict_json, tables
+from common import rows as row_files
 from common.cli import AnyPath, UserError, one_line, plain
 from common.results import ROOT, Publication, commit, now, read_json, sha256
+from common.rows import Faults, Lazy, Row, Table, TextFile
 from common.sources import data_files
 
 if TYPE_CHECKING:
@@ -28,7 +32,6 @@ if TYPE_CHECKING:
 HEAD_ROWS = 1110  # evaluation head of the published split (perplexity)
 PII_ROWS = 1000  # the first rows of the head, which are attacked
 MANIFEST_SCHEMA = 1
-SHOWN = 5  # problems of one kind that are listed individually
 
 INSTRUCTION_TEMPLATE = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 INSTRUCTION_TEMPLATE_NO_INPUT = "### Instruction:\n{instruction}\n\n### Response:\n"
@@ -41,7 +44,7 @@ REVIEW_TEMPLATE = (
 FORMATS = ".jsonl, .json, .csv, .tsv, .arrow or .parquet"
 
 
-def read_rows(path: AnyPath, broken: dict[int, str] | None = None, columns: Sequence[str] = ()) -> list[dict[str, Any]]:
+def read_rows(path: AnyPath, broken: dict[int, str] | None = None, columns: Sequence[str] = ()) -> list[Row]:
     """All rows of a .jsonl, .json, .csv or .tsv (gzipped or not), .arrow (stream or file format) or .parquet file, of
     the files that a pattern matches, or of a folder of `Dataset.save_to_disk`.
 
@@ -51,17 +54,23 @@ def read_rows(path: AnyPath, broken: dict[int, str] | None = None, columns: Sequ
     converted: NaN in an Arrow column becomes None, dates and decimals become text. `columns`:
     "NEW=OLD" for each field to rename.
     """
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for file in data_files(path):
         own: dict[int, str] | None = None if broken is None else {}
         found = _read_file(file, own)
         if broken is not None and own:
             broken.update({len(rows) + index: reason for index, reason in own.items()})
         rows += found
+    return list(rename(path, rows, columns)) if columns else rows
+
+
+def open_rows(path: AnyPath, columns: Sequence[str] = ()) -> Sequence[Row]:
+    """`read_rows`, but the rows of large files (`rows.LARGE`, `rows.MANY`) stay on disk until they are asked for."""
+    rows = row_files.join([_read_file(file, None, on_disk=True) for file in data_files(path)])
     return rename(path, rows, columns) if columns else rows
 
 
-def rename(path: AnyPath, rows: list[dict[str, Any]], columns: Sequence[str]) -> list[dict[str, Any]]:
+def rename(path: AnyPath, rows: Sequence[Row], columns: Sequence[str]) -> Sequence[Row]:
     """The rows with fields renamed, "NEW=OLD" each. UserError for other words, a field that no row has, and a new name
     that a row has already."""
     names: dict[str, str] = {}
@@ -78,27 +87,35 @@ def rename(path: AnyPath, rows: list[dict[str, Any]], columns: Sequence[str]) ->
     problems += [f"--columns: rows of {path} have a field {name!r} already; rename it too" for name in taken]
     if problems:
         raise UserError(*problems)
-    return [{names.get(key, key): value for key, value in row.items()} for row in rows]
+    return row_files.convert(rows, lambda row: {names.get(key, key): value for key, value in row.items()})
 
 
-def _read_file(path: Path, broken: dict[int, str] | None) -> list[dict[str, Any]]:
+def _read_file(path: Path, broken: dict[int, str] | None, on_disk: bool = False) -> Sequence[Row]:
+    """The rows of one file; a list, unless they may stay `on_disk` and are many."""
     if not os.path.isfile(path):
         what = (
             "is a directory, not a file" if path.is_dir() else "not a file" if os.path.exists(path) else "no such file"
         )
         raise UserError(f"{path}: {what}; give a {FORMATS} file")
     name = path.name.removesuffix(".gz")
-    listed = tables.read_json_list(path, is_gzip(path)) if name.endswith(".json") else None
-    if listed is not None:
+    text = name.endswith((".json", ".jsonl", ".csv", ".tsv"))
+    try:
+        gzipped = text and is_gzip(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error}); copy or download it again") from None
+    rows: Sequence[Row] | None
+    if text and on_disk and row_files.is_large(path, gzipped):
+        rows = _map_text(path, name, gzipped)
+    elif name.endswith(".json") and (listed := tables.read_json_list(path, gzipped)) is not None:
         rows = listed
     elif name.endswith((".jsonl", ".json")):
         rows = _read_jsonl(path, broken)
     elif name.endswith((".csv", ".tsv")):
-        rows = tables.read_csv(path, "\t" if name.endswith(".tsv") else ",", is_gzip(path))
+        rows = tables.read_csv(path, "\t" if name.endswith(".tsv") else ",", gzipped)
     elif name.endswith(".arrow"):
-        rows = read_arrow(path)
+        rows = _read_arrow(path, on_disk)
     elif name.endswith(".parquet"):
-        rows = _read_parquet(path)
+        rows = _read_parquet(path, on_disk)
     else:
         raise UserError(f"{path}: unknown extension; give a {FORMATS} file")
     if not rows:
@@ -106,41 +123,69 @@ def _read_file(path: Path, broken: dict[int, str] | None) -> list[dict[str, Any]
     return rows
 
 
-def _read_jsonl(path: Path, broken: dict[int, str] | None = None) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    problems: list[str] = []
+def _map_text(path: Path, name: str, gzipped: bool) -> Sequence[Row]:
+    """The rows of a large text file, which stay on disk, except those of a .json list, which is one document."""
+    if name.endswith((".csv", ".tsv")):
+        return tables.map_csv(path, "\t" if name.endswith(".tsv") else ",", gzipped)
+    if name.endswith(".json") and not tables.is_json_lines(path, gzipped):
+        listed = tables.read_json_list(path, gzipped)
+        if listed is not None:
+            return listed
+    file, starts, faults = TextFile(path, gzipped), array("q"), Faults()
 
-    def refuse(number: int, reason: str, advice: str, row: dict[str, Any] | None = None) -> None:
+    def refuse(number: int, reason: str, advice: str, row: Row | None) -> None:
+        faults.add(f"{path}:{number}: {reason}{advice}")
+
+    for start, _ in _parsed(path, file.file, refuse):
+        starts.append(start)
+    faults.check()
+    return row_files.jsonl(file, starts)
+
+
+def _read_jsonl(path: Path, broken: dict[int, str] | None = None) -> list[Row]:
+    rows: list[Row] = []
+    faults = Faults()
+
+    def refuse(number: int, reason: str, advice: str, row: Row | None) -> None:
         if broken is None:
-            problems.append(f"{path}:{number}: {reason}{advice}")
+            faults.add(f"{path}:{number}: {reason}{advice}")
         else:
             broken[len(rows)] = reason
             rows.append(row or {})
 
     try:
         with gzip.open(path, "rb") if is_gzip(path) else open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                if number == 1 and line.startswith(strict_json.UTF16):
-                    raise UserError(f"{path}: UTF-16 text; save the file as UTF-8")
-                try:
-                    row = strict_json.parse(line)
-                except ValueError as error:
-                    item = getattr(error, "item", None)  # a lone surrogate in a text: the row keeps its row_id
-                    kept = item if isinstance(item, dict) else None
-                    refuse(number, str(error), "; fix or remove the line", kept)
-                    continue
-                if isinstance(row, dict):
-                    rows.append(row)
-                else:
-                    what = "an array; write one object per line" if isinstance(row, list) else type(row).__name__
-                    refuse(number, f"expected a JSON object, not {what}", "")
+            for _, row in _parsed(path, file, refuse):
+                rows.append(row)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({error}); copy or download it again") from None
-    if problems:
-        raise UserError(*_shorten(problems))
+    faults.check()
     return rows
+
+
+def _parsed(
+    path: Path, file: Iterable[bytes], refuse: Callable[[int, str, str, Row | None], None]
+) -> Iterator[tuple[int, Row]]:
+    """(its first byte, row) of each line with an object. The others go to `refuse`: line number, reason, advice, and
+    the row of a line whose text has a lone surrogate, to keep its row_id."""
+    end = 0
+    for number, line in enumerate(file, 1):
+        start, end = end, end + len(line)
+        if not line.strip():
+            continue
+        if number == 1 and line.startswith(strict_json.UTF16):
+            raise UserError(f"{path}: UTF-16 text; save the file as UTF-8")
+        try:
+            row = strict_json.parse(line)
+        except ValueError as error:
+            item = getattr(error, "item", None)
+            refuse(number, str(error), "; fix or remove the line", item if isinstance(item, dict) else None)
+            continue
+        if isinstance(row, dict):
+            yield start, row
+        else:
+            what = "an array; write one object per line" if isinstance(row, list) else type(row).__name__
+            refuse(number, f"expected a JSON object, not {what}", "", None)
 
 
 def is_gzip(path: AnyPath) -> bool:
@@ -152,32 +197,61 @@ def is_gzip(path: AnyPath) -> bool:
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # Arrow IPC streaming format: continuation marker, length 0
 
 
-def read_arrow(path: Path) -> list[dict[str, Any]]:
+def read_arrow(path: Path) -> list[Row]:
     """The rows of an Arrow file, stream or file format, whatever its name. UserError if it is damaged."""
+    return list(_read_arrow(path, False))
+
+
+def _read_arrow(path: Path, on_disk: bool) -> Sequence[Row]:
     import pyarrow as pa
 
+    large = on_disk and os.path.getsize(path) > row_files.LARGE
     try:
-        with pa.memory_map(str(path)) as source:
-            try:
-                table = pa.ipc.open_stream(source).read_all()
-            except (pa.ArrowInvalid, OSError):
-                source.seek(0)
-                table = pa.ipc.open_file(source).read_all()
-            else:
-                source.seek(max(0, source.size() - len(END_OF_STREAM)))
-                if source.read() != END_OF_STREAM:  # truncated between two batches, it would pass for a shorter file
-                    raise UserError(f"{path}: the Arrow stream has no end marker; the file is truncated")
-            return _table_rows(path, table)
+        source = pa.memory_map(str(path))
+        try:
+            stream = pa.ipc.open_stream(source)
+            schema, found = stream.schema, _batches(stream, large)
+        except (pa.ArrowInvalid, OSError):
+            source.seek(0)
+            file = pa.ipc.open_file(source)
+            schema = file.schema
+            found = _batches((file.get_batch(index) for index in range(file.num_record_batches)), large)
+        else:
+            source.seek(max(0, source.size() - len(END_OF_STREAM)))
+            if source.read() != END_OF_STREAM:  # truncated between two batches, it would pass for a shorter file
+                raise UserError(f"{path}: the Arrow stream has no end marker; the file is truncated")
+        return _rows_of(path, schema, found, large or (on_disk and sum(map(len, found)) > row_files.MANY))
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: not an Arrow file, or truncated ({_first_line(error)})") from None
 
 
-def _read_parquet(path: Path) -> list[dict[str, Any]]:
+def _batches(source: "Iterable[pyarrow.RecordBatch]", large: bool) -> "list[pyarrow.RecordBatch]":
+    """All batches of a mapped file; the buffers of a `large` compressed one are not kept in memory."""
+    import pyarrow as pa
+
+    batches = iter(source)
+    before = pa.total_allocated_bytes()
+    first = next(batches, None)
+    if first is None:
+        return []
+    if large and pa.total_allocated_bytes() - before > first.nbytes / 2:  # not mapped, but decompressed
+        return row_files.map_batches(itertools.chain([first], batches), first.schema)
+    return [first, *batches]
+
+
+def _read_parquet(path: Path, on_disk: bool) -> Sequence[Row]:
     import pyarrow as pa
     import pyarrow.parquet
 
     try:
-        return _table_rows(path, pyarrow.parquet.read_table(path))
+        file = pyarrow.parquet.ParquetFile(path, memory_map=True)
+        groups = [file.metadata.row_group(index) for index in range(file.num_row_groups)]
+        large = sum(group.total_byte_size for group in groups) > row_files.LARGE
+        if on_disk and (large or file.metadata.num_rows > row_files.MANY):
+            found = row_files.map_batches(file.iter_batches(row_files.BLOCK), file.schema_arrow)
+            return _rows_of(path, file.schema_arrow, found, True)
+        table = pyarrow.parquet.read_table(path)
+        return _rows_of(path, table.schema, table.to_batches(), False)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a Parquet file, or damaged ({_first_line(error)})") from None
 
@@ -186,31 +260,42 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def _table_rows(path: Path, table: "pyarrow.Table") -> list[dict[str, Any]]:
-    """The rows of an Arrow table as JSON values. UserError for a column of bytes or of text that is not UTF-8."""
+def _rows_of(
+    path: Path, schema: "pyarrow.Schema", batches: "Sequence[pyarrow.RecordBatch]", on_disk: bool
+) -> Sequence[Row]:
+    """The rows of Arrow batches as JSON values. UserError for a column of bytes or of text that is not UTF-8."""
+    import pyarrow as pa
+
+    if len(set(schema.names)) < len(schema.names):
+        raise UserError(f"{path}: two columns have the same name; rename one")
+    for field in schema:
+        kind = field.type
+        if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind):
+            raise UserError(f"{path}: column {field.name!r} holds bytes; remove it or convert it to text")
+    if on_disk:
+        return Table(batches, lambda piece: _table_rows(path, piece))
+    return _table_rows(path, pa.Table.from_batches(batches, schema))
+
+
+def _table_rows(path: Path, table: "pyarrow.Table") -> list[Row]:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    kinds = pa.types
-    if len(set(table.column_names)) < table.num_columns:
-        raise UserError(f"{path}: two columns have the same name; rename one")
     for index, name in enumerate(table.column_names):
         column, kind = table.column(index), table.schema.field(index).type
-        if kinds.is_floating(kind):
+        if pa.types.is_floating(kind):
             column = pc.if_else(pc.is_nan(column), pa.scalar(None, kind), column)
-        elif kinds.is_temporal(kind) or kinds.is_decimal(kind):
+        elif pa.types.is_temporal(kind) or pa.types.is_decimal(kind):
             column = column.cast(pa.string())
-        elif kinds.is_binary(kind) or kinds.is_large_binary(kind) or kinds.is_fixed_size_binary(kind):
-            raise UserError(f"{path}: column {name!r} holds bytes; remove it or convert it to text")
         table = table.set_column(index, name, column)
     try:
-        rows: list[dict[str, Any]] = table.to_pylist()
+        rows: list[Row] = table.to_pylist()
     except UnicodeDecodeError:
         raise UserError(f"{path}: contains text that is not UTF-8; write the file again") from None
     return rows
 
 
-def check_columns(path: AnyPath, rows: list[dict[str, Any]]) -> None:
+def check_columns(path: AnyPath, rows: list[Row]) -> None:
     """UserError naming each field of `rows` whose values do not fit one Arrow column; shows no values.
 
     Builders of Arrow files call it before they start.
@@ -240,7 +325,7 @@ def check_columns(path: AnyPath, rows: list[dict[str, Any]]) -> None:
         raise UserError(*problems)
 
 
-def write_arrow(file: IO[bytes], rows: list[dict[str, Any]]) -> None:
+def write_arrow(file: IO[bytes], rows: list[Row]) -> None:
     """Write rows to an open binary file in the stream format of datasets (read by `datasets.Dataset.from_file`)."""
     import pyarrow as pa
 
@@ -250,13 +335,7 @@ def write_arrow(file: IO[bytes], rows: list[dict[str, Any]]) -> None:
         writer.write_table(table, max_chunksize=1000)
 
 
-def _shorten(problems: list[str]) -> list[str]:
-    if len(problems) <= SHOWN:
-        return problems
-    return [*problems[:SHOWN], f"{problems[0].split(':')[0]}: … and {len(problems) - SHOWN} more like these"]
-
-
-def shape_of(row: dict[str, Any]) -> str | None:
+def shape_of(row: Row) -> str | None:
     """The shape of a row, judged by its fields; None if unknown."""
     if "text" in row:
         return "text"
@@ -286,7 +365,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
 }
 
 
-def validate(path: AnyPath, rows: list[dict[str, Any]], fields: tuple[str, ...] | None = None) -> str:
+def validate(path: AnyPath, rows: Sequence[Row], fields: tuple[str, ...] | None = None) -> str:
     """Check that every row has the (string) fields of its shape, or `fields`; return the file's shape.
 
     Raises UserError with one line per bad row (the first few; rows count from 0), also for rows of mixed shapes
@@ -302,15 +381,17 @@ def validate(path: AnyPath, rows: list[dict[str, Any]], fields: tuple[str, ...] 
         fields = REQUIRED[shape]
     absent = [field for field in fields if all(row.get(field) is None for row in rows)]
     words = " and ".join(f"'{field}'" for field in absent)
-    problems = [f"{path}: no row has the field {words}; give a file that has it"] if absent else []
+    faults = Faults()
+    if absent:
+        faults.add(f"{path}: no row has the field {words}; give a file that has it")
     fields = tuple(field for field in fields if field not in absent)
     for index, row in enumerate(rows):
         if not any_shape and (own := shape_of(row) or "") != shape:
-            problems.append(f"{path}: row {index}: has the fields of another row type ({own}, row 0: {shape})")
+            faults.add(f"{path}: row {index}: has the fields of another row type ({own}, row 0: {shape})")
             continue
-        problems += [f"{path}: row {index}: {problem}" for problem in row_problems(row, fields)]
-    if problems:
-        raise UserError(*_shorten(problems))
+        for problem in row_problems(row, fields):
+            faults.add(f"{path}: row {index}: {problem}")
+    faults.check()
     return shape
 
 
@@ -318,7 +399,7 @@ def validate(path: AnyPath, rows: list[dict[str, Any]], fields: tuple[str, ...] 
 OPTIONAL = {"review": tuple(field for field in REVIEW_FIELDS if field != "Rating"), "instruction": ("input",)}
 
 
-def row_problems(row: dict[str, Any], fields: Iterable[str]) -> Iterator[str]:
+def row_problems(row: Row, fields: Iterable[str]) -> Iterator[str]:
     """Why a row cannot be used, one line per field, without quoting its text."""
     for field in fields:
         value = row.get(field)
@@ -354,7 +435,7 @@ def _is_number(value: Any) -> bool:
         return False
 
 
-def user_of(row: dict[str, Any]) -> str | None:
+def user_of(row: Row) -> str | None:
     """The author of a row, by its user_id: text, or an integer as text (5, 5.0, "5" and " 5" are the same); None if
     absent. Privacy units, halves and canaries all use this: a user counted as two would get half the noise."""
     value = row.get("user_id")
@@ -370,7 +451,7 @@ def is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
-def read_with_broken(path: AnyPath, fields: tuple[str, ...]) -> tuple[list[dict[str, Any]], dict[int, str]]:
+def read_with_broken(path: AnyPath, fields: tuple[str, ...]) -> tuple[list[Row], dict[int, str]]:
     """(all rows, {index of a broken row: why}) for builders that skip broken rows; all others fit an Arrow file.
 
     UserError if the file does not match its manifest."""
@@ -385,7 +466,7 @@ def read_with_broken(path: AnyPath, fields: tuple[str, ...]) -> tuple[list[dict[
     return rows, broken
 
 
-def row_text(row: dict[str, Any]) -> tuple[str, int | None]:
+def row_text(row: Row) -> tuple[str, int | None]:
     """(training text without EOS, character where the completion starts, or None if the row has no prompt)."""
     shape = shape_of(row)
     if shape == "text":
@@ -406,7 +487,7 @@ def row_text(row: dict[str, Any]) -> tuple[str, int | None]:
     return prompt + completion, len(prompt)
 
 
-def has_completion(row: dict[str, Any]) -> bool:
+def has_completion(row: Row) -> bool:
     """Whether a row says which part the model should generate (--loss_on completion)."""
     return shape_of(row) == "chat" or row_text(row)[1] is not None
 
@@ -428,10 +509,10 @@ def read_renderer(
 
 
 def render(
-    path: AnyPath, rows: list[dict[str, Any]], indices: Iterable[int], renderer: chat.Renderer | None
+    path: AnyPath, rows: Sequence[Row], indices: Iterable[int], renderer: chat.Renderer | None
 ) -> list[chat.Rendered]:
     """The rows with these indices, rendered as in training. UserError naming those that the chat template rejects."""
-    rendered, problems = [], []
+    rendered, faults = [], Faults()
     for index in indices:
         if renderer is None:
             text, start = row_text(rows[index])
@@ -440,26 +521,34 @@ def render(
         try:
             rendered.append(renderer.render(rows[index]))
         except ValueError as error:
-            problems.append(f"{path}: row {index}: {error}")
-    if problems:
-        raise UserError(*_shorten(problems))
+            faults.add(f"{path}: row {index}: {error}")
+    faults.check()
     return rendered
 
 
-def written(row: dict[str, Any]) -> str:
+def rendering(
+    path: AnyPath, rows: Sequence[Row], indices: Sequence[int], renderer: chat.Renderer | None
+) -> Sequence[chat.Rendered]:
+    """`render`, but rows that are on disk are rendered when asked for, each with its own UserError."""
+    if isinstance(rows, list):
+        return render(path, rows, indices, renderer)
+    return Lazy(lambda place: render(path, rows, [indices[place]], renderer)[0], len(indices))
+
+
+def written(row: Row) -> str:
     """The human-written part of a row: its text; for a chat row the contents of its messages, without the template."""
     if shape_of(row) == "chat":
         return "\n".join(message["content"] for message in chat.messages_of(row))
     return row_text(row)[0]
 
 
-def instruction_prompt(row: dict[str, Any]) -> str:
+def instruction_prompt(row: Row) -> str:
     """The text before `output`, the same in training and generation."""
     template = INSTRUCTION_TEMPLATE if row.get("input") else INSTRUCTION_TEMPLATE_NO_INPUT
     return template.format(instruction=row["instruction"], input=row.get("input") or "")
 
 
-def review_prompt(row: dict[str, Any]) -> str:
+def review_prompt(row: Row) -> str:
     """The text before the review, the same in training and generation: metadata only, never the review itself.
 
     The review's title is private text too: it is included only if the row says `"condition": "title"`.
@@ -473,32 +562,35 @@ def review_prompt(row: dict[str, Any]) -> str:
 class Split:
     """Row indices of the evaluation head (perplexity), its attacked part (PII) and the training rows."""
 
-    head: list[int]
-    pii: list[int]
-    train: list[int]
+    head: Sequence[int]
+    pii: Sequence[int]
+    train: Sequence[int]
 
 
-def split(rows: list[dict[str, Any]], manifest: dict[str, Any] | None = None) -> Split:
+def split(rows: Sequence[Row], manifest: dict[str, Any] | None = None) -> Split:
     """The published split for Enron rows (gt-name, not generated); for any other file each part is the whole file.
 
     A manifest's `split_start` with `row_id`s decides which rows belong to the head; otherwise position does.
     """
     n = len(rows)
     if shape_of(rows[0]) != "enron":
-        everything = list(range(n))
-        return Split(everything, everything, everything)
+        return Split(range(n), range(n), range(n))
     start = (manifest or {}).get("split_start")
+    head: Sequence[int]
+    train: Sequence[int]
     if start is not None and all(is_count(row.get("row_id")) for row in rows):
-        head = [index for index, row in enumerate(rows) if row["row_id"] < start]
-        train = [index for index, row in enumerate(rows) if row["row_id"] >= start]
+        in_head, in_train = array("q"), array("q")
+        for index, row in enumerate(rows):
+            (in_head if row["row_id"] < start else in_train).append(index)
+        head, train = in_head, in_train
     else:
-        head, train = list(range(min(HEAD_ROWS, n // 3))), list(range(min(HEAD_ROWS, n // 3), n))
+        head, train = range(min(HEAD_ROWS, n // 3)), range(min(HEAD_ROWS, n // 3), n)
     return Split(head, head[: min(PII_ROWS, n // 3)], train)
 
 
 def split_source(
-    rows: list[dict[str, Any]], broken: Container[int], manifest: dict[str, Any] | None
-) -> tuple[list[dict[str, Any]], Split, int | None]:
+    rows: list[Row], broken: Container[int], manifest: dict[str, Any] | None
+) -> tuple[list[Row], Split, int | None]:
     """For builders that skip the rows with indices in `broken`, without shifting the split.
 
     Returns (the rows, with their index as `row_id` unless all usable ones have one; the split without broken rows; the
@@ -516,7 +608,7 @@ def split_source(
     return rows, Split(head, pii, train), start
 
 
-def evaluated_rows(rows: list[dict[str, Any]], manifest: dict[str, Any] | None) -> list[int]:
+def evaluated_rows(rows: Sequence[Row], manifest: dict[str, Any] | None) -> Sequence[int]:
     """Indices of rows whose source row belongs to the evaluation head (by row_id, also in a generated file)."""
     start = (manifest or {}).get("split_start")
     if shape_of(rows[0]) == "enron":
@@ -564,7 +656,7 @@ def _say_once(line: str) -> None:
     print(one_line(line), file=sys.stderr)
 
 
-def note_lost_manifest(path: AnyPath, rows: list[dict[str, Any]]) -> None:
+def note_lost_manifest(path: AnyPath, rows: Sequence[Row]) -> None:
     """Warn on stderr about rows that one of these scripts derived from other rows but that have lost their manifest."""
     if manifest_path(path).exists() or int(os.environ.get("RANK", 0)):
         return
@@ -671,7 +763,7 @@ def data_tag(path: AnyPath, manifest: dict[str, Any] | None) -> str:
     if isinstance(tag, str) and tag:
         return tag
     stem = Path(path).name.split(".")[0]
-    return stem if os.path.exists(path) else re.sub(r"[*?\[\]]+", "", stem) or "data"  # of a pattern
+    return stem if os.path.exists(path) else re.sub(r"[*?\[\]:]+", "", stem) or "data"  # of a pattern, or a hub name
 
 
 def default_dataset(path: AnyPath) -> Path:

@@ -525,6 +525,15 @@ def special_tokens_in(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) 
     return dict(sorted(found.items()))
 
 
+def bos_note(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> str | None:
+    """One line if texts start with the BOS that the tokenizer adds itself; it is then used once (`extra_start`)."""
+    start = tokenizer.bos_token
+    if not start or tokenizer("a").input_ids[:1] != [tokenizer.bos_token_id]:
+        return None
+    n = sum(text.startswith(start) for text in texts)
+    return f"{n} texts start with {start}, which the tokenizer adds too: it is used once" if n else None
+
+
 def special_tokens_note(found: dict[str, int]) -> str:
     """One line summarising `special_tokens_in`."""
     counts = ", ".join(f"{token} in {n}" for token, n in found.items())

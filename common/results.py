@@ -29,6 +29,7 @@ import socket
 import subprocess
 import sys
 import time
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import cache
@@ -37,7 +38,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self, TypeVar, overload
 
-from common import strict_json
+from common import rows, strict_json
 from common.cli import AnyPath, Problems, UserError, check_writable, plain
 from common.sources import data_files
 
@@ -546,6 +547,18 @@ def read_jsonl(path: AnyPath) -> list[dict[str, Any]]:
     """Every line of one of our result files; ValueError for a broken line, OSError if it cannot be read."""
     with open(path, "rb") as file:
         return [strict_json.parse(line) for line in file if line.strip()]
+
+
+def open_jsonl(path: AnyPath) -> Sequence[dict[str, Any]]:
+    """`read_jsonl`, but the lines of a large file stay on disk."""
+    if not rows.is_large(path, False):
+        return read_jsonl(path)
+    file, starts = rows.TextFile(Path(path), False), array("q")
+    for start, line in rows.lines(file):
+        if line.strip():
+            strict_json.parse(line)
+            starts.append(start)
+    return rows.jsonl(file, starts)
 
 
 def append_line(file: IO[str], item: object) -> None:

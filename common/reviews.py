@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from common.cli import AnyPath, Problems, UserError
-from common.dataset import read_rows, user_of, validate
+from common.dataset import read_rows, rename, user_of, validate
 
 ARM = re.compile(r"[A-Za-z][\w-]*")
 REAL, GENERATED = "Review", "generated_text"  # text fields
@@ -32,11 +32,15 @@ def with_text(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if text_of(row)]
 
 
-def read_reviews(path: AnyPath, field: str = REAL) -> list[dict[str, Any]]:
+def read_reviews(path: AnyPath, field: str = REAL, columns: Sequence[str] = ()) -> list[dict[str, Any]]:
     """All rows of a file, without generated text if real text is asked for. UserError if a row lacks the text field
     `field` (blank text is allowed) or a rating of 1 to 5, or if the file does not match its manifest.
     """
-    rows = read_rows(path)
+    return check_reviews(path, read_rows(path, None, columns), field)
+
+
+def check_reviews(path: AnyPath, rows: list[dict[str, Any]], field: str = REAL) -> list[dict[str, Any]]:
+    """`read_reviews`, given the rows of the file."""
     validate(path, rows, (field, "Rating"))
     if field == REAL:
         rows = [{key: value for key, value in row.items() if key != GENERATED} for row in rows]
@@ -48,6 +52,30 @@ def read_reviews(path: AnyPath, field: str = REAL) -> list[dict[str, Any]]:
         if odd:
             raise UserError(f"{path}: row {index}: {odd[0]} must be text or a number")
     return rows
+
+
+class Files:
+    """The files of one script, with --columns: a field is renamed in each file that has it."""
+
+    def __init__(self, columns: Sequence[str], problems: Problems) -> None:
+        self.columns, self.problems = columns, problems
+        self.used: set[str] = set()
+
+    def read(self, path: AnyPath, field: str = REAL) -> list[dict[str, Any]] | None:
+        """`read_reviews`; None, and a problem, where it raises UserError."""
+        return self.problems.absorb(self._read, path, field)
+
+    def _read(self, path: AnyPath, field: str) -> list[dict[str, Any]]:
+        rows = read_rows(path)
+        own = [text for text in self.columns if any(text.partition("=")[2] in row for row in rows)]
+        self.used.update(own)
+        return check_reviews(path, list(rename(path, rows, own)) if own else rows, field)
+
+    def check(self) -> None:
+        """A problem for each of --columns that no file has."""
+        for text in self.columns:
+            if text not in self.used and not self.problems.lines:
+                self.problems.add(f"--columns {text}: give NEW=OLD, where some file has the field OLD")
 
 
 def split_arms(words: Sequence[str], taken: Sequence[str], problems: Problems) -> dict[str, str]:

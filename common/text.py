@@ -3,7 +3,7 @@
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -93,7 +93,7 @@ def shingles(text: str) -> frozenset[str]:
     return frozenset(" ".join(words[start : start + SHINGLE]) for start in range(max(1, len(words) - SHINGLE + 1)))
 
 
-def near_duplicates(texts: list[str], others: list[str]) -> list[tuple[int, int]]:
+def near_duplicates(texts: Iterable[str], others: Sequence[str]) -> list[tuple[int, int]]:
     """(index in texts, index in others) of pairs whose shingle sets have Jaccard similarity |A∩B| / |A∪B| ≥ 0.8."""
     sets, where = [shingles(other) for other in others], defaultdict(list)
     for index, members in enumerate(sets):

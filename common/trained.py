@@ -11,13 +11,19 @@ with the owner of the data.
 
 import hashlib
 import hmac
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common import models, records, results
 from common.cli import AnyPath, UserError
+from common.rows import Lazy
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 FILE = "trained_rows.jsonl"
 SCHEMA = 1
@@ -55,24 +61,41 @@ class TrainedRow:
 
 
 @dataclass(frozen=True)
-class TrainedRows:
-    """The content of trained_rows.jsonl. salt: hexadecimal, "" without --dp."""
+class Header:
+    """The first line of trained_rows.jsonl. salt: hexadecimal, "" without --dp."""
 
     salt: str
     loss_on: str
     max_length: int
-    rows: tuple[TrainedRow, ...]
+
+
+@dataclass(frozen=True)
+class TrainedRows(Header):
+    """The content of trained_rows.jsonl; the rows of a large file stay on disk."""
+
+    rows: Sequence[TrainedRow]
 
     @cached_property
-    def _by_hash(self) -> dict[str, list[TrainedRow]]:
-        by_hash: dict[str, list[TrainedRow]] = {}
-        for row in self.rows:
-            by_hash.setdefault(row.sha256, []).append(row)
-        return by_hash
+    def _by_hash(self) -> "tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]":
+        """The first 8 bytes of each row's hash, sorted, and the place of each in `rows`."""
+        import numpy as np
+
+        keys = np.fromiter((_key(row.sha256) for row in self.rows), np.uint64, len(self.rows))
+        order = np.argsort(keys, kind="stable")
+        return keys[order], order
 
     def find(self, text: str) -> list[TrainedRow]:
         """The rows with exactly this text (dataset.row_text): several if it was repeated, [] if there is none."""
-        return self._by_hash.get(text_sha256(text, self.salt), [])
+        import numpy as np
+
+        digest, (keys, order) = text_sha256(text, self.salt), self._by_hash
+        key = np.uint64(_key(digest))
+        found = order[np.searchsorted(keys, key, "left") : np.searchsorted(keys, key, "right")]
+        return [row for row in (self.rows[int(place)] for place in found) if row.sha256 == digest]
+
+
+def _key(sha256: str) -> int:
+    return int(sha256[:16] or "0", 16)
 
 
 def text_sha256(text: str, salt: str = "") -> str:
@@ -85,26 +108,25 @@ def salted(sha256: str, salt: str) -> str:
     return hmac.digest(bytes.fromhex(salt), sha256.encode(), "sha256").hex() if salt else sha256
 
 
-def write(run_folder: AnyPath, header: TrainedRows, tokens_cut: int, tokens_masked: int) -> dict[str, Any]:
-    """Write trained_rows.jsonl; returns run.json's `trained` block.
+def write(run_folder: AnyPath, header: Header, rows: Iterable[TrainedRow]) -> dict[str, Any]:
+    """Write trained_rows.jsonl; returns run.json's `trained` block, where the caller fills in tokens_cut (text tokens
+    beyond --max_length) and tokens_masked (kept tokens used only as context, not counting each row's first)."""
+    file = Path(run_folder) / FILE
+    names = ("rows", "tokens", "loss_tokens", "rows_cut", "tokens_cut", "rows_without_loss", "tokens_masked")
+    block: dict[str, Any] = dict.fromkeys(names, 0)
 
-    tokens_cut: text tokens beyond --max_length; tokens_masked: kept tokens used only as context, not counting each
-    row's first.
-    """
-    file, rows = Path(run_folder) / FILE, header.rows
-    first = {"schema": SCHEMA, "salt": header.salt, "loss_on": header.loss_on, "max_length": header.max_length}
-    results.write_jsonl(file, [first, *(row.line() for row in rows)], permissions=0o600)
-    return {
-        "rows": len(rows),
-        "tokens": sum(row.tokens for row in rows),
-        "loss_tokens": sum(row.loss_tokens for row in rows),
-        "rows_cut": sum(row.cut for row in rows),
-        "tokens_cut": tokens_cut,
-        "rows_without_loss": sum(row.loss_tokens == 0 for row in rows),
-        "tokens_masked": tokens_masked,
-        "file": FILE,
-        "sha256": results.sha256(file),
-    }
+    def lines() -> Iterator[dict[str, Any]]:
+        yield {"schema": SCHEMA} | asdict(header)
+        for row in rows:
+            block["rows"] += 1
+            block["tokens"] += row.tokens
+            block["loss_tokens"] += row.loss_tokens
+            block["rows_cut"] += row.cut
+            block["rows_without_loss"] += row.loss_tokens == 0
+            yield row.line()
+
+    results.write_jsonl(file, lines(), permissions=0o600)
+    return block | {"file": FILE, "sha256": results.sha256(file)}
 
 
 def read(checkpoint: AnyPath) -> TrainedRows | None:
@@ -132,11 +154,11 @@ def read_folder(run_folder: AnyPath) -> TrainedRows | None:
 @cache
 def _parse(path: str, digest: str) -> TrainedRows:
     try:
-        first, *lines = results.read_jsonl(path)
+        lines = results.open_jsonl(path)
     except ValueError as error:
         raise UserError(f"{path}: damaged ({error}); {REMEDY}") from None
-    header = records.check(first, records.TrainedHeader, path, REMEDY)
-    for number, line in enumerate(lines):
+    header = records.check(lines[0], records.TrainedHeader, path, REMEDY)
+    for number, line in enumerate(lines[1:]):
         records.check(line, records.TrainedLine, f"{path}: row {number}", REMEDY)
     if header.schema != SCHEMA:
         raise UserError(f"{path}: its schema is {header.schema}, not {SCHEMA}; {REMEDY}")
@@ -144,7 +166,11 @@ def _parse(path: str, digest: str) -> TrainedRows:
         bytes.fromhex(header.salt)
     except ValueError:
         raise UserError(f"{path}: its salt is not hexadecimal; {REMEDY}") from None
-    rows = tuple(map(TrainedRow.of_line, lines))
+    rows: Sequence[TrainedRow]
+    if isinstance(lines, list):
+        rows = tuple(map(TrainedRow.of_line, lines[1:]))
+    else:
+        rows = Lazy(lambda place: TrainedRow.of_line(lines[place + 1]), len(lines) - 1)
     return TrainedRows(header.salt, header.loss_on, header.max_length, rows)
 
 

@@ -62,7 +62,7 @@ def prepare(config: AttackConfig, problems: cli.Problems) -> ExtractionTask | No
     if len(problems.lines) > before:
         return None
 
-    evaluated = list(range(config.num_rows)) if config.num_rows else dataset.split(rows, manifest).pii
+    evaluated = list(range(config.num_rows)) if config.num_rows else list(dataset.split(rows, manifest).pii)
     if not evaluated:
         problems.add(f"{config.dataset}: no row belongs to the evaluation head; pass --num_rows")
         return None

@@ -14,6 +14,7 @@ class FidelityConfig(ModelConfig):
     real: str  # reviews that no generator was trained on
     synthetic: tuple[str, ...]  # ARM=FILE
     train: str | None = None  # reviews that the generators were trained on; None: no search for copies
+    columns: tuple[str, ...] = ()  # NEW=OLD
     output_dir: str = "./fidelity-out"
     num_rows: int = 10000
     pool_rows: int = 10000

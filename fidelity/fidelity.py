@@ -48,6 +48,7 @@ def make_parser() -> cli.Parser:
         help="generated rows of each arm (default: none, required)",
     )
     add("--train", metavar="FILE", help="rows the generators were trained on; without it, no copy metrics")
+    cli.add_columns(parser)
     add("--output_dir", help="directory for the results")
     add("--num_rows", type=cli.positive_int, help="maximum rows per sample; all samples have the same size")
     add("--pool_rows", type=cli.positive_int, help="rows of each kind searched for nearest neighbours")

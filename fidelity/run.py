@@ -53,10 +53,12 @@ def prepare(config: FidelityConfig, folder: Path, problems: cli.Problems) -> tup
     cli.check_writable(folder, problems)
     if config.pool_rows < FEWEST:
         problems.add(f"--pool_rows {config.pool_rows}: at least {FEWEST} are needed")
-    real = problems.absorb(reviews.read_reviews, config.real)
+    read = reviews.Files(config.columns, problems)
+    real = read.read(config.real)
     files = reviews.split_arms(config.synthetic, ("real", "against"), problems)
-    arms = {arm: problems.absorb(reviews.read_reviews, file, reviews.GENERATED) or [] for arm, file in files.items()}
-    train = problems.absorb(reviews.read_reviews, config.train) if config.train else None
+    arms = {arm: read.read(file, reviews.GENERATED) or [] for arm, file in files.items()}
+    train = read.read(config.train) if config.train else None
+    read.check()
     if real and train:
         train = check_train(config, real, train, problems)
     if config.embeds:

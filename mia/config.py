@@ -16,6 +16,8 @@ class MiaConfig(MeasuringConfig, QuantizedConfig):
     nonmembers: str | None = None  # None: the held-out head of `members`, whose other rows are then the members
     chat_template: str | None = None  # None: the tokenizer's own
     columns: tuple[str, ...] = ()  # NEW=OLD
+    split: str | None = None  # of a data set on the hub
+    data_config: str | None = None
     text_field: str | None = None  # None: as trained, e.g. prompt + continuation
     attacks: tuple[str, ...] | None = None  # None: CORE, plus those enabled by the optional files
     ref_model: str | None = None  # None: an adapter's base

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from array import array
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -12,6 +14,7 @@ import numpy as np
 
 from common import cli, dataset, models, results
 from common.checkpoints import find_checkpoints
+from common.rows import Lazy, Row, select
 from common.schema import CORE, FAMILIES, SHADOW_ATTACKS
 from common.shadows import read as read_shadows
 from common.text import near_duplicates
@@ -26,7 +29,6 @@ if TYPE_CHECKING:
     from mia.metrics import Floats
 
 SHOTS = 12
-Row = dict[str, Any]
 Trained = dict[Path, bool | None]  # model folder → whether it was trained on a file; None: unknown
 T = TypeVar("T")
 WithText = TypeVar("WithText", bound=tuple[Any, ...])  # (id, text, …)
@@ -53,7 +55,7 @@ class MembershipTask:
     whole: bool = False  # a chat template wrote the special tokens of every text
     shots: list[str] = field(default_factory=list)  # non-members
     member_shots: list[str] = field(default_factory=list)
-    corpus: list[str] | None = None  # of dc_pdd
+    corpus: Sequence[str] | None = None  # of dc_pdd
     inputs: list[str] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)  # rows excluded, by reason
     duplicates: list[tuple[int, int]] = field(default_factory=list)  # (member, non-member), indices into texts
@@ -76,7 +78,7 @@ class Reader:
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.model = ""
         self.chat: dict[str, bool] = {}  # flag → whether its file has chat rows
-        self.files: dict[str, tuple[list[Row], dict[str, Any] | None]] = {}  # path → rows, manifest; both usable
+        self.files: dict[str, tuple[Sequence[Row], dict[str, Any] | None]] = {}  # path → rows, manifest; both usable
         before = len(problems.lines)
         for path in dict.fromkeys((config.members, config.nonmembers, config.prefix_file, config.freq_corpus)):
             if path:
@@ -85,7 +87,7 @@ class Reader:
 
     def _open(self, path: str) -> None:
         problems, field = self.problems, self.config.text_field
-        rows = problems.absorb(dataset.read_rows, path, None, self.config.columns)
+        rows = problems.absorb(dataset.open_rows, path, self.config.columns)
         if rows is None:
             return
         manifest = problems.absorb(dataset.read_manifest, path)
@@ -98,15 +100,17 @@ class Reader:
         """Render chat rows with the tokenizer of `model` (None if none was found, which is reported elsewhere)."""
         self.tokenizer, self.model = tokenizer, model
 
-    def read(self, path: str, flag: str) -> tuple[list[Row], list[str], dict[str, Any] | None]:
-        """(rows, their texts, manifest) of one of the files; all empty if it has problems."""
+    def read(self, path: str, flag: str) -> tuple[Sequence[Row], Sequence[str], dict[str, Any] | None]:
+        """(rows, their texts, manifest) of one of the files; all empty if it has problems.
+
+        Texts of rows that stay on disk are rendered when asked for."""
         if path not in self.files:
             return [], [], None
         problems, field = self.problems, self.config.text_field
         rows, manifest = self.files[path]
         self.chat[flag] = not field and dataset.shape_of(rows[0]) == "chat"
         if field:
-            return rows, [row[field] for row in rows], manifest
+            return rows, _texts(rows, lambda row: str(row[field])), manifest
         renderer = None
         if self.chat[flag]:
             if self.tokenizer is None:
@@ -117,8 +121,8 @@ class Reader:
             renderer = problems.absorb(dataset.read_renderer, rows, self.tokenizer, template, self.model)
             if renderer is None:
                 return [], [], None
-        rendered = problems.absorb(dataset.render, path, rows, range(len(rows)), renderer)
-        return (rows, [row.text for row in rendered], manifest) if rendered else ([], [], None)
+        rendered = problems.absorb(dataset.rendering, path, rows, range(len(rows)), renderer)
+        return (rows, _texts(rendered, lambda one: one.text), manifest) if rendered else ([], [], None)
 
     def check(self) -> bool:
         """Whether the files have chat rows; adds a problem if only some do, or if --chat_template has no use."""
@@ -141,24 +145,28 @@ def read_trainings(config: MiaConfig, problems: cli.Problems) -> dict[Path, dict
     return trainings
 
 
-def trained_rows(rows: list[Row], manifest: dict[str, Any] | None, train_rows: int | None, eval_rows: int) -> set[int]:
+def trained_rows(
+    rows: Sequence[Row], manifest: dict[str, Any] | None, train_rows: int | None, eval_rows: int
+) -> Collection[int]:
     """Indices of the rows that run_peft.py trains on, given --train_rows and --eval_rows."""
     if train_rows is not None:
-        return set(range(len(rows) - train_rows, len(rows)))
-    held = 0 if dataset.shape_of(rows[0]) == "enron" else eval_rows  # in other files the first rows are held out
-    return {index for index in dataset.split(rows, manifest).train if index >= held}
+        return range(len(rows) - train_rows, len(rows))
+    chosen = dataset.split(rows, manifest).train
+    if dataset.shape_of(rows[0]) == "enron":
+        return chosen if isinstance(chosen, range) else set(chosen)
+    return range(min(eval_rows, len(rows)), len(rows))  # in other files the first rows are held out
 
 
 def trained_on(
-    trainings: dict[Path, dict[str, Any] | None], path: str, rows: list[Row], manifest: dict[str, Any] | None
-) -> tuple[Trained, list[set[int]]]:
+    trainings: dict[Path, dict[str, Any] | None], path: str, rows: Sequence[Row], manifest: dict[str, Any] | None
+) -> tuple[Trained, list[Collection[int]]]:
     """({folder: whether its model was trained on this file, None: unknown}, the row sets of the models that were).
 
     trainings: from `read_trainings`. Files are identified by SHA-256. Also unknown: a model whose run used a different
     number of rows than --train_rows and --eval_rows now select, because the manifest's split has changed since.
     """
     known: Trained = dict.fromkeys(trainings)
-    row_sets = []
+    row_sets: list[Collection[int]] = []
     for folder, record in trainings.items():
         if record is None:
             continue
@@ -173,7 +181,17 @@ def trained_on(
     return known, row_sets
 
 
-def read_sets(reader: Reader) -> tuple[list[Item], list[Item], Trained, int]:
+def items_of(rows: Sequence[Row], texts: Sequence[str]) -> Sequence[Item]:
+    """The items of a file's rows."""
+
+    def item(index: int) -> Item:
+        row = rows[index]
+        return Item(row.get("row_id", index), texts[index], row, index)
+
+    return [item(index) for index in range(len(rows))] if isinstance(rows, list) else Lazy(item, len(rows))
+
+
+def read_sets(reader: Reader) -> tuple[Sequence[Item], Sequence[Item], Trained, int]:
     """(the members, the non-members, `trained_on` of --members, number of rows excluded because they were not trained
     on).
 
@@ -182,22 +200,19 @@ def read_sets(reader: Reader) -> tuple[list[Item], list[Item], Trained, int]:
     """
     config, problems = reader.config, reader.problems
     rows, texts, manifest = reader.read(config.members, "--members")
-    known = [Item(row.get("row_id", index), text, row, index) for index, (row, text) in enumerate(zip(rows, texts))]
+    known = items_of(rows, texts)
     trainings = read_trainings(config, problems) if rows else {}
     trained, chosen = trained_on(trainings, config.members, rows, manifest) if rows else ({}, [])
 
-    def members(indices: Collection[int]) -> tuple[list[Item], int]:
-        kept = [index for index in indices if all(index in used for used in chosen)]
-        return [known[index] for index in kept], len(indices) - len(kept)
+    def members(indices: Sequence[int]) -> tuple[Sequence[Item], int]:
+        kept = _filtered(indices, (lambda index: all(index in used for used in chosen)) if chosen else None)
+        return select(known, kept), len(indices) - len(kept)
 
     if config.nonmembers and Path(config.nonmembers).absolute() != Path(config.members).absolute():
         others, texts, manifest = reader.read(config.nonmembers, "--nonmembers")
         _, seen = trained_on(trainings, config.nonmembers, others, manifest) if others else ({}, [])
-        rest = [
-            Item(row.get("row_id", index), text, row, index)
-            for index, (row, text) in enumerate(zip(others, texts))
-            if not any(index in used for used in seen)
-        ]
+        unseen = (lambda index: not any(index in used for used in seen)) if seen else None
+        rest = select(items_of(others, texts), _filtered(range(len(others)), unseen))
         if len(rest) < 2 and len(rest) < len(others):
             overlap = f"{len(others) - len(rest)} of its {len(others)} rows were trained on"
             problems.add(f"--nonmembers {config.nonmembers}: {overlap} (run.json); give rows that were not")
@@ -207,7 +222,8 @@ def read_sets(reader: Reader) -> tuple[list[Item], list[Item], Trained, int]:
         return [], [], {}, 0
     if dataset.shape_of(rows[0]) != "enron" and chosen:
         kept, left_out = members(range(len(known)))
-        unused = [one for index, one in enumerate(known) if not any(index in used for used in chosen)]
+        untrained = _filtered(range(len(known)), lambda index: not any(index in used for used in chosen))
+        unused = select(known, untrained)
         return kept, unused, trained, left_out - len(unused)
     if dataset.shape_of(rows[0]) != "enron":
         problems.add(
@@ -216,26 +232,37 @@ def read_sets(reader: Reader) -> tuple[list[Item], list[Item], Trained, int]:
         )
         return [], [], {}, 0
     split = dataset.split(rows, manifest)
-    head = [known[index] for index in split.head if not any(index in used for used in chosen)]
-    kept, left_out = members(sorted({*split.train, *(set.intersection(*chosen) if chosen else ())}))
+    head = select(known, [index for index in split.head if not any(index in used for used in chosen)])
+    kept, left_out = members(sorted({*split.train, *set.intersection(*map(set, chosen))}) if chosen else split.train)
     return kept, head, trained, left_out
 
 
-def sample(items: list[T], n: int | None, seed: int) -> list[T]:
+def _filtered(indices: Sequence[int], wanted: Callable[[int], bool] | None) -> Sequence[int]:
+    return indices if wanted is None else array("q", filter(wanted, indices))
+
+
+def _texts(items: Sequence[T], text: Callable[[T], str]) -> Sequence[str]:
+    """The text of each item; of items that stay on disk, when asked for."""
+    return [text(item) for item in items] if isinstance(items, list) else Lazy(lambda at: text(items[at]), len(items))
+
+
+def sample(items: Sequence[T], n: int | None, seed: int) -> list[T]:
     """n items drawn by the seed, in their original order; all of them if n is None or larger."""
     if n is None or n >= len(items):
         return list(items)
     return [items[index] for index in sorted(np.random.default_rng(seed).permutation(len(items))[:n])]
 
 
-def without(items: list[WithText], unwanted: list[str]) -> list[WithText]:
+def without(items: Sequence[WithText], unwanted: Sequence[str]) -> Sequence[WithText]:
     """Items (id, text, …) whose text is not a near-duplicate of an unwanted one."""
-    excluded = {index for index, _ in near_duplicates([text for _, text, *_ in items], unwanted)}
-    return [item for index, item in enumerate(items) if index not in excluded]
+    if not unwanted:
+        return items
+    excluded = {index for index, _ in near_duplicates((text for _, text, *_ in items), unwanted)}
+    return select(items, array("q", (index for index in range(len(items)) if index not in excluded)))
 
 
 def choose_shots(
-    reader: Reader, attacks: Collection[str], members: list[Item], nonmembers: list[Item]
+    reader: Reader, attacks: Collection[str], members: Sequence[Item], nonmembers: Sequence[Item]
 ) -> tuple[list[str], list[str]]:
     """(non-member shots, member shots) for recall and con_recall."""
     config, problems = reader.config, reader.problems
@@ -245,8 +272,10 @@ def choose_shots(
     member_shots: list[str] = []
     if config.prefix_file:
         rows, texts, _ = reader.read(config.prefix_file, "--prefix_file")
-        shots = [text for row, text in zip(rows, texts) if row.get("label") != 1][:SHOTS]
-        member_shots = [text for row, text in zip(rows, texts) if row.get("label") == 1][:SHOTS]
+        shots, member_shots = (
+            [texts[at] for at in islice((at for at, row in enumerate(rows) if (row.get("label") == 1) is own), SHOTS)]
+            for own in (False, True)
+        )
         if rows and not shots:
             problems.add(f"--prefix_file {config.prefix_file}: every row has label 1; recall needs non-members")
     else:  # at most a quarter of a small set
@@ -317,9 +346,10 @@ def prepare(config: MiaConfig, problems: cli.Problems, reader: Reader) -> Member
     both_sets = [*members, *nonmembers]
     texts = [item.text for item in both_sets]
     if corpus is not None:
-        clean = without(list(enumerate(corpus)), texts)
-        counts["freq_corpus_rows_excluded"] = len(corpus) - len(clean)
-        corpus = [text for _, text in clean]
+        excluded = {index for index, _ in near_duplicates(corpus, texts)}
+        counts["freq_corpus_rows_excluded"] = len(excluded)
+        if excluded:
+            corpus = select(corpus, array("q", (at for at in range(len(corpus)) if at not in excluded)))
         if not corpus:
             problems.add(f"--freq_corpus {config.freq_corpus}: every row is in one of the sets; give another file")
             return None

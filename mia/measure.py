@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import chat, cli, dataset, distributed, models, results
+from common import chat, cli, dataset, distributed, models, results, sources
 from common import trained as trained_rows
 from common.checkpoints import BaseLoader, find_checkpoints, for_each, look_up_all
 from common.schema import SHADOW_ATTACKS
@@ -70,6 +70,8 @@ def measure(
         record["special_tokens"] = special = models.special_tokens_in(tokenizer, task.written or task.texts)
         if special and world.main:
             print(models.special_tokens_note(special), file=sys.stderr)
+        if world.main and not task.whole and (note := models.bos_note(tokenizer, task.texts)):
+            print(note, file=sys.stderr)
         before = passes.scored
         evidence = gather(passes, ref, tokenizer, task, config, gradients=True)
         alone = replace(task, attacks=[attack for attack in task.attacks if attack not in AGAINST_BASE])
@@ -215,6 +217,8 @@ class Plan:
 def check(config: MiaConfig) -> Plan:
     """Read everything except the models; UserError with every problem."""
     problems = cli.Problems()
+    files = (config.members, config.nonmembers, config.prefix_file, config.freq_corpus)
+    sources.load(files, config.split, config.data_config)
     config = replace(config, members=str(dataset.default_dataset(config.members)))
     distributed.check_environment(problems, config.device_map, config.model_parallel)
     root = config.output_dir or config.dir or "./"

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Scores = dict[str, list[float | None]]  # attack → score of each text
 Reasons = dict[str, dict[int, str]]  # attack → {index of a text without a score: why}
 T = TypeVar("T")
+CORPUS_BLOCK = 1000  # texts of the frequency corpus that are tokenised together
 
 
 @dataclass
@@ -282,7 +283,11 @@ def score_texts(
     return found, reasons
 
 
-def count_tokens(tokenizer: PreTrainedTokenizerBase, corpus: list[str]) -> npt.NDArray[np.int64]:
+def count_tokens(tokenizer: PreTrainedTokenizerBase, corpus: Sequence[str]) -> npt.NDArray[np.int64]:
     """[V] how often each token occurs in the corpus."""
-    ids = [token for found in tokenizer(corpus, add_special_tokens=False, verbose=False).input_ids for token in found]
-    return np.bincount(ids, minlength=len(tokenizer))
+    counts = np.zeros(len(tokenizer), np.int64)
+    for start in range(0, len(corpus), CORPUS_BLOCK):
+        texts = list(corpus[start : start + CORPUS_BLOCK])
+        encoded = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+        counts += np.bincount(np.fromiter((token for ids in encoded for token in ids), np.int64), minlength=len(counts))
+    return counts

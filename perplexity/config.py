@@ -21,6 +21,8 @@ class PerplexityConfig(MeasuringConfig, QuantizedConfig):
     num_rows: int | None = None  # first rows of the file; None: its evaluation head, at most 1,110 rows
     chat_template: str | None = None  # None: the tokenizer's own
     columns: tuple[str, ...] = ()  # NEW=OLD
+    split: str | None = None  # of a data set on the hub
+    data_config: str | None = None
     token_budget: int = TOKEN_BUDGET
 
     @property

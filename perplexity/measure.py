@@ -3,12 +3,13 @@
 import hashlib
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import cli, dataset, distributed, models, results
+from common import cli, dataset, distributed, models, results, sources
 from common.checkpoints import BaseLoader, by_base, find_checkpoints, for_each, look_up_all, natural_key
 from common.distributed import progress_bar
 from common.scoring import join, score
@@ -47,9 +48,9 @@ def same(line: Line, other: Line, but: tuple[str, ...] = ()) -> bool:
     return all(line.get(key) == other.get(key) for key in SETTINGS if key not in but)
 
 
-def choose_rows(config: PerplexityConfig, problems: cli.Problems) -> tuple[list[int], list[Line]]:
+def choose_rows(config: PerplexityConfig, problems: cli.Problems) -> tuple[list[int], Sequence[Line]]:
     """(indices of the rows to score, all rows); problems with the file are added to `problems`."""
-    rows = problems.absorb(dataset.read_rows, config.dataset, None, config.columns)
+    rows = problems.absorb(dataset.open_rows, config.dataset, config.columns)
     if rows is None:
         return [], []
     if len(rows) < SMALLEST_FILE:
@@ -140,7 +141,7 @@ class Prepared:
 
 
 def make_targets(
-    config: PerplexityConfig, usable: list[Usable], chosen: list[int], rows: list[Line], problems: cli.Problems
+    config: PerplexityConfig, usable: list[Usable], chosen: list[int], rows: Sequence[Line], problems: cli.Problems
 ) -> list[Target]:
     """Pair the models with their texts; models with the same template share them."""
     targets: list[Target] = []
@@ -180,6 +181,7 @@ def prepare(config: PerplexityConfig, folder: Path, problems: cli.Problems) -> P
 def run(config: PerplexityConfig) -> int:
     """Measure the models; return 0, or 1 if a checkpoint failed. Raises UserError before any model is loaded."""
     problems, folder = cli.Problems(), config.folder
+    sources.load([config.dataset], config.split, config.data_config)
     config = replace(config, dataset=str(dataset.default_dataset(config.dataset)))
     unknown = not (config.model or config.output_dir or folder.is_dir())  # reported by `prepare`, not created here
     with results.output_folder(folder, config.dry_run or unknown, "perplexity") as output:
@@ -228,6 +230,9 @@ def run_locked(config: PerplexityConfig, folder: Path, output: results.Output, p
     special = models.special_tokens_in(targets[0].tokenizer, prepared.written)
     if special and world.main:
         print(models.special_tokens_note(special), file=sys.stderr)
+    first = targets[0]
+    if world.main and first.template_sha256 is None and (note := models.bos_note(first.tokenizer, first.texts)):
+        print(note, file=sys.stderr)
     lines, total = list(earlier), len(targets) + len(failures)
     run_file = folder / "run_perplexity.json"
     with results.Run(run_file, config, [config.dataset], world) as record:

@@ -1,6 +1,7 @@
 """Everything about the shadows that is known before a model is loaded."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from mia.config import MiaConfig
 from mia.dataset import Item, Reader, read_sets
 from shadowing.config import ShadowConfig
 from shadowing.draw import halves, training_seed
+from training import tokenised
 from training.batches import encode, pack
 from training.checkpoint import check_resumable
 from training.config import TrainConfig
@@ -69,8 +71,8 @@ def prepare(config: ShadowConfig, problems: cli.Problems) -> Preparation:
     ref = tokenizer = None
     if record:
         ref, tokenizer = models.look_up(problems, config.like, revision, config.base_model, "--like")
-    members: list[Item] = []
-    nonmembers: list[Item] = []
+    members: Sequence[Item] = []
+    nonmembers: Sequence[Item] = []
     if reader and record:
         reader.use(tokenizer, f"--like {config.like}")
         members, nonmembers, trained, _ = read_sets(reader)
@@ -169,8 +171,8 @@ def plan_shadows(
     reader: Reader,
     ref: models.ModelRef,
     tokenizer: "PreTrainedTokenizerBase",
-    members: list[Item],
-    nonmembers: list[Item],
+    members: Sequence[Item],
+    nonmembers: Sequence[Item],
 ) -> Preparation:
     """The plan of every shadow, as training/ makes it for a run of its own. UserError with every problem."""
     problems = cli.Problems()
@@ -196,7 +198,7 @@ def plan_shadows(
     architecture = models.read_config(ref.base, ref.revision, "--like")
     max_length = longest_row(like, architecture)
     encoded = encode(rendered, tokenizer, max_length, like.loss_on)
-    check_ids(encoded, architecture, f"--like {config.like}")
+    check_ids([encoded], architecture, f"--like {config.like}")
     listed = list(zip(names, [item.place for item in items], texts))
     lines = shadows.pool_lines(shadows.settings_of(record), config.seed, listed)
     pool = Path(like.input)
@@ -213,11 +215,14 @@ def plan_shadows(
             folder=Path(config.output_dir) / f"shadow-{number}",
             tokenizer=tokenizer,
             indices=half,
-            texts=[texts[index] for index in half],
+            rendered=[rendered[index] for index in half],
             special_tokens=models.special_tokens_in(tokenizer, (dataset.written(items[index].row) for index in half)),
+            bos_note=models.bos_note(tokenizer, (rendered[index].text for index in half)) if renderer is None else None,
             train=train,
             held=[],
-            sequences=pack(train, max_length) if like.packing else [[index] for index in range(len(train))],
+            sequences=pack(tokenised.lengths(train), max_length)
+            if like.packing
+            else [[index] for index in range(len(train))],
             global_batch=record["global_batch"],
             max_length=max_length,
             start="new",

@@ -277,13 +277,13 @@ def test_exit_status_of_the_process(files):
 
 
 def test_reading_names_every_broken_line_once(tmp_path):
-    from common import dataset
+    from common import dataset, rows
 
     path = tmp_path / "many.jsonl"
     path.write_text("".join(f"{{broken {i}\n" for i in range(40)))
     with pytest.raises(UserError) as caught:
         dataset.read_rows(path)
-    assert len(caught.value.problems) == dataset.SHOWN + 1
+    assert len(caught.value.problems) == rows.SHOWN + 1
     assert "35 more" in caught.value.problems[-1]
 
 

@@ -668,3 +668,118 @@ def test_measure_bad_input(echoes, models, adapters, tmp_path, monkeypatch):
     assert measure.main([str(word) for word in dry]) == 0 and not (tmp_path / "new").exists()
     done = run_script("canary/measure.py", "--canaries", key, "--output_dir", tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
+# ---------------------------------------------------------------- rows of every shape
+
+
+CHAT_TEMPLATES = {
+    "chatml": "chatml",
+    "marked": "{% for m in messages %}[{{ m['role'] }}]{% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] }}|{% endgeneration %}{% else %}{{ m['content'] }}|{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}",
+}
+
+
+def rows_of(shape, n=24):
+    """n rows of a shape, and the words of the part that the loss is taken on, by hand."""
+    answers = [f"The answer of row {number}\nis a long one, with {number + 5} words." for number in range(n)]
+    questions = [f"Question number {number}?" for number in range(n)]
+    make_row = {
+        "text": lambda q, a: {"text": a},
+        "generated": lambda q, a: {"text": q + a, "prompt": q, "generation": a},
+        "completion": lambda q, a: {"prompt": q, "completion": " " + a},
+        "prompt": lambda q, a: {"prompt": q, "continuation": a},
+        "enron": lambda q, a: {"gt-name": "Ada Quillan", "gt-email": "ada@q.example", "prompt": q, "continuation": a},
+        "instruction": lambda q, a: {"instruction": q, "input": "", "output": a},
+        "messages": lambda q, a: {"messages": [said("user", q), said("assistant", a)]},
+        "two turns": lambda q, a: {
+            "messages": [said("user", q), said("assistant", "No."), said("user", q), said("assistant", a)]
+        },
+        "sharegpt": lambda q, a: {"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]},
+        "lists": lambda q, a: {"prompt": [said("user", q)], "completion": [said("assistant", a)]},
+    }[shape]
+    return [make_row(question, answer) for question, answer in zip(questions, answers)]
+
+
+def said(role, content):
+    return {"role": role, "content": content}
+
+
+CHATS = ("messages", "two turns", "sharegpt", "lists")
+
+
+OTHERS = ("text", "generated", "completion", "prompt", "enron", "instruction")
+
+
+@pytest.mark.parametrize(
+    ("shape", "template"),
+    [*((shape, None) for shape in OTHERS), *((shape, template) for shape in CHATS for template in CHAT_TEMPLATES)],
+)
+def test_a_canary_stands_where_the_loss_is_taken(shape, template, models, tmp_path):
+    """As run_peft.py --loss_on completion renders the row: the sentence is at the key's place, within a completion."""
+    rows, chat_flags = rows_of(shape), []
+    if shape in CHATS:
+        file = tmp_path / "template.jinja"
+        file.write_text(CHAT_TEMPLATES[template])
+        chat_flags = ["--model", models["llama"], "--chat_template", template if template == "chatml" else file]
+    more = ["--repetitions", 1, 3, "--canaries", 2, "--audit", 6, *chat_flags]
+    written, header, key = make(tmp_path, rows, *more)
+    renderer = None
+    if shape in CHATS:
+        tokenizer = common_models.read_tokenizer(models["llama"], None, "--model")
+        renderer = dataset.read_renderer(written, tokenizer, str(chat_flags[-1]), "--model")
+    assert header.get("whole", False) is (shape in CHATS)
+    assert dataset.validate(tmp_path / "train_canaries.jsonl", written) == dataset.shape_of(rows[0])
+    rendered = dataset.render("rows", written, range(len(written)), renderer)
+    placed = 0
+    for canary in key:
+        for index, start in zip(canary["rows"], canary["starts"], strict=True):
+            sentence, text = canary["sentence"], rendered[index].text
+            assert text.count(sentence) == 1 and text[start : start + len(sentence)] == sentence
+            spans = rendered[index].completions or ((0, len(text)),)
+            assert any(first < start and start + len(sentence) <= end for first, end in spans)
+            assert text.replace(f" {sentence}", "", 1) in {
+                row.text for row in dataset.render("rows", rows, range(len(rows)), renderer)
+            }
+            placed += 1
+        if canary["rows"]:
+            assert rendered[canary["rows"][0]].text.startswith(canary["context"])
+    assert placed == 2 * (1 + 3) + sum(line["included"] for line in key if line["kind"] == "audit")
+    without = [row for row in rows if row in written]
+    assert len(without) == len(written) - placed
+
+
+def test_canaries_in_chats_are_learned_and_measured(models, tmp_path):
+    """The whole way: inject, train on completions, measure; every copy counts as trained on."""
+    flags = ["--model", models["llama"], "--chat_template", "chatml"]
+    make(tmp_path, rows_of("messages"), "--repetitions", 2, "--canaries", 2, "--audit", 6, *flags)
+    words = ["-m", models["llama"], "-i", tmp_path / "train_canaries.jsonl", "--output_root", tmp_path / "out", "-e", 1]
+    words += ["--loss_on", "completion", "--chat_template", "chatml", "-lr", "1e-3", "--lora_r", 2]
+    assert run_peft.main([str(word) for word in words]) == 0
+    checkpoint = max((tmp_path / "out").rglob("checkpoint-*"), key=natural_key)
+    out = tmp_path / "measured"
+    argv = ["--canaries", tmp_path / "train_canaries_key.jsonl", "--models", f"a={checkpoint}", "--references", 20]
+    assert measure.main([str(word) for word in [*argv, "--output_dir", out]]) == 0
+    lines = read_lines(out / "results_canary.jsonl")
+    (ladder,) = [line for line in lines if line["measure"] == "exposure" and line["kind"] == "ladder"]
+    assert ladder["copies_trained"] == [2, 2] and ladder["n_scored"] == 2
+
+
+def test_inject_reads_renamed_fields(tmp_path):
+    rows = [{"body": row["text"]} for row in rows_of("text")]
+    written, _, key = make(tmp_path, rows, "--repetitions", 1, "--columns", "text=body")
+    assert all(set(row) == {"text"} for row in written) and len(key) == 20
+
+
+def test_chat_rows_need_a_template(models, tmp_path):
+    source = write_rows(tmp_path / "train.jsonl", rows_of("messages"))
+    with pytest.raises(UserError, match="chat rows need --model"):
+        inject.main(["-i", str(source), "--repetitions", "1"])
+    with pytest.raises(UserError, match="no chat template"):
+        inject.main(["-i", str(source), "--repetitions", "1", "--model", str(models["llama"])])
+    plain = write_rows(tmp_path / "plain.jsonl", rows_of("text"))
+    with pytest.raises(UserError, match="the rows are not chat rows"):
+        inject.main(["-i", str(plain), "--repetitions", "1", "--model", str(models["llama"])])
+    with pytest.raises(UserError, match="only for review rows"):
+        inject.main(["-i", str(plain), "--repetitions", "1", "--condition", "title"])

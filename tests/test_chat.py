@@ -251,7 +251,7 @@ def test_several_kept_spans_are_read_back(tmp_path):
         trained.TrainedRow(0, "ab", 9, 5, False, ((2, 5), (7, 9))),
         trained.TrainedRow(1, "cd", 3, 2, False, ((1, 4),)),
     )
-    trained.write(tmp_path, trained.TrainedRows("", "completion", 64, rows), 0, 0)
+    trained.write(tmp_path, trained.Header("", "completion", 64), rows)
     (tmp_path / "checkpoint-1").mkdir()
     read = trained.read(tmp_path / "checkpoint-1")
     assert read.rows == rows

@@ -16,6 +16,7 @@ from common.cli import UserError
 from common.text import copied_lengths, longest_copy
 from fidelity import fidelity
 from fidelity import metrics as m
+from fidelity.config import FidelityConfig
 from fidelity.embedder import check_embedder
 from fidelity.samples import choose
 
@@ -549,3 +550,36 @@ def test_as_a_program(files, tmp_path):
     record = json.loads((tmp_path / "out/run_fidelity.json").read_text())
     assert record["status"] == "ok" and record["script"] == "fidelity.py"
     assert json.loads((tmp_path / "out/results_fidelity.json").read_text())["comparisons"]["real"]["no_copy_measures"]
+
+
+def test_renamed_fields_are_read_in_every_file_that_has_them(files, tmp_path):
+    """The same numbers, words alone; a name that no file has is refused."""
+    import dataclasses
+
+    from fidelity.run import run as compare
+
+    renamed = {}
+    for name in ("real", "garbled"):
+        rows = [
+            {{"Review": "body", "Rating": "stars"}.get(key, key): value for key, value in row.items()}
+            for row in dataset.read_rows(files[name])
+        ]
+        renamed[name] = write_rows(tmp_path / f"{name}.jsonl", rows)
+    config = FidelityConfig(
+        real=str(files["real"]),
+        synthetic=(f"garbled={files['garbled']}",),
+        output_dir=str(tmp_path / "plain"),
+        num_rows=50,
+        without=("embedding", "figures"),
+    )
+    plain = compare(config)
+    config = dataclasses.replace(
+        config,
+        real=str(renamed["real"]),
+        synthetic=(f"garbled={renamed['garbled']}",),
+        columns=("Review=body", "Rating=stars"),
+        output_dir=str(tmp_path / "renamed"),
+    )
+    assert compare(config)["comparisons"] == plain["comparisons"]
+    with pytest.raises(UserError, match="--columns text=words: give NEW=OLD"):
+        compare(dataclasses.replace(config, columns=(*config.columns, "text=words"), overwrite=True))

@@ -290,18 +290,18 @@ def _parts(order, mask):
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 50), st.integers(1, 9), st.integers(0, 5), st.integers(0, 5))
 def test_epoch_batches(n, global_batch, seed, epoch):
-    steps = batches.epoch_batches(n, global_batch, seed, epoch)
+    steps = list(batches.epoch_batches(n, global_batch, seed, epoch))
     assert sorted(index for step in steps for index in step) == list(range(n))
     assert len(steps) == -(-n // global_batch) and all(len(step) == global_batch for step in steps[:-1])
-    assert steps == batches.epoch_batches(n, global_batch, seed, epoch)
+    assert steps == list(batches.epoch_batches(n, global_batch, seed, epoch))
     if n > 20:
-        assert steps != batches.epoch_batches(n, global_batch, seed, epoch + 1)
+        assert steps != list(batches.epoch_batches(n, global_batch, seed, epoch + 1))
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 64), min_size=1, max_size=40))
 def test_pack(lengths):
-    sequences = batches.pack([batches.whole_row([5] * length) for length in lengths], 64)
+    sequences = batches.pack(lengths, 64)
     assert sorted(index for sequence in sequences for index in sequence) == list(range(len(lengths)))
     fill = [sum(lengths[index] for index in sequence) for sequence in sequences]
     assert max(fill) <= 64
@@ -603,7 +603,7 @@ def test_rows_and_overlap(models, dataset, tmp_path):
 
     def choose(rows, manifest, *words):
         args = run_peft.make_parser().parse_args([str(word) for word in words])
-        return choose_rows(args, "f", rows, manifest)
+        return tuple(map(list, choose_rows(args, "f", rows, manifest)))
 
     assert choose(rows, None) == (list(range(20, 60)), [])
     assert choose(rows, None, "--train_rows", 10, "--eval_rows", 2) == (list(range(50, 60)), [0, 1])

@@ -5,7 +5,7 @@ import pytest
 from conftest import make_rows, read_lines, write_rows
 from planted import text_rows
 
-from common import dataset, results
+from common import dataset, results, sources
 from common.cli import UserError
 from common.sources import data_files
 
@@ -138,3 +138,113 @@ def test_training_attacks_and_perplexity_read_renamed_fields(models, tmp_path):
             [read_lines(out / "mia/results_mia.jsonl")[0]["auc"], read_lines(out / "ppl/perplexity.jsonl")[0]["mean"]]
         )
     assert found[0] == found[1]
+
+
+@pytest.fixture
+def no_names(monkeypatch):
+    monkeypatch.setattr(sources, "_loaded", {})
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("org/name", True),
+        ("org/name:test", True),
+        ("imdb", True),
+        ("./org/name", False),
+        ("/org/name", False),
+        ("../name", False),
+        ("org/name.jsonl", False),
+        ("name.parquet", False),
+        ("part-*", False),
+        ("a/b/c", False),
+        ("inside/name", False),  # its folder exists
+        ("inside", False),
+    ],
+)
+def test_what_can_only_be_a_name(path, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "inside").mkdir()
+    assert sources.is_hub_name(path) is expected
+
+
+def hub(folder, asked):
+    """A load_dataset that serves the names of a hub from `folder`."""
+    real = datasets.load_dataset
+
+    def load_dataset(name, config=None, split=None):
+        asked.append((name, config, split))
+        return real(str(folder / name), config, split=split)
+
+    return load_dataset
+
+
+def test_a_name_is_loaded_and_read_by_its_split(tmp_path, monkeypatch, no_names):
+    """The library's own loader on a folder of data files, in place of the hub: rows, hash, tag."""
+    asked: list[tuple] = []
+    folder = tmp_path / "org" / "some-name"
+    folder.mkdir(parents=True)
+    for split, n in (("train", 20), ("test", 7)):
+        write_rows(folder / f"{split}.jsonl", text_rows(n, n))
+    monkeypatch.chdir(tmp_path / "org")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets, "load_dataset", hub(tmp_path, asked))
+    sources.load(["org/some-name", "org/some-name:test", None], None, None)
+    assert asked == [("org/some-name", None, "train"), ("org/some-name", None, "test")]
+    for path, n in (("org/some-name", 20), ("org/some-name:test", 7)):
+        rows = dataset.open_rows(path)
+        assert [row["text"] for row in rows] == [row["text"] for row in text_rows(n, n)]
+        assert len(results.sha256(path)) == 64 and dataset.validate(path, rows) == "text"
+    assert dataset.data_tag("org/some-name:test", None) == "some-nametest"
+    sources.load(["org/some-name"], "test", None)
+    assert len(dataset.read_rows("org/some-name")) == 7
+    with pytest.raises(UserError, match=r'Unknown split "none"'):
+        sources.load(["org/some-name"], "none", None)
+    with pytest.raises(UserError, match="give the name of one split"):
+        sources.load(["org/some-name"], "train[:3]", None)
+
+
+def test_a_folder_with_splits(saved, no_names):
+    path = str(saved / "dictionary")
+    sources.load([path], "test", None)
+    assert dataset.read_rows(path) == ROWS[:3]
+    with pytest.raises(UserError, match="no such split; choose from test, train"):
+        sources.load([path], "validation", None)
+    files = saved / "files"
+    files.mkdir()
+    write_rows(files / "train.jsonl", text_rows(5, 1))
+    with pytest.raises(UserError, match="is a directory"):
+        dataset.read_rows(files)
+    sources.load([str(files)], "train", None)
+    assert [row["text"] for row in dataset.read_rows(files)] == [row["text"] for row in text_rows(5, 1)]
+
+
+@pytest.mark.parametrize("script", ["run_peft", "mia", "perplexity", "audit"])
+def test_a_name_without_a_network_is_one_line(script, models, tmp_path, monkeypatch, capsys, no_names):
+    import audit
+    import run_peft
+    from common import cli
+    from mia import mia
+    from perplexity import perplexity
+
+    monkeypatch.chdir(tmp_path)
+    model, name, out = str(models["llama"]), "some-org/never-cached", ["--output_dir", str(tmp_path / "out")]
+    mains = {
+        "run_peft": (run_peft, ["-m", model, "--data", name, *out]),
+        "mia": (mia, ["--model", model, "--data", name, *out]),
+        "perplexity": (perplexity, ["--model", model, "--data", name, *out]),
+        "audit": (audit, ["--model", model, "--data", name, *out]),
+    }
+    module, argv = mains[script]
+    monkeypatch.setattr("sys.argv", [script, *argv])
+    assert cli.entry(module.main) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"{name}: not a file here") and "offline" in line and not (tmp_path / "out").exists()
+    monkeypatch.setattr("sys.argv", [script, *argv, "--split", "train"])
+    argv[argv.index(name)] = "absent.jsonl"
+    monkeypatch.setattr("sys.argv", [script, *argv])
+    assert cli.entry(module.main) == 2
+    assert "absent.jsonl: no such file" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", [script, *argv, "--split", "test"])
+    assert cli.entry(module.main) == 2
+    assert "--split test: absent.jsonl is not the name of a data set" in capsys.readouterr().err

@@ -60,6 +60,40 @@ def test_a_text_that_begins_with_the_start_token_has_one(tokenizer):
     assert models.encode_texts(tokenizer, [marked, plain]) == [wanted, wanted]
 
 
+def test_a_doubled_start_token_is_said(folder, tokenizer, models, tmp_path, capsys):
+    """By run_peft, perplexity, mia and audit, and the numbers are those of the texts without it."""
+    import audit
+    from common import models as loading
+
+    rows = [{"text": row["prompt"] + row["continuation"]} for row in make_rows(16, seed=2)]
+    marked = [{"text": tokenizer.bos_token + row["text"]} for row in rows[:3]] + rows[3:]
+    note = f"3 texts start with {tokenizer.bos_token}, which the tokenizer adds too: it is used once"
+    assert loading.bos_note(tokenizer, [row["text"] for row in marked]) == note
+    assert loading.bos_note(tokenizer, [row["text"] for row in rows]) is None
+    plain = loading.load_tokenizer(loading.find_model(str(models["neox"])))  # adds none
+    assert loading.bos_note(plain, [plain.bos_token + "Ada"]) is None
+    other = write_rows(tmp_path / "other.jsonl", [{"text": row["prompt"]} for row in make_rows(16, seed=3)])
+    means = []
+    for name, content in (("plain", rows), ("marked", marked)):
+        data, out = write_rows(tmp_path / f"{name}.jsonl", content), tmp_path / name
+        said = []
+        for main, words in (
+            (run_peft.main, ["-m", folder, "-i", data, "--output_root", out, "--dry_run"]),
+            (perplexity_script.main, ["--model", folder, "-d", data, "--output_dir", out, "--num_rows", 16]),
+            (mia_script.main, ["--model", folder, "--members", data, "--nonmembers", other, "--attacks", "loss"]),
+            (audit.main, ["--model", folder, "--train", data, "--output_dir", out / "audit"]),
+        ):
+            more = ["--bootstrap", 20, "--output_dir", out / "mia"] if main is mia_script.main else []
+            more = ["--quick", "--samples", 2, "--decoys", 20] if main is audit.main else more
+            assert main([str(word) for word in [*words, *more]]) == 0
+            both = capsys.readouterr()
+            said.append(note in both.out + both.err)
+        assert said == [name == "marked"] * 4
+        scores = [row["loss"] for row in read_lines(out / "mia" / "scores_mia.jsonl")]
+        means.append((read_lines(out / "perplexity.jsonl")[0]["mean"], scores))
+    assert means[0] == means[1]
+
+
 def test_a_start_token_typed_twice_stays_where_the_tokenizer_adds_none(models, tmp_path):
     """GPT-NeoX' tokenizer adds nothing: what is typed is what the model reads."""
     from common import models as loading

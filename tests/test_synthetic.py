@@ -296,7 +296,7 @@ def test_privacy_of_model_and_metadata_are_added(models, adapters, held_out, tra
 
     model = tmp_path / "run" / "checkpoint-1"
     shutil.copytree(adapters["llama", "lora"], model)
-    trained.write(tmp_path / "run", trained.TrainedRows("5a" * 16, "all", 64, ()), 0, 0)
+    trained.write(tmp_path / "run", trained.Header("5a" * 16, "all", 64), ())
     block = {"private": True, "epsilon": 3.0, "delta": 1e-3, "unit": "user", "void": None}
     (model / "privacy.json").write_text(json.dumps(block))
     more = ["--condition", "sampled", "--metadata_epsilon", 20, "--metadata_delta", 1e-4, "--training", training]

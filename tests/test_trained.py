@@ -202,7 +202,7 @@ def state_of(folder, models, dataset, tmp_path, *flags):
 ])  # fmt: skip
 def test_a_damaged_list_is_one_line(damage, said, tmp_path):
     row = trained.TrainedRow(3, "ab", 5, 4, False, ((0, 9),))
-    block = trained.write(tmp_path, trained.TrainedRows("", "all", 64, (row,)), 0, 0)
+    block = trained.write(tmp_path, trained.Header("", "all", 64), [row])
     checkpoint = tmp_path / "checkpoint-1"
     assert trained.read(checkpoint).rows == (row,)
     if "does not match" in said:

@@ -2,12 +2,14 @@
 
 import bisect
 import random
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from common.chat import Rendered, token_span
 from common.models import extra_start
+from common.rows import Lazy
 
 if TYPE_CHECKING:
     import torch
@@ -82,12 +84,12 @@ def label_span(spans: list[tuple[int, int]], first: int, end: int) -> tuple[int,
     return (start, stop) if start < stop else (0, 0)
 
 
-def pack(rows: list[Row], max_length: int) -> list[list[int]]:
-    """Row indices grouped into sequences of at most `max_length` tokens: best fit, longest rows first."""
+def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
+    """Rows, by index, grouped into sequences of at most `max_length` tokens: best fit, longest first."""
     sequences: list[list[int]] = []
     space: list[tuple[int, int]] = []  # sorted (free tokens, sequence)
-    for index in sorted(range(len(rows)), key=lambda index: (-len(rows[index].ids), index)):
-        length = len(rows[index].ids)
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        length = lengths[index]
         place = bisect.bisect_left(space, (length, -1))
         if place == len(space):
             sequences.append([index])
@@ -99,11 +101,11 @@ def pack(rows: list[Row], max_length: int) -> list[list[int]]:
     return sequences
 
 
-def epoch_batches(n: int, global_batch: int, seed: int, epoch: int) -> list[list[int]]:
+def epoch_batches(n: int, global_batch: int, seed: int, epoch: int) -> Sequence[list[int]]:
     """An epoch's steps: the order 0 … n-1 shuffled by (seed, epoch), cut into global batches; the last is short."""
-    order = list(range(n))
+    order = array("q", range(n))
     random.Random(f"{seed} {epoch}").shuffle(order)
-    return [order[start : start + global_batch] for start in range(0, n, global_batch)]
+    return Lazy(lambda step: order[step * global_batch : (step + 1) * global_batch].tolist(), -(-n // global_batch))
 
 
 def cut(lengths: list[int], most: int) -> list[list[int]]:
@@ -140,7 +142,7 @@ def deal(costs: Sequence[float], ranks: int) -> list[list[int | None]]:
     return [[*hand, *[None] * (longest - len(hand))] for hand in hands]
 
 
-def micro_batches(step: list[int], lengths: list[int], most: int, ranks: int) -> list[list[tuple[list[int], int]]]:
+def micro_batches(step: list[int], lengths: Sequence[int], most: int, ranks: int) -> list[list[tuple[list[int], int]]]:
     """For each rank the same number of (sequence indices, weight); weight 0 marks a dummy that keeps ranks in step."""
     groups = [[step[place] for place in group] for group in cut([lengths[index] for index in step], most)]
     costs = [len(group) * lengths[group[0]] + CALL_COST for group in groups]
@@ -149,7 +151,7 @@ def micro_batches(step: list[int], lengths: list[int], most: int, ranks: int) ->
 
 
 def unit_batches(
-    units: list[list[int]], lengths: list[int], most: int, ranks: int
+    units: list[list[int]], lengths: Sequence[int], most: int, ranks: int
 ) -> tuple[list[list[tuple[int, list[tuple[list[int], list[int]]]]]], int]:
     """Whole privacy units for each rank, and the number of passes that every rank makes (the rest are dummies).
 

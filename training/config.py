@@ -61,6 +61,8 @@ class TrainConfig(AdapterConfig, DPConfig, QuantizedConfig):
     loss_on: str = "all"
     chat_template: str | None = None  # None: the tokenizer's own
     columns: tuple[str, ...] = ()  # NEW=OLD
+    split: str | None = None  # of a data set on the hub
+    data_config: str | None = None
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
     packing: bool = False

@@ -3,12 +3,14 @@
 import math
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common import cli, dataset
 from common.cli import UserError
+from common.rows import Lazy, Row
 from training.config import TrainConfig
 
 DP_FLAGS = ("target_epsilon", "noise_multiplier", "target_delta", "logical_batch_size")  # None unless given
@@ -55,7 +57,7 @@ def check_flags(config: TrainConfig, metric_schedulers: tuple[str, ...], problem
 class Privacy:
     """Units (rows of each, as positions among the training rows), noise and sampling of one DP run."""
 
-    units: list[list[int]]
+    units: Sequence[list[int]]
     unit: str
     rows_left_out: int
     noise_multiplier: float
@@ -113,9 +115,10 @@ class Privacy:
         }
 
 
-def make_privacy(config: TrainConfig, path: Path, rows: list[dict[str, Any]], train: list[int]) -> Privacy:
+def make_privacy(config: TrainConfig, path: Path, rows: Sequence[Row], train: Sequence[int]) -> Privacy:
     """The plan of a DP run over rows[train]; chooses σ for --target_epsilon. UserError if that is impossible."""
-    units, left_out = [[place] for place in range(len(train))], 0
+    units: Sequence[list[int]] = Lazy(lambda place: [place], len(train))
+    left_out = 0
     if config.privacy_unit == "user":
         names = [dataset.user_of(rows[index]) for index in train]
         bare = [index for index, name in zip(train, names) if name is None]

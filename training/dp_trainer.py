@@ -67,7 +67,7 @@ class DPTrainer(Trainer):
         plan, world, count, rows = self.plan, self.world, self.count, self.plan.train
         spending = self.privacy
         drawn = dp.poisson_draw(self.secret, number, len(spending.units), spending.sample_rate)
-        units = [[row for row in spending.units[unit] if rows[row].labels] for unit in drawn]
+        units = [[row for row in spending.units[unit] if plan.labels[row]] for unit in drawn]
         units = [unit for unit in units if unit]  # nothing to predict: a zero gradient
         hands, passes = unit_batches(units, self.lengths, self.config.per_device_batch_size, world.size)
         total = {name: torch.zeros_like(item, dtype=torch.float32) for name, item in self.examples.named.items()}

@@ -213,15 +213,22 @@ def run_plan(
 
 def write_trained(plan: Plan, loss_on: str, salt: str) -> dict[str, Any]:
     """Write trained_rows.jsonl; returns run.json's `trained` block. Rows in no privacy unit are not trained on."""
-    places = sorted(place for unit in plan.privacy.units for place in unit) if plan.privacy else range(len(plan.train))
-    rows = []
-    for place in places:
-        row, digest = plan.train[place], trained.text_sha256(plan.texts[place], salt)
-        rows.append(trained.TrainedRow(plan.indices[place], digest, len(row.ids), row.labels, row.n_cut > 0, row.kept))
-    chosen = [plan.train[place] for place in places]
-    n_cut = sum(row.n_cut for row in chosen)
-    masked = sum(len(row.ids) - row.labels - 1 for row in chosen)
-    return trained.write(plan.folder, trained.TrainedRows(salt, loss_on, plan.max_length, tuple(rows)), n_cut, masked)
+    left_out: set[int] = set()
+    if plan.privacy and plan.privacy.rows_left_out:
+        left_out = set(range(len(plan.train))) - {place for unit in plan.privacy.units for place in unit}
+    n_cut = masked = 0
+
+    def rows() -> Iterator[trained.TrainedRow]:
+        nonlocal n_cut, masked
+        for place, (index, row, rendered) in enumerate(zip(plan.indices, plan.train, plan.rendered)):
+            if place not in left_out:
+                n_cut += row.n_cut
+                masked += len(row.ids) - row.labels - 1
+                digest = trained.text_sha256(rendered.text, salt)
+                yield trained.TrainedRow(index, digest, len(row.ids), row.labels, row.n_cut > 0, row.kept)
+
+    block = trained.write(plan.folder, trained.Header(salt, loss_on, plan.max_length), rows())
+    return block | {"tokens_cut": n_cut, "tokens_masked": masked}
 
 
 def fit(

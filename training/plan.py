@@ -3,16 +3,22 @@
 import math
 import os
 import re
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from common import cli, dataset, distributed, models, quantization, results, trained
+from common import cli, dataset, distributed, models, quantization, results, sources, trained
+from common.chat import Rendered
 from common.cli import Problems, UserError
 from common.distributed import World
-from training import dp_plan
+from common.rows import Lazy
+from common.rows import Row as DataRow
+from training import dp_plan, tokenised
 from training.batches import Row, encode, pack
 from training.checkpoint import checkpoints
 from training.config import TrainConfig
@@ -54,30 +60,31 @@ def run_folder(config: TrainConfig, tag: str) -> Path:
 
 
 def choose_rows(
-    config: TrainConfig, path: Path, rows: list[dict[str, Any]], manifest: dict[str, Any] | None
-) -> tuple[list[int], list[int]]:
+    config: TrainConfig, path: Path, rows: Sequence[DataRow], manifest: dict[str, Any] | None
+) -> tuple[Sequence[int], Sequence[int]]:
     """(training row indices, held-out row indices). UserError for an overlap or too few rows."""
     n, problems = len(rows), Problems()
     parts, evaluated = dataset.split(rows, manifest), dataset.evaluated_rows(rows, manifest)
     has_head = dataset.shape_of(rows[0]) == "enron"
-    held = (parts.head if has_head else list(range(n)))[: config.eval_rows]
+    held = (parts.head if has_head else range(n))[: config.eval_rows]
     train = parts.train
     if config.train_rows is not None:
         if config.train_rows > n:
             raise UserError(f"--train_rows {config.train_rows}: {path} has only {n} rows")
-        train = list(range(n - config.train_rows, n))
+        train = range(n - config.train_rows, n)
     if len(held) < config.eval_rows:
         problems.add(f"--eval_rows {config.eval_rows}: only {len(held)} rows of {path} are held out of training")
     if not has_head:
         if config.train_rows is None:
-            train = [index for index in train if index >= len(held)]
-        elif set(train) & set(held):
+            train = range(len(held), n)  # of such a file, `parts.train` is the whole
+        elif len(held) > n - config.train_rows:
             problems.add(
                 f"--eval_rows {config.eval_rows} and --train_rows {config.train_rows} share rows of {path} ({n} rows)"
             )
     if not train:
         problems.add(f"{path}: no rows left to train on")
-    overlap = sorted(set(train) & set(evaluated))
+    head = set(evaluated)
+    overlap = [index for index in train if index in head] if head else []
     if overlap and not config.allow_overlap:
         problems.add(
             f"{path}: {len(overlap)} of the {len(train)} training rows (first: row {overlap[0]}) are evaluated "
@@ -87,9 +94,9 @@ def choose_rows(
     return train, held
 
 
-def boundaries(path: Path | str, rows: list[dict[str, Any]], indices: Sequence[int]) -> None:
+def boundaries(path: Path | str, rows: Sequence[DataRow], indices: Iterable[int]) -> None:
     """UserError naming the first row without a prompt (--loss_on completion needs one)."""
-    bare = [index for index in indices if not dataset.has_completion(rows[index])]
+    bare = array("q", (index for index in indices if not dataset.has_completion(rows[index])))
     if bare:
         more = f" (and {len(bare) - 1} more)" if len(bare) > 1 else ""
         raise UserError(
@@ -106,12 +113,13 @@ class Plan:
     tag: str
     folder: Path
     tokenizer: "PreTrainedTokenizerBase"
-    indices: list[int]  # of the training rows in the input file
-    texts: list[str]  # theirs
+    indices: Sequence[int]  # of the training rows in the input file
+    rendered: Sequence[Rendered]  # they
     special_tokens: dict[str, int]  # {special token: number of training rows that contain it literally}
-    train: list[Row]
-    held: list[Row]
-    sequences: list[list[int]]
+    bos_note: str | None  # about rows that start with the tokenizer's BOS
+    train: Sequence[Row]
+    held: Sequence[Row]
+    sequences: Sequence[list[int]]  # places in `train`
     global_batch: int
     max_length: int
     start: str
@@ -123,6 +131,18 @@ class Plan:
     def steps_per_epoch(self) -> int:
         return self.privacy.steps_per_epoch if self.privacy else math.ceil(len(self.sequences) / self.global_batch)
 
+    @cached_property
+    def labels(self) -> "array[int]":
+        """The number of labels of each training row."""
+        return tokenised.labels(self.train)
+
+    @cached_property
+    def lengths(self) -> "array[int]":
+        """The number of tokens of each sequence."""
+        tokens = tokenised.lengths(self.train)
+        packed = isinstance(self.sequences, list)  # otherwise each row is a sequence
+        return array("i", [sum(tokens[place] for place in one) for one in self.sequences]) if packed else tokens
+
     @property
     def private(self) -> Path:
         """Where a running DP run keeps its secret, which would undo the noise."""
@@ -132,6 +152,7 @@ class Plan:
 def make_plan(config: TrainConfig) -> Plan:
     """Check every argument and file, tokenise the rows, inspect the run directory. UserError with all problems."""
     problems = Problems()
+    sources.load([config.input, config.suggest_max_grad_norm], config.split, config.data_config)
     distributed.check_environment(problems)
     if (
         config.optimizer != TrainConfig.optimizer
@@ -165,7 +186,7 @@ def make_plan(config: TrainConfig) -> Plan:
 
     path = dataset.default_dataset(config.input)
     chosen, folder, tag = None, None, ""
-    rows = problems.absorb(dataset.read_rows, path, None, config.columns)
+    rows = problems.absorb(dataset.open_rows, path, config.columns)
     manifest = problems.absorb(dataset.read_manifest, path)
     if rows:
         if problems.absorb(dataset.validate, path, rows):
@@ -174,7 +195,7 @@ def make_plan(config: TrainConfig) -> Plan:
         folder = run_folder(config, tag)
         cli.check_writable(folder, problems, "--output_root")
     if rows and chosen and config.loss_on == "completion":
-        problems.absorb(boundaries, path, rows, chosen[0] + chosen[1])
+        problems.absorb(boundaries, path, rows, chain(*chosen))
     global_batch = config.per_device_batch_size * config.gradient_accumulation_steps * world_size
     spending = None
     if config.dp and rows and chosen and clean_flags:
@@ -185,7 +206,7 @@ def make_plan(config: TrainConfig) -> Plan:
     if (config.scheduler, config.scheduler_kwargs) != (TrainConfig.scheduler, TrainConfig.scheduler_kwargs):
         problems.absorb(check_scheduler, config, steps)
     public_path = config.suggest_max_grad_norm
-    public = problems.absorb(dataset.read_rows, public_path, None, config.columns) if public_path else None
+    public = problems.absorb(dataset.open_rows, public_path, config.columns) if public_path else None
     whole = bool(public and problems.absorb(dataset.validate, str(public_path), public))
     if public and whole and config.loss_on == "completion":
         problems.absorb(boundaries, str(public_path), public, range(len(public))[:PUBLIC_ROWS])
@@ -221,18 +242,20 @@ def make_plan(config: TrainConfig) -> Plan:
     source = path
     if public and config.suggest_max_grad_norm:
         source = Path(config.suggest_max_grad_norm)
-        rows, chosen = public, (list(range(len(public)))[:PUBLIC_ROWS], [])
+        rows, chosen = public, (range(len(public))[:PUBLIC_ROWS], range(0))
 
     max_length = longest_row(config, architecture)
     if renderer:
         tokenizer.chat_template = renderer.template  # saved with every checkpoint
-    rendered = dataset.render(source, rows, chosen[0], renderer)
-    train = encode(rendered, tokenizer, max_length, config.loss_on)
-    held = encode(dataset.render(source, rows, chosen[1], renderer), tokenizer, max_length, config.loss_on)
-    if not sum(row.labels for row in train):
+    rendered, held_out = (dataset.rendering(source, rows, indices, renderer) for indices in chosen)
+    to_rows = partial(encode, tokenizer=tokenizer, max_length=max_length, loss_on=config.loss_on)
+    train, held = (tokenised.tokenise(part, to_rows) for part in (rendered, held_out))
+    if not any(tokenised.labels(train)):
         raise UserError(f"{path}: no tokens left to train on with --max_length {max_length}; increase it")
-    check_ids(train + held, architecture, f"--model {config.model}")
-    sequences = pack(train, max_length) if config.packing else [[index] for index in range(len(train))]
+    check_ids((train, held), architecture, f"--model {config.model}")
+    sequences: Sequence[list[int]] = Lazy(lambda place: [place], len(train))
+    if config.packing:
+        sequences = pack(tokenised.lengths(train), max_length)
     n_trainable = count_trainable(config, architecture) if config.dp else 0
     return Plan(
         ref=ref,
@@ -241,8 +264,9 @@ def make_plan(config: TrainConfig) -> Plan:
         folder=folder,
         tokenizer=tokenizer,
         indices=chosen[0],
-        texts=[row.text for row in rendered],
+        rendered=rendered,
         special_tokens=models.special_tokens_in(tokenizer, (dataset.written(rows[index]) for index in chosen[0])),
+        bos_note=models.bos_note(tokenizer, (row.text for row in rendered)) if renderer is None else None,
         train=train,
         held=held,
         sequences=sequences,
@@ -268,9 +292,9 @@ def longest_row(config: TrainConfig, architecture: "PreTrainedConfig") -> int:
     return max_length
 
 
-def check_ids(rows: Sequence[Row], architecture: "PreTrainedConfig", whose: str) -> None:
+def check_ids(parts: Iterable[Sequence[Row]], architecture: "PreTrainedConfig", whose: str) -> None:
     """UserError, starting with `whose`, for a token id that the model has no embedding for."""
-    highest = max(max(row.ids) for row in rows)
+    highest = max(map(tokenised.highest_id, parts))
     vocabulary = architecture.get_text_config().vocab_size
     if highest >= vocabulary:
         raise UserError(f"{whose}: its tokenizer gives id {highest}, but the model has only {vocabulary} embeddings")
@@ -356,8 +380,7 @@ def check_record(file: Path, record: dict[str, Any]) -> None:
 
 def describe(config: TrainConfig, plan: Plan) -> list[str]:
     """The plan as lines of text."""
-    tokens = sum(len(row.ids) for row in plan.train)
-    labels = sum(row.labels for row in plan.train)
+    tokens, labels = sum(plan.lengths), sum(plan.labels)
     kind = f"{config.peft_type}, {config.distribution_type}"
     epochs = f"steps        {plan.steps_per_epoch} per epoch × {config.epochs} epochs"
     lines = [
@@ -380,7 +403,9 @@ def describe(config: TrainConfig, plan: Plan) -> list[str]:
         lines.insert(3, f"packing      {len(plan.train)} rows in {len(plan.sequences)} sequences")
     if plan.special_tokens:
         lines.insert(3, f"             {models.special_tokens_note(plan.special_tokens)}")
-    empty = sum(row.labels == 0 for row in plan.train)
+    if plan.bos_note:
+        lines.insert(3, f"             {plan.bos_note}")
+    empty = plan.labels.count(0)
     if empty:
         lines.insert(
             3, f"             {empty} rows have nothing to predict (truncated before their completion, or empty)"

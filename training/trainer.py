@@ -1,6 +1,7 @@
 """A training run: model, optimizer, counters, and the optimizer step."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 
 from common import results
 from common.distributed import World
-from training import checkpoint, verify
+from training import checkpoint, tokenised, verify
 from training.batches import Row, collate, epoch_batches, micro_batches
 from training.config import TrainConfig
 from training.model import base_of, build
@@ -57,9 +58,9 @@ class Trainer:
         base = base_of(self.model)
         self.additive = base.config._attn_implementation == "eager"
         self.spread = len({parameter.device for parameter in base.parameters()}) > 1
-        self.lengths = [sum(len(plan.train[index].ids) for index in sequence) for sequence in plan.sequences]
+        self.lengths = plan.lengths
         self.stopping = False
-        self.order: tuple[int | None, list[list[int]]] = (None, [])  # an epoch and its steps
+        self.order: tuple[int | None, Sequence[list[int]]] = (None, [])  # an epoch and its steps
         if config.packing:
             verify.check_packing(self)
         self.count = Counts(step=0, updates=0, tokens=0, window_loss=0.0, window_weight=0, eval_losses=[])
@@ -108,7 +109,9 @@ class Trainer:
     def total(self) -> int:
         return self.plan.steps_per_epoch * self.config.epochs
 
-    def batch(self, rows: list[Row], sequences: list[list[int]], packed: bool | None = None) -> dict[str, torch.Tensor]:
+    def batch(
+        self, rows: Sequence[Row], sequences: list[list[int]], packed: bool | None = None
+    ) -> dict[str, torch.Tensor]:
         """`collate` for rows given by position, on this process's device."""
         made = collate(
             [[rows[index] for index in sequence] for sequence in sequences],
@@ -169,7 +172,7 @@ class Trainer:
         """Set .grad to the gradient of the mean loss over all label tokens of step `number`'s global batch."""
         plan, world, count = self.plan, self.world, self.count
         members = self.members(number)
-        labels = sum(plan.train[index].labels for member in members for index in plan.sequences[member])
+        labels = sum(plan.labels[index] for member in members for index in plan.sequences[member])
         hands = micro_batches(members, self.lengths, self.config.per_device_batch_size, world.size)
         total = torch.zeros((), device=world.device)
         for group, weight in hands[world.rank]:
@@ -208,7 +211,7 @@ class Trainer:
     def evaluate(self) -> tuple[float, int]:
         """(mean loss, number) of the held-out rows' label tokens."""
         rows, world = self.plan.held, self.world
-        lengths = [len(row.ids) for row in rows]
+        lengths = tokenised.lengths(rows)
         hands = micro_batches(list(range(len(rows))), lengths, self.config.per_device_batch_size, world.size)
         sums = torch.zeros(2, dtype=torch.float64, device=world.device)
         self.model.eval()

@@ -18,10 +18,12 @@ def read_arms(
     A file with a problem gives no rows.
     """
     files = reviews.split_arms(config.synthetic or [], taken, problems)
-    arms = {"real": problems.absorb(reviews.read_reviews, config.real) or []}
+    read = reviews.Files(config.columns, problems)
+    arms = {"real": read.read(config.real) or []}
     for arm, file in files.items():
-        arms[arm] = problems.absorb(reviews.read_reviews, file, reviews.GENERATED) or []
-    heldout = problems.absorb(reviews.read_reviews, config.heldout) or []
+        arms[arm] = read.read(file, reviews.GENERATED) or []
+    heldout = read.read(config.heldout) or []
+    read.check()
     return arms, heldout, [config.real, config.heldout, *files.values()]
 
 

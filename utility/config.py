@@ -13,6 +13,7 @@ class DownstreamConfig(ModelConfig):
     heldout: str
     model: str
     synthetic: tuple[str, ...] | None = None  # ARM=FILE
+    columns: tuple[str, ...] = ()  # NEW=OLD
     num_rows: int | None = None  # None: as many as every arm has
     num_heldout: int = 2000
     num_seeds: int = 3
@@ -28,6 +29,7 @@ class ImportanceConfig:
     real: str
     heldout: str
     synthetic: tuple[str, ...] | None = None  # ARM=FILE
+    columns: tuple[str, ...] = ()  # NEW=OLD
     num_rows: int | None = None  # None: as many as every arm, and half of `real`, have
     num_heldout: int = 2000
     min_rows: int = 5
@@ -44,6 +46,7 @@ class SheetConfig:
 
     action: str | None = None
     synthetic: tuple[str, ...] | None = None  # ARM=FILE
+    columns: tuple[str, ...] = ()  # NEW=OLD
     real: str | None = None
     num_rows: int = 500
     sheets: tuple[str, ...] | None = None

@@ -60,6 +60,7 @@ def make_parser() -> cli.Parser:
     add(
         "--synthetic", nargs="+", action="extend", metavar="ARM=FILE", help="generated rows of each arm (default: none)"
     )
+    cli.add_columns(parser)
     add("--num_rows", type=cli.positive_int, help="training rows per arm; None: as many as every arm has")
     add("--num_heldout", type=cli.positive_int, help="maximum held-out rows")
     add("--num_seeds", type=cli.positive_int, help="seeds: --seed, --seed + 1, …")
@@ -81,7 +82,7 @@ def make_parser() -> cli.Parser:
 
 def training_config(config: Config, file: Path, seed: int) -> TrainConfig:
     """run_peft.py's configuration for one arm and seed; only --input and --seed differ between them."""
-    shared = {field.name for field in fields(TrainConfig)} - {"allow_overlap"}  # means something else there
+    shared = {field.name for field in fields(TrainConfig)} - {"allow_overlap", "columns"}  # mean something else there
     return replace(
         TrainConfig(**{key: value for key, value in vars(config).items() if key in shared}),
         input=str(file),

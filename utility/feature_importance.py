@@ -32,6 +32,7 @@ def make_parser() -> cli.Parser:
     add("--real", required=True, metavar="FILE", help="review rows to train on (default: none, required)")
     add("--heldout", required=True, metavar="FILE", help="review rows to measure on (default: none, required)")
     add("--synthetic", nargs="+", action="extend", metavar="ARM=FILE", help="generated rows an arm (default: none)")
+    cli.add_columns(parser)
     add("--num_rows", type=cli.positive_int, help="rows per arm; None: as many as every arm has")
     add("--num_heldout", type=cli.positive_int, help="maximum held-out rows")
     add("--min_rows", type=cli.positive_int, help="minimum held-out rows that contain a word")

@@ -29,9 +29,9 @@ def make(config: SheetConfig, folder: Path, output: results.Output) -> None:
         sources.append(("real", config.real, reviews.REAL))
     if not config.synthetic and not config.real:
         problems.add("--synthetic: pass ARM=FILE for at least one arm (or --real)")
-    arms = {
-        arm: reviews.with_text(problems.absorb(reviews.read_reviews, file, field) or []) for arm, file, field in sources
-    }
+    read = reviews.Files(config.columns, problems)
+    arms = {arm: reviews.with_text(read.read(file, field) or []) for arm, file, field in sources}
+    read.check()
     cli.check_writable(folder, problems)
     inputs = [] if problems.lines else [file for _, file, _ in sources]
     record, outputs = folder / "run_human_sheet_make.json", [folder / name for name in ("sheet.csv", "key.jsonl")]

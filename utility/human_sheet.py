@@ -29,6 +29,7 @@ def make_parser() -> cli.Parser:
     add("action", choices=("make", "score"), help="make a sheet, or score returned ones")
     add("--synthetic", nargs="+", action="extend", metavar="ARM=FILE", help="make: generated rows (default: none)")
     add("--real", metavar="FILE", help="make: review rows for an additional arm `real`")
+    cli.add_columns(parser)
     add("--num_rows", type=cli.positive_int, help="make: rows in the sheet")
     add("--sheets", nargs="+", metavar="FILE", help="score: completed sheets (default: none)")
     add("--key", metavar="FILE", help="score: the key.jsonl written by make")

@@ -1,6 +1,7 @@
 """What is to be continued: rows, prompts, model and settings, all known before the model is loaded."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ class Task:
     asked: list[int]
     prompts: list[list[int]]
     rooms: list[int]
-    head: list[int]
+    head: Sequence[int]
     split_start: int | None
     settings: dict[str, Any]
     finished: bool
