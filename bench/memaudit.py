@@ -178,7 +178,14 @@ def run(args: Any) -> None:
         step(f"{name}_train", folder, adapter / "adapter_config.json", threads, command)
         report = folder / f"{name}_memaudit.json"
         command = [*memaudit, "-m", "memaudit", "audit", "--model", str(adapter), "--canary-set", str(manifest)]
-        command += ["--dataset", str(trained), "--held-out", str(rows / "heldout.jsonl"), "--output", str(report)]
+        command += [
+            "--dataset",
+            str(rows / "train.jsonl"),
+            "--held-out",
+            str(rows / "heldout.jsonl"),
+            "--output",
+            str(report),
+        ]
         step(f"{name}_memaudit", folder, report, threads, command)
         audit = folder / f"{name}_audit"
         command = [sys.executable, str(ROOT / "audit.py"), "--model", str(adapter), "--quick"]
@@ -240,7 +247,7 @@ def table(folder: Path, name: str) -> list[str]:
     their = theirs["membership"]
     detected = rate(their["n_detected"], their["n_members"], their["ci_low"], their["ci_high"])
     tiers = ", ".join(
-        f"{tier}×: {facts['n_detected']} of {facts.get('n_members', facts.get('n'))}"
+        f"{tier}×: {facts['detected']} of {facts['n']}"
         for tier, facts in their["by_repetition"].items()
         if isinstance(facts, dict) and tier.isdigit()
     )
@@ -253,8 +260,8 @@ def table(folder: Path, name: str) -> list[str]:
     return lines
 
 
-def main() -> int:
-    args = make_parser().parse_args()
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
     if not args.table:
         run(args)
     folder = Path(args.output)

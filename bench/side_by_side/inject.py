@@ -10,13 +10,13 @@ import argparse
 import json
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Insert memaudit's canaries into chat rows.")
     parser.add_argument("--model", required=True, help="for its tokenizer")
     parser.add_argument("--data", required=True)
     parser.add_argument("--output", required=True)
     parser.add_argument("--manifest", required=True)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     import memaudit
     from transformers import AutoTokenizer
 

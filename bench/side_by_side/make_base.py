@@ -26,10 +26,10 @@ def find_gguf() -> Path:
     return Path(str(files[0].locate()))
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write SmolLM2-135M as a model folder.")
     parser.add_argument("--output", required=True)
-    output = parser.parse_args().output
+    output = parser.parse_args(argv).output
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

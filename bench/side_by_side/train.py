@@ -11,7 +11,7 @@ import json
 import time
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train a LoRA adapter by TRL's SFTTrainer.")
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True, help="a .jsonl file of chat rows")
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--assistant_only_loss", action="store_true", help="the loss on the assistant's turns alone")
     parser.add_argument("--tokens", help="also write the tokens of each training row to this .jsonl file")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     import peft
     import torch
     import transformers
