@@ -115,6 +115,25 @@ def place_own(folder: Path) -> None:
     write(folder / "rows" / "own.jsonl", lines)
 
 
+def write_their_rows(folder: Path) -> None:
+    """rows/its_members.jsonl and rows/its_controls.jsonl: memaudit's canaries as rows, for mia.py."""
+    canaries = json.loads((folder / "rows" / "memaudit-manifest.json").read_text(encoding="utf-8"))["canaries"]
+    rows = {line: json.loads(line) for line in dict.fromkeys(map(json.dumps, read(folder / "rows" / "trained.jsonl")))}
+    included = [canary for canary in canaries if canary["included"]]
+    secrets = {canary["secret"] for canary in included}
+    members = [row for row in rows.values() if any(secret in row["messages"][-1]["content"] for secret in secrets)]
+    assert len(members) == len(included), "one distinct row for each canary"
+    question, answer = members[0]["messages"]
+    opening = answer["content"][: answer["content"].index(next(one for one in secrets if one in answer["content"]))]
+    controls = [
+        {"messages": [question, answer | {"content": opening + canary["secret"]}]}
+        for canary in canaries
+        if not canary["included"]
+    ]
+    write(folder / "rows" / "its_members.jsonl", members)
+    write(folder / "rows" / "its_controls.jsonl", controls)
+
+
 def write_key(folder: Path) -> None:
     """rows/key.jsonl, the key of our canaries, once the order of the training file is known."""
     from canary.key import SCHEMA
@@ -170,6 +189,8 @@ def run(args: Any) -> None:
     inject = [str(peers / "inject.py"), "--model", str(base), "--data", str(rows / "with_own.jsonl")]
     inject += ["--output", str(trained), "--manifest", str(manifest)]
     step("inject", folder, manifest, threads, memaudit + inject)
+    if not (rows / "its_controls.jsonl").is_file():
+        write_their_rows(folder)
     if not key.is_file():
         write_key(folder)
     for name, rate, epochs in settings(args):
@@ -194,6 +215,10 @@ def run(args: Any) -> None:
         command += ["--train", str(rows / "train.jsonl"), "--heldout", str(rows / "heldout.jsonl")]
         command += ["--canaries", str(key), "--decoys", str(args.decoys), "--output_dir", str(audit)]
         step(f"{name}_audit", folder, audit / "audit.json", threads, command)
+        mia = folder / f"{name}_mia"
+        command = [sys.executable, str(ROOT / "mia" / "mia.py"), "--model", str(adapter), "--attacks", "ref"]
+        command += ["--members", str(rows / "its_members.jsonl"), "--nonmembers", str(rows / "its_controls.jsonl")]
+        step(f"{name}_mia", folder, mia / "results_mia.jsonl", threads, [*command, "--output_dir", str(mia)])
 
 
 def interval(point: dict[str, Any]) -> str:
@@ -254,7 +279,10 @@ def table(folder: Path, name: str) -> list[str]:
         if isinstance(facts, dict) and tier.isdigit()
     )
     words = f"TPR at 1 % FPR {detected}, AUC {their['auc']:.3f} against {their['n_controls']} controls; {tiers}"
-    lines.append(f"| its canaries | not measured | {words} |")
+    (line,) = [line for line in read(folder / f"{name}_mia" / "results_mia.jsonl") if line["attack"] == "ref"]
+    low, high = line["auc_ci"]
+    with_mia = f"by mia.py, attack ref: AUC {line['auc']:.3f} ({low:.3f}–{high:.3f})"
+    lines.append(f"| its canaries | {with_mia} | {words} |")
     overall = theirs["regurgitation"]["overall"]
     lines.append(f"| its canaries, regurgitated | not measured | {overall['n_regurgitated']} of {overall['n']} |")
     lines.append(f"| verdict | {ours['verdict']['answer']} | two numbers, no verdict |")
