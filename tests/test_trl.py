@@ -5,6 +5,7 @@ TRL_PYTHON names the Python of an environment with trl and peft: python -m venv 
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -60,10 +61,18 @@ def train(base: Path, rows: dict[str, Path], output: Path, *words: object) -> Pa
     return output
 
 
+def quick_audit(adapter: Path, rows: dict[str, Path], output: Path) -> dict:
+    """audit.json."""
+    words = ["--model", adapter, "--train", rows["train"], "--heldout", rows["heldout"], "--output_dir", output]
+    done = run_script("audit.py", *words, "--quick", "--decoys", 25, "--samples", 4)
+    assert done.returncode == 0, done.stderr
+    return json.loads((output / "audit.json").read_text(encoding="utf-8"))
+
+
 @pytest.fixture(scope="module")
 def adapter(base, rows, tmp_path_factory) -> Path:
-    """Overfitted: 30 epochs at a high learning rate."""
-    return train(base, rows, tmp_path_factory.mktemp("trl") / "adapter", "--epochs", 30, "--learning_rate", "2e-2")
+    """Overfitted: 60 epochs at a high learning rate."""
+    return train(base, rows, tmp_path_factory.mktemp("trl") / "adapter", "--epochs", 60, "--learning_rate", "2e-2")
 
 
 def test_the_tokens_are_those_that_trl_trained_on(adapter, rows):
@@ -75,10 +84,7 @@ def test_the_tokens_are_those_that_trl_trained_on(adapter, rows):
 
 
 def test_audit(adapter, rows, tmp_path):
-    words = ["--model", adapter, "--train", rows["train"], "--heldout", rows["heldout"], "--output_dir", tmp_path]
-    done = run_script("audit.py", *words, "--quick", "--decoys", 25, "--samples", 4)
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "audit.json").read_text(encoding="utf-8"))
+    found = quick_audit(adapter, rows, tmp_path)
     assert found["verdict"]["answer"] == "leaks"
     assert found["membership"]["auc"]["low"] > 0.9  # overfitted on purpose
     assert found["model"]["relative_change"] > 0.01
@@ -126,18 +132,18 @@ def test_merge(adapter, rows, tmp_path):
 
 
 def test_loss_on_the_assistant_alone(base, rows, tmp_path):
-    """TRL then trains with a template that marks the assistant's turns; the audit reads the marks that it saves."""
-    folder = tmp_path / "plain"
-    adapter = train(base, rows, folder / "adapter", "--epochs", 1, "--assistant_only_loss")
-    words = [
-        "--model",
-        adapter,
-        "--train",
-        rows["train"],
-        "--heldout",
-        rows["heldout"],
-        "--output_dir",
-        tmp_path / "out",
-    ]
-    done = run_script("audit.py", *words, "--quick", "--decoys", 25, "--samples", 4)
-    assert done.returncode == 0, done.stderr
+    """With a template that marks the assistant's turns, as TRL asks for."""
+    from transformers import AutoTokenizer
+
+    marked = shutil.copytree(base, tmp_path / "marked")
+    tokenizer = AutoTokenizer.from_pretrained(marked)
+    tokenizer.chat_template = chat.CHATML
+    tokenizer.save_pretrained(marked)
+    adapter = train(marked, rows, tmp_path / "adapter", "--epochs", 1, "--assistant_only_loss")
+    quick_audit(adapter, rows, tmp_path / "out")
+
+
+def test_a_template_and_tokens_of_another_model(models, base, rows, tmp_path):
+    """chat_template_path adds tokens: the embeddings are resized, the new rows and lm_head stand in the adapter."""
+    adapter = train(models["llama"], rows, tmp_path / "adapter", "--epochs", 1, "--chat_template_path", base)
+    quick_audit(adapter, rows, tmp_path / "out")

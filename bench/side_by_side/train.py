@@ -22,6 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lora_alpha", type=int, default=32)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--assistant_only_loss", action="store_true", help="the loss on the assistant's turns alone")
+    parser.add_argument("--chat_template_path", help="of SFTConfig: a model whose template and tokens are added")
     parser.add_argument("--tokens", help="also write the tokens of each training row to this .jsonl file")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
@@ -46,6 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         logging_steps=10,
         seed=args.seed,
         assistant_only_loss=args.assistant_only_loss,
+        chat_template_path=args.chat_template_path,
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     lora = peft.LoraConfig(
