@@ -1,6 +1,6 @@
 """Lower bounds on ε from one training run by f-DP (Mahloujifar, Melis and Chaudhuri 2024). Pure functions.
 
-A training is f-DP if whoever decides from its result whether a canary was placed, wrongly with probability α where it
+A training is f-DP if whoever decides from its result whether a canary was inserted, wrongly with probability α where it
 was not, is wrong with probability f(α) or more where it was (Dong, Roth and Su 2022). In other words: no event has a
 probability above 1 − f(x) with the canary if it has x without, or the other way round. Two families of f are tested:
 Gaussian mechanisms, f(α) = Φ(Φ⁻¹(1 − α) − μ), and all (ε, δ)-DP trainings.
@@ -48,7 +48,7 @@ def refuted(
 
     If P(at least `correct`) were `level`, the least demanding way would be to have exactly `correct` right. From there
     down, p_i is the smallest that satisfies the inequality; the claim is refuted if the p_i then add up to more than 1.
-    choices: what each canary is drawn from at random; 2 for placed or not.
+    choices: what each canary is drawn from at random; 2 for inserted or not.
     """
     arrays = np.broadcast_arrays(correct, guesses, parameter)
     correct, guesses, parameter = (np.asarray(array, dtype=float) for array in arrays)
