@@ -27,7 +27,9 @@ function fill(details) {
       const cell = row.appendChild(document.createElement(place ? "td" : "th"));
       cell.textContent = text;
       if (value !== undefined) cell.dataset.v = value === null ? "" : value;
-      if (place) cell.className = kinds[place].className;
+      if (!place) return;
+      cell.className = kinds[place].className;
+      cell.dataset.label = Array.from(kinds[place].children, (part) => part.textContent).join(" ").trim();
     });
   }
   data.remove();

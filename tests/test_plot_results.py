@@ -1009,6 +1009,17 @@ def test_in_a_browser(tmp_path):
             "document.querySelector('.panel svg').viewBox.baseVal.width"
         )
         assert text >= 9  # pixels, on the phone
+        # rows are stacked: every number is visible, after the name of its column
+        tables = "Array.from(document.querySelectorAll('.table'))"
+        assert phone.run(f"{tables}.every(one => one.scrollWidth <= one.clientWidth)")
+        heads = (
+            "Array.from(table.tHead.rows[0].cells, c => Array.from(c.children, p => p.textContent).join(' ').trim())"
+        )
+        labels = "Array.from(table.tBodies[0].rows[0].cells, c => c.dataset.label || '')"
+        shown, given = phone.run(f"(table => [{labels}.slice(1), {heads}.slice(1)])(document.querySelector('table'))")
+        assert shown == given and len(shown) > 3
+        first = "getComputedStyle(document.querySelector('tbody td'), '::before').content"
+        assert phone.run(first) == f'"{shown[0]}"'
         assert phone.errors == [] and phone.requests == [f"file://{page}"]
     with browser.Browser() as desk:
         desk.open(page)
