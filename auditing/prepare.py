@@ -120,7 +120,13 @@ def prepare(config: AuditConfig) -> AuditTask:
         sets = prepare_membership(membership, problems, reader)
         problems.lines[before:] = [in_flags_of_audit(line) for line in problems.lines[before:]]
         problems.check()
-    if base is None:
+    if base and not config.ref_model and _brings_tokens(ref, tokenizer, rows):
+        base = None
+        notes.append(
+            "No reference model: the rows have tokens that the adapter brought and its base does not have, so attacks "
+            "that compare with the base are impossible and the rest are weaker. Pass --ref_model MODEL."
+        )
+    elif base is None:
         notes.append(
             "No reference model: a merged or fully tuned model was given without --ref_model, so attacks that compare "
             "with the base are impossible and the rest are weaker. Pass --ref_model BASE."
@@ -163,6 +169,16 @@ def prepare(config: AuditConfig) -> AuditTask:
         notes,
         (membership, sets) if sets else None,
     )
+
+
+def _brings_tokens(ref: ModelRef, tokenizer: Any, rows: dict[str, Rows]) -> bool:
+    """Whether an adapter with resized embeddings has tokens in the rows that its base knows nothing of."""
+    vocabulary = models.vocabulary_of(ref)
+    if len(tokenizer) <= vocabulary:
+        return False
+    texts = [(row.text, row.whole) for one in rows.values() for row in one.rendered]
+    encoded = (ids for text, whole in texts for ids in models.encode_texts(tokenizer, [text], whole))
+    return any(max(ids, default=0) >= vocabulary for ids in encoded)
 
 
 def membership_config(config: AuditConfig, budget: Budget) -> MiaConfig:

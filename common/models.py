@@ -1047,6 +1047,11 @@ def context_of(ref: ModelRef, flag: str = "--model") -> int:
     return context_length(SimpleNamespace(config=config, virtual_tokens=ref.virtual_tokens))
 
 
+def vocabulary_of(ref: ModelRef, flag: str = "--model") -> int:
+    """The embeddings of a model's base, from its configuration alone."""
+    return int(read_config(ref.base, ref.revision, flag).get_text_config().vocab_size)
+
+
 ADDED = "_added_by_the_adapter"
 
 

@@ -78,7 +78,8 @@ def measure(
         base = reference = other = None
         if ref.adapter:
             other = ref.unadapted
-            base = reference = gather(passes, other, tokenizer, alone, config, gradients=False)
+            known = models.vocabulary_of(other)
+            base = reference = gather(passes, other, tokenizer, alone, config, gradients=False, vocabulary=known)
         if config.ref_model:
             against = list(AGAINST_BASE)
             given = (config.ref_model, None, config.base_model, "--ref_model")

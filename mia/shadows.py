@@ -115,7 +115,8 @@ def calibrate(passes: Passes, ref: ModelRef, encoded: Encoded, task: MembershipT
     scored = scorable(encoded, models.context_of(ref))
     digests = [text_sha256(task.texts[index]) for index in scored]
     for shadow, checkpoint in chosen:
-        model = models.find_model(str(checkpoint), ref.revision, ref.base, "--shadows")
+        given = (str(checkpoint), ref.revision, ref.base, "--shadows")
+        model = models.find_model(*given, quantized=ref.quantization)
         values = passes.statistics(model, [encoded.tokens[index] for index in scored], "logp")
         for index, digest, logp in zip(scored, digests, values):
             if digest in shadows.pool:

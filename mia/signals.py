@@ -115,6 +115,9 @@ def make_prefix(
     return (prefix, used) if used else ([], 0)
 
 
+NEW_TOKEN = "has a token that the adapter brought and its base does not have"
+
+
 def scorable(encoded: Encoded, context: int) -> list[int]:
     """Indices of the texts that a model with this context can score: 2 tokens or more, and not too many."""
     return [index for index, ids in enumerate(encoded.tokens) if 1 < len(ids) <= context]
@@ -132,6 +135,7 @@ class Evidence:
     neighbours: dict[int, Array] = field(default_factory=dict)  # [25] ℓ of each neighbour
     gradient: dict[int, Array] = field(default_factory=dict)  # [1] ‖∇ ℓ‖₂
     shots: dict[str, int] = field(default_factory=dict)  # 'recall', 'con_recall' → how many fit
+    vocabulary: int = 1 << 30  # tokens from here on are not the model's
 
 
 def gather(
@@ -142,10 +146,12 @@ def gather(
     config: MiaConfig,
     gradients: bool,
     target: Encoded | None = None,
+    vocabulary: int | None = None,
 ) -> Evidence:
     """Run every pass over one model that the task's attacks need (gradients: including grad_norm's).
 
     target: for a reference model, the target's encoding; its texts are truncated where the target's were.
+    vocabulary: of a base whose adapter may have brought tokens; texts with other tokens are left out.
     """
     context = models.context_of(ref)
     if target:
@@ -153,23 +159,28 @@ def gather(
     else:
         encoded = encode(tokenizer, task.texts, min(config.max_length, context), task.whole)
     wanted = set(task.attacks)
-    scored = scorable(encoded, context)
+
+    def known(ids: Sequence[int]) -> bool:
+        return vocabulary is None or max(ids, default=0) < vocabulary
+
+    scored = [index for index in scorable(encoded, context) if known(encoded.tokens[index])]
     sequences = [encoded.tokens[index] for index in scored]
 
     def over(indices: Iterable[int], arrays: list[Array]) -> dict[int, Array]:
         return dict(zip(indices, arrays)) if arrays else {}
 
     evidence = Evidence(encoded, over(scored, passes.statistics(ref, sequences)))
+    evidence.vocabulary = vocabulary or evidence.vocabulary
     if "lowercase" in wanted:
-        low = [index for index in scored if len(encoded.lower[index]) > 1]
+        low = [index for index in scored if len(encoded.lower[index]) > 1 and known(encoded.lower[index])]
         evidence.lower = over(low, passes.statistics(ref, [encoded.lower[index] for index in low], "logp"))
     longest = max(map(len, sequences), default=0)
     for name, shots in (("recall", task.shots), ("con_recall", task.member_shots)):
         if name in wanted or (name == "recall" and "con_recall" in wanted):
             room = context - longest
             prefix, used = make_prefix(tokenizer, shots, encoded.specials, config.max_length, room)
-            evidence.shots[name] = used
-            if used:
+            evidence.shots[name] = used if known(prefix) else 0
+            if evidence.shots[name]:
                 skip = min(1, len(encoded.specials))  # a second one is scored, so it stays before the text
                 evidence.after[name] = over(scored, passes.after_prefix(ref, sequences, prefix, skip))
     if "neighborhood" in wanted:
@@ -210,7 +221,8 @@ def score_texts(
         for index in range(len(task.texts)):
             try:
                 if index not in evidence.tokens:
-                    raise attacks.Undefined("under 2 tokens")
+                    short = len(evidence.encoded.tokens[index]) < 2
+                    raise attacks.Undefined("under 2 tokens" if short else NEW_TOKEN)
                 made = function(index)
                 numbers = [made] if isinstance(made, float) else made
                 if not all(abs(number) < float("inf") for number in numbers):
@@ -237,7 +249,10 @@ def score_texts(
             raise attacks.Undefined("no reference model; give --ref_model")
         if tokenwise and reference.encoded.tokens[index] != evidence.encoded.tokens[index]:
             raise attacks.Undefined("the reference model has other tokens")
-        short = len(reference.encoded.tokens[index]) < 2
+        ids = reference.encoded.tokens[index]
+        if ids and index not in reference.tokens and max(ids) >= reference.vocabulary:
+            raise attacks.Undefined(NEW_TOKEN)
+        short = len(ids) < 2
         missing = "under 2 tokens for the reference model" if short else "longer than the reference model's context"
         return need(reference.tokens, index, missing)[:, LOGP]
 

@@ -12,6 +12,7 @@ from adapter_kinds import KINDS, PROMPTS, table
 from conftest import ROOT, make_rows, make_tokenizer, read_lines, write_rows
 from safetensors.torch import load_file, save_file
 
+import audit as audit_script
 import evaluate_purified
 import measure_purified
 import merge_peft
@@ -319,6 +320,31 @@ def test_membership_as_a_user_measures_it(trained, name, tmp_path):
         loss = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]))
         norm = torch.stack([one.norm() for one in torch.autograd.grad(loss, parameters)]).norm().item()
         assert abs(line["grad_norm"]) == pytest.approx(norm, rel=1e-3)
+
+
+def test_tokens_that_the_base_does_not_have(trained, tmp_path, capsys):
+    """A text with one is scored under the adapter, and has no score against the base, which says why."""
+    from transformers import AutoTokenizer
+
+    folder, adapter = trained("resized")
+    own = shutil.copytree(adapter, tmp_path / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<new{number}>" for number in range(10)])
+    tokenizer.save_pretrained(own)
+    rows = [{"text": row["prompt"][:60]} for row in make_rows(8)]
+    rows[1]["text"] = "<new3> " + rows[1]["text"]
+    members, others = write_rows(tmp_path / "in.jsonl", rows[:4]), write_rows(tmp_path / "out.jsonl", rows[4:])
+    words = ["--model", own, "--base_model", folder, "--members", members, "--nonmembers", others]
+    words += ["--output_dir", tmp_path / "mia", "--attacks", "loss", "ref", "--bootstrap", 20]
+    assert mia_script.main([str(word) for word in words]) == 0
+    lines = read_lines(tmp_path / "mia" / "scores_mia.jsonl")
+    assert [line["ref"] is None for line in lines] == [place == 1 for place in range(8)]
+    assert all(line["loss"] is not None for line in lines)
+    against = {line["attack"]: line for line in read_lines(tmp_path / "mia" / "results_mia.jsonl")}
+    assert against["ref"]["dropped"] == {"has a token that the adapter brought and its base does not have": 1}
+    words = ["--model", own, "--base_model", folder, "--train", members, "--heldout", others, "--dry_run"]
+    assert audit_script.main([str(word) for word in [*words, "--output_dir", tmp_path / "audit"]]) == 0
+    assert "rows have tokens that the adapter brought" in capsys.readouterr().out
 
 
 def test_extraction_as_a_user_measures_it(trained, tmp_path):
