@@ -54,7 +54,7 @@ def make_parser() -> cli.Parser:
         seed = f"random seed (default: {SEED}; with --dp the operating system's entropy)"
         cli.add_model_flags(parser, seed)
     with section("data"):
-        add("-i", "--input", "--data", help="training data: .jsonl, .json, .csv, .tsv, .arrow or .parquet")
+        add("-i", "--input", "--data", help="training data: a file (.jsonl, .csv, .parquet, …), or a hub name")
         add(
             "--train_rows",
             "--num_rows",

@@ -9,6 +9,7 @@ is read every 0.1 s. RssAnon is memory that only that process has; VmRSS adds th
 which the system takes back when it needs them.
 """
 
+import argparse
 import os
 import platform
 import random
@@ -33,6 +34,8 @@ def make_parser() -> cli.Parser:
     add("--folder", default=None, help="where the rows are written and kept (default: a temporary folder)")
     add("--rows", type=cli.positive_int, default=5_000_000, help="training rows")
     add("--length", type=cli.positive_int, default=1000, help="bytes per row")
+    add("--train_rows", type=cli.positive_int, default=None, help="rows that run_peft.py tokenises (default: all)")
+    add("--num_rows", type=cli.positive_int, default=100, help="rows per side that mia/mia.py and audit.py measure")
     add("--scripts", nargs="+", choices=SCRIPTS, default=list(SCRIPTS), help="what to run")
     add("--threads", type=cli.positive_int, default=os.cpu_count(), help="OMP_NUM_THREADS and RAYON_NUM_THREADS")
     add("--seed", type=int, default=3407, help="seed of the texts")
@@ -87,25 +90,27 @@ def memory(process: int) -> tuple[int, int]:
     return anonymous, resident
 
 
-def command(script: str, train: Path, heldout: Path, out: Path) -> list[str]:
+def command(script: str, train: Path, heldout: Path, out: Path, args: argparse.Namespace) -> list[str]:
     model = ["--model", str(MODEL)]
     if script == "run_peft":
         flags = ["run_peft.py", *model, "-i", str(train), "--dry_run", "--output_root", str(out)]
+        flags += ["--train_rows", str(args.train_rows)] if args.train_rows else []
     elif script == "mia":
-        sets = ["--members", str(train), "--nonmembers", str(heldout), "--num_rows", "500", "--bootstrap", "100"]
+        sets = ["--members", str(train), "--nonmembers", str(heldout), "--bootstrap", "100"]
         flags = ["mia/mia.py", *model, *sets, "--output_dir", str(out)]
     else:
         flags = ["audit.py", *model, "--train", str(train), "--heldout", str(heldout), "--quick"]
         flags += ["--output_dir", str(out)]
-    return [sys.executable, *flags]
+    more = [] if script == "run_peft" else ["--num_rows", str(args.num_rows)]
+    return [sys.executable, *flags, *more]
 
 
-def measure(script: str, train: Path, heldout: Path, threads: int) -> tuple[float, int, int]:
+def measure(script: str, train: Path, heldout: Path, args: argparse.Namespace) -> tuple[float, int, int]:
     """(seconds, peak RssAnon, peak VmRSS) of one run."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "RAYON_NUM_THREADS": str(threads)}
+    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "RAYON_NUM_THREADS": str(args.threads)}
     environment |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as out, open(Path(out) / "log", "w+b") as log:
-        argv = command(script, train, heldout, Path(out) / "results")
+        argv = command(script, train, heldout, Path(out) / "results", args)
         begun, peaks = time.monotonic(), (0, 0)
         process = subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
         while process.poll() is None:
@@ -137,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{machine()}; {args.threads} threads; {args.rows:,} rows, {train.stat().st_size / 1e9:.2f} GB")
         print("| script | rows | seconds | peak RssAnon | peak VmRSS |\n|---|---|---|---|---|", flush=True)
         for script in args.scripts:
-            seconds, anonymous, resident = measure(script, train, heldout, args.threads)
+            seconds, anonymous, resident = measure(script, train, heldout, args)
             sizes = f"{anonymous / 1e6:,.0f} MB | {resident / 1e6:,.0f} MB"
             print(f"| {script} | {args.rows:,} | {seconds:,.0f} | {sizes} |", flush=True)
     return 0
