@@ -131,6 +131,18 @@ def mean_or_none(values: Iterable[float | None]) -> float | None:
     return math.fsum(known) / len(known) if known else None
 
 
+def student_interval(values: Sequence[float], level: float = 0.95) -> list[float] | None:
+    """[low, high] of the mean of independent values, e.g. over seeds (Student's t); None under two values."""
+    if len(values) < 2:
+        return None
+    from scipy import stats
+
+    mean, n = math.fsum(values) / len(values), len(values)
+    spread = (math.fsum((value - mean) ** 2 for value in values) / (n - 1) / n) ** 0.5
+    reach = float(stats.t.ppf((1 + level) / 2, n - 1)) * spread
+    return [mean - reach, mean + reach]
+
+
 def auc(members: Scores, nonmembers: Scores) -> float:
     """P(member > non-member) + ½ P(equal): the area under the ROC curve (Mann–Whitney)."""
     ordered = np.sort(nonmembers)

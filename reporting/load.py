@@ -200,6 +200,7 @@ def read(directories: list[Path], output: Path | None = None) -> Study:
         "canary": parsers.canary_rows,
         "fidelity": parsers.fidelity_rows,
         "utility": parsers.utility_rows,
+        "sweep": parsers.sweep_rows,
         "importance": parsers.importance_rows,
         "human": parsers.human_rows,
         "privacy": parsers.privacy_rows,

@@ -298,6 +298,35 @@ def utility_rows(line: Record, study: Study, models: Models, path: Path, number:
     return rows
 
 
+SWEPT = {  # field of a line: measure
+    "exact": "exact addresses",
+    "matches": "loose matches",
+    "perplexity": "perplexity",
+    "auc": "membership AUC",
+    "tpr_at_1": "TPR at 1 % FPR",
+}
+
+
+def sweep_rows(line: Record, study: Study, models: Models, path: Path, number: int) -> list[Row]:
+    """Means over seeds of one setting; the cells themselves are read from their own files."""
+    if line["seed"] is not None:
+        return []
+    rows = []
+    for field, metric in SWEPT.items():
+        found = line[field]
+        if found["n"]:
+            need(found, "mean")
+            why = f"Student 95 % over {found['n']} seeds" if found["low"] is not None else None
+            shared = {
+                "arm": line["arm"],
+                "role": "mean",
+                "group": study.shown(path),
+                "settings": {"seeds": line["seeds"]},
+            }
+            rows.append(Row("sweep", metric, found["mean"], found["low"], found["high"], why, n=found["n"], **shared))
+    return rows
+
+
 def importance_rows(content: Record, study: Study, models: Models, path: Path, number: int) -> list[Row]:
     rows: list[Row] = []
     for arm, agreement in content["arms"].items():

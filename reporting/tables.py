@@ -31,6 +31,7 @@ AREAS = {  # section → areas of the rows that it shows
     "privacy": ("privacy", "canary"),
     "fidelity": ("fidelity",),
     "utility": ("utility", "importance", "human"),
+    "sweep": ("sweep",),
 }
 
 Describe = Callable[[Row], str | Cell]
@@ -376,6 +377,11 @@ def utility(study: Study) -> list[Block]:
     ]
 
 
+def sweep(study: Study) -> list[Block]:
+    heads: dict[Column, Describe] = {text("Setting"): who, text("Measure"): lambda row: row.metric}
+    return plain_table(study.select("sweep"), "Means over seeds; n is the number of seeds", heads)
+
+
 def training(study: Study) -> list[Block]:
     rows = []
     for path, run in study.runs.items():
@@ -410,6 +416,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Study], list[Block]]]] = {  # anchor: (
     "privacy": ("Differential privacy and canaries", privacy),
     "fidelity": ("Fidelity of synthetic text", fidelity),
     "utility": ("Utility of synthetic text", utility),
+    "sweep": ("Sweep of settings", sweep),
     "training": ("Training", training),
 }
 

@@ -58,6 +58,9 @@ FLAGS = {
         "-pdbs", "--per_device_batch_size", "-gas", "--gradient_accumulation_steps", "-mt", "--max_tokens", "--full",
         "--study", "--generator", "--generated_tokens", "--arms", "--lora_r",
     },
+    "studies/sweep.py": {
+        "--sweep", "--output", "--output_dir", "--executor", "--jobs", "--slurm", "--cell", "--seed", "--dry_run",
+    },
     "data/enron/prepare.py": {
         "--input", "--output", "--tokenizer", "--workers", "--strict", "--overwrite", "--dry_run", "--seed",
     },

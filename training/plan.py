@@ -337,7 +337,11 @@ def run_state(
     if not finished and not config.resume:
         return "new"
     now = cli.plain(vars(config)) | {"global_batch": global_batch, "input's content": results.sha256(path)}
-    then = record["args"] | {"global_batch": record["global_batch"], "input's content": record["inputs"][0]["sha256"]}
+    then = (
+        {"hsdp": False}
+        | record["args"]
+        | {"global_batch": record["global_batch"], "input's content": record["inputs"][0]["sha256"]}
+    )
     same_input = trained.input_is(folder, record, results.sha256(path))
     if same_input is None:
         raise UserError(
