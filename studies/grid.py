@@ -76,11 +76,12 @@ def read(path: str) -> Sweep:
     content, problems = cli.read_config(path), cli.Problems()
     for key in content.keys() - {*AXES, *STEPS, "launch"}:
         problems.add(f"--sweep {path}: unknown key {key!r}; known are {', '.join([*AXES, *STEPS, 'launch'])}")
-    axes = {}
+    axes: dict[str, list[Any]] = {}
     kinds: dict[str, tuple[type, ...]] = {"learning_rates": (int, float), "seeds": (int,)}
     for key in AXES:
         values, kind = content.get(key), kinds.get(key, (str,))
-        right = isinstance(values, list) and values and all(type(value) in kind for value in values)
+        values = values if isinstance(values, list) else []
+        right = values and all(type(value) in kind for value in values)
         if not right:
             words = {"learning_rates": "numbers (write 1.0e-3, not 1e-3)", "seeds": "whole numbers"}.get(key, "words")
             problems.add(f"--sweep {path}: {key}: expected a list of {words}")
@@ -163,7 +164,7 @@ def run_cell(cell: Cell, sweep: Sweep, folder: Path) -> dict[str, Any]:
         return line
     own = folder / cell.name
     own.mkdir(parents=True, exist_ok=True)
-    fixed = {"model": cell.model, "input": cell.data, "peft_type": cell.peft_type}
+    fixed: dict[str, Any] = {"model": cell.model, "input": cell.data, "peft_type": cell.peft_type}
     fixed |= {"learning_rate": cell.learning_rate, "seed": cell.seed, "output_root": own, "resume": True}
     call(sweep, "run_peft", fixed)
     last = find_checkpoints(own)[-1]

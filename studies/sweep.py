@@ -22,10 +22,15 @@ per setting: the mean over its seeds with a 95 % Student interval, which plot_re
 
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from common import cli
+
+if TYPE_CHECKING:
+    from studies.grid import Cell, Sweep
 
 RESULTS = "results_sweep.jsonl"
 
@@ -34,7 +39,7 @@ RESULTS = "results_sweep.jsonl"
 class SweepConfig:
     """cell: run this one alone (how the jobs of an executor start)."""
 
-    sweep: str | None = None
+    sweep: str = ""
     output: str = "./sweep"
     executor: str = "here"
     jobs: int = 1
@@ -51,7 +56,7 @@ def make_parser() -> cli.Parser:
         SweepConfig,
     )
     add = parser.add_argument
-    add("--sweep", metavar="FILE", required=True, help="YAML or JSON: the grid, and flags of each step")
+    add("--sweep", metavar="FILE", help="YAML or JSON: the grid, and flags of each step (default: none)")
     add("--output", "--output_dir", help="directory of all cells")
     add("--executor", choices=("here", "local", "slurm"), help="here: one after another; local, slurm: by submitit")
     add("--jobs", type=cli.positive_int, help="cells that may run at once (local, slurm)")
@@ -69,7 +74,9 @@ def run(config: SweepConfig) -> int:
 
     problems = cli.Problems()
     cli.check_writable(config.output, problems, "--output")
-    sweep = problems.absorb(grid.read, str(config.sweep))
+    if not config.sweep:
+        problems.add("--sweep: required")
+    sweep = problems.absorb(grid.read, config.sweep) if config.sweep else None
     executor = problems.absorb(make_executor, config) if config.executor != "here" and not config.cell else None
     if sweep and config.cell and config.cell not in [cell.name for cell in sweep.cells]:
         problems.add(f"--cell {config.cell}: not in the sweep")
@@ -105,7 +112,7 @@ def run(config: SweepConfig) -> int:
     return 1 if failures else 0
 
 
-def write(folder: Path, lines: list) -> None:
+def write(folder: Path, lines: list[dict[str, Any]]) -> None:
     """results_sweep.jsonl: a line per finished cell, then the means over seeds."""
     from common import results
     from studies import grid
@@ -114,13 +121,13 @@ def write(folder: Path, lines: list) -> None:
     results.write_jsonl(folder / RESULTS, made)
 
 
-def make_executor(config: SweepConfig):
+def make_executor(config: SweepConfig) -> Any:
     """submitit's executor; UserError if it is missing, or a parameter is unknown to it."""
     try:
         import submitit
     except ImportError:
         raise cli.UserError(f"--executor {config.executor}: needs submitit; pip install submitit") from None
-    parameters = {}
+    parameters: dict[str, str | int] = {}
     for word in config.slurm:
         key, equals, value = word.partition("=")
         if not equals:
@@ -134,7 +141,9 @@ def make_executor(config: SweepConfig):
     return executor
 
 
-def run_all(config: SweepConfig, todo: list, sweep, folder: Path, executor):
+def run_all(
+    config: SweepConfig, todo: Sequence["Cell"], sweep: "Sweep", folder: Path, executor: Any
+) -> Iterator[tuple["Cell", str | None]]:
     """Yield (cell, why it failed or None) of each cell as it ends."""
     from studies import grid
 
@@ -148,7 +157,7 @@ def run_all(config: SweepConfig, todo: list, sweep, folder: Path, executor):
         return
     import submitit
 
-    waiting, running = list(todo), {}
+    waiting, running = list(todo), dict[grid.Cell, Any]()
     while waiting or running:
         while waiting and len(running) < config.jobs:
             cell = waiting.pop(0)
@@ -164,7 +173,7 @@ def run_all(config: SweepConfig, todo: list, sweep, folder: Path, executor):
                 yield cell, None if known else f"see {job.paths.stderr}" if ended else "ended without a result"
 
 
-def main(argv=None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     return run(make_parser().parse_args(argv))
 
 
