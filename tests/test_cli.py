@@ -18,6 +18,7 @@ MEASURING = MODEL | {"--model_parallel"}
 MEASURE = {
     "-d", "--dataset", "--data", "--top_k", "-mt", "--max_tokens", "--num_rows", "--temperatures", "--attack",
     "--templates", "--trailing_space", "--stop", "--demonstrations", "--batch_size", "--save_responses", "--baseline",
+    "--chat", "--chat_template",
 }  # fmt: skip
 QUANTIZED = {"--quantization"}
 FLAGS = {
@@ -28,7 +29,7 @@ FLAGS = {
         "--optimizer", "-wd", "--weight_decay", "-s", "--scheduler", "--scheduler_kwargs", "-dt",
         "--distribution_type", "-pt", "--peft_type", "--output_root", "--run_name", "--train_rows", "--eval_rows",
         "--allow_overlap", "--lora_r", "--lora_alpha", "--lora_dropout", "--target_modules", "--max_length",
-        "--chat_template", "--columns", "--loss_on", "--max_grad_norm",
+        "--chat_template", "--columns", "--split", "--data_config", "--loss_on", "--max_grad_norm",
         "--hsdp", "--gradient_checkpointing", "--packing", "--resume", "--report_to",
         "--dp", "--target_epsilon", "--noise_multiplier", "--target_delta", "--logical_batch_size", "--accountant",
         "--privacy_unit", "--max_rows_per_user", "--secure_rng", "--suggest_max_grad_norm",
@@ -40,11 +41,11 @@ FLAGS = {
     },
     "perplexity/perplexity.py": MEASURING | QUANTIZED | {
         "--dir", "-d", "--dataset", "--data", "--model", "--base_model", "--output_dir", "--num_rows", "--token_budget",
-        "--chat_template", "--columns",
+        "--chat_template", "--columns", "--split", "--data_config",
     },
     "mia/mia.py": MEASURING | QUANTIZED | {
         "--model", "--dir", "--base_model", "--members", "--data", "--num_rows", "--nonmembers",
-        "--text_field", "--chat_template", "--columns", "--attacks", "--ref_model",
+        "--text_field", "--chat_template", "--columns", "--split", "--data_config", "--attacks", "--ref_model",
         "--prefix_file", "--neighbor_model", "--freq_corpus", "--max_length", "--max_samples", "--token_budget",
         "--bootstrap", "--combine", "--shadows", "--output_dir",
     },
@@ -82,7 +83,7 @@ FLAGS = {
         "--metadata_epsilon", "--metadata_delta", "--metadata_fields", "--histogram", "--max_new_tokens",
         "--temperature", "--top_k", "--filter", "--batch_size", "--output", "--overwrite",
     },
-    "canary/inject.py": {
+    "canary/inject.py": {"--model", "--chat_template", "--columns",
         "-i", "--input", "--data", "--output", "--key_file", "--share", "--repetitions", "--canaries", "--audit",
         "--privacy_unit", "--secret", "--within", "--condition", "--overwrite", "--dry_run", "--seed",
     },
@@ -96,29 +97,30 @@ FLAGS = {
         "--instance_temperature", "--format", "--round_size", "--output", "--batch_size", "--strict",
         "--overwrite",
     },
-    "fidelity/fidelity.py": MODEL | {
+    "fidelity/fidelity.py": MODEL | {"--columns",
         "--real", "--synthetic", "--train", "--output_dir", "--num_rows", "--pool_rows", "--embedder", "--max_tokens",
         "--without", "--overwrite",
     },
-    "utility/downstream.py": MODEL | {
+    "utility/downstream.py": MODEL | {"--columns",
         "-m", "--model", "--real", "--heldout", "--synthetic", "--num_rows", "--num_heldout", "--num_seeds",
         "--allow_overlap", "--output_dir", "-e", "--epochs", "-lr", "--learning_rate", "-pdbs",
         "--per_device_batch_size", "-gas", "--gradient_accumulation_steps", "-w", "--warmup_steps", "-pt",
         "--peft_type", "--lora_r", "--lora_alpha", "--max_length",
     },
-    "utility/feature_importance.py": {
+    "utility/feature_importance.py": {"--columns",
         "--real", "--heldout", "--synthetic", "--num_rows", "--num_heldout", "--min_rows", "--num_seeds",
         "--output_dir", "--overwrite", "--dry_run", "--seed",
     },
     "plot_results.py": {
         "--output", "--output_dir", "--include_responses", "--unredacted", "--no_figures", "--dry_run", "--seed",
     },
-    "utility/human_sheet.py": {
+    "utility/human_sheet.py": {"--columns",
         "--synthetic", "--real", "--num_rows", "--sheets", "--key", "--output_dir", "--overwrite", "--dry_run",
         "--seed",
     },
     "audit.py": MEASURING | QUANTIZED | {"--model", "--base_model", "--ref_model", "--train", "--data", "--heldout",
-                         "--chat_template", "--columns", "--num_rows", "--secrets", "--pii", "--region", "--canaries",
+                         "--chat_template", "--columns", "--split", "--data_config", "--num_rows", "--secrets", "--pii",
+                         "--region", "--canaries",
                          "--decoys",
                          "--samples", "--without", "--quick", "--max_length", "--token_budget", "--output_dir",
                          "--fail_on", "--save_responses"},
