@@ -23,19 +23,24 @@ from common.cli import AnyPath, UserError
 POOL, RECORD, SCHEMA = "pool.jsonl", "run_shadow.json", 1
 SETS = ("members", "nonmembers")
 REMEDY = "remove the directory and run mia/shadow.py again"
-# Arguments of a training that its result depends on, besides rows and seed; and other fields of its run.json.
-ARGUMENTS = (
-    "peft_type", "lora_r", "lora_alpha", "lora_dropout", "target_modules", "epochs", "learning_rate", "warmup_steps",
-    "optimizer", "weight_decay", "scheduler", "scheduler_kwargs", "max_grad_norm", "loss_on", "packing", "dp",
+# Arguments of a training that two alike may differ in: rows, seed, names, how its global batch is computed.
+FREE_ARGUMENTS = (
+    "model", "input", "seed", "train_rows", "eval_rows", "allow_overlap", "columns", "split", "data_config",
+    "chat_template", "per_device_batch_size", "gradient_accumulation_steps", "distribution_type", "hsdp", "device_map",
+    "gradient_checkpointing", "revision", "output_root", "run_name", "logging_steps", "report_to", "resume", "dry_run",
+    "suggest_max_grad_norm", "dtype", "max_length",
 )  # fmt: skip
+# Other fields of its run.json that must be the same: dtype and max_length as they were resolved.
 FIELDS = ("global_batch", "max_length", "dtype", "base_sha256")
 
 
 def settings_of(record: dict[str, Any]) -> dict[str, Any]:
     """The settings in a run.json that make two trainings alike, whatever their rows and seeds."""
-    plain: dict[str, Any] = cli.plain(
-        {key: record["args"].get(key) for key in ARGUMENTS} | {key: record.get(key) for key in FIELDS}
-    )
+    args = {key: value for key, value in record["args"].items() if key not in FREE_ARGUMENTS}
+    args |= {key: record.get(key) for key in FIELDS}
+    if not record.get("base_sha256"):  # a hub name
+        args |= {key: record["args"].get(key) for key in ("model", "revision")}
+    plain: dict[str, Any] = cli.plain(args)
     return plain
 
 

@@ -65,12 +65,15 @@ def prepare(config: ShadowConfig, problems: cli.Problems) -> Preparation:
         nonmembers=config.nonmembers,
         chat_template=like.chat_template if like else None,
         columns=like.columns if like else (),
+        split=like.split if like else None,
+        data_config=like.data_config if like else None,
     )
     reader = Reader(sets, problems) if like else None
     revision = like.revision if like else None
     ref = tokenizer = None
-    if record:
-        ref, tokenizer = models.look_up(problems, config.like, revision, config.base_model, "--like")
+    if like:
+        given = (problems, config.like, revision, config.base_model, "--like")
+        ref, tokenizer = models.look_up(*given, quantized=like.quantization)
     members: Sequence[Item] = []
     nonmembers: Sequence[Item] = []
     if reader and record:
@@ -92,7 +95,7 @@ def prepare(config: ShadowConfig, problems: cli.Problems) -> Preparation:
 
 def base_sha256(ref: models.ModelRef) -> str | None:
     """SHA-256 of the weights of a model's base; None for a hub name."""
-    return models.weights_sha256(models.ModelRef(ref.base, ref.base, None, ref.revision))
+    return models.weights_sha256(ref.unadapted)
 
 
 def read_target(config: ShadowConfig) -> dict[str, Any]:
@@ -139,6 +142,7 @@ def training_config(config: ShadowConfig, record: dict[str, Any]) -> TrainConfig
         target,
         gradient_accumulation_steps=record["global_batch"] // target.per_device_batch_size,
         distribution_type="mp" if spread else "ddp",
+        hsdp=False,
         dtype=record["dtype"],
         input=str(Path(config.output_dir) / shadows.POOL),
         output_root=config.output_dir,
@@ -203,13 +207,12 @@ def plan_shadows(
     lines = shadows.pool_lines(shadows.settings_of(record), config.seed, listed)
     pool = Path(like.input)
     problems.absorb(check_pool, pool, lines)
-    base = models.ModelRef(ref.base, ref.base, None, ref.revision)
     made = []
     for number, half in enumerate(halves(texts, config.shadows, config.seed)):
         its = replace(like, seed=training_seed(config.seed, number))
         train = [encoded[index] for index in half]
         plan = Plan(
-            ref=base,
+            ref=ref.unadapted,
             input=pool,
             tag="shadow",
             folder=Path(config.output_dir) / f"shadow-{number}",
