@@ -93,7 +93,7 @@ def step(name: str, folder: Path, result: Path, threads: int, command: list[str]
 def place_own(folder: Path) -> None:
     """rows/with_own.jsonl: the training rows, and a row with one of our canaries wherever the coin fell so.
 
-    canary/inject.py inserts into reviews; this inserts the same sentences into the assistant's turn of chats.
+    The canaries are those of canary/inject.py --audit; their key is written once memaudit has shuffled its own rows in.
     """
     from canary import canaries
 
@@ -162,7 +162,14 @@ def write_key(folder: Path) -> None:
                 **where,
             }
         )
-    header = {"schema": SCHEMA, "secret": "phone", "words": [], "privacy_unit": "record", "canaries": len(key)}
+    header = {
+        "schema": SCHEMA,
+        "secret": "phone",
+        "words": [],
+        "privacy_unit": "record",
+        "canaries": len(key),
+        "whole": True,
+    }
     write(folder / "rows" / "key.jsonl", [header | {"training": results.sha256(trained)}, *key])
 
 
