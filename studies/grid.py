@@ -37,6 +37,7 @@ STEPS = {  # step: (its script, its configuration, the flags that the cell sets)
     "perplexity": ("perplexity/perplexity.py", PerplexityConfig, {"model", "dir", "dataset", "output_dir"}),
     "mia": ("mia/mia.py", MiaConfig, {"model", "dir", "members", "output_dir"}),
 }
+SHARES = ("exact", "matches", "auc", "tpr_at_1")  # between 0 and 1
 METRICS = ("exact", "matches", "perplexity", "auc", "tpr_at_1")
 
 
@@ -200,7 +201,7 @@ def measured(sweep: Sweep, own: Path, last: Path) -> dict[str, float | None]:
 
 
 def means(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One line per arm: the mean of each number over seeds with its Student interval (None under two seeds)."""
+    """One line per arm: the mean of each number over seeds with its Student interval (None without a spread)."""
     arms: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
         arms.setdefault(line["arm"], []).append(line)
@@ -210,7 +211,9 @@ def means(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         line |= {"seed": None, "seeds": [one["seed"] for one in own]}
         for metric in METRICS:
             values = [one[metric] for one in own if one[metric] is not None]
-            low, high = stats.student_interval(values) or (None, None)
+            low, high = (stats.student_interval(values) if len(set(values)) > 1 else None) or (None, None)
+            if low is not None and high is not None and metric in SHARES:
+                low, high = max(low, 0.0), min(high, 1.0)
             line[metric] = {"mean": stats.mean_or_none(values), "low": low, "high": high, "n": len(values)}
         made.append(line)
     return made

@@ -139,6 +139,10 @@ def test_lines_means_and_resuming(tmp_path, dataset, steps, capsys):
     assert lines[6]["auc"] == {"mean": pytest.approx(0.7), "low": pytest.approx(0.7 - 0.2484, abs=1e-4),
                                "high": pytest.approx(0.7 + 0.2484, abs=1e-4), "n": 3}  # fmt: skip
     assert lines[6]["tpr_at_1"] == {"mean": None, "low": None, "high": None, "n": 0}
+    assert lines[6]["exact"] == {"mean": pytest.approx(1 / 40), "low": None, "high": None, "n": 3}  # no spread
+    assert stats.student_interval([0.63, 0.79]) == pytest.approx([-0.3065, 1.7265], abs=1e-4)  # t: 12.706
+    clipped = grid.means([lines[0] | {"auc": 0.63}, lines[0] | {"auc": 0.79}])[0]["auc"]
+    assert (clipped["low"], clipped["high"]) == (0, 1)
     assert lines[6]["exact"]["mean"] == pytest.approx(1 / 40) and lines[6]["seeds"] == [1, 2, 3]
 
     calls.clear()
