@@ -112,6 +112,9 @@ def prepare(config: AuditConfig) -> AuditTask:
         problems.add("--heldout: one of --train and --heldout has chat rows, the other does not")
     problems.check()
     sets = None
+    new_tokens = bool(base and not config.ref_model and _brings_tokens(ref, tokenizer, rows))
+    if new_tokens:
+        base = None
     if "heldout" in rows and "membership" not in config.without:
         if config.quick:
             membership = replace(membership, attacks=("loss", HEADLINE_ATTACK if base else WITHOUT_REFERENCE))
@@ -120,8 +123,7 @@ def prepare(config: AuditConfig) -> AuditTask:
         sets = prepare_membership(membership, problems, reader)
         problems.lines[before:] = [in_flags_of_audit(line) for line in problems.lines[before:]]
         problems.check()
-    if base and not config.ref_model and _brings_tokens(ref, tokenizer, rows):
-        base = None
+    if new_tokens:
         notes.append(
             "No reference model: the rows have tokens that the adapter brought and its base does not have, so attacks "
             "that compare with the base are impossible and the rest are weaker. Pass --ref_model MODEL."

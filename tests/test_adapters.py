@@ -342,9 +342,12 @@ def test_tokens_that_the_base_does_not_have(trained, tmp_path, capsys):
     assert all(line["loss"] is not None for line in lines)
     against = {line["attack"]: line for line in read_lines(tmp_path / "mia" / "results_mia.jsonl")}
     assert against["ref"]["dropped"] == {"has a token that the adapter brought and its base does not have": 1}
-    words = ["--model", own, "--base_model", folder, "--train", members, "--heldout", others, "--dry_run"]
-    assert audit_script.main([str(word) for word in [*words, "--output_dir", tmp_path / "audit"]]) == 0
+    words = ["--model", own, "--base_model", folder, "--train", members, "--heldout", others]
+    words += ["--output_dir", tmp_path / "audit", "--quick", "--without", "extraction", "verbatim", "untargeted"]
+    assert audit_script.main([str(word) for word in words]) == 0
     assert "rows have tokens that the adapter brought" in capsys.readouterr().out
+    audit = json.loads((tmp_path / "audit" / "audit.json").read_text(encoding="utf-8"))
+    assert audit["membership"]["attack"] == "min_k_pp_20" and audit["model"]["reference"] is None
 
 
 def test_extraction_as_a_user_measures_it(trained, tmp_path):
