@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", required=True, help="a .jsonl file of chat rows")
     parser.add_argument("--output", required=True)
     parser.add_argument("--epochs", type=float, default=2)
-    parser.add_argument("--learning_rate", type=float, default=2e-4, help="TRL's advice for LoRA")
+    parser.add_argument("--learning_rate", type=float, default=2e-4, help="ten times TRL's own default")
     parser.add_argument("--lora_r", type=int, default=16)
     parser.add_argument("--lora_alpha", type=int, default=32)
     parser.add_argument("--batch_size", type=int, default=8)
