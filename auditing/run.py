@@ -36,7 +36,7 @@ def run(config: AuditConfig) -> int:
     with results.output_folder(config.output_dir, config.dry_run, "audit") as output:
         task = prepare(config)
         if config.dry_run:
-            print(plan(config, task))
+            print(*task.notes, plan(config, task), sep="\n")
             return 0
         return measure(config, task, output)
 
