@@ -157,6 +157,8 @@ def _parse(path: str, digest: str) -> TrainedRows:
         lines = results.open_jsonl(path)
     except ValueError as error:
         raise UserError(f"{path}: damaged ({error}); {REMEDY}") from None
+    if not lines:
+        raise UserError(f"{path}: damaged (empty); {REMEDY}")
     header = records.check(lines[0], records.TrainedHeader, path, REMEDY)
     for number, line in enumerate(lines[1:]):
         records.check(line, records.TrainedLine, f"{path}: row {number}", REMEDY)

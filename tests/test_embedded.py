@@ -77,7 +77,7 @@ def test_rows_have_the_published_shape(name, count, head):
     rows = read_rows(path)
     assert len(rows) == count and validate(path, rows) == "enron"
     parts = split(rows, read_manifest(path))
-    assert parts.head == list(range(head)) and parts.train == list(range(head, count))
+    assert list(parts.head) == list(range(head)) and list(parts.train) == list(range(head, count))
     for index, row in enumerate(rows):
         where = f"{name} row {index}"
         assert row["row_id"] == index, where

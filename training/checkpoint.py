@@ -5,7 +5,7 @@ import copy
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -82,12 +82,17 @@ def sharded_state(trainer: "Trainer") -> dict[str, Any]:
 
 def whole_tensors(trainer: "Trainer") -> "Iterator[tuple[str, torch.Tensor]]":
     """(name, tensor) of a sharded model's tensors, one after another, on every rank; tied ones once."""
+    named = trainer.model.state_dict()
+    for name in saved_names(trainer, named):
+        tensor = named[name]
+        yield name, (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
+
+
+def saved_names(trainer: "Trainer", named: "Mapping[str, torch.Tensor]") -> list[str]:
+    """The tensors that save_pretrained writes: of tied ones, the first."""
     tied = _model(trainer).all_tied_weights_keys or {}
     left_out = _model(trainer)._keys_to_ignore_on_save or ()
-    named = trainer.model.state_dict()
-    for name, tensor in named.items():
-        if tied.get(name) not in named and name not in left_out:
-            yield name, (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
+    return [name for name in named if tied.get(name) not in named and name not in left_out]
 
 
 def own_layers(trainer: "Trainer") -> "dict[str, torch.Tensor]":
@@ -150,7 +155,8 @@ def publish(trainer: "Trainer", folder: Path, weights: "dict[str, torch.Tensor]"
     """Write what users load: a PEFT adapter for the original base, or a full model, with the tokenizer."""
     trainer.plan.tokenizer.save_pretrained(folder)
     if trainer.full:
-        cast("PreTrainedModel", trainer.model).save_pretrained(folder, state_dict=weights)
+        saved = {name: weights[name] for name in saved_names(trainer, weights)}
+        _model(trainer).save_pretrained(folder, state_dict=saved)
         return
     lora, state = copy.deepcopy(trainer.lora_config), adapter_state(trainer.peft_model)
     if trainer.config.peft_type == "pissa":
