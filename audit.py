@@ -29,7 +29,7 @@ def make_parser() -> cli.Parser:
     full, quick = Budget(), QUICK
     with parser.section("model"):
         add("--model", required=True, help="adapter or model directory, or hub name (default: none, required)")
-        add("--base_model", help="base of the adapter, overriding adapter_config.json")
+        cli.add_base_model(parser, "the adapter")
         add("--ref_model", help="the model before training (default: an adapter's base)")
         cli.add_model_flags(parser)
         cli.add_parallel_flag(parser)

@@ -28,7 +28,7 @@ def make_parser() -> cli.Parser:
     add("positional", nargs="*", metavar="MODEL OUTPUT_DIR", help="short for --model and --output_dir (default: none)")
     with parser.section("model"):
         add("--model", help="model directory, adapter checkpoint or hub name (required)")
-        add("--base_model", help="base of an adapter, overriding adapter_config.json")
+        cli.add_base_model(parser)
         cli.add_model_flags(parser)
         cli.add_parallel_flag(parser)
     add_attack_flags(parser)

@@ -41,7 +41,7 @@ def make_parser() -> cli.Parser:
     with parser.section("model"):
         add("--model", help="model directory, adapter directory or hub name")
         add("--dir", help="instead of --model: every checkpoint-* below this directory")
-        add("--base_model", help="base of every adapter, overriding adapter_config.json")
+        cli.add_base_model(parser, "every adapter")
         add("--ref_model", help="reference model (default: an adapter's base)")
         add("--neighbor_model", help="directory of a masked LM (default: the target model proposes neighbours)")
         cli.add_model_flags(parser)
