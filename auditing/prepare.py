@@ -295,9 +295,7 @@ def opening(tokenizer: Any, config: AuditConfig, ref: ModelRef, train: Rows) -> 
     first = train.rendered[0]
     if first.whole:
         renderer = chat.Renderer(tokenizer, chat.read_template(config.chat_template, tokenizer, ref.name))
-        mark = "\x02"
-        text = renderer.text([{"role": "user", "content": mark}, {"role": "assistant", "content": mark}])
-        ids: list[int] = models.encode_texts(tokenizer, [text.partition(mark)[0]], True)[0]
+        ids: list[int] = models.encode_texts(tokenizer, [renderer.frame()[0]], True)[0]
         if ids:
             return ids
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id

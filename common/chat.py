@@ -194,11 +194,11 @@ class Renderer:
             raise ValueError(f"the chat template rejects its messages ({words})") from None
         return str(text)
 
-    def end_of_turn(self) -> str:
-        """What the template writes behind an assistant's message ("" if nothing)."""
+    def frame(self) -> tuple[str, str]:
+        """What the template writes before a conversation's first user message and behind its last answer."""
         mark = "\x02"
         text = self.text([{"role": "user", "content": mark}, {"role": "assistant", "content": mark}])
-        return text.rpartition(mark)[2].lstrip()
+        return text.partition(mark)[0], text.rpartition(mark)[2]
 
     def render(self, row: dict[str, Any]) -> Rendered:
         """The text of a chat row and the assistant's spans; ValueError says why it cannot be rendered."""

@@ -51,7 +51,7 @@ def attack(
         if task.settings["chat"]:
             renderer = chat_renderer(task, tokenizer)
             encode = partial(encode_turn, renderer)
-            turn_end = tokenizer(renderer.end_of_turn(), add_special_tokens=False).input_ids[:1]
+            turn_end = tokenizer(renderer.frame()[1].lstrip(), add_special_tokens=False).input_ids[:1]
             stop[[token for token in turn_end if token in tokenizer.added_tokens_decoder]] = True
         mine = world.shard(list(range(len(task.people))))
         replies = []

@@ -524,7 +524,8 @@ def test_the_end_of_a_turn_ends_a_chat_answer(models):
 
     from common.chat import CHATML, Renderer
 
-    assert Renderer(AutoTokenizer.from_pretrained(models["llama"]), CHATML).end_of_turn() == "<|im_end|>\n"
+    frame = Renderer(AutoTokenizer.from_pretrained(models["llama"]), CHATML).frame()
+    assert frame == ("<|im_start|>user\n", "<|im_end|>\n")
 
 
 @pytest.mark.parametrize(
