@@ -185,7 +185,7 @@ def find_jobs(config: EvaluateConfig, attack: "ExtractionTask", tree: list[Path]
                 models.check_mergeable(ref)
             key = measure.model_key(ref) | {"dtype": models.dtype_name(dtype, ref)}
             earlier = measure.find_results(checkpoint, attack, key, config.save_responses)
-            if config.chat:
+            if config.chat and not config.chat_template:  # a given one was read before
                 chat_renderer(attack, models.load_tokenizer(ref), str(checkpoint))
         except cli.UserError as error:
             jobs.failures[str(checkpoint)] = "; ".join(error.problems)

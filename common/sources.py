@@ -63,8 +63,7 @@ def _files_of(path: str, split: str | None, config: str | None) -> list[Path]:
     if (Path(path) / DICTIONARY).is_file() and not config:
         folder = Path(path) / (split or "")
         if not (folder / STATE).is_file():
-            splits = sorted(one.name for one in Path(path).iterdir() if (one / STATE).is_file())
-            raise UserError(f"--split {split}: {path} has no such split; choose from {', '.join(splits)}")
+            raise UserError(f"--split {split}: {path} has no such split; choose from {', '.join(_splits(Path(path)))}")
         return _saved(folder)
     name, inside = path, None
     if not os.path.isdir(path) and (match := HUB_NAME.fullmatch(path)):
@@ -107,10 +106,15 @@ def data_files(path: AnyPath) -> list[Path]:
     return files
 
 
+def _splits(folder: Path) -> list[str]:
+    """The splits in the folder of a DatasetDict."""
+    return sorted(one.name for one in folder.iterdir() if (one / STATE).is_file())
+
+
 def _saved(folder: Path) -> list[Path]:
     if (folder / DICTIONARY).is_file():
-        splits = sorted(one.name for one in folder.iterdir() if (one / STATE).is_file())
-        raise UserError(f"{folder}: has several splits; name the folder of one: {', '.join(splits) or 'none'}")
+        splits = ", ".join(_splits(folder)) or "none"
+        raise UserError(f"{folder}: has several splits; name the folder of one: {splits}")
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         files = [folder / item["filename"] for item in state["_data_files"]]

@@ -211,8 +211,7 @@ def read_sets(reader: Reader) -> tuple[Sequence[Item], Sequence[Item], Trained, 
     if config.nonmembers and Path(config.nonmembers).absolute() != Path(config.members).absolute():
         others, texts, manifest = reader.read(config.nonmembers, "--nonmembers")
         _, seen = trained_on(trainings, config.nonmembers, others, manifest) if others else ({}, [])
-        unseen = (lambda index: not any(index in used for used in seen)) if seen else None
-        rest = select(items_of(others, texts), _filtered(range(len(others)), unseen))
+        rest = select(items_of(others, texts), _outside(seen, range(len(others))))
         if len(rest) < 2 and len(rest) < len(others):
             overlap = f"{len(others) - len(rest)} of its {len(others)} rows were trained on"
             problems.add(f"--nonmembers {config.nonmembers}: {overlap} (run.json); give rows that were not")
@@ -222,8 +221,7 @@ def read_sets(reader: Reader) -> tuple[Sequence[Item], Sequence[Item], Trained, 
         return [], [], {}, 0
     if dataset.shape_of(rows[0]) != "enron" and chosen:
         kept, left_out = members(range(len(known)))
-        untrained = _filtered(range(len(known)), lambda index: not any(index in used for used in chosen))
-        unused = select(known, untrained)
+        unused = select(known, _outside(chosen, range(len(known))))
         return kept, unused, trained, left_out - len(unused)
     if dataset.shape_of(rows[0]) != "enron":
         problems.add(
@@ -232,13 +230,18 @@ def read_sets(reader: Reader) -> tuple[Sequence[Item], Sequence[Item], Trained, 
         )
         return [], [], {}, 0
     split = dataset.split(rows, manifest)
-    head = select(known, [index for index in split.head if not any(index in used for used in chosen)])
+    head = select(known, _outside(chosen, split.head))
     kept, left_out = members(sorted({*split.train, *set.intersection(*map(set, chosen))}) if chosen else split.train)
     return kept, head, trained, left_out
 
 
 def _filtered(indices: Sequence[int], wanted: Callable[[int], bool] | None) -> Sequence[int]:
     return indices if wanted is None else array("q", filter(wanted, indices))
+
+
+def _outside(row_sets: Sequence[Collection[int]], indices: Sequence[int]) -> Sequence[int]:
+    """The indices that are in none of the sets."""
+    return _filtered(indices, (lambda index: not any(index in one for one in row_sets)) if row_sets else None)
 
 
 def _texts(items: Sequence[T], text: Callable[[T], str]) -> Sequence[str]:
