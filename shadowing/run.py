@@ -69,20 +69,16 @@ def train(made: Preparation, world: World) -> None:
             if shadow.plan.start == "finished":
                 continue
             from training.loop import run_plan
+            from training.model import load_base
 
             print(f"\nshadow {shadow.number + 1} of {len(made.shadows)}", flush=True)
             if shadow.config.peft_type == "pissa":  # it is trained on a base that it changes
                 run_plan(shadow.config, shadow.plan, alone)
                 continue
-            base = base if base is not None else load(shadow, world)
+            if base is None:
+                dtype = models.resolve_dtype(shadow.config.dtype, world.device)
+                base = load_base(shadow.config, shadow.plan, world, dtype)
             run_plan(shadow.config, shadow.plan, alone, base)
-
-
-def load(shadow: Shadow, world: World) -> "PreTrainedModel":
-    """The base of all shadows."""
-    dtype = models.resolve_dtype(shadow.config.dtype, world.device)
-    device_map = (shadow.config.device_map or "auto") if shadow.config.distribution_type == "mp" else None
-    return models.load_base(shadow.plan.ref, dtype, world.device, device_map)
 
 
 def outcome(shadow: Shadow) -> dict[str, Any]:

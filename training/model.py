@@ -32,16 +32,9 @@ def build(
 ) -> "tuple[PreTrainedModel | PeftModel, dict[str, torch.Tensor]]":
     """(model in training mode, its initial adapter's tensors on the CPU; {} for full fine-tuning). base: a loaded one,
     of `dtype` and on the right devices; `detach` gives it back."""
-    import torch
-
     full, fsdp = config.peft_type == "full", config.distribution_type == "fsdp"
-    device_map = (config.device_map or "auto") if config.distribution_type == "mp" else None
-    # Full fine-tuning keeps float32 weights: half precision would round most of an update away.
-    loaded = torch.float32 if full else dtype
-    model: PreTrainedModel | PeftModel = (
-        base if base is not None else models.load_base(plan.ref, loaded, "cpu" if fsdp else world.device, device_map)
-    )
-    if device_map and len({parameter.device for parameter in model.parameters()}) == 1:
+    model: PreTrainedModel | PeftModel = base if base is not None else load_base(config, plan, world, dtype)
+    if config.distribution_type == "mp" and len({parameter.device for parameter in model.parameters()}) == 1:
         world.say(f"mp: one device here, all layers on {next(model.parameters()).device}")
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -52,6 +45,16 @@ def build(
     if fsdp:
         shard(model, set() if full else set(trainable), world, config.hsdp)
     return model.train(), initial
+
+
+def load_base(config: TrainConfig, plan: "Plan", world: World, dtype: "torch.dtype") -> "PreTrainedModel":
+    """The model to be trained, as `build` takes it."""
+    import torch
+
+    device_map = (config.device_map or "auto") if config.distribution_type == "mp" else None
+    # Full fine-tuning keeps float32 weights: half precision would round most of an update away.
+    loaded = torch.float32 if config.peft_type == "full" else dtype
+    return models.load_base(plan.ref, loaded, "cpu" if config.distribution_type == "fsdp" else world.device, device_map)
 
 
 def add_adapter(
