@@ -260,14 +260,14 @@ def one_line(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
-def read_config(path: AnyPath) -> dict[str, Any]:
-    """The keys and values of a JSON or YAML file. UserError if it is neither, or not a mapping."""
+def read_config(path: AnyPath, flag: str = "--config") -> dict[str, Any]:
+    """The keys and values of a JSON or YAML file, given by `flag`. UserError if it is neither, or not a mapping."""
     try:
         if not os.path.isfile(path):  # reading a pipe might never end
-            raise UserError(f"--config {path}: {'not a file' if os.path.exists(path) else 'no such file'}")
+            raise UserError(f"{flag} {path}: {'not a file' if os.path.exists(path) else 'no such file'}")
         raw = Path(path).read_bytes()
     except OSError as error:
-        raise UserError(f"--config {path}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{flag} {path}: cannot be read ({error.strerror})") from None
     kind = "JSON" if Path(path).suffix == ".json" else "YAML"
     try:
         if kind == "JSON":
@@ -277,10 +277,10 @@ def read_config(path: AnyPath) -> dict[str, Any]:
 
             content = yaml.safe_load(raw.decode())
     except Exception as error:  # yaml's and json's errors have no common class
-        raise UserError(f"--config {path}: not {kind} ({' '.join(str(error).split())})") from None
+        raise UserError(f"{flag} {path}: not {kind} ({' '.join(str(error).split())})") from None
     content = {} if content is None else content  # an empty YAML file
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise UserError(f"--config {path}: expected a mapping of keys to values")
+        raise UserError(f"{flag} {path}: expected a mapping of keys to values")
     return content
 
 

@@ -8,6 +8,7 @@ import contextlib
 import glob
 import io
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable
@@ -73,6 +74,7 @@ def _files_of(path: str, split: str | None, config: str | None) -> list[Path]:
         raise UserError(f"--split {chosen}: give the name of one split, such as train, without a slice or a sum")
     import datasets
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the reason is said in one line
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     try:

@@ -74,7 +74,7 @@ class Sweep:
 
 def read(path: str) -> Sweep:
     """The sweep in a YAML or JSON file; UserError with every problem."""
-    content, problems = cli.read_config(path), cli.Problems()
+    content, problems = cli.read_config(path, "--sweep"), cli.Problems()
     for key in content.keys() - {*AXES, *STEPS, "launch"}:
         problems.add(f"--sweep {path}: unknown key {key!r}; known are {', '.join([*AXES, *STEPS, 'launch'])}")
     axes: dict[str, list[Any]] = {}

@@ -78,8 +78,10 @@ def test_every_problem_is_told_at_once(tmp_path, dataset):
         "evaluate: expected flags of evaluate_purified.py, or false",
     ):
         assert words in told, words
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match=r"^--sweep .*: no such file"):
         run(plan(tmp_path, tmp_path / "missing.jsonl"), tmp_path / "out")
+    with pytest.raises(UserError, match=r"^--sweep .*none.yaml: no such file$"):
+        run(tmp_path / "none.yaml", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
