@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from common import cli
+from common.results import read_jsonl, write_jsonl
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -47,14 +48,6 @@ def make_parser() -> cli.Parser:
     parser.add_argument("--threads", type=cli.positive_int, default=1, help="threads of each step")
     parser.add_argument("--table", action="store_true", help="print the table of finished steps, run nothing")
     return parser
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def step(name: str, folder: Path, result: Path, threads: int, command: list[str]) -> None:
@@ -98,9 +91,9 @@ def place_own(folder: Path) -> None:
     from canary import canaries
 
     rng = random.Random(1)
-    rows, hosts = read(folder / "rows" / "train.jsonl"), []
+    rows, hosts = read_jsonl(folder / "rows" / "train.jsonl"), []
     for part in ("train", "heldout"):
-        hosts += read(folder / "hosts" / f"{part}.jsonl")
+        hosts += read_jsonl(folder / "hosts" / f"{part}.jsonl")
     made = canaries.make(len(hosts), canaries.Space("phone"), [json.dumps(row) for row in rows + hosts], rng)
     lines = []
     for canary, host in zip(made, hosts, strict=True):
@@ -111,14 +104,16 @@ def place_own(folder: Path) -> None:
         lines.append({**canary, "row": row, "included": included})
         rows += [row] if included else []
     rng.shuffle(rows)
-    write(folder / "rows" / "with_own.jsonl", rows)
-    write(folder / "rows" / "own.jsonl", lines)
+    write_jsonl(folder / "rows" / "with_own.jsonl", rows)
+    write_jsonl(folder / "rows" / "own.jsonl", lines)
 
 
 def write_their_rows(folder: Path) -> None:
     """rows/its_members.jsonl and rows/its_controls.jsonl: memaudit's canaries as rows, for mia.py."""
     canaries = json.loads((folder / "rows" / "memaudit-manifest.json").read_text(encoding="utf-8"))["canaries"]
-    rows = {line: json.loads(line) for line in dict.fromkeys(map(json.dumps, read(folder / "rows" / "trained.jsonl")))}
+    rows = {
+        line: json.loads(line) for line in dict.fromkeys(map(json.dumps, read_jsonl(folder / "rows" / "trained.jsonl")))
+    }
     included = [canary for canary in canaries if canary["included"]]
     secrets = {canary["secret"] for canary in included}
     members = [row for row in rows.values() if any(secret in row["messages"][-1]["content"] for secret in secrets)]
@@ -130,8 +125,8 @@ def write_their_rows(folder: Path) -> None:
         for canary in canaries
         if not canary["included"]
     ]
-    write(folder / "rows" / "its_members.jsonl", members)
-    write(folder / "rows" / "its_controls.jsonl", controls)
+    write_jsonl(folder / "rows" / "its_members.jsonl", members)
+    write_jsonl(folder / "rows" / "its_controls.jsonl", controls)
 
 
 def write_key(folder: Path) -> None:
@@ -142,9 +137,9 @@ def write_key(folder: Path) -> None:
     tokenizer = models.load_tokenizer(models.find_model(str(folder / "base")))
     renderer = chat.Renderer(tokenizer, chat.read_template(None, tokenizer, "base"))
     trained = folder / "rows" / "trained.jsonl"
-    places = {json.dumps(row): number for number, row in enumerate(read(trained))}
+    places = {json.dumps(row): number for number, row in enumerate(read_jsonl(trained))}
     key: list[dict[str, Any]] = []
-    for line in read(folder / "rows" / "own.jsonl"):
+    for line in read_jsonl(folder / "rows" / "own.jsonl"):
         row, included = line.pop("row"), line["included"]
         text = renderer.render(row).text
         context = text[: text.index(line["sentence"])]
@@ -170,7 +165,7 @@ def write_key(folder: Path) -> None:
         "canaries": len(key),
         "whole": True,
     }
-    write(folder / "rows" / "key.jsonl", [header | {"training": results.sha256(trained)}, *key])
+    write_jsonl(folder / "rows" / "key.jsonl", [header | {"training": results.sha256(trained)}, *key])
 
 
 def settings(args: Any) -> list[tuple[str, str, str]]:
@@ -286,7 +281,7 @@ def table(folder: Path, name: str) -> list[str]:
         if isinstance(facts, dict) and tier.isdigit()
     )
     words = f"TPR at 1 % FPR {detected}, AUC {their['auc']:.3f} against {their['n_controls']} controls; {tiers}"
-    (line,) = [line for line in read(folder / f"{name}_mia" / "results_mia.jsonl") if line["attack"] == "ref"]
+    (line,) = [line for line in read_jsonl(folder / f"{name}_mia" / "results_mia.jsonl") if line["attack"] == "ref"]
     low, high = line["auc_ci"]
     with_mia = f"by mia.py, attack ref: AUC {line['auc']:.3f} ({low:.3f}–{high:.3f})"
     lines.append(f"| its canaries | {with_mia} | {words} |")
