@@ -5,6 +5,7 @@ it, and `check()` ends the run with exit status 2 and all lines at once, before 
 """
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import difflib
@@ -516,6 +517,9 @@ def plain(value: object) -> Any:
     return value
 
 
+_left_group = False  # by common/distributed.py
+
+
 def end_with_parent() -> None:
     """For workers: make this process exit within a second of its parent's death, however the parent died."""
     from multiprocessing import parent_process
@@ -548,9 +552,37 @@ def entry(main: Callable[[], int | None]) -> int:
     """Run `main()`. A UserError prints one stderr line per problem and gives status 2, as does a full disk (on any
     rank); Ctrl-C prints one line and gives 130, SIGTERM 143.
 
-    Other exceptions keep their traceback. Under torchrun, workers end with torchrun. With several processes, SIGTERM
-    kills each at once: one that waits for a dead rank would never get to handle it.
+    Other exceptions keep their traceback. Under torchrun, workers end with torchrun. A process that has left its
+    process group ends here instead of returning (see leave). With several processes, SIGTERM kills each at once: one
+    that waits for a dead rank would never get to handle it.
     """
+    status = _run(main)
+    if _left_group:
+        leave(status)
+    return status
+
+
+def leave_after_main() -> None:
+    """Make entry() end the process: it has left a process group."""
+    global _left_group
+    _left_group = True
+
+
+def leave(status: int) -> NoReturn:
+    """End this process with `status`, without taking the interpreter apart.
+
+    A thread of gloo may still hold the last tensor of a collective. If it lets go of it while the interpreter is being
+    finalized, it waits for the GIL, is ended by Python, and aborts the process ("terminate called without an active
+    exception"): a finished run would end with -6, once in about a hundred.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _run(main: Callable[[], int | None]) -> int:
+    """The status of `main()`. See entry."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
     if os.environ.get("WORLD_SIZE", "1") == "1":

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from common import cli
 from common.cli import Problems, UserError
 
 if TYPE_CHECKING:
@@ -120,6 +121,7 @@ class World:
             self.settle()
             _groups.clear()
             dist.destroy_process_group()
+            cli.leave_after_main()
 
     def say(self, *words: object) -> None:
         """print on rank 0."""

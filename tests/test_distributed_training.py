@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from conftest import ARCHITECTURES, ROOT, read_lines
+from conftest import ARCHITECTURES, ROOT, read_lines, run_script
 
 import run_peft
 from training.checkpoint import checkpoints
@@ -56,6 +56,7 @@ for command in json.load(open(sys.argv[1])):
     if status != (143 if command["sigterm"] else 0):
         sys.exit(f"status {{status}}: {{command}}")
 close(distributed.start())
+cli.leave(0)
 """
 SGD = ("-opt", "sgd", "-lr", "0.1")
 ADAMW = ("-lr", "1e-2")
@@ -187,6 +188,36 @@ def test_two_ranks_stop_together_and_resume(models, dataset, tmp_path):
         assert json.loads((folder_of(broken) / "run.json").read_text())["resumed_from"] == 7
         assert furthest(folder_of(whole), folder_of(broken)) < 1e-6
         check_metrics(folder_of(whole), folder_of(broken))
+
+
+# ---------------------------------------------------------------- the end of a run
+
+ENDING = """
+import atexit, os, pathlib, sys
+from common import cli, distributed
+class Aborts:  # as a thread of gloo does that needs the GIL while the interpreter is finalized
+    def __del__(self):
+        os.abort()
+sys.held = Aborts()
+def main():
+    world = distributed.start()
+    atexit.register(pathlib.Path(sys.argv[1], f"rank{world.rank}").touch)
+    world.say(len(world.gather(world.rank)), "ranks")
+    sys.stdout.write("printed last")
+    world.close()
+    return int(sys.argv[2])
+sys.exit(cli.entry(main))
+"""
+
+
+@pytest.mark.parametrize("status", (0, 3))
+def test_no_rank_is_finalized_after_it_left_the_group(tmp_path, status):
+    """A finished run ended with -6, once in about a hundred: exit handlers run, output is flushed, the status stays."""
+    (tmp_path / "ending.py").write_text(ENDING)
+    done = run_script(tmp_path / "ending.py", tmp_path, status, ranks=2, env={"PYTHONPATH": str(ROOT)})
+    assert "2 ranks" in done.stdout and done.stdout.count("printed last") == 2
+    assert (done.returncode != 0) == (status != 0) and "exitcode: -6" not in done.stderr
+    assert sorted(path.name for path in tmp_path.glob("rank*")) == ["rank0", "rank1"]
 
 
 # ---------------------------------------------------------------- missing and orphaned processes

@@ -181,13 +181,15 @@ SAMPLED = ("--num_rows", 5, "--temperatures", 0.2, 1)
 
 SEVERAL = """
 import importlib, json, sys
-from common import distributed
+from common import cli, distributed
 
 close, distributed.World.close = distributed.World.close, lambda self: None  # one process group for all commands
 for name, words in json.load(open(sys.argv[1])):
     status = importlib.import_module(name).main(words)
     if status:
         sys.exit(f"status {{status}}: {{name}} {{words}}")
+close(distributed.start())
+cli.leave(0)
 """
 FAILING = """
 import torch

@@ -21,7 +21,7 @@ from training.checkpoint import checkpoints
 
 SEVERAL = """
 import importlib, json, sys
-from common import distributed
+from common import cli, distributed
 
 close, distributed.World.close = distributed.World.close, lambda self: None  # one process group for all commands
 from training import model as training_model
@@ -42,6 +42,7 @@ for name, words in json.load(open(sys.argv[1])):
     if status := importlib.import_module(name).main(words):
         sys.exit(f"status {{status}}: {{name}} {{words}}")
 close(distributed.start())
+cli.leave(0)
 """
 
 
