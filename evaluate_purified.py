@@ -122,7 +122,7 @@ def evaluate(
     sets: "MembershipTask | None",
     output: "Output",
 ) -> int:
-    from common import checkpoints, distributed, models, results
+    from common import checkpoints, distributed, models, provenance, results
     from extraction import measure
 
     if not config.dry_run:
@@ -151,7 +151,7 @@ def evaluate(
             if lines:
                 print(f"\n{checkpoint}")
                 measure.print_table(lines, attack)
-                models.say_if_hardly_moved(ref, lines[-1]["relative_change"])
+                provenance.say_if_hardly_moved(ref, lines[-1]["relative_change"])
         loader.clear()
         if sets and membership:
             from mia.measure import cache_folder, measure_all
@@ -170,7 +170,7 @@ def find_jobs(config: EvaluateConfig, attack: "ExtractionTask", tree: list[Path]
     """Sort the checkpoints by their files: complete, to measure (some or all temperatures), or unusable."""
     import torch
 
-    from common import models
+    from common import adapters, models
     from extraction import measure
     from extraction.attack import chat_renderer
 
@@ -182,7 +182,7 @@ def find_jobs(config: EvaluateConfig, attack: "ExtractionTask", tree: list[Path]
                 str(checkpoint), config.revision, config.base_model, is_opt=config.is_opt, quantized=config.quantization
             )
             if config.save_merged and ref.adapter:
-                models.check_mergeable(ref)
+                adapters.check_mergeable(ref)
             key = measure.model_key(ref) | {"dtype": models.dtype_name(dtype, ref)}
             earlier = measure.find_results(checkpoint, attack, key, config.save_responses)
             if config.chat and not config.chat_template:  # a given one was read before

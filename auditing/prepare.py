@@ -14,7 +14,7 @@ import numpy as np
 from auditing import gates
 from auditing.config import PARTS, AuditConfig, Budget, budget_of
 from auditing.gates import Gate
-from common import chat, cli, dataset, distributed, models, results, sources, trained
+from common import chat, cli, dataset, distributed, models, results, sources, tokenization, trained
 from common.models import ModelRef
 from common.schema import HEADLINE_ATTACK
 from memorization.config import MemorizationConfig
@@ -143,7 +143,7 @@ def prepare(config: AuditConfig) -> AuditTask:
     if "heldout" not in rows:
         notes.append("No held-out rows: membership cannot be judged, and secrets have no control but the base.")
     texts = [row.text for part in rows.values() for row in part.rendered if not row.whole]
-    if tokenizer and (note := models.bos_note(tokenizer, texts)):
+    if tokenizer and (note := tokenization.bos_note(tokenizer, texts)):
         notes.append(note[:1].upper() + note[1:] + ".")
     return AuditTask(
         ref,
@@ -179,7 +179,7 @@ def _brings_tokens(ref: ModelRef, tokenizer: Any, rows: dict[str, Rows]) -> bool
     if len(tokenizer) <= vocabulary:
         return False
     texts = [(row.text, row.whole) for one in rows.values() for row in one.rendered]
-    encoded = (ids for text, whole in texts for ids in models.encode_texts(tokenizer, [text], whole))
+    encoded = (ids for text, whole in texts for ids in tokenization.encode_texts(tokenizer, [text], whole))
     return any(max(ids, default=0) >= vocabulary for ids in encoded)
 
 
@@ -295,7 +295,7 @@ def opening(tokenizer: Any, config: AuditConfig, ref: ModelRef, train: Rows) -> 
     first = train.rendered[0]
     if first.whole:
         renderer = chat.Renderer(tokenizer, chat.read_template(config.chat_template, tokenizer, ref.name))
-        ids: list[int] = models.encode_texts(tokenizer, [renderer.frame()[0]], True)[0]
+        ids: list[int] = tokenization.encode_texts(tokenizer, [renderer.frame()[0]], True)[0]
         if ids:
             return ids
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from common import models, sharding
+from common import adapters, models, sharding
 from common.cli import AnyPath, Problems, UserError, is_utf8
 from common.distributed import World
 
@@ -103,7 +103,7 @@ class BaseLoader:
         self, ref: models.ModelRef, merge: bool | None = None
     ) -> AbstractContextManager[tuple[models.Model, float | None]]:
         """`models.adapted` with the adapter of `ref` applied to its base."""
-        return models.adapted(self.base(ref), ref.adapter, merge)
+        return adapters.adapted(self.base(ref), ref.adapter, merge)
 
     def clear(self) -> None:
         """Free the base."""

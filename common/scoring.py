@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
+from common.adapters import without_adapter
 from common.distributed import World
-from common.models import check_rope, check_tokens, context_length, rope_limit, without_adapter
+from common.limits import check_rope, check_tokens, context_length, rope_limit
 
 if TYPE_CHECKING:
     import numpy as np

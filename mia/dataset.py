@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from common import cli, dataset, models, results
+from common import cli, dataset, models, provenance, results
 from common.checkpoints import find_checkpoints
 from common.rows import Lazy, Row, select
 from common.schema import CORE, FAMILIES, SHADOW_ATTACKS
@@ -140,7 +140,7 @@ def read_trainings(config: MiaConfig, problems: cli.Problems) -> dict[Path, dict
     for target in [config.model] if config.model else find_checkpoints(config.dir) if config.dir else []:
         folder = Path(os.path.realpath(Path(target).expanduser()))
         is_checkpoint = folder.name.startswith("checkpoint-")
-        record = (problems.absorb(models.training_record, folder) if is_checkpoint else None) or {}
+        record = (problems.absorb(provenance.training_record, folder) if is_checkpoint else None) or {}
         trainings[folder] = record if "train_rows" in record.get("args", {}) and record.get("inputs") else None
     return trainings
 
