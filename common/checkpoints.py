@@ -102,7 +102,7 @@ class BaseLoader:
     def adapted(
         self, ref: models.ModelRef, merge: bool | None = None
     ) -> AbstractContextManager[tuple[models.Model, float | None]]:
-        """`models.adapted` with the adapter of `ref` applied to its base."""
+        """`adapters.adapted` with the adapter of `ref` applied to its base."""
         return adapters.adapted(self.base(ref), ref.adapter, merge)
 
     def clear(self) -> None:

@@ -157,7 +157,7 @@ class Passes:
         name     the pass, and everything it depends on besides model and tokens.
         compute  (model, indices of sequences) → this rank's part of [(index, array [≥ 1, columns])].
         keys     what identifies each sequence (default: its token ids).
-        merge    see `models.adapted`.
+        merge    see `adapters.adapted`.
         """
         group = digest(model_key(ref, self.dtype), *name)[:32] if self.world.main else ""
         names = [digest(key) for key in (sequences if keys is None else keys)]
