@@ -20,7 +20,7 @@ from common.schema import HEADLINE_ATTACK
 from memorization.config import MemorizationConfig
 from memorization.inventory import KINDS, Secret
 from mia.config import MiaConfig
-from mia.dataset import MembershipTask, Reader, read_trainings, trained_on
+from mia.dataset import MembershipTask, Reader, SetFlags, read_trainings, trained_on
 from mia.dataset import prepare as prepare_membership
 
 WITHOUT_REFERENCE = "min_k_pp_20"  # the membership attack to report without a reference
@@ -74,7 +74,7 @@ def prepare(config: AuditConfig) -> AuditTask:
     if config.heldout and same_content(config.train, config.heldout):
         problems.add(f"--heldout {config.heldout}: the same rows as --train; give rows kept back from training")
     membership = membership_config(config, budget)
-    reader = Reader(membership, problems)
+    reader = Reader(membership, problems, SetFlags("--train", "--heldout"))
     opened = {name: reader.files[path][0] for name, path in files.items() if path in reader.files}
     given = problems.absorb(read_secrets, config.secrets) if config.secrets else None
     named = {row for _, _, row in given or [] if row is not None}
@@ -119,9 +119,7 @@ def prepare(config: AuditConfig) -> AuditTask:
         if config.quick:
             membership = replace(membership, attacks=("loss", HEADLINE_ATTACK if base else WITHOUT_REFERENCE))
         reader.use(tokenizer, ref.name)
-        before = len(problems.lines)
         sets = prepare_membership(membership, problems, reader)
-        problems.lines[before:] = [in_flags_of_audit(line) for line in problems.lines[before:]]
         problems.check()
     if new_tokens:
         notes.append(
@@ -212,13 +210,6 @@ def same_content(path: str, other: str) -> bool:
     if not (Path(path).is_file() and Path(other).is_file()):
         return Path(path).absolute() == Path(other).absolute()
     return Path(path).stat().st_size == Path(other).stat().st_size and results.sha256(path) == results.sha256(other)
-
-
-def in_flags_of_audit(line: str) -> str:
-    """A message of mia.py, naming the flags of audit.py."""
-    for flag, own in (("--nonmembers", "--heldout"), ("--members", "--train"), ("--max_samples", "--num_rows")):
-        line = line.replace(flag, own)
-    return line
 
 
 def _gate(text: str, problems: cli.Problems) -> Gate | None:
