@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import cli, models, quantization, results
+from common import adapter_files, adapters, cli, models, provenance, quantization, results
 from common.cli import Problems
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def check(config: MergeConfig) -> tuple[models.ModelRef, Path]:
     if ref and not ref.adapter:
         problems.add(f"--model {config.model}: has no adapter_config.json; it is already a full model")
     elif ref and not problems.lines:
-        problems.absorb(models.check_mergeable, ref)
+        problems.absorb(adapters.check_mergeable, ref)
     problems.check()
     if not (ref and ref.adapter):
         raise RuntimeError(f"--model {config.model}: no adapter, but no check reported why")
@@ -112,25 +112,27 @@ def run(config: MergeConfig) -> Path:
             base, words = quantization.dequantised(base)
             record["dequantised"] = words
             print(f"dequantised to float32: {words}", flush=True)
-        elif how := (models.training_record(adapter) or {}).get("args", {}).get("quantization"):
+        elif how := (provenance.training_record(adapter) or {}).get("args", {}).get("quantization"):
             print(f"warning: trained on a base in {how}, merged into the unquantised one", file=sys.stderr)
         record["base"], record["base_commit"] = ref.base, getattr(base.config, "_commit_hash", None)
-        with models.adapted(base, adapter, merge=True) as (merged, change):
+        with adapters.adapted(base, adapter, merge=True) as (merged, change):
             record["relative_change"] = change
             if change is not None:  # else no matrix was changed
                 print(f"‖ΔW‖/‖W‖ {change:.4g}", flush=True)
             if dtype != torch.float32:
                 known = dict(merged.named_modules())
-                modules = sorted({models.module_of(tensor, known) for tensor in models.adapter_shapes(adapter)} - {""})
+                modules = sorted(
+                    {adapter_files.module_of(tensor, known) for tensor in adapter_files.adapter_shapes(adapter)} - {""}
+                )
                 cost = record["rounding"] = rounding(merged, modules, dtype, change)
                 if cost is not None:
                     words = f"saved as {config.dtype}, the adapted weights are rounded by {cost:.2g} times the update"
                     print(f"warning: {words}; float32 keeps it", file=sys.stderr)
-            models.untie_if_different(merged)
+            adapters.untie_if_different(merged)
             merged.to(dtype).save_pretrained(str(folder))  # type: ignore[arg-type]
         models.load_tokenizer(ref).save_pretrained(folder)
-        if spent := models.privacy(ref):
-            results.write_json(folder / models.PRIVACY_FILE, spent)
+        if spent := provenance.privacy(ref):
+            results.write_json(folder / provenance.PRIVACY_FILE, spent)
             record["privacy"] = spent
     print(f"merged   {target}", flush=True)
     return target

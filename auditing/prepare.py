@@ -14,13 +14,13 @@ import numpy as np
 from auditing import gates
 from auditing.config import PARTS, AuditConfig, Budget, budget_of
 from auditing.gates import Gate
-from common import chat, cli, dataset, distributed, models, results, sources, trained
+from common import chat, cli, dataset, distributed, models, results, sources, tokenization, trained
 from common.models import ModelRef
 from common.schema import HEADLINE_ATTACK
 from memorization.config import MemorizationConfig
 from memorization.inventory import KINDS, Secret
 from mia.config import MiaConfig
-from mia.dataset import MembershipTask, Reader, read_trainings, trained_on
+from mia.dataset import MembershipTask, Reader, SetFlags, read_trainings, trained_on
 from mia.dataset import prepare as prepare_membership
 
 WITHOUT_REFERENCE = "min_k_pp_20"  # the membership attack to report without a reference
@@ -74,7 +74,7 @@ def prepare(config: AuditConfig) -> AuditTask:
     if config.heldout and same_content(config.train, config.heldout):
         problems.add(f"--heldout {config.heldout}: the same rows as --train; give rows kept back from training")
     membership = membership_config(config, budget)
-    reader = Reader(membership, problems)
+    reader = Reader(membership, problems, SetFlags("--train", "--heldout"))
     opened = {name: reader.files[path][0] for name, path in files.items() if path in reader.files}
     given = problems.absorb(read_secrets, config.secrets) if config.secrets else None
     named = {row for _, _, row in given or [] if row is not None}
@@ -119,9 +119,7 @@ def prepare(config: AuditConfig) -> AuditTask:
         if config.quick:
             membership = replace(membership, attacks=("loss", HEADLINE_ATTACK if base else WITHOUT_REFERENCE))
         reader.use(tokenizer, ref.name)
-        before = len(problems.lines)
         sets = prepare_membership(membership, problems, reader)
-        problems.lines[before:] = [in_flags_of_audit(line) for line in problems.lines[before:]]
         problems.check()
     if new_tokens:
         notes.append(
@@ -143,7 +141,7 @@ def prepare(config: AuditConfig) -> AuditTask:
     if "heldout" not in rows:
         notes.append("No held-out rows: membership cannot be judged, and secrets have no control but the base.")
     texts = [row.text for part in rows.values() for row in part.rendered if not row.whole]
-    if tokenizer and (note := models.bos_note(tokenizer, texts)):
+    if tokenizer and (note := tokenization.bos_note(tokenizer, texts)):
         notes.append(note[:1].upper() + note[1:] + ".")
     return AuditTask(
         ref,
@@ -179,7 +177,7 @@ def _brings_tokens(ref: ModelRef, tokenizer: Any, rows: dict[str, Rows]) -> bool
     if len(tokenizer) <= vocabulary:
         return False
     texts = [(row.text, row.whole) for one in rows.values() for row in one.rendered]
-    encoded = (ids for text, whole in texts for ids in models.encode_texts(tokenizer, [text], whole))
+    encoded = (ids for text, whole in texts for ids in tokenization.encode_texts(tokenizer, [text], whole))
     return any(max(ids, default=0) >= vocabulary for ids in encoded)
 
 
@@ -212,13 +210,6 @@ def same_content(path: str, other: str) -> bool:
     if not (Path(path).is_file() and Path(other).is_file()):
         return Path(path).absolute() == Path(other).absolute()
     return Path(path).stat().st_size == Path(other).stat().st_size and results.sha256(path) == results.sha256(other)
-
-
-def in_flags_of_audit(line: str) -> str:
-    """A message of mia.py, naming the flags of audit.py."""
-    for flag, own in (("--nonmembers", "--heldout"), ("--members", "--train"), ("--max_samples", "--num_rows")):
-        line = line.replace(flag, own)
-    return line
 
 
 def _gate(text: str, problems: cli.Problems) -> Gate | None:
@@ -295,7 +286,7 @@ def opening(tokenizer: Any, config: AuditConfig, ref: ModelRef, train: Rows) -> 
     first = train.rendered[0]
     if first.whole:
         renderer = chat.Renderer(tokenizer, chat.read_template(config.chat_template, tokenizer, ref.name))
-        ids: list[int] = models.encode_texts(tokenizer, [renderer.frame()[0]], True)[0]
+        ids: list[int] = tokenization.encode_texts(tokenizer, [renderer.frame()[0]], True)[0]
         if ids:
             return ids
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id

@@ -16,7 +16,7 @@ from auditing.prepare import WITHOUT_REFERENCE, AuditTask, Rows, prepare
 from canary import measurement as canaries
 from canary.config import MeasureConfig
 from canary.task import RESULTS, ROWS
-from common import distributed, models, results
+from common import distributed, models, provenance, results
 from common.checkpoints import BaseLoader
 from common.distributed import World
 from common.schema import HEADLINE_ATTACK
@@ -120,10 +120,10 @@ def describe(task: AuditTask, dtype: Any) -> dict[str, Any]:
         "name": task.model.name,
         "base": task.model.base if task.model.adapter else None,
         "reference": task.base.name if task.base else None,
-        "weights_sha256": models.weights_sha256(task.model),
+        "weights_sha256": provenance.weights_sha256(task.model),
         "revision": task.model.revision,
         "dtype": models.dtype_name(dtype, task.model),
-        "privacy": models.privacy(task.model),
+        "privacy": provenance.privacy(task.model),
     }
 
 

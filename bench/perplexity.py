@@ -127,7 +127,7 @@ def ours(model, sequences: list[list[int]], token_budget: int) -> list[float]:
 
 def run(args) -> float:
     """Print both times and their ratio, and return it. Raises if the two mean perplexities differ."""
-    from common import models
+    from common import limits, models
     from common.scoring import LOGIT_VALUES, SMALLEST_CHUNK, TOKEN_BUDGET
 
     problems = cli.Problems()
@@ -139,7 +139,7 @@ def run(args) -> float:
     if ref:
         tokenizer = models.load_tokenizer(ref)
         model = models.load_base(ref, torch.float32, "cpu")
-        args.longest = min(args.longest, models.context_length(model) - 1)
+        args.longest = min(args.longest, limits.context_length(model) - 1)
     else:
         model = random_model(args).eval()
     lengths = mail_lengths(args.documents, args.median, args.sigma, args.longest, args.seed)

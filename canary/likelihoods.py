@@ -9,7 +9,7 @@ from canary import metrics
 from canary.config import MeasureConfig
 from canary.key import KeyLine
 from canary.task import ModelArm, Task
-from common import checkpoints, models
+from common import adapters, checkpoints, limits, models, tokenization
 from common.distributed import World, progress_bar
 
 Bits = dict[int, dict[str, float]]  # canary index → nll, exposure, and bits and ks_p if extrapolated
@@ -23,8 +23,8 @@ def tokens_from(tokenizer: Any, context: str, text: str, most: int, whole: bool 
     """
     encoded = tokenizer(context + text, return_offsets_mapping=True, add_special_tokens=not whole, verbose=False)
     first = next(number for number, (_, end) in enumerate(encoded["offset_mapping"]) if end > len(context))
-    ids, extra = encoded["input_ids"], models.extra_start(tokenizer, encoded["input_ids"])
-    ids, first = models.without_end(tokenizer, ids[extra:], first - extra + 1), first - extra
+    ids, extra = encoded["input_ids"], tokenization.extra_start(tokenizer, encoded["input_ids"])
+    ids, first = tokenization.without_end(tokenizer, ids[extra:], first - extra + 1), first - extra
     return ids[max(0, len(ids) - most) : first], ids[first:]
 
 
@@ -34,7 +34,7 @@ def secret_nlls(model: Any, tokenizer: Any, context: str, secrets: list[str], wh
 
     from common import sampling
 
-    most = models.context_length(model)
+    most = limits.context_length(model)
     split = [tokens_from(tokenizer, context, secret, most, whole) for secret in secrets]
     by_context: dict[tuple[int, ...], list[int]] = {}
     for index, (before, _) in enumerate(split):
@@ -66,7 +66,7 @@ def sentence_logps(
     """Log-probability in nats of each canary's sentence in its row, of at most `most` tokens, on every rank."""
     from common import scoring
 
-    most = min(most, models.context_length(model))
+    most = min(most, limits.context_length(model))
     split = [tokens_from(tokenizer, canary["context"], canary["sentence"], most, whole) for canary in canaries]
     sequences = [[*before, *after] for before, after in split]
     parts = world.together(lambda: scoring.score(model, sequences, world=world))
@@ -110,12 +110,12 @@ def measure_model(
     if audited and task.ref_model:
         untrained = checkpoints.load_base(task.ref_model, dtype, world, config.device_map)
         its_tokenizer = models.load_tokenizer(task.ref_model, "--ref_model")
-        with models.adapted(untrained, task.ref_model.adapter) as (model, _):
+        with adapters.adapted(untrained, task.ref_model.adapter) as (model, _):
             before = sentence_logps(model, its_tokenizer, audited, most, world, task.whole)
         del untrained
     elif audited and arm.ref.adapter:
         before = sentence_logps(base, arm.tokenizer, audited, most, world, task.whole)
-    with models.adapted(base, arm.ref.adapter) as (model, _):
+    with adapters.adapted(base, arm.ref.adapter) as (model, _):
         bits = exposures(model, arm.tokenizer, task, config.references, config.seed, world)
         after = sentence_logps(model, arm.tokenizer, audited, most, world, task.whole) if audited else []
     if before is None:

@@ -12,7 +12,7 @@ from canary.lines import Line, audit_line, count_lines, exposure_lines, text_lin
 from canary.report import report
 from canary.seen import Seen
 from canary.task import RECORD, RESULTS, ROWS, Task, prepare
-from common import distributed, models, results
+from common import distributed, models, provenance, results
 from common.distributed import World
 
 
@@ -69,7 +69,7 @@ def measure(config: MeasureConfig, task: Task, target: results.Output) -> Outcom
     if world.main:
         report(lines)
         for arm in task.models.values():
-            models.say_if_hardly_moved(arm.ref)
+            provenance.say_if_hardly_moved(arm.ref)
         print(f"{len(lines)} lines in {folder / RESULTS}")
     world.close()
     return {"lines": lines, "violations": violations}

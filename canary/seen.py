@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from canary.key import KeyLine
-from common import models, trained
+from common import models, tokenization, trained
 
 
 class Seen:
@@ -38,8 +38,8 @@ class Seen:
         """Whether --max_length leaves the canary whole in its row; depends only on the text, inserted or not."""
         if self.tokenizer is None:
             return True
-        ids = models.encode_texts(self.tokenizer, [canary["context"] + canary["sentence"]], self.whole)[0]
-        return len(models.without_end(self.tokenizer, ids)) < self.max_length
+        ids = tokenization.encode_texts(self.tokenizer, [canary["context"] + canary["sentence"]], self.whole)[0]
+        return len(tokenization.without_end(self.tokenizer, ids)) < self.max_length
 
 
 def text_trained_on(manifest: dict[str, Any], sha256: str) -> bool | None:

@@ -8,7 +8,7 @@ from canary.canaries import Space
 from canary.config import MeasureConfig
 from canary.key import Header, KeyLine, read_key
 from canary.seen import Seen, text_trained_on
-from common import cli, dataset, distributed, models, results, reviews, trained
+from common import cli, dataset, distributed, models, provenance, results, reviews, trained
 from common.models import ModelRef
 
 RESULTS, ROWS, RECORD = "results_canary.jsonl", "results_canary_rows.jsonl", "run_canary.json"
@@ -86,7 +86,7 @@ def prepare(config: MeasureConfig) -> Task:
     if config.ref_model:
         given = (problems, config.ref_model, None, config.base_model, "--ref_model")
         ref_model, _ = models.look_up(*given, quantized=config.quantization)
-    privacy = {arm: models.privacy(ref) for arm, ref in refs.items()}
+    privacy = {arm: provenance.privacy(ref) for arm, ref in refs.items()}
     texts = {
         arm: read_texts(config, f"{arm}={file}", file, rows[arm] or [], privacy.get(arm), header, problems)
         for arm, file in files.items()
@@ -96,9 +96,9 @@ def prepare(config: MeasureConfig) -> Task:
         check_unit(config, header, privacy, problems)
         check_unit(config, header, {arm: text.privacy for arm, text in texts.items()}, problems)
     inputs = [config.canaries, *files.values()] if not problems.lines else []
-    weights = {arm: models.weights_sha256(ref) for arm, ref in refs.items()}
+    weights = {arm: provenance.weights_sha256(ref) for arm, ref in refs.items()}
     if ref_model:
-        weights["--ref_model"] = models.weights_sha256(ref_model)
+        weights["--ref_model"] = provenance.weights_sha256(ref_model)
     folder = Path(config.output_dir)
     outputs = [folder / RESULTS, folder / ROWS]
     finished = problems.absorb(

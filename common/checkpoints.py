@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from common import models, sharding
+from common import adapters, models, sharding
 from common.cli import AnyPath, Problems, UserError, is_utf8
 from common.distributed import World
 
@@ -102,8 +102,8 @@ class BaseLoader:
     def adapted(
         self, ref: models.ModelRef, merge: bool | None = None
     ) -> AbstractContextManager[tuple[models.Model, float | None]]:
-        """`models.adapted` with the adapter of `ref` applied to its base."""
-        return models.adapted(self.base(ref), ref.adapter, merge)
+        """`adapters.adapted` with the adapter of `ref` applied to its base."""
+        return adapters.adapted(self.base(ref), ref.adapter, merge)
 
     def clear(self) -> None:
         """Free the base."""

@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from common import models, sharding, virtual_tokens
+from common import limits, models, sharding, virtual_tokens
+from common.adapters import without_adapter
 from common.cli import UserError
-from common.models import check_tokens, embedding_weight, without_adapter
+from common.limits import check_tokens, embedding_weight
 
 if TYPE_CHECKING:
     import torch
@@ -430,7 +431,7 @@ def _choose_engine(
     extremes = [min(prompts, key=len), max(prompts, key=len)]
     extremes = [prompts[0]] if len(prompts) == 1 else extremes
     wanted = [_generated(model, prompt) for prompt in extremes]
-    why = models.beyond_plain_attention(model.config, longest + virtual_tokens.count(model))
+    why = limits.beyond_plain_attention(model.config, longest + virtual_tokens.count(model))
     if why is None:
         try:
             with contextlib.ExitStack() as switched:

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
+from common.adapters import without_adapter
 from common.distributed import World
-from common.models import check_rope, check_tokens, context_length, rope_limit, without_adapter
+from common.limits import check_rope, check_tokens, context_length, rope_limit
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,7 +56,7 @@ def windows(n: int, context: int, stride: int) -> list[tuple[int, int, int]]:
 def plan_batches(lengths: Sequence[int], token_budget: int, limit: int | None = None) -> list[list[int]]:
     """Indices of items in batches of similar length, longest first: count × longest ≤ token_budget, or a single item.
 
-    limit: items longer than this never share a batch with shorter ones (`models.rope_limit`).
+    limit: items longer than this never share a batch with shorter ones (`limits.rope_limit`).
 
     Deterministic, so that every rank makes the same plan and takes its share of it.
     """

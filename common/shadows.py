@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import cli, models, records, results, trained
+from common import adapter_files, cli, records, results, trained
 from common.checkpoints import find_checkpoints
 from common.cli import AnyPath, UserError
 
@@ -122,7 +122,7 @@ def read(folder: AnyPath) -> Shadows:
         seen = frozenset(row.sha256 for row in rows.rows if row.loss_tokens)
         checkpoints = tuple(find_checkpoints(place))
         for checkpoint in checkpoints:
-            models.adapter_shapes(checkpoint)  # UserError if it is damaged
+            adapter_files.adapter_shapes(checkpoint)  # UserError if it is damaged
         found.append(Shadow(place, checkpoints, seen))
     if not found:
         raise UserError(f"--shadows {folder}: none of its shadows is finished; run mia/shadow.py again")

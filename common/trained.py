@@ -17,7 +17,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import models, records, results
+from common import provenance, records, results
 from common.cli import AnyPath, UserError
 from common.rows import Lazy
 
@@ -179,7 +179,7 @@ def _parse(path: str, digest: str) -> TrainedRows:
 def trained_on(checkpoint: AnyPath, sha256: str) -> bool | None:
     """Whether a checkpoint was trained on the file with this SHA-256. None if unknown: it has no run.json, or the
     run.json is from a --dp run whose trained_rows.jsonl (which holds the salt) is lost."""
-    record = models.training_record(checkpoint)
+    record = provenance.training_record(checkpoint)
     return input_is(Path(checkpoint).expanduser().absolute().parent, record, sha256) if record else None
 
 

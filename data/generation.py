@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import models, results
+from common import models, provenance, results
 from common.distributed import World
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def settings_of(config: Any, ref: models.ModelRef, flags: tuple[str, ...], **inp
         **inputs,
         "model": config.model,
         "revision": config.revision,
-        "weights": models.weights_sha256(ref),
+        "weights": provenance.weights_sha256(ref),
         **{flag: getattr(config, flag) for flag in flags},
         "dtype": str(dtype).removeprefix("torch."),
     }

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from common import chat, models, sampling
+from common import chat, limits, sampling, tokenization
 from common.distributed import World, progress_bar
-from common.models import encode_prompt
+from common.tokenization import encode_prompt
 from extraction.config import AttackConfig
 from extraction.task import ExtractionTask
 
@@ -43,7 +43,7 @@ def attack(
     """Ask every row with every template at every temperature; one Reply per row × template, in this order."""
 
     def ask_mine() -> list[Reply]:
-        longest = models.context_length(model)
+        longest = limits.context_length(model)
         vocabulary = model.config.get_text_config().vocab_size
         newline = task.settings["stop"] == "newline"
         stop = sampling.stop_tokens(tokenizer, vocabulary, newline)
@@ -113,7 +113,7 @@ def encode_turn(renderer: chat.Renderer, prompt: str) -> list[int]:
     """A prompt in chat form: the user's turn is all but its last line, which the assistant has begun to write."""
     said, _, begun = prompt.rpartition("\n")
     text = renderer.text([{"role": "user", "content": said}], add_generation_prompt=True) + begun
-    return models.encode_texts(renderer.tokenizer, [text], whole=True)[0]
+    return tokenization.encode_texts(renderer.tokenizer, [text], whole=True)[0]
 
 
 def _forms(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common import checkpoints, cli, dataset, distributed, models, results, stats
+from common import adapters, checkpoints, cli, dataset, distributed, models, provenance, results, stats
 from common.distributed import World
 from common.schema import GREEDY_BELOW, HEADLINE_TEMPERATURE, MEASURES, next_free, outcomes_path, responses_path
 from common.stats import mean_or_none
@@ -64,7 +64,7 @@ def newest(matching: list[tuple[Path, Lines]]) -> Lines:
 
 def model_key(ref: ModelRef) -> dict[str, Any]:
     """The keys that identify the measured weights in a result line."""
-    return {"model_sha256": models.weights_sha256(ref), "revision": ref.revision}
+    return {"model_sha256": provenance.weights_sha256(ref), "revision": ref.revision}
 
 
 def summarise(
@@ -237,7 +237,7 @@ def describe(ref: ModelRef, dtype: torch.dtype, change: float | None) -> dict[st
         **model_key(ref),
         "dtype": models.dtype_name(dtype, ref),
         "relative_change": change,
-        "privacy": models.privacy(ref),
+        "privacy": provenance.privacy(ref),
     }
 
 
@@ -310,14 +310,14 @@ def run(config: MeasureConfig) -> int:
         with results.Run(run_file, config, task.inputs, world) as record:
             if path is None:
                 base = checkpoints.load_base(ref, dtype, world, config.device_map)
-                with models.adapted(base, ref.adapter) as (model, change):
+                with adapters.adapted(base, ref.adapter) as (model, change):
                     about = describe(ref, dtype, change)
                     path = measure_model(model, plan.tokenizer, task, config, about, world, folder)
             record["results"] = str(path)
     if world.main:
         lines = results.read_jsonl(path)
         print_table(lines, task)
-        models.say_if_hardly_moved(ref, lines[-1]["relative_change"])
+        provenance.say_if_hardly_moved(ref, lines[-1]["relative_change"])
     world.say(f"wrote {path}")
     world.close()
     return 0

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
-from common import models
+from common import limits, models
 from common.cli import UserError
 from fidelity.config import FidelityConfig
 
@@ -40,7 +40,7 @@ def check_embedder(config: FidelityConfig, files_only: bool = False) -> None:
     if os.path.isdir(name):
         models.check_weights(Path(name), "--embedder")
     models.read_tokenizer(name, config.revision, f"--embedder {name}")
-    positions = models.context_length(SimpleNamespace(config=architecture))
+    positions = limits.context_length(SimpleNamespace(config=architecture))
     if any(family in architecture.model_type for family in POSITIONS_AFTER_PADDING):
         positions -= architecture.pad_token_id + 1
     if config.max_tokens > positions:

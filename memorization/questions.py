@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from common.chat import Rendered
-from common.models import encode_texts
+from common.tokenization import encode_texts
 from memorization.decoys import decoys
 from memorization.inventory import Secret
 

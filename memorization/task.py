@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from common.chat import Rendered, token_span
-from common.models import extra_start
+from common.tokenization import extra_start
 from memorization import inventory, questions
 from memorization.config import MemorizationConfig
 from memorization.inventory import Secret, normal

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from common import cli, dataset, models, results
+from common import cli, dataset, models, provenance, results
 from common.checkpoints import find_checkpoints
 from common.rows import Lazy, Row, select
 from common.schema import CORE, FAMILIES, SHADOW_ATTACKS
@@ -41,6 +41,13 @@ class Item(NamedTuple):
     text: str
     row: Row
     place: int  # its index in the file
+
+
+class SetFlags(NamedTuple):
+    """The flags that named the two sets, as messages give them."""
+
+    members: str = "--members"
+    nonmembers: str = "--nonmembers"
 
 
 @dataclass
@@ -73,8 +80,8 @@ class Reader:
     `problems`.
     """
 
-    def __init__(self, config: MiaConfig, problems: cli.Problems) -> None:
-        self.config, self.problems = config, problems
+    def __init__(self, config: MiaConfig, problems: cli.Problems, flags: SetFlags | None = None) -> None:
+        self.config, self.problems, self.flags = config, problems, flags or SetFlags()
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.model = ""
         self.chat: dict[str, bool] = {}  # flag → whether its file has chat rows
@@ -122,7 +129,7 @@ class Reader:
             if renderer is None:
                 return [], [], None
         rendered = problems.absorb(dataset.rendering, path, rows, range(len(rows)), renderer)
-        return (rows, _texts(rendered, lambda one: one.text), manifest) if rendered else ([], [], None)
+        return (rows, _texts(rendered, lambda row: row.text), manifest) if rendered else ([], [], None)
 
     def check(self) -> bool:
         """Whether the files have chat rows; adds a problem if only some do, or if --chat_template has no use."""
@@ -140,7 +147,7 @@ def read_trainings(config: MiaConfig, problems: cli.Problems) -> dict[Path, dict
     for target in [config.model] if config.model else find_checkpoints(config.dir) if config.dir else []:
         folder = Path(os.path.realpath(Path(target).expanduser()))
         is_checkpoint = folder.name.startswith("checkpoint-")
-        record = (problems.absorb(models.training_record, folder) if is_checkpoint else None) or {}
+        record = (problems.absorb(provenance.training_record, folder) if is_checkpoint else None) or {}
         trainings[folder] = record if "train_rows" in record.get("args", {}) and record.get("inputs") else None
     return trainings
 
@@ -198,8 +205,8 @@ def read_sets(reader: Reader) -> tuple[Sequence[Item], Sequence[Item], Trained, 
     If run.json records the training rows, members are rows that every such model was trained on, and non-members are
     rows that none of them was.
     """
-    config, problems = reader.config, reader.problems
-    rows, texts, manifest = reader.read(config.members, "--members")
+    config, problems, flags = reader.config, reader.problems, reader.flags
+    rows, texts, manifest = reader.read(config.members, flags.members)
     known = items_of(rows, texts)
     trainings = read_trainings(config, problems) if rows else {}
     trained, chosen = trained_on(trainings, config.members, rows, manifest) if rows else ({}, [])
@@ -209,12 +216,12 @@ def read_sets(reader: Reader) -> tuple[Sequence[Item], Sequence[Item], Trained, 
         return select(known, kept), len(indices) - len(kept)
 
     if config.nonmembers and Path(config.nonmembers).absolute() != Path(config.members).absolute():
-        others, texts, manifest = reader.read(config.nonmembers, "--nonmembers")
+        others, texts, manifest = reader.read(config.nonmembers, flags.nonmembers)
         _, seen = trained_on(trainings, config.nonmembers, others, manifest) if others else ({}, [])
         rest = select(items_of(others, texts), _outside(seen, range(len(others))))
         if len(rest) < 2 and len(rest) < len(others):
             overlap = f"{len(others) - len(rest)} of its {len(others)} rows were trained on"
-            problems.add(f"--nonmembers {config.nonmembers}: {overlap} (run.json); give rows that were not")
+            problems.add(f"{flags.nonmembers} {config.nonmembers}: {overlap} (run.json); give rows that were not")
         kept, left_out = members(range(len(known)))
         return kept, rest, trained, left_out
     if not rows:
@@ -226,7 +233,7 @@ def read_sets(reader: Reader) -> tuple[Sequence[Item], Sequence[Item], Trained, 
     if dataset.shape_of(rows[0]) != "enron":
         problems.add(
             f"{config.members}: only files with gt-name are split into training and held-out rows; "
-            "pass a second file as --nonmembers"
+            f"pass a second file as {flags.nonmembers}"
         )
         return [], [], {}, 0
     split = dataset.split(rows, manifest)
@@ -241,7 +248,7 @@ def _filtered(indices: Sequence[int], wanted: Callable[[int], bool] | None) -> S
 
 def _outside(row_sets: Sequence[Collection[int]], indices: Sequence[int]) -> Sequence[int]:
     """The indices that are in none of the sets."""
-    return _filtered(indices, (lambda index: not any(index in one for one in row_sets)) if row_sets else None)
+    return _filtered(indices, (lambda index: not any(index in rows for rows in row_sets)) if row_sets else None)
 
 
 def _texts(items: Sequence[T], text: Callable[[T], str]) -> Sequence[str]:
@@ -329,8 +336,8 @@ def prepare(config: MiaConfig, problems: cli.Problems, reader: Reader) -> Member
     whole = reader.check()
     if config.neighbor_model:
         problems.absorb(check_masked, config.neighbor_model, bool(problems.lines))
-    sides = (("--members", config.members, members), ("--nonmembers", config.nonmembers or config.members, nonmembers))
-    for flag, path, items in sides:
+    paths = config.members, config.nonmembers or config.members
+    for flag, path, items in zip(reader.flags, paths, (members, nonmembers)):
         if len(items) < 2 and len(problems.lines) == before and reader.readable:
             count = "1 usable row" if items else "no usable row"
             problems.add(f"{flag} {path}: {count}, at least 2 are needed")

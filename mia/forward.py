@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from common import models, results
+from common import adapters, limits, models, provenance, results, tokenization
 from common.checkpoints import BaseLoader
 from common.continuations import ContinuationScorer
 from common.distributed import World, progress_bar
@@ -114,7 +114,7 @@ def model_key(ref: ModelRef, dtype: torch.dtype) -> str:
             continue
         folder = Path(part.adapter or part.base)
         configs = [results.sha256(file) for file in sorted(folder.glob("*config.json"))] if folder.is_dir() else []
-        parts += [models.weights_sha256(part) or (part.base, part.revision), configs]
+        parts += [provenance.weights_sha256(part) or (part.base, part.revision), configs]
     return digest(*parts)
 
 
@@ -157,7 +157,7 @@ class Passes:
         name     the pass, and everything it depends on besides model and tokens.
         compute  (model, indices of sequences) → this rank's part of [(index, array [≥ 1, columns])].
         keys     what identifies each sequence (default: its token ids).
-        merge    see `models.adapted`.
+        merge    see `adapters.adapted`.
         """
         group = digest(model_key(ref, self.dtype), *name)[:32] if self.world.main else ""
         names = [digest(key) for key in (sequences if keys is None else keys)]
@@ -184,7 +184,7 @@ class Passes:
         indices: list[int],
     ) -> Part:
         model = self.model(ref, merge)
-        models.check_tokens(model, [sequences[index] for index in indices])
+        limits.check_tokens(model, [sequences[index] for index in indices])
         return compute(model, indices)
 
     def _save(self, group: str, fresh: Mapping[str, Array]) -> None:
@@ -226,7 +226,7 @@ class Passes:
         """[1] ‖∇ ℓ‖₂ of each sequence over the adapter's parameters, without dropout."""
 
         def compute(model: Model, indices: list[int]) -> Part:
-            parameters = [parameter.requires_grad_(True) for parameter in models.adapter_parameters(model)]
+            parameters = [parameter.requires_grad_(True) for parameter in adapters.adapter_parameters(model)]
             return [(index, gradient_norm(model, parameters, sequences[index])) for index in self.world.shard(indices)]
 
         return self.run(ref, ("gradient",), sequences, compute, merge=False)
@@ -257,7 +257,9 @@ class Passes:
             if neighbor_model:
                 proposer = proposer or MaskedProposer(neighbor_model, model.device)
                 proposed = proposer([texts[index] for index in mine], seed)
-                made = [[ids[:limit] for ids in models.encode_texts(tokenizer, copies, whole)] for copies in proposed]
+                made = [
+                    [ids[:limit] for ids in tokenization.encode_texts(tokenizer, copies, whole)] for copies in proposed
+                ]
             else:
                 made = own_neighbours(model, [sequences[index] for index in mine], seed, self.token_budget)
             flat = [ids for copies in made for ids in copies if len(ids) > 1]

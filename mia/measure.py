@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import chat, cli, dataset, distributed, models, results, sources
+from common import chat, cli, dataset, distributed, models, provenance, results, sources, tokenization
 from common import trained as trained_rows
 from common.checkpoints import BaseLoader, find_checkpoints, for_each, look_up_all
 from common.schema import SHADOW_ATTACKS
@@ -67,10 +67,10 @@ def measure(
         results.Run(folder / "run_mia.json", config, task.inputs, world, place) as record,
     ):
         tokenizer = models.load_tokenizer(ref)
-        record["special_tokens"] = special = models.special_tokens_in(tokenizer, task.written or task.texts)
+        record["special_tokens"] = special = tokenization.special_tokens_in(tokenizer, task.written or task.texts)
         if special and world.main:
-            print(models.special_tokens_note(special), file=sys.stderr)
-        if world.main and not task.whole and (note := models.bos_note(tokenizer, task.texts)):
+            print(tokenization.special_tokens_note(special), file=sys.stderr)
+        if world.main and not task.whole and (note := tokenization.bos_note(tokenizer, task.texts)):
             print(note, file=sys.stderr)
         before = passes.scored
         evidence = gather(passes, ref, tokenizer, task, config, gradients=True)
@@ -103,7 +103,7 @@ def measure(
             "model": ref.name,
             "base_model": ref.base if ref.adapter else None,
             "reference": other.name if other else None,
-            "model_sha256": models.weights_sha256(ref) if world.main else None,
+            "model_sha256": provenance.weights_sha256(ref) if world.main else None,
             "members": config.members,
             "members_trained": trained,
             "members_seen": seen,
@@ -148,7 +148,7 @@ def measure(
             world.say(f"{name}\n{table(lines)}")
             if shadows:
                 world.say(calibrated.summary(shadows))
-            models.say_if_hardly_moved(ref)
+            provenance.say_if_hardly_moved(ref)
             p = {who: made["p"] for who, made in kept["dataset_inference"].items() if made and made["p"] is not None}
             world.say("dataset inference: " + ", ".join(f"{who} p = {value:.2g}" for who, value in p.items()))
             return lines

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common import models
+from common import limits
 from common.scoring import plan_batches, score
 from mia.attacks import N_NEIGHBOURS
 
@@ -62,7 +62,7 @@ class MaskedProposer:
 
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModelForMaskedLM.from_pretrained(folder).to(device).eval()
-        positions = models.context_length(self.model)
+        positions = limits.context_length(self.model)
         self.longest = min(positions - 2, self.tokenizer.model_max_length)  # RoBERTa numbers its positions from 2
 
     def __call__(self, texts: list[str], seed: int) -> list[list[str]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common import models
+from common import models, provenance
 from common.schema import SHADOW_ATTACKS
 from common.shadows import SETS, Shadow, Shadows, epoch_of, settings_of
 from common.trained import text_sha256
@@ -82,7 +82,7 @@ def fitting(ref: ModelRef, shadows: Shadows) -> tuple[list[tuple[Shadow, Path]],
 
     A target that is itself one of the shadows is not among them.
     """
-    record = models.training_record(ref.adapter) if ref.adapter else None
+    record = provenance.training_record(ref.adapter) if ref.adapter else None
     if record is None or not ref.adapter:
         return [], "no run.json beside the model: it is unknown whether the shadows were trained alike"
     own, theirs = settings_of(record), shadows.settings

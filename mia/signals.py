@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from common import models
+from common import models, tokenization
 from mia import attacks
 from mia.config import MiaConfig
 from mia.dataset import MembershipTask
@@ -49,14 +49,14 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], limit: int, who
     shown: list[str] = []
     cut = 0
     for text, ids, offsets in zip(texts, coded.input_ids, coded.offset_mapping):
-        extra = models.extra_start(tokenizer, ids)
+        extra = tokenization.extra_start(tokenizer, ids)
         ids, offsets = ids[extra:], offsets[extra:]
         if len(ids) > limit:
             text, cut = text[: max(end for _, end in offsets[:limit])], cut + 1
         tokens.append(ids[:limit])
         shown.append(text)
     lowered = lower_case(tokenizer, shown) if whole else [text.lower() for text in shown]
-    lower = [ids[:limit] for ids in models.encode_texts(tokenizer, lowered, whole)]
+    lower = [ids[:limit] for ids in tokenization.encode_texts(tokenizer, lowered, whole)]
     specials = common_start(tokenizer, tokens) if whole else leading_specials(tokenizer)
     return Encoded(shown, tokens, lower, specials, cut)
 
@@ -80,9 +80,9 @@ def common_start(tokenizer: PreTrainedTokenizerBase, tokens: list[list[int]]) ->
 def encode_same(tokenizer: PreTrainedTokenizerBase, texts: list[str], target: Encoded, whole: bool = False) -> Encoded:
     """A reference model's tokens of the part of each text that the target saw: the target's tokens if its tokenizer
     encodes the whole text alike, else its own tokens of the truncated text, however many."""
-    all_tokens = models.encode_texts(tokenizer, texts, whole)
+    all_tokens = tokenization.encode_texts(tokenizer, texts, whole)
     others = [index for index, mine in enumerate(target.tokens) if all_tokens[index][: len(mine)] != mine]
-    coded = models.encode_texts(tokenizer, [target.texts[index] for index in others], whole)
+    coded = tokenization.encode_texts(tokenizer, [target.texts[index] for index in others], whole)
     anew = dict(zip(others, coded))
     tokens = [anew.get(index, mine) for index, mine in enumerate(target.tokens)]
     specials = common_start(tokenizer, tokens) if whole else leading_specials(tokenizer)

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import cli, dataset, distributed, models, results, sources
+from common import cli, dataset, distributed, limits, models, provenance, results, sources, tokenization
 from common.checkpoints import BaseLoader, by_base, find_checkpoints, for_each, look_up_all, natural_key
 from common.distributed import progress_bar
 from common.scoring import join, score
@@ -102,7 +102,7 @@ def measure(
     with loader.adapted(ref) as (model, change):
         with progress_bar(sum(len(tokens) - 1 for tokens in ids) // world.size, "tokens", world) as bar:
             part = score(model, ids, token_budget=token_budget, world=world, progress=bar.update)
-        return part, models.context_length(model), change
+        return part, limits.context_length(model), change
 
 
 def write(output: results.Output, folder: Path, lines: list[Line], current: list[Line]) -> None:
@@ -206,7 +206,7 @@ def run_locked(config: PerplexityConfig, folder: Path, output: results.Output, p
     current: list[Line] = []  # lines of earlier runs that are still valid
     for target in targets:
         name, ref = target.name, target.ref
-        weights = models.weights_sha256(ref)
+        weights = provenance.weights_sha256(ref)
         line = {"model": ref.name, "checkpoint": name, "base_model": ref.base, "model_sha256": weights, **settings}
         if target.template_sha256:
             line["chat_template_sha256"] = target.template_sha256
@@ -227,11 +227,11 @@ def run_locked(config: PerplexityConfig, folder: Path, output: results.Output, p
         world.close()
         return cli.report_failures(failures, world.main)
 
-    special = models.special_tokens_in(targets[0].tokenizer, prepared.written)
+    special = tokenization.special_tokens_in(targets[0].tokenizer, prepared.written)
     if special and world.main:
-        print(models.special_tokens_note(special), file=sys.stderr)
+        print(tokenization.special_tokens_note(special), file=sys.stderr)
     first = targets[0]
-    if world.main and first.template_sha256 is None and (note := models.bos_note(first.tokenizer, first.texts)):
+    if world.main and first.template_sha256 is None and (note := tokenization.bos_note(first.tokenizer, first.texts)):
         print(note, file=sys.stderr)
     lines, total = list(earlier), len(targets) + len(failures)
     run_file = folder / "run_perplexity.json"
@@ -245,7 +245,7 @@ def run_locked(config: PerplexityConfig, folder: Path, output: results.Output, p
             mine = partial(measure, loader, ref, ids, config.token_budget)
             parts, contexts, changes = zip(*world.together(mine))
             line |= describe(target.texts, ids, join(ids, parts), contexts[0], config.seed)
-            line |= {"relative_change": changes[0], "privacy": models.privacy(ref)}
+            line |= {"relative_change": changes[0], "privacy": provenance.privacy(ref)}
             lines = [old for old in lines if old["model"] != ref.name or not same(old, line, but=("model_sha256",))]
             lines.append(line)
             current.append(line)
@@ -254,7 +254,7 @@ def run_locked(config: PerplexityConfig, folder: Path, output: results.Output, p
             scored += line["n_tokens"]
             world.say(f"[{number}/{len(todo)}] {text_line(line)}".rstrip())
             if world.main:
-                models.say_if_hardly_moved(ref, line["relative_change"])
+                provenance.say_if_hardly_moved(ref, line["relative_change"])
 
         failures |= for_each(todo, measure_one, loader)
         if world.main and lines:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.cli import AnyPath
-from common.models import HARDLY
+from common.provenance import HARDLY
 from common.schema import HEADLINE_TEMPERATURE
 from reporting.load import choose
 from reporting.table import Record, Study

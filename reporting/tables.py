@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from common import models
+from common import provenance
 from common.schema import GREEDY_BELOW, HEADLINE_ATTACK, HEADLINE_TEMPERATURE, SHADOW_ATTACKS
 from reporting.blocks import Block, Cell, Column, Paragraph, Table, fold
 from reporting.load import choose
@@ -88,7 +88,7 @@ class Glance:
 
     def add_hardly_moved(self, study: Study) -> None:
         """Add ‖ΔW‖/‖W‖ of the models that training hardly changed, if one of them is in the table."""
-        small = {key: model.change for key, model in study.models.items() if models.hardly_moved(model.change)}
+        small = {key: model.change for key, model in study.models.items() if provenance.hardly_moved(model.change)}
         if any(key in rows for key in small for rows in self.rows):
             note = ("the model has hardly moved: its row is that of the base",)
             self.columns.append(Column("‖ΔW‖/‖W‖", small="if small"))
@@ -352,7 +352,7 @@ def utility(study: Study) -> list[Block]:
 
     def change(row: Row) -> str:
         change = row.settings.get("relative_change")
-        note = ": hardly moved, equals the base" if models.hardly_moved(change) else ""
+        note = ": hardly moved, equals the base" if provenance.hardly_moved(change) else ""
         return "" if change is None else f"{change:.1g}{note}"
 
     measure: dict[Column, Describe] = {text("Measure"): lambda row: row.metric, text("Arm"): who}

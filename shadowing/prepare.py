@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from common import chat, cli, dataset, distributed, models, records, results, shadows
+from common import chat, cli, dataset, distributed, models, provenance, records, results, shadows, tokenization
 from mia.config import MiaConfig
 from mia.dataset import Item, Reader, read_sets
 from shadowing.config import ShadowConfig
@@ -95,7 +95,7 @@ def prepare(config: ShadowConfig, problems: cli.Problems) -> Preparation:
 
 def base_sha256(ref: models.ModelRef) -> str | None:
     """SHA-256 of the weights of a model's base; None for a hub name."""
-    return models.weights_sha256(ref.unadapted)
+    return provenance.weights_sha256(ref.unadapted)
 
 
 def read_target(config: ShadowConfig) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def read_target(config: ShadowConfig) -> dict[str, Any]:
     where = f"--like {config.like}"
     if not folder.is_dir():
         raise cli.UserError(f"{where}: no such directory; give a checkpoint-* of run_peft.py")
-    record = models.training_record(folder)
+    record = provenance.training_record(folder)
     if record is None or not folder.resolve().name.startswith("checkpoint-"):
         raise cli.UserError(f"{where}: no run.json beside it; give a checkpoint-* of run_peft.py")
     if record["args"].get("peft_type") == "full":
@@ -219,8 +219,12 @@ def plan_shadows(
             tokenizer=tokenizer,
             indices=half,
             rendered=[rendered[index] for index in half],
-            special_tokens=models.special_tokens_in(tokenizer, (dataset.written(items[index].row) for index in half)),
-            bos_note=models.bos_note(tokenizer, (rendered[index].text for index in half)) if renderer is None else None,
+            special_tokens=tokenization.special_tokens_in(
+                tokenizer, (dataset.written(items[index].row) for index in half)
+            ),
+            bos_note=tokenization.bos_note(tokenizer, (rendered[index].text for index in half))
+            if renderer is None
+            else None,
             train=train,
             held=[],
             sequences=pack(tokenised.lengths(train), max_length)

@@ -3,7 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-import evaluate_purified
 import merge_peft
 from auditing.config import AuditConfig
 from common import cli, dataset, models, results
@@ -16,6 +15,7 @@ from data.replacing.config import ReplaceConfig
 from extraction.config import AttackConfig, EvaluateConfig
 from mia.config import MiaConfig
 from perplexity.config import PerplexityConfig
+from studies.checkpoints import run as evaluate_checkpoints
 from studies.config import StudyConfig
 from studies.steps import (
     TEMPERATURE,
@@ -97,7 +97,7 @@ def run(config: StudyConfig, out: Path, record: results.Run) -> str:
         chosen = find_checkpoints(tree) if every else find_checkpoints(tree)[-1:]
         root = str(tree if every else chosen[-1])
         on_each = EvaluateConfig(**vars(replace(asked, baseline=str(base_results))), model=root)
-        call("evaluate_purified.py", evaluate_purified.run, on_each)
+        call("evaluate_purified.py", evaluate_checkpoints, on_each)
         scored = PerplexityConfig(dir=root, dataset=config.dataset, output_dir=str(tree), **shared)
         means = {line["model"]: line["mean"] for line in measure_perplexity(scored)}
         for checkpoint in chosen:

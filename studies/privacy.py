@@ -8,7 +8,7 @@ whom only the base saw. The private arms use the operating system's randomness, 
 from dataclasses import replace
 from pathlib import Path
 
-from common import cli, dataset, models, results
+from common import cli, dataset, models, provenance, results
 from common.checkpoints import find_checkpoints
 from extraction.config import AttackConfig
 from mia.config import MiaConfig
@@ -70,7 +70,7 @@ def run(config: StudyConfig, out: Path, record: results.Run) -> str:
     for name, epsilon in arms.items():
         tree = train(with_dp(plain, epsilon, batch))
         checkpoint = find_checkpoints(tree)[-1]
-        spent = models.privacy(models.find_model(str(checkpoint)))
+        spent = provenance.privacy(models.find_model(str(checkpoint)))
         folders.append(tree / "measured")
         rows.append(row_for(name, checkpoint, spent, folders[-1], config, trained_people))
     changes = {row["model"]: change(out / "base", folder) for row, folder in zip(rows[1:], folders)}

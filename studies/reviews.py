@@ -15,7 +15,7 @@ from typing import Any
 
 from canary.config import InjectConfig
 from canary.config import MeasureConfig as CanaryConfig
-from common import cli, dataset, models, results, reviews
+from common import cli, dataset, models, provenance, results, reviews
 from common.checkpoints import find_checkpoints
 from data.amazon import run as prepare
 from data.amazon import shop
@@ -248,7 +248,8 @@ def public_base(config: StudyConfig, out: Path) -> Path:
     tree = train(training)
     base, newest = out / "public-base", find_checkpoints(tree)[-1]
     new, old = (
-        models.weights_sha256(models.find_model(str(folder))) if folder.is_dir() else None for folder in (newest, base)
+        provenance.weights_sha256(models.find_model(str(folder))) if folder.is_dir() else None
+        for folder in (newest, base)
     )
     if old and old != new:
         print(f"\n{base}: stale (weights differ from {newest}); replaced, and everything trained on it runs again")
@@ -266,7 +267,7 @@ def summary(out: Path, checkpoints: dict[str, Path]) -> Record:
     likeness = json.loads((out / "fidelity" / "results_fidelity.json").read_text(encoding="utf-8"))
     words = json.loads((out / "importance" / "feature_importance.json").read_text(encoding="utf-8"))
     ratings = results.read_jsonl(out / "downstream" / "results_utility.jsonl")
-    spent = {arm: models.privacy(models.find_model(str(folder))) or {} for arm, folder in checkpoints.items()}
+    spent = {arm: provenance.privacy(models.find_model(str(folder))) or {} for arm, folder in checkpoints.items()}
     return {
         "canary": canaries,
         "fidelity": likeness,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from auditing.config import AuditConfig
-from common import cli, dataset, models, results, stats
+from common import cli, dataset, models, provenance, results, stats
 from common.schema import HEADLINE_TEMPERATURE, outcomes_path
 from extraction.config import AttackConfig, MeasureConfig
 from mia.config import MiaConfig
@@ -85,7 +85,7 @@ def input_hashes(words: Iterable[object]) -> dict[str, str | None]:
             if path.is_file():
                 hashes[word] = results.sha256(path)
             elif (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
-                hashes[word] = models.weights_sha256(models.find_model(str(path)))
+                hashes[word] = provenance.weights_sha256(models.find_model(str(path)))
     return hashes
 
 
@@ -124,7 +124,7 @@ def is_current(file: Path | None, model: cli.AnyPath, data: cli.AnyPath | None =
     """
     if file is None or not file.is_file():
         return False
-    wanted: Record = {"model_sha256": models.weights_sha256(models.find_model(str(model)))}
+    wanted: Record = {"model_sha256": provenance.weights_sha256(models.find_model(str(model)))}
     if data is not None:
         wanted["dataset_sha256"] = results.sha256(data)
     try:
@@ -174,7 +174,7 @@ def audit(config: AuditConfig) -> Record:
     file = Path(config.output_dir) / "audit.json"
     if file.is_file():
         audited: Record = results.read_json(file, "remove it")
-        weights = models.weights_sha256(models.find_model(config.model))
+        weights = provenance.weights_sha256(models.find_model(config.model))
         measured_on = audited.get("data", {}).get("train", {}).get("sha256")
         if audited.get("model", {}).get("weights_sha256") == weights and measured_on == results.sha256(config.train):
             print(f"\n{file}: measured before, kept")

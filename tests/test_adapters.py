@@ -16,7 +16,8 @@ import audit as audit_script
 import evaluate_purified
 import measure_purified
 import merge_peft
-from common import continuations, sampling, scoring
+from common import adapters as common_adapters
+from common import continuations, limits, sampling, scoring, tokenization
 from common import models as loading
 from common.cli import UserError
 from extraction.measure import check
@@ -222,9 +223,9 @@ def test_every_kind_is_measured_as_peft_has_it(trained, name, tmp_path):
         given = torch.tensor([prompt])
         options = {"attention_mask": torch.ones_like(given), "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
         greedy.append(theirs.generate(input_ids=given, **options)[0, len(prompt) :].tolist())
-    with loading.adapted(base, adapter) as (model, change):
+    with common_adapters.adapted(base, adapter) as (model, change):
         assert (change is not None) == (kind.measured == "merged")
-        assert loading.context_length(model) == POSITIONS - virtual
+        assert limits.context_length(model) == POSITIONS - virtual
         close(own_logits(model, ids), wanted)
         sequences = [ids, ids[:7], ids[5:30]]
         scores = scoring.join(sequences, [scoring.score(model, sequences)])
@@ -263,7 +264,11 @@ def test_the_engine_with_one_batch_serves_virtual_tokens(trained):
     """Not the one for models with attention of their own, which decodes prompts of one length at a time."""
     folder, adapter = trained("prefix")
     prompts = [IDS[:20], IDS[:9]]
-    with loading.adapted(stock(folder), adapter) as (model, _), torch.inference_mode(), contextlib.ExitStack() as stack:
+    with (
+        common_adapters.adapted(stock(folder), adapter) as (model, _),
+        torch.inference_mode(),
+        contextlib.ExitStack() as stack,
+    ):
         engine = sampling._choose_engine(model, prompts, 30, stack)
         assert isinstance(engine, sampling.SharedPrefix) and engine.before == PROMPTS + 8
 
@@ -365,7 +370,7 @@ def test_extraction_as_a_user_measures_it(trained, tmp_path):
     assert len(lines) == 8  # 2 rows × 4 templates
     for line in lines:
         prompt, _ = task.asked[line["row"]]["ABCD".index(line["template"])]
-        ids = torch.tensor([loading.encode_prompt(tokenizer, prompt)])
+        ids = torch.tensor([tokenization.encode_prompt(tokenizer, prompt)])
         options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
         found = theirs.generate(input_ids=ids, **options)[0, ids.shape[1] :].tolist()
         assert line["response"] == tokenizer.decode(found, skip_special_tokens=True)
@@ -380,7 +385,7 @@ def test_where_virtual_tokens_are_not_peft_s_the_model_is_refused(tmp_path):
     base = make_family(tmp_path / "base", "qwen3-next (hybrid)")
     adapter = save(base, tmp_path / "adapter", PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
     with pytest.raises(UserError, match="cannot be put before a text of Qwen3NextForCausalLM") as caught:
-        with loading.adapted(stock(base), adapter):
+        with common_adapters.adapted(stock(base), adapter):
             pass
     assert len(caught.value.problems) == 1
 

@@ -291,7 +291,7 @@ def test_an_adapter_of_fewer_layers_does_not_fit(models, adapters, tmp_path):
     """Same widths, one layer more, modules matched by suffix: its matrices would keep their initial values."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from common.models import attach
+    from common.adapters import attach
 
     config = AutoConfig.from_pretrained(models["llama"])
     config.num_hidden_layers += 1
@@ -345,7 +345,7 @@ def test_a_manifest_of_other_types(manifest, said, tmp_path):
 
 @pytest.mark.parametrize("record", [{"args": None}, {"inputs": ["x"]}, {"inputs": None}])
 def test_a_run_record_of_other_types(record, tmp_path):
-    from common.models import training_record
+    from common.provenance import training_record
 
     (tmp_path / "run.json").write_text(json.dumps(record))
     with pytest.raises(

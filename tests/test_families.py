@@ -16,6 +16,7 @@ from conftest import make_rows, read_lines, write_rows
 from families import FAMILIES, WINDOW, make_family
 
 import run_peft
+from common import adapters as common_adapters
 from common import models, sampling, scoring
 from common.cli import UserError
 from perplexity import perplexity as perplexity_script
@@ -153,7 +154,7 @@ def test_a_merged_adapter_is_the_attached_one(loaded, name, tmp_path):
         before = model(ids, use_cache=False).logits
         wanted = PeftModel.from_pretrained(stock, tmp_path / "adapter").eval()(ids, use_cache=False).logits
         for merge in (True, False):
-            with models.adapted(model, tmp_path / "adapter", merge=merge) as (adapted, _):
+            with common_adapters.adapted(model, tmp_path / "adapter", merge=merge) as (adapted, _):
                 found = adapted(ids, use_cache=False).logits
             torch.testing.assert_close(found, wanted, atol=1e-3 * wanted.abs().max().item(), rtol=0)
         assert (wanted - before).abs().max() > 1e-3
@@ -216,10 +217,13 @@ def test_an_adapter_on_a_tied_weight_stays_attached(tmp_path, target):
     ids, plain = torch.arange(2, 30)[None], base()
     with torch.no_grad():
         wanted = PeftModel.from_pretrained(base(), tmp_path / "adapter").eval()(ids).logits
-        with models.adapted(plain, tmp_path / "adapter") as (adapted, change):
+        with common_adapters.adapted(plain, tmp_path / "adapter") as (adapted, change):
             assert change is None and torch.equal(adapted(ids).logits, wanted)
     assert not torch.allclose(plain(ids).logits, wanted)
-    with pytest.raises(UserError, match="tied to another module's"), models.adapted(plain, tmp_path / "adapter", True):
+    with (
+        pytest.raises(UserError, match="tied to another module's"),
+        common_adapters.adapted(plain, tmp_path / "adapter", True),
+    ):
         pass
 
 
@@ -232,5 +236,8 @@ def test_an_adapter_on_a_weight_that_the_model_reads_itself_is_refused(loaded, n
     folder, model, _ = loaded(name)
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     get_peft_model(stock, LoraConfig(r=2, target_modules=["dt_proj"])).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="reads the weight of dt_proj directly"), models.adapted(model, tmp_path):
+    with (
+        pytest.raises(UserError, match="reads the weight of dt_proj directly"),
+        common_adapters.adapted(model, tmp_path),
+    ):
         pass

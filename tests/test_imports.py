@@ -11,7 +11,7 @@ ROOMS = (
 )  # fmt: skip
 ORCHESTRATORS = {  # what may import another room, or a script
     "audit.py": {"auditing"},
-    "evaluate_purified.py": {"extraction", "mia"},
+    "evaluate_purified.py": {"extraction", "studies"},
     "quickstart.py": {"studies", "plot_results"},
     "mia/shadow.py": {"shadowing"},
     "utility/downstream.py": {"training"},

@@ -21,7 +21,7 @@ import measure_purified
 from common import models as common_models
 from common.checkpoints import find_checkpoints
 from common.cli import UserError
-from common.models import encode_prompt
+from common.tokenization import encode_prompt
 from extraction import prompts
 from extraction.attack import _forms
 from extraction.measure import KEY
@@ -237,7 +237,8 @@ def test_membership_inference_over_the_tree(tree, dataset, tmp_path):
 
 
 def test_base_is_restored_bit_for_bit(models, adapters):
-    from common.models import adapted, find_model, load_base
+    from common.adapters import adapted
+    from common.models import find_model, load_base
 
     for kind in ("lora", "dora"):
         ref = find_model(str(adapters["opt", kind]))

@@ -19,6 +19,7 @@ from test_mia import same_scores
 from test_self_instruct import DRIVER, quick, tiny
 from test_synthetic import held_out
 
+from common import adapters as common_adapters
 from common import dataset as data_files
 from common import distributed, sampling, sharding
 from common import models as common_models
@@ -106,7 +107,7 @@ def test_sampler_and_gradients_of_a_spread_model(group, adapters, models, arch):
         options = {"top_k": 50, "max_tokens": 8, "seed": 3, "stop": stop}
         keys = [(0, 0), (1, 0), (2, 0)]
         answers = [one.tokens for one in sampling.sweep(model, prompts, keys, [0.0, 1.0], **options)]
-        with common_models.adapted(model, adapters[arch, "lora"], merge=False) as (attached, _):
+        with common_adapters.adapted(model, adapters[arch, "lora"], merge=False) as (attached, _):
             parameters = [item.requires_grad_(True) for name, item in attached.named_parameters() if "lora_" in name]
             with torch.enable_grad():
                 logits = attached(input_ids=torch.tensor([[5, 6, 7, 8]]), use_cache=False).logits
@@ -128,7 +129,7 @@ def test_adapters_on_a_spread_model(group, adapters, models, arch, kind, merge):
             sharding.spread(model, group)
         with torch.no_grad():
             before = model(input_ids=ids).logits
-            with common_models.adapted(model, adapters[arch, kind], merge) as (adapted, change):
+            with common_adapters.adapted(model, adapters[arch, kind], merge) as (adapted, change):
                 logits = adapted(input_ids=ids).logits
             assert torch.equal(model(input_ids=ids).logits, before) and not torch.equal(logits, before)
         found.append((logits, change))
@@ -154,7 +155,7 @@ def test_an_adapter_with_whole_modules_inside_the_layers(group, models, tmp_path
                 sharding.spread(model, group)
             with torch.no_grad():
                 before = model(input_ids=ids).logits
-                with common_models.adapted(model, tmp_path, merge) as (adapted, _):
+                with common_adapters.adapted(model, tmp_path, merge) as (adapted, _):
                     found.append(adapted(input_ids=ids).logits)
                 assert torch.equal(model(input_ids=ids).logits, before)
     assert torch.equal(found[0], found[1]) and torch.equal(found[2], found[3])

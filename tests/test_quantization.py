@@ -10,6 +10,7 @@ from conftest import make_model, make_rows, read_lines, run_script, write_rows
 import measure_purified
 import merge_peft
 import run_peft
+from common import adapters as common_adapters
 from common import models as loading
 from common import quantization
 from common.cli import UserError
@@ -124,7 +125,7 @@ def test_trained_measured_and_merged(wide, dataset, tmp_path, kind, capsys):
     with torch.no_grad():
         before, wanted = stock()(IDS).logits, PeftModel.from_pretrained(stock(), adapter).eval()(IDS).logits
         base = loading.load_base(ref, torch.float32, "cpu")
-        with loading.adapted(base, adapter) as (model, change):
+        with common_adapters.adapted(base, adapter) as (model, change):
             assert change is None and torch.equal(model(IDS).logits, wanted)
         assert torch.equal(base(IDS).logits, before) and (wanted - before).abs().max() > 0.1
     capsys.readouterr()

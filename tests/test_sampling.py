@@ -165,7 +165,8 @@ def test_stops_at_line_break_and_eos(models):
 
 
 def test_an_attached_adapter_is_sampled_like_the_merged_model(models, adapters):
-    from common.models import adapted, find_model, load_base, load_tokenizer
+    from common.adapters import adapted
+    from common.models import find_model, load_base, load_tokenizer
 
     for kind in ("lora", "dora"):
         ref = find_model(str(adapters["llama", kind]))

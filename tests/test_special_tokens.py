@@ -6,9 +6,9 @@ import pytest
 from conftest import make_model, make_rows, read_lines, write_rows
 
 import run_peft
-from common import models
+from common import models, tokenization
 from common.chat import Rendered
-from common.models import encode_prompt
+from common.tokenization import encode_prompt
 from mia import mia as mia_script
 from mia import signals
 from perplexity import perplexity as perplexity_script
@@ -57,21 +57,22 @@ def test_a_text_that_begins_with_the_start_token_has_one(tokenizer):
     assert signals.encode(tokenizer, [marked], 64).tokens == [wanted]
     assert tokenize(tokenizer, [marked, plain]) == [wanted, wanted]
     assert encode_prompt(tokenizer, marked) == wanted
-    assert models.encode_texts(tokenizer, [marked, plain]) == [wanted, wanted]
+    assert tokenization.encode_texts(tokenizer, [marked, plain]) == [wanted, wanted]
 
 
 def test_a_doubled_start_token_is_said(folder, tokenizer, models, tmp_path, capsys):
     """By run_peft, perplexity, mia and audit, and the numbers are those of the texts without it."""
     import audit
     from common import models as loading
+    from common import tokenization
 
     rows = [{"text": row["prompt"] + row["continuation"]} for row in make_rows(16, seed=2)]
     marked = [{"text": tokenizer.bos_token + row["text"]} for row in rows[:3]] + rows[3:]
     note = f"3 texts start with {tokenizer.bos_token}, which the tokenizer adds too: it is used once"
-    assert loading.bos_note(tokenizer, [row["text"] for row in marked]) == note
-    assert loading.bos_note(tokenizer, [row["text"] for row in rows]) is None
+    assert tokenization.bos_note(tokenizer, [row["text"] for row in marked]) == note
+    assert tokenization.bos_note(tokenizer, [row["text"] for row in rows]) is None
     plain = loading.load_tokenizer(loading.find_model(str(models["neox"])))  # adds none
-    assert loading.bos_note(plain, [plain.bos_token + "Ada"]) is None
+    assert tokenization.bos_note(plain, [plain.bos_token + "Ada"]) is None
     other = write_rows(tmp_path / "other.jsonl", [{"text": row["prompt"]} for row in make_rows(16, seed=3)])
     means = []
     for name, content in (("plain", rows), ("marked", marked)):
@@ -97,13 +98,15 @@ def test_a_doubled_start_token_is_said(folder, tokenizer, models, tmp_path, caps
 def test_a_start_token_typed_twice_stays_where_the_tokenizer_adds_none(models, tmp_path):
     """GPT-NeoX' tokenizer adds nothing: what is typed is what the model reads."""
     from common import models as loading
+    from common import tokenization
 
     plain = loading.load_tokenizer(loading.find_model(str(models["neox"])))
-    assert loading.encode_texts(plain, ["<|endoftext|><|endoftext|>Ada"])[0][:2] == [0, 0]
+    assert tokenization.encode_texts(plain, ["<|endoftext|><|endoftext|>Ada"])[0][:2] == [0, 0]
 
 
 def test_special_tokens_in_texts_are_counted_and_reported(models, tmp_path, capsys):
     from common import models as loading
+    from common import tokenization
 
     tokenizer = loading.load_tokenizer(loading.find_model(str(models["llama"])))
     rows = [{"text": row["prompt"] + row["continuation"]} for row in make_rows(8, seed=2)]
@@ -111,7 +114,7 @@ def test_special_tokens_in_texts_are_counted_and_reported(models, tmp_path, caps
     rows[5]["text"] = "<|endoftext|>the start token is no surprise"
     rows[6]["text"] = "<|endoftext|>but <|endoftext|> a second one is"
     texts = [row["text"] for row in rows]
-    assert loading.special_tokens_in(tokenizer, texts) == {"<|endoftext|>": 2}
+    assert tokenization.special_tokens_in(tokenizer, texts) == {"<|endoftext|>": 2}
     data = write_rows(tmp_path / "rows.jsonl", rows)
     note = "special tokens typed in the texts are encoded as special tokens: <|endoftext|> in 2"
 

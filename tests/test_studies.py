@@ -11,7 +11,7 @@ from conftest import ROOT, write_manifest, write_rows
 
 import quickstart
 from canary.config import MeasureConfig as CanaryConfig
-from common import cli, dataset, results
+from common import cli, dataset, provenance, results
 from common import models as common_models
 from common.cli import UserError
 from data.synthetic.config import SyntheticConfig
@@ -115,7 +115,7 @@ def test_built_data_is_kept_for_the_files_and_weights_it_was_made_from(tmp_path,
     calls = []
 
     def builder(config):
-        weights = common_models.weights_sha256(common_models.find_model(config.model))
+        weights = provenance.weights_sha256(common_models.find_model(config.model))
         settings = dataset.settings_of(config, input=results.sha256(config.input), weights=weights)
         if dataset.finished([("--output", output)], settings, config.overwrite) or config.dry_run:
             print("not shown")
@@ -160,7 +160,7 @@ def test_measurements_are_kept_for_the_weights_and_rows_they_are_of(tmp_path, mo
     def call(script, run, config):
         assert not list(folder.glob("*"))
         calls.append((script, config.model, config.output_dir))
-        weights = common_models.weights_sha256(common_models.find_model(str(model)))
+        weights = provenance.weights_sha256(common_models.find_model(str(model)))
         line = {"model_sha256": weights, "dataset_sha256": results.sha256(data)}
         write_rows(folder / "results_purified.jsonl", [line, line])
 

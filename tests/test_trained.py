@@ -345,6 +345,7 @@ def test_equal_runs_have_equal_bytes(models, dataset, tmp_path):
 @pytest.mark.parametrize("kind", ("lora", "dora", "pissa", "dp"))
 def test_a_model_that_has_hardly_moved_is_reported(kind, models, dataset, tmp_path, capsys):
     """And its value in run.json is ‖W′ − W‖ / ‖W‖ of the merged weights, whatever the adapter."""
+    from common import adapters as common_adapters
     from common import models as common_models
 
     flags = ["-pt", kind] if kind != "dp" else ["--dp", "--noise_multiplier", 0, "--max_grad_norm", "inf"]
@@ -356,7 +357,7 @@ def test_a_model_that_has_hardly_moved_is_reported(kind, models, dataset, tmp_pa
     for folder in (still, moved):
         last = find_checkpoints(folder)[-1]
         base = common_models.load_base(common_models.find_model(str(last)), torch.float32, "cpu")
-        with common_models.adapted(base, last) as (_, change):
+        with common_adapters.adapted(base, last) as (_, change):
             assert json.loads((folder / "run.json").read_text())["relative_change"] == pytest.approx(change, rel=0.02)
 
 

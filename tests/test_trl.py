@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, make_model, read_lines, run_script, write_rows
 from planted import chat_rows
 
-from common import chat, models
+from common import chat, models, tokenization
 
 PYTHON = os.environ.get("TRL_PYTHON")
 pytestmark = [
@@ -80,7 +80,7 @@ def test_the_tokens_are_those_that_trl_trained_on(adapter, rows):
     tokenizer = models.load_tokenizer(ref)
     renderer = chat.Renderer(tokenizer, chat.read_template(None, tokenizer, ref.name))
     texts = [renderer.render(row).text for row in read_lines(rows["train"])]
-    assert models.encode_texts(tokenizer, texts, True) == read_lines(adapter.with_name("tokens.jsonl"))
+    assert tokenization.encode_texts(tokenizer, texts, True) == read_lines(adapter.with_name("tokens.jsonl"))
 
 
 def test_audit(adapter, rows, tmp_path):

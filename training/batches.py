@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from common.chat import Rendered, token_span
-from common.models import extra_start
 from common.rows import Lazy
+from common.tokenization import extra_start
 
 if TYPE_CHECKING:
     import torch

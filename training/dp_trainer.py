@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from common import distributed, models, results
+from common import distributed, models, provenance, results
 from common.cli import UserError
 from common.distributed import World
 from training import checkpoint, dp, verify
@@ -138,7 +138,7 @@ class DPTrainer(Trainer):
         """A checkpoint without its training state, and the ε spent up to it."""
         with results.atomic_folder(folder) as new:
             checkpoint.publish(self, new, weights)
-            results.write_json(new / models.PRIVACY_FILE, self.privacy.block(self.count["step"]))
+            results.write_json(new / provenance.PRIVACY_FILE, self.privacy.block(self.count["step"]))
 
     def record_norms(self) -> torch.Tensor:
         """(rows,) norms of the training rows' per-record gradients at the current weights."""

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from common import distributed, models, results, trained
+from common import distributed, provenance, results, trained
 from common.cli import Interrupted
 from common.distributed import World
 from training import dp_plan, verify
@@ -192,7 +192,7 @@ def run_plan(
             "data_tag": plan.tag,
             "dtype": str(dtype).removeprefix("torch."),
         }
-        more["base_sha256"] = models.weights_sha256(plan.ref) if world.main else None
+        more["base_sha256"] = provenance.weights_sha256(plan.ref) if world.main else None
         if plan.privacy:
             spent = earlier.get("privacy") or plan.privacy.block(0)
             more |= {"seed": "os" if config.seed is None else config.seed, "privacy": spent}
@@ -283,7 +283,7 @@ def fit(
         world.say(dp_plan.summary(record["privacy"]))
     if record["relative_change"] is not None:
         world.say(f"‖ΔW‖/‖W‖ {record['relative_change']:.3g}")
-        if note := models.hardly_moved(record["relative_change"]):
+        if note := provenance.hardly_moved(record["relative_change"]):
             record["notes"] = [note]
             world.say(f"{note}; raise --learning_rate or train longer")
     for tracker in trackers:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from common import models, quantization
+from common import adapter_files, adapters, models, quantization
 from common.cli import UserError
 from common.distributed import World, node_size
 from training.config import AdapterConfig, TrainConfig
@@ -83,7 +83,7 @@ def add_adapter(
         revision=config.revision,
     )
     torch.manual_seed(seed)
-    with models.without_peft_warning():
+    with adapters.without_peft_warning():
         model = cast("PeftModel", get_peft_model(base_model, lora))
     base = Path(plan.ref.base).expanduser()
     lora = cast("LoraConfig", model.peft_config["default"])
@@ -133,7 +133,7 @@ def check_targets(targets: Sequence[str], config: "PreTrainedConfig") -> None:
     """UserError if a name in --target_modules is not a linear layer of the model, or is one that peft rejects."""
     model = meta_model(config)
     linear = linear_layers(model)
-    never = {*models.READ_DIRECTLY, *(NEVER if config.model_type in STATE_SPACE else ())}
+    never = {*adapter_files.READ_DIRECTLY, *(NEVER if config.model_type in STATE_SPACE else ())}
     kinds = " ".join(sorted({name.split(".")[-1] for name in linear} - never))
     if tuple(targets) == ("all-linear",):
         stacked = {

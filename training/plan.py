@@ -12,7 +12,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from common import cli, dataset, distributed, models, quantization, results, sources, trained
+from common import (
+    cli,
+    dataset,
+    distributed,
+    limits,
+    models,
+    provenance,
+    quantization,
+    results,
+    sources,
+    tokenization,
+    trained,
+)
 from common.chat import Rendered
 from common.cli import Problems, UserError
 from common.distributed import World
@@ -265,8 +277,8 @@ def make_plan(config: TrainConfig) -> Plan:
         tokenizer=tokenizer,
         indices=chosen[0],
         rendered=rendered,
-        special_tokens=models.special_tokens_in(tokenizer, (dataset.written(rows[index]) for index in chosen[0])),
-        bos_note=models.bos_note(tokenizer, (row.text for row in rendered)) if renderer is None else None,
+        special_tokens=tokenization.special_tokens_in(tokenizer, (dataset.written(rows[index]) for index in chosen[0])),
+        bos_note=tokenization.bos_note(tokenizer, (row.text for row in rendered)) if renderer is None else None,
         train=train,
         held=held,
         sequences=sequences,
@@ -281,14 +293,14 @@ def make_plan(config: TrainConfig) -> Plan:
 
 def longest_row(config: TrainConfig, architecture: "PreTrainedConfig") -> int:
     """Tokens per row: --max_length, limited to the model's context. UserError if its rotary embedding forbids it."""
-    max_length = min(config.max_length, models.context_length(SimpleNamespace(config=architecture)))
-    limit = models.rope_limit(architecture)
+    max_length = min(config.max_length, limits.context_length(SimpleNamespace(config=architecture)))
+    limit = limits.rope_limit(architecture)
     if limit and max_length > limit:
         raise UserError(
             f"--max_length {max_length}: {architecture.model_type} changes its rotary embedding beyond {limit} tokens, "
             f"also for shorter rows in the same batch; use --max_length {limit}"
         )
-    models.check_rope(architecture, max_length)
+    limits.check_rope(architecture, max_length)
     return max_length
 
 
@@ -351,7 +363,7 @@ def run_state(
     if same_input:
         now["input's content"] = then["input's content"]
     if record.get("base_sha256"):
-        now["base's weights"], then["base's weights"] = models.weights_sha256(ref), record["base_sha256"]
+        now["base's weights"], then["base's weights"] = provenance.weights_sha256(ref), record["base_sha256"]
     keys = sorted((set(now) | set(then)) - set(FREE_ARGUMENTS))
     different = [f"--{key} {then.get(key)} there, {now.get(key)} here" for key in keys if now.get(key) != then.get(key)]
     if spending and not finished:
@@ -406,7 +418,7 @@ def describe(config: TrainConfig, plan: Plan) -> list[str]:
     if config.packing:
         lines.insert(3, f"packing      {len(plan.train)} rows in {len(plan.sequences)} sequences")
     if plan.special_tokens:
-        lines.insert(3, f"             {models.special_tokens_note(plan.special_tokens)}")
+        lines.insert(3, f"             {tokenization.special_tokens_note(plan.special_tokens)}")
     if plan.bos_note:
         lines.insert(3, f"             {plan.bos_note}")
     empty = plan.labels.count(0)

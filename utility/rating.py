@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from common import dataset, models, reviews
+from common import adapters, dataset, reviews, tokenization
 from common.distributed import progress_bar
 from common.scoring import join, score
 from utility.arms import Row
@@ -40,8 +40,8 @@ def label_log_probabilities(
     If the labels differ only in their last token, one sequence per prompt gives all five; else each label is scored.
     progress: called with the number of tokens scored since the last call.
     """
-    encoded = models.encode_texts(tokenizer, [prompt + label for prompt in prompts for label in LABELS])
-    encoded = [models.without_end(tokenizer, ids) for ids in encoded]
+    encoded = tokenization.encode_texts(tokenizer, [prompt + label for prompt in prompts for label in LABELS])
+    encoded = [tokenization.without_end(tokenizer, ids) for ids in encoded]
     groups = [encoded[start : start + len(LABELS)] for start in range(0, len(encoded), len(LABELS))]
     labels = [[ids[-1] for ids in group] for group in groups]
     same_start = all(len({tuple(ids[:-1]) for ids in group}) == 1 for group in groups)
@@ -63,6 +63,6 @@ def label_log_probabilities(
 
 def rate(base: Any, adapter: str | None, tokenizer: Any, prompts: Sequence[str]) -> list[int]:
     """[n] ratings 1 … 5 by the base with `adapter` (None: the base itself)."""
-    with models.adapted(base, adapter) as (model, _), progress_bar(None, "tokens") as bar:
+    with adapters.adapted(base, adapter) as (model, _), progress_bar(None, "tokens") as bar:
         values = label_log_probabilities(model, tokenizer, prompts, bar.update)
     return [1 + max(range(len(LABELS)), key=each.__getitem__) for each in values]

@@ -8,7 +8,7 @@ from random import Random
 from types import SimpleNamespace
 from typing import Any
 
-from common import cli, dataset, distributed, models, results, reviews
+from common import cli, dataset, distributed, limits, models, provenance, results, reviews
 from common.stats import clopper_pearson
 from utility.arms import Row, check_seeds, draw_heldout, ratings, read_arms
 from utility.config import DownstreamConfig
@@ -109,7 +109,7 @@ def prepare(config: DownstreamConfig, problems: cli.Problems) -> Plan:
 def check_length(config: DownstreamConfig, ref: models.ModelRef, tokenizer: Any, problems: cli.Problems) -> int:
     """--max_length, limited to the model's context; it is a problem if that leaves no token for the review."""
     architecture = models.read_config(ref.base, ref.revision, "--model")
-    max_length = min(config.max_length, models.context_length(SimpleNamespace(config=architecture)))
+    max_length = min(config.max_length, limits.context_length(SimpleNamespace(config=architecture)))
     lacking = 1 - review_room(tokenizer, max_length)
     if lacking > 0:
         problems.add(
@@ -201,7 +201,7 @@ def train_arms(config: DownstreamConfig, plan: Plan, train: Train) -> dict[tuple
             file = data_folder(config) / f"{arm}-seed{seed}.jsonl"
             results.write_jsonl(file, instructions, permissions=0o600)
             checkpoint = train(file, seed)
-            record = models.training_record(checkpoint) or {}
+            record = provenance.training_record(checkpoint) or {}
             trained[arm, seed] = {
                 "checkpoint": str(checkpoint),
                 "steps": int(checkpoint.name.rpartition("-")[2]),

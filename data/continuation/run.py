@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import checkpoints, dataset, distributed, models, results
+from common import adapters, checkpoints, dataset, distributed, models, results
 from data import generation
 from data.continuation import text_statistics
 from data.continuation.config import ContinuationConfig
@@ -39,7 +39,7 @@ def generate(config: ContinuationConfig, task: Task, target: results.Output) -> 
     with results.Run(output.parent / "run_generate.json", config, [config.data_set], world, target) as record:
         dtype = models.resolve_dtype(config.dtype, world.device)
         base = checkpoints.load_base(task.ref, dtype, world, config.device_map)
-        with models.adapted(base, task.ref.adapter) as (model, _):
+        with adapters.adapted(base, task.ref.adapter) as (model, _):
             continuations = generation.continue_prompts(
                 model,
                 task.tokenizer,

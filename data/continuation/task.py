@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from common import cli, dataset, distributed, models, results
-from common.models import encode_prompt
+from common.tokenization import encode_prompt
 from data import generation
 from data.continuation.config import ContinuationConfig
 

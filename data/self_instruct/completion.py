@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from common import models
+from common import limits, tokenization
 from common.distributed import World
 from data.self_instruct.config import SelfInstructConfig
 
@@ -26,8 +26,8 @@ def complete(
     temperature = {"instructions": config.temperature, "kind": 0.0, "instances": config.instance_temperature}[stage]
     max_tokens = KIND_TOKENS if stage == "kind" else config.max_tokens
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    room = models.context_length(base) - max_tokens
-    ids = models.encode_texts(tokenizer, prompts)
+    room = limits.context_length(base) - max_tokens
+    ids = tokenization.encode_texts(tokenizer, prompts)
     fitting = sorted((i for i in range(len(ids)) if len(ids[i]) <= room), key=lambda i: (len(ids[i]), i))
     batches = [fitting[start : start + config.batch_size] for start in range(0, len(fitting), config.batch_size)]
     stop = torch.zeros(base.config.get_text_config().vocab_size, dtype=torch.bool)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common import checkpoints, cli, dataset, distributed, models, results
+from common import adapters, checkpoints, cli, dataset, distributed, models, results
 from data import generation
 from data.self_instruct.config import SelfInstructConfig
 from data.self_instruct.rounds import TOO_LONG, make_rounds
@@ -74,7 +74,7 @@ def generate(config: SelfInstructConfig, task: Task, partial: Path, target: resu
     with results.Run(output.parent / "run_generate.json", config, [config.seed_tasks], world, target) as record:
         dtype = models.resolve_dtype(config.dtype, world.device)
         base = checkpoints.load_base(task.ref, dtype, world, config.device_map)
-        with models.adapted(base, task.ref.adapter) as (model, _):
+        with adapters.adapted(base, task.ref.adapter) as (model, _):
             rounds = make_rounds(model, task.tokenizer, task.seeds, config, settings, partial, world)
         rows = formatted(rows_of(rounds)[: config.num_rows], config.format, task.tokenizer.eos_token)
         counts = sum((Counter(done["counts"]) for done in rounds), Counter({"broken seed tasks": task.broken}))

@@ -5,9 +5,9 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-from common import checkpoints, dataset, distributed, models, results
+from common import adapters, checkpoints, dataset, distributed, models, results
 from common.cli import UserError
-from common.models import encode_prompt
+from common.tokenization import encode_prompt
 from data import generation
 from data.synthetic.config import SyntheticConfig
 from data.synthetic.metadata import Planned, Released, plan, release_histogram
@@ -53,7 +53,7 @@ def generate(config: SyntheticConfig, task: Task, target: results.Output) -> Sum
         base = checkpoints.load_base(task.ref, dtype, world, config.device_map)
         context = models.context_of(task.ref)
         planned, prompts, rooms, dropped = fit(config, task.tokenizer, plan(config, task, released), context)
-        with models.adapted(base, task.ref.adapter) as (model, _):
+        with adapters.adapted(base, task.ref.adapter) as (model, _):
             continuations = generation.continue_prompts(
                 model,
                 task.tokenizer,

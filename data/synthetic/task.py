@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import cli, dataset, distributed, models, results, reviews, trained
+from common import cli, dataset, distributed, models, provenance, results, reviews, trained
 from data import generation
 from data.synthetic.config import SyntheticConfig
 
@@ -42,7 +42,7 @@ def prepare(config: SyntheticConfig) -> Task:
     training: list[Row] = (problems.absorb(reviews.read_reviews, config.training) or []) if config.training else []
     check_rows(config, rows, training, problems)
     ref, tokenizer = models.look_up(problems, config.model, config.revision, config.base_model)
-    privacy = models.privacy(ref) if ref else None
+    privacy = provenance.privacy(ref) if ref else None
     unit = (privacy or {}).get("unit", "record")
     if config.samples_metadata and unit == "user" and any(dataset.user_of(row) is None for row in training):
         problems.add(f"{config.training}: rows without user_id; the model's privacy unit is the user")
@@ -98,7 +98,7 @@ def training_source(path: str, rows: int, ref: models.ModelRef) -> dict[str, Any
     to whoever reads the manifest: there it is salted as in run.json (the salt is in the run's trained_rows.jsonl), or
     None if that file is missing."""
     digest = results.sha256(path)
-    if not models.privacy(ref):
+    if not provenance.privacy(ref):
         return {"path": path, "sha256": digest, "rows": rows}
     checkpoint = ref.adapter or ref.base
     trained_rows = trained.read(checkpoint) if Path(checkpoint).is_dir() else None
