@@ -62,7 +62,7 @@ def prepare(config: AuditConfig) -> AuditTask:
     """UserError with every problem of the flags and files."""
     problems = cli.Problems()
     sources.load((config.train, config.heldout), config.split, config.data_config)
-    distributed.check_environment(problems, config.device_map, config.model_parallel)
+    distributed.check_environment(problems, config.device_map, config.model_parallel, config.quantization)
     cli.check_writable(config.output_dir, problems)
     budget = budget_of(config)
     parsed = [gate for text in config.fail_on if (gate := _gate(text, problems))]

@@ -66,7 +66,7 @@ class Task:
 def prepare(config: MeasureConfig) -> Task:
     """Read and check everything. UserError with all problems."""
     problems = cli.Problems()
-    distributed.check_environment(problems, config.device_map, config.model_parallel)
+    distributed.check_environment(problems, config.device_map, config.model_parallel, config.quantization)
     cli.check_writable(config.output_dir, problems)
     if not (config.models or config.synthetic):
         problems.add("nothing to measure: give --models, --synthetic or both")

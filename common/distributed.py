@@ -129,9 +129,15 @@ class World:
             print(*words, flush=True)
 
 
-def check_environment(problems: Problems, device_map: str | None = None, model_parallel: int = 1) -> None:
+def check_environment(
+    problems: Problems, device_map: str | None = None, model_parallel: int = 1, quantized: str | None = None
+) -> None:
     """WORLD_SIZE > 1 needs RANK, MASTER_ADDR and MASTER_PORT (torchrun sets all of them), and no --device_map; it must
-    be a multiple of --model_parallel."""
+    be a multiple of --model_parallel, which is not possible with --quantization (`quantized`)."""
+    if quantized and model_parallel > 1:
+        problems.add(
+            f"--quantization {quantized}: the layers of a quantised model cannot be spread; drop --model_parallel"
+        )
     size = os.environ.get("WORLD_SIZE", "1")
     if not size.isdigit() or int(size) < 1:
         problems.add(f"WORLD_SIZE={size}: must be a whole number of 1 or more")

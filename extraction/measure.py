@@ -273,7 +273,7 @@ def check(config: MeasureConfig) -> Plan:
     """Read everything except the model; UserError with every problem."""
     problems = cli.Problems()
     config = replace(config, dataset=str(dataset.default_dataset(config.dataset)))
-    distributed.check_environment(problems, config.device_map, config.model_parallel)
+    distributed.check_environment(problems, config.device_map, config.model_parallel, config.quantization)
     for name in ("model", "output_dir"):
         if getattr(config, name) is None:
             problems.add(f"--{name}: required")

@@ -221,7 +221,7 @@ def check(config: MiaConfig) -> Plan:
     files = (config.members, config.nonmembers, config.prefix_file, config.freq_corpus)
     sources.load(files, config.split, config.data_config)
     config = replace(config, members=str(dataset.default_dataset(config.members)))
-    distributed.check_environment(problems, config.device_map, config.model_parallel)
+    distributed.check_environment(problems, config.device_map, config.model_parallel, config.quantization)
     root = config.output_dir or config.dir or "./"
     cli.check_writable(root, problems, "--output_dir" if config.output_dir or config.model else "--dir")
     reader = Reader(config, problems)

@@ -163,7 +163,7 @@ def make_targets(
 
 def prepare(config: PerplexityConfig, folder: Path, problems: cli.Problems) -> Prepared:
     """Read and check everything that is known before a model is loaded."""
-    distributed.check_environment(problems, config.device_map, config.model_parallel)
+    distributed.check_environment(problems, config.device_map, config.model_parallel, config.quantization)
     cli.check_writable(folder, problems, "--output_dir" if config.output_dir or config.model else "--dir")
     earlier: list[Line] = []
     file = folder / "perplexity.jsonl"

@@ -37,7 +37,7 @@ def run(config: EvaluateConfig) -> int:
     """Measure every checkpoint; return 0, or 1 if one failed. Problems raise one UserError before a model is loaded."""
     problems = cli.Problems()
     config = replace(config, dataset=str(dataset.default_dataset(config.dataset)))
-    distributed.check_environment(problems, config.device_map, config.model_parallel)
+    distributed.check_environment(problems, config.device_map, config.model_parallel, config.quantization)
     tree: list[Path] = []
     if not Path(config.model).is_dir():
         problems.add(f"--model {config.model}: no such directory")

@@ -1,5 +1,6 @@
 """--quantization: what it is used with, and, where bitsandbytes is installed, its numbers against transformers' own."""
 
+import importlib
 import importlib.util
 import json
 
@@ -96,6 +97,35 @@ def test_what_cannot_be_trained_on_a_quantised_base(monkeypatch, models, dataset
     gptq = quantised_copy(models["llama"], tmp_path / "gptq", quant_method="gptq", bits=4)
     with pytest.raises(UserError, match=r"is quantised \(gptq\), which is not trained on"):
         run_peft.main(words_of("-m", gptq, "-i", dataset, "--output_root", tmp_path, "--dry_run"))
+
+
+@pytest.mark.parametrize("dry", ([], ["--dry_run"]))
+def test_a_quantised_base_is_not_spread_over_ranks(
+    monkeypatch, models, adapters, dataset, tmp_path, nothing_loads, dry
+):
+    """Every script that has both flags says so before anything is loaded."""
+    monkeypatch.setattr(quantization, "check", lambda *_: None)  # as if bitsandbytes were installed
+    for key, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(key, value)
+    base, adapter = models["llama"], adapters["llama", "lora"]
+    texts = write_rows(tmp_path / "texts.jsonl", [{"text": row["prompt"]} for row in make_rows(8)])
+    out, key = tmp_path / "out", tmp_path / "key.jsonl"
+    for name, words in (
+        ("audit", ["--model", adapter, "--train", texts, "--output_dir", out]),
+        ("measure_purified", ["--model", adapter, "--output_dir", out, "-d", dataset]),
+        ("evaluate_purified", ["--model", adapter, "-d", dataset]),
+        ("mia.mia", ["--model", adapter, "--members", dataset, "--output_dir", out]),
+        ("perplexity.perplexity", ["--model", base, "-d", texts, "--output_dir", out]),
+        ("canary.measure", ["--canaries", key, "--models", f"a={adapter}", "--output_dir", out]),
+    ):
+        main = importlib.import_module(name).main
+        with pytest.raises(UserError) as why:
+            main(words_of(*words, "--quantization", "nf4", "--model_parallel", 2, *dry))
+        told = [line for line in why.value.problems if line.startswith("--quantization")]
+        assert told == [
+            "--quantization nf4: the layers of a quantised model cannot be spread; drop --model_parallel"
+        ], name
+        assert not out.exists()
 
 
 @pytest.fixture(scope="module")
