@@ -35,7 +35,8 @@ def make_parser() -> cli.Parser:
         cli.add_parallel_flag(parser)
     with parser.section("data"):
         add("--train", "--data", required=True, metavar="FILE", help="training rows (default: none, required)")
-        add("--heldout", metavar="FILE", help="rows from the same source, held out of training by a random split")
+        words = "rows from the same source, held out of training by a random split; without them much cannot be judged"
+        add("--heldout", metavar="FILE", help=words)
         cli.add_row_flags(parser)
         rows = f"rows used per file, sampled with --seed (default: {full.num_rows:,}; with --quick {quick.num_rows})"
         add("--num_rows", type=cli.positive_int, help=rows)
@@ -45,16 +46,30 @@ def make_parser() -> cli.Parser:
             metavar="FILE",
             help="your own list of secrets instead of the detected ones: type,value[,row]",
         )
-        add("--pii", nargs="+", action="extend", metavar="NAME=REGEX", help="a custom type of secret")
+        add(
+            "--pii",
+            nargs="+",
+            action="extend",
+            metavar="NAME=REGEX",
+            help="a custom type of secret; its first group, or all of it",
+        )
         add("--region", help="country of phone numbers without a country code (ISO 3166)")
+        words = "also names of persons, organisations and places, found by a spaCy model: its package or folder"
+        add(
+            "--ner",
+            nargs="?",
+            const="en_core_web_sm",
+            metavar="MODEL",
+            help=f"{words} (default: off; without MODEL en_core_web_sm)",
+        )
         add("--canaries", metavar="KEY", help="key file of canary/inject.py, if its canaries were trained on")
         add("--decoys", type=cli.positive_int, help=f"decoys that a secret is ranked among (default: {full.decoys})")
         samples = f"unprompted samples (default: {full.samples:,}; with --quick {quick.samples})"
         add("--samples", type=cli.positive_int, help=samples)
         add("--without", nargs="+", metavar="PART", help=f"parts to skip, of {' '.join(PARTS)}")
         add("--quick", action="store_true", help="fewer rows, secrets and samples; two membership attacks")
-        add("--max_length", type=cli.positive_int, help="tokens per row; longer rows are truncated")
-        add("--token_budget", type=cli.positive_int, help="positions per forward pass")
+        add("--max_length", type=cli.positive_int, help="tokens per row, as in training; longer rows are truncated")
+        add("--token_budget", type=cli.positive_int, help="tokens per forward pass; lower it if memory runs out")
     with parser.section("output"):
         add("--output_dir", help="directory for the results")
         add(
@@ -62,7 +77,7 @@ def make_parser() -> cli.Parser:
             nargs="+",
             action="extend",
             metavar="COND",
-            help="exit with status 3 if it holds, e.g. membership.auc.low>0.6",
+            help="exit with status 3 if it holds, e.g. membership.auc.low>0.6; paths: docs/audit.md",
         )
         add(
             "--save_responses",

@@ -23,6 +23,7 @@ class AuditConfig(MeasuringConfig, QuantizedConfig):
     secrets: str | None = None
     pii: tuple[str, ...] = ()
     region: str = "US"
+    ner: str | None = None
     canaries: str | None = None
     without: tuple[str, ...] = ()
     quick: bool = False

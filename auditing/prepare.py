@@ -17,8 +17,9 @@ from auditing.gates import Gate
 from common import chat, cli, dataset, distributed, models, results, sources, tokenization, trained
 from common.models import ModelRef
 from common.schema import HEADLINE_ATTACK
+from memorization import entities
 from memorization.config import MemorizationConfig
-from memorization.inventory import KINDS, Secret
+from memorization.inventory import ENTITIES, KINDS, Secret
 from mia.config import MiaConfig
 from mia.dataset import MembershipTask, Reader, SetFlags, read_trainings, trained_on
 from mia.dataset import prepare as prepare_membership
@@ -52,6 +53,7 @@ class AuditTask:
     in_loss: Callable[[Secret], bool | None] = lambda secret: None
     notes: list[str] = field(default_factory=list)  # caveats for the reader
     membership: tuple[MiaConfig, MembershipTask] | None = None  # None: left out, or no held-out rows
+    finder: entities.Finder | None = None  # --ner
 
     @property
     def inputs(self) -> list[str]:
@@ -66,7 +68,11 @@ def prepare(config: AuditConfig) -> AuditTask:
     cli.check_writable(config.output_dir, problems)
     budget = budget_of(config)
     parsed = [gate for text in config.fail_on if (gate := _gate(text, problems))]
-    patterns = _patterns(config.pii, problems)
+    patterns = _patterns(config.pii, KINDS + (ENTITIES if config.ner else ()), problems)
+    if config.ner and config.secrets:
+        problems.add(
+            "--ner: not with --secrets, whose list replaces what is found in the training rows; drop one of both"
+        )
     for part in config.without:
         if part not in PARTS:
             problems.add(f"--without {part}: unknown; choose from {', '.join(PARTS)}")
@@ -84,6 +90,10 @@ def prepare(config: AuditConfig) -> AuditTask:
         problems.add(f"--secrets {config.secrets}: {words} (from 0)")
     if config.canaries and not Path(config.canaries).is_file():
         problems.add(f"--canaries {config.canaries}: no such file; give the key that canary/inject.py wrote")
+    package = problems.absorb(entities.find_package, config.ner) if config.ner else None
+    finder = (
+        problems.absorb(entities.load, config.ner, package) if config.ner and package and not problems.lines else None
+    )
     ref, tokenizer = models.look_up(
         problems, config.model, config.revision, config.base_model, quantized=config.quantization
     )
@@ -168,6 +178,7 @@ def prepare(config: AuditConfig) -> AuditTask:
         in_loss_of(ref, rows["train"]),
         notes,
         (membership, sets) if sets else None,
+        finder,
     )
 
 
@@ -220,12 +231,12 @@ def _gate(text: str, problems: cli.Problems) -> Gate | None:
         return None
 
 
-def _patterns(given: Sequence[str], problems: cli.Problems) -> dict[str, str]:
+def _patterns(given: Sequence[str], taken: Sequence[str], problems: cli.Problems) -> dict[str, str]:
     """{type: regular expression} of --pii name=REGEX."""
     patterns = {}
     for text in given:
         name, sign, pattern = text.partition("=")
-        if not sign or not re.fullmatch(r"[A-Za-z][\w-]*", name) or name in KINDS:
+        if not sign or not re.fullmatch(r"[A-Za-z][\w-]*", name) or name in taken:
             problems.add(f"--pii {text}: give NAME=REGEX, with a name that is not taken")
             continue
         try:

@@ -27,6 +27,9 @@ KIND_NAMES = {
     "api_key": "API keys",
     "street_address": "street addresses",
     "birth_date": "dates of birth",
+    "person": "names of persons",
+    "organisation": "names of organisations",
+    "location": "names of places",
 }
 
 
@@ -92,6 +95,8 @@ def secrets_line(result: Mapping[str, Any]) -> str:
         if excess["value"] is not None:
             ends = f"{signed(excess['low'])} to {signed(excess['high'])}"
             words += f"; excess {signed(excess['value'])} of ±0.5 (95 %: {ends})"
+            if "n_compared" in train:
+                words += f", {train['n_compared']:,} against {heldout['n_compared']:,} that stand in a single row"
         if excess.get("smallest_seen") is not None:
             words += f"; an excess of {excess['smallest_seen']:.2f} would have been seen with a chance of 80 %"
     return words
@@ -207,8 +212,15 @@ def markdown(audit: Mapping[str, Any]) -> str:
             lines.append(f"| {name} | {rows['path']}, {used}, SHA-256 {rows['sha256'][:16]}… |")
     lines.append(f"| base | {model['base'] or '–'}, reference {model['reference'] or 'none'} |")
     lines.append(f"| precision | {model['dtype']} |")
+    if settings["ner"]:
+        lines.append(f"| names | found by {finder_words(settings['ner'])} |")
     lines.append(f"| seed | {settings['seed']} |")
     return "\n".join(lines) + "\n"
+
+
+def finder_words(facts: Mapping[str, str]) -> str:
+    """'en_core_web_sm 3.8.0 (spaCy 3.8.7)'."""
+    return f"{facts['model']} {facts['version']} (spaCy {facts['spacy']})"
 
 
 def gate_line(gate: Mapping[str, Any]) -> str:

@@ -45,7 +45,8 @@ def plan(config: AuditConfig, task: AuditTask) -> str:
     rows = ", ".join(f"{len(one.indices):,} of {one.n:,} rows of {one.path}" for one in task.rows.values())
     parts = ", ".join(chosen_parts(config, task))
     against = f" against {task.base.name}" if task.base else ""
-    return f"would audit {task.model.name}{against} on {rows}: {parts}; results in {config.output_dir}"
+    names = f"; names by {report.finder_words(task.finder.facts)}" if task.finder else ""
+    return f"would audit {task.model.name}{against} on {rows}: {parts}{names}; results in {config.output_dir}"
 
 
 def chosen_parts(config: AuditConfig, task: AuditTask) -> list[str]:
@@ -112,6 +113,8 @@ def add_words(audit: dict[str, Any]) -> None:
 
 def settings(config: AuditConfig, task: AuditTask) -> dict[str, Any]:
     flags = {key: value for key, value in vars(config).items() if key not in ("output_dir", "dry_run")}
+    if task.finder:
+        flags["ner"] = task.finder.facts
     return {**flags, "budget": asdict(task.budget)}
 
 
@@ -196,6 +199,10 @@ def memorization_parts(
     if not wanted:
         return []
     heldout = task.rows.get("heldout")
+    names = None
+    if task.finder and {"extraction", "untargeted"} & set(wanted):
+        world.say(f"looking for names with {report.finder_words(task.finder.facts)}")
+        names = memorization.find_names({side: rows.rendered for side, rows in task.rows.items()}, task.finder, world)
     asked = questions.prepare(
         task.rows["train"].rendered,
         heldout.rendered if heldout else None,
@@ -204,6 +211,7 @@ def memorization_parts(
         task.memorization if "verbatim" in wanted else replace(task.memorization, most_windows=0),
         task.given,
         task.in_loss,
+        names,
     )
     if "extraction" not in wanted:
         for side in asked.sides.values():
@@ -230,7 +238,9 @@ def memorization_parts(
             audit["extraction"][kind], own = memorization.secrets_of_kind(kind, asked, tuned, base)
             lines += own
         if not audit["extraction"]:
-            audit["extraction"] = {"undefined": "no secret of a known type in the training rows (--secrets, --pii)"}
+            audit["extraction"] = {
+                "undefined": "no secret of a known type in the training rows (--secrets, --pii, --ner)"
+            }
     if "verbatim" in wanted:
         audit["verbatim"] = memorization.verbatim_result(asked, tuned, base)
     if "untargeted" in wanted:

@@ -70,6 +70,9 @@ def secret_test(result: Mapping[str, Any], controlled: bool, control: str = HELD
     """Test against the held-out rows' secrets or, without usable ones, of greedy decoding's gain over the base."""
     if controlled and result.get("excess", {}).get("p") is not None:
         return {"p": result["excess"]["p"], "why": None, "control": control}
+    if "n_compared" in result["train"]:  # the base's is no control: it has not read what such rows talk about
+        why = result.get("excess", {}).get("undefined") if controlled else None
+        return {"p": None, "why": why or "names can be guessed from what surrounds them: only held-out rows tell"}
     against = result["train"].get("greedy_against_base")
     if against is not None and result["train"]["n_scored"]:
         return {"p": one_sided(against), "why": None, "control": "base"}

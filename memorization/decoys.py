@@ -14,22 +14,25 @@ from collections.abc import Callable, Container
 from functools import cache
 from typing import Any
 
-from memorization.inventory import STREETS, Secret, find_ips, is_national_id
+from memorization.inventory import ENTITIES, STREETS, Secret, find_ips, is_national_id, normal
 
 ATTEMPTS = 400  # per decoy: formats with check digits are redrawn until one is valid
 
 
 def decoys(secret: Secret, n: int, seed: int, avoid: Container[str] = (), region: str = "US") -> list[str]:
-    """Up to n distinct values in the secret's format, excluding itself and `avoid`. Fewer if the format has fewer;
-    deterministic given seed and secret."""
+    """Up to n distinct values in the secret's format, excluding itself and `avoid` (values; of names also their keys).
+    Fewer if the format has fewer; deterministic given seed and secret."""
     rng = random.Random(f"{seed} {secret.kind} {secret.key}")
+    name = secret.kind in ENTITIES  # whose real ones are avoided in any case of letters
     draw = DRAWS.get(secret.kind, redraw_characters)
     found: dict[str, None] = {}
     for _ in range(ATTEMPTS * n):
         if len(found) == n:
             break
         value = draw(secret, rng, region)
-        if value is not None and value != secret.value and value not in avoid:
+        if value is None or value == secret.value or value in avoid:
+            continue
+        if not name or (normal(value) != secret.key and normal(value) not in avoid):
             found[value] = None
     return list(found)
 
@@ -193,7 +196,38 @@ def redraw_name(secret: Secret, rng: random.Random, region: str) -> str:
     fake.seed_instance(rng.getrandbits(64))
     words = len(secret.value.split())
     parts = [fake.first_name() for _ in range(max(1, words - 1))] + ([fake.last_name()] if words > 1 else [])
-    return " ".join(parts)
+    return in_case_of(secret.value, " ".join(parts))
+
+
+def in_case_of(pattern: str, text: str) -> str:
+    """`text` in capitals or small letters if `pattern` has nothing else."""
+    return text.upper() if pattern.isupper() else text.lower() if pattern.islower() else text
+
+
+LEGAL_FORMS = ("inc", "ltd", "llc", "llp", "plc", "corp", "co", "gmbh", "ag", "sa", "group", "bank", "university")
+
+
+def redraw_organisation(secret: Secret, rng: random.Random, region: str) -> str:
+    """Faker surnames for its words, except for small ones ('of') and what it is ('Inc.', 'Bank')."""
+    fake = faker()
+    fake.seed_instance(rng.getrandbits(64))
+    words = secret.value.split()
+    kept = [word.islower() or word.casefold().strip(".,") in LEGAL_FORMS for word in words]
+    if all(kept):
+        kept = [False] * len(words)
+    made = " ".join(word if keep else fake.last_name() for word, keep in zip(words, kept))
+    return in_case_of(secret.value, made)
+
+
+def redraw_location(secret: Secret, rng: random.Random, region: str) -> str:
+    """A Faker town with the same number of words."""
+    fake = faker()
+    fake.seed_instance(rng.getrandbits(64))
+    words = len(secret.value.split())
+    made: list[str] = []
+    while len(made) != min(words, 2):  # Faker's towns have one or two
+        made = fake.city().split()
+    return in_case_of(secret.value, " ".join([*(fake.last_name() for _ in range(words - len(made))), *made]))
 
 
 DRAWS: dict[str, Draw] = {
@@ -208,4 +242,6 @@ DRAWS: dict[str, Draw] = {
     "street_address": redraw_street,
     "name": redraw_name,
     "person": redraw_name,
+    "organisation": redraw_organisation,
+    "location": redraw_location,
 }

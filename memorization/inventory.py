@@ -196,14 +196,19 @@ KINDS = (  # in order of precedence
 )  # fmt: skip
 
 
+ENTITIES = ("person", "organisation", "location")  # names, which a model finds (entities.py); after all KINDS
+
+
 def find(
     texts: Sequence[str],
     kinds: Sequence[str] = KINDS,
     patterns: dict[str, re.Pattern[str]] | None = None,
     region: str = "US",
+    entities: Sequence[Sequence[tuple[int, int, str]]] | None = None,
 ) -> list[Secret]:
     """Every secret in the texts, ordered by text and position. patterns: {custom type: regular expression}; the first
-    group is the secret, or the whole match if it has none. They take precedence over the built-in types.
+    group is the secret, or the whole match if it has none. They take precedence over the built-in types. entities:
+    (start, end, type) of the names in each text.
     """
     finders: dict[str, Callable[[str], Iterator[tuple[int, int, str] | tuple[int, int, str, str]]]] = {
         "url_password": find_credentials,
@@ -223,12 +228,14 @@ def find(
     for row, text in enumerate(texts):
         claimed: list[tuple[int, int]] = []  # in order, disjoint
         secrets = []
-        for kind, finder in chosen.items():
-            for start, end, key, *variant in finder(text):
-                position = bisect.bisect_left(claimed, (end, 0))  # the claims that start before `end`
-                if start < end and (position == 0 or claimed[position - 1][1] <= start):
-                    claimed.insert(position, (start, end))
-                    secrets.append(Secret(kind, text[start:end], row, start, end, key, *variant))
+        candidates = [(kind, *span) for kind, finder in chosen.items() for span in finder(text)]
+        for start, end, kind in entities[row] if entities else ():
+            candidates.append((kind, start, end, normal(text[start:end])))
+        for kind, start, end, key, *variant in candidates:
+            position = bisect.bisect_left(claimed, (end, 0))  # the claims that start before `end`
+            if start < end and (position == 0 or claimed[position - 1][1] <= start):
+                claimed.insert(position, (start, end))
+                secrets.append(Secret(kind, text[start:end], row, start, end, key, *variant))
         found += sorted(secrets, key=lambda secret: secret.start)
     return found
 

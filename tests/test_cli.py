@@ -120,7 +120,7 @@ FLAGS = {
     },
     "audit.py": MEASURING | QUANTIZED | {"--model", "--base_model", "--ref_model", "--train", "--data", "--heldout",
                          "--chat_template", "--columns", "--split", "--data_config", "--num_rows", "--secrets", "--pii",
-                         "--region", "--canaries",
+                         "--region", "--ner", "--canaries",
                          "--decoys",
                          "--samples", "--without", "--quick", "--max_length", "--token_budget", "--output_dir",
                          "--fail_on", "--save_responses"},

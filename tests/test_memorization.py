@@ -13,8 +13,9 @@ from planted import people, text_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import chat, dataset, stats
+from common.cli import UserError
 from common.continuations import ContinuationScorer
-from memorization import exposure, inventory, questions, verbatim
+from memorization import entities, exposure, inventory, questions, task, verbatim
 from memorization.decoys import decoys
 from memorization.inventory import KINDS, Secret
 from memorization.untargeted import RunIndex, ValueIndex
@@ -253,3 +254,75 @@ def test_one_secret_per_row_and_value():
     assert [(one.row, one.key) for one in chosen] == [(0, "a"), (3, "c")]  # b stands first in row 0, which has a
     assert counts == {"a": 2, "b": 2, "c": 1}
     assert json.dumps(counts)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "form"),
+    [
+        ("person", "Maria Vega", r"[A-Z]\w+ [A-Z]\w+"),
+        ("person", "MARIA VEGA", r"[A-Z]+ [A-Z]+"),
+        ("organisation", "Bank of Zorb", r"\S+ of [A-Z][a-zA-Z'-]+"),
+        ("organisation", "Zorb Corp.", r"[A-Z]\w+ Corp\."),
+        ("location", "Springfield", r"[A-Z]\w+"),
+        ("location", "Port Zorb", r"[A-Z]\w+ [A-Z]\w+"),
+        ("location", "Lake Zorb Point Nine", r"(\S+ ){3}\S+"),
+    ],
+)
+def test_decoys_of_names_are_no_real_names(kind, value, form):
+    secret = Secret(kind, value, 0, 0, len(value), value.casefold())
+    made = decoys(secret, 60, 1)
+    assert len(set(made)) == 60 and all(re.fullmatch(form, one) for one in made)
+    real = {one.casefold() for one in made[:5]}
+    assert not real & {one.casefold() for one in decoys(secret, 60, 1, real)}
+
+
+def test_names_come_last_and_are_counted_by_row():
+    texts = ["Mail ann.lee@x.org: Ann Lee and Bo.", "Bo met Cy, and Cy met Cy.", "Cyan"]
+    names = [[(5, 12, "person"), (20, 27, "person"), (32, 34, "person")], [(0, 2, "person"), (7, 9, "person")], []]
+    found = inventory.find(texts, entities=names)
+    assert [(one.kind, one.value) for one in found] == [
+        ("email", "ann.lee@x.org"), ("person", "Ann Lee"), ("person", "Bo"), ("person", "Bo"), ("person", "Cy"),
+    ]  # fmt: skip
+    side = task.Side([], found)
+    assert task.in_one_row({"train": side}) == {"ann lee", "cy"}
+    assert task.in_one_row({"train": side, "heldout": task.Side([], [found[-1]])}) == {"ann lee"}
+    chosen, _ = questions.choose(found[2:], 9, 1, {"cy"})
+    assert [one.value for one in chosen] == ["Bo", "Cy"]
+
+
+def test_names_are_trimmed_and_long_texts_cut():
+    for text, name in (
+        ("Ken Lay's", "Ken Lay"), ("James’", "James"), (" Ann\nBo", "Ann"), ("Lee, ", "Lee"),
+        ("J.", None), ("\n", None),
+    ):  # fmt: skip
+        span = entities.trimmed(text)
+        assert (text[slice(*span)] if span else None) == name
+    text = "some words " * 30 + "x" * 50
+    pieces = list(entities.cut(text, 40))
+    assert "".join(part for _, part in pieces) == text and all(len(part) <= 40 for _, part in pieces)
+    assert all(text[start:].startswith(part) for start, part in pieces)
+
+
+def test_a_pipeline_of_spacy(tmp_path):
+    spacy = pytest.importorskip("spacy", reason="spaCy is not installed (the extra `ner`)")
+    pipeline = spacy.blank("en")
+    patterns = [("PERSON", "Maria Vega"), ("ORG", "Zorb Corp."), ("GPE", "Houston"), ("MONEY", "five dollars")]
+    pipeline.add_pipe("entity_ruler").add_patterns([{"label": label, "pattern": text} for label, text in patterns])
+    pipeline.to_disk(tmp_path / "model")
+    folder = str(tmp_path / "model")
+    finder = entities.load(folder, entities.find_package(folder))
+    assert finder.facts == {"model": folder, "version": "0.0.0", "spacy": spacy.__version__}
+    texts = ["", "In Houston, Maria Vega's boss paid five dollars to Zorb Corp.", "x " * 50_001 + "Maria Vega"]
+    found = finder.search(texts)
+    told = [[(text[start:end], kind) for start, end, kind in own] for text, own in zip(texts, found)]
+    assert told == [
+        [],
+        [("Houston", "location"), ("Maria Vega", "person"), ("Zorb Corp.", "organisation")],
+        [("Maria Vega", "person")],
+    ]
+    spacy.blank("en").to_disk(tmp_path / "blank")
+    with pytest.raises(UserError, match="finds none of PERSON"):
+        entities.load("blank", str(tmp_path / "blank"))
+    (tmp_path / "broken").mkdir()
+    with pytest.raises(UserError, match="not a spaCy model that can be loaded"):
+        entities.load("broken", str(tmp_path / "broken"))
