@@ -143,7 +143,12 @@ def new_vocabulary(path: AnyPath, model: PreTrainedModel) -> int | None:
     does not bring all that a base of that size needs."""
     modules = dict(model.named_modules())
     ends = {"embeddings": model.get_input_embeddings(), "head": model.get_output_embeddings()}
-    names = {f"{name}.weight": end for name, module in modules.items() for end, one in ends.items() if module is one}
+    names = {
+        f"{name}.weight": end
+        for name, module in modules.items()
+        for end, end_module in ends.items()
+        if module is end_module
+    }
     rows: dict[str, int] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for tensor, shape in adapter_shapes(path).items():
@@ -151,10 +156,12 @@ def new_vocabulary(path: AnyPath, model: PreTrainedModel) -> int | None:
             shapes |= {plain_name(tensor): shape, tensor.removeprefix("base_model."): shape}
     for name, end in names.items():
         wanted = tuple(cast("torch.Tensor", cast("torch.nn.Module", ends[end]).weight).shape)
-        found = shapes.get(name, wanted)
-        if found[1:] != wanted[1:]:
-            raise UserError(f"{path}: does not fit this base model: its {name} is {list(found)}, not {list(wanted)}")
-        rows[name] = found[0]
+        shape_given = shapes.get(name, wanted)
+        if shape_given[1:] != wanted[1:]:
+            raise UserError(
+                f"{path}: does not fit this base model: its {name} is {list(shape_given)}, not {list(wanted)}"
+            )
+        rows[name] = shape_given[0]
         size = wanted[0]
     if not rows or set(rows.values()) == {size}:
         return None

@@ -333,5 +333,5 @@ def untie_if_different(model: Model) -> None:
     config = model.config.get_text_config()
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     if getattr(config, "tie_word_embeddings", False) and None not in ends and ends[0].weight is not ends[1].weight:
-        for one in (config, model.config):
-            one.tie_word_embeddings = False
+        for part in (config, model.config):
+            part.tie_word_embeddings = False

@@ -217,21 +217,21 @@ def words_of(config: Any) -> list[str]:
     """
     first: list[str] = []
     words: list[str] = []
-    for one in dataclasses.fields(config):
-        value = getattr(config, one.name)
-        if value == one.default:
+    for option in dataclasses.fields(config):
+        value = getattr(config, option.name)
+        if value == option.default:
             continue
         values = [str(item) for item in value] if isinstance(value, tuple) else [str(value)]
         if value is None or value is False or not values:
-            raise ValueError(f"--{one.name}: no word on a command line gives {value!r}")
-        if one.metadata.get("positional"):
+            raise ValueError(f"--{option.name}: no word on a command line gives {value!r}")
+        if option.metadata.get("positional"):
             first += values
         elif value is True:
-            words.append(f"--{one.name}")
+            words.append(f"--{option.name}")
         elif len(values) == 1 and values[0].startswith("-"):
-            words.append(f"--{one.name}={values[0]}")
+            words.append(f"--{option.name}={values[0]}")
         else:
-            words += [f"--{one.name}", *values]
+            words += [f"--{option.name}", *values]
     return first + words
 
 

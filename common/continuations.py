@@ -66,8 +66,8 @@ class ContinuationScorer:
             return False
         slack = TOLERANCE if self.model.dtype == torch.float32 else 100 * TOLERANCE
         return all(
-            np.allclose(one, other, rtol=0, atol=slack)
-            for one, other in zip(shared, self._plain(context, few), strict=True)
+            np.allclose(shared_values, other, rtol=0, atol=slack)
+            for shared_values, other in zip(shared, self._plain(context, few), strict=True)
         )
 
     def _shared(self, context: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[Floats]:

@@ -57,10 +57,10 @@ def read_rows(path: AnyPath, broken: dict[int, str] | None = None, columns: Sequ
     rows: list[Row] = []
     for file in data_files(path):
         own: dict[int, str] | None = None if broken is None else {}
-        found = _read_file(file, own)
+        rows_of_file = _read_file(file, own)
         if broken is not None and own:
             broken.update({len(rows) + index: reason for index, reason in own.items()})
-        rows += found
+        rows += rows_of_file
     return list(rename(path, rows, columns)) if columns else rows
 
 
@@ -210,17 +210,17 @@ def _read_arrow(path: Path, on_disk: bool) -> Sequence[Row]:
         source = pa.memory_map(str(path))
         try:
             stream = pa.ipc.open_stream(source)
-            schema, found = stream.schema, _batches(stream, large)
+            schema, batches = stream.schema, _batches(stream, large)
         except (pa.ArrowInvalid, OSError):
             source.seek(0)
             file = pa.ipc.open_file(source)
             schema = file.schema
-            found = _batches((file.get_batch(index) for index in range(file.num_record_batches)), large)
+            batches = _batches((file.get_batch(index) for index in range(file.num_record_batches)), large)
         else:
             source.seek(max(0, source.size() - len(END_OF_STREAM)))
             if source.read() != END_OF_STREAM:  # truncated between two batches, it would pass for a shorter file
                 raise UserError(f"{path}: the Arrow stream has no end marker; the file is truncated")
-        return _rows_of(path, schema, found, large or (on_disk and sum(map(len, found)) > row_files.MANY))
+        return _rows_of(path, schema, batches, large or (on_disk and sum(map(len, batches)) > row_files.MANY))
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: not an Arrow file, or truncated ({_first_line(error)})") from None
 
@@ -248,8 +248,8 @@ def _read_parquet(path: Path, on_disk: bool) -> Sequence[Row]:
         groups = [file.metadata.row_group(index) for index in range(file.num_row_groups)]
         large = sum(group.total_byte_size for group in groups) > row_files.LARGE
         if on_disk and (large or file.metadata.num_rows > row_files.MANY):
-            found = row_files.map_batches(file.iter_batches(row_files.BLOCK), file.schema_arrow)
-            return _rows_of(path, file.schema_arrow, found, True)
+            batches = row_files.map_batches(file.iter_batches(row_files.BLOCK), file.schema_arrow)
+            return _rows_of(path, file.schema_arrow, batches, True)
         table = pyarrow.parquet.read_table(path)
         return _rows_of(path, table.schema, table.to_batches(), False)
     except (pa.ArrowException, OSError) as error:
@@ -599,7 +599,7 @@ def split_source(
     if not all(is_count(row.get("row_id")) for index, row in enumerate(rows) if index not in broken):
         rows = [{**row, "row_id": index} for index, row in enumerate(rows)]
     ids = [row["row_id"] if is_count(row.get("row_id")) else -1 for row in rows]  # -1: broken ones
-    parts = split([{"gt-name": "", "row_id": one} for one in ids], manifest)
+    parts = split([{"gt-name": "", "row_id": row_id} for row_id in ids], manifest)
     head, pii, train = ([i for i in part if i not in broken] for part in (parts.head, parts.pii, parts.train))
     start = (manifest or {}).get("split_start")
     if start is None and train:

@@ -502,7 +502,7 @@ def sweep(
         size = batch_size or _rows_by_memory(engine, prompts, targets, len(temperatures), max_tokens)
         while order:
             chunk = order[: engine.chunk([len(prompts[i]) for i in order], size)]
-            found = _decode_chunk(
+            answers_of_chunk = _decode_chunk(
                 engine,
                 [prompts[i] for i in chunk],
                 [keys[i] for i in chunk],
@@ -513,7 +513,7 @@ def sweep(
                 seed,
                 stop,
             )
-            for i, answer in zip(chunk, found):
+            for i, answer in zip(chunk, answers_of_chunk):
                 answers[i] = answer
             order = order[len(chunk) :]
             if progress:

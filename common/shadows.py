@@ -106,7 +106,7 @@ def read(folder: AnyPath) -> Shadows:
     if not (folder / POOL).is_file():
         raise UserError(f"--shadows {folder}: no {POOL} in it; give the --output_dir of mia/shadow.py")
     header, lines = read_pool(folder)
-    found, unfinished = [], 0
+    finished, unfinished = [], 0
     for place in sorted(folder.glob("shadow-*"), key=lambda path: (len(path.name), path.name)):
         file = place / "run.json"
         record = results.read_json(file, REMEDY) if file.is_file() else {}
@@ -123,7 +123,7 @@ def read(folder: AnyPath) -> Shadows:
         checkpoints = tuple(find_checkpoints(place))
         for checkpoint in checkpoints:
             adapter_files.adapter_shapes(checkpoint)  # UserError if it is damaged
-        found.append(Shadow(place, checkpoints, seen))
-    if not found:
+        finished.append(Shadow(place, checkpoints, seen))
+    if not finished:
         raise UserError(f"--shadows {folder}: none of its shadows is finished; run mia/shadow.py again")
-    return Shadows(folder, header["settings"], frozenset(line["sha256"] for line in lines), tuple(found), unfinished)
+    return Shadows(folder, header["settings"], frozenset(line["sha256"] for line in lines), tuple(finished), unfinished)

@@ -79,7 +79,7 @@ class Group:
         buffer = self.buffers[self.turn]
         if buffer is None or len(buffer) < layer.size:
             self.synchronize()
-            size = max(one.size for ref in self.layers if (one := ref()))
+            size = max(layer_left.size for ref in self.layers if (layer_left := ref()))
             buffer = self.buffers[self.turn] = torch.empty(size, dtype=torch.uint8, device=self.device)
             self.synchronize()
         whole = buffer[: layer.size]
@@ -228,8 +228,8 @@ class Layer:
 
 def layers_of(model: Any) -> list[Layer]:
     """The spread layers of a model; [] for a model that is whole."""
-    found: list[Layer] = getattr(model, "spread_layers", [])
-    return found
+    layers: list[Layer] = getattr(model, "spread_layers", [])
+    return layers
 
 
 def ranks_of(model: Any) -> int:
@@ -275,17 +275,17 @@ def _blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The modules in the outermost lists of modules: the decoder layers, by whatever name."""
     from torch.nn import ModuleList
 
-    found: dict[int, torch.nn.Module] = {}
+    blocks: dict[int, torch.nn.Module] = {}
 
     def visit(module: torch.nn.Module) -> None:
         for child in module.children():
             if isinstance(child, ModuleList):
-                found.update({id(block): block for block in child})
+                blocks.update({id(block): block for block in child})
             else:
                 visit(child)
 
     visit(model)
-    return list(found.values())
+    return list(blocks.values())
 
 
 def _outside(model: torch.nn.Module, blocks: list[torch.nn.Module]) -> Iterator[torch.nn.Parameter]:

@@ -79,14 +79,14 @@ def _files_of(path: str, split: str | None, config: str | None) -> list[Path]:
     datasets.logging.set_verbosity_error()
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            found = datasets.load_dataset(name, config, split=chosen)
+            loaded = datasets.load_dataset(name, config, split=chosen)
     except Exception as error:  # of the hub's client, of the network, of a builder: no common class
         first = " ".join(str(error).strip().partition("\n")[0].split())[:200] or type(error).__name__
         what = "a data set" if os.path.isdir(path) else "a file here, and no data set that can be loaded from the hub"
         offline = " (offline: HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
         raise UserError(f"{path}: not {what}{offline}: {first}") from None
-    files = [Path(item["filename"]) for item in found.cache_files]
-    if not files or sum(len(datasets.Dataset.from_file(str(one))) for one in files) != len(found):
+    files = [Path(item["filename"]) for item in loaded.cache_files]
+    if not files or sum(len(datasets.Dataset.from_file(str(entry))) for entry in files) != len(loaded):
         raise UserError(f"{path}: its rows are not files of their own; save it with save_to_disk, and give the folder")
     return files
 
@@ -110,7 +110,7 @@ def data_files(path: AnyPath) -> list[Path]:
 
 def _splits(folder: Path) -> list[str]:
     """The splits in the folder of a DatasetDict."""
-    return sorted(one.name for one in folder.iterdir() if (one / STATE).is_file())
+    return sorted(entry.name for entry in folder.iterdir() if (entry / STATE).is_file())
 
 
 def _saved(folder: Path) -> list[Path]:

@@ -152,11 +152,11 @@ def window_hashes(codes: npt.NDArray[np.uint64], length: int) -> npt.NDArray[np.
 
 def _holds(texts: Flat, source: Flat, length: int) -> npt.NDArray[np.bool]:
     """[len(texts)] whether any `length` consecutive characters of a text occur in `source`; both from `_flatten`."""
-    found = []
+    hashed = []
     for codes, _, left in (texts, source):
         hashes = window_hashes(codes, length)
-        found.append((hashes, left[: len(hashes)] >= length))
-    (mine, valid), (source_hashes, inside) = found
+        hashed.append((hashes, left[: len(hashes)] >= length))
+    (mine, valid), (source_hashes, inside) = hashed
     source_hashes = np.sort(source_hashes[inside])
     owner = texts[1][: len(mine)][valid]
     held = np.zeros(int(texts[1].max(initial=-1)) + 1, bool)

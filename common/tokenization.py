@@ -49,17 +49,17 @@ def special_tokens_in(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) 
     special = set(tokenizer.all_special_tokens)
     special |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     start = tokenizer.bos_token
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     pattern = re.compile("|".join(map(re.escape, sorted(filter(None, special), key=len, reverse=True))) or r"(?!)")
     for text in texts:
         for token in set(pattern.findall(text.removeprefix(start) if start else text)):
-            found[token] = found.get(token, 0) + 1
-    return dict(sorted(found.items()))
+            counts[token] = counts.get(token, 0) + 1
+    return dict(sorted(counts.items()))
 
 
-def special_tokens_note(found: dict[str, int]) -> str:
+def special_tokens_note(texts_with: dict[str, int]) -> str:
     """One line summarising `special_tokens_in`."""
-    counts = ", ".join(f"{token} in {n}" for token, n in found.items())
+    counts = ", ".join(f"{token} in {n}" for token, n in texts_with.items())
     return f"special tokens typed in the texts are encoded as special tokens: {counts}"
 
 

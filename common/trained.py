@@ -90,8 +90,8 @@ class TrainedRows(Header):
 
         digest, (keys, order) = text_sha256(text, self.salt), self._by_hash
         key = np.uint64(_key(digest))
-        found = order[np.searchsorted(keys, key, "left") : np.searchsorted(keys, key, "right")]
-        return [row for row in (self.rows[int(place)] for place in found) if row.sha256 == digest]
+        places = order[np.searchsorted(keys, key, "left") : np.searchsorted(keys, key, "right")]
+        return [row for row in (self.rows[int(place)] for place in places) if row.sha256 == digest]
 
 
 def _key(sha256: str) -> int:

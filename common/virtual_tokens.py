@@ -63,7 +63,7 @@ class VirtualTokens:
         """A cache of `count` rows, which the caller may append to."""
         import torch
 
-        if torch.is_grad_enabled() and any(one.requires_grad for one in self.parameters):
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters):
             if count != 1:
                 raise ValueError("gradients of virtual tokens: one text at a time")
             return self._make()
@@ -100,15 +100,15 @@ class VirtualTokens:
         longest = int(getattr(self.model.config, "max_position_embeddings", 0) or 1 << 30) - self.count
         ids = torch.arange(1, 1 + min(PROBE_TOKENS, longest), device=self.model.device)[None] * 7 % vocabulary
         try:
-            found = self.model(input_ids=ids).logits[0].float()
+            own_logits = self.model(input_ids=ids).logits[0].float()
         except torch.OutOfMemoryError:
             raise
         except NOT_LIKE_PEFT as why:
             raise UserError(f"{name}: {refusal(self.model)} ({' '.join(str(why).split())[:200]})") from None
         with self.silent():
-            wanted = self.attached(input_ids=ids).logits[0, -ids.shape[1] :].float().to(found.device)
+            wanted = self.attached(input_ids=ids).logits[0, -ids.shape[1] :].float().to(own_logits.device)
         slack = 2e-3 if next(self.model.parameters()).dtype == torch.float32 else 0.1
-        error = float((found - wanted).abs().max() / wanted.std().clamp(min=1e-6))
+        error = float((own_logits - wanted).abs().max() / wanted.std().clamp(min=1e-6))
         if not error < slack:
             raise UserError(f"{name}: {refusal(self.model)} (off by {error:.2g} standard deviations)")
 
@@ -149,8 +149,8 @@ def installed(model: PreTrainedModel, attached: PeftModel, name: str) -> Iterato
 
 def of(model: Any) -> VirtualTokens | None:
     """Those installed before a model's texts, if any."""
-    found: VirtualTokens | None = getattr(model, "__dict__", {}).get(ATTRIBUTE)
-    return found
+    installed_tokens: VirtualTokens | None = getattr(model, "__dict__", {}).get(ATTRIBUTE)
+    return installed_tokens
 
 
 def count(model: Any) -> int:

@@ -92,7 +92,7 @@ def enough(inside: Sequence[float] | None = None, out: Sequence[float] | None = 
 
 def spread(values: Sequence[float], deviation: float | None) -> float:
     """`deviation`, or if None that of the values (n − 1); undefined if it is 0."""
-    found = float(np.std(np.asarray(values, np.float64), ddof=1)) if deviation is None else deviation
-    if not found > 0:
+    deviation_used = float(np.std(np.asarray(values, np.float64), ddof=1)) if deviation is None else deviation
+    if not deviation_used > 0:
         raise Undefined("its scores under the shadows do not vary")
-    return found
+    return deviation_used

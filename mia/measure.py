@@ -123,27 +123,27 @@ def measure(
             files = record.files
             assert files is not None  # the record has an Output
             frequencies = count_tokens(tokenizer, task.corpus) if task.corpus else None
-            found, reasons = score_texts(task, config, evidence, reference, frequencies)
+            target_scores, reasons = score_texts(task, config, evidence, reference, frequencies)
             base_scores: Scores = {}
             base_reasons: Reasons = {}
             if base:
                 base_scores, base_reasons = score_texts(alone, config, base, None, frequencies)
             if shadows:
-                calibrated.add_scores(task, evidence, shadows, found, reasons)
+                calibrated.add_scores(task, evidence, shadows, target_scores, reasons)
                 if base:
                     calibrated.add_scores(task, base, shadows, base_scores, base_reasons)
-            lines, rows, kept = report(task, config, info, found, reasons, evidence, base_scores, base_reasons)
+            lines, rows, kept = report(task, config, info, target_scores, reasons, evidence, base_scores, base_reasons)
             for key, value in kept.items():
                 record[key] = value
             if shadows:
                 calibrated.describe(shadows, lines, rows)
-                files.write_jsonl(folder / calibrated.RISK, calibrated.risk(task, shadows, found, reasons))
+                files.write_jsonl(folder / calibrated.RISK, calibrated.risk(task, shadows, target_scores, reasons))
             else:
                 (folder / calibrated.RISK).unlink(missing_ok=True)  # of an earlier run with shadows
             files.write_jsonl(folder / "scores_mia.jsonl", rows)
             flags = sorted({flag for line in lines for flag in line["flags"] if not flag.startswith("coarse")})
             with files.open(folder / "roc_mia.png", "wb") as file:
-                draw_roc(found, task, flags, name).savefig(file, format="png", dpi=120)
+                draw_roc(target_scores, task, flags, name).savefig(file, format="png", dpi=120)
             files.write_jsonl(folder / "results_mia.jsonl", lines)
             world.say(f"{name}\n{table(lines)}")
             if shadows:
@@ -189,14 +189,16 @@ def _targets_below(config: MiaConfig, folder: str, problems: cli.Problems) -> Ta
         problems.add(f"--dir {folder}: no such directory; give one with checkpoint-* below it")
         return [], [], {}
     paths = find_checkpoints(folder)
-    found, unusable = look_up_all(problems, paths, config.revision, config.base_model, "--dir", config.quantization)
+    checkpoints_found, unusable = look_up_all(
+        problems, paths, config.revision, config.base_model, "--dir", config.quantization
+    )
     if not paths:
         problems.lines.append(f"--dir {folder}: no checkpoint-* directory below it")
     targets = []
-    for path, ref, _ in found:
+    for path, ref, _ in checkpoints_found:
         inside = path.relative_to(folder)
         targets.append((inside.as_posix(), ref, Path(config.output_dir) / inside if config.output_dir else path))
-    return targets, [tokenizer for _, _, tokenizer in found], unusable
+    return targets, [tokenizer for _, _, tokenizer in checkpoints_found], unusable
 
 
 def cache_folder(root: AnyPath) -> Path:
@@ -232,7 +234,7 @@ def check(config: MiaConfig) -> Plan:
     if config.ref_model:
         given = (problems, config.ref_model, None, config.base_model, "--ref_model")
         models.look_up(*given, quantized=config.quantization)
-    if task and task.whole and not config.chat_template and len({str(one.chat_template) for one in known}) > 1:
+    if task and task.whole and not config.chat_template and len({str(each.chat_template) for each in known}) > 1:
         problems.add(f"--dir {config.dir}: its checkpoints have different chat templates; attack them one by one")
     if problems.lines or task is None:
         raise cli.UserError(*problems.lines)

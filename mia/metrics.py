@@ -123,10 +123,10 @@ def bootstrap(
     rates = {level: np.empty(len(member_draws)) for level in levels}
     for part in blocks(len(member_draws), max(len(members), len(nonmembers))):
         counts = running(nonmember_draws[part][:, down])  # of non-members, from the largest down
-        found = running(member_draws[part][:, up])
+        member_counts = running(member_draws[part][:, up])
         for level in levels:
             cut = (counts[:, 1:] > allowed(level, len(nonmembers))).argmax(1)
-            rates[level][part] = found[np.arange(len(found)), exceeding[cut]] / len(members)
+            rates[level][part] = member_counts[np.arange(len(member_counts)), exceeding[cut]] / len(members)
     return rates
 
 

@@ -41,14 +41,14 @@ def own_neighbours(
         return logits.topk(min(most, logits.shape[-1]), -1).indices.float()  # exact below 2^24 tokens
 
     made: list[list[list[int]]] = [[] for _ in sequences]
-    for index, _, found in score(
+    for index, _, proposed in score(
         model, sequences, token_budget=token_budget, statistics=proposals, context=max(map(len, sequences))
     ):
         ids = list(sequences[index])
         where = places(len(ids) - 1, ids, seed)
         for place, rank in deal(len(where)):
             position = where[place] + 1
-            others = [token for token in found[position - 1].astype(np.int64).tolist() if token != ids[position]]
+            others = [token for token in proposed[position - 1].astype(np.int64).tolist() if token != ids[position]]
             if rank < len(others):
                 made[index].append([*ids[:position], others[rank], *ids[position + 1 :]])
     return made
@@ -99,12 +99,12 @@ class MaskedProposer:
                 mask[row, : lengths[job]] = 1
             with torch.no_grad():
                 logits = self.model(ids.to(self.model.device), attention_mask=mask.to(self.model.device)).logits
-            found = (
+            proposed = (
                 logits[torch.arange(len(batch)), [jobs[job][1] for job in batch]]
                 .topk(min(4 * N_NEIGHBOURS, logits.shape[-1]), -1)
                 .indices
             )
-            for job, proposals in zip(batch, found.tolist()):
+            for job, proposals in zip(batch, proposed.tolist()):
                 index, place, wanted = jobs[job]
                 start, end = encoded["offset_mapping"][index][place]
                 words = self._words(proposals, texts[index][start:end])

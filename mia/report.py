@@ -56,15 +56,15 @@ def by_class(values: Iterable[float | None], labels: Iterable[int]) -> tuple[lis
     return [value for value, label in pairs if label], [value for value, label in pairs if not label]
 
 
-def matrix(found: Scores) -> Floats:
+def matrix(scores: Scores) -> Floats:
     """Scores [n, A] with NaN for None, of the attacks that do not know the labels."""
-    columns = [column for name, column in found.items() if name not in FROM_LABELS]
+    columns = [column for name, column in scores.items() if name not in FROM_LABELS]
     return np.array([[np.nan if value is None else value for value in column] for column in columns]).T
 
 
-def combined(found: Scores, labels: Sequence[int], seed: int) -> list[float | None] | None:
+def combined(by_attack: Scores, labels: Sequence[int], seed: int) -> list[float | None] | None:
     """Cross-fitted log-odds over all scores; None for a text without any score. None below 5 texts per class."""
-    scores = metrics.usable(matrix(found))
+    scores = metrics.usable(matrix(by_attack))
     some = [index for index in range(len(labels)) if not np.isnan(scores[index]).all()]
     odds = metrics.cross_fit(scores[some], [labels[index] for index in some], metrics.logistic, seed) if some else None
     if odds is None:
@@ -82,7 +82,7 @@ def report(
     task: MembershipTask,
     config: MiaConfig,
     info: Mapping[str, Any],
-    found: Scores,
+    target_scores: Scores,
     reasons: Reasons,
     evidence: Evidence,
     base_scores: Scores,
@@ -110,12 +110,12 @@ def report(
 
     test = metrics.dataset_inference
     whole = {
-        "target": test(matrix(found), task.labels, config.seed),
+        "target": test(matrix(target_scores), task.labels, config.seed),
         "base": test(matrix(base_scores), task.labels, config.seed) if base_scores else None,
         "blind": task.blind_test,
     }
     if config.combine:
-        for some, missing_of in ((found, reasons), (base_scores, base_reasons)):
+        for some, missing_of in ((target_scores, reasons), (base_scores, base_reasons)):
             if some:
                 odds = combined(some, task.labels, config.seed)
                 reason = "fewer than 5 texts in a class" if odds is None else "no score to combine"
@@ -128,7 +128,7 @@ def report(
         "nonmembers": len({other for _, other in task.duplicates}),
     }
     lines, n = [], len(task.texts)
-    for attack, values in found.items():
+    for attack, values in target_scores.items():
         made = metrics.summarize(*by_class(values, task.labels), draws, cross_fitted=attack == "combine")
         members, nonmembers = map(len, by_class(values, task.labels))
         why = list(reasons.get(attack, {}).values())
@@ -177,7 +177,7 @@ def report(
     rows = []
     for index in range(n):
         row: dict[str, Any] = {"id": task.ids[index], "label": task.labels[index]}
-        row |= {attack: values[index] for attack, values in found.items()}
+        row |= {attack: values[index] for attack, values in target_scores.items()}
         row |= {name: None if values is None else float(values[index]) for name, values in task.blind.items()}
         row["text_sha256"] = hashlib.sha256(task.texts[index].encode()).hexdigest()
         row["null"] = {attack: missing[index] for attack, missing in reasons.items() if index in missing}
@@ -230,9 +230,9 @@ def table(lines: Lines) -> str:
             continue
         low, high = line["auc_ci"]
         tpr, at_one = line["tpr_at_fpr"], line["tpr_at_fpr_ci"]["0.01"]
-        one = rate(tpr["0.01"]) + (f" ({at_one[0]:.1%}–{at_one[1]:.1%})" if at_one else "")
+        at_1 = rate(tpr["0.01"]) + (f" ({at_one[0]:.1%}–{at_one[1]:.1%})" if at_one else "")
         base = "—" if line["base"]["auc"] is None else f"{line['base']['auc']:.3f}"
-        words = f"{line['attack']:<18} {line['auc']:.3f} ({low:.3f}–{high:.3f})  {rate(tpr['0.1']):>15} {one:>20}"
+        words = f"{line['attack']:<18} {line['auc']:.3f} ({low:.3f}–{high:.3f})  {rate(tpr['0.1']):>15} {at_1:>20}"
         shown.append(f"{words} {rate(tpr['0.001']):>7}  {base:<5}  {' '.join(line['flags'])}".rstrip())
     first = lines[0]
     for name, made in first["blind"].items():

@@ -111,7 +111,7 @@ def usable(group: Groups) -> list[list[float]]:
 def calibrate(passes: Passes, ref: ModelRef, encoded: Encoded, task: MembershipTask, shadows: Shadows) -> Calibration:
     """Run the target's tokens through every shadow that fits the target, on its base."""
     chosen, reason = fitting(ref, shadows)
-    found = Calibration(len(chosen), reason, {}, {})
+    calibration = Calibration(len(chosen), reason, {}, {})
     scored = scorable(encoded, models.context_of(ref))
     digests = [text_sha256(task.texts[index]) for index in scored]
     for shadow, checkpoint in chosen:
@@ -120,13 +120,13 @@ def calibrate(passes: Passes, ref: ModelRef, encoded: Encoded, task: MembershipT
         values = passes.statistics(model, [encoded.tokens[index] for index in scored], "logp")
         for index, digest, logp in zip(scored, digests, values):
             if digest in shadows.pool:
-                group = found.inside if digest in shadow.seen else found.out
+                group = calibration.inside if digest in shadow.seen else calibration.out
                 group.setdefault(index, []).append(attacks.loss(logp))
-    return found
+    return calibration
 
 
-def add_scores(task: MembershipTask, evidence: Evidence, made: Calibration, found: Scores, reasons: Reasons) -> None:
-    """Add lira, lira_offline and rmia of every text to `found`, and the reason for each None to `reasons`.
+def add_scores(task: MembershipTask, evidence: Evidence, made: Calibration, scores: Scores, reasons: Reasons) -> None:
+    """Add lira, lira_offline and rmia of every text to `scores`, and the reason for each None to `reasons`.
 
     evidence: of the target, or of the base as a control. The population of rmia are the non-members; nothing else
     depends on a label.
@@ -166,7 +166,7 @@ def add_scores(task: MembershipTask, evidence: Evidence, made: Calibration, foun
             except Undefined as reason:
                 column.append(None)
                 reasons.setdefault(name, {})[index] = str(reason)
-        found[name] = column
+        scores[name] = column
 
 
 def describe(made: Calibration, lines: Lines, rows: Lines) -> None:

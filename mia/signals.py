@@ -185,7 +185,7 @@ def gather(
                 evidence.after[name] = over(scored, passes.after_prefix(ref, sequences, prefix, skip))
     if "neighborhood" in wanted:
         chosen = [encoded.texts[index] for index in scored]
-        found = passes.neighbours(
+        neighbours = passes.neighbours(
             ref,
             sequences,
             chosen,
@@ -195,7 +195,7 @@ def gather(
             config.neighbor_model,
             task.whole,
         )
-        evidence.neighbours = over(scored, found)
+        evidence.neighbours = over(scored, neighbours)
     if "grad_norm" in wanted and gradients and ref.adapter:
         evidence.gradient = over(scored, passes.gradient_norms(ref, sequences))
     return evidence
@@ -212,7 +212,7 @@ def score_texts(
 
     frequencies: from `count_tokens`; None if dc_pdd is not among the attacks.
     """
-    found: Scores = {}
+    scores: Scores = {}
     reasons: Reasons = {}
 
     def apply(keys: list[str], function: Callable[[int], float | list[float]]) -> None:
@@ -234,7 +234,7 @@ def score_texts(
                     reasons.setdefault(key, {})[index] = str(reason)
             for column, value in zip(columns, values):
                 column.append(value)
-        found.update(zip(keys, columns))
+        scores.update(zip(keys, columns))
 
     def logp(index: int) -> Array:
         return evidence.tokens[index][:, LOGP]
@@ -291,11 +291,11 @@ def score_texts(
         if attack.startswith("min_k"):
             family = "min_k_pp" if attack.startswith("min_k_pp") else "min_k"
             asked = attacks.PERCENTS if attack == family else [int(attack.rpartition("_")[2])]
-            ks = [k for k in asked if f"{family}_{k}" not in found]
+            ks = [k for k in asked if f"{family}_{k}" not in scores]
             apply([f"{family}_{k}" for k in ks], partial(min_k if family == "min_k" else min_k_pp, ks=ks))
         else:
             apply([neighbours if attack == "neighborhood" else attack], functions[attack])
-    return found, reasons
+    return scores, reasons
 
 
 def count_tokens(tokenizer: PreTrainedTokenizerBase, corpus: Sequence[str]) -> npt.NDArray[np.int64]:

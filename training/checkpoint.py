@@ -213,14 +213,14 @@ def load_state(trainer: "Trainer", state: dict[str, Any], folder: Path) -> None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """checkpoint-<step> directories of a run, by step."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    folders = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    return sorted(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 def saved_states(folder: Path) -> list[Path]:
     """Directories of a run that contain a training state, newest last."""
-    found = [*checkpoints(folder), folder / "interrupted", folder / "private"]
-    return [path for path in found if (path / "training_state.pt").is_file()]
+    folders = [*checkpoints(folder), folder / "interrupted", folder / "private"]
+    return [path for path in folders if (path / "training_state.pt").is_file()]
 
 
 def read_state(folder: Path) -> dict[str, Any]:

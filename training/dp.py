@@ -76,10 +76,12 @@ def epsilon(
     prv.history = [(noise_multiplier, sample_rate, steps)]
     with np.errstate(divide="ignore", invalid="ignore"):  # log in a region that np.where discards (q = 1)
         try:
-            found = float(prv.get_epsilon(delta=delta, eps_error=max(min(error, max(rdp, 0.01) / 50), rdp / 2000)))
+            prv_epsilon = float(
+                prv.get_epsilon(delta=delta, eps_error=max(min(error, max(rdp, 0.01) / 50), rdp / 2000))
+            )
         except (ValueError, RuntimeError):
             return rdp
-    return max(0.0, found) if math.isfinite(found) else rdp
+    return max(0.0, prv_epsilon) if math.isfinite(prv_epsilon) else rdp
 
 
 def noise_multiplier(target: float, sample_rate: float, steps: int, delta: float, accountant: str = "prv") -> float:

@@ -96,19 +96,23 @@ class DPTrainer(Trainer):
         sums = list(total.values())
         loss, weight, clipped, dropped, stop = self.reduce(sums, signals)
         deviation = spending.noise_multiplier * spending.max_grad_norm if spending.noise_multiplier else 0.0
-        found: dict[str, Any] = {"batch": len(drawn), "clipped": clipped / max(1, len(drawn)), "dropped": int(dropped)}
+        measured: dict[str, Any] = {
+            "batch": len(drawn),
+            "clipped": clipped / max(1, len(drawn)),
+            "dropped": int(dropped),
+        }
         if deviation:
-            size = math.sqrt(sum(float(one.double().square().sum()) for one in sums))
-            found["signal_to_noise"] = size / (deviation * math.sqrt(plan.n_trainable))
-            noise = dp.gaussian(self.secret, number, [one.shape for one in sums], spending.secure_rng)
-            for one, add in zip(sums, noise):  # identical on every rank, because sums and stream are
-                one.add_(torch.from_numpy(add).to(one.device), alpha=deviation)
-        for name, one in total.items():
-            self.examples.named[name].grad = one.div_(spending.logical_batch).to(self.examples.named[name].dtype)
+            size = math.sqrt(sum(float(total_of.double().square().sum()) for total_of in sums))
+            measured["signal_to_noise"] = size / (deviation * math.sqrt(plan.n_trainable))
+            noise = dp.gaussian(self.secret, number, [total_of.shape for total_of in sums], spending.secure_rng)
+            for total_of, add in zip(sums, noise):  # identical on every rank, because sums and stream are
+                total_of.add_(torch.from_numpy(add).to(total_of.device), alpha=deviation)
+        for name, total_of in total.items():
+            self.examples.named[name].grad = total_of.div_(spending.logical_batch).to(self.examples.named[name].dtype)
         count["tokens"] += sum(self.lengths[row] for unit in units for row in unit)
         count["window_loss"] += loss
         count["window_weight"] += int(weight)
-        return found | {"epsilon_rdp": self.spent(number), "stop": stop > 0}
+        return measured | {"epsilon_rdp": self.spent(number), "stop": stop > 0}
 
     def record_losses(self, rows: list[Row]) -> torch.Tensor:
         """Mean −log p over each row's own labels, float32 (rows,)."""
@@ -180,8 +184,8 @@ def suggest(config: TrainConfig, plan: Plan) -> None:
         training = DPTrainer(config, plan, world, models.resolve_dtype(config.dtype, world.device), bytes(32))
         norms = training.record_norms()
         shares = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)
-        found = "  ".join(f"{share:.0%} {item:.3g}" for share, item in zip(shares, norms.quantile(shares)))
-        world.say(f"per-record gradient norms of {len(norms)} public rows at the initial weights: {found}")
+        quantiles = "  ".join(f"{share:.0%} {item:.3g}" for share, item in zip(shares, norms.quantile(shares)))
+        world.say(f"per-record gradient norms of {len(norms)} public rows at the initial weights: {quantiles}")
         world.say(f"suggestion: --max_grad_norm {norms.median():.2g} (the median; about half the records are clipped)")
     finally:
         world.close()

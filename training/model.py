@@ -147,7 +147,9 @@ def check_targets(targets: Sequence[str], config: "PreTrainedConfig") -> None:
                 f"parameter for all experts, which is not supported; list the layers: --target_modules {kinds}"
             )
         targets = ()
-    refused = {name.split(".")[-1] for name in linear if not targets or any(_is_named(name, one) for one in targets)}
+    refused = {
+        name.split(".")[-1] for name in linear if not targets or any(_is_named(name, pattern) for pattern in targets)
+    }
     if refused & never:
         raise UserError(
             f"--target_modules: LoRA does not work on {' and '.join(sorted(refused & never))} of {config.model_type}; "
@@ -189,8 +191,8 @@ def lora_layers(model: "PeftModel") -> "dict[str, LoraLinear]":
     """Name → PEFT layer, for every adapted layer."""
     from peft.tuners.lora import LoraLayer
 
-    found = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    return cast("dict[str, LoraLinear]", found)  # check_targets allows only linear layers
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    return cast("dict[str, LoraLinear]", layers)  # check_targets allows only linear layers
 
 
 def subtract_adapter(model: "PeftModel") -> None:

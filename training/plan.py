@@ -153,7 +153,9 @@ class Plan:
         """The number of tokens of each sequence."""
         tokens = tokenised.lengths(self.train)
         packed = isinstance(self.sequences, list)  # otherwise each row is a sequence
-        return array("i", [sum(tokens[place] for place in one) for one in self.sequences]) if packed else tokens
+        return (
+            array("i", [sum(tokens[place] for place in sequence) for sequence in self.sequences]) if packed else tokens
+        )
 
     @property
     def private(self) -> Path:

@@ -143,7 +143,7 @@ class Trainer:
         config, count = self.config, self.count
         number = count["step"] + 1
         torch.manual_seed(self.dropout_seed(number))
-        found = self.gradient(number)
+        measured = self.gradient(number)
         self.scaler.unscale_(self.optimizer)
         length = torch.nn.utils.clip_grad_norm_(self.trainable, self.clip_bound)
         norm = float(length.full_tensor() if hasattr(length, "full_tensor") else length)
@@ -158,7 +158,7 @@ class Trainer:
             self.scheduler.step()
         count["step"] = number
         count["updates"] += int(not skipped and rate > 0)
-        return {"lr": rate, "grad_norm": norm if math.isfinite(norm) else None} | found
+        return {"lr": rate, "grad_norm": norm if math.isfinite(norm) else None} | measured
 
     def members(self, number: int) -> list[int]:
         """The sequences of step `number` (from 1)."""
@@ -181,7 +181,7 @@ class Trainer:
             # FSDP averages the gradients it reduces; ours must be summed.
             torch.autograd.backward(self.scaler.scale(share * world.size if self.sharded else share))
             total += share.detach().to(total.device)
-        gradients = [one.grad for one in self.trainable if one.grad is not None]
+        gradients = [parameter.grad for parameter in self.trainable if parameter.grad is not None]
         loss, stop = self.reduce([] if self.sharded else gradients, [total, self.stopping])
         if not math.isfinite(loss):
             raise FloatingPointError(f"step {number}: the loss is {loss}; {self.last_good()}")
@@ -192,17 +192,17 @@ class Trainer:
 
     def reduce(self, shared: list[torch.Tensor], signals: list[torch.Tensor | float]) -> list[float]:
         """Sum `shared` (tensors, in place) and `signals` (numbers, returned) over the ranks in one collective."""
-        stacked = torch.stack([torch.as_tensor(one, dtype=torch.float64).cpu() for one in signals])
+        stacked = torch.stack([torch.as_tensor(item, dtype=torch.float64).cpu() for item in signals])
         if not self.world.backend:
-            return [float(one) for one in stacked.tolist()]
+            return [float(item) for item in stacked.tolist()]
         # float32 is exact enough for these sums; a loss is rounded as on one rank
-        parts = [*(one.flatten().float() for one in shared), stacked.float().to(self.world.device)]
+        parts = [*(item.flatten().float() for item in shared), stacked.float().to(self.world.device)]
         flat = self.world.sum_(torch.cat(parts))
         start = 0
-        for one in shared:
-            one.copy_(flat[start : start + one.numel()].view_as(one))
-            start += one.numel()
-        return [float(one) for one in flat[start:].tolist()]
+        for item in shared:
+            item.copy_(flat[start : start + item.numel()].view_as(item))
+            start += item.numel()
+        return [float(item) for item in flat[start:].tolist()]
 
     def last_good(self) -> str:
         saved = checkpoint.checkpoints(self.plan.folder)

@@ -32,7 +32,7 @@ def check_examples(trainer: "DPTrainer") -> None:
     """
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(len(trainer.plan.tokenizer), (n,), generator=generator).tolist() for n in (7, 12, 9)]
-    rows, examples = [whole_row(one) for one in ids], trainer.examples
+    rows, examples = [whole_row(row_ids) for row_ids in ids], trainer.examples
     kept = {name: item.detach().clone() for name, item in examples.named.items() if ".lora_B." in name}
     trainer.model.eval()
     with torch.no_grad():
@@ -42,14 +42,14 @@ def check_examples(trainer: "DPTrainer") -> None:
     examples.begin(len(rows))
     with examples.of(list(range(len(rows)))):
         torch.autograd.backward(trainer.record_losses(rows).sum())
-    found, exact = examples.gradients, trainer.dtype == torch.float32
+    gradients, exact = examples.gradients, trainer.dtype == torch.float32
     for place, row in enumerate(rows):
         with examples.off():
             torch.autograd.backward(trainer.record_losses([row]).sum())
         missed = size = 0.0
         for name, item in examples.named.items():
             alone = torch.zeros_like(item) if item.grad is None else item.grad
-            here = found[name][place] if name in found else torch.zeros_like(item)
+            here = gradients[name][place] if name in gradients else torch.zeros_like(item)
             if exact and not (here - alone).abs().max() <= 1e-3 * max(float(alone.abs().max()), 1e-8):
                 raise RuntimeError(f"--dp: {name}: its per-example gradient is wrong on this model; not supported")
             missed += float((here - alone).double().square().sum())
@@ -71,7 +71,7 @@ def check_packing(trainer: "Trainer") -> None:
     generator, length = torch.Generator().manual_seed(0), trainer.plan.max_length
     sizes = (max(2, 2 * length // 3), max(2, length - 2 * length // 3))
     ids = [torch.randint(len(trainer.plan.tokenizer), (n,), generator=generator).tolist() for n in sizes]
-    rows, tolerance = [whole_row(one) for one in ids], 1e-3 if trainer.dtype == torch.float32 else 0.1
+    rows, tolerance = [whole_row(row_ids) for row_ids in ids], 1e-3 if trainer.dtype == torch.float32 else 0.1
     refused = UserError("--packing: this model does not keep the rows of a sequence apart; drop the flag")
     trainer.model.eval()
     with torch.no_grad():
