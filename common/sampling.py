@@ -566,12 +566,15 @@ def _decode_chunk(
     branch_node = branch_row.clone()
     node_row = torch.arange(rows, device=device)
     for step in range(max_tokens):
-        values, candidates = top_k_with_ties(logits, top_k)
-        noise = gumbel(seed, row_key[node_row], template_key[node_row], step, candidates)
-        scores = values.double()[branch_node] / heat[branch_heat, None] + noise[branch_node] * noisy[branch_heat, None]
-        token = candidates[branch_node].gather(-1, scores.argmax(-1, keepdim=True))[:, 0]
-        greedy = noisy[branch_heat] == 0
-        token[greedy] = logits.argmax(-1)[branch_node[greedy]]  # break ties like `generate`
+        token = logits.argmax(-1)[branch_node]  # at temperature 0; breaks ties like `generate`
+        random = noisy[branch_heat] > 0
+        if bool(random.any()):
+            drawn_from, place = torch.unique(branch_node[random], return_inverse=True)  # nodes; the others are greedy
+            values, candidates = top_k_with_ties(logits[drawn_from], top_k)
+            owner = node_row[drawn_from]
+            noise = gumbel(seed, row_key[owner], template_key[owner], step, candidates)
+            scores = values.double()[place] / heat[branch_heat[random], None] + noise[place]
+            token[random] = candidates[place].gather(-1, scores.argmax(-1, keepdim=True))[:, 0]
         output[branch_row, branch_heat, step] = token
         alive = ~stop[token]
         if step == max_tokens - 1 or not bool(alive.any()):

@@ -34,6 +34,7 @@ from studies.steps import (
     result_files,
     row_of,
     share,
+    share_passes,
     table,
     train,
 )
@@ -205,6 +206,7 @@ def membership(config: StudyConfig, out: Path, trees: dict[str, Path], audited: 
             **few,
             **device_of(config),
         )
+        share_passes(out / "audit" / "membership", out / f"mia-{arm}")
         line = next(line for line in infer_membership(attacked) if line["attack"] == "ref")
         aucs[name] = {"auc": line["auc"], "ci": line["auc_ci"], "flags": line["flags"]}
     return aucs

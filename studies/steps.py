@@ -4,6 +4,7 @@ import contextlib
 import io
 import math
 import shlex
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -167,6 +168,15 @@ def infer_membership(config: MiaConfig) -> list[Record]:
 
         call("mia/mia.py", run, config)
     return results.read_jsonl(file)
+
+
+def share_passes(source: Path, target: Path) -> None:
+    """Give a membership attack in `target` the passes that the one in `source` cached: what both need, such as those
+    of a common base, is computed once."""
+    from mia.measure import cache_folder
+
+    if cache_folder(source).is_dir() and not cache_folder(target).exists():
+        shutil.copytree(cache_folder(source), cache_folder(target))
 
 
 def audit(config: AuditConfig) -> Record:

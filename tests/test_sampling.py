@@ -248,3 +248,16 @@ def test_tied_tokens_are_drawn_alike(models):
     assert {tuple(answer.tokens[0]) for answer in answers} == {(0,)}
     drawn = np.bincount([answer.tokens[1][0] for answer in answers], minlength=400)
     assert stats.chisquare(drawn).pvalue > 1e-4 and (drawn > 0).sum() > 350
+
+
+def test_greedy_branches_change_no_draw(models):
+    """At temperatures 0 and 1.5 together, each answer is the one at that temperature alone; untrained, they differ."""
+    model, tokenizer = load(models["neox"])
+    stop = torch.zeros(model.config.vocab_size, dtype=torch.bool)
+    prompts = [tokenizer(text).input_ids for text in ("Ada", "Grace wrote", "Emmy")]
+    keys = [(row, 0) for row in range(len(prompts))]
+    options = {"top_k": 20, "max_tokens": 8, "seed": 5, "stop": stop}
+    both = [answer.tokens for answer in sampling.sweep(model, prompts, keys, [0.0, 1.5], **options)]
+    alone = [sampling.sweep(model, prompts, keys, [heat], **options) for heat in (0.0, 1.5)]
+    assert both == [[cold.tokens[0], hot.tokens[0]] for cold, hot in zip(*alone)]
+    assert all(cold != hot for cold, hot in both)

@@ -16,6 +16,7 @@ from common import models as common_models
 from common.cli import UserError
 from data.synthetic.config import SyntheticConfig
 from extraction.config import AttackConfig
+from mia.measure import cache_folder
 from studies import mail, privacy, reviews, steps
 from studies.steps import measured
 
@@ -238,3 +239,14 @@ def test_paired_tests_are_corrected_together():
         "* b: ",
         "* c: A: +3 −1 (p = 0.02, corrected 0.04)",
     ]
+
+
+def test_passes_are_shared_once_and_a_later_cache_is_kept(tmp_path):
+    cached = cache_folder(tmp_path / "audit") / "model" / "passes.npz"
+    steps.share_passes(tmp_path / "audit", tmp_path / "arm")  # nothing cached: nothing to share
+    assert not (tmp_path / "arm").exists()
+    cached.parent.mkdir(parents=True)
+    for content, shared in ((b"first", b"first"), (b"second", b"first")):
+        cached.write_bytes(content)
+        steps.share_passes(tmp_path / "audit", tmp_path / "arm")
+        assert (cache_folder(tmp_path / "arm") / "model" / "passes.npz").read_bytes() == shared
