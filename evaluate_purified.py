@@ -43,6 +43,7 @@ def make_parser() -> cli.Parser:
         add("--is_opt", action="store_true", help="guess a missing base model's name as facebook/opt-*")
         cli.add_model_flags(parser)
         cli.add_parallel_flag(parser)
+        cli.add_engine_flag(parser)
     add_attack_flags(parser)
     with parser.section("output"):
         add("--save_merged", action="store_true", help="also write each merged model below --temp")
@@ -70,12 +71,13 @@ class Jobs:
 
 def run(config: EvaluateConfig) -> int:
     """Measure every checkpoint; return 0, or 1 if one failed. Problems raise one UserError before a model is loaded."""
-    from common import checkpoints, dataset, distributed, results
+    from common import checkpoints, dataset, distributed, results, vllm_engine
     from extraction import measure, task
 
     problems = cli.Problems()
     config = replace(config, dataset=str(dataset.default_dataset(config.dataset)))
     distributed.check_environment(problems, config.device_map, config.model_parallel)
+    vllm_engine.check(config, problems, None, config.temperatures, quantization=config.quantization)
     tree: list[Path] = []
     if not Path(config.model).is_dir():
         problems.add(f"--model {config.model}: no such directory")
@@ -170,7 +172,7 @@ def find_jobs(config: EvaluateConfig, attack: "ExtractionTask", tree: list[Path]
     """Sort the checkpoints by their files: complete, to measure (some or all temperatures), or unusable."""
     import torch
 
-    from common import models
+    from common import models, vllm_engine
     from extraction import measure
     from extraction.attack import chat_renderer
 
@@ -183,6 +185,8 @@ def find_jobs(config: EvaluateConfig, attack: "ExtractionTask", tree: list[Path]
             )
             if config.save_merged and ref.adapter:
                 models.check_mergeable(ref)
+            if config.engine == "vllm":
+                vllm_engine.check_model(ref)
             key = measure.model_key(ref) | {"dtype": models.dtype_name(dtype, ref)}
             earlier = measure.find_results(checkpoint, attack, key, config.save_responses)
             if config.chat and not config.chat_template:  # a given one was read before
@@ -212,7 +216,7 @@ def measure_checkpoint(
     missing: list[float],
 ) -> None:
     """Measure the missing temperatures of one checkpoint."""
-    from common import models, results
+    from common import models, results, vllm_engine
     from extraction import measure
 
     loader.world.say(f"[{number}/{total}] {checkpoint}")
@@ -224,7 +228,10 @@ def measure_checkpoint(
                 model.save_pretrained(str(folder))
                 tokenizer.save_pretrained(folder)
         info = measure.describe(ref, loader.dtype, change)
-        measure.measure_model(model, tokenizer, attack, config, info, loader.world, checkpoint, path, missing)
+        with vllm_engine.beside(config, ref, loader.dtype) as sampler:
+            measure.measure_model(
+                model, tokenizer, attack, config, info, loader.world, checkpoint, path, missing, sampler
+            )
 
 
 def merged_folder(config: EvaluateConfig, checkpoint: Path) -> Path:

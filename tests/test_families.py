@@ -185,7 +185,7 @@ def by_hand(folder, checkpoint, rows, tokenizer, texts, rate: float, bound: floa
     """(lora_B that one SGD step from zero must give, by name; stock peft's model with the checkpoint's own weights).
 
     The trained A are the initial ones, since their first gradient is zero. Plain: the mean loss over all tokens, its
-    gradient cut to `bound`. Private: each row's mean loss, its gradient cut to `bound`, summed, over the number of rows.
+    gradient cut to `bound`. Private: each row's mean loss, its gradient cut to `bound`, summed, over their number.
     """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
