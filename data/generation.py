@@ -48,7 +48,7 @@ def sampling_of(settings: dict[str, Any], flags: tuple[str, ...]) -> dict[str, A
 @contextmanager
 def generator(
     config: EngineConfig, ref: models.ModelRef, dtype: "torch.dtype", world: World
-) -> Iterator[models.Model | sampling.Sampler]:
+) -> Iterator["models.Model | sampling.Sampler"]:
     """The model that continues prompts, or vLLM with it."""
     if config.engine == "vllm":
         with vllm_engine.opened(ref, dtype) as sampler:
