@@ -127,7 +127,7 @@ def test_virtual_tokens_are_refused_before_a_model_is_loaded(installed, base, da
     get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / "adapter")
     monkeypatch.setattr(models, "load_base", lambda *_, **__: pytest.fail("loaded"))
     words = ["--model", tmp_path / "adapter", "--output_dir", tmp_path / "out", "--dataset", data, "--engine", "vllm"]
-    with pytest.raises(UserError, match=r"--engine vllm: .*cannot be merged"):
+    with pytest.raises(UserError, match=r"--engine vllm: .*virtual tokens.*measure it attached"):
         measure_purified.main([str(word) for word in words])
 
 
@@ -171,7 +171,7 @@ def test_answers_are_its_own_and_probabilities_ours(stand_in, base, data, tmp_pa
         assert "engine" not in ours and other["engine"] == "vllm"
         assert other["truth_logprob"] == ours["truth_logprob"] and other["probabilistic"] == ours["probabilistic"]
     said = {line["response"] for line in read_lines(tmp_path / "vllm" / "results_purified_rows.jsonl")}
-    assert said == {"::"}  # every prompt ends so
+    assert said == {"::", "isis"}  # the last tokens of the four templates, twice: the stand-in's answers
     record = json.loads((tmp_path / "vllm" / "run_measure_purified.json").read_text(encoding="utf-8"))
     assert record["args"]["engine"] == "vllm"
 
