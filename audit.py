@@ -33,6 +33,7 @@ def make_parser() -> cli.Parser:
         add("--ref_model", help="the model before training (default: an adapter's base)")
         cli.add_model_flags(parser)
         cli.add_parallel_flag(parser)
+        cli.add_engine_flag(parser)
     with parser.section("data"):
         add("--train", "--data", required=True, metavar="FILE", help="training rows (default: none, required)")
         words = "rows from the same source, held out of training by a random split; without them much cannot be judged"

@@ -31,6 +31,7 @@ def make_parser() -> cli.Parser:
         add("--is_opt", action="store_true", help="guess a missing base model's name as facebook/opt-*")
         cli.add_model_flags(parser)
         cli.add_parallel_flag(parser)
+        cli.add_engine_flag(parser)
     add_attack_flags(parser)
     with parser.section("output"):
         add("--save_merged", action="store_true", help="also write each merged model below --temp")

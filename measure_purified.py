@@ -31,6 +31,7 @@ def make_parser() -> cli.Parser:
         cli.add_base_model(parser)
         cli.add_model_flags(parser)
         cli.add_parallel_flag(parser)
+        cli.add_engine_flag(parser)
     add_attack_flags(parser)
     with parser.section("output"):
         add("--output_dir", help="directory for the result files (required)")

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-from common.cli import MeasuringConfig, QuantizedConfig
+from common.cli import EngineConfig, QuantizedConfig
 
 PARTS = ("membership", "extraction", "verbatim", "untargeted", "canaries")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AuditConfig(MeasuringConfig, QuantizedConfig):
+class AuditConfig(EngineConfig, QuantizedConfig):
     """num_rows: per side, sampled by the seed; None: 5,000, with `quick` 500."""
 
     model: str

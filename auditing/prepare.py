@@ -14,7 +14,7 @@ import numpy as np
 from auditing import gates
 from auditing.config import PARTS, AuditConfig, Budget, budget_of
 from auditing.gates import Gate
-from common import chat, cli, dataset, distributed, models, results, sources, tokenization, trained
+from common import chat, cli, dataset, distributed, models, results, sources, tokenization, trained, vllm_engine
 from common.models import ModelRef
 from common.schema import HEADLINE_ATTACK
 from memorization import entities
@@ -97,6 +97,7 @@ def prepare(config: AuditConfig) -> AuditTask:
     ref, tokenizer = models.look_up(
         problems, config.model, config.revision, config.base_model, quantized=config.quantization
     )
+    vllm_engine.check(config, problems, ref, quantization=config.quantization)
     base = _reference(ref, tokenizer, config, problems) if ref else None
     problems.check()
     assert ref is not None

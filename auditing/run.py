@@ -16,7 +16,7 @@ from auditing.prepare import WITHOUT_REFERENCE, AuditTask, Rows, prepare
 from canary import measurement as canaries
 from canary.config import MeasureConfig
 from canary.task import RESULTS, ROWS
-from common import distributed, models, provenance, results
+from common import distributed, models, provenance, results, vllm_engine
 from common.checkpoints import BaseLoader
 from common.distributed import World
 from common.schema import HEADLINE_ATTACK
@@ -221,9 +221,14 @@ def memorization_parts(
     for name, ref in (("base", task.base), ("tuned", task.model)):
         if ref is not None:
             world.say(f"asking {ref.name}")
-            with loader.adapted(ref) as (model, change):
+            samples = name == "tuned"
+            with contextlib.ExitStack() as stack:
+                model, change = stack.enter_context(loader.adapted(ref))
+                sampler = None
+                if samples and task.memorization.samples:
+                    sampler = stack.enter_context(vllm_engine.beside(config, ref, dtype))
                 answers[name] = memorization.ask(
-                    model, task.tokenizer, asked, task.memorization, world, samples=name == "tuned"
+                    model, task.tokenizer, asked, task.memorization, world, samples, sampler
                 )
                 if name == "tuned":
                     audit["model"]["relative_change"] = change
@@ -245,6 +250,8 @@ def memorization_parts(
         audit["verbatim"] = memorization.verbatim_result(asked, tuned, base)
     if "untargeted" in wanted:
         audit["untargeted"] = memorization.untargeted_result(asked, tuned, task.tokenizer)
+        if config.engine != "transformers":
+            audit["untargeted"]["engine"] = config.engine
     audit["data"]["secrets_on_both_sides"] = asked.shared_values
     audit["data"]["given_secrets_absent"] = asked.given_absent
     for line in lines:

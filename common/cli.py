@@ -304,6 +304,13 @@ class MeasuringConfig(ModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EngineConfig(MeasuringConfig):
+    """Of those that sample answers. engine: what draws them."""
+
+    engine: str = "transformers"
+
+
+@dataclass(frozen=True, kw_only=True)
 class QuantizedConfig(ModelConfig):
     """Of those that can load its base in fewer bits."""
 
@@ -392,6 +399,12 @@ def add_parallel_flag(parser: Parser) -> None:
     """The flag of `MeasuringConfig`."""
     words = "under torchrun: spread the model over groups of this many processes, for models larger than one GPU"
     parser.add_argument("--model_parallel", metavar="M", type=positive_int, help=words)
+
+
+def add_engine_flag(parser: Parser) -> None:
+    """The flag of `EngineConfig`."""
+    words = "what draws the answers; vllm: for GPU nodes, its draws depend on its own batching"
+    parser.add_argument("--engine", choices=("transformers", "vllm"), help=words)
 
 
 def add_base_model(parser: Parser, adapters: str = "an adapter") -> None:

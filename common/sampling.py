@@ -13,6 +13,7 @@ and Minka 2014, arXiv:1411.0030).
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -24,7 +25,7 @@ from common.limits import check_tokens, embedding_weight
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     Layer = tuple[torch.Tensor, torch.Tensor]  # keys and values
     Logits = tuple[torch.Tensor, list[list[torch.Tensor]]]  # see `SharedPrefix.begin`
@@ -47,6 +48,27 @@ class Answers:
     tokens: list[list[int]]
     truth_logprob: float | None
     truth_logp: list[float] | None
+
+
+class Sampler(ABC):
+    """Another engine that draws answers, in place of a model and the sweep sampler. config: its model's."""
+
+    config: PreTrainedConfig
+
+    @abstractmethod
+    def draw(
+        self,
+        prompts: list[list[int]],
+        keys: list[tuple[int, int]],
+        temperatures: Sequence[float],
+        *,
+        top_k: int,
+        max_tokens: int,
+        seed: int,
+        stop: torch.Tensor,
+        progress: Callable[[int], object] | None = None,
+    ) -> list[list[list[int]]]:
+        """[prompt][temperature] sampled ids, as `sweep` has them."""
 
 
 def _signed(value: int) -> int:
@@ -466,7 +488,7 @@ def memory_budget(device: str) -> int:
 
 
 def sweep(
-    model: models.Model,
+    model: models.Model | Sampler,
     prompts: list[list[int]],
     keys: list[tuple[int, int]],
     temperatures: Sequence[float],
@@ -478,20 +500,29 @@ def sweep(
     targets: Forms | None = None,
     batch_size: int = 0,
     progress: Callable[[int], object] | None = None,
+    sampler: Sampler | None = None,
 ) -> list[Answers]:
     """Sample every prompt at every temperature, and score every prompt's target along the way.
 
     prompts: token ids, each ≥ 1 long; keys: (row, template) of each, which seed the noise; temperatures ≥ 0 (0 is
     greedy); stop: bool [vocabulary], tokens that end an answer; targets: for each prompt its forms, disjoint token
     sequences whose summed probability is computed (nothing is scored without forms); batch_size: prompts per chunk,
-    0 = by memory; progress(n): called with the number of prompts just finished.
+    0 = by memory; progress(n): called with the number of prompts just finished; sampler: draws the answers in place
+    of `model`, which then only scores the targets. A `Sampler` as `model` scores none.
     Returns Answers in the order of `prompts`.
     """
     import torch
 
-    base = without_adapter(model)
     if not prompts:
         return []
+    drawn: list[list[list[int]]] | None = None
+    if source := model if isinstance(model, Sampler) else sampler:
+        drawn = source.draw(
+            prompts, keys, temperatures, top_k=top_k, max_tokens=max_tokens, seed=seed, stop=stop, progress=progress
+        )
+    if isinstance(model, Sampler):
+        return [Answers(tokens, None, None) for tokens in drawn or []]
+    base = without_adapter(model)
     check_tokens(base, prompts)
     answers: list[Answers | None] = [None] * len(prompts)
     tail = max(max_tokens, *_form_sizes(targets), 0)
@@ -512,11 +543,12 @@ def sweep(
                 max_tokens,
                 seed,
                 stop,
+                drawn and [drawn[i] for i in chunk],
             )
             for i, answer in zip(chunk, answers_of_chunk):
                 answers[i] = answer
             order = order[len(chunk) :]
-            if progress:
+            if progress and not drawn:
                 progress(len(chunk))
     return cast(list[Answers], answers)
 
@@ -544,13 +576,16 @@ def _decode_chunk(
     max_tokens: int,
     seed: int,
     stop: torch.Tensor,
+    drawn: list[list[list[int]]] | None,
 ) -> list[Answers]:
-    """`sweep` over one batch of prompts."""
+    """`sweep` over one batch of prompts. drawn: the answers, if they are there already."""
     import torch
 
     device, rows, n_temperatures = engine.device, len(prompts), len(temperatures)
     logits, predicting = engine.begin(prompts, targets, n_temperatures, max_tokens)
     scored = _score_targets(predicting, targets, temperatures, top_k, max_tokens)
+    if drawn:
+        return [Answers(tokens, *(scored[i] if scored else (None, None))) for i, tokens in enumerate(drawn)]
     logits = logits.clone()
 
     heat = torch.tensor([t if t > 0 else 1.0 for t in temperatures], dtype=torch.float64, device=device)

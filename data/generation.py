@@ -4,11 +4,13 @@ A killed run leaves hidden files next to the output, one per process: a line of 
 batch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import models, provenance, results
+from common import adapters, checkpoints, models, provenance, results, sampling, vllm_engine
+from common.cli import EngineConfig
 from common.distributed import World
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]  # {index, generation, ended, generated_tokens}
 
 MAX_BATCH = 64  # rows decoded together if memory allows
+VLLM_BATCH = 512  # prompts handed to vLLM at once
 MIN_ROOM = 16  # a prompt that leaves fewer context tokens than this (and than requested) is dropped
 
 
@@ -33,7 +36,27 @@ def settings_of(config: Any, ref: models.ModelRef, flags: tuple[str, ...], **inp
         "weights": provenance.weights_sha256(ref),
         **{flag: getattr(config, flag) for flag in flags},
         "dtype": str(dtype).removeprefix("torch."),
+        **({"engine": config.engine} if config.engine != "transformers" else {}),
     }
+
+
+def sampling_of(settings: dict[str, Any], flags: tuple[str, ...]) -> dict[str, Any]:
+    """The manifest's `sampling`: those flags, the data type, and an engine other than transformers."""
+    return {key: settings[key] for key in (*flags, "dtype", *(("engine",) if "engine" in settings else ()))}
+
+
+@contextmanager
+def generator(
+    config: EngineConfig, ref: models.ModelRef, dtype: "torch.dtype", world: World
+) -> Iterator["models.Model | sampling.Sampler"]:
+    """The model that continues prompts, or vLLM with it."""
+    if config.engine == "vllm":
+        with vllm_engine.opened(ref, dtype) as sampler:
+            yield sampler
+        return
+    base = checkpoints.load_base(ref, dtype, world, config.device_map)
+    with adapters.adapted(base, ref.adapter) as (model, _):
+        yield model
 
 
 def plan_batches(
@@ -111,13 +134,15 @@ def continue_prompts(
     """
     import torch
 
-    from common import sampling
     from common.distributed import progress_bar
 
     partials = world.gather(read_partials(output, settings, overwrite))
     budgets = [budget for budget, _ in partials if budget] or world.gather(sampling.memory_budget(world.device))
     budget, done = min(budgets), {number: rows for _, part in partials for number, rows in part.items()}
-    row_bytes = row_bytes_of(model.config, next(model.parameters()).element_size())
+    if isinstance(model, sampling.Sampler):
+        row_bytes, batch_size = (lambda length, room: 1), batch_size or VLLM_BATCH
+    else:
+        row_bytes = row_bytes_of(model.config, next(model.parameters()).element_size())
     batches = plan_batches([len(prompt) for prompt in prompts], rooms, row_bytes, budget, batch_size)
     header = {"settings": settings, "budget": budget}
     if world.main:

@@ -39,8 +39,12 @@ def attack(
     config: AttackConfig,
     temperatures: Sequence[float],
     world: World,
+    sampler: sampling.Sampler | None = None,
 ) -> list[Reply]:
-    """Ask every row with every template at every temperature; one Reply per row × template, in this order."""
+    """Ask every row with every template at every temperature; one Reply per row × template, in this order.
+
+    sampler: draws the replies in place of the model, which then only scores the true addresses.
+    """
 
     def ask_mine() -> list[Reply]:
         longest = limits.context_length(model)
@@ -82,6 +86,7 @@ def attack(
                     targets=targets,
                     batch_size=config.batch_size,
                     progress=bar.update,
+                    sampler=sampler,
                 )
                 for row, answer, target in zip(asked, answers, targets):
                     texts = tokenizer.batch_decode(answer.tokens, skip_special_tokens=True)

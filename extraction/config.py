@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from common.cli import MeasuringConfig, QuantizedConfig
+from common.cli import EngineConfig, QuantizedConfig
 from common.schema import TEMPERATURES
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttackConfig(MeasuringConfig, QuantizedConfig):
+class AttackConfig(EngineConfig, QuantizedConfig):
     """Settings of the attack, whatever the model."""
 
     dataset: str = "./data/enron.jsonl"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common import adapters, checkpoints, cli, dataset, distributed, models, provenance, results, stats
+from common import adapters, checkpoints, cli, dataset, distributed, models, provenance, results, stats, vllm_engine
 from common.distributed import World
 from common.schema import GREEDY_BELOW, HEADLINE_TEMPERATURE, MEASURES, next_free, outcomes_path, responses_path
 from common.stats import mean_or_none
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from common.cli import AnyPath
     from common.models import Model, ModelRef
+    from common.sampling import Sampler
 
     Lines = list[dict[str, Any]]  # of a result file
 
@@ -39,7 +40,7 @@ def find_results(
 
     responses: only files with a responses file next to them.
     """
-    matching, wanted = [], {**task.settings, **model_key}
+    matching, wanted = [], {"engine": None, **task.settings, **model_key}
     for path in sorted(Path(folder).glob("results_purified*.jsonl"), key=lambda path: (len(path.name), path.name)):
         if path.stem.endswith("_rows"):
             continue
@@ -199,13 +200,15 @@ def measure_model(
     folder: AnyPath,
     path: Path | None = None,
     temperatures: Sequence[float] | None = None,
+    sampler: Sampler | None = None,
 ) -> Path:
     """Attack a loaded model and write its files into `folder`; returns the result file's path.
 
     model_info: from `describe`. path: an earlier, partial result file to add `temperatures` (None: all) to.
+    sampler: see `attack`.
     """
     todo = config.temperatures if temperatures is None else temperatures
-    replies = attack(model, tokenizer, task, config, todo, world)
+    replies = attack(model, tokenizer, task, config, todo, world, sampler)
     target = path or next_free(folder)
     if world.main:
         lines = summarise(task, replies, todo, model_info)
@@ -285,6 +288,7 @@ def check(config: MeasureConfig) -> Plan:
         ref, tokenizer = models.look_up(
             problems, config.model, config.revision, config.base_model, quantized=config.quantization
         )
+        vllm_engine.check(config, problems, ref, config.temperatures, quantization=config.quantization)
         if tokenizer and task and config.chat:
             problems.absorb(chat_renderer, task, tokenizer, config.model)
     if problems.lines or task is None or ref is None or tokenizer is None or config.output_dir is None:
@@ -310,9 +314,12 @@ def run(config: MeasureConfig) -> int:
         with results.Run(run_file, config, task.inputs, world) as record:
             if path is None:
                 base = checkpoints.load_base(ref, dtype, world, config.device_map)
-                with adapters.adapted(base, ref.adapter) as (model, change):
+                with (
+                    adapters.adapted(base, ref.adapter) as (model, change),
+                    vllm_engine.beside(config, ref, dtype) as sampler,
+                ):
                     about = describe(ref, dtype, change)
-                    path = measure_model(model, plan.tokenizer, task, config, about, world, folder)
+                    path = measure_model(model, plan.tokenizer, task, config, about, world, folder, sampler=sampler)
             record["results"] = str(path)
     if world.main:
         lines = results.read_jsonl(path)

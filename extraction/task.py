@@ -97,6 +97,8 @@ def prepare(config: AttackConfig, problems: cli.Problems) -> ExtractionTask | No
         "seed": config.seed,
         "chat": (hashlib.sha256(given.encode()).hexdigest() if given else "own") if config.chat else None,
     }
+    if config.engine != "transformers":
+        settings["engine"] = config.engine
     floor = metrics.name_rule_floor(people, outside)
     inputs = [str(config.dataset), *([config.demonstrations] if config.demonstrations else [])]
     task = ExtractionTask(

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from common.sampling import Sampler
+
 Result = TypeVar("Result")
 
 
@@ -53,8 +55,9 @@ def ask(
     config: MemorizationConfig,
     world: World,
     samples: bool,
+    sampler: Sampler | None = None,
 ) -> Answers:
-    """All answers of one model in eval mode, on every rank. samples: also draw untargeted ones."""
+    """All answers of one model in eval mode, on every rank. samples: also draw untargeted ones, with `sampler`."""
     answers = Answers()
     for name, side in task.sides.items():
         asked = side.all_questions()
@@ -64,7 +67,7 @@ def ask(
         )
         answers.windows[name] = answer_windows(model, tokenizer, side, config, world)
     if samples and config.samples:
-        answers.samples = draw(model, tokenizer, task, config, world)
+        answers.samples = draw(sampler or model, tokenizer, task, config, world)
     return answers
 
 
@@ -148,11 +151,14 @@ def decode(
     world: World,
 ) -> list[list[int]]:
     """The tokens of one answer per prompt, on every rank; independent of batching and ranks."""
-    from common.sampling import stop_tokens, sweep
+    from common.sampling import Sampler, stop_tokens, sweep
 
     if not prompts:
         return []
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if isinstance(model, Sampler):
+        vocabulary = model.config.get_text_config().vocab_size
+    else:
+        vocabulary = model.get_input_embeddings().weight.shape[0]
     stop = stop_tokens(tokenizer, vocabulary, newline=False)
 
     def work(mine: Sequence[int]) -> list[list[int]]:

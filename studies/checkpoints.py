@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import adapters, checkpoints, cli, dataset, distributed, models, provenance, results
+from common import adapters, checkpoints, cli, dataset, distributed, models, provenance, results, vllm_engine
 from extraction import measure, task
 from extraction.config import EvaluateConfig
 from mia.config import MiaConfig
@@ -38,6 +38,7 @@ def run(config: EvaluateConfig) -> int:
     problems = cli.Problems()
     config = replace(config, dataset=str(dataset.default_dataset(config.dataset)))
     distributed.check_environment(problems, config.device_map, config.model_parallel, config.quantization)
+    vllm_engine.check(config, problems, None, config.temperatures, quantization=config.quantization)
     tree: list[Path] = []
     if not Path(config.model).is_dir():
         problems.add(f"--model {config.model}: no such directory")
@@ -140,6 +141,8 @@ def find_jobs(config: EvaluateConfig, attack: "ExtractionTask", tree: list[Path]
             )
             if config.save_merged and ref.adapter:
                 adapters.check_mergeable(ref)
+            if config.engine == "vllm":
+                vllm_engine.check_model(ref)
             key = measure.model_key(ref) | {"dtype": models.dtype_name(dtype, ref)}
             earlier = measure.find_results(checkpoint, attack, key, config.save_responses)
             if config.chat and not config.chat_template:  # a given one was read before
@@ -178,7 +181,10 @@ def measure_checkpoint(
                 model.save_pretrained(str(folder))
                 tokenizer.save_pretrained(folder)
         info = measure.describe(ref, loader.dtype, change)
-        measure.measure_model(model, tokenizer, attack, config, info, loader.world, checkpoint, path, missing)
+        with vllm_engine.beside(config, ref, loader.dtype) as sampler:
+            measure.measure_model(
+                model, tokenizer, attack, config, info, loader.world, checkpoint, path, missing, sampler
+            )
 
 
 def merged_folder(config: EvaluateConfig, checkpoint: Path) -> Path:

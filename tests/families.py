@@ -1,4 +1,7 @@
-"""Tiny random models of many decoder families, each with its characteristic feature (a window, ALiBi, experts, …)."""
+"""Tiny random models of many decoder families, each with its characteristic feature (a window, ALiBi, experts, …).
+
+PYTHONPATH=. python tests/families.py          prints the table of docs/models.md: what each family gives in each action
+"""
 
 from pathlib import Path
 
@@ -91,6 +94,49 @@ FAMILIES: dict[str, tuple[str, dict]] = {
                        "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "pad_token_id": 0}),
 }  # fmt: skip
 
+# every action's test in test_families.py is run on every family
+STEP, PRIVATE, MERGE, SWEEP, SCORE, PERPLEXITY = (
+    "one step, reloaded",
+    "one step with `--dp`",
+    "merge",
+    "greedy sweep, prompts beyond the window",
+    "score",
+    "perplexity",
+)
+ACTIONS = (STEP, PRIVATE, MERGE, SWEEP, SCORE, PERPLEXITY)
+
+# LoRA's layers where `--target_modules all-linear` is refused: experts and state spaces keep weights outside of layers
+SOME_LAYERS = {
+    "mixtral": ["q_proj", "o_proj"],
+    "qwen3-moe": ["q_proj", "o_proj"],
+    "qwen3-next (hybrid)": ["q_proj", "o_proj"],
+    "olmoe": ["q_proj", "o_proj"],
+    "gpt-oss (sinks)": ["q_proj", "o_proj"],
+    "llama4 (chunks)": ["q_proj", "v_proj"],
+    "deepseek-v3 (latent attention)": ["q_a_proj", "o_proj"],
+    "jamba (hybrid)": ["q_proj", "in_proj", "out_proj", "down_proj"],
+    "mamba": ["in_proj", "x_proj"],
+    "mamba2": ["in_proj"],
+    "falcon-h1 (hybrid)": ["q_proj", "in_proj"],
+}
+DYNAMIC = "llama (dynamic rope)"
+# (family, action) → part of the one line that refuses it
+REFUSED = {
+    ("recurrent-gemma", SWEEP): "keeps its state in its modules",
+    (DYNAMIC, SWEEP): "use at most 64 tokens",  # where its rotary embedding begins to depend on the length
+}
+
+
+def table() -> list[str]:
+    """The lines of the table in docs/models.md."""
+    lines = [f"| family | {' | '.join(ACTIONS)} |", "|---" * (len(ACTIONS) + 1) + "|"]
+    for name in FAMILIES:
+        layers = "equal, layers named" if name in SOME_LAYERS else "equal"
+        found = {action: layers if action in (STEP, PRIVATE) else "equal" for action in ACTIONS}
+        found |= {action: f"refused: {words}" for (family, action), words in REFUSED.items() if family == name}
+        lines.append(f"| {name} | {' | '.join(found.values())} |")
+    return lines
+
 
 def make_family(folder: Path, name: str, seed: int = 0) -> Path:
     """A random model of a family with its tokenizer in `folder`; weights scaled up so that predictions are peaked."""
@@ -110,3 +156,7 @@ def make_family(folder: Path, name: str, seed: int = 0) -> Path:
         head.weight.normal_(std=0.3)
     model.save_pretrained(folder)
     return folder
+
+
+if __name__ == "__main__":
+    print("\n".join(table()))

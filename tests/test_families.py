@@ -2,7 +2,7 @@
 
 For tiny random models of every family in families.py: the sweep at temperature 0 is `generate`, a score is the
 log-softmax of the model's own logits, perplexity is a loop by hand, a merged adapter is the attached one, and the
-first loss of a training run is that of the rows it says it trained on.
+first loss of a training run is that of the rows it says it trained on; one step, plain or private, is that by hand.
 """
 
 import contextlib
@@ -12,8 +12,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import make_rows, read_lines, write_rows
-from families import FAMILIES, WINDOW, make_family
+from conftest import ROOT, make_rows, read_lines, write_rows
+from families import DYNAMIC, FAMILIES, REFUSED, SOME_LAYERS, SWEEP, WINDOW, make_family, table
 
 import run_peft
 from common import adapters as common_adapters
@@ -22,16 +22,6 @@ from common.cli import UserError
 from perplexity import perplexity as perplexity_script
 
 NAMES = list(FAMILIES)
-EXPERTS = {"mixtral", "qwen3-moe", "qwen3-next (hybrid)", "olmoe", "gpt-oss (sinks)", "llama4 (chunks)",
-           "deepseek-v3 (latent attention)", "jamba (hybrid)"}  # fmt: skip
-STATE_SPACE = {"mamba": ["in_proj", "x_proj"], "mamba2": ["in_proj"], "falcon-h1 (hybrid)": ["q_proj", "in_proj"]}
-SOME = {
-    "llama4 (chunks)": ["q_proj", "v_proj"],
-    "deepseek-v3 (latent attention)": ["q_a_proj", "o_proj"],
-    "jamba (hybrid)": ["q_proj", "in_proj", "out_proj", "down_proj"],
-    **STATE_SPACE,
-}
-DYNAMIC = "llama (dynamic rope)"
 LENGTHS = {"within the window": (5, 9, 14), "over its edge": (17, 20, 22), "far beyond it": (60, 100, 130)}
 
 
@@ -76,7 +66,7 @@ def test_sweep_at_temperature_0_is_generate(loaded, name):
     _, model, _ = loaded(name)
     if name == "recurrent-gemma":
         stop = torch.zeros(400, dtype=torch.bool)
-        with pytest.raises(UserError, match="keeps its state in its modules"):
+        with pytest.raises(UserError, match=REFUSED[name, SWEEP]):
             sampling.sweep(model, [[5, 6, 7]], [(0, 0)], [0.0], top_k=5, max_tokens=2, seed=0, stop=stop)
         return
     rng = np.random.default_rng(len(name))
@@ -96,7 +86,7 @@ def test_sweep_at_temperature_0_is_generate(loaded, name):
                 "targets": [[target] for target in targets],
             }
             if name == DYNAMIC and max(lengths) > 64:
-                with pytest.raises(UserError, match="use at most 64 tokens"):
+                with pytest.raises(UserError, match=REFUSED[name, SWEEP]):
                     sampling.sweep(model, prompts, keys, [0.0, 1.0], **options)
                 continue
             answers = sampling.sweep(model, prompts, keys, [0.0, 1.0], **options)
@@ -142,7 +132,7 @@ def test_a_merged_adapter_is_the_attached_one(loaded, name, tmp_path):
     folder, model, _ = loaded(name)
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     torch.manual_seed(1)
-    made = get_peft_model(stock, LoraConfig(r=4, lora_alpha=8, target_modules=SOME.get(name, "all-linear")))
+    made = get_peft_model(stock, LoraConfig(r=4, lora_alpha=8, target_modules=SOME_LAYERS.get(name, "all-linear")))
     with torch.no_grad():
         for key, parameter in made.named_parameters():
             if "lora_B" in key:
@@ -171,10 +161,10 @@ def test_trained_rows_are_what_the_loss_saw(loaded, name, tmp_path, capsys):
     words = ["-m", folder, "-i", data, "--output_root", tmp_path, "--lora_r", 2, "-e", 1, "-pdbs", 4, "-gas", 2]
     words += ["--max_length", 48, "--lora_dropout", 0, "-lr", 1e-9, "-opt", "sgd"]
     words = [str(word) for word in words]
-    if name in EXPERTS or name in STATE_SPACE:
+    if name in SOME_LAYERS:
         with pytest.raises(UserError, match=r"--target_modules.*(list the layers|choose others): --target_modules"):
             run_peft.main(words)
-        words += ["--target_modules", *SOME.get(name, ["q_proj", "o_proj"])]
+        words += ["--target_modules", *SOME_LAYERS[name]]
     with contextlib.suppress(RuntimeError):  # at such a rate the weights may not change, which is an error
         assert run_peft.main(words) == 0
     run = next(tmp_path.rglob("metrics.jsonl")).parent
@@ -190,6 +180,80 @@ def test_trained_rows_are_what_the_loss_saw(loaded, name, tmp_path, capsys):
         assert row["loss_tokens"] == len(scores)
     assert losses[0] == pytest.approx(total / count, abs=2e-4)
     assert json.loads((run / "run.json").read_text())["trained"]["loss_tokens"] == count
+
+
+def by_hand(folder, checkpoint, rows, tokenizer, texts, rate: float, bound: float, private: bool):
+    """(lora_B that one SGD step from zero must give, by name; stock peft's model with the checkpoint's own weights).
+
+    The trained A are the initial ones, since their first gradient is zero. Plain: the mean loss over all tokens, its
+    gradient cut to `bound`. Private: each row's mean loss, its gradient cut to `bound`, summed, over their number.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tuned = PeftModel.from_pretrained(stock, checkpoint, is_trainable=True).eval()
+    weights = {name: item for name, item in tuned.named_parameters() if "lora_" in name}
+    trained = {name: item.detach().clone() for name, item in weights.items()}
+    for name, item in weights.items():
+        if "lora_B" in name:
+            item.data.zero_()
+
+    def losses(row) -> torch.Tensor:
+        ids = torch.tensor([*tokenizer(texts[row["row"]]).input_ids, tokenizer.eos_token_id][: row["tokens"]])
+        logits = tuned(input_ids=ids[None], use_cache=False).logits[0, :-1]
+        return torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+
+    names = [name for name in weights if "lora_B" in name]
+    per_row = [losses(row) for row in rows]
+    wholes = [loss.mean() for loss in per_row] if private else [torch.cat(per_row).mean()]
+    total = [torch.zeros_like(weights[name]) for name in names]
+    for whole in wholes:
+        own = torch.autograd.grad(whole, [weights[name] for name in names], retain_graph=True, allow_unused=True)
+        own = [torch.zeros_like(weights[name]) if one is None else one for name, one in zip(names, own)]
+        norm = torch.stack([one.square().sum() for one in own]).sum().sqrt()
+        for one, add in zip(total, own):
+            one += add * min(1.0, bound / float(norm)) / len(wholes)
+    expected = {name: -rate * one for name, one in zip(names, total)}
+    with torch.no_grad():
+        for name, item in weights.items():
+            item.copy_(trained[name])
+    return expected, trained, tuned
+
+
+@pytest.mark.parametrize("private", [False, True], ids=["plain", "dp"])
+@pytest.mark.parametrize("name", NAMES)
+def test_one_step_is_that_by_hand_and_reloads(loaded, name, private, tmp_path, capsys):
+    """SGD from run_peft.py: lora_B is −rate × the clipped gradient through stock peft, and every loader agrees."""
+    folder, model, tokenizer = loaded(name)
+    texts = [row["prompt"] + row["continuation"] for row in make_rows(8, seed=5)]
+    texts = [text[:60] if name == DYNAMIC else text for text in texts]
+    data = write_rows(tmp_path / "rows.jsonl", [{"text": text} for text in texts])
+    rate, bound = 0.5, 0.05
+    words = ["-m", folder, "-i", data, "--output_root", tmp_path, "--lora_r", 2, "-e", 1, "-pdbs", 4]
+    words += ["--max_length", 48, "--lora_dropout", 0, "-lr", rate, "-opt", "sgd", "-s", "constant"]
+    words += ["--max_grad_norm", bound, "--target_modules", *SOME_LAYERS.get(name, ["all-linear"])]
+    words += ["--dp", "--noise_multiplier", 0, "--logical_batch_size", 8] if private else ["-gas", 2]
+    words = [str(word) for word in words]
+    assert run_peft.main(words) == 0
+    run = next(tmp_path.rglob("run.json")).parent
+    checkpoint = next(run.glob("checkpoint-*"))
+    _, *rows = read_lines(run / "trained_rows.jsonl")
+    assert len(rows) == 8
+    expected, trained, tuned = by_hand(folder, checkpoint, rows, tokenizer, texts, rate, bound, private)
+    largest = max(float(one.abs().max()) for one in expected.values())
+    assert largest > 1e-4
+    for key, wanted in expected.items():
+        assert torch.allclose(trained[key], wanted, atol=1e-3 * largest, rtol=1e-3), key
+    ids = torch.tensor([np.random.default_rng(2).integers(2, 390, 40).tolist()])
+    with torch.no_grad(), models.adapted(model, checkpoint) as (adapted, _):
+        found, wanted = adapted(ids, use_cache=False).logits, tuned(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(found, wanted, atol=1e-3 * wanted.abs().max().item(), rtol=0)
+
+
+def test_the_table_in_the_documentation_is_the_one_tested():
+    assert {name for name, _ in REFUSED} | set(SOME_LAYERS) <= set(FAMILIES)
+    assert "\n".join(table()) in (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.cli import MeasuringConfig
+from common.cli import EngineConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContinuationConfig(MeasuringConfig):
+class ContinuationConfig(EngineConfig):
     """The generator, the rows whose prompts it continues, and how."""
 
     model: str = "EleutherAI/pythia-12b"

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import adapters, checkpoints, dataset, distributed, models, results
+from common import dataset, distributed, models, results
 from data import generation
 from data.continuation import text_statistics
 from data.continuation.config import ContinuationConfig
@@ -38,8 +38,7 @@ def generate(config: ContinuationConfig, task: Task, target: results.Output) -> 
     world = distributed.start(model_parallel=config.model_parallel)
     with results.Run(output.parent / "run_generate.json", config, [config.data_set], world, target) as record:
         dtype = models.resolve_dtype(config.dtype, world.device)
-        base = checkpoints.load_base(task.ref, dtype, world, config.device_map)
-        with adapters.adapted(base, task.ref.adapter) as (model, _):
+        with generation.generator(config, task.ref, dtype, world) as model:
             continuations = generation.continue_prompts(
                 model,
                 task.tokenizer,
@@ -75,7 +74,7 @@ def generate(config: ContinuationConfig, task: Task, target: results.Output) -> 
                 source=[(config.data_set, len(task.rows))],
                 split_start=task.split_start,
                 generator={key: settings[key] for key in ("model", "revision", "weights")},
-                sampling={key: settings[key] for key in (*SAMPLED, "dtype")},
+                sampling=generation.sampling_of(settings, SAMPLED),
                 settings=settings,
             )
             for partial in generation.partial_files(output):

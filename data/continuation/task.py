@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from common import cli, dataset, distributed, models, results
+from common import cli, dataset, distributed, models, results, vllm_engine
 from common.tokenization import encode_prompt
 from data import generation
 from data.continuation.config import ContinuationConfig
@@ -63,6 +63,7 @@ def check(config: ContinuationConfig) -> Task:
             )
         problems.absorb(dataset.check_columns, config.data_set, [r for i, r in enumerate(rows) if i not in broken])
     ref, tokenizer = models.look_up(problems, config.model, config.revision, config.base_model)
+    vllm_engine.check(config, problems, ref, (config.temperature,))
     settings: dict[str, Any] | None = None
     if ref and not problems.lines:
         data_set = results.sha256(config.data_set)

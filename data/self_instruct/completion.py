@@ -29,7 +29,8 @@ def complete(
     room = limits.context_length(base) - max_tokens
     ids = tokenization.encode_texts(tokenizer, prompts)
     fitting = sorted((i for i in range(len(ids)) if len(ids[i]) <= room), key=lambda i: (len(ids[i]), i))
-    batches = [fitting[start : start + config.batch_size] for start in range(0, len(fitting), config.batch_size)]
+    size = max(1, len(fitting)) if isinstance(model, sampling.Sampler) else config.batch_size
+    batches = [fitting[start : start + size] for start in range(0, len(fitting), size)]
     stop = torch.zeros(base.config.get_text_config().vocab_size, dtype=torch.bool)
     stop[tokenizer.eos_token_id] = True
     stop[len(tokenizer) :] = True  # ids that only pad the vocabulary

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.cli import MeasuringConfig
+from common.cli import EngineConfig
 
 FORMATS = ("instances", "alpaca", "text")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelfInstructConfig(MeasuringConfig):
+class SelfInstructConfig(EngineConfig):
     """The generator, the number of instances to generate, and how they are sampled."""
 
     model: str = "EleutherAI/pythia-12b"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common import adapters, checkpoints, cli, dataset, distributed, models, results
+from common import cli, dataset, distributed, models, results, vllm_engine
 from data import generation
 from data.self_instruct.config import SelfInstructConfig
 from data.self_instruct.rounds import TOO_LONG, make_rounds
@@ -56,6 +56,7 @@ def check(config: SelfInstructConfig) -> Task:
     cli.check_output_file(output, ".jsonl", problems, (config.seed_tasks,))
     seeds, broken = problems.absorb(read_seed_tasks, config.seed_tasks, config.strict) or ([], 0)
     ref, tokenizer = models.look_up(problems, config.model, config.revision, config.base_model)
+    vllm_engine.check(config, problems, ref, (config.temperature, config.instance_temperature))
     settings: dict[str, Any] = {}
     file_settings: dict[str, Any] | None = None
     if ref and not problems.lines:
@@ -73,8 +74,7 @@ def generate(config: SelfInstructConfig, task: Task, partial: Path, target: resu
     world = distributed.start(model_parallel=config.model_parallel)
     with results.Run(output.parent / "run_generate.json", config, [config.seed_tasks], world, target) as record:
         dtype = models.resolve_dtype(config.dtype, world.device)
-        base = checkpoints.load_base(task.ref, dtype, world, config.device_map)
-        with adapters.adapted(base, task.ref.adapter) as (model, _):
+        with generation.generator(config, task.ref, dtype, world) as model:
             rounds = make_rounds(model, task.tokenizer, task.seeds, config, settings, partial, world)
         rows = formatted(rows_of(rounds)[: config.num_rows], config.format, task.tokenizer.eos_token)
         counts = sum((Counter(done["counts"]) for done in rounds), Counter({"broken seed tasks": task.broken}))
@@ -94,7 +94,7 @@ def generate(config: SelfInstructConfig, task: Task, partial: Path, target: resu
                 rows=len(rows),
                 source=[(config.seed_tasks, len(task.seeds) + task.broken)],
                 generator={key: settings[key] for key in ("model", "revision", "weights")},
-                sampling={key: settings[key] for key in (*SAMPLED, "dtype")},
+                sampling=generation.sampling_of(settings, SAMPLED),
                 settings=task.file_settings,
             )
             record.files.remove(partial)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.cli import MeasuringConfig
+from common.cli import EngineConfig
 
 CONDITIONS = ("metadata", "title", "sampled")
 FIELDS = ("Rating", "Product Categories", "Product Title")  # of the histogram
@@ -11,7 +11,7 @@ FILTERS = ("empty", "length")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SyntheticConfig(MeasuringConfig):
+class SyntheticConfig(EngineConfig):
     """The generator, the metadata its prompts are made from, and what it writes."""
 
     model: str

@@ -53,6 +53,7 @@ def make_parser() -> cli.Parser:
     cli.add_base_model(parser)
     cli.add_model_flags(parser)
     cli.add_parallel_flag(parser)
+    cli.add_engine_flag(parser)
     return parser
 
 

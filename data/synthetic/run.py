@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-from common import adapters, checkpoints, dataset, distributed, models, results
+from common import dataset, distributed, models, results
 from common.cli import UserError
 from common.tokenization import encode_prompt
 from data import generation
@@ -50,10 +50,9 @@ def generate(config: SyntheticConfig, task: Task, target: results.Output) -> Sum
             digest = {"histogram": results.sha256(config.histogram_file)}
             of_file = task.file_settings and task.file_settings | digest
             task = replace(task, settings=task.settings | digest, file_settings=of_file)
-        base = checkpoints.load_base(task.ref, dtype, world, config.device_map)
         context = models.context_of(task.ref)
         planned, prompts, rooms, dropped = fit(config, task.tokenizer, plan(config, task, released), context)
-        with adapters.adapted(base, task.ref.adapter) as (model, _):
+        with generation.generator(config, task.ref, dtype, world) as model:
             continuations = generation.continue_prompts(
                 model,
                 task.tokenizer,
@@ -154,7 +153,7 @@ def finish(
         rows=len(rows),
         source=[(config.input, len(task.rows)), *([task.source] if task.source else [])],
         generator={key: task.settings[key] for key in ("model", "revision", "weights")},
-        sampling={key: task.settings[key] for key in (*SAMPLED, "dtype")},
+        sampling=generation.sampling_of(task.settings, SAMPLED),
         settings=task.file_settings,
         more={"privacy": privacy, **summary},
     )

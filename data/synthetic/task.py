@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import cli, dataset, distributed, models, provenance, results, reviews, trained
+from common import cli, dataset, distributed, models, provenance, results, reviews, trained, vllm_engine
 from data import generation
 from data.synthetic.config import SyntheticConfig
 
@@ -42,6 +42,7 @@ def prepare(config: SyntheticConfig) -> Task:
     training: list[Row] = (problems.absorb(reviews.read_reviews, config.training) or []) if config.training else []
     check_rows(config, rows, training, problems)
     ref, tokenizer = models.look_up(problems, config.model, config.revision, config.base_model)
+    vllm_engine.check(config, problems, ref, (config.temperature,))
     privacy = provenance.privacy(ref) if ref else None
     unit = (privacy or {}).get("unit", "record")
     if config.samples_metadata and unit == "user" and any(dataset.user_of(row) is None for row in training):
