@@ -18,6 +18,7 @@ from canary.config import MeasureConfig
 from canary.task import RESULTS, ROWS
 from common import distributed, models, provenance, results, vllm_engine
 from common.checkpoints import BaseLoader
+from common.cli import UserError
 from common.distributed import World
 from common.schema import HEADLINE_ATTACK
 from memorization import measure as memorization
@@ -71,6 +72,9 @@ def measure(config: AuditConfig, task: AuditTask, output: results.Output) -> int
         audit["membership"] = membership_part(config, task, world)
         lines = memorization_parts(config, task, audit, dtype, world)
         audit["canaries"] = canary_part(config, task, world)
+        if caveat := hardly_moved(task, audit["model"].get("relative_change")):
+            audit["notes"] = [*task.notes, caveat]
+            world.say(caveat)
         audit["verdict"] = verdict.judge(audit)
         add_words(audit)
         audit["gates"] = [gate.result(audit) for gate in task.gates]
@@ -93,6 +97,16 @@ def measure(config: AuditConfig, task: AuditTask, output: results.Output) -> int
         print(report.gate_line(gate))
     world.close()
     return GATE_HELD if held else 0
+
+
+def hardly_moved(task: AuditTask, change: float | None) -> str | None:
+    """The caveat about a model that training hardly moved. change: ‖ΔW‖/‖W‖ as measured; None: as its run.json says."""
+    place = task.model.adapter or task.model.base
+    if change is None and Path(place).is_dir():
+        with contextlib.suppress(UserError):  # a broken run.json is no obstacle to an audit
+            change = (models.training_record(place) or {}).get("relative_change")
+    note = models.hardly_moved(change)
+    return f"{note[0].upper()}{note[1:]}: what is measured is as good as its base." if note else None
 
 
 def draw_page(folder: Path) -> None:

@@ -96,7 +96,8 @@ def _read_file(path: Path, broken: dict[int, str] | None, on_disk: bool = False)
         what = (
             "is a directory, not a file" if path.is_dir() else "not a file" if os.path.exists(path) else "no such file"
         )
-        raise UserError(f"{path}: {what}; give a {FORMATS} file")
+        hint = ", or build it from raw mail with data/enron/prepare.py" if path.name == "enron.jsonl" else ""
+        raise UserError(f"{path}: {what}; give a {FORMATS} file{hint}")
     name = path.name.removesuffix(".gz")
     text = name.endswith((".json", ".jsonl", ".csv", ".tsv"))
     try:

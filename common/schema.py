@@ -68,7 +68,11 @@ def next_free(folder: AnyPath) -> Path:
 OUTPUTS = {
     "adapter_config.json, adapter_model.safetensors": ("run_peft.py", "a PEFT adapter for the original base"),
     "metrics.jsonl": ("run_peft.py", "one line per --logging_steps, and one per held-out loss"),
-    "run.json": ("run_peft.py", "configuration, versions, inputs, status, `trained` and `privacy` blocks"),
+    "run.json": (
+        "run_peft.py",
+        "configuration, versions, inputs, status, `trained` and `privacy` blocks; `relative_change`: ‖ΔW‖/‖W‖ over the "
+        "adapted matrices, or all of a full model's (a line in `notes` if it is below 1e-4)",
+    ),
     "trained_rows.jsonl": ("run_peft.py", "one line per training row: hash, tokens, tokens that entered the loss"),
     "privacy.json": ("run_peft.py --dp", "the ε spent up to this checkpoint"),
     "run_merge_peft.json": ("merge_peft.py", "the merged adapter and base, ‖ΔW‖/‖W‖"),

@@ -232,6 +232,23 @@ def print_table(lines: Lines, task: ExtractionTask) -> None:
         print(f"name-rule floor ({guess}): {floor['matches']} match, {floor['exact']} exact")
 
 
+def print_comparison(lines: Lines) -> None:
+    """Hits gained and lost against --baseline, by temperature and template, with McNemar's p."""
+    for line in lines:
+        compared: dict[str, Any] = line.get("baseline") or {}
+        for name in ("matches", "exact") if compared else ():
+            pairs = {label: pair for label, pair in compared[name].items() if pair["n"]}
+            words = [f"{label} +{pair['gained']} −{pair['lost']} (p {pair['p']:.2g})" for label, pair in pairs.items()]
+            what = "match" if name == "matches" else name
+            print(f"T {line['temperature']:g}, {what}, gained and lost against {compared['path']}: {', '.join(words)}")
+
+
+def described(matching: list[tuple[Path, Lines]]) -> list[str]:
+    """Each result file of `find_results`, with its temperatures."""
+    listed = [(path, ", ".join(f"{line['temperature']:g}" for line in lines)) for path, lines in matching]
+    return [f"{path} (temperatures {temperatures})" for path, temperatures in listed]
+
+
 def describe(ref: ModelRef, dtype: torch.dtype, change: float | None) -> dict[str, Any]:
     """The model's part of a result line. change: ‖ΔW‖/‖W‖, None without an adapter."""
     return {
@@ -324,7 +341,11 @@ def run(config: MeasureConfig) -> int:
     if world.main:
         lines = results.read_jsonl(path)
         print_table(lines, task)
+        print_comparison(lines)
         provenance.say_if_hardly_moved(ref, lines[-1]["relative_change"])
+        matching = find_results(folder, task, model_key(ref))
+        for words in described([(other, found) for other, found in matching if other != path]):
+            print(f"measured before with the same settings: {words}")
     world.say(f"wrote {path}")
     world.close()
     return 0

@@ -43,6 +43,7 @@ def run(config: FidelityConfig) -> dict[str, Any]:
             record.files.write_json(folder / RESULTS, content)
             record["stage_seconds"] = watch.seconds
         print(table(content["comparisons"]))
+        print(f"results are in {folder / RESULTS}")
         return content
 
 

@@ -266,6 +266,9 @@ def run(config: MiaConfig) -> int:
     folders = {folder: ref for _, ref, folder in targets}
     names = {ref.name: name for name, ref, _ in targets}
     failures |= measure_all(folders, task, config, world, cache_folder(plan.root), names)
+    if folders:
+        shown = next(iter(folders)) if len(folders) == 1 else f"the {len(folders)} checkpoints below {plan.root}"
+        world.say(f"results are in {shown}")
     world.close()
     return cli.report_failures(failures, world.main)
 

@@ -264,5 +264,7 @@ def run_locked(config: PerplexityConfig, folder: Path, output: results.Output, p
         record["failed"] = failures
         if failures:
             record["error"] = f"{len(failures)} of {total} models failed"
+    if current:
+        world.say(f"results are in {folder / 'perplexity.jsonl'}")
     world.close()
     return cli.report_failures(failures, world.main)

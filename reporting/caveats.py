@@ -252,10 +252,10 @@ def models(study: Study) -> Iterator[Caution]:
     still, slow = ([place for change, place in small if (change < MOVED) == same] for same in (True, False))
     if still:
         text = "Training left the weights unchanged; the measurements are of the base."
-        yield Caution("careful", f"{_n(still, 'adapter')} that changed nothing", text, still)
+        yield Caution("careful", f"{_n(still, 'model')} that training left unchanged", text, still)
     if slow:
         text = "Arms may look alike because nothing was learnt: raise the learning rate or train longer."
-        yield Caution("careful", f"{_n(slow, 'adapter')} that hardly moved the model", text, slow)
+        yield Caution("careful", f"{_n(slow, 'model')} that training hardly moved", text, slow)
     older = study.lines.get("superseded", [])
     if older:
         text = "The same model was measured again with the same settings; only the newest lines are shown."

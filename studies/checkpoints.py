@@ -107,10 +107,14 @@ def evaluate(
         failures |= checkpoints.for_each(jobs.todo, work, loader)
         for checkpoint, ref in jobs.refs.items() if world.main else ():
             key = measure.model_key(ref) | {"dtype": str(loader.dtype).removeprefix("torch.")}
-            lines = measure.newest(measure.find_results(checkpoint, attack, key))
+            matching = measure.find_results(checkpoint, attack, key)
+            lines = measure.newest(matching)
             if lines:
                 print(f"\n{checkpoint}")
                 measure.print_table(lines, attack)
+                measure.print_comparison(lines)
+                for words in measure.described(matching):
+                    print(f"from {words}")
                 provenance.say_if_hardly_moved(ref, lines[-1]["relative_change"])
         loader.clear()
         if sets and membership:
@@ -122,6 +126,7 @@ def evaluate(
         record["checkpoints"] = {"found": len(tree), "measured": len(tree) - n_failed, "failed": failures}
         if failures:
             record["error"] = f"{n_failed} of {len(tree)} checkpoints failed"
+    world.say(f"results are in the checkpoints below {config.model}, results_purified*.jsonl")
     world.close()
     return cli.report_failures(failures, world.main)
 

@@ -109,6 +109,7 @@ def run(config: SweepConfig) -> int:
             record["cells"] = {"all": len(sweep.cells), "finished": len(done), "failed": failures}
             if failures:
                 record["error"] = f"{len(failures)} of {len(sweep.cells)} cells failed"
+    print(f"results are in {folder / RESULTS}")
     return 1 if failures else 0
 
 

@@ -308,6 +308,18 @@ def facts(**parts) -> dict:
     return base | {"verbatim": result(), "untargeted": result(samples=9), "canaries": {"undefined": "none"}} | parts
 
 
+def test_a_model_that_has_hardly_moved_is_a_caveat(models, rows, tmp_path, capsys):
+    """As its run.json says: no adapter is merged from which the audit could tell."""
+    words = ["-m", models["llama"], "-i", rows["train"], "-e", 1, "-lr", "1e-7", "-pt", "full"]
+    run_peft.main([*map(str, words), "--output_root", str(tmp_path / "tuned")])
+    (checkpoint,) = (tmp_path / "tuned").rglob("checkpoint-*")
+    asked = ["--model", checkpoint, "--train", rows["train"], "--ref_model", models["llama"], *SMALL]
+    asked += ["--without", "membership", "untargeted", "verbatim", "canaries"]
+    _, found = run(*asked, "--output_dir", tmp_path / "out")
+    (note,) = [note for note in found["notes"] if note.startswith("The model has hardly moved: ‖ΔW‖/‖W‖ ")]
+    assert note in (tmp_path / "out/audit.md").read_text(encoding="utf-8") and note in capsys.readouterr().out
+
+
 def test_the_verdict_is_corrected_for_the_number_of_questions():
     assert verdict.judge(facts())["answer"] == verdict.NONE_FOUND
     assert verdict.judge(facts(membership={"p": 0.02, "flags": []}))["answer"] == verdict.NONE_FOUND  # 4 × 0.02

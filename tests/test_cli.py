@@ -151,6 +151,12 @@ def test_help_shows_the_frozen_flags_and_loads_nothing_heavy(script):
     assert silent == []
 
 
+@pytest.mark.parametrize("words", (["run_peft.py", "-i"], ["measure_purified.py", "model", "out", "-d"]))
+def test_a_missing_enron_file_is_met_with_how_to_build_it(words, tmp_path):
+    done = run_script(*words, tmp_path / "enron.jsonl")
+    assert done.returncode == 2 and "or build it from raw mail with data/enron/prepare.py" in done.stderr
+
+
 def test_every_script_has_a_dry_run_as_the_readme_says():
     assert [script for script, flags in FLAGS.items() if "--dry_run" not in flags] == []
 

@@ -11,6 +11,7 @@ from collections import Counter
 import pytest
 from conftest import ROOT
 
+from common.cli import UserError
 from common.dataset import read_manifest, read_rows, split, validate
 from common.results import sha256
 
@@ -217,6 +218,15 @@ def test_model_knows_the_people_it_saw_often(name, rows, outsiders):
     never = address_nll(outsiders[:50])
     assert often < 0.7 * rarely
     assert abs(rarely - never) < 0.5
+
+
+@pytest.mark.parametrize("script", ("make_corpus", "make_model"))
+def test_dry_runs_write_nothing(script, tmp_path, capsys):
+    assert load_maker(script).main(["--output_dir", str(tmp_path / "out"), "--dry_run"]) == 0
+    assert str(tmp_path / "out") in capsys.readouterr().out and not any(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--output_dir"):
+        load_maker(script).main(["--output_dir", str(tmp_path / "file" / "x"), "--dry_run"])
 
 
 @pytest.mark.slow

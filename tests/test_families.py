@@ -246,7 +246,7 @@ def test_one_step_is_that_by_hand_and_reloads(loaded, name, private, tmp_path, c
     for key, wanted in expected.items():
         assert torch.allclose(trained[key], wanted, atol=1e-3 * largest, rtol=1e-3), key
     ids = torch.tensor([np.random.default_rng(2).integers(2, 390, 40).tolist()])
-    with torch.no_grad(), models.adapted(model, checkpoint) as (adapted, _):
+    with torch.no_grad(), common_adapters.adapted(model, checkpoint) as (adapted, _):
         found, wanted = adapted(ids, use_cache=False).logits, tuned(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(found, wanted, atol=1e-3 * wanted.abs().max().item(), rtol=0)
 

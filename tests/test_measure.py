@@ -79,7 +79,7 @@ def test_contract_fields_and_files(models, dataset, tmp_path):
     assert record["status"] == "ok" and record["seed"] == 3407 and record["inputs"][0]["sha256"]
 
 
-def test_next_free_name_and_positionals(models, dataset, tmp_path):
+def test_next_free_name_and_positionals(models, dataset, tmp_path, capsys):
     out = tmp_path / "out"
     for _ in range(3):
         assert measure_purified.main([str(models["neox"]), str(out), "-d", str(dataset), "--temperatures", "0"]) == 0
@@ -87,6 +87,9 @@ def test_next_free_name_and_positionals(models, dataset, tmp_path):
     assert names == ["results_purified.jsonl", "results_purified1.jsonl", "results_purified2.jsonl"]
     assert (out / "outcomes_purified2.jsonl").is_file()
     assert read_lines(out / names[0]) == read_lines(out / names[2])
+    printed = capsys.readouterr().out.splitlines()
+    earlier = [f"measured before with the same settings: {out / name} (temperatures 0)" for name in names[:2]]
+    assert printed[-3:] == [*earlier, f"wrote {out / names[2]}"]
 
 
 def test_responses_only_on_request_and_private(models, dataset, tmp_path):
@@ -128,7 +131,7 @@ def test_planted_addresses_are_found(tmp_path):
     assert line["probabilistic"]["B"]["1"]["expected"] == pytest.approx(line["exact"]["B"], abs=1)
 
 
-def test_baseline_counts_pairs(models, adapters, dataset, tmp_path):
+def test_baseline_counts_pairs(models, adapters, dataset, tmp_path, capsys):
     base = measure(models["llama"], tmp_path / "base", dataset, *QUICK)
     file = base / "results_purified.jsonl"
     # plant: the base "matched" rows 0–5 of template A at temperature 0 and nothing else
@@ -142,6 +145,9 @@ def test_baseline_counts_pairs(models, adapters, dataset, tmp_path):
     lost = sum(not o["match"] for o in now if o["row"] < 6)
     gained = sum(o["match"] for o in now if o["row"] >= 6)
     assert compared["matches"]["A"]["n"] == len(now) == 20
+    p = compared["matches"]["A"]["p"]
+    said = f"T 0, match, gained and lost against {file}: A +{gained} −{lost} (p {p:.2g}), B +"
+    assert said in capsys.readouterr().out
     assert compared["matches"]["A"]["lost"] == lost > 0 and compared["matches"]["A"]["gained"] == gained
     assert compared["matches"]["A"]["p"] == pytest.approx(
         min(1, 2 * sum(math.comb(lost + gained, i) for i in range(min(lost, gained) + 1)) / 2 ** (lost + gained))

@@ -655,7 +655,7 @@ def test_a_model_that_hardly_moved_is_flagged_next_to_its_numbers(tmp_path, kind
     put(root / "u" / "results_utility.jsonl", *lines)
     put(root / "u/models/tiny/real-seed1-dora/0e+00_2e-06/run.json", RUN | {"relative_change": 4e-6})
     (caution,) = [one for one in caveats.find(load.read([root])) if "hardly moved" in one.title]
-    assert caution.title == "3 adapters that hardly moved the model" and "nothing was learnt" in caution.text
+    assert caution.title == "3 models that training hardly moved" and "nothing was learnt" in caution.text
     assert sorted(place.rpartition(" = ")[2] for place in caution.places) == ["3e-06", "4e-06", "5e-06"]
     page = report(root, "--output", tmp_path / "out")[2]
     assert "4e-06: hardly moved, equals the base" in page  # next to the score

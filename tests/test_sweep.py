@@ -10,7 +10,8 @@ import pytest
 from conftest import ROOT, read_lines, write_rows
 
 import plot_results
-from common import stats
+import run_peft
+from common import cli, stats
 from common.cli import UserError
 from studies import grid, sweep
 
@@ -197,3 +198,21 @@ def test_a_small_sweep(models, dataset, tmp_path, executor):
     assert [line["seed"] for line in lines] == [1, 2, None] and lines[2]["perplexity"]["low"] is not None
     assert lines[0]["perplexity"] != lines[1]["perplexity"] and lines[0]["auc"] is not None
     assert run(file, tmp_path / "out") == 0  # nothing is left
+
+
+@pytest.mark.parametrize(("name", "cells"), [("system-p", 12), ("system-p-generated", 12), ("system-s", 1)])
+def test_the_sweeps_of_the_papers_expand(name, cells, tmp_path, monkeypatch, capsys):
+    """4 bases × 3 adapters; 4 bases × 3 training files; one model."""
+    file = ROOT / "studies" / f"{name}.yaml"
+    for data in cli.read_config(str(file), "--sweep")["data"]:
+        (tmp_path / data).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / data).write_text("")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert run(file, tmp_path / "out", "--dry_run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{cells} cells: 0 finished, {cells} to run" and len(lines) == cells + 1
+    assert sorted(tmp_path.rglob("*")) == before
+    made = grid.read(str(file))
+    words = grid.words_of(made.options["run_peft"])
+    run_peft.make_parser().parse_args(words)  # every flag has a value of its kind

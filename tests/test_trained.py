@@ -6,10 +6,12 @@ import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, make_rows, read_lines, write_rows
+from safetensors.torch import load_file
 
 import run_peft
 from common import dataset as data_files
@@ -342,7 +344,17 @@ def test_equal_runs_have_equal_bytes(models, dataset, tmp_path):
     assert files[0] == files[1] and modules == sorted(modules) and len(modules) == 14
 
 
-@pytest.mark.parametrize("kind", ("lora", "dora", "pissa", "dp"))
+def check_change_of_a_full_model(folder, last, base):
+    """run.json's relative_change is that of the saved matrices, read from the files."""
+    before, after = (load_file(path / "model.safetensors") for path in (Path(base), last))
+    matrices = [name for name in after if after[name].dim() > 1]
+    change = sum((after[name].double() - before[name].double()).square().sum() for name in matrices)
+    total = sum(before[name].double().square().sum() for name in matrices)
+    value = json.loads((folder / "run.json").read_text())["relative_change"]
+    assert value == pytest.approx(float((change / total) ** 0.5), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ("lora", "dora", "pissa", "full", "dp"))
 def test_a_model_that_has_hardly_moved_is_reported(kind, models, dataset, tmp_path, capsys):
     """And its value in run.json is ‖W′ − W‖ / ‖W‖ of the merged weights, whatever the adapter."""
     from common import adapters as common_adapters
@@ -356,6 +368,9 @@ def test_a_model_that_has_hardly_moved_is_reported(kind, models, dataset, tmp_pa
     assert capsys.readouterr().out.count("the model has hardly moved") == 1
     for folder in (still, moved):
         last = find_checkpoints(folder)[-1]
+        if kind == "full":
+            check_change_of_a_full_model(folder, last, models["neox"])
+            continue
         base = common_models.load_base(common_models.find_model(str(last)), torch.float32, "cpu")
         with common_adapters.adapted(base, last) as (_, change):
             assert json.loads((folder / "run.json").read_text())["relative_change"] == pytest.approx(change, rel=0.02)

@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, make_model, make_rows, read_lines, run_script, write_rows
 
 import measure_purified
-from common import models, sampling, vllm_engine
+from common import adapters, models, sampling, vllm_engine
 from common.cli import Problems, UserError
 from data import generation
 from data.continuation.config import ContinuationConfig
@@ -153,7 +153,7 @@ def test_what_vllm_does_not_know_goes_merged(stand_in, base, tmp_path, options, 
         assert lora is None
         ids = torch.arange(2, 30)[None]
         plain = models.load_base(ref, torch.float32, "cpu")
-        with torch.no_grad(), models.adapted(plain, adapter) as (tuned, _):
+        with torch.no_grad(), adapters.adapted(plain, adapter) as (tuned, _):
             wanted = tuned(ids).logits
         found = models.load_base(models.find_model(folder), torch.float32, "cpu")(ids).logits
         torch.testing.assert_close(found, wanted, atol=1e-4 * float(wanted.abs().max()), rtol=0)

@@ -286,6 +286,7 @@ def fit(
         if note := provenance.hardly_moved(record["relative_change"]):
             record["notes"] = [note]
             world.say(f"{note}; raise --learning_rate or train longer")
+    world.say(f"results are in {plan.folder}")
     for tracker in trackers:
         tracker.finish()
     if world.main:

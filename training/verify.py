@@ -10,6 +10,7 @@ from peft import set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from common import models
 from common.cli import UserError
 from common.quantization import is_quantised
 from training.batches import whole_row
@@ -170,9 +171,9 @@ def fingerprint(trainer: "Trainer") -> list[float]:
 
 
 def relative_change(trainer: "Trainer") -> float | None:
-    """‖ΔW‖ / ‖W‖ (Frobenius, over all adapted matrices): trained vs. untrained. None for full fine-tuning."""
+    """‖ΔW‖ / ‖W‖ (Frobenius, over all trained matrices), W as in the base. None if the base cannot be read again."""
     if trainer.full:
-        return None
+        return model_change(trainer)
     trained = adapter_state(trainer.peft_model)
     change = total = 0.0
     for name, layer in lora_layers(trainer.peft_model).items():
@@ -180,3 +181,26 @@ def relative_change(trainer: "Trainer") -> float | None:
         change += float((after - before).square().sum())
         total += float(before.square().sum())
     return float((change / total) ** 0.5)
+
+
+def model_change(trainer: "Trainer") -> float | None:
+    """`relative_change` of a fully trained model, against its base as rank 0 reads it again: a copy kept from the start
+    would hold that memory during training."""
+    base: dict[str, torch.Tensor] = {}
+    if trainer.world.main:
+        with contextlib.suppress(UserError, OSError):  # removed since: the run itself is complete
+            loaded = models.load_base(trainer.plan.ref, torch.float32, "cpu")
+            base = {name: parameter.detach() for name, parameter in loaded.named_parameters()}
+    if not trainer.world.broadcast(bool(base)):
+        return None
+    change = total = 0.0
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.dim() < 2:
+            continue
+        tensor = parameter.detach()
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # on every rank
+        if trainer.world.main:
+            before = base.pop(name).double()
+            change += float((whole.cpu().double() - before).square().sum())
+            total += float(before.square().sum())
+    return trainer.world.broadcast(float((change / total) ** 0.5) if total else None)

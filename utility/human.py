@@ -79,6 +79,7 @@ def score(config: SheetConfig, folder: Path, output: results.Output) -> None:
             words = ", ".join(f"{label} {counts[label]['count']}" for label in LABELS)
             print(f"{arm} ({name}): {words}; {entry['n_scored']} rows")
     print(f"agreement: {content['agreement']}")
+    print(f"results are in {target}")
 
 
 def check_files(sheets: Sequence[str], problems: cli.Problems) -> None:

@@ -41,6 +41,7 @@ def run(config: ImportanceConfig) -> dict[str, Any]:
             record.files.write_json(target, content)
     for arm, agreement in content["arms"].items():
         print(f"{arm:>12}  " + "  ".join(f"{name} {cell(value)}" for name, value in agreement["mean"].items()))
+    print(f"results are in {target}")
     return content
 
 

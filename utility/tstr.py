@@ -57,6 +57,7 @@ def run(config: DownstreamConfig, train: Train) -> list[Line]:
             record.files.write_jsonl(folder / ROWS, rows)
             record.files.write_jsonl(folder / LINES, lines)
     say(lines)
+    print(f"results are in {folder / LINES}")
     return lines
 
 

@@ -30,6 +30,7 @@ class CorpusConfig:
     outsiders: int = 300
     web_pages: int = 6900
     seed: int = 3407
+    dry_run: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,3 +53,4 @@ class MakeModelConfig:
     max_steps: int | None = None  # None: the whole schedule
     corpus_seed: int = 3407
     seed: int = 3407
+    dry_run: bool = False

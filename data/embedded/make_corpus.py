@@ -34,6 +34,7 @@ def make_parser() -> cli.Parser:
     add("--outsiders", type=cli.positive_int, help="rows of outsiders.jsonl")
     add("--web_pages", type=cli.positive_int, help="pages of the pre-training text without corpus people")
     add("--seed", type=int, help="seed of all text")
+    cli.add_dry_run(parser)
     return parser
 
 

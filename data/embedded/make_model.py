@@ -40,6 +40,7 @@ def make_parser() -> cli.Parser:
     add("--max_steps", type=cli.positive_int, help="stop after so many steps; None: the whole schedule")
     add("--corpus_seed", type=int, help="seed given to make_corpus.py")
     add("--seed", type=int, help="seed of weights and order")
+    cli.add_dry_run(parser)
     return parser
 
 

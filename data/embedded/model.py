@@ -4,6 +4,7 @@ import math
 import time
 from typing import TYPE_CHECKING, Any
 
+from common import cli
 from common.cli import AnyPath
 from common.results import atomic_folder, write_json
 from data.embedded.config import CONTEXT, SIZES, MakeModelConfig
@@ -18,6 +19,13 @@ RECENT = 50  # steps over which printed and recorded losses are averaged
 
 def run(config: MakeModelConfig) -> None:
     """Train a model of --size from scratch and save it."""
+    if config.dry_run:
+        folder, problems = config.output_dir or HERE / SIZES[config.size]["name"], cli.Problems()
+        cli.check_writable(folder, problems)
+        problems.check()
+        name = SIZES[config.size]["name"]
+        print(f"would train {name} on the corpus of seed {config.corpus_seed} and save it to {folder}")
+        return
     import torch
     import transformers
 
@@ -39,7 +47,9 @@ def run(config: MakeModelConfig) -> None:
 
     record = {
         "script": "data/embedded/make_model.py",
-        "settings": vars(config) | {"output_dir": None} | size,
+        "settings": {key: value for key, value in vars(config).items() if key != "dry_run"}
+        | {"output_dir": None}
+        | size,
         "parameters": n_parameters,
         "training_tokens": total_steps * config.batch_size * config.window,
         "seconds": round(time.perf_counter() - started),

@@ -204,3 +204,4 @@ def report(result: dict[str, Any], output: Path, head: int) -> None:
     print(f"prompts cut to {result['prompt cut']}")
     speed, memory = result["messages_per_s"], result["peak_bytes"] / 1e6
     print(f"{speed:,.0f} messages/s with {result['workers']} workers, peak memory {memory:,.0f} MB")
+    print(f"rows are in {output}")
