@@ -104,8 +104,8 @@ def hardly_moved(task: AuditTask, change: float | None) -> str | None:
     place = task.model.adapter or task.model.base
     if change is None and Path(place).is_dir():
         with contextlib.suppress(UserError):  # a broken run.json is no obstacle to an audit
-            change = (models.training_record(place) or {}).get("relative_change")
-    note = models.hardly_moved(change)
+            change = (provenance.training_record(place) or {}).get("relative_change")
+    note = provenance.hardly_moved(change)
     return f"{note[0].upper()}{note[1:]}: what is measured is as good as its base." if note else None
 
 

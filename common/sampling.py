@@ -603,13 +603,19 @@ def _decode_chunk(
     for step in range(max_tokens):
         token = logits.argmax(-1)[branch_node]  # at temperature 0; breaks ties like `generate`
         random = noisy[branch_heat] > 0
-        if bool(random.any()):
-            drawn_from, place = torch.unique(branch_node[random], return_inverse=True)  # nodes; the others are greedy
-            values, candidates = top_k_with_ties(logits[drawn_from], top_k)
-            owner = node_row[drawn_from]
+        sampled: torch.Tensor | slice = slice(None)  # branches, their nodes and each branch's place among these
+        needed: torch.Tensor | slice = slice(None)
+        place = branch_node
+        if device.type == "cpu":  # leave out what is greedy; a GPU would have to be waited for to know what that is
+            sampled = random.nonzero()[:, 0]
+            needed, place = torch.unique(branch_node[sampled], return_inverse=True)
+        if len(place):
+            values, candidates = top_k_with_ties(logits[needed], top_k)
+            owner = node_row[needed]
             noise = gumbel(seed, row_key[owner], template_key[owner], step, candidates)
-            scores = values.double()[place] / heat[branch_heat[random], None] + noise[place]
-            token[random] = candidates[place].gather(-1, scores.argmax(-1, keepdim=True))[:, 0]
+            scores = values.double()[place] / heat[branch_heat[sampled], None] + noise[place]
+            chosen = candidates[place].gather(-1, scores.argmax(-1, keepdim=True))[:, 0]
+            token[sampled] = torch.where(random[sampled], chosen, token[sampled])
         output[branch_row, branch_heat, step] = token
         alive = ~stop[token]
         if step == max_tokens - 1 or not bool(alive.any()):

@@ -21,6 +21,7 @@ MEASURE = {
     "--chat", "--chat_template",
 }  # fmt: skip
 QUANTIZED = {"--quantization"}
+ENGINE = {"--engine"}
 FLAGS = {
     "run_peft.py": MODEL | QUANTIZED | {
         "-m", "--model", "-i", "--input", "--data", "--num_rows", "--output_dir", "-pdbs", "--per_device_batch_size",
@@ -35,8 +36,8 @@ FLAGS = {
         "--privacy_unit", "--max_rows_per_user", "--secure_rng", "--suggest_max_grad_norm",
     },
     "merge_peft.py": MODEL | QUANTIZED | {"--model", "--save_dir", "--output_dir", "--base_model", "--is_opt"},
-    "measure_purified.py": MEASURING | QUANTIZED | MEASURE | {"--model", "--output_dir", "--base_model"},
-    "evaluate_purified.py": MEASURING | QUANTIZED | MEASURE | {
+    "measure_purified.py": MEASURING | ENGINE | QUANTIZED | MEASURE | {"--model", "--output_dir", "--base_model"},
+    "evaluate_purified.py": MEASURING | ENGINE | QUANTIZED | MEASURE | {
         "-m", "--model", "-t", "--temp", "--is_opt", "--base_model", "--save_merged", "--mia",
     },
     "perplexity/perplexity.py": MEASURING | QUANTIZED | {
@@ -72,12 +73,12 @@ FLAGS = {
         "--reviews", "--meta", "--output_dir", "--train", "--test", "--memory_limit", "--threads", "--strict",
         "--overwrite", "--dry_run", "--seed",
     },
-    "data/continuation/generate.py": MEASURING | {
+    "data/continuation/generate.py": MEASURING | ENGINE | {
         "-m", "--model", "--base_model", "-d", "--data_set", "--dataset", "--data", "--top_k", "-mt", "--max_tokens",
         "--temperature", "--output",
         "--batch_size", "--strict", "--overwrite",
     },
-    "data/synthetic/generate.py": MEASURING | {
+    "data/synthetic/generate.py": MEASURING | ENGINE | {
         "-m", "--model", "--base_model", "-i", "--input", "--data", "--arm", "--num", "--num_rows", "--condition",
         "--training",
         "--metadata_epsilon", "--metadata_delta", "--metadata_fields", "--histogram", "--max_new_tokens",
@@ -91,7 +92,7 @@ FLAGS = {
         "--base_model", "--canaries", "--models", "--synthetic", "--ref_model", "--references", "--output_dir",
         "--overwrite",
     },
-    "data/self_instruct/generate.py": MEASURING | {
+    "data/self_instruct/generate.py": MEASURING | ENGINE | {
         "-m", "--model", "--base_model", "--seed_tasks", "--num_rows", "--top_k", "-mt", "--max_tokens",
         "--temperature",
         "--instance_temperature", "--format", "--round_size", "--output", "--batch_size", "--strict",
@@ -118,7 +119,8 @@ FLAGS = {
         "--synthetic", "--real", "--num_rows", "--sheets", "--key", "--output_dir", "--overwrite", "--dry_run",
         "--seed",
     },
-    "audit.py": MEASURING | QUANTIZED | {"--model", "--base_model", "--ref_model", "--train", "--data", "--heldout",
+    "audit.py": MEASURING | ENGINE | QUANTIZED | {"--model", "--base_model", "--ref_model", "--train", "--data",
+                         "--heldout",
                          "--chat_template", "--columns", "--split", "--data_config", "--num_rows", "--secrets", "--pii",
                          "--region", "--ner", "--canaries",
                          "--decoys",
