@@ -7,6 +7,7 @@ part of the result, with its name and version.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -70,7 +71,7 @@ def load(name: str, package: str) -> Finder:
     if not labels & LABELS.keys():
         raise UserError(f"--ner {name}: finds none of {', '.join(LABELS)}; give a model that does")
     meta = pipeline.meta
-    facts = {"model": package, "version": str(meta.get("version", "")), "spacy": spacy.__version__}
+    facts = {"model": package, "version": str(meta.get("version", "")), "spacy": importlib.metadata.version("spacy")}
     return Finder(lambda texts: search(pipeline, texts), facts)
 
 
