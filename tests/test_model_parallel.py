@@ -189,6 +189,8 @@ for name, words in json.load(open(sys.argv[1])):
     status = importlib.import_module(name).main(words)
     if status:
         sys.exit(f"status {{status}}: {{name}} {{words}}")
+"""
+LEAVING = """
 close(distributed.start())
 cli.leave(0)
 """
@@ -251,7 +253,7 @@ def run_all(tmp_path, commands, *failing) -> subprocess.CompletedProcess:
         one.parent.mkdir(parents=True), four.parent.mkdir(parents=True)
         assert not main_of(name)([*words, flag, str(one)])
         listed.append((name, [*words, flag, str(four), "--model_parallel", "2"]))
-    (tmp_path / "several.py").write_text((SEVERAL + (FAILING if failing else "")).format())
+    (tmp_path / "several.py").write_text((SEVERAL + (FAILING if failing else LEAVING)).format())
     (tmp_path / "commands.json").write_text(json.dumps(listed))
     done = launch(tmp_path / "several.py", tmp_path / "commands.json", *failing)
     assert failing or done.returncode == 0, done.stderr[-3000:]
