@@ -515,3 +515,8 @@ def test_a_user_written_in_two_ways_is_one_unit():
     rows = [{"user_id": one, "Review": "a"} for one in ("5", 5, " 5", 5.0)]
     assert len(one_row_per_user(rows, np.random.default_rng(0))) == 1
     assert sorted(map(len, halve([*rows, *({"Review": "b"} for _ in range(4))], 0))) == [4, 4]
+
+
+def test_entry_returns_though_an_earlier_run_left_a_group():
+    cli.leave_after_main()
+    assert cli.entry(lambda: 3) == 3

@@ -611,7 +611,7 @@ def test_a_clean_tree_has_no_grave_caution(tmp_path):
         (lambda c: put(c / "results_purified.jsonl", extraction_line(c, 1.0)), "careful", "No headline for 1 model"),
         (lambda c: put(c / "results_purified.jsonl", extraction_line(c, model_sha256="cd")), "wrong", "two states"),
         (lambda c: put(c / "results_purified.jsonl", extraction_line(c, relative_change=0.0)), "careful",
-         "changed nothing"),
+         "training left unchanged"),
         (lambda c: put(c / "results_purified.jsonl", extraction_line(c, exact=(1, 1))), "note", "name-rule floor"),
         (lambda c: put(c / "adapter_config.json", {"init_lora_weights": "pissa_niter_4"}), "wrong", "PiSSA"),
         (lambda c: put(c / "privacy.json", privacy_block(3.0, "--seed was given")), "wrong", "ε is void"),
