@@ -565,8 +565,8 @@ def entry(main: Callable[[], int | None]) -> int:
     """Run `main()`. A UserError prints one stderr line per problem and gives status 2, as does a full disk (on any
     rank); Ctrl-C prints one line and gives 130, SIGTERM 143.
 
-    Other exceptions keep their traceback. Under torchrun, workers end with torchrun. A process that left its
-    process group in `main` ends here instead of returning (see leave). With several processes, SIGTERM kills each at once: one
+    Other exceptions keep their traceback. Under torchrun, workers end with torchrun. A process that left its process
+    group in `main` ends here instead of returning (see leave). With several processes, SIGTERM kills each at once: one
     that waits for a dead rank would never get to handle it.
     """
     global _left_group
