@@ -530,9 +530,6 @@ def plain(value: object) -> Any:
     return value
 
 
-_left_group = False  # by common/distributed.py
-
-
 def end_with_parent() -> None:
     """For workers: make this process exit within a second of its parent's death, however the parent died."""
     from multiprocessing import parent_process
@@ -559,6 +556,9 @@ class Terminated(KeyboardInterrupt):
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second SIGTERM kills at once
     raise Terminated("SIGTERM")
+
+
+_left_group = False  # whether the current main() has left a process group
 
 
 def entry(main: Callable[[], int | None]) -> int:

@@ -176,7 +176,8 @@ def share_passes(source: Path, target: Path) -> None:
     from mia.measure import cache_folder
 
     if cache_folder(source).is_dir() and not cache_folder(target).exists():
-        shutil.copytree(cache_folder(source), cache_folder(target))
+        with results.atomic_folder(cache_folder(target)) as copy:
+            shutil.copytree(cache_folder(source), copy, dirs_exist_ok=True)
 
 
 def audit(config: AuditConfig) -> Record:
