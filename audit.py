@@ -17,6 +17,7 @@ import sys
 
 from auditing.config import PARTS, QUICK, AuditConfig, Budget
 from common import cli
+from common.process import entry
 
 
 def make_parser() -> cli.Parser:
@@ -96,4 +97,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.entry(main))
+    sys.exit(entry(main))

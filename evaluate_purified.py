@@ -14,6 +14,7 @@ checkpoint: the newest measurement of each temperature, including those of earli
 import sys
 
 from common import cli
+from common.process import entry
 from extraction.config import EvaluateConfig
 from extraction.flags import add_attack_flags
 
@@ -52,4 +53,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.entry(main))
+    sys.exit(entry(main))

@@ -13,6 +13,7 @@ import argparse
 import sys
 
 from common import cli
+from common.process import entry
 from extraction.config import MeasureConfig
 from extraction.flags import add_attack_flags
 
@@ -56,4 +57,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.entry(main))
+    sys.exit(entry(main))

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common import adapter_files, adapters, cli, models, provenance, quantization, results
-from common.cli import Problems
+from common.problems import Problems, check_writable
+from common.process import entry
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +59,7 @@ def check(config: MergeConfig) -> tuple[models.ModelRef, Path]:
     """(the base and its adapter, the adapter's directory), from their files. UserError with every problem."""
     problems = Problems()
     target = Path(config.save_dir).expanduser()
-    cli.check_writable(target, problems, "--save_dir")
+    check_writable(target, problems, "--save_dir")
     if target.is_dir() and any(target.iterdir()) and not (target / RECORD).is_file():
         problems.add(
             f"--save_dir {config.save_dir}: contains something other than an earlier merge; choose an empty directory"
@@ -144,4 +145,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.entry(main))
+    sys.exit(entry(main))

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common import cli, results
+from common.problems import Problems, check_writable, one_line
+from common.process import entry
 
 if TYPE_CHECKING:
     from reporting.table import Study
@@ -61,14 +63,14 @@ def check(config: ReportConfig) -> "Study":
     """Read the Study below the directories; raise a UserError with every problem before anything is drawn."""
     from reporting import load
 
-    problems = cli.Problems()
+    problems = Problems()
     for directory in config.directories:
         if not Path(directory).is_dir():
             problems.add(f"{directory}: no such directory")
     if config.unredacted and not config.include_responses:
         problems.add("--unredacted: needs --include_responses")
     output = Path(config.output)
-    cli.check_writable(output, problems, "--output")
+    check_writable(output, problems, "--output")
     if (output / "figures").exists() and not (output / OURS).exists():
         problems.add(f"--output {output}: has a figures/ folder that no report wrote; choose another directory")
     problems.check()
@@ -97,7 +99,7 @@ def run(config: ReportConfig) -> int:
                 write(config, study, output, record)
     broken = damage(study)
     for line in broken:
-        print(cli.one_line(f"not read: {line}"), file=sys.stderr)
+        print(one_line(f"not read: {line}"), file=sys.stderr)
     if not config.dry_run:
         print(f"{len(study.rows):,} numbers, {len(record['figures'])} figures: {output / 'report.html'}")
     return 1 if broken else 0
@@ -134,4 +136,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.entry(main))
+    sys.exit(entry(main))

@@ -21,7 +21,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import plot_results
-from common import cli, results
+from common import cli, results, strict_json
+from common.problems import Problems, UserError, check_writable
+from common.process import entry
 from studies import mail, privacy, reviews
 from studies.config import EMBEDDED, QuickstartConfig, StudyConfig
 from studies.steps import Study, call
@@ -64,14 +66,14 @@ def check_same(out: Path, config: StudyConfig) -> None:
     try:
         record = results.read_json(file, remedy)
         earlier, inputs = dict(record["args"]), {entry["path"]: entry["sha256"] for entry in record["inputs"]}
-    except (cli.UserError, OSError, KeyError, TypeError, ValueError):
-        raise cli.UserError(f"--output {out}: its run_quickstart.json cannot be read; {remedy}") from None
-    now = {key: value for key, value in cli.plain(vars(config)).items() if key not in MAY_DIFFER}
+    except (UserError, OSError, KeyError, TypeError, ValueError):
+        raise UserError(f"--output {out}: its run_quickstart.json cannot be read; {remedy}") from None
+    now = {key: value for key, value in strict_json.plain(vars(config)).items() if key not in MAY_DIFFER}
     other = [f"--{key} was {earlier.get(key)}, now {value}" for key, value in now.items() if earlier.get(key) != value]
     files = [str(path) for path in STUDIES[config.study].inputs(config) if Path(path).is_file()]
     other += [f"{path} has changed since" for path in files if path in inputs and inputs[path] != results.sha256(path)]
     if other:
-        raise cli.UserError(f"--output {out}: has a study with other settings ({'; '.join(other)}); {remedy}")
+        raise UserError(f"--output {out}: has a study with other settings ({'; '.join(other)}); {remedy}")
 
 
 def with_defaults(flags: QuickstartConfig) -> StudyConfig:
@@ -94,10 +96,10 @@ def with_defaults(flags: QuickstartConfig) -> StudyConfig:
 def run(flags: QuickstartConfig) -> int:
     config = with_defaults(flags)
     study = STUDIES[config.study]
-    problems = cli.Problems()
+    problems = Problems()
     if config.study == "mail" and "generated" in config.arms and not config.generator:
         problems.add("--arms generated: needs --generator, the model that writes this arm")
-    cli.check_writable(config.output, problems, "--output")
+    check_writable(config.output, problems, "--output")
     problems.absorb(study.check, config)
     out = Path(config.output).absolute()
     with results.output_folder(out, config.dry_run) as output:
@@ -129,4 +131,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.entry(main))
+    sys.exit(entry(main))

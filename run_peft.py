@@ -39,6 +39,7 @@ import sys
 from collections.abc import Sequence
 
 from common import cli
+from common.process import entry
 from training.config import SEED, TrainConfig
 
 
@@ -133,4 +134,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.entry(main))
+    sys.exit(entry(main))

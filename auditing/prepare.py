@@ -14,8 +14,9 @@ import numpy as np
 from auditing import gates
 from auditing.config import PARTS, AuditConfig, Budget, budget_of
 from auditing.gates import Gate
-from common import chat, cli, dataset, distributed, models, results, sources, tokenization, trained, vllm_engine
+from common import chat, dataset, distributed, models, results, sources, tokenization, trained, vllm_engine
 from common.models import ModelRef
+from common.problems import Problems, check_writable
 from common.schema import HEADLINE_ATTACK
 from memorization import entities
 from memorization.config import MemorizationConfig
@@ -62,10 +63,10 @@ class AuditTask:
 
 def prepare(config: AuditConfig) -> AuditTask:
     """UserError with every problem of the flags and files."""
-    problems = cli.Problems()
+    problems = Problems()
     sources.load((config.train, config.heldout), config.split, config.data_config)
     distributed.check_environment(problems, config.device_map, config.model_parallel, config.quantization)
-    cli.check_writable(config.output_dir, problems)
+    check_writable(config.output_dir, problems)
     budget = budget_of(config)
     parsed = [gate for text in config.fail_on if (gate := _gate(text, problems))]
     patterns = _patterns(config.pii, KINDS + (ENTITIES if config.ner else ()), problems)
@@ -224,7 +225,7 @@ def same_content(path: str, other: str) -> bool:
     return Path(path).stat().st_size == Path(other).stat().st_size and results.sha256(path) == results.sha256(other)
 
 
-def _gate(text: str, problems: cli.Problems) -> Gate | None:
+def _gate(text: str, problems: Problems) -> Gate | None:
     try:
         return gates.parse(text)
     except ValueError as error:
@@ -232,7 +233,7 @@ def _gate(text: str, problems: cli.Problems) -> Gate | None:
         return None
 
 
-def _patterns(given: Sequence[str], taken: Sequence[str], problems: cli.Problems) -> dict[str, str]:
+def _patterns(given: Sequence[str], taken: Sequence[str], problems: Problems) -> dict[str, str]:
     """{type: regular expression} of --pii name=REGEX."""
     patterns = {}
     for text in given:
@@ -249,7 +250,7 @@ def _patterns(given: Sequence[str], taken: Sequence[str], problems: cli.Problems
 
 
 def split_by_training(
-    membership: MiaConfig, reader: Reader, rows: Sequence[dict[str, Any]], problems: cli.Problems
+    membership: MiaConfig, reader: Reader, rows: Sequence[dict[str, Any]], problems: Problems
 ) -> tuple[Collection[int] | None, Sequence[int]]:
     """(rows of --train that the model was trained on, the rest), by run_peft.py's run.json beside the checkpoint;
     (None, empty) without one, or if it is of another file."""
@@ -280,7 +281,7 @@ def _render(
     return Rows(path, len(allowed), results.sha256(path), list(indices), rendered)
 
 
-def _reference(ref: ModelRef, tokenizer: Any, config: AuditConfig, problems: cli.Problems) -> ModelRef | None:
+def _reference(ref: ModelRef, tokenizer: Any, config: AuditConfig, problems: Problems) -> ModelRef | None:
     if config.ref_model:
         given = (problems, config.ref_model, None, config.base_model, "--ref_model")
         other, its_own = models.look_up(*given, quantized=config.quantization)
@@ -337,7 +338,7 @@ def read_secrets(path: str) -> list[tuple[str, str, int | None]]:
     """(type, value, row or None) of --secrets, a .csv or .jsonl with the columns type, value and, if known, row."""
     rows = dataset.read_rows(path)
     dataset.validate(path, rows, SECRET_FIELDS)
-    problems = cli.Problems()
+    problems = Problems()
     given = []
     for index, row in enumerate(rows):
         number = row.get("row")

@@ -18,8 +18,8 @@ from canary.config import MeasureConfig
 from canary.task import RESULTS, ROWS
 from common import distributed, models, provenance, results, vllm_engine
 from common.checkpoints import BaseLoader
-from common.cli import UserError
 from common.distributed import World
+from common.problems import UserError
 from common.schema import HEADLINE_ATTACK
 from memorization import measure as memorization
 from memorization import task as questions

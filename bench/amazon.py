@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 from common import cli
+from common.process import entry
 
 ROOT = Path(__file__).resolve().parents[1]
 GOAL_RATIO = 3
@@ -115,4 +116,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.entry(main))
+    sys.exit(entry(main))

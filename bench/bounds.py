@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 from common import cli
+from common.process import entry
 
 SEED = 20250
 NAMES = {"steinke": "Steinke", "epsilon_delta": "f-DP", "gaussian": "f-DP if Gaussian"}
@@ -156,4 +157,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.entry(main))
+    sys.exit(entry(main))

@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 from common import cli, stats
+from common.process import entry
 
 KINDS = ("rate", "total", "auc", "tpr", "jackknife")
 SEED = 20250
@@ -180,4 +181,4 @@ def main(argv=None) -> int:
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # otherwise bench/ shadows the packages fidelity and mia
-    sys.exit(cli.entry(main))
+    sys.exit(entry(main))

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from bench.inputs import make_model
 from common import cli
+from common.process import entry
 
 ROOT = Path(__file__).resolve().parents[1]
 WAYS = ("plain", "dp", "opacus")
@@ -180,4 +181,4 @@ def report(kind: str, runs: dict) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.entry(main))
+    sys.exit(entry(main))

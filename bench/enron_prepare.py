@@ -23,6 +23,8 @@ import time
 from pathlib import Path
 
 from common import cli
+from common.problems import UserError
+from common.process import entry
 
 ROOT = Path(__file__).resolve().parents[1]
 GOAL = 3000  # messages/s on two cores
@@ -154,10 +156,10 @@ def run(args) -> list[dict]:
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     if args.messages[0] >= args.messages[1]:
-        raise cli.UserError("--messages: the second size must be above the first")
+        raise UserError("--messages: the second size must be above the first")
     run(args)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(cli.entry(main))
+    sys.exit(entry(main))

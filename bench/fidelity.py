@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 from common import cli, dataset
+from common.process import entry
 
 ROOT = Path(__file__).resolve().parents[1]
 GOAL = 180  # seconds without embedding and MAUVE
@@ -91,4 +92,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.entry(main))
+    sys.exit(entry(main))

@@ -27,6 +27,7 @@ from pathlib import Path
 from bench import gpu_work
 from bench.inputs import TEMPERATURES, mail_lengths, mail_rows
 from common import cli
+from common.process import entry
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKERS = ("sweep", "score", "run_peft", "bare", "trl", "dp")
@@ -146,4 +147,4 @@ def report(args, name: str, results: dict, size: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.entry(main))
+    sys.exit(entry(main))

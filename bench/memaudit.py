@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from common import cli
+from common.process import entry
 from common.results import read_jsonl, write_jsonl
 
 HERE = Path(__file__).resolve().parent
@@ -308,4 +309,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.entry(main))
+    sys.exit(entry(main))

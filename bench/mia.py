@@ -26,6 +26,7 @@ from pathlib import Path
 
 from bench import mia_work
 from common import cli
+from common.process import entry
 
 MOST_OVERHEAD, LEAST_GAIN, MOST_SECONDS = 1.15, 6.0, 5.0
 KINDS = ("bare", "ours", "peer", "shared", "control", "bootstrap")
@@ -93,4 +94,4 @@ def main(argv=None) -> int:
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # otherwise bench/ shadows the packages fidelity and mia
-    sys.exit(cli.entry(main))
+    sys.exit(entry(main))

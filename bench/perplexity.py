@@ -17,6 +17,8 @@ import sys
 import time
 
 from common import cli
+from common.problems import Problems
+from common.process import entry
 
 BATCH = 16
 TARGET = 2.5
@@ -130,7 +132,7 @@ def run(args) -> float:
     from common import limits, models
     from common.scoring import LOGIT_VALUES, SMALLEST_CHUNK, TOKEN_BUDGET
 
-    problems = cli.Problems()
+    problems = Problems()
     ref = problems.absorb(models.find_model, args.model) if args.model else None
     problems.check()
 
@@ -191,4 +193,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.entry(main))
+    sys.exit(entry(main))

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from bench.inputs import fictional_people
 from common import cli
+from common.process import entry
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "data" / "embedded" / "mini-pythia"
@@ -149,4 +150,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.entry(main))
+    sys.exit(entry(main))

@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 
 from common import cli, results
+from common.problems import UserError
+from common.process import entry
 
 ROOT = Path(__file__).resolve().parents[1]
 EMBEDDED = ROOT / "data" / "embedded"
@@ -49,7 +51,7 @@ def make_rows(folder: Path, n: int) -> Path:
     rows, manifest = dataset.read_rows(source), dataset.read_manifest(source)
     split = dataset.split(rows, manifest)
     if min(len(split.head), len(split.train)) < n:
-        raise cli.UserError(f"--rows {n}: {source} has {len(split.head)} held-out and {len(split.train)} training rows")
+        raise UserError(f"--rows {n}: {source} has {len(split.head)} held-out and {len(split.train)} training rows")
     file = folder / "enron.jsonl"
     with results.output_file(file) as place, place.publication() as files:
         files.write_jsonl(file, [rows[index] for index in [*split.head[:n], *split.train[:n]]])
@@ -115,4 +117,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.entry(main))
+    sys.exit(entry(main))

@@ -20,6 +20,7 @@ import time
 
 from bench.inputs import TEMPERATURES, build_prompts
 from common import cli
+from common.process import entry
 
 TOP_K, MAX_TOKENS = 100, 15
 
@@ -191,4 +192,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.entry(main))
+    sys.exit(entry(main))

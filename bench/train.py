@@ -25,6 +25,7 @@ from pathlib import Path
 from bench import train_work
 from bench.inputs import mail_lengths, mail_rows, make_model
 from common import cli
+from common.process import entry
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = {"dynamic": 1.0, "padded": 3.0}
@@ -151,4 +152,4 @@ def report(args, tokens: dict, runs: dict) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.entry(main))
+    sys.exit(entry(main))

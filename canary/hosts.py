@@ -6,8 +6,8 @@ from typing import Any
 
 from canary import canaries
 from canary.config import InjectConfig
-from common import chat, cli, dataset, models, reviews
-from common.cli import UserError
+from common import chat, dataset, models, reviews
+from common.problems import Problems, UserError
 
 Row = dict[str, Any]
 FIELDS = {
@@ -68,7 +68,7 @@ class Hosts:
         return rendered.text[:start]
 
 
-def read(config: InjectConfig, problems: cli.Problems) -> tuple[list[Row], Hosts]:
+def read(config: InjectConfig, problems: Problems) -> tuple[list[Row], Hosts]:
     """(the rows of --input, how they hold canaries); ([], …) with problems."""
     rows = problems.absorb(dataset.read_rows, config.input, None, config.columns) or []
     shape = dataset.shape_of(rows[0]) if rows else None
@@ -93,7 +93,7 @@ def read(config: InjectConfig, problems: cli.Problems) -> tuple[list[Row], Hosts
     return rows, Hosts("chat", renderer)
 
 
-def _refuse_template(config: InjectConfig, problems: cli.Problems) -> None:
+def _refuse_template(config: InjectConfig, problems: Problems) -> None:
     for flag, value in (("--model", config.model), ("--chat_template", config.chat_template)):
         if value is not None:
             problems.add(f"{flag} {value}: the rows are not chat rows; drop the flag")

@@ -23,6 +23,7 @@ import sys
 from canary.canaries import SECRETS
 from canary.config import InjectConfig
 from common import cli
+from common.process import entry
 
 
 def make_parser() -> cli.Parser:
@@ -65,4 +66,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.entry(main))
+    sys.exit(entry(main))

@@ -11,7 +11,8 @@ from canary.config import InjectConfig
 from canary.hosts import Hosts, Row, read
 from canary.key import SCHEMA, KeyLine
 from canary.placement import place
-from common import cli, dataset, results
+from common import dataset, results
+from common.problems import Problems, UserError, check_output_file
 
 Counts = dict[str, Any]
 
@@ -48,10 +49,10 @@ def destinations(config: InjectConfig) -> tuple[Path, Path]:
 def check(config: InjectConfig) -> tuple[list[Row], Hosts, dict[str, Any] | None]:
     """(rows, how they hold canaries, settings for the manifest: None if the files exist already). UserError with all
     problems."""
-    problems = cli.Problems()
+    problems = Problems()
     output, key = destinations(config)
-    cli.check_output_file(output, ".jsonl", problems)
-    cli.check_output_file(key, ".jsonl", problems, flag="--key_file")
+    check_output_file(output, ".jsonl", problems)
+    check_output_file(key, ".jsonl", problems, flag="--key_file")
     if len({os.path.realpath(file) for file in (config.input, output, key)}) < 3:
         problems.add("--input, --output and --key_file must be three files")
     if not (config.share or config.repetitions or config.audit):
@@ -72,7 +73,7 @@ def check(config: InjectConfig) -> tuple[list[Row], Hosts, dict[str, Any] | None
     return rows, hosts, None if finished else settings
 
 
-def check_rows(config: InjectConfig, rows: list[Row], hosts: Hosts, problems: cli.Problems) -> None:
+def check_rows(config: InjectConfig, rows: list[Row], hosts: Hosts, problems: Problems) -> None:
     """Add problems if the rows cannot hold the requested canaries."""
     needed = config.canaries * sum(config.repetitions)
     users = [dataset.user_of(row) for row in rows]
@@ -102,11 +103,9 @@ def place_all(config: InjectConfig, rows: list[Row], hosts: Hosts) -> tuple[list
     texts = [hosts.part(row) for row in rows]
     space = Space(config.secret, vocabulary(texts, rng) if config.secret == "text" else ())
     if config.secret == "text" and len(space.words) < 2:
-        raise cli.UserError(f"{config.input}: too few words for --secret text")
+        raise UserError(f"{config.input}: too few words for --secret text")
     if (2 * config.canaries * len(config.repetitions) + 2 + config.audit) * 2 > space.size:
-        raise cli.UserError(
-            f"--secret {config.secret}: only {space.size} secrets; ask for fewer canaries, or for phone"
-        )
+        raise UserError(f"--secret {config.secret}: only {space.size} secrets; ask for fewer canaries, or for phone")
     return *place(rows, config, hosts, space, rng), space
 
 

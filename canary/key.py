@@ -4,7 +4,7 @@ from typing import Any, NotRequired, TypedDict, cast
 
 from canary.canaries import SECRETS, Canary
 from common import dataset
-from common.cli import UserError
+from common.problems import UserError
 
 SCHEMA = 1
 KINDS = ("audit", "ladder", "share", "held_out")

@@ -33,6 +33,7 @@ import sys
 
 from canary.config import MeasureConfig
 from common import cli
+from common.process import entry
 
 
 def make_parser() -> cli.Parser:
@@ -63,4 +64,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.entry(main))
+    sys.exit(entry(main))

@@ -10,7 +10,7 @@ from canary.config import InjectConfig
 from canary.hosts import Hosts, Row
 from canary.key import KeyLine
 from common import dataset
-from common.cli import UserError
+from common.problems import UserError
 
 
 def place(

@@ -8,8 +8,9 @@ from canary.canaries import Space
 from canary.config import MeasureConfig
 from canary.key import Header, KeyLine, read_key
 from canary.seen import Seen, text_trained_on
-from common import cli, dataset, distributed, models, provenance, results, reviews, trained
+from common import dataset, distributed, models, provenance, results, reviews, trained
 from common.models import ModelRef
+from common.problems import Problems, check_writable
 
 RESULTS, ROWS, RECORD = "results_canary.jsonl", "results_canary_rows.jsonl", "run_canary.json"
 Privacy = dict[str, Any]  # the privacy budget spent in training, as in privacy.json
@@ -65,9 +66,9 @@ class Task:
 
 def prepare(config: MeasureConfig) -> Task:
     """Read and check everything. UserError with all problems."""
-    problems = cli.Problems()
+    problems = Problems()
     distributed.check_environment(problems, config.device_map, config.model_parallel, config.quantization)
-    cli.check_writable(config.output_dir, problems)
+    check_writable(config.output_dir, problems)
     if not (config.models or config.synthetic):
         problems.add("nothing to measure: give --models, --synthetic or both")
     header, canaries = problems.absorb(read_key, config.canaries) or (None, [])
@@ -118,9 +119,9 @@ def prepare(config: MeasureConfig) -> Task:
     )
 
 
-def split_models(config: MeasureConfig, problems: cli.Problems) -> dict[str, str]:
+def split_models(config: MeasureConfig, problems: Problems) -> dict[str, str]:
     """{arm: model} from --models; problems name that flag."""
-    own = cli.Problems()
+    own = Problems()
     names = reviews.split_arms(config.models or (), (), own)
     for line in own.lines:
         problems.add(line.replace("--synthetic", "--models"))
@@ -134,7 +135,7 @@ def read_texts(
     rows: list[dict[str, Any]],
     privacy: Privacy | None,
     header: Header | None,
-    problems: cli.Problems,
+    problems: Problems,
 ) -> TextArm:
     """An arm's generated rows, with what their manifest says about the generator.
 
@@ -153,7 +154,7 @@ def read_texts(
 
 
 def seen_by(
-    config: MeasureConfig, arm: str, ref: ModelRef, tokenizer: Any, header: Header, problems: cli.Problems
+    config: MeasureConfig, arm: str, ref: ModelRef, tokenizer: Any, header: Header, problems: Problems
 ) -> Seen | None:
     """The rows an arm's model was trained on; adds a problem if they are from a different file than the key's."""
     checkpoint = ref.adapter or ref.base
@@ -165,9 +166,7 @@ def seen_by(
     return seen
 
 
-def check_unit(
-    config: MeasureConfig, header: Header, privacy: dict[str, Privacy | None], problems: cli.Problems
-) -> None:
+def check_unit(config: MeasureConfig, header: Header, privacy: dict[str, Privacy | None], problems: Problems) -> None:
     """Add a problem for each arm whose ε has a different privacy unit than the audit."""
     for arm, spent in privacy.items():
         unit = (spent or {}).get("unit")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from common import limits, virtual_tokens
-from common.cli import AnyPath, UserError
+from common.problems import AnyPath, UserError
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.cli import UserError
+from common.problems import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

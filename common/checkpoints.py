@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from common import adapters, models, sharding
-from common.cli import AnyPath, Problems, UserError, is_utf8
 from common.distributed import World
+from common.problems import AnyPath, Problems, UserError, is_utf8
 
 if TYPE_CHECKING:
     import torch

@@ -1,74 +1,28 @@
-"""Parser conventions and user errors, the same in every script.
+"""The command line of every script: its parser, the types of its flags, and the flags that several scripts share.
 
-User errors are collected, never raised one at a time: a script creates one `Problems`, every check adds its lines to
-it, and `check()` ends the run with exit status 2 and all lines at once, before a model is loaded.
+Every problem of a command line is reported at once (see `problems`).
 """
 
 import argparse
-import atexit
 import contextlib
 import dataclasses
 import difflib
-import errno
-import math
 import os
 import re
-import signal
 import sys
 import textwrap
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from common import __version__, strict_json
+from common.problems import AnyPath, UserError, is_utf8
 
-AnyPath = str | os.PathLike[str]
-T = TypeVar("T")
-P = ParamSpec("P")
 Number = TypeVar("Number", int, float)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("nf4", "int8")
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space for a script's output
-SHOWN_BROKEN = 3  # broken rows of an input that are reported individually
-
-
-class UserError(Exception):
-    """Bad input. `problems` is a list of one-line strings, each naming the file, row or flag and what to do."""
-
-    def __init__(self, *problems: str) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = list(problems)
-
-
-class Problems:
-    """Collects one-line problems; `check()` raises them all as one UserError."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def add(self, line: str) -> None:
-        """Add a line, once."""
-        if line not in self.lines:  # two checks may find the same broken file
-            self.lines.append(line)
-
-    def absorb(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
-        """Call `function`; if it raises UserError, add its problems and return None."""
-        try:
-            return function(*args, **kwargs)
-        except UserError as error:
-            for line in error.problems:
-                self.add(line)
-            return None
-
-    def check(self) -> None:
-        """Raise UserError with every problem, if there are any."""
-        if self.lines:
-            raise UserError(*self.lines)
 
 
 def defaults_of(config: type[Any]) -> dict[str, Any]:
@@ -251,16 +205,6 @@ def no_names(words: Iterable[object]) -> list[str]:
     return lines
 
 
-def is_utf8(text: str) -> bool:
-    """Whether a text has no lone surrogate (how Python decodes a non-UTF-8 byte of a file name)."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def one_line(text: str) -> str:
-    """`text` with its control characters escaped (a file name may hold line breaks or terminal escape sequences)."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-
-
 def read_config(path: AnyPath, flag: str = "--config") -> dict[str, Any]:
     """The keys and values of a JSON or YAML file, given by `flag`. UserError if it is neither, or not a mapping."""
     try:
@@ -430,194 +374,8 @@ def add_row_flags(parser: Parser) -> None:
     )
 
 
-NAME_BYTES = 200  # of a file or folder name; hidden names next to it are longer, and file systems allow 255
-
-
-def check_writable(folder: AnyPath, problems: Problems, flag: str = "--output_dir") -> None:
-    """Add a problem unless `folder` exists and is writable, or can be created. Creates nothing."""
-    existing = Path(folder).absolute()
-    while True:
-        try:
-            os.stat(existing)
-            break
-        except (FileNotFoundError, NotADirectoryError):
-            if existing.is_symlink():
-                problems.add(f"{flag} {folder}: {existing} is a dangling symbolic link; create its target or remove it")
-                return
-            if check_name(existing, problems, flag):
-                return
-            existing = existing.parent
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            problems.add(f"{flag} {folder}: cannot be used ({reason}); choose another directory")
-            return
-    if not existing.is_dir():
-        problems.add(f"{flag} {folder}: {existing} is a file, not a directory; choose another directory")
-    elif not _can_write(existing):
-        problems.add(f"{flag} {folder}: {existing} is not writable; choose another directory or fix its permissions")
-
-
-def check_name(path: Path, problems: Problems, flag: str) -> bool:
-    """Add a problem, and return True, if the last part of a path is too long for the hidden names next to it."""
-    if len(os.fsencode(path.name)) <= NAME_BYTES:
-        return False
-    problems.add(f"{flag}: the name {path.name[:20]}… is longer than {NAME_BYTES} bytes; choose a shorter one")
-    return True
-
-
 def add_dry_run(parser: argparse.ArgumentParser) -> None:
     """--dry_run for a script that loads no model."""
     parser.add_argument(
         "--dry_run", action="store_true", help="check every argument and file, print the plan, write nothing"
     )
-
-
-def check_output_file(
-    output: Path, suffix: str | None, problems: Problems, inputs: Iterable[AnyPath | None] = (), flag: str = "--output"
-) -> None:
-    """Add a problem unless `output` ends in `suffix` (None: any), is not a directory or one of the `inputs`, and is
-    writable.
-
-    `dataset.finished` decides whether it may be replaced.
-    """
-    if suffix and output.suffix != suffix:
-        problems.add(f"{flag} {output}: the name must end in {suffix}")
-    if os.path.realpath(output) in {os.path.realpath(file) for file in inputs if file}:
-        problems.add(f"{flag} {output}: is also an input; choose another file")
-    elif os.path.isdir(output):
-        problems.add(f"{flag} {output}: is a directory; give a file name")
-    elif os.path.islink(output):  # renaming a file to it would replace the link
-        problems.add(f"{flag} {output}: is a symbolic link; give its target {os.path.realpath(output)} instead")
-    check_name(output, problems, flag)
-    check_writable(output.parent, problems, flag)
-
-
-def report_broken(what: str, lines: list[str], n: int, strict: bool) -> None:
-    """Report on stderr which rows of an input are skipped: the first few of `n`. UserError if `strict`."""
-    shown = lines[:SHOWN_BROKEN]
-    if n > len(shown):
-        shown.append(f"broken {what}: … and {n - len(shown):,} more")
-    if strict and shown:
-        raise UserError(*shown)
-    if int(os.environ.get("RANK", 0)) == 0:
-        for line in shown:
-            print(one_line(line), file=sys.stderr)
-
-
-def report_failures(failures: dict[str, str], main: bool) -> int:
-    """Print the failures {what: why} to stderr if `main` (rank 0); returns the exit status."""
-    for what, why in failures.items() if main else ():
-        print(f"failed: {one_line(f'{what}: {why}')}", file=sys.stderr)
-    return 1 if failures else 0
-
-
-def _can_write(folder: Path) -> bool:
-    # access() always allows root to write; the mode bits say what the owner intended.
-    writable_by_mode = bool(folder.stat().st_mode & 0o222)
-    return os.access(folder, os.W_OK | os.X_OK) and writable_by_mode
-
-
-def plain(value: object) -> Any:
-    """`value` for strict JSON: paths to strings, infinities to 'inf'/'-inf', tuples to lists. NaN stays (and fails)."""
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(item) for item in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
-    if isinstance(value, float) and math.isinf(value):
-        return "inf" if value > 0 else "-inf"
-    if isinstance(value, Path):
-        return str(value)
-    return value
-
-
-def end_with_parent() -> None:
-    """For workers: make this process exit within a second of its parent's death, however the parent died."""
-    from multiprocessing import parent_process
-
-    spawned_by = parent_process()  # may already be dead
-    parent = spawned_by.pid if spawned_by else os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-class Interrupted(Exception):
-    """SIGTERM arrived and the state is saved: exit status 143."""
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: handled like Ctrl-C, so that workers end and temporaries are removed on the way out."""
-
-
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second SIGTERM kills at once
-    raise Terminated("SIGTERM")
-
-
-_left_group = False  # whether the current main() has left a process group
-
-
-def entry(main: Callable[[], int | None]) -> int:
-    """Run `main()`. A UserError prints one stderr line per problem and gives status 2, as does a full disk (on any
-    rank); Ctrl-C prints one line and gives 130, SIGTERM 143.
-
-    Other exceptions keep their traceback. Under torchrun, workers end with torchrun. A process that left its process
-    group in `main` ends here instead of returning (see leave). With several processes, SIGTERM kills each at once: one
-    that waits for a dead rank would never get to handle it.
-    """
-    global _left_group
-    _left_group = False
-    status = _run(main)
-    if _left_group:
-        leave(status)
-    return status
-
-
-def leave_after_main() -> None:
-    """Make entry() end the process: it has left a process group."""
-    global _left_group
-    _left_group = True
-
-
-def leave(status: int) -> NoReturn:
-    """End this process with `status`, without taking the interpreter apart.
-
-    A thread of gloo may still hold the last tensor of a collective. If it lets go of it while the interpreter is being
-    finalized, it waits for the GIL, is ended by Python, and aborts the process ("terminate called without an active
-    exception"): a finished run would end with -6, once in about a hundred.
-    """
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-def _run(main: Callable[[], int | None]) -> int:
-    """The status of `main()`. See entry."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with_parent()
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        signal.signal(signal.SIGTERM, _terminate)
-    try:
-        return main() or 0
-    except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            for line in error.problems:
-                print(one_line(line), file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        file = error.filename if isinstance(error.filename, str | bytes) else "a file"
-        print(one_line(f"{os.fsdecode(file)}: {error.strerror}; free some space and start again"), file=sys.stderr)
-        return 2
-    except Interrupted as reason:
-        print(reason, file=sys.stderr)
-        return 143
-    except KeyboardInterrupt as reason:
-        print("terminated" if isinstance(reason, Terminated) else "interrupted", file=sys.stderr)
-        return 143 if isinstance(reason, Terminated) else 130

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from common import cli
-from common.cli import Problems, UserError
+from common.problems import Problems, UserError
+from common.process import leave_after_main
 
 if TYPE_CHECKING:
     import torch
@@ -121,7 +121,7 @@ class World:
             self.settle()
             _groups.clear()
             dist.destroy_process_group()
-            cli.leave_after_main()
+            leave_after_main()
 
     def say(self, *words: object) -> None:
         """print on rank 0."""

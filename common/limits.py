@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 from common import virtual_tokens
-from common.cli import UserError
+from common.problems import UserError
 
 if TYPE_CHECKING:
     import torch

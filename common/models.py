@@ -10,7 +10,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from common import adapter_files, limits, provenance, quantization, virtual_tokens
-from common.cli import Problems, QuantizedConfig, UserError
+from common.cli import QuantizedConfig
+from common.problems import Problems, UserError
 from common.results import read_json
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import records
-from common.cli import AnyPath, UserError
+from common.problems import AnyPath, UserError
 from common.results import read_json, sha256
 
 if TYPE_CHECKING:

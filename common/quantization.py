@@ -7,7 +7,7 @@ import importlib.util
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from common.cli import UserError
+from common.problems import UserError
 
 if TYPE_CHECKING:
     import torch

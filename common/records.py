@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from common.cli import AnyPath, UserError
+from common.problems import AnyPath, UserError
 
 Record = TypeVar("Record", bound=msgspec.Struct)
 Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]

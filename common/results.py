@@ -39,8 +39,9 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self, TypeVar, overload
 
 from common import rows, strict_json
-from common.cli import AnyPath, Problems, UserError, check_writable, plain
+from common.problems import AnyPath, Problems, UserError, check_writable
 from common.sources import data_files
+from common.strict_json import plain
 
 if TYPE_CHECKING:
     from common.distributed import World

@@ -5,8 +5,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from common.cli import AnyPath, Problems, UserError
 from common.dataset import read_rows, rename, user_of, validate
+from common.problems import AnyPath, Problems, UserError
 
 ARM = re.compile(r"[A-Za-z][\w-]*")
 REAL, GENERATED = "Review", "generated_text"  # text fields

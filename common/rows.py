@@ -23,7 +23,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar, overload
 
-from common.cli import AnyPath, UserError
+from common.problems import AnyPath, UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from common import limits, models, sharding, virtual_tokens
 from common.adapters import without_adapter
-from common.cli import UserError
 from common.limits import check_tokens, embedding_weight
+from common.problems import UserError
 
 if TYPE_CHECKING:
     import torch

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from common.cli import AnyPath
+from common.problems import AnyPath
 
 TEMPERATURES = (0.01, 0.1, 0.2, 0.5, 0.75, 1.0, 1.25, 1.5)
 GREEDY_BELOW = 0.01  # temperatures up to this one count as greedy in reports

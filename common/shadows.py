@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import adapter_files, cli, records, results, trained
+from common import adapter_files, records, results, strict_json, trained
 from common.checkpoints import find_checkpoints
-from common.cli import AnyPath, UserError
+from common.problems import AnyPath, UserError
 
 POOL, RECORD, SCHEMA = "pool.jsonl", "run_shadow.json", 1
 SETS = ("members", "nonmembers")
@@ -40,7 +40,7 @@ def settings_of(record: dict[str, Any]) -> dict[str, Any]:
     args |= {key: record.get(key) for key in FIELDS}
     if not record.get("base_sha256"):  # a hub name
         args |= {key: record["args"].get(key) for key in ("model", "revision")}
-    plain: dict[str, Any] = cli.plain(args)
+    plain: dict[str, Any] = strict_json.plain(args)
     return plain
 
 

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from common.cli import UserError
+from common.problems import UserError
 
 if TYPE_CHECKING:
     import torch

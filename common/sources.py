@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from common.cli import AnyPath, Problems, UserError
+from common.problems import AnyPath, Problems, UserError
 
 STATE, DICTIONARY = "state.json", "dataset_dict.json"  # files of `datasets` in the folder of a Dataset, a DatasetDict
 

@@ -1,8 +1,9 @@
-"""Strict parsing of untrusted JSON, with one-line errors that never quote its content."""
+"""Strict JSON: parsing of untrusted text, with one-line errors that never quote its content; values for writing."""
 
 import json
 import math
 import re
+from pathlib import Path
 from typing import Any, NoReturn
 
 MAX_DEPTH = 100  # of nested lists and objects; our own files stay far below it
@@ -95,3 +96,16 @@ def _depth(item: object) -> int:
         ]
         depth += 1
     return depth
+
+
+def plain(value: object) -> Any:
+    """`value` for strict JSON: paths to strings, infinities to 'inf'/'-inf', tuples to lists. NaN stays (and fails)."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(item) for item in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
+    if isinstance(value, float) and math.isinf(value):
+        return "inf" if value > 0 else "-inf"
+    if isinstance(value, Path):
+        return str(value)
+    return value

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common import rows, strict_json
-from common.cli import UserError
+from common.problems import UserError
 
 COUNTS = ("row_id",)  # columns that are integers in every other format
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import provenance, records, results
-from common.cli import AnyPath, UserError
+from common.problems import AnyPath, UserError
 from common.rows import Lazy
 
 if TYPE_CHECKING:

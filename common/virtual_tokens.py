@@ -12,7 +12,7 @@ import copy
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from common.cli import UserError
+from common.problems import UserError
 
 if TYPE_CHECKING:
     import torch

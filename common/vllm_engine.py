@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import adapter_files, adapters, models, quantization, results, sampling
-from common.cli import EngineConfig, Problems, UserError
+from common.cli import EngineConfig
+from common.problems import Problems, UserError
 
 if TYPE_CHECKING:
     import torch

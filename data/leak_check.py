@@ -12,6 +12,8 @@ import sys
 from dataclasses import dataclass
 
 from common import cli, dataset
+from common.problems import Problems
+from common.process import entry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,7 @@ def make_parser() -> cli.Parser:
 
 def run(config: LeakConfig) -> int:
     """Return 0, or 1 if something leaks; problems with the files raise one UserError."""
-    problems = cli.Problems()
+    problems = Problems()
     source = dataset.default_dataset(config.input)
     rows, broken = problems.absorb(dataset.read_with_broken, source, dataset.REQUIRED["enron"]) or ([], {})
     replaced = problems.absorb(dataset.read_rows, config.replaced)
@@ -68,4 +70,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.entry(main))
+    sys.exit(entry(main))

@@ -21,6 +21,7 @@ people do not count as full names.
 import sys
 
 from common import cli
+from common.process import entry
 from data.replacing.config import DEFAULT_NAME, ReplaceConfig
 
 
@@ -54,4 +55,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.entry(main))
+    sys.exit(entry(main))

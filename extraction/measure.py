@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common import adapters, checkpoints, cli, dataset, distributed, models, provenance, results, stats, vllm_engine
+from common import adapters, checkpoints, dataset, distributed, models, provenance, results, stats, vllm_engine
 from common.distributed import World
+from common.problems import Problems, UserError, check_writable
 from common.schema import GREEDY_BELOW, HEADLINE_TEMPERATURE, MEASURES, next_free, outcomes_path, responses_path
 from common.stats import mean_or_none
 from extraction import metrics
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from common.cli import AnyPath
     from common.models import Model, ModelRef
+    from common.problems import AnyPath
     from common.sampling import Sampler
 
     Lines = list[dict[str, Any]]  # of a result file
@@ -46,7 +47,7 @@ def find_results(
             continue
         try:
             lines = dataset.read_rows(path)
-        except cli.UserError:
+        except UserError:
             continue
         if (
             all(line.get(key) == value for line in lines for key, value in wanted.items())
@@ -291,14 +292,14 @@ class Plan:
 
 def check(config: MeasureConfig) -> Plan:
     """Read everything except the model; UserError with every problem."""
-    problems = cli.Problems()
+    problems = Problems()
     config = replace(config, dataset=str(dataset.default_dataset(config.dataset)))
     distributed.check_environment(problems, config.device_map, config.model_parallel, config.quantization)
     for name in ("model", "output_dir"):
         if getattr(config, name) is None:
             problems.add(f"--{name}: required")
     if config.output_dir:
-        cli.check_writable(config.output_dir, problems)
+        check_writable(config.output_dir, problems)
     task = prepare(config, problems)
     ref = tokenizer = None
     if config.model:
@@ -309,7 +310,7 @@ def check(config: MeasureConfig) -> Plan:
         if tokenizer and task and config.chat:
             problems.absorb(chat_renderer, task, tokenizer, config.model)
     if problems.lines or task is None or ref is None or tokenizer is None or config.output_dir is None:
-        raise cli.UserError(*problems.lines)
+        raise UserError(*problems.lines)
     return Plan(config, task, ref, tokenizer, Path(config.output_dir))
 
 

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from common import chat, cli, dataset, results
+from common import chat, dataset, results
+from common.problems import Problems, UserError
 from common.schema import EXTRACTION_SETTINGS, MEASURES, outcomes_path
 from extraction import metrics, prompts
 from extraction.config import AttackConfig
 
 if TYPE_CHECKING:
-    from common.cli import AnyPath
+    from common.problems import AnyPath
 
 NUM_ROWS = 1000
 Question = tuple[str, list[str]]  # the prompt, the true texts that could follow it
@@ -38,7 +39,7 @@ class ExtractionTask:
     chat_template: str | None = None  # --chat_template; `settings` says whether prompts are asked in chat form
 
 
-def prepare(config: AttackConfig, problems: cli.Problems) -> ExtractionTask | None:
+def prepare(config: AttackConfig, problems: Problems) -> ExtractionTask | None:
     """Read and check every file that the measurement needs; problems are collected, None if there are any."""
     before = len(problems.lines)
     rows = problems.absorb(dataset.read_rows, config.dataset)
@@ -132,7 +133,7 @@ def _read_demonstrations(path: AnyPath) -> list[tuple[str, str]]:
     rows = dataset.read_rows(path)
     dataset.validate(path, rows, ("name", "email"))
     if len(rows) != prompts.N_DEMONSTRATIONS:
-        raise cli.UserError(f"{path}: {len(rows)} demonstrations; {prompts.N_DEMONSTRATIONS} are needed")
+        raise UserError(f"{path}: {len(rows)} demonstrations; {prompts.N_DEMONSTRATIONS} are needed")
     return [(row["name"], row["email"]) for row in rows]
 
 
@@ -141,10 +142,10 @@ def _read_baseline(task: ExtractionTask, path: AnyPath, temperatures: Sequence[f
     settings, lines = task.settings, dataset.read_rows(path)
     outcomes_file = outcomes_path(path)
     if not outcomes_file.is_file():
-        raise cli.UserError(
+        raise UserError(
             f"--baseline {path}: {outcomes_file.name} is not next to it; measure the baseline with this tool"
         )
-    problems = cli.Problems()
+    problems = Problems()
     for key in EXTRACTION_SETTINGS:
         if lines[0].get(key) != settings[key]:
             problems.add(f"--baseline {path}: measured with {key} {lines[0].get(key)}, this run has {settings[key]}")
@@ -167,7 +168,7 @@ def _read_baseline(task: ExtractionTask, path: AnyPath, temperatures: Sequence[f
     known: Outcomes = {(line["row"], line["template"], line["temperature"]): line for line in outcomes}
     asked = set(itertools.product(range(len(task.people)), task.labels, temperatures))
     if missing := asked - set(known):
-        raise cli.UserError(
+        raise UserError(
             f"--baseline {path}: {outcomes_file.name} has no outcome for {len(missing)} of {len(asked)} prompts and "
             "temperatures; measure the baseline again"
         )

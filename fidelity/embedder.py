@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from common import limits, models
-from common.cli import UserError
+from common.problems import UserError
 from fidelity.config import FidelityConfig
 
 POSITIONS_AFTER_PADDING = ("roberta", "camembert", "mpnet")  # their position ids start after the padding token's id

@@ -28,6 +28,7 @@ if __name__ == "__main__":  # otherwise `import fidelity` would find this file, 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common import cli
+from common.process import entry
 from fidelity.config import FAMILIES, FidelityConfig
 
 
@@ -69,4 +70,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.entry(main))
+    sys.exit(entry(main))

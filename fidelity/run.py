@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from common import cli, distributed, results, reviews
+from common import distributed, results, reviews
+from common.problems import Problems, check_writable
 from fidelity.config import FidelityConfig
 from fidelity.embedder import check_embedder, check_mauve
 from fidelity.samples import Row, Samples, choose
@@ -19,7 +20,7 @@ def run(config: FidelityConfig) -> dict[str, Any]:
     """Compare, write all files, return the content of results_fidelity.json. UserError before a model is loaded."""
     folder = Path(config.output_dir)
     with results.output_folder(folder, config.dry_run, "fidelity") as output:
-        prepared = prepare(config, folder, cli.Problems())
+        prepared = prepare(config, folder, Problems())
         if prepared is None:
             return dict(results.read_json(folder / RESULTS, "remove it"))
         chosen, train = prepared
@@ -47,11 +48,11 @@ def run(config: FidelityConfig) -> dict[str, Any]:
         return content
 
 
-def prepare(config: FidelityConfig, folder: Path, problems: cli.Problems) -> tuple[Samples, list[Row] | None] | None:
+def prepare(config: FidelityConfig, folder: Path, problems: Problems) -> tuple[Samples, list[Row] | None] | None:
     """(samples, training rows with text or None); None if the results already exist. Problems raise one UserError."""
     if int(os.environ.get("WORLD_SIZE", "1") or 1) > 1:
         problems.add("WORLD_SIZE: runs as one process; start it without torchrun")
-    cli.check_writable(folder, problems)
+    check_writable(folder, problems)
     if config.pool_rows < FEWEST:
         problems.add(f"--pool_rows {config.pool_rows}: at least {FEWEST} are needed")
     read = reviews.Files(config.columns, problems)
@@ -81,7 +82,7 @@ def prepare(config: FidelityConfig, folder: Path, problems: cli.Problems) -> tup
     return chosen, train
 
 
-def check_train(config: FidelityConfig, real: list[Row], train: list[Row], problems: cli.Problems) -> list[Row]:
+def check_train(config: FidelityConfig, real: list[Row], train: list[Row], problems: Problems) -> list[Row]:
     """The training rows with text; it is a problem if they are too few or overlap with --real."""
     shared = reviews.shared_rows(real, train)
     if shared:

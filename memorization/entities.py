@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.cli import UserError
+from common.problems import UserError
 
 if TYPE_CHECKING:
     from spacy.language import Language

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from common import cli, dataset, models, provenance, results
+from common import dataset, models, provenance, results
 from common.checkpoints import find_checkpoints
+from common.problems import Problems, UserError
 from common.rows import Lazy, Row, select
 from common.schema import CORE, FAMILIES, SHADOW_ATTACKS
 from common.shadows import read as read_shadows
@@ -80,7 +81,7 @@ class Reader:
     `problems`.
     """
 
-    def __init__(self, config: MiaConfig, problems: cli.Problems, flags: SetFlags | None = None) -> None:
+    def __init__(self, config: MiaConfig, problems: Problems, flags: SetFlags | None = None) -> None:
         self.config, self.problems, self.flags = config, problems, flags or SetFlags()
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.model = ""
@@ -141,7 +142,7 @@ class Reader:
         return any(self.chat.values())
 
 
-def read_trainings(config: MiaConfig, problems: cli.Problems) -> dict[Path, dict[str, Any] | None]:
+def read_trainings(config: MiaConfig, problems: Problems) -> dict[Path, dict[str, Any] | None]:
     """{folder: run_peft.py's run.json beside it, or None} for --model, or for every checkpoint-* in --dir."""
     trainings: dict[Path, dict[str, Any] | None] = {}
     for target in [config.model] if config.model else find_checkpoints(config.dir) if config.dir else []:
@@ -295,7 +296,7 @@ def choose_shots(
     return shots, member_shots
 
 
-def choose_attacks(config: MiaConfig, problems: cli.Problems) -> list[str]:
+def choose_attacks(config: MiaConfig, problems: Problems) -> list[str]:
     """The requested attacks, in the order of FAMILIES; --shadows adds its own to them."""
     asked: Sequence[str]
     if config.attacks is None:
@@ -323,7 +324,7 @@ def choose_attacks(config: MiaConfig, problems: cli.Problems) -> list[str]:
     return [name for name in order if name in wanted]
 
 
-def prepare(config: MiaConfig, problems: cli.Problems, reader: Reader) -> MembershipTask | None:
+def prepare(config: MiaConfig, problems: Problems, reader: Reader) -> MembershipTask | None:
     """Read and check everything that the attacks need, before any model is loaded; None if something is wrong."""
     before = len(problems.lines)
     attacks = choose_attacks(config, problems)
@@ -392,7 +393,7 @@ def check_masked(folder: str, files_only: bool) -> None:
     files_only: only check that it exists, without transformers.
     """
     if not (Path(folder) / "config.json").is_file():
-        raise cli.UserError(f"--neighbor_model {folder}: not a directory with a config.json; give a local masked LM")
+        raise UserError(f"--neighbor_model {folder}: not a directory with a config.json; give a local masked LM")
     if files_only:
         return
     from transformers import AutoModelForMaskedLM
@@ -400,7 +401,7 @@ def check_masked(folder: str, files_only: bool) -> None:
     config = models.read_config(folder, None, "--neighbor_model")
     models.check_weights(Path(folder), "--neighbor_model")
     if type(config) not in AutoModelForMaskedLM._model_mapping:
-        raise cli.UserError(f"--neighbor_model {folder}: not a masked language model")
+        raise UserError(f"--neighbor_model {folder}: not a masked language model")
     tokenizer = models.read_tokenizer(folder, None, f"--neighbor_model {folder}")
     if not tokenizer.is_fast or tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
-        raise cli.UserError(f"--neighbor_model {folder}: needs a fast tokenizer with a mask and a pad token")
+        raise UserError(f"--neighbor_model {folder}: needs a fast tokenizer with a mask and a pad token")

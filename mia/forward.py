@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from common.cli import AnyPath
     from common.models import Model, ModelRef
+    from common.problems import AnyPath
 
 Array = npt.NDArray[np.float32]  # of one text: [tokens], [tokens, columns], or as documented by the pass
 Part = list[tuple[int, Array]]  # (index of the text, its array)

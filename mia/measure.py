@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import chat, cli, dataset, distributed, models, provenance, results, sources, tokenization
+from common import chat, dataset, distributed, models, provenance, results, sources, tokenization
 from common import trained as trained_rows
 from common.checkpoints import BaseLoader, find_checkpoints, for_each, look_up_all
+from common.problems import Problems, UserError, check_writable, report_failures
 from common.schema import SHADOW_ATTACKS
 from mia import shadows as calibrated
 from mia.attacks import AGAINST_BASE
@@ -25,9 +26,9 @@ from mia.signals import Reasons, Scores, count_tokens, gather, score_texts
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from common.cli import AnyPath
     from common.distributed import World
     from common.models import ModelRef
+    from common.problems import AnyPath
 
     Target = tuple[str, ModelRef, Path]  # (name, model, results folder)
     Targets = tuple[list[Target], list[PreTrainedTokenizerBase | None], dict[str, str]]  # see `find_targets`
@@ -156,7 +157,7 @@ def measure(
         return world.together(finish)[world.rank]
 
 
-def find_targets(config: MiaConfig, problems: cli.Problems) -> Targets:
+def find_targets(config: MiaConfig, problems: Problems) -> Targets:
     """([(name, ModelRef, results folder)], their tokenizers, {path: why it cannot be measured}), from files only."""
     if config.model and not config.dir:
         return _single_target(config, config.model, problems)
@@ -166,7 +167,7 @@ def find_targets(config: MiaConfig, problems: cli.Problems) -> Targets:
     return [], [], {}
 
 
-def _single_target(config: MiaConfig, model: str, problems: cli.Problems) -> Targets:
+def _single_target(config: MiaConfig, model: str, problems: Problems) -> Targets:
     """`find_targets` for --model; warns on stderr if results of different settings will be replaced."""
     folder = Path(config.output_dir or "./")
     ref, tokenizer = models.look_up(problems, model, config.revision, config.base_model, quantized=config.quantization)
@@ -183,7 +184,7 @@ def _single_target(config: MiaConfig, model: str, problems: cli.Problems) -> Tar
     return [(model, ref, folder)] if ref else [], [tokenizer], {}
 
 
-def _targets_below(config: MiaConfig, folder: str, problems: cli.Problems) -> Targets:
+def _targets_below(config: MiaConfig, folder: str, problems: Problems) -> Targets:
     """`find_targets` for --dir."""
     if not Path(folder).is_dir():
         problems.add(f"--dir {folder}: no such directory; give one with checkpoint-* below it")
@@ -219,13 +220,13 @@ class Plan:
 
 def check(config: MiaConfig) -> Plan:
     """Read everything except the models; UserError with every problem."""
-    problems = cli.Problems()
+    problems = Problems()
     files = (config.members, config.nonmembers, config.prefix_file, config.freq_corpus)
     sources.load(files, config.split, config.data_config)
     config = replace(config, members=str(dataset.default_dataset(config.members)))
     distributed.check_environment(problems, config.device_map, config.model_parallel, config.quantization)
     root = config.output_dir or config.dir or "./"
-    cli.check_writable(root, problems, "--output_dir" if config.output_dir or config.model else "--dir")
+    check_writable(root, problems, "--output_dir" if config.output_dir or config.model else "--dir")
     reader = Reader(config, problems)
     targets, tokenizers, failures = find_targets(config, problems)
     known = [tokenizer for tokenizer in tokenizers if tokenizer is not None]
@@ -237,7 +238,7 @@ def check(config: MiaConfig) -> Plan:
     if task and task.whole and not config.chat_template and len({str(each.chat_template) for each in known}) > 1:
         problems.add(f"--dir {config.dir}: its checkpoints have different chat templates; attack them one by one")
     if problems.lines or task is None:
-        raise cli.UserError(*problems.lines)
+        raise UserError(*problems.lines)
     return Plan(config, task, targets, failures, root)
 
 
@@ -259,7 +260,7 @@ def run(config: MiaConfig) -> int:
         print(summary)
         for _, ref, folder in targets:
             print(f"would attack {ref.name}" + (f" on {ref.base}" if ref.adapter else "") + f", results in {folder}")
-        return cli.report_failures(failures, True)
+        return report_failures(failures, True)
 
     world = distributed.start(model_parallel=config.model_parallel)
     world.say(summary)
@@ -270,7 +271,7 @@ def run(config: MiaConfig) -> int:
         shown = next(iter(folders)) if len(folders) == 1 else f"the {len(folders)} checkpoints below {plan.root}"
         world.say(f"results are in {shown}")
     world.close()
-    return cli.report_failures(failures, world.main)
+    return report_failures(failures, world.main)
 
 
 def measure_all(

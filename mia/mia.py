@@ -25,6 +25,7 @@ if __name__ == "__main__":  # otherwise `mia` would be this file, not its folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common import cli
+from common.process import entry
 from common.schema import CORE, FAMILIES
 from mia.config import MiaConfig
 from mia.dataset import SHOTS
@@ -104,4 +105,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.entry(main))
+    sys.exit(entry(main))

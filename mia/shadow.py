@@ -25,6 +25,7 @@ if __name__ == "__main__":  # otherwise `mia` would be the script mia.py beside 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common import cli
+from common.process import entry
 from shadowing.config import ShadowConfig
 
 
@@ -56,4 +57,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.entry(main))
+    sys.exit(entry(main))

@@ -9,9 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import cli, dataset, distributed, limits, models, provenance, results, sources, tokenization
+from common import dataset, distributed, limits, models, provenance, results, sources, tokenization
 from common.checkpoints import BaseLoader, by_base, find_checkpoints, for_each, look_up_all, natural_key
 from common.distributed import progress_bar
+from common.problems import AnyPath, Problems, check_writable, report_failures
 from common.scoring import join, score
 from perplexity.config import PerplexityConfig
 from perplexity.metrics import describe
@@ -48,7 +49,7 @@ def same(line: Line, other: Line, but: tuple[str, ...] = ()) -> bool:
     return all(line.get(key) == other.get(key) for key in SETTINGS if key not in but)
 
 
-def choose_rows(config: PerplexityConfig, problems: cli.Problems) -> tuple[list[int], Sequence[Line]]:
+def choose_rows(config: PerplexityConfig, problems: Problems) -> tuple[list[int], Sequence[Line]]:
     """(indices of the rows to score, all rows); problems with the file are added to `problems`."""
     rows = problems.absorb(dataset.open_rows, config.dataset, config.columns)
     if rows is None:
@@ -67,12 +68,12 @@ def choose_rows(config: PerplexityConfig, problems: cli.Problems) -> tuple[list[
     return [index for index in chosen if index < len(rows)], rows
 
 
-def find_models(config: PerplexityConfig, problems: cli.Problems) -> tuple[list[Usable], dict[str, str]]:
+def find_models(config: PerplexityConfig, problems: Problems) -> tuple[list[Usable], dict[str, str]]:
     """([(name, ModelRef, tokenizer)], {path: why it cannot be measured}), from files only.
 
     It is a problem if --model cannot be measured, or if none of the checkpoints can.
     """
-    names: dict[cli.AnyPath, str] = {}
+    names: dict[AnyPath, str] = {}
     if config.model:
         names = {config.model: config.model}
     elif not Path(config.dir).is_dir():
@@ -141,7 +142,7 @@ class Prepared:
 
 
 def make_targets(
-    config: PerplexityConfig, usable: list[Usable], chosen: list[int], rows: Sequence[Line], problems: cli.Problems
+    config: PerplexityConfig, usable: list[Usable], chosen: list[int], rows: Sequence[Line], problems: Problems
 ) -> list[Target]:
     """Pair the models with their texts; models with the same template share them."""
     targets: list[Target] = []
@@ -161,10 +162,10 @@ def make_targets(
     return targets
 
 
-def prepare(config: PerplexityConfig, folder: Path, problems: cli.Problems) -> Prepared:
+def prepare(config: PerplexityConfig, folder: Path, problems: Problems) -> Prepared:
     """Read and check everything that is known before a model is loaded."""
     distributed.check_environment(problems, config.device_map, config.model_parallel, config.quantization)
-    cli.check_writable(folder, problems, "--output_dir" if config.output_dir or config.model else "--dir")
+    check_writable(folder, problems, "--output_dir" if config.output_dir or config.model else "--dir")
     earlier: list[Line] = []
     file = folder / "perplexity.jsonl"
     if file.is_file() and file.stat().st_size:
@@ -180,7 +181,7 @@ def prepare(config: PerplexityConfig, folder: Path, problems: cli.Problems) -> P
 
 def run(config: PerplexityConfig) -> int:
     """Measure the models; return 0, or 1 if a checkpoint failed. Raises UserError before any model is loaded."""
-    problems, folder = cli.Problems(), config.folder
+    problems, folder = Problems(), config.folder
     sources.load([config.dataset], config.split, config.data_config)
     config = replace(config, dataset=str(dataset.default_dataset(config.dataset)))
     unknown = not (config.model or config.output_dir or folder.is_dir())  # reported by `prepare`, not created here
@@ -225,7 +226,7 @@ def run_locked(config: PerplexityConfig, folder: Path, output: results.Output, p
             world.say(f"would measure {ref.name}" + (f" on {ref.base}" if ref.adapter else ""))
         world.say(f"would write perplexity.txt and perplexity.jsonl in {folder}")
         world.close()
-        return cli.report_failures(failures, world.main)
+        return report_failures(failures, world.main)
 
     special = tokenization.special_tokens_in(targets[0].tokenizer, prepared.written)
     if special and world.main:
@@ -267,4 +268,4 @@ def run_locked(config: PerplexityConfig, folder: Path, output: results.Output, p
     if current:
         world.say(f"results are in {folder / 'perplexity.jsonl'}")
     world.close()
-    return cli.report_failures(failures, world.main)
+    return report_failures(failures, world.main)

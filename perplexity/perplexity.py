@@ -20,6 +20,7 @@ if __name__ == "__main__":  # otherwise `import perplexity` would find this file
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common import cli
+from common.process import entry
 from perplexity.config import DEFAULT_DIR, PerplexityConfig
 
 
@@ -71,4 +72,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.entry(main))
+    sys.exit(entry(main))

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.cli import AnyPath
+from common.problems import AnyPath
 from common.provenance import HARDLY
 from common.schema import HEADLINE_TEMPERATURE
 from reporting.load import choose

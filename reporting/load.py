@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common.cli import is_utf8, one_line
+from common.problems import is_utf8, one_line
 from common.schema import KINDS
 from reporting.labels import CHECKPOINT, Models, fixed_models, name_models
 from reporting.table import (

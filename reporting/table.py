@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from common.cli import AnyPath
+from common.problems import AnyPath
 
 Record = dict[str, Any]  # an object of a result file
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from common import chat, cli, dataset, distributed, models, provenance, records, results, shadows, tokenization
+from common import chat, dataset, distributed, models, provenance, records, results, shadows, tokenization
+from common.problems import Problems, UserError, check_writable
 from mia.config import MiaConfig
 from mia.dataset import Item, Reader, read_sets
 from shadowing.config import ShadowConfig
@@ -53,10 +54,10 @@ class Preparation:
         return self.shadows[0].plan.input
 
 
-def prepare(config: ShadowConfig, problems: cli.Problems) -> Preparation:
+def prepare(config: ShadowConfig, problems: Problems) -> Preparation:
     """Read and check everything. UserError with every problem."""
     distributed.check_environment(problems)
-    cli.check_writable(config.output_dir, problems)
+    check_writable(config.output_dir, problems)
     record = problems.absorb(read_target, config)
     like = problems.absorb(training_config, config, record) if record else None
     sets = MiaConfig(
@@ -103,14 +104,14 @@ def read_target(config: ShadowConfig) -> dict[str, Any]:
     folder = Path(config.like).expanduser()
     where = f"--like {config.like}"
     if not folder.is_dir():
-        raise cli.UserError(f"{where}: no such directory; give a checkpoint-* of run_peft.py")
+        raise UserError(f"{where}: no such directory; give a checkpoint-* of run_peft.py")
     record = provenance.training_record(folder)
     if record is None or not folder.resolve().name.startswith("checkpoint-"):
-        raise cli.UserError(f"{where}: no run.json beside it; give a checkpoint-* of run_peft.py")
+        raise UserError(f"{where}: no run.json beside it; give a checkpoint-* of run_peft.py")
     if record["args"].get("peft_type") == "full":
-        raise cli.UserError(f"{where}: is fully fine-tuned; shadows are adapters, give an adapter")
+        raise UserError(f"{where}: is fully fine-tuned; shadows are adapters, give an adapter")
     if record["args"].get("dp"):
-        raise cli.UserError(
+        raise UserError(
             f"{where}: was trained with --dp; shadows are trained without, and would not be like it (its ε, and "
             "canary/measure.py, bound what it leaks)"
         )
@@ -121,7 +122,7 @@ def read_target(config: ShadowConfig) -> dict[str, Any]:
         lacking.append("inputs")
     if lacking:
         file = folder.absolute().parent / "run.json"
-        raise cli.UserError(f"{file}: has no usable {', '.join(lacking)}; {REMEDY}, or train again")
+        raise UserError(f"{file}: has no usable {', '.join(lacking)}; {REMEDY}, or train again")
     return record
 
 
@@ -130,13 +131,13 @@ def training_config(config: ShadowConfig, record: dict[str, Any]) -> TrainConfig
     file = Path(config.like).expanduser().absolute().parent / "run.json"
     args = {key: float(value) if value == "inf" else value for key, value in record["args"].items()}
     if unknown := sorted(args.keys() - {field.name for field in fields(TrainConfig)}):
-        raise cli.UserError(f"{file}: unknown arguments {', '.join(unknown)}; it is of another version of run_peft.py")
+        raise UserError(f"{file}: unknown arguments {', '.join(unknown)}; it is of another version of run_peft.py")
     try:
         target = msgspec.convert(args, TrainConfig)
     except msgspec.ValidationError as error:
-        raise cli.UserError(f"{file}: args: {records.reason(error)}; {REMEDY}") from None
+        raise UserError(f"{file}: args: {records.reason(error)}; {REMEDY}") from None
     if record["global_batch"] % target.per_device_batch_size:
-        raise cli.UserError(f"{file}: its global_batch is no multiple of per_device_batch_size; {REMEDY}")
+        raise UserError(f"{file}: its global_batch is no multiple of per_device_batch_size; {REMEDY}")
     spread = target.distribution_type == "mp"
     like = replace(
         target,
@@ -155,7 +156,7 @@ def training_config(config: ShadowConfig, record: dict[str, Any]) -> TrainConfig
         dry_run=False,
         suggest_max_grad_norm=None,
     )
-    problems = cli.Problems()
+    problems = Problems()
     if like.scheduler in METRIC_SCHEDULERS:
         problems.add(
             f"--like {config.like}: --scheduler {like.scheduler} follows held-out rows, which shadows have not"
@@ -179,14 +180,12 @@ def plan_shadows(
     nonmembers: Sequence[Item],
 ) -> Preparation:
     """The plan of every shadow, as training/ makes it for a run of its own. UserError with every problem."""
-    problems = cli.Problems()
+    problems = Problems()
     items = [*members, *nonmembers]
     names = [shadows.SETS[0]] * len(members) + [shadows.SETS[1]] * len(nonmembers)
     texts = [item.text for item in items]
     if min(len(members), len(nonmembers)) < 2 or len(set(texts)) < 4:
-        raise cli.UserError(
-            f"{len(members)} members and {len(nonmembers)} non-members: at least 2 of either are needed"
-        )
+        raise UserError(f"{len(members)} members and {len(nonmembers)} non-members: at least 2 of either are needed")
     first = config.members or record["inputs"][0]["path"]
     renderer = None
     rendered: list[chat.Rendered] = []
@@ -251,7 +250,7 @@ def check_pool(pool: Path, lines: list[dict[str, Any]]) -> None:
     """UserError if the directory has shadows of other rows, of another target or seed."""
     if not pool.is_file():
         if any(pool.parent.glob("shadow-*")):
-            raise cli.UserError(f"--output_dir {pool.parent}: has shadow-* without {pool.name}; {ANOTHER}")
+            raise UserError(f"--output_dir {pool.parent}: has shadow-* without {pool.name}; {ANOTHER}")
         return
     header, rows = shadows.read_pool(pool.parent)
     if (header, rows) != (lines[0], lines[1:]):
@@ -259,7 +258,7 @@ def check_pool(pool: Path, lines: list[dict[str, Any]]) -> None:
         other = [key for key in settings if settings[key] != earlier.get(key)]
         other += ["seed"] if header["seed"] != lines[0]["seed"] else []
         other += ["members or non-members"] if rows != lines[1:] else []
-        raise cli.UserError(f"--output_dir {pool.parent}: has shadows with another {', '.join(other)}; {ANOTHER}")
+        raise UserError(f"--output_dir {pool.parent}: has shadows with another {', '.join(other)}; {ANOTHER}")
 
 
 def check_state(config: TrainConfig, plan: Plan) -> None:
@@ -269,9 +268,9 @@ def check_state(config: TrainConfig, plan: Plan) -> None:
         plan.start = run_state(*arguments)
         if plan.start == "resume":
             check_resumable(plan.folder)
-    except cli.UserError as error:
+    except UserError as error:
         remedy = f"remove {plan.folder}"
-        raise cli.UserError(
+        raise UserError(
             *(
                 line.replace("start over without --resume", remedy).replace("set --run_name", remedy)
                 for line in error.problems

@@ -5,8 +5,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import cli, distributed, models, results, shadows
+from common import distributed, models, results, shadows
 from common.distributed import World
+from common.problems import Problems
 from shadowing.config import ShadowConfig
 from shadowing.prepare import Preparation, Shadow, check_state, prepare, write_pool
 
@@ -20,7 +21,7 @@ def run(config: ShadowConfig) -> int:
     """Train what is not yet trained; returns 0. UserError before a model is loaded."""
     folder = Path(config.output_dir)
     with results.output_folder(folder, config.dry_run, KEY) as output:
-        made = prepare(config, cli.Problems())
+        made = prepare(config, Problems())
         if int(os.environ.get("RANK", 0)) == 0:
             print("\n".join(describe(config, made)), flush=True)
         if config.dry_run:

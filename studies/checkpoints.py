@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import adapters, checkpoints, cli, dataset, distributed, models, provenance, results, vllm_engine
+from common import adapters, checkpoints, dataset, distributed, models, provenance, results, vllm_engine
+from common.problems import Problems, UserError, check_writable, report_failures
 from extraction import measure, task
 from extraction.config import EvaluateConfig
 from mia.config import MiaConfig
@@ -35,7 +36,7 @@ class Jobs:
 
 def run(config: EvaluateConfig) -> int:
     """Measure every checkpoint; return 0, or 1 if one failed. Problems raise one UserError before a model is loaded."""
-    problems = cli.Problems()
+    problems = Problems()
     config = replace(config, dataset=str(dataset.default_dataset(config.dataset)))
     distributed.check_environment(problems, config.device_map, config.model_parallel, config.quantization)
     vllm_engine.check(config, problems, None, config.temperatures, quantization=config.quantization)
@@ -46,11 +47,11 @@ def run(config: EvaluateConfig) -> int:
         tree = checkpoints.find_checkpoints(config.model)
         if not tree:
             problems.add(f"--model {config.model}: no checkpoint-* directory below it")
-        cli.check_writable(config.model, problems, "--model")
+        check_writable(config.model, problems, "--model")
     if config.save_merged:
         if config.model_parallel > 1:
             problems.add("--save_merged: no process holds the whole model with --model_parallel; use merge_peft.py")
-        cli.check_writable(config.temp, problems, "--temp")
+        check_writable(config.temp, problems, "--temp")
         if config.quantization:
             problems.add(f"--save_merged: not with --quantization {config.quantization}; use merge_peft.py")
         if config.dtype not in ("auto", "float32"):
@@ -96,7 +97,7 @@ def evaluate(
         print(counts)
         for ref, checkpoint, path, missing in jobs.todo:
             print(f"  {checkpoint} on {ref.base}: temperatures {missing}{f', resuming {path.name}' if path else ''}")
-        return cli.report_failures(jobs.failures, True)
+        return report_failures(jobs.failures, True)
 
     world = distributed.start(model_parallel=config.model_parallel)
     loader = checkpoints.BaseLoader(world, models.resolve_dtype(config.dtype, world.device), config.device_map)
@@ -128,7 +129,7 @@ def evaluate(
             record["error"] = f"{n_failed} of {len(tree)} checkpoints failed"
     world.say(f"results are in the checkpoints below {config.model}, results_purified*.jsonl")
     world.close()
-    return cli.report_failures(failures, world.main)
+    return report_failures(failures, world.main)
 
 
 def find_jobs(config: EvaluateConfig, attack: "ExtractionTask", tree: list[Path]) -> Jobs:
@@ -152,7 +153,7 @@ def find_jobs(config: EvaluateConfig, attack: "ExtractionTask", tree: list[Path]
             earlier = measure.find_results(checkpoint, attack, key, config.save_responses)
             if config.chat and not config.chat_template:  # a given one was read before
                 chat_renderer(attack, models.load_tokenizer(ref), str(checkpoint))
-        except cli.UserError as error:
+        except UserError as error:
             jobs.failures[str(checkpoint)] = "; ".join(error.problems)
             continue
         jobs.refs[checkpoint] = ref

@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from common import cli, results, stats
+from common import cli, results, stats, strict_json
 from common.checkpoints import find_checkpoints
+from common.problems import Problems, UserError
 from common.schema import HEADLINE_ATTACK, HEADLINE_TEMPERATURE
 from extraction.config import EvaluateConfig
 from mia.config import MiaConfig
@@ -74,7 +75,7 @@ class Sweep:
 
 def read(path: str) -> Sweep:
     """The sweep in a YAML or JSON file; UserError with every problem."""
-    content, problems = cli.read_config(path, "--sweep"), cli.Problems()
+    content, problems = cli.read_config(path, "--sweep"), Problems()
     for key in content.keys() - {*AXES, *STEPS, "launch"}:
         problems.add(f"--sweep {path}: unknown key {key!r}; known are {', '.join([*AXES, *STEPS, 'launch'])}")
     axes: dict[str, list[Any]] = {}
@@ -116,7 +117,7 @@ def read(path: str) -> Sweep:
     problems.check()
     cells = [Cell(*values) for values in itertools.product(*axes.values())]
     if len({cell.name for cell in cells}) < len(cells):
-        raise cli.UserError(f"--sweep {path}: two models or data files have the same name; rename one")
+        raise UserError(f"--sweep {path}: two models or data files have the same name; rename one")
     return Sweep(cells, shlex.split(launch), options)
 
 
@@ -156,7 +157,7 @@ def finished(cell: Cell, sweep: Sweep, folder: Path) -> dict[str, Any] | None:
         return None
     stored = results.read_json(file, f"remove {file}")
     line: dict[str, Any] | None = stored.get("line")
-    return line if stored.get("settings") == cli.plain(settings_of(cell, sweep)) else None
+    return line if stored.get("settings") == strict_json.plain(settings_of(cell, sweep)) else None
 
 
 def run_cell(cell: Cell, sweep: Sweep, folder: Path) -> dict[str, Any]:

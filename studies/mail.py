@@ -5,8 +5,9 @@ from pathlib import Path
 
 import merge_peft
 from auditing.config import AuditConfig
-from common import cli, dataset, models, results
+from common import dataset, models, results
 from common.checkpoints import find_checkpoints
+from common.problems import AnyPath, Problems
 from common.schema import TEMPERATURES
 from data.continuation import run as continuation
 from data.continuation.config import ContinuationConfig
@@ -49,7 +50,7 @@ ARMS = ("original", "generated", "replaced")
 
 def check(config: StudyConfig) -> None:
     """Raise a UserError that lists every problem with the study's inputs."""
-    problems = cli.Problems()
+    problems = Problems()
     check_rows(config, problems)
     if config.outsiders:
         rows = problems.absorb(dataset.read_rows, config.outsiders)
@@ -166,9 +167,9 @@ def run(config: StudyConfig, out: Path, record: results.Run) -> str:
     return "\n".join(text)
 
 
-def training_files(config: StudyConfig, out: Path) -> dict[str, cli.AnyPath]:
+def training_files(config: StudyConfig, out: Path) -> dict[str, AnyPath]:
     """{arm: its training data}; what does not exist yet is built."""
-    data: dict[str, cli.AnyPath] = {"original": config.dataset}
+    data: dict[str, AnyPath] = {"original": config.dataset}
     if "generated" in config.arms:
         assert config.generator  # quickstart.py reports a missing one
         continued = ContinuationConfig(
@@ -234,7 +235,7 @@ def extraction_table(rows: list[Record], floor: Record, aucs: Record) -> str:
     return table(heads, cells)
 
 
-def addresses_in_generated(file: cli.AnyPath) -> str:
+def addresses_in_generated(file: AnyPath) -> str:
     """How many evaluated addresses the generator itself wrote, which determines how to read the generated arm."""
     folder = Path(file).parent
     record = results.read_json(folder / "run_generate.json", f"remove {folder} and run again")

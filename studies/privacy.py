@@ -8,8 +8,9 @@ whom only the base saw. The private arms use the operating system's randomness, 
 from dataclasses import replace
 from pathlib import Path
 
-from common import cli, dataset, models, provenance, results
+from common import dataset, models, provenance, results
 from common.checkpoints import find_checkpoints
+from common.problems import AnyPath, Problems
 from extraction.config import AttackConfig
 from mia.config import MiaConfig
 from perplexity.config import PerplexityConfig
@@ -40,7 +41,7 @@ RANK = 8  # a small adapter: the noise norm grows with the square root of the nu
 
 def check(config: StudyConfig) -> None:
     """Raise a UserError that lists every problem with the study's inputs."""
-    problems = cli.Problems()
+    problems = Problems()
     check_rows(config, problems)
     problems.check()
 
@@ -130,7 +131,7 @@ def put_trained_first(data: str, file: Path) -> Path:
 
 
 def row_for(
-    name: str, model: cli.AnyPath, spent: Record | None, folder: Path, config: StudyConfig, trained_people: Path
+    name: str, model: AnyPath, spent: Record | None, folder: Path, config: StudyConfig, trained_people: Path
 ) -> Record:
     """All measurements of one model."""
     shared = {"seed": config.seed, **device_of(config)}

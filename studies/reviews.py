@@ -17,6 +17,7 @@ from canary.config import InjectConfig
 from canary.config import MeasureConfig as CanaryConfig
 from common import cli, dataset, models, provenance, results, reviews
 from common.checkpoints import find_checkpoints
+from common.problems import AnyPath, Problems
 from data.amazon import run as prepare
 from data.amazon import shop
 from data.amazon.config import MakeReviewsConfig, PrepareConfig
@@ -44,7 +45,7 @@ LOGICAL_BATCH = 64
 
 def check(config: StudyConfig) -> None:
     """Raise a UserError that lists every problem with the study's inputs."""
-    problems = cli.Problems()
+    problems = Problems()
     problems.absorb(models.find_model, config.model, config.revision)
     problems.check()
 
@@ -72,7 +73,7 @@ def run(config: StudyConfig, out: Path, record: results.Run) -> str:
     )
     with_canaries = build("canary/inject.py", inject, injected)
 
-    def write(arm: str, checkpoint: cli.AnyPath) -> Path:
+    def write(arm: str, checkpoint: AnyPath) -> Path:
         written = SyntheticConfig(
             model=str(checkpoint),
             input=str(real / "test.jsonl"),

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from auditing.config import AuditConfig
 from common import cli, dataset, models, provenance, results, stats
+from common.problems import AnyPath, Problems, UserError
 from common.schema import HEADLINE_TEMPERATURE, outcomes_path
 from extraction.config import AttackConfig, MeasureConfig
 from mia.config import MiaConfig
@@ -40,7 +41,7 @@ class Study(Protocol):
     def run(self, config: StudyConfig, out: Path, record: results.Run) -> str: ...
 
 
-def check_rows(config: StudyConfig, problems: cli.Problems) -> None:
+def check_rows(config: StudyConfig, problems: Problems) -> None:
     """Check --dataset and --model, for the two studies on mail."""
     rows = problems.absorb(dataset.read_rows, config.dataset)
     if rows:
@@ -107,7 +108,7 @@ def would_keep(run: Callable[[Any], object], config: Any) -> bool:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             run(replace(config, dry_run=True))
-    except cli.UserError:
+    except UserError:
         return False
     return True
 
@@ -118,7 +119,7 @@ def result_files(folder: Path) -> list[Path]:
     return sorted(files, key=lambda path: (len(path.name), path.name), reverse=True)
 
 
-def is_current(file: Path | None, model: cli.AnyPath, data: cli.AnyPath | None = None) -> bool:
+def is_current(file: Path | None, model: AnyPath, data: AnyPath | None = None) -> bool:
     """Whether a result file exists and all its lines match the model's current weights (and the current data).
 
     A stale file is removed, so that its numbers cannot mix with new ones.
@@ -130,7 +131,7 @@ def is_current(file: Path | None, model: cli.AnyPath, data: cli.AnyPath | None =
         wanted["dataset_sha256"] = results.sha256(data)
     try:
         lines = dataset.read_rows(file)
-    except cli.UserError:
+    except UserError:
         lines = []
     if lines and all(line.get(key) == value for line in lines for key, value in wanted.items()):
         return True
@@ -146,10 +147,10 @@ def measured(folder: Path) -> tuple[Record, list[Record]]:
             if line["temperature"] == TEMPERATURE:
                 outcomes = results.read_jsonl(outcomes_path(file))
                 return line, [outcome for outcome in outcomes if outcome["temperature"] == TEMPERATURE]
-    raise cli.UserError(f"{folder}: has no measurement at temperature {TEMPERATURE}; choose another --output")
+    raise UserError(f"{folder}: has no measurement at temperature {TEMPERATURE}; choose another --output")
 
 
-def attack(model: cli.AnyPath, folder: Path, asked: AttackConfig) -> None:
+def attack(model: AnyPath, folder: Path, asked: AttackConfig) -> None:
     """The extraction attack, unless `folder` already has a finished result for these weights and rows."""
     if is_current(next(iter(result_files(folder)), None), model, asked.dataset):
         print(f"\n{folder}: measured before, kept")

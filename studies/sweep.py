@@ -28,6 +28,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import cli
+from common.problems import Problems, UserError, check_writable, one_line
+from common.process import entry
 
 if TYPE_CHECKING:
     from studies.grid import Cell, Sweep
@@ -72,8 +74,8 @@ def run(config: SweepConfig) -> int:
     from common import results
     from studies import grid
 
-    problems = cli.Problems()
-    cli.check_writable(config.output, problems, "--output")
+    problems = Problems()
+    check_writable(config.output, problems, "--output")
     if not config.sweep:
         problems.add("--sweep: required")
     sweep = problems.absorb(grid.read, config.sweep) if config.sweep else None
@@ -98,7 +100,7 @@ def run(config: SweepConfig) -> int:
             for cell, why in run_all(config, todo, sweep, folder, executor):
                 if why:
                     failures[cell.name] = why
-                    print(cli.one_line(f"failed: {cell.name}: {why}"), file=sys.stderr, flush=True)
+                    print(one_line(f"failed: {cell.name}: {why}"), file=sys.stderr, flush=True)
                     continue
                 line = grid.finished(cell, sweep, folder)
                 assert line is not None
@@ -127,18 +129,18 @@ def make_executor(config: SweepConfig) -> Any:
     try:
         import submitit
     except ImportError:
-        raise cli.UserError(f"--executor {config.executor}: needs submitit; pip install submitit") from None
+        raise UserError(f"--executor {config.executor}: needs submitit; pip install submitit") from None
     parameters: dict[str, str | int] = {}
     for word in config.slurm:
         key, equals, value = word.partition("=")
         if not equals:
-            raise cli.UserError(f"--slurm {word}: expected KEY=VALUE")
+            raise UserError(f"--slurm {word}: expected KEY=VALUE")
         parameters[key] = int(value) if value.isdecimal() else value
     executor = submitit.AutoExecutor(folder=Path(config.output).absolute() / "jobs", cluster=config.executor)
     try:
         executor.update_parameters(**{"timeout_min": 60 * 24, **parameters})
     except (NameError, TypeError, ValueError, AssertionError) as error:
-        raise cli.UserError(f"--slurm: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"--slurm: {' '.join(str(error).split())[:200]}") from None
     return executor
 
 
@@ -179,4 +181,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.entry(main))
+    sys.exit(entry(main))

@@ -85,11 +85,11 @@ def run(script: Path, words: list[str], work: Path, last: int | None, log: Path)
             os.dup2(out, 1)
             os.dup2(out, 2)
             sys.argv = [str(script), *words]
-            from common import cli
+            from common.process import entry
 
             module = load(script)
             watch = Watch(work, last)
-            status = cli.entry(lambda: module.main(words))
+            status = entry(lambda: module.main(words))
             os.write(write, json.dumps(watch.seen).encode())
         except BaseException:
             traceback.print_exc()

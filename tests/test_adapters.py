@@ -19,7 +19,7 @@ import merge_peft
 from common import adapters as common_adapters
 from common import continuations, limits, sampling, scoring, tokenization
 from common import models as loading
-from common.cli import UserError
+from common.problems import UserError
 from extraction.measure import check
 from mia import mia as mia_script
 from perplexity import perplexity as perplexity_script

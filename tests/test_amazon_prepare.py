@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import dataset
-from common.cli import UserError, entry
+from common.problems import UserError
+from common.process import entry
 from common.results import sha256
 from data.amazon import make_reviews, prepare, shop
 from data.amazon.config import SPLITS

@@ -15,7 +15,7 @@ from auditing.config import PARTS
 from auditing.run import canary_summary
 from canary.lines import FEW, TOO_FEW, audit_line
 from canary.task import ROWS, TextArm
-from common.cli import UserError
+from common.problems import UserError
 from memorization import entities
 
 SMALL = ["--quick", "--decoys", 25, "--samples", 4, "--num_rows", 40, "--max_length", 200]

@@ -13,7 +13,8 @@ import measure_purified
 import merge_peft
 import run_peft
 from common import cli, dataset, results
-from common.cli import UserError
+from common.problems import Problems, UserError, check_output_file
+from common.process import entry
 from data import replace_pii
 from data.continuation import generate as continuation
 from data.self_instruct import generate as self_instruct
@@ -234,7 +235,7 @@ TABLE = [
 def test_one_line_exit_2_nothing_written(script, words, expected, files, no_models, tmp_path, capsys):
     before = sorted(path for path in tmp_path.rglob("*"))
     words = [word.format(**files) for word in words]
-    status = cli.entry(lambda: script.main(words))
+    status = entry(lambda: script.main(words))
     captured = capsys.readouterr()
     assert status == 2
     lines = captured.err.strip().splitlines()
@@ -318,7 +319,7 @@ def test_control_c_is_one_line(capsys):
     def stopped():
         raise KeyboardInterrupt
 
-    assert cli.entry(stopped) == 130 and capsys.readouterr().err == "interrupted\n"
+    assert entry(stopped) == 130 and capsys.readouterr().err == "interrupted\n"
 
 
 def test_an_output_is_no_input(tmp_path):
@@ -326,8 +327,8 @@ def test_an_output_is_no_input(tmp_path):
     data = write_rows(tmp_path / "rows.jsonl", make_rows(3))
     (tmp_path / "link.jsonl").symlink_to(data)
     for output in (data, tmp_path / "sub/../rows.jsonl", tmp_path / "link.jsonl"):
-        problems = cli.Problems()
-        cli.check_output_file(output, ".jsonl", problems, (None, data))
+        problems = Problems()
+        check_output_file(output, ".jsonl", problems, (None, data))
         assert problems.lines == [f"--output {output}: is also an input; choose another file"]
 
 
@@ -426,7 +427,7 @@ def test_a_working_directory_that_is_not_utf8(tmp_path, monkeypatch):
 
 
 def test_a_problem_is_one_line_whatever_the_name(tmp_path, capsys):
-    assert cli.entry(lambda: dataset.read_rows(tmp_path / "a\nb\x1b[31m.jsonl")) == 2
+    assert entry(lambda: dataset.read_rows(tmp_path / "a\nb\x1b[31m.jsonl")) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -466,7 +467,7 @@ def test_a_full_disk_is_one_line_that_names_the_file(write, tmp_path, monkeypatc
 
     monkeypatch.setattr(os, "fsync", full)
     monkeypatch.setattr(os, "pwrite", full)
-    assert cli.entry(main) == 2
+    assert entry(main) == 2
     name = file.with_name(".x.json.lock") if write == "lock" else file
     assert capsys.readouterr().err == f"{name}: No space left on device; free some space and start again\n"
     assert [path.name for path in file.parent.iterdir()] == (["x.json"] if write == "line" else [])
@@ -478,7 +479,7 @@ def test_other_errors_pass_through(tmp_path):
             raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):
-        cli.entry(main)
+        entry(main)
 
 
 def test_checkpoints_of_odd_names(tmp_path):

@@ -25,7 +25,7 @@ from canary.task import TextArm
 from common import dataset, reviews
 from common import models as common_models
 from common.checkpoints import natural_key
-from common.cli import UserError
+from common.problems import UserError
 from reporting.parsers import canary_rows
 
 

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 import run_peft
 from common import chat, dataset, trained
-from common.cli import UserError
+from common.problems import UserError
 from mia import mia
 from mia.signals import encode as encode_for_mia
 from mia.signals import lower_case

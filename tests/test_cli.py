@@ -324,10 +324,10 @@ def test_quickstart_study_reviews_in_small(tmp_path):
     driver = tmp_path / "small.py"
     driver.write_text(
         "import sys\n"
-        "import quickstart\nfrom common import cli\nfrom studies import reviews\n"
+        "import quickstart\nfrom common.process import entry\nfrom studies import reviews\n"
         "reviews.PUBLIC, reviews.PUBLIC_EPOCHS, reviews.REVIEWS, reviews.PRODUCTS = 60, 1, 500, 30\n"
         "reviews.TRAIN, reviews.TEST, reviews.LADDER, reviews.CANARIES, reviews.AUDIT = 100, 45, (1, 4), 2, 20\n"
-        "sys.exit(cli.entry(quickstart.main))\n"
+        "sys.exit(entry(quickstart.main))\n"
     )
     out = tmp_path / "out"
     command = [sys.executable, str(driver), "--study", "reviews", "--output", str(out), "-e", "1"]

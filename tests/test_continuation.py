@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import run_peft
 from common import dataset as data_files
-from common.cli import UserError
+from common.problems import UserError
 from data import generation
 from data.continuation import generate, text_statistics
 

@@ -21,7 +21,8 @@ from training.run import run as fine_tune
 SCRIPT = """
 import json, os, signal, sys
 import run_peft
-from common import cli, distributed
+from common import distributed
+from common.process import entry, leave
 from training import model as training_model
 from training.trainer import Trainer
 
@@ -52,11 +53,11 @@ def watched_step(self):
 training_model.shard, Trainer.step = watched_shard, watched_step
 close, distributed.World.close = distributed.World.close, lambda self: None  # one process group for all commands
 for command in json.load(open(sys.argv[1])):
-    status = cli.entry(lambda: run_peft.main(command["words"]))
+    status = entry(lambda: run_peft.main(command["words"]))
     if status != (143 if command["sigterm"] else 0):
         sys.exit(f"status {{status}}: {{command}}")
 close(distributed.start())
-cli.leave(0)
+leave(0)
 """
 SGD = ("-opt", "sgd", "-lr", "0.1")
 ADAMW = ("-lr", "1e-2")
@@ -192,7 +193,8 @@ def test_two_ranks_stop_together_and_resume(models, dataset, tmp_path):
 
 ENDING = """
 import atexit, os, pathlib, sys
-from common import cli, distributed
+from common import distributed
+from common.process import entry
 class Aborts:  # as a thread of gloo does that needs the GIL while the interpreter is finalized
     def __del__(self, abort=os.abort):
         abort()
@@ -204,7 +206,7 @@ def main():
     sys.stdout.write("printed last")
     world.close()
     return int(sys.argv[2])
-sys.exit(cli.entry(main))
+sys.exit(entry(main))
 """
 
 
@@ -224,12 +226,13 @@ def test_no_rank_is_finalized_after_it_left_the_group(tmp_path, status):
 ALONE = """
 import sys
 from datetime import timedelta
-from common import cli, distributed
+from common import distributed
+from common.process import entry
 distributed.MEETING = timedelta(seconds={seconds})
 def main():
     print("started", flush=True)
     distributed.start()
-sys.exit(cli.entry(main))
+sys.exit(entry(main))
 """
 
 

@@ -13,8 +13,8 @@ import pytest
 from conftest import ARCHITECTURES, make_rows, read_lines, write_manifest, write_rows
 
 import run_peft
-from common.cli import UserError
 from common.models import find_model
+from common.problems import UserError
 from training import batches
 from training.checkpoint import checkpoints
 from training.dp_trainer import DPTrainer

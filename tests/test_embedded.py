@@ -11,8 +11,8 @@ from collections import Counter
 import pytest
 from conftest import ROOT
 
-from common.cli import UserError
 from common.dataset import read_manifest, read_rows, split, validate
+from common.problems import UserError
 from common.results import sha256
 
 EMBEDDED = ROOT / "data" / "embedded"

@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import dataset
-from common.cli import UserError
+from common.problems import UserError
 from common.results import sha256
 from data.enron import config, inputs, mail, names, occurrences, prepare, prompts
 from data.enron import run as enron_run

@@ -18,7 +18,7 @@ from families import DYNAMIC, FAMILIES, REFUSED, SOME_LAYERS, SWEEP, WINDOW, mak
 import run_peft
 from common import adapters as common_adapters
 from common import models, sampling, scoring
-from common.cli import UserError
+from common.problems import UserError
 from perplexity import perplexity as perplexity_script
 
 NAMES = list(FAMILIES)

@@ -12,7 +12,7 @@ from conftest import run_script, write_manifest, write_rows
 from scipy import linalg, stats
 
 from common import dataset, reviews
-from common.cli import UserError
+from common.problems import UserError
 from common.text import copied_lengths, longest_copy
 from fidelity import fidelity
 from fidelity import metrics as m

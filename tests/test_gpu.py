@@ -14,8 +14,9 @@ import torch
 from conftest import ARCHITECTURES, make_rows, make_tokenizer, read_lines, run_script, write_rows
 
 import run_peft
-from common import cli, sampling, scoring
 from common import models as common_models
+from common import sampling, scoring
+from common.process import entry
 from training.checkpoint import checkpoints
 from training.dp_trainer import DPTrainer
 from training.run import run as fine_tune
@@ -228,7 +229,7 @@ def test_resume_on_a_gpu_is_the_uninterrupted_run(small, dataset, tmp_path):
     Trainer.step = stopped
     try:
         words = ["-m", small, "-i", dataset, "--output_root", tmp_path / "cut", "--lora_r", 8, "-e", 2, "-pdbs", 4]
-        assert cli.entry(lambda: run_peft.main([str(word) for word in [*words, "-gas", 2, *flags]])) == 143
+        assert entry(lambda: run_peft.main([str(word) for word in [*words, "-gas", 2, *flags]])) == 143
     finally:
         Trainer.step = step
     cut = peft_run(tmp_path / "cut", small, dataset, *flags)

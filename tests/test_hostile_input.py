@@ -8,8 +8,9 @@ import pyarrow as pa
 import pytest
 from conftest import make_rows, write_rows
 
-from common import cli, dataset, results, reviews, strict_json
-from common.cli import UserError
+from common import dataset, results, reviews, strict_json
+from common.problems import UserError
+from common.process import entry
 from common.text import emails, first_email
 from data import replacement, scanner
 from data.continuation.text_statistics import address_counts
@@ -229,7 +230,7 @@ def test_json_files_of_ours(tmp_path):
 def test_the_process_prints_the_same_line(tmp_path, capsys):
     path = write_rows(tmp_path / "r.jsonl", [{"text": "a"}])
     path.write_text('{"text": "\\ud83d"}\n')
-    assert cli.entry(lambda: dataset.read_rows(path)) == 2
+    assert entry(lambda: dataset.read_rows(path)) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 

@@ -20,7 +20,7 @@ import evaluate_purified
 import measure_purified
 from common import models as common_models
 from common.checkpoints import find_checkpoints
-from common.cli import UserError
+from common.problems import UserError
 from common.tokenization import encode_prompt
 from extraction import prompts
 from extraction.attack import _forms

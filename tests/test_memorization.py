@@ -13,8 +13,8 @@ from planted import people, text_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import chat, dataset, stats
-from common.cli import UserError
 from common.continuations import ContinuationScorer
+from common.problems import UserError
 from memorization import entities, exposure, inventory, questions, task, verbatim
 from memorization.decoys import decoys
 from memorization.inventory import KINDS, Secret

@@ -8,7 +8,7 @@ from conftest import ARCHITECTURES, read_lines, run_script, write_rows
 
 import merge_peft
 import run_peft
-from common.cli import UserError
+from common.problems import UserError
 from training.run import run as fine_tune
 
 FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import ARCHITECTURES, ROOT, make_rows, read_lines, run_script, write_rows
 
-from common import cli
+from common.problems import UserError
 from mia import attacks, forward, neighborhood, signals
 from mia import dataset as mia_dataset
 from mia import mia as script
@@ -584,7 +584,7 @@ def test_members_are_the_rows_that_were_trained_on(adapters, dataset, tmp_path, 
 def test_a_damaged_run_json_is_reported(adapters, sets, tmp_path):
     checkpoint = trained(tmp_path / "run", adapters["neox", "lora"], sets[0])
     (tmp_path / "run" / "run.json").write_text("{")
-    with pytest.raises(cli.UserError) as error:
+    with pytest.raises(UserError) as error:
         run_on(tmp_path / "out", checkpoint, sets)
     (line,) = error.value.problems
     assert "run.json: not JSON" in line
@@ -891,7 +891,7 @@ def test_bad_input_is_reported_at_once(models, adapters, sets, tmp_path, monkeyp
     ]  # fmt: skip
     for words, expected in table:
         extra = [] if "--output_dir" in words else ["--output_dir", tmp_path / "out"]
-        with pytest.raises(cli.UserError) as error:
+        with pytest.raises(UserError) as error:
             attack(*words, *extra)
         assert len(error.value.problems) == len(expected), (words, error.value.problems)
         for line, part in zip(error.value.problems, expected):

@@ -23,7 +23,7 @@ from common import adapters as common_adapters
 from common import dataset as data_files
 from common import distributed, sampling, sharding
 from common import models as common_models
-from common.cli import Problems, UserError
+from common.problems import Problems, UserError
 
 __all__ = ["held_out", "learned", "planted_rows", "tiny"]  # fixtures
 
@@ -182,7 +182,8 @@ SAMPLED = ("--num_rows", 5, "--temperatures", 0.2, 1)
 
 SEVERAL = """
 import importlib, json, sys
-from common import cli, distributed
+from common import distributed
+from common.process import leave
 
 close, distributed.World.close = distributed.World.close, lambda self: None  # one process group for all commands
 for name, words in json.load(open(sys.argv[1])):
@@ -192,7 +193,7 @@ for name, words in json.load(open(sys.argv[1])):
 """
 LEAVING = """
 close(distributed.start())
-cli.leave(0)
+leave(0)
 """
 FAILING = """
 import torch

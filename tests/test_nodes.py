@@ -16,12 +16,13 @@ from test_distributed_training import SGD, alone, check_metrics, folder_of, furt
 
 import measure_purified
 import run_peft
-from common.cli import UserError
+from common.problems import UserError
 from training.checkpoint import checkpoints
 
 SEVERAL = """
 import importlib, json, sys
-from common import cli, distributed
+from common import distributed
+from common.process import leave
 
 close, distributed.World.close = distributed.World.close, lambda self: None  # one process group for all commands
 from training import model as training_model
@@ -42,7 +43,7 @@ for name, words in json.load(open(sys.argv[1])):
     if status := importlib.import_module(name).main(words):
         sys.exit(f"status {{status}}: {{name}} {{words}}")
 close(distributed.start())
-cli.leave(0)
+leave(0)
 """
 
 

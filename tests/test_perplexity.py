@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from conftest import ARCHITECTURES, ROOT, make_rows, read_lines, run_script, write_rows
 
-from common import cli
 from common import models as models_module
+from common.problems import UserError
 from perplexity import measure as room
 from perplexity import perplexity as script
 from perplexity.metrics import describe, summarize
@@ -358,7 +358,7 @@ def test_bfloat16_keeps_the_adapter_apart(adapters, dataset, tmp_path):
 
 
 def problems_of(*words) -> list[str]:
-    with pytest.raises(cli.UserError) as caught:
+    with pytest.raises(UserError) as caught:
         measure(*words)
     return caught.value.problems
 

@@ -18,7 +18,7 @@ import pytest
 from conftest import ROOT
 
 import plot_results
-from common.cli import UserError
+from common.problems import UserError
 from reporting import caveats, figures, figures_extraction, load, responses, style, svg
 from reporting.labels import fixed_models
 from reporting.table import Model

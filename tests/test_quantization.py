@@ -14,7 +14,7 @@ import run_peft
 from common import adapters as common_adapters
 from common import models as loading
 from common import quantization
-from common.cli import UserError
+from common.problems import UserError
 from mia import mia as mia_script
 from perplexity import perplexity as perplexity_script
 

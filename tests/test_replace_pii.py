@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import run_peft
-from common import cli
 from common import dataset as data_files
-from common.cli import UserError
+from common.problems import UserError
+from common.process import entry
 from common.results import sha256
 from common.text import follows_name_rule, name_rule_guesses
 from data import leaks, replace_pii, replacement, scanner
@@ -450,7 +450,7 @@ def test_a_leak_ends_the_run_without_a_file(before, tmp_path, monkeypatch, capsy
 
     monkeypatch.setattr(replacing_run, "replace", forgetful)
     capsys.readouterr()
-    assert cli.entry(lambda: replace_pii.main(words)) == 1
+    assert entry(lambda: replace_pii.main(words)) == 1
     captured = capsys.readouterr()
     assert captured.err.splitlines() == [
         "leak check: old full names in 1 rows: 9",

@@ -11,17 +11,18 @@ from types import SimpleNamespace
 import pytest
 
 from common import results
-from common.cli import UserError
+from common.problems import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLDER = """
 import sys, time
-from common import cli, results
+from common import results
+from common.process import entry
 def main():
     with results.{lock}(sys.argv[1]):
         print("held", flush=True)
         time.sleep(float(sys.argv[2]))
-sys.exit(cli.entry(main))
+sys.exit(entry(main))
 """
 
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common import dataset, results, rows, trained
-from common.cli import UserError
+from common.problems import UserError
 from common.rows import Faults, Lazy, Lines, Table
 
 KINDS = ("jsonl", "jsonl.gz", "json", "csv", "tsv", "csv.gz", "arrow", "file.arrow", "lz4.arrow", "parquet")

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import run_peft
-from common import cli
 from common import dataset as data_files
-from common.cli import UserError
 from common.models import find_model
+from common.problems import UserError
+from common.process import entry
 from training import batches, checkpoint, verify
 from training.checkpoint import checkpoints
 from training.plan import choose_rows, rate_name, run_folder
@@ -466,7 +466,7 @@ def test_sigterm_saves_and_resumes(at, models, dataset, tmp_path, uninterrupted,
     words = [str(word) for word in [*words, *FLAGS, "-pt", "pissa"]]
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", step)
-        assert cli.entry(lambda: run_peft.main(words)) == 143
+        assert entry(lambda: run_peft.main(words)) == 143
     folder = run_folder(run_peft.make_parser().parse_args(words), "enron")
     record = json.loads((folder / "run.json").read_text())
     assert record["status"] == "failed" and record["error"].startswith("Interrupted")

@@ -14,7 +14,7 @@ from rapidfuzz.distance import LCSseq
 
 import run_peft
 from common import dataset, distributed
-from common.cli import UserError
+from common.problems import UserError
 from data.self_instruct import filters, generate, rounds
 from data.self_instruct.completion import complete
 from data.self_instruct.seed_tasks import read_seed_tasks
@@ -296,6 +296,7 @@ def test_procedure_rows_counts_and_resuming(tiny, tmp_path, monkeypatch):
 
 DRIVER = """
 import re, sys
+from common.process import entry
 from data.self_instruct import generate, rounds
 real = rounds.complete
 def complete(model, tokenizer, prompts, stage, *rest):
@@ -304,7 +305,7 @@ def complete(model, tokenizer, prompts, stage, *rest):
     form = forms.get(stage, " {{}}\\nOutput: why {{}}")
     return [(form.format(text, text), stage == "instances") for text in texts]
 rounds.complete = complete
-sys.exit(generate.cli.entry(generate.main))
+sys.exit(entry(generate.main))
 """
 
 

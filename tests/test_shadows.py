@@ -13,7 +13,8 @@ from conftest import ROOT, make_rows, read_lines, run_script, write_rows
 from scipy.stats import norm
 from test_cli import HEAVY
 
-from common import cli, shadows, trained
+from common import shadows, trained
+from common.problems import UserError
 from common.stats import auc_interval
 from mia import calibration
 from mia.attacks import Undefined
@@ -330,7 +331,7 @@ def test_again_and_more(target, four, capsys):
     shadow(*words, "--shadows", 5, "--dry_run")
     assert "4 finished" in capsys.readouterr().out and not (four / "shadow-4").exists()
     for more in (["--seed", 1], ["--nonmembers", root / "enron.jsonl"]):
-        with pytest.raises(cli.UserError) as error:
+        with pytest.raises(UserError) as error:
             shadow(*words, *more)
         assert "choose another directory" in str(error.value) or "0 non-members" in str(error.value)
 
@@ -450,7 +451,7 @@ def test_null_with_a_reason(target, four, tmp_path):
 
 
 def refused(call, *words):
-    with pytest.raises(cli.UserError) as error:
+    with pytest.raises(UserError) as error:
         call(*words)
     return "\n".join(error.value.problems)
 

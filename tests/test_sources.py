@@ -6,7 +6,7 @@ from conftest import make_rows, read_lines, write_rows
 from planted import text_rows
 
 from common import dataset, results, sources
-from common.cli import UserError
+from common.problems import UserError
 from common.sources import data_files
 
 ROWS = make_rows(30)
@@ -223,7 +223,7 @@ def test_a_folder_with_splits(saved, no_names):
 def test_a_name_without_a_network_is_one_line(script, models, tmp_path, monkeypatch, capsys, no_names):
     import audit
     import run_peft
-    from common import cli
+    from common.process import entry
     from mia import mia
     from perplexity import perplexity
 
@@ -237,14 +237,14 @@ def test_a_name_without_a_network_is_one_line(script, models, tmp_path, monkeypa
     }
     module, argv = mains[script]
     monkeypatch.setattr("sys.argv", [script, *argv])
-    assert cli.entry(module.main) == 2
+    assert entry(module.main) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(f"{name}: not a file here") and "offline" in line and not (tmp_path / "out").exists()
     monkeypatch.setattr("sys.argv", [script, *argv, "--split", "train"])
     argv[argv.index(name)] = "absent.jsonl"
     monkeypatch.setattr("sys.argv", [script, *argv])
-    assert cli.entry(module.main) == 2
+    assert entry(module.main) == 2
     assert "absent.jsonl: no such file" in capsys.readouterr().err
     monkeypatch.setattr("sys.argv", [script, *argv, "--split", "test"])
-    assert cli.entry(module.main) == 2
+    assert entry(module.main) == 2
     assert "--split test: absent.jsonl is not the name of a data set" in capsys.readouterr().err

@@ -140,7 +140,7 @@ def test_packing_is_refused_where_rows_see_each_other(tmp_path):
     """The mask that keeps rows apart hides a sliding window, or is not seen: neither is trained silently."""
     from families import make_family
 
-    from common.cli import UserError
+    from common.problems import UserError
 
     data = write_rows(tmp_path / "rows.jsonl", [{"text": row["prompt"]} for row in make_rows(8)])
     for number, name in enumerate(("mistral (window)", "bloom (ALiBi)", "mamba2")):

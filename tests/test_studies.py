@@ -13,7 +13,7 @@ import quickstart
 from canary.config import MeasureConfig as CanaryConfig
 from common import cli, dataset, provenance, results
 from common import models as common_models
-from common.cli import UserError
+from common.problems import UserError
 from data.synthetic.config import SyntheticConfig
 from extraction.config import AttackConfig
 from mia.measure import cache_folder

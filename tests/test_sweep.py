@@ -12,7 +12,7 @@ from conftest import ROOT, read_lines, write_rows
 import plot_results
 import run_peft
 from common import cli, stats
-from common.cli import UserError
+from common.problems import UserError
 from studies import grid, sweep
 
 SUBMITIT = importlib.util.find_spec("submitit") is not None

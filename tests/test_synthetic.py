@@ -13,7 +13,7 @@ from conftest import ROOT, kill_when_written, read_lines, run_script, write_rows
 import run_peft
 from common import dataset, results, trained
 from common import models as common_models
-from common.cli import UserError
+from common.problems import UserError
 from data.synthetic import generate, histogram
 from data.synthetic.summary import near_copies
 

@@ -8,7 +8,7 @@ import pytest
 from conftest import make_rows, write_rows
 
 from common import dataset
-from common.cli import UserError
+from common.problems import UserError
 
 ROWS = [row | {"note": note} for row, note in zip(make_rows(4), ('says "hi"', "two\nlines", "a,b\tc", ""))]
 

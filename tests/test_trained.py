@@ -17,8 +17,8 @@ import run_peft
 from common import dataset as data_files
 from common import results, trained
 from common.checkpoints import find_checkpoints
-from common.cli import UserError
 from common.models import find_model, load_tokenizer
+from common.problems import UserError
 from training import batches
 from training.checkpoint import checkpoints
 from training.dp_trainer import DPTrainer

@@ -11,8 +11,8 @@ from conftest import read_lines, run_script, write_rows
 from scipy import sparse
 
 from common import dataset, reviews
-from common.cli import UserError
 from common.dataset import instruction_prompt
+from common.problems import UserError
 from utility import downstream, feature_importance, human_sheet, rating
 from utility import metrics as m
 from utility.importance import cell

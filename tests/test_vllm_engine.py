@@ -16,7 +16,7 @@ from conftest import ROOT, make_model, make_rows, read_lines, run_script, write_
 
 import measure_purified
 from common import adapters, models, sampling, vllm_engine
-from common.cli import Problems, UserError
+from common.problems import Problems, UserError
 from data import generation
 from data.continuation.config import ContinuationConfig
 from extraction.config import MeasureConfig

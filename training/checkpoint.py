@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from common import results
-from common.cli import Problems, UserError
+from common.problems import Problems, UserError
 from training.model import adapter_state, converted, save_adapter
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import cli, dataset
-from common.cli import UserError
+from common import dataset, strict_json
+from common.problems import Problems, UserError
 from common.rows import Lazy, Row
 from training.config import TrainConfig
 
@@ -26,7 +26,7 @@ OUTSIDE = (
 )
 
 
-def check_flags(config: TrainConfig, metric_schedulers: tuple[str, ...], problems: cli.Problems) -> bool:
+def check_flags(config: TrainConfig, metric_schedulers: tuple[str, ...], problems: Problems) -> bool:
     """Add every problem with the DP flags that shows in the arguments alone; True if there is none."""
     before = len(problems.lines)
     if not config.dp:
@@ -85,7 +85,7 @@ class Privacy:
         """Differences from an unfinished run's `privacy` block, which its steps were accounted with."""
         now = self.block(0)
         kept = [key for key in now if key not in ("private", "epsilon", "epsilon_rdp", "steps", "outside_epsilon")]
-        now = cli.plain(now)
+        now = strict_json.plain(now)
         return [f"{key} {block.get(key)} there, {now[key]} here" for key in kept if block.get(key) != now[key]]
 
     def block(self, steps: int) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def make_privacy(config: TrainConfig, path: Path, rows: Sequence[Row], train: Se
     n = len(units)
     logical = min(ENOUGH_UNITS, n) if config.logical_batch_size is None else config.logical_batch_size
     delta = 1 / (10 * n) if config.target_delta is None else config.target_delta
-    problems = cli.Problems()
+    problems = Problems()
     if logical > n:
         problems.add(f"--logical_batch_size {logical}: {path} has only {n} privacy units ({config.privacy_unit}s)")
     if delta >= 1 / n:

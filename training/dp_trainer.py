@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from common import distributed, models, provenance, results
-from common.cli import UserError
 from common.distributed import World
+from common.problems import UserError
 from training import checkpoint, dp, verify
 from training.batches import Row, unit_batches
 from training.config import TrainConfig

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from common import distributed, provenance, results, trained
-from common.cli import Interrupted
 from common.distributed import World
+from common.process import Interrupted
 from training import dp_plan, verify
 from training.checkpoint import (
     check_resumable,

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from common import adapter_files, adapters, models, quantization
-from common.cli import UserError
 from common.distributed import World, node_size
+from common.problems import UserError
 from training.config import AdapterConfig, TrainConfig
 
 if TYPE_CHECKING:

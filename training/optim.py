@@ -4,7 +4,7 @@ import json
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
-from common.cli import UserError
+from common.problems import UserError
 from training.config import TrainConfig
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from common import (
-    cli,
     dataset,
     distributed,
     limits,
@@ -22,12 +21,13 @@ from common import (
     quantization,
     results,
     sources,
+    strict_json,
     tokenization,
     trained,
 )
 from common.chat import Rendered
-from common.cli import Problems, UserError
 from common.distributed import World
+from common.problems import Problems, UserError, check_writable
 from common.rows import Lazy
 from common.rows import Row as DataRow
 from training import dp_plan, tokenised
@@ -207,7 +207,7 @@ def make_plan(config: TrainConfig) -> Plan:
             chosen = problems.absorb(choose_rows, config, path, rows, manifest)
         tag = dataset.data_tag(path, manifest)
         folder = run_folder(config, tag)
-        cli.check_writable(folder, problems, "--output_root")
+        check_writable(folder, problems, "--output_root")
     if rows and chosen and config.loss_on == "completion":
         problems.absorb(boundaries, path, rows, chain(*chosen))
     global_batch = config.per_device_batch_size * config.gradient_accumulation_steps * world_size
@@ -350,7 +350,7 @@ def run_state(
     finished = record["status"] == "ok"
     if not finished and not config.resume:
         return "new"
-    now = cli.plain(vars(config)) | {"global_batch": global_batch, "input's content": results.sha256(path)}
+    now = strict_json.plain(vars(config)) | {"global_batch": global_batch, "input's content": results.sha256(path)}
     then = (
         {"hsdp": False}
         | record["args"]

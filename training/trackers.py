@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import cli
-from common.cli import Problems
+from common import strict_json
+from common.problems import Problems
 from training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def start_trackers(config: TrainConfig, folder: Path) -> "list[GeneralTracker]":
         places = [folder] if kind.requires_logging_directory else []
         tracker = kind("run_peft", *places)
         tracker.start()
-        values = cli.plain(vars(config))
+        values = strict_json.plain(vars(config))
         tracker.store_init_configuration(
             {key: item if isinstance(item, (int, float, str, bool)) else str(item) for key, item in values.items()}
         )

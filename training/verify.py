@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from common import models
-from common.cli import UserError
+from common.problems import UserError
 from common.quantization import is_quantised
 from training.batches import whole_row
 from training.checkpoint import weights, whole_tensors

@@ -3,7 +3,8 @@
 import random
 from typing import Any, cast
 
-from common import cli, reviews
+from common import reviews
+from common.problems import Problems
 from utility.config import DownstreamConfig, ImportanceConfig
 
 Row = dict[str, Any]
@@ -11,7 +12,7 @@ Config = DownstreamConfig | ImportanceConfig
 
 
 def read_arms(
-    config: Config, taken: tuple[str, ...], problems: cli.Problems
+    config: Config, taken: tuple[str, ...], problems: Problems
 ) -> tuple[dict[str, list[Row]], list[Row], list[str]]:
     """({'real' and each arm: its rows}, held-out rows, all files); `taken`: reserved arm names.
 
@@ -32,7 +33,7 @@ def ratings(rows: list[Row]) -> list[int]:
     return [cast(int, reviews.rating(row)) for row in rows]
 
 
-def check_seeds(config: Config, problems: cli.Problems) -> None:
+def check_seeds(config: Config, problems: Problems) -> None:
     """Add a problem if the last of --num_seeds seeds from --seed on is out of range."""
     if config.seed + config.num_seeds > 1 << 32:
         problems.add(f"--num_seeds {config.num_seeds}: from --seed {config.seed} on, the last is above 4294967295")

@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 
 from common import cli
+from common.process import entry
 from training.checkpoint import checkpoints
 from training.config import TrainConfig
 from training.run import run as fine_tune
@@ -112,4 +113,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.entry(main))
+    sys.exit(entry(main))

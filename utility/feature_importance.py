@@ -19,6 +19,7 @@ Writes feature_importance.json and run_feature_importance.json to --output_dir.
 import sys
 
 from common import cli
+from common.process import entry
 from utility.config import ImportanceConfig
 
 
@@ -53,4 +54,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.entry(main))
+    sys.exit(entry(main))

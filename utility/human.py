@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import cli, results, reviews
+from common import results, reviews
+from common.problems import Problems, check_writable
 from common.stats import clopper_pearson
 from utility.arms import Row
 from utility.config import SheetConfig
@@ -22,7 +23,7 @@ def run(config: SheetConfig) -> None:
 
 def make(config: SheetConfig, folder: Path, output: results.Output) -> None:
     """Write sheet.csv, rubric.md and key.jsonl."""
-    problems = cli.Problems()
+    problems = Problems()
     files = reviews.split_arms(config.synthetic or [], ("real",), problems)
     sources = [(arm, file, reviews.GENERATED) for arm, file in files.items()]
     if config.real:
@@ -32,7 +33,7 @@ def make(config: SheetConfig, folder: Path, output: results.Output) -> None:
     read = reviews.Files(config.columns, problems)
     arms = {arm: reviews.with_text(read.read(file, field) or []) for arm, file, field in sources}
     read.check()
-    cli.check_writable(folder, problems)
+    check_writable(folder, problems)
     inputs = [] if problems.lines else [file for _, file, _ in sources]
     record, outputs = folder / "run_human_sheet_make.json", [folder / name for name in ("sheet.csv", "key.jsonl")]
     finished = problems.absorb(results.finished, record, outputs, config, inputs, config.overwrite)
@@ -52,10 +53,10 @@ def make(config: SheetConfig, folder: Path, output: results.Output) -> None:
 
 def score(config: SheetConfig, folder: Path, output: results.Output) -> None:
     """Write human_evaluation.json: counts per arm and label for each sheet, and agreement."""
-    problems = cli.Problems()
+    problems = Problems()
     if not config.sheets or not config.key:
         problems.add("score: --sheets and --key are needed")
-    cli.check_writable(folder, problems)
+    check_writable(folder, problems)
     key = problems.absorb(read_key, config.key) if config.key else None
     check_files(config.sheets or (), problems)
     problems.check()
@@ -82,7 +83,7 @@ def score(config: SheetConfig, folder: Path, output: results.Output) -> None:
     print(f"results are in {target}")
 
 
-def check_files(sheets: Sequence[str], problems: cli.Problems) -> None:
+def check_files(sheets: Sequence[str], problems: Problems) -> None:
     """Add a problem for each sheet that does not exist or is given twice."""
     first: dict[str, str] = {}
     for path in sheets:

@@ -16,6 +16,7 @@ Clopper–Pearson intervals, and agreement (Cohen's κ of each pair of sheets, F
 import sys
 
 from common import cli
+from common.process import entry
 from utility.config import SheetConfig
 
 
@@ -49,4 +50,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.entry(main))
+    sys.exit(entry(main))

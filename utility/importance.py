@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import cli, results, reviews
+from common import results, reviews
+from common.problems import Problems, check_writable
 from utility.arms import Row, check_seeds, draw_heldout, ratings, read_arms
 from utility.config import ImportanceConfig
 
@@ -28,7 +29,7 @@ def run(config: ImportanceConfig) -> dict[str, Any]:
     """Measure, write feature_importance.json, and return its content."""
     target = Path(config.output_dir) / "feature_importance.json"
     with results.output_folder(config.output_dir, config.dry_run, "feature_importance") as output:
-        plan = prepare(config, target, cli.Problems())
+        plan = prepare(config, target, Problems())
         if plan is None:
             return dict(results.read_json(target, "remove it"))
         if config.dry_run:
@@ -50,9 +51,9 @@ def cell(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def prepare(config: ImportanceConfig, target: Path, problems: cli.Problems) -> Plan | None:
+def prepare(config: ImportanceConfig, target: Path, problems: Problems) -> Plan | None:
     """The plan of a run, or None if the results already exist. Problems raise one UserError."""
-    cli.check_writable(config.output_dir, problems)
+    check_writable(config.output_dir, problems)
     check_seeds(config, problems)
     arms, heldout, inputs = read_arms(config, ("real", "null", "reference"), problems)
     if shared := reviews.shared_rows(arms["real"], heldout):
@@ -98,7 +99,7 @@ def draw(halves: tuple[list[Row], list[Row]], arms: dict[str, list[Row]], size: 
     return samples
 
 
-def check_ratings(samples: dict[int, dict[str, list[Row]]], problems: cli.Problems) -> None:
+def check_ratings(samples: dict[int, dict[str, list[Row]]], problems: Problems) -> None:
     """Add a problem for each arm that has a draw with only one rating, from which nothing can be learned."""
     for arm in next(iter(samples.values())):
         if arm == "null":  # it has the ratings of the reference

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import cli, dataset, results, reviews
+from common import dataset, results, reviews
+from common.problems import Problems, UserError
 from utility.arms import Row
 
 LABELS = {
@@ -31,7 +32,7 @@ def arrange(arms: dict[str, list[Row]], num_rows: int, seed: int) -> list[tuple[
     for position, (arm, rows) in enumerate(arms.items()):
         share = num_rows // len(arms) + (position < num_rows % len(arms))
         if share > len(rows):
-            raise cli.UserError(f"--num_rows {num_rows}: {arm} has {len(rows)} rows with text, {share} are needed")
+            raise UserError(f"--num_rows {num_rows}: {arm} has {len(rows)} rows with text, {share} are needed")
         chosen += [(arm, index) for index in rng.sample(range(len(rows)), share)]
     rng.shuffle(chosen)
     return chosen
@@ -75,15 +76,15 @@ def read_key(path: str) -> list[Row]:
         number = line.get("number")
         texts = isinstance(line.get("sheet"), str) and isinstance(line.get("arm"), str)
         if not texts or not isinstance(number, int) or isinstance(number, bool):
-            raise cli.UserError(
+            raise UserError(
                 f"{path}: not a key of this script (each line needs sheet and arm, both text, and number, a whole "
                 "number); pass the key.jsonl written by make"
             )
     if len({line["sheet"] for line in key}) > 1:
-        raise cli.UserError(f"{path}: lines of more than one sheet; pass the key.jsonl of a single sheet")
+        raise UserError(f"{path}: lines of more than one sheet; pass the key.jsonl of a single sheet")
     repeated = [number for number, n in Counter(line["number"] for line in key).items() if n > 1]
     if repeated:
-        raise cli.UserError(
+        raise UserError(
             f"{path}: number {repeated[0]} occurs more than once ({len(repeated)} such numbers); pass the key.jsonl "
             "written by make"
         )
@@ -93,7 +94,7 @@ def read_key(path: str) -> list[Row]:
 def read_sheet(path: str, key: list[Row]) -> dict[int, str]:
     """{number: label} of a completed sheet. UserError if it is not the key's sheet, if a number is missing, repeated or
     unknown, or if a label is missing or unknown."""
-    problems = cli.Problems()
+    problems = Problems()
     labels: dict[int, str] = {}
     seen: set[int] = set()
     numbers = {line["number"] for line in key}
@@ -122,12 +123,12 @@ def read_lines(path: str, sheet: str) -> Sequence[dict[str, str | None]]:
         with open(path, encoding="utf-8-sig", newline="") as file:
             lines = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise cli.UserError(f"{path}: cannot be read ({error})") from None
+        raise UserError(f"{path}: cannot be read ({error})") from None
     if not lines or not {"sheet", "number", "label"} <= lines[0].keys():
-        raise cli.UserError(f"{path}: the columns sheet, number and label are needed; return the sheet as a .csv file")
+        raise UserError(f"{path}: the columns sheet, number and label are needed; return the sheet as a .csv file")
     others = [line["sheet"] or "" for line in lines if (line["sheet"] or "").strip().casefold() != sheet.casefold()]
     if others:
-        raise cli.UserError(
+        raise UserError(
             f"{path}: sheet {others[0]!r} in {len(others)} of {len(lines)} rows, but the key is of {sheet!r}; pass the "
             "key.jsonl of the same sheet"
         )

@@ -8,7 +8,8 @@ from random import Random
 from types import SimpleNamespace
 from typing import Any
 
-from common import cli, dataset, distributed, limits, models, provenance, results, reviews
+from common import dataset, distributed, limits, models, provenance, results, reviews, strict_json
+from common.problems import Problems, check_writable
 from common.stats import clopper_pearson
 from utility.arms import Row, check_seeds, draw_heldout, ratings, read_arms
 from utility.config import DownstreamConfig
@@ -44,7 +45,7 @@ def run(config: DownstreamConfig, train: Train) -> list[Line]:
     with results.output_folder(folder, config.dry_run, "downstream") as output:
         if not config.dry_run and data_folder(config).is_dir():
             results.tidy([data_folder(config)])
-        plan = prepare(config, cli.Problems())
+        plan = prepare(config, Problems())
         sizes = f"{plan.size} rows per arm ({', '.join(plan.arms)}), {len(plan.heldout)} held-out rows"
         print(f"{sizes}, {config.num_seeds} seeds", flush=True)
         if config.dry_run:
@@ -77,11 +78,11 @@ def say(lines: list[Line]) -> None:
             print(f"{line['arm']}, seed {line['seed']}: {note}; its scores are those of the base")
 
 
-def prepare(config: DownstreamConfig, problems: cli.Problems) -> Plan:
+def prepare(config: DownstreamConfig, problems: Problems) -> Plan:
     """The plan of a run. Problems raise one UserError."""
     if int(os.environ.get("WORLD_SIZE", "1") or 1) > 1:
         problems.add("WORLD_SIZE: runs as one process; start it without torchrun")
-    cli.check_writable(config.output_dir, problems)
+    check_writable(config.output_dir, problems)
     check_seeds(config, problems)
     arms, heldout, inputs = read_arms(config, ("real", "base", "majority"), problems)
     ref = tokenizer = None
@@ -107,7 +108,7 @@ def prepare(config: DownstreamConfig, problems: cli.Problems) -> Plan:
     return Plan(ref, tokenizer, max_length, arms, size, draw_heldout(heldout, config), blank, inputs)
 
 
-def check_length(config: DownstreamConfig, ref: models.ModelRef, tokenizer: Any, problems: cli.Problems) -> int:
+def check_length(config: DownstreamConfig, ref: models.ModelRef, tokenizer: Any, problems: Problems) -> int:
     """--max_length, limited to the model's context; it is a problem if that leaves no token for the review."""
     architecture = models.read_config(ref.base, ref.revision, "--model")
     max_length = min(config.max_length, limits.context_length(SimpleNamespace(config=architecture)))
@@ -120,7 +121,7 @@ def check_length(config: DownstreamConfig, ref: models.ModelRef, tokenizer: Any,
     return max_length
 
 
-def check_overlap(arms: dict[str, list[Row]], heldout: list[Row], allowed: bool, problems: cli.Problems) -> None:
+def check_overlap(arms: dict[str, list[Row]], heldout: list[Row], allowed: bool, problems: Problems) -> None:
     """Add a problem if real training rows are held-out rows, or arms were generated from held-out rows' metadata."""
     keys = {reviews.source_key(row) for row in heldout if row.get("row_id") is not None}
     for arm, rows in arms.items():
@@ -141,7 +142,7 @@ def settings(args: dict[str, Any], hashes: list[str]) -> dict[str, object]:
     return flags | dict(zip(["--real", "--heldout", *arms], hashes))
 
 
-def check_earlier(config: DownstreamConfig, inputs: list[str], problems: cli.Problems) -> None:
+def check_earlier(config: DownstreamConfig, inputs: list[str], problems: Problems) -> None:
     """Add a problem if --output_dir has a run, finished or not, with other settings, which would be overwritten."""
     folder, advice = Path(config.output_dir), "choose another directory, or remove this one"
     file = folder / RECORD
@@ -153,7 +154,7 @@ def check_earlier(config: DownstreamConfig, inputs: list[str], problems: cli.Pro
     if record is None:
         return
     earlier = settings(record.get("args", {}), [entry["sha256"] for entry in record.get("inputs", [])])
-    now = settings(cli.plain(vars(config)), [results.sha256(path) for path in inputs])
+    now = settings(strict_json.plain(vars(config)), [results.sha256(path) for path in inputs])
     different = [
         f"{key} was {str(earlier.get(key))[:40]}, now {str(now.get(key))[:40]}"
         for key in sorted(earlier.keys() | now.keys())

@@ -8,7 +8,8 @@ from scipy import stats
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from common import cli, reviews
+from common import reviews
+from common.problems import UserError
 from utility.arms import Row, ratings
 from utility.metrics import expected_permutation_importance, top_jaccard
 
@@ -21,7 +22,7 @@ def vocabulary(heldout: list[Row], min_rows: int) -> list[str]:
     try:
         counter.fit([reviews.text_of(row) for row in heldout])
     except ValueError as error:  # "no terms remain"; the text says what to change
-        raise cli.UserError(f"--min_rows {min_rows}: no word is in that many held-out rows ({error})") from None
+        raise UserError(f"--min_rows {min_rows}: no word is in that many held-out rows ({error})") from None
     return sorted(counter.vocabulary_)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import cli
+from common.problems import SHOWN_BROKEN, UserError, report_broken
 from data.amazon.config import PrepareConfig
 from data.amazon.fields import READ_BY, clean, user_key
 from data.amazon.lines import broken_line, is_gzip
@@ -98,21 +98,21 @@ def load(
                                    compression = '{compression}', columns = {{{kinds}}}))"""
         )
     except (duckdb.IOException, duckdb.InvalidInputException) as error:
-        raise cli.UserError(f"{flag} {path}: cannot be read ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{flag} {path}: cannot be read ({str(error).splitlines()[0]})") from None
     lines, broken = connection.execute(f"SELECT count(*), count(*) FILTER (broken) FROM {table}").fetchall()[0]
     if lines == broken:
         first = f" ({broken_line(path, [0])[0]})" if lines else ""
-        raise cli.UserError(f"{flag} {path}: no line is a row with {', '.join(columns)}{first}")
+        raise UserError(f"{flag} {path}: no line is a row with {', '.join(columns)}{first}")
     return lines, broken
 
 
-def report_broken(connection: "duckdb.DuckDBPyConnection", path: Path, table: str, broken: int, strict: bool) -> None:
+def show_broken(connection: "duckdb.DuckDBPyConnection", path: Path, table: str, broken: int, strict: bool) -> None:
     """Show the first broken lines of a file; with `strict`, fail."""
     if not broken:
         return
-    query = f"SELECT rowid FROM {table} WHERE broken ORDER BY rowid LIMIT {cli.SHOWN_BROKEN}"
+    query = f"SELECT rowid FROM {table} WHERE broken ORDER BY rowid LIMIT {SHOWN_BROKEN}"
     lines = broken_line(path, [position for (position,) in connection.execute(query).fetchall()])
-    cli.report_broken(f"lines in {path}", lines, broken, strict)
+    report_broken(f"lines in {path}", lines, broken, strict)
 
 
 def load_inputs(connection: "duckdb.DuckDBPyConnection", config: PrepareConfig) -> dict[str, int]:
@@ -133,7 +133,7 @@ def load_inputs(connection: "duckdb.DuckDBPyConnection", config: PrepareConfig) 
                 WHEN stars IS NULL OR stars NOT BETWEEN 1 AND 5 OR stars <> floor(stars) THEN 'without a rating'
                 WHEN body = '' THEN 'empty text' END AS reason""",
     )
-    report_broken(connection, reviews, "review", broken, config.strict)
+    show_broken(connection, reviews, "review", broken, config.strict)
     products, broken_products = load(
         connection,
         "--meta",
@@ -147,7 +147,7 @@ def load_inputs(connection: "duckdb.DuckDBPyConnection", config: PrepareConfig) 
            + ifnull(json_type(categories) <> 'ARRAY', false)::INTEGER
            + len([member FOR member IN members IF json_type(member) NOT IN ('VARCHAR', 'NULL')]) AS absent""",
     )
-    report_broken(connection, meta, "meta", broken_products, config.strict)
+    show_broken(connection, meta, "meta", broken_products, config.strict)
     # of several lines about a product, use the first
     connection.execute(
         """CREATE TABLE product AS

@@ -19,6 +19,7 @@ import argparse
 import sys
 
 from common import cli
+from common.process import entry
 from data.amazon.config import MakeReviewsConfig
 from data.amazon.phrases import DEPARTMENTS
 
@@ -63,4 +64,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.entry(main))
+    sys.exit(entry(main))

@@ -32,6 +32,7 @@ groups the rows, but it is only a pseudonym: whoever has the source can re-ident
 import sys
 
 from common import cli
+from common.process import entry
 from data.amazon.config import PrepareConfig
 
 
@@ -68,4 +69,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.entry(main))
+    sys.exit(entry(main))

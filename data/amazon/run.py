@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import cli, dataset, results
+from common import dataset, results
+from common.problems import UserError
 from data.amazon.config import SPLITS, PrepareConfig
 from data.amazon.database import REASONS, connect, keep_rows, load_inputs
 from data.amazon.split import assign, stratification, write_split
@@ -83,7 +84,7 @@ def enough_memory(config: PrepareConfig) -> Iterator[None]:
         yield
     except duckdb.OutOfMemoryException as error:
         reason = str(error).splitlines()[0]
-        raise cli.UserError(f"--memory_limit {config.memory_limit}: not enough ({reason}); increase it") from None
+        raise UserError(f"--memory_limit {config.memory_limit}: not enough ({reason}); increase it") from None
 
 
 def plan(
@@ -93,14 +94,14 @@ def plan(
     counts = load_inputs(connection, config)
     counts |= keep_rows(connection)
     if counts["rows"] < config.train + config.test:
-        raise cli.UserError(
+        raise UserError(
             f"--train {config.train} --test {config.test}: only {counts['rows']} of {counts['review lines']} "
             f"reviews are left after cleaning; request fewer"
         )
     lacking = assign(connection, [config.train, config.test])
     splits = stratification(connection)
     if not splits["train"]["rows"]:
-        raise cli.UserError(
+        raise UserError(
             f"--train {config.train}: each of the {splits['all']['users']} remaining users has more reviews than "
             "that, and users are not split; increase it, or pass a file with more users"
         )

@@ -8,7 +8,8 @@ from collections import Counter
 from pathlib import Path
 from typing import IO, Any
 
-from common import cli, dataset, results
+from common import dataset, results
+from common.problems import Problems, check_writable
 from data.amazon.config import MakeReviewsConfig
 from data.amazon.phrases import (
     ADJECTIVES,
@@ -40,11 +41,11 @@ def run(config: MakeReviewsConfig) -> dict[str, Any]:
     ending = ".jsonl.gz" if config.gzip else ".jsonl"
     reviews, meta = (Path(config.output_dir) / f"{prefix}{config.category}{ending}" for prefix in ("", "meta_"))
     with results.output_file(reviews, meta, dry_run=config.dry_run) as target:
-        problems = cli.Problems()
+        problems = Problems()
         settings = dataset.settings_of(config, ("output_dir",))
         named = [("--output_dir", path) for path in (reviews, meta)]
         finished = problems.absorb(dataset.finished, named, settings, config.overwrite)
-        cli.check_writable(config.output_dir, problems)
+        check_writable(config.output_dir, problems)
         problems.check()
         counts: dict[str, int] | None = None
         if finished:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import cli, dataset, results
+from common import dataset, results
+from common.problems import Problems, check_writable
 from data.amazon.config import PrepareConfig
 from data.amazon.lines import damage, is_gzip
 
@@ -24,7 +25,7 @@ class Task:
 
 def check(config: PrepareConfig) -> Task:
     """One UserError with every problem of the arguments and files, or else one with every damaged .gz."""
-    problems = cli.Problems()
+    problems = Problems()
     inputs = {"--reviews": Path(config.reviews), "--meta": Path(config.meta)}
     check_flags(config, inputs, problems)
     settings: dict[str, Any] | None = None
@@ -46,7 +47,7 @@ def check(config: PrepareConfig) -> Task:
     return Task(settings, False)
 
 
-def check_flags(config: PrepareConfig, inputs: dict[str, Path], problems: cli.Problems) -> None:
+def check_flags(config: PrepareConfig, inputs: dict[str, Path], problems: Problems) -> None:
     """Problems of flags and of files that cannot be opened or written."""
     for flag, path in inputs.items():
         if not path.is_file():
@@ -69,4 +70,4 @@ def check_flags(config: PrepareConfig, inputs: dict[str, Path], problems: cli.Pr
             problems.add(f"--output_dir {config.output_dir}: {path} is a directory; remove it or choose another place")
     if "?" in str(Path(config.output_dir).absolute()):
         problems.add(f"--output_dir {config.output_dir}: DuckDB cannot use a path with '?'; choose another directory")
-    cli.check_writable(config.output_dir, problems)
+    check_writable(config.output_dir, problems)

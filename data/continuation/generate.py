@@ -16,6 +16,7 @@ printed statistics.
 import sys
 
 from common import cli
+from common.process import entry
 from data.continuation.config import ContinuationConfig
 
 
@@ -52,4 +53,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.entry(main))
+    sys.exit(entry(main))

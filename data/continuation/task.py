@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from common import cli, dataset, distributed, models, results, vllm_engine
+from common import dataset, distributed, models, results, vllm_engine
+from common.problems import Problems, UserError, check_output_file, report_broken
 from common.tokenization import encode_prompt
 from data import generation
 from data.continuation.config import ContinuationConfig
@@ -41,10 +42,10 @@ class Task:
 
 def check(config: ContinuationConfig) -> Task:
     """Read and check all arguments and files; problems raise one UserError."""
-    problems = cli.Problems()
+    problems = Problems()
     distributed.check_environment(problems, config.device_map, config.model_parallel)
     output = config.output_file
-    cli.check_output_file(output, ".arrow", problems, (config.data_set,))
+    check_output_file(output, ".arrow", problems, (config.data_set,))
     rows: list[Row]
     broken: dict[int, str]
     rows, broken = problems.absorb(dataset.read_with_broken, config.data_set, FIELDS) or ([], {})
@@ -55,7 +56,7 @@ def check(config: ContinuationConfig) -> Task:
         )
     elif rows:
         lines = [f"{config.data_set}: row {index}: {reason}" for index, reason in sorted(broken.items())]
-        problems.absorb(cli.report_broken, "rows", lines, len(lines), config.strict)
+        problems.absorb(report_broken, "rows", lines, len(lines), config.strict)
         if len(rows) - len(broken) < 3:
             problems.add(
                 f"{config.data_set}: {len(rows) - len(broken)} valid rows with {', '.join(FIELDS)}; "
@@ -87,7 +88,7 @@ def choose(
     """The training rows whose prompt leaves the context room for a continuation."""
     rows, split, start = dataset.split_source(rows, broken, manifest)
     if not split.train:
-        raise cli.UserError(f"{config.data_set}: all rows belong to the evaluation head; there are none to continue")
+        raise UserError(f"{config.data_set}: all rows belong to the evaluation head; there are none to continue")
     asked: list[int] = []
     prompts: list[list[int]] = []
     rooms: list[int] = []
@@ -109,5 +110,5 @@ def choose(
             prompts.append(prompt)
             rooms.append(room)
     if not asked:
-        raise cli.UserError(f"{config.data_set}: no prompt is left to continue ({dict(counts)})")
+        raise UserError(f"{config.data_set}: no prompt is left to continue ({dict(counts)})")
     return Task(ref, tokenizer, rows, asked, prompts, rooms, split.head, start, settings, finished, dict(counts))

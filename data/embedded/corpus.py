@@ -4,7 +4,8 @@ import random
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import cli, dataset, results
+from common import dataset, results
+from common.problems import Problems, check_writable
 from data.embedded.config import CorpusConfig
 from data.embedded.mail import write_thread
 from data.embedded.people import Person, make_people
@@ -33,10 +34,10 @@ def run(config: CorpusConfig) -> None:
     """Write the two files and their manifests, and the pre-training text if requested."""
     if config.dry_run:
         folder, more = Path(config.output_dir or HERE), config.pretraining_output
-        problems = cli.Problems()
-        cli.check_writable(folder, problems)
+        problems = Problems()
+        check_writable(folder, problems)
         if more:
-            cli.check_writable(Path(more).parent, problems, "--pretraining_output")
+            check_writable(Path(more).parent, problems, "--pretraining_output")
         problems.check()
         words = f"{config.people} rows of enron.jsonl and {config.outsiders} of outsiders.jsonl in {folder}"
         print(f"would write {words}{f', and {more}' if more else ''}")

@@ -18,6 +18,7 @@ and .test, messages are filled-in templates (phrases.json). Three sets of text h
 import sys
 
 from common import cli
+from common.process import entry
 from data.embedded.config import CorpusConfig
 
 
@@ -47,4 +48,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.entry(main))
+    sys.exit(entry(main))

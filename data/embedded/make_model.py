@@ -14,6 +14,7 @@ then loads by default. maker.json next to the weights records settings and losse
 import sys
 
 from common import cli
+from common.process import entry
 from data.embedded.config import SIZES, MakeModelConfig
 
 
@@ -53,4 +54,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.entry(main))
+    sys.exit(entry(main))

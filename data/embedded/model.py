@@ -4,8 +4,7 @@ import math
 import time
 from typing import TYPE_CHECKING, Any
 
-from common import cli
-from common.cli import AnyPath
+from common.problems import AnyPath, Problems, check_writable
 from common.results import atomic_folder, write_json
 from data.embedded.config import CONTEXT, SIZES, MakeModelConfig
 from data.embedded.windows import HERE, make_windows, read_corpus, train_tokenizer
@@ -20,8 +19,8 @@ RECENT = 50  # steps over which printed and recorded losses are averaged
 def run(config: MakeModelConfig) -> None:
     """Train a model of --size from scratch and save it."""
     if config.dry_run:
-        folder, problems = config.output_dir or HERE / SIZES[config.size]["name"], cli.Problems()
-        cli.check_writable(folder, problems)
+        folder, problems = config.output_dir or HERE / SIZES[config.size]["name"], Problems()
+        check_writable(folder, problems)
         problems.check()
         name = SIZES[config.size]["name"]
         print(f"would train {name} on the corpus of seed {config.corpus_seed} and save it to {folder}")

@@ -14,7 +14,9 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from common import cli, results
+from common import results
+from common.problems import UserError
+from common.process import end_with_parent
 from data.enron.mail import read_mails
 from data.enron.pairs import Best, best_pairs
 
@@ -46,7 +48,7 @@ def kind_of(path: Path) -> str:
     if path.is_dir():
         return "folder"
     if not path.is_file():
-        raise cli.UserError(f"--input {path}: no such file or folder")
+        raise UserError(f"--input {path}: no such file or folder")
     try:
         with open(path, "rb") as file:
             start = file.read(8).removeprefix(BOM_UTF8)[:5]
@@ -54,14 +56,14 @@ def kind_of(path: Path) -> str:
             if tarfile.is_tarfile(path):
                 return "tar"
     except OSError as error:
-        raise cli.UserError(f"--input {path}: cannot be read ({error.strerror})") from None
+        raise UserError(f"--input {path}: cannot be read ({error.strerror})") from None
     if path.name.lower().endswith(TAR_ENDINGS):
-        raise cli.UserError(f"--input {path}: not a readable tar archive (damaged, or another format)")
+        raise UserError(f"--input {path}: not a readable tar archive (damaged, or another format)")
     if start == b"From ":
         return "mbox"
     if is_mail_name(path.name):
         return "mail"
-    raise cli.UserError(f"--input {path}: neither a folder, a tar archive, an mbox nor a .eml or .txt message")
+    raise UserError(f"--input {path}: neither a folder, a tar archive, an mbox nor a .eml or .txt message")
 
 
 def is_file_within(path: str, folder: Path) -> bool:
@@ -80,7 +82,7 @@ def walk(folder: Path, skipped: Counter[str]) -> Iterator[str]:
     """The files below `folder` that may be mail, sorted; counts the others in `skipped`."""
 
     def refuse(error: OSError) -> NoReturn:
-        raise cli.UserError(f"--input {error.filename}: cannot be listed ({error.strerror}); fix its permissions")
+        raise UserError(f"--input {error.filename}: cannot be listed ({error.strerror}); fix its permissions")
 
     for root, folders, files in os.walk(folder, onerror=refuse):
         folders.sort()
@@ -136,7 +138,7 @@ def batches(path: Path, kind: str, skipped: Counter[str]) -> Iterator[Batch]:
                     yield batch
                     batch, size = [], 0
     except TAR_ERRORS as error:
-        raise cli.UserError(f"--input {path}: damaged after {n:,} messages ({error}); fetch or copy it again") from None
+        raise UserError(f"--input {path}: damaged after {n:,} messages ({error}); fetch or copy it again") from None
     if batch:
         yield batch
 
@@ -176,7 +178,7 @@ def in_order(function: Callable[..., T], items: Iterable[Arguments], workers: in
 
     pending: deque[tuple[Arguments, Future[T]]] = deque()
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=cli.end_with_parent) as pool:
+    with ProcessPoolExecutor(workers, context, initializer=end_with_parent) as pool:
         for item in items:
             pending.append((item, pool.submit(function, *item)))
             if len(pending) > 2 * workers:

@@ -22,6 +22,7 @@ the order of the input, its form (folder or archive) or --workers.
 import sys
 
 from common import cli
+from common.process import entry
 from data.enron.config import PROMPT_CHARACTERS, PROMPT_TOKENS, PrepareConfig
 
 
@@ -62,4 +63,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.entry(main))
+    sys.exit(entry(main))

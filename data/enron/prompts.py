@@ -4,7 +4,7 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import cli
+from common.problems import UserError
 from data.enron.config import PROMPT_CHARACTERS, PROMPT_TOKENS
 
 if TYPE_CHECKING:
@@ -22,13 +22,13 @@ def load_tokenizer(name: str) -> "Tokenizer | None":
     if file is None and name == "gpt2":
         return None
     if file is None:
-        raise cli.UserError(
+        raise UserError(
             f"--tokenizer {name}: no tokenizer.json there or in the local hub cache; download it, or use 'none'"
         )
     try:
         tokenizer = Tokenizer.from_file(file)
     except Exception as error:  # the library raises bare Exception
-        raise cli.UserError(f"--tokenizer {name}: {file} cannot be read ({error})") from None
+        raise UserError(f"--tokenizer {name}: {file} cannot be read ({error})") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
-from common import cli, dataset, results
+from common import dataset, results
+from common.problems import UserError, report_broken
 from data.enron.config import PROMPT_CHARACTERS, PROMPT_TOKENS, PrepareConfig
 from data.enron.inputs import Batch, add_file, batches, in_order, read_batch
 from data.enron.names import addresses
@@ -55,12 +56,12 @@ def build(config: PrepareConfig, task: Task, target: results.Output) -> dict[str
         started = time.monotonic()
         counts, broken, sources = collect(task.inputs, pairs, workers, config.seed)
         lines = [f"broken message {label}: {reason}" for label, reason in broken]
-        cli.report_broken("messages", lines, len(lines), config.strict)
+        report_broken("messages", lines, len(lines), config.strict)
         people = {key: pairs.read(key)[:2] for key in pairs.held}
         shared = shared_addresses(people.values())
         kept = {key: pair for key, pair in people.items() if pair[1].lower() not in shared}
         if len(kept) < MIN_ROWS:
-            raise cli.UserError(
+            raise UserError(
                 f"--input: only {len(kept)} pairs of a name and an address found; at least {MIN_ROWS} are needed"
             )
         head = min(dataset.HEAD_ROWS, len(kept) // 3)
@@ -141,7 +142,7 @@ def collect(
     counts.update(skipped)
     empty = [f"--input {path}: contains no messages" for (path, _), n in zip(inputs, total) if n == 0]
     if empty:
-        raise cli.UserError(*empty)
+        raise UserError(*empty)
     sources = [
         (path, n, digest.hexdigest() if kind == "folder" else None)
         for (path, kind), n, digest in zip(inputs, total, digests)

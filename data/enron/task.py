@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import cli, dataset
+from common import dataset
+from common.problems import Problems, check_output_file
 from data.enron.config import PrepareConfig
 from data.enron.inputs import input_sha256, kind_of
 from data.enron.prompts import load_tokenizer
@@ -26,11 +27,11 @@ class Task:
 
 def check(config: PrepareConfig) -> Task:
     """Read and check every argument and file. UserError with all problems."""
-    problems = cli.Problems()
+    problems = Problems()
     kinds = [problems.absorb(kind_of, Path(path)) for path in config.input]
     inputs = [(Path(path), kind) for path, kind in zip(config.input, kinds) if kind]
     output = config.output_file
-    cli.check_output_file(output, ".jsonl", problems, config.input)
+    check_output_file(output, ".jsonl", problems, config.input)
     tokenizer = problems.absorb(load_tokenizer, config.tokenizer)
     settings: dict[str, Any] | None = None
     if not problems.lines:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import cli, results
+from common.problems import Problems, check_writable
+from common.process import entry
 from data.planted import people
 
 
@@ -43,8 +45,8 @@ def make_parser() -> cli.Parser:
 
 def run(config: PlantedConfig) -> None:
     folder = Path(config.output)
-    problems = cli.Problems()
-    cli.check_writable(folder, problems, "--output")
+    problems = Problems()
+    check_writable(folder, problems, "--output")
     problems.check()
     if config.dry_run:
         print(f"would write {config.num_rows} rows each to {folder / 'train.jsonl'} and {folder / 'heldout.jsonl'}")
@@ -64,4 +66,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.entry(main))
+    sys.exit(entry(main))

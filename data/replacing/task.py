@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import cli, dataset, results
+from common import dataset, results
+from common.problems import Problems, check_output_file, report_broken
 from data.replacing.config import DEFAULT_NAME, ReplaceConfig
 from data.scanner import MAX_ADDRESS, MAX_NAME
 
@@ -35,15 +36,15 @@ def destinations(config: ReplaceConfig) -> tuple[Path, Path, Path | None]:
 
 def check(config: ReplaceConfig) -> Task:
     """Check the arguments and files; problems raise one UserError."""
-    problems = cli.Problems()
+    problems = Problems()
     source, output, save_map = destinations(config)
     rows: list[Row]
     broken: dict[int, str]
     rows, broken = problems.absorb(dataset.read_with_broken, source, dataset.REQUIRED["enron"]) or ([], {})
     manifest = problems.absorb(dataset.read_manifest, source)
-    cli.check_output_file(output, ".arrow", problems, [source])
+    check_output_file(output, ".arrow", problems, [source])
     if save_map:
-        cli.check_output_file(save_map, None, problems, [source, output], "--save_map")
+        check_output_file(save_map, None, problems, [source, output], "--save_map")
     for index, row in enumerate(rows):
         if index not in broken:
             if not any(c.isalpha() for c in row["gt-name"]):
@@ -51,7 +52,7 @@ def check(config: ReplaceConfig) -> Task:
             elif len(row["gt-name"]) > MAX_NAME or len(row["gt-email"]) > MAX_ADDRESS:
                 broken[index] = f"gt-name or gt-email is too long (at most {MAX_NAME} and {MAX_ADDRESS} characters)"
     lines = [f"{source}: row {index}: {reason}" for index, reason in sorted(broken.items())]
-    problems.absorb(cli.report_broken, "rows", lines, len(lines), config.strict)
+    problems.absorb(report_broken, "rows", lines, len(lines), config.strict)
     start: int | None = None
     if rows:
         rows, _, start = dataset.split_source(rows, broken, manifest)

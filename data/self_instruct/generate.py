@@ -17,6 +17,7 @@ Rows: `instruction`, `input`, `output` (alpaca); also `task`, `classification`, 
 import sys
 
 from common import cli
+from common.process import entry
 from data.self_instruct.config import FORMATS, SelfInstructConfig
 
 
@@ -60,4 +61,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.entry(main))
+    sys.exit(entry(main))

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from common import results
-from common.cli import UserError
 from common.distributed import World, progress_bar
+from common.problems import UserError
 from data.self_instruct import filters
 from data.self_instruct.completion import Answer, complete
 from data.self_instruct.config import SelfInstructConfig

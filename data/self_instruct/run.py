@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common import cli, dataset, distributed, models, results, vllm_engine
+from common import dataset, distributed, models, results, vllm_engine
+from common.problems import Problems, check_output_file
 from data import generation
 from data.self_instruct.config import SelfInstructConfig
 from data.self_instruct.rounds import TOO_LONG, make_rounds
@@ -50,10 +51,10 @@ def run(config: SelfInstructConfig) -> dict[str, int]:
 
 def check(config: SelfInstructConfig) -> Task:
     """Read and check every argument and file. UserError with all problems."""
-    problems = cli.Problems()
+    problems = Problems()
     distributed.check_environment(problems, config.device_map, config.model_parallel)
     output = config.output_file
-    cli.check_output_file(output, ".jsonl", problems, (config.seed_tasks,))
+    check_output_file(output, ".jsonl", problems, (config.seed_tasks,))
     seeds, broken = problems.absorb(read_seed_tasks, config.seed_tasks, config.strict) or ([], 0)
     ref, tokenizer = models.look_up(problems, config.model, config.revision, config.base_model)
     vllm_engine.check(config, problems, ref, (config.temperature, config.instance_temperature))

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any, TypedDict
 
-from common import cli, results
+from common import results
+from common.problems import UserError, report_broken
 
 SHOWN = 8  # instructions in a prompt for new ones, and thus the fewest seed tasks needed
 
@@ -24,17 +25,17 @@ def read_seed_tasks(file: str, strict: bool = False) -> tuple[list[SeedTask], in
     path = Path(file)
     try:
         tasks = results.read_json(path, "give an array of tasks", list)
-    except cli.UserError as error:
-        raise cli.UserError(*(f"--seed_tasks {line}" for line in error.problems)) from None
+    except UserError as error:
+        raise UserError(*(f"--seed_tasks {line}" for line in error.problems)) from None
     valid = [task for task in tasks if is_valid(task)]
     lines = [
         f"--seed_tasks {path}: task {number}: needs an instruction and examples of input and output, all text"
         for number, task in enumerate(tasks)
         if not is_valid(task)
     ]
-    cli.report_broken("tasks", lines, len(lines), strict)
+    report_broken("tasks", lines, len(lines), strict)
     if len(valid) < SHOWN:
-        raise cli.UserError(f"--seed_tasks {path}: {len(valid)} valid tasks; at least {SHOWN} are needed")
+        raise UserError(f"--seed_tasks {path}: {len(valid)} valid tasks; at least {SHOWN} are needed")
     return valid, len(lines)
 
 

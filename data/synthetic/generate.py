@@ -23,6 +23,7 @@ characters or more) of rows of --input and --training; as a floor, also those of
 import sys
 
 from common import cli
+from common.process import entry
 from data.synthetic.config import CONDITIONS, FIELDS, FILTERS, SyntheticConfig
 
 
@@ -66,4 +67,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.entry(main))
+    sys.exit(entry(main))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from common import dataset, results
-from common.cli import UserError
+from common.problems import UserError
 from data.synthetic import histogram
 from data.synthetic.config import SyntheticConfig
 from data.synthetic.task import Row, Task

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from common import dataset, distributed, models, results
-from common.cli import UserError
+from common.problems import UserError
 from common.tokenization import encode_prompt
 from data import generation
 from data.synthetic.config import SyntheticConfig

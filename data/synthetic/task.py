@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import cli, dataset, distributed, models, provenance, results, reviews, trained, vllm_engine
+from common import dataset, distributed, models, provenance, results, reviews, trained, vllm_engine
+from common.problems import Problems, check_output_file
 from data import generation
 from data.synthetic.config import SyntheticConfig
 
@@ -35,7 +36,7 @@ class Task:
 
 def prepare(config: SyntheticConfig) -> Task:
     """Read and check every argument and file. UserError with all problems."""
-    problems = cli.Problems()
+    problems = Problems()
     distributed.check_environment(problems, config.device_map, config.model_parallel)
     check_flags(config, problems)
     rows: list[Row] = problems.absorb(reviews.read_reviews, config.input) or []
@@ -62,12 +63,12 @@ def prepare(config: SyntheticConfig) -> Task:
     return Task(rows, training, ref, tokenizer, privacy, unit, source, settings, file_settings, bool(finished))
 
 
-def check_flags(config: SyntheticConfig, problems: cli.Problems) -> None:
+def check_flags(config: SyntheticConfig, problems: Problems) -> None:
     """Add problems for invalid or incompatible flags."""
     if not reviews.ARM.fullmatch(config.arm):
         problems.add(f"--arm {config.arm}: letters, digits, _ and - only, a letter first")
     inputs = (config.input, config.training, config.histogram)
-    cli.check_output_file(config.output_file, ".jsonl", problems, inputs)
+    check_output_file(config.output_file, ".jsonl", problems, inputs)
     if config.samples_metadata != (config.metadata_epsilon is not None):
         problems.add("--metadata_epsilon: is for --condition sampled, which needs it")
     if config.samples_metadata and not config.training:
@@ -80,7 +81,7 @@ def check_flags(config: SyntheticConfig, problems: cli.Problems) -> None:
         problems.add("--metadata_epsilon inf: must be finite")
 
 
-def check_rows(config: SyntheticConfig, rows: list[Row], training: list[Row], problems: cli.Problems) -> None:
+def check_rows(config: SyntheticConfig, rows: list[Row], training: list[Row], problems: Problems) -> None:
     """Add problems for rows whose metadata cannot, or must not, be used in prompts."""
     if config.condition == "title" and rows and any(not row.get("Review Title") for row in rows):
         count = sum(not row.get("Review Title") for row in rows)
