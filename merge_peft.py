@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import adapter_files, adapters, cli, models, provenance, quantization, results
+from common import adapter_files, adapters, cli, locks, models, provenance, publication, quantization, results
 from common.problems import Problems, check_writable
 from common.process import entry
 
@@ -104,8 +104,8 @@ def run(config: MergeConfig) -> Path:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     inputs = [adapter / "adapter_model.safetensors"]
     with (
-        results.output_file(os.path.realpath(target)),  # whose start removes what a killed merge left
-        results.atomic_folder(target) as folder,
+        locks.output_file(os.path.realpath(target)),  # whose start removes what a killed merge left
+        publication.atomic_folder(target) as folder,
         results.Run(folder / RECORD, config, inputs) as record,
     ):
         base = models.load_base(ref, torch.float32, device, config.device_map)
@@ -133,7 +133,7 @@ def run(config: MergeConfig) -> Path:
             merged.to(dtype).save_pretrained(str(folder))  # type: ignore[arg-type]
         models.load_tokenizer(ref).save_pretrained(folder)
         if spent := provenance.privacy(ref):
-            results.write_json(folder / provenance.PRIVACY_FILE, spent)
+            publication.write_json(folder / provenance.PRIVACY_FILE, spent)
             record["privacy"] = spent
     print(f"merged   {target}", flush=True)
     return target

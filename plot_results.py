@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import cli, results
+from common import cli, locks, publication, results
 from common.problems import Problems, check_writable, one_line
 from common.process import entry
 
@@ -87,7 +87,7 @@ def check(config: ReportConfig) -> "Study":
 def run(config: ReportConfig) -> int:
     """Write the report; return 0, or 1 if a line of a result file could not be read."""
     output = Path(config.output)
-    with results.output_folder(output, config.dry_run) as locked:
+    with locks.output_folder(output, config.dry_run) as locked:
         study = check(config)
         if config.dry_run:
             from reporting import figures
@@ -115,11 +115,11 @@ def write(config: ReportConfig, study: "Study", output: Path, record: results.Ru
 
     answers = responses.tables(study, config.unredacted) if config.include_responses else []
     drawn = figures.build(study)
-    with results.atomic_folder(output / "figures") as folder:
+    with publication.atomic_folder(output / "figures") as folder:
         for figure in drawn if not config.no_figures else ():
             svg.save(figure, folder)
     with record.files.open(output / "results.csv") as file:
-        csv.writer(file, lineterminator="\n").writerows(results.csv_rows(load.table(study)))
+        csv.writer(file, lineterminator="\n").writerows(publication.csv_rows(load.table(study)))
     footer = {"time": results.now().replace("T", " ").replace("+00:00", " UTC"), **results.commit()}
     footer["images"] = not config.no_figures
     text = html.render(study, drawn, caveats.find(study), footer, answers)

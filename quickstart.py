@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import plot_results
-from common import cli, results, strict_json
+from common import cli, json_files, locks, results, strict_json
 from common.problems import Problems, UserError, check_writable
 from common.process import entry
 from studies import mail, privacy, reviews
@@ -64,7 +64,7 @@ def check_same(out: Path, config: StudyConfig) -> None:
     if not file.exists():
         return
     try:
-        record = results.read_json(file, remedy)
+        record = json_files.read_json(file, remedy)
         earlier, inputs = dict(record["args"]), {entry["path"]: entry["sha256"] for entry in record["inputs"]}
     except (UserError, OSError, KeyError, TypeError, ValueError):
         raise UserError(f"--output {out}: its run_quickstart.json cannot be read; {remedy}") from None
@@ -102,7 +102,7 @@ def run(flags: QuickstartConfig) -> int:
     check_writable(config.output, problems, "--output")
     problems.absorb(study.check, config)
     out = Path(config.output).absolute()
-    with results.output_folder(out, config.dry_run) as output:
+    with locks.output_folder(out, config.dry_run) as output:
         problems.absorb(check_same, out, config)
         problems.check()
         if config.dry_run:
@@ -112,7 +112,7 @@ def run(flags: QuickstartConfig) -> int:
         return run_locked(config, out, output)
 
 
-def run_locked(config: StudyConfig, out: Path, output: results.Output) -> int:
+def run_locked(config: StudyConfig, out: Path, output: locks.Output) -> int:
     study = STUDIES[config.study]
     started = time.monotonic()
     with results.Run(out / "run_quickstart.json", config, study.inputs(config), output=output) as record:

@@ -16,7 +16,7 @@ from auditing.prepare import WITHOUT_REFERENCE, AuditTask, Rows, prepare
 from canary import measurement as canaries
 from canary.config import MeasureConfig
 from canary.task import RESULTS, ROWS
-from common import distributed, models, provenance, results, vllm_engine
+from common import distributed, json_files, locks, models, provenance, results, vllm_engine
 from common.checkpoints import BaseLoader
 from common.distributed import World
 from common.problems import UserError
@@ -34,7 +34,7 @@ LEFT_OUT = "left out by --without"
 
 def run(config: AuditConfig) -> int:
     """Audit, write audit.json, audit.md and report.html; 0, or 3 if a --fail_on gate holds or its number is missing."""
-    with results.output_folder(config.output_dir, config.dry_run, "audit") as output:
+    with locks.output_folder(config.output_dir, config.dry_run, "audit") as output:
         task = prepare(config)
         if config.dry_run:
             print(*task.notes, plan(config, task), sep="\n")
@@ -55,7 +55,7 @@ def chosen_parts(config: AuditConfig, task: AuditTask) -> list[str]:
     return [part for part in PARTS if part not in config.without and able.get(part, True)]
 
 
-def measure(config: AuditConfig, task: AuditTask, output: results.Output) -> int:
+def measure(config: AuditConfig, task: AuditTask, output: locks.Output) -> int:
     world = distributed.start(model_parallel=config.model_parallel)
     folder = Path(config.output_dir)
     for note in task.notes:
@@ -163,10 +163,10 @@ def membership_part(config: AuditConfig, task: AuditTask, world: World) -> dict[
 
 def membership_summary(task: AuditTask, folder: Path) -> dict[str, Any]:
     """The summary of mia's result files in `folder`."""
-    lines = {line["attack"]: line for line in results.read_jsonl(folder / "results_mia.jsonl")}
+    lines = {line["attack"]: line for line in json_files.read_jsonl(folder / "results_mia.jsonl")}
     wanted = HEADLINE_ATTACK if task.base else WITHOUT_REFERENCE
     line = lines[wanted]
-    scores = results.read_jsonl(folder / "scores_mia.jsonl")
+    scores = json_files.read_jsonl(folder / "scores_mia.jsonl")
     sides = [
         np.array([row[wanted] for row in scores if row["label"] == label and row.get(wanted) is not None])
         for label in (1, 0)
@@ -304,7 +304,7 @@ def canary_part(config: AuditConfig, task: AuditTask, world: World) -> dict[str,
 
 def canary_summary(line: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Audit canaries that were inserted against those that were not."""
-    rows = [row for row in results.read_jsonl(folder / ROWS) if row.get("audit_signal") is not None]
+    rows = [row for row in json_files.read_jsonl(folder / ROWS) if row.get("audit_signal") is not None]
     sides = [np.array([row["audit_signal"] for row in rows if row["included"] is wanted]) for wanted in (True, False)]
     whole = line["auc"] is not None and line["power"]["95"] is not None  # otherwise there is nothing to compare
     judged = whole and all(map(len, sides))

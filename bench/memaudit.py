@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from common import cli
+from common.json_files import read_jsonl
 from common.process import entry
-from common.results import read_jsonl, write_jsonl
+from common.publication import write_jsonl
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

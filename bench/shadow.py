@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import cli, results
+from common import cli, json_files, locks
 from common.problems import UserError
 from common.process import entry
 
@@ -53,7 +53,7 @@ def make_rows(folder: Path, n: int) -> Path:
     if min(len(split.head), len(split.train)) < n:
         raise UserError(f"--rows {n}: {source} has {len(split.head)} held-out and {len(split.train)} training rows")
     file = folder / "enron.jsonl"
-    with results.output_file(file) as place, place.publication() as files:
+    with locks.output_file(file) as place, place.publication() as files:
         files.write_jsonl(file, [rows[index] for index in [*split.head[:n], *split.train[:n]]])
         facts = {"tag": "original", "script": "bench/shadow.py", "argv": sys.argv, "rows": 2 * n, "split_start": n}
         dataset.write_manifest(files, file, **facts)
@@ -94,7 +94,7 @@ def main(argv=None) -> int:
         words = ["mia/mia.py", "--model", target, "--members", file, "--attacks", "loss", "ref"]
         attack = timed(args.threads, *words, "--shadows", shadows, "--output_dir", folder / "results")
         plain = timed(args.threads, *words, "--output_dir", folder / "plain")
-        lines = results.read_jsonl(folder / "results" / "results_mia.jsonl")
+        lines = json_files.read_jsonl(folder / "results" / "results_mia.jsonl")
     found = {line["attack"]: line for line in lines}
     print(f"{args.rows} members, {args.rows} non-members, {args.epochs} epochs, learning rate {args.learning_rate}")
     print(f"{'attack':<13} {'shadows':>7}  {'AUC':<20}  {'TPR at 1 % FPR':<24}  base AUC")

@@ -11,8 +11,9 @@ from canary.config import InjectConfig
 from canary.hosts import Hosts, Row, read
 from canary.key import SCHEMA, KeyLine
 from canary.placement import place
-from common import dataset, results
+from common import dataset, locks, results
 from common.problems import Problems, UserError, check_output_file
+from common.publication import Publication
 
 Counts = dict[str, Any]
 
@@ -20,7 +21,7 @@ Counts = dict[str, Any]
 def run(config: InjectConfig) -> Counts:
     """Write rows, manifest and key; returns the counts, {} if there is nothing to do."""
     output, key_file = destinations(config)
-    with results.output_file(output, key_file, dry_run=config.dry_run) as target:
+    with locks.output_file(output, key_file, dry_run=config.dry_run) as target:
         rows, hosts, settings = check(config)
         if settings is None:
             dataset.say_finished(output, key_file)
@@ -125,7 +126,7 @@ def count(config: InjectConfig, rows: list[Row], written: list[Row], key: list[K
 
 
 def write(
-    files: results.Publication,
+    files: Publication,
     config: InjectConfig,
     settings: dict[str, Any],
     written: list[Row],

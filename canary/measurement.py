@@ -12,7 +12,7 @@ from canary.lines import Line, audit_line, count_lines, exposure_lines, text_lin
 from canary.report import report
 from canary.seen import Seen
 from canary.task import RECORD, RESULTS, ROWS, Task, prepare
-from common import distributed, models, provenance, results
+from common import distributed, json_files, locks, models, provenance, results
 from common.distributed import World
 
 
@@ -25,10 +25,10 @@ class Outcome(TypedDict):
 
 def run(config: MeasureConfig) -> Outcome:
     """Measure and write the results, or read them if they already exist."""
-    with results.output_folder(config.output_dir, config.dry_run, "canary") as target:
+    with locks.output_folder(config.output_dir, config.dry_run, "canary") as target:
         task = prepare(config)
         if task.finished:
-            return {"lines": results.read_jsonl(Path(config.output_dir) / RESULTS), "violations": []}
+            return {"lines": json_files.read_jsonl(Path(config.output_dir) / RESULTS), "violations": []}
         if config.dry_run:
             words = f"{len(task.canaries)} canaries in models {list(task.models)} and files {list(task.texts)}"
             print(f"would measure {words}")
@@ -36,7 +36,7 @@ def run(config: MeasureConfig) -> Outcome:
         return measure(config, task, target)
 
 
-def measure(config: MeasureConfig, task: Task, target: results.Output) -> Outcome:
+def measure(config: MeasureConfig, task: Task, target: locks.Output) -> Outcome:
     """Measure every arm, write the files, print the results."""
     import torch
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import adapter_files, models, quantization, sharding, virtual_tokens
+from common.json_files import read_json
 from common.problems import AnyPath, UserError
-from common.results import read_json
 
 if TYPE_CHECKING:
     import torch

@@ -20,8 +20,10 @@ from typing import IO, TYPE_CHECKING, Any
 
 from common import chat, records, strict_json, tables
 from common import rows as row_files
+from common.json_files import read_json
 from common.problems import AnyPath, UserError, one_line
-from common.results import ROOT, Publication, commit, now, read_json, sha256
+from common.publication import Publication
+from common.results import ROOT, commit, now, sha256
 from common.rows import Faults, Lazy, Row, Table, TextFile
 from common.sources import data_files
 from common.strict_json import plain

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from common import adapter_files, limits, provenance, quantization, virtual_tokens
 from common.cli import QuantizedConfig
+from common.json_files import read_json
 from common.problems import Problems, UserError
-from common.results import read_json
 
 if TYPE_CHECKING:
     import torch

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import records
+from common.json_files import read_json
 from common.problems import AnyPath, UserError
-from common.results import read_json, sha256
+from common.results import sha256
 
 if TYPE_CHECKING:
     from common.models import ModelRef

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import adapter_files, records, results, strict_json, trained
+from common import adapter_files, json_files, records, strict_json, trained
 from common.checkpoints import find_checkpoints
 from common.problems import AnyPath, UserError
 
@@ -89,7 +89,7 @@ def read_pool(folder: AnyPath) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(header, lines of the rows) of a folder's pool.jsonl. UserError if it is damaged."""
     file = Path(folder) / POOL
     try:
-        header, *lines = results.read_jsonl(file)
+        header, *lines = json_files.read_jsonl(file)
     except ValueError as error:
         raise UserError(f"{file}: damaged ({error}); {REMEDY}") from None
     known = records.check(header, records.PoolHeader, file, REMEDY)
@@ -109,7 +109,7 @@ def read(folder: AnyPath) -> Shadows:
     finished, unfinished = [], 0
     for place in sorted(folder.glob("shadow-*"), key=lambda path: (len(path.name), path.name)):
         file = place / "run.json"
-        record = results.read_json(file, REMEDY) if file.is_file() else {}
+        record = json_files.read_json(file, REMEDY) if file.is_file() else {}
         if record.get("status") != "ok":
             unfinished += 1
             continue

@@ -17,7 +17,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import provenance, records, results
+from common import json_files, provenance, publication, records, results
 from common.problems import AnyPath, UserError
 from common.rows import Lazy
 
@@ -125,7 +125,7 @@ def write(run_folder: AnyPath, header: Header, rows: Iterable[TrainedRow]) -> di
             block["rows_without_loss"] += row.loss_tokens == 0
             yield row.line()
 
-    results.write_jsonl(file, lines(), permissions=0o600)
+    publication.write_jsonl(file, lines(), permissions=0o600)
     return block | {"file": FILE, "sha256": results.sha256(file)}
 
 
@@ -145,7 +145,7 @@ def read_folder(run_folder: AnyPath) -> TrainedRows | None:
     digest = results.sha256(file)
     record_file = file.parent / "run.json"
     if record_file.is_file():
-        block = results.read_json(record_file, "remove it if it is lost").get("trained")
+        block = json_files.read_json(record_file, "remove it if it is lost").get("trained")
         if isinstance(block, dict) and block.get("sha256") not in (None, digest):
             raise UserError(f"{file}: does not match run.json; {REMEDY}")
     return _parse(str(file.resolve()), digest)
@@ -154,7 +154,7 @@ def read_folder(run_folder: AnyPath) -> TrainedRows | None:
 @cache
 def _parse(path: str, digest: str) -> TrainedRows:
     try:
-        lines = results.open_jsonl(path)
+        lines = json_files.open_jsonl(path)
     except ValueError as error:
         raise UserError(f"{path}: damaged ({error}); {REMEDY}") from None
     if not lines:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import adapter_files, adapters, models, quantization, results, sampling
+from common import adapter_files, adapters, json_files, models, quantization, sampling
 from common.cli import EngineConfig
 from common.problems import Problems, UserError
 
@@ -83,7 +83,7 @@ def check_model(ref: models.ModelRef) -> None:
 
 def loadable(adapter: str) -> bool:
     """Whether vLLM serves an adapter as it is: a LoRA of layers it knows, of one rank and scale."""
-    config = results.read_json(Path(adapter) / "adapter_config.json", "the checkpoint is damaged")
+    config = json_files.read_json(Path(adapter) / "adapter_config.json", "the checkpoint is damaged")
     targets = config.get("target_modules")
     return (
         config.get("peft_type") == "LORA"
@@ -110,7 +110,7 @@ class VllmSampler(sampling.Sampler):
         self.config = models.read_config(folder, None if Path(folder).is_dir() else ref.revision, "--model")
         extra: dict[str, Any] = {}
         if adapter:
-            rank = int(results.read_json(Path(adapter) / "adapter_config.json", "the checkpoint is damaged")["r"])
+            rank = int(json_files.read_json(Path(adapter) / "adapter_config.json", "the checkpoint is damaged")["r"])
             extra = {"enable_lora": True, "max_lora_rank": min(size for size in RANKS if size >= rank)}
         if torch.cuda.is_available():
             extra["gpu_memory_utilization"] = memory

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import adapters, checkpoints, models, provenance, results, sampling, vllm_engine
+from common import adapters, checkpoints, json_files, models, provenance, publication, sampling, vllm_engine
 from common.cli import EngineConfig
 from common.distributed import World
 
@@ -101,11 +101,11 @@ def partial_files(output: Path) -> list[Path]:
 
 
 def read_partials(output: Path, settings: dict[str, Any], overwrite: bool) -> tuple[int | None, dict[int, list[Row]]]:
-    """(memory budget of the unfinished run or None, {batch number: rows}); rejects like `results.read_partial`."""
+    """(memory budget of the unfinished run or None, {batch number: rows}); rejects like `json_files.read_partial`."""
     budget: int | None = None
     done: dict[int, list[Row]] = {}
     for file in partial_files(output):
-        for line in results.read_partial(file, settings, overwrite):
+        for line in json_files.read_partial(file, settings, overwrite):
             budget = line.get("budget", budget)
             done.update({line["batch"]: line["rows"]} if "batch" in line else {})
     return budget, done
@@ -147,7 +147,7 @@ def continue_prompts(
     header = {"settings": settings, "budget": budget}
     if world.main:
         lines = [{"batch": number, "rows": rows} for number, rows in sorted(done.items())]
-        results.write_jsonl(partial_file(output, 0), [header, *lines])
+        publication.write_jsonl(partial_file(output, 0), [header, *lines])
         for file in partial_files(output):
             if file != partial_file(output, 0):
                 file.unlink()
@@ -169,7 +169,7 @@ def continue_prompts(
             progress_bar(sum(len(batches[number]) for number in mine), "rows", world) as bar,
         ):
             if world.rank:
-                results.append_line(file, header)
+                publication.append_line(file, header)
             for number in mine:
                 batch = batches[number]
                 answers = sampling.sweep(
@@ -184,7 +184,7 @@ def continue_prompts(
                     batch_size=len(batch),
                 )
                 rows = [_finish(tokenizer, prompts[i], i, answer.tokens[0], stop) for i, answer in zip(batch, answers)]
-                results.append_line(file, {"batch": number, "rows": rows})
+                publication.append_line(file, {"batch": number, "rows": rows})
                 generated += rows
                 bar.update(len(batch))
         return generated

@@ -10,9 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common import adapters, checkpoints, dataset, distributed, models, provenance, results, stats, vllm_engine
+from common import (
+    adapters,
+    checkpoints,
+    dataset,
+    distributed,
+    json_files,
+    locks,
+    models,
+    provenance,
+    results,
+    stats,
+    vllm_engine,
+)
 from common.distributed import World
 from common.problems import Problems, UserError, check_writable
+from common.publication import Publication
 from common.schema import GREEDY_BELOW, HEADLINE_TEMPERATURE, MEASURES, next_free, outcomes_path, responses_path
 from common.stats import mean_or_none
 from extraction import metrics
@@ -171,7 +184,7 @@ def _compare(task: ExtractionTask, outcome_lines: Lines) -> dict[str, Any]:
 
 
 def write(
-    files: results.Publication,
+    files: Publication,
     path: Path,
     lines: Lines,
     outcome_lines: Lines,
@@ -180,9 +193,9 @@ def write(
     append: bool = False,
 ) -> None:
     """Write the files of one measurement. append: existing files at `path` keep their lines of other temperatures."""
-    earlier = [results.read_jsonl(file) if append else [] for file in (outcomes_path(path), path)]
+    earlier = [json_files.read_jsonl(file) if append else [] for file in (outcomes_path(path), path)]
     if save_responses:
-        before = results.read_jsonl(responses_path(path)) if append and responses_path(path).is_file() else []
+        before = json_files.read_jsonl(responses_path(path)) if append and responses_path(path).is_file() else []
         before = [line for line in before if line["temperature"] not in {line["temperature"] for line in lines}]
         files.write_jsonl(responses_path(path), before + response_lines, permissions=0o600)
     new = {line["temperature"] for line in lines}
@@ -213,7 +226,7 @@ def measure_model(
     target = path or next_free(folder)
     if world.main:
         lines = summarise(task, replies, todo, model_info)
-        with results.output_folder(target.parent, key=KEY) as locked, locked.publication() as files:
+        with locks.output_folder(target.parent, key=KEY) as locked, locked.publication() as files:
             write(files, target, *lines, config.save_responses, append=path is not None)
     world.barrier()
     return target
@@ -269,9 +282,9 @@ def written_before_a_kill(
     success."""
     if not run_file.is_file():
         return None
-    record = results.read_json(run_file, "remove it")
+    record = json_files.read_json(run_file, "remove it")
     unfinished = record.get("status") == "running" or after_kill
-    if not unfinished or record.get("args") != json.loads(results.dumps(vars(config))):
+    if not unfinished or record.get("args") != json.loads(json_files.dumps(vars(config))):
         return None
     for path, lines in reversed(find_results(run_file.parent, task, model_key(ref), config.save_responses)):
         if set(config.temperatures) <= {line["temperature"] for line in lines}:
@@ -326,7 +339,7 @@ def run(config: MeasureConfig) -> int:
     world = distributed.start(model_parallel=config.model_parallel)
     dtype = models.resolve_dtype(config.dtype, world.device)
     run_file = folder / "run_measure_purified.json"
-    with results.output_folder(folder, key=KEY) as place:
+    with locks.output_folder(folder, key=KEY) as place:
         known = written_before_a_kill(run_file, config, task, ref, place.after_kill) if world.main else None
         path = world.broadcast(known)
         with results.Run(run_file, config, task.inputs, world) as record:
@@ -340,7 +353,7 @@ def run(config: MeasureConfig) -> int:
                     path = measure_model(model, plan.tokenizer, task, config, about, world, folder, sampler=sampler)
             record["results"] = str(path)
     if world.main:
-        lines = results.read_jsonl(path)
+        lines = json_files.read_jsonl(path)
         print_table(lines, task)
         print_comparison(lines)
         provenance.say_if_hardly_moved(ref, lines[-1]["relative_change"])

@@ -4,7 +4,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import results, reviews
+from common import reviews
+from common.publication import Publication
 from common.text import COPY, COPY_STEPS
 from fidelity import metrics as m
 from fidelity.comparison import (
@@ -102,7 +103,7 @@ def excess(replicates: m.Replicates, real: m.Replicates) -> m.Replicates:
     return {name: values - real[name] for name, values in replicates.items() if name in real}
 
 
-def draw(files: results.Publication, folder: Path, samples: dict[str, Sample], vectors: Vectors) -> None:
+def draw(files: Publication, folder: Path, samples: dict[str, Sample], vectors: Vectors) -> None:
     """Write lengths.png and, if there are vectors, embedding_map.png."""
     figures = {"lengths.png": draw_lengths({name: sample.words for name, sample in samples.items()})}
     if vectors:

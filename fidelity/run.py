@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from common import distributed, results, reviews
+from common import distributed, json_files, locks, results, reviews
 from common.problems import Problems, check_writable
 from fidelity.config import FidelityConfig
 from fidelity.embedder import check_embedder, check_mauve
@@ -19,10 +19,10 @@ FEWEST = 40  # minimum rows per sample: two per jackknife group
 def run(config: FidelityConfig) -> dict[str, Any]:
     """Compare, write all files, return the content of results_fidelity.json. UserError before a model is loaded."""
     folder = Path(config.output_dir)
-    with results.output_folder(folder, config.dry_run, "fidelity") as output:
+    with locks.output_folder(folder, config.dry_run, "fidelity") as output:
         prepared = prepare(config, folder, Problems())
         if prepared is None:
-            return dict(results.read_json(folder / RESULTS, "remove it"))
+            return dict(json_files.read_json(folder / RESULTS, "remove it"))
         chosen, train = prepared
         arms = ", ".join(chosen.arms)
         print(f"{chosen.size} rows per sample; {arms} against real; paired: {chosen.paired}", flush=True)

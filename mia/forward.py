@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from common import adapters, limits, models, provenance, results, tokenization
+from common import adapters, limits, models, provenance, publication, results, tokenization
 from common.checkpoints import BaseLoader
 from common.continuations import ContinuationScorer
 from common.distributed import World, progress_bar
@@ -96,7 +96,7 @@ class Cache:
         """Store {key: array} of one pass as a new file of its group."""
         keys = sorted(items)
         name = hashlib.sha256("".join(keys).encode()).hexdigest()[:32]
-        with results.atomic(self.folder / group / f"{name}.npz", "wb") as file:
+        with publication.atomic(self.folder / group / f"{name}.npz", "wb") as file:
             arrays = [items[key] for key in keys]
             np.savez(file, keys=keys, counts=[len(array) for array in arrays], values=np.concatenate(arrays))
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import chat, dataset, distributed, models, provenance, results, sources, tokenization
+from common import chat, dataset, distributed, locks, models, provenance, publication, results, sources, tokenization
 from common import trained as trained_rows
 from common.checkpoints import BaseLoader, find_checkpoints, for_each, look_up_all
 from common.problems import Problems, UserError, check_writable, report_failures
@@ -64,7 +64,7 @@ def measure(
     passes: its loader may already hold the unadapted base, which is left bit for bit unchanged.
     """
     with (
-        results.output_folder(folder, key="mia") as place,
+        locks.output_folder(folder, key="mia") as place,
         results.Run(folder / "run_mia.json", config, task.inputs, world, place) as record,
     ):
         tokenizer = models.load_tokenizer(ref)
@@ -287,8 +287,8 @@ def measure_all(
     cache: folder of cached passes, kept for later runs. names: {model name: display name}.
     """
     for group in Path(cache).glob("*/"):
-        results.remove_leftovers(group)
-    results.tidy(refs, "mia")
+        publication.remove_leftovers(group)
+    locks.tidy(refs, "mia")
     loader = BaseLoader(world, models.resolve_dtype(config.dtype, world.device), config.device_map)
     passes = Passes(Cache(cache), loader, config.token_budget)
 

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import dataset, distributed, limits, models, provenance, results, sources, tokenization
+from common import dataset, distributed, limits, locks, models, provenance, results, sources, tokenization
 from common.checkpoints import BaseLoader, by_base, find_checkpoints, for_each, look_up_all, natural_key
 from common.distributed import progress_bar
 from common.problems import AnyPath, Problems, check_writable, report_failures
@@ -106,7 +106,7 @@ def measure(
         return part, limits.context_length(model), change
 
 
-def write(output: results.Output, folder: Path, lines: list[Line], current: list[Line]) -> None:
+def write(output: locks.Output, folder: Path, lines: list[Line], current: list[Line]) -> None:
     """Rewrite both result files: perplexity.jsonl with every line, perplexity.txt with the last one of each model path,
     preferring those in `current` over older ones with other settings."""
     latest = {line["model"]: line for line in [*lines, *current]}
@@ -185,13 +185,13 @@ def run(config: PerplexityConfig) -> int:
     sources.load([config.dataset], config.split, config.data_config)
     config = replace(config, dataset=str(dataset.default_dataset(config.dataset)))
     unknown = not (config.model or config.output_dir or folder.is_dir())  # reported by `prepare`, not created here
-    with results.output_folder(folder, config.dry_run or unknown, "perplexity") as output:
+    with locks.output_folder(folder, config.dry_run or unknown, "perplexity") as output:
         prepared = prepare(config, folder, problems)
         problems.check()
         return run_locked(config, folder, output, prepared)
 
 
-def run_locked(config: PerplexityConfig, folder: Path, output: results.Output, prepared: Prepared) -> int:
+def run_locked(config: PerplexityConfig, folder: Path, output: locks.Output, prepared: Prepared) -> int:
     earlier, chosen, targets, failures = prepared.earlier, prepared.chosen, prepared.targets, prepared.failures
     world = distributed.start(model_parallel=config.model_parallel)
     dtype = models.resolve_dtype(config.dtype, world.device)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from common import chat, dataset, distributed, models, provenance, records, results, shadows, tokenization
+from common import chat, dataset, distributed, models, provenance, publication, records, shadows, tokenization
 from common.problems import Problems, UserError, check_writable
 from mia.config import MiaConfig
 from mia.dataset import Item, Reader, read_sets
@@ -281,4 +281,4 @@ def check_state(config: TrainConfig, plan: Plan) -> None:
 def write_pool(preparation: Preparation) -> None:
     """Write pool.jsonl, unless it is there (`check_pool`)."""
     if not preparation.pool.is_file():
-        results.write_jsonl(preparation.pool, preparation.lines, permissions=0o600)
+        publication.write_jsonl(preparation.pool, preparation.lines, permissions=0o600)

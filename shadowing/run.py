@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import distributed, models, results, shadows
+from common import distributed, json_files, locks, models, publication, results, shadows
 from common.distributed import World
 from common.problems import Problems
 from shadowing.config import ShadowConfig
@@ -20,7 +20,7 @@ KEY = "shadow"  # of locks and journals
 def run(config: ShadowConfig) -> int:
     """Train what is not yet trained; returns 0. UserError before a model is loaded."""
     folder = Path(config.output_dir)
-    with results.output_folder(folder, config.dry_run, KEY) as output:
+    with locks.output_folder(folder, config.dry_run, KEY) as output:
         made = prepare(config, Problems())
         if int(os.environ.get("RANK", 0)) == 0:
             print("\n".join(describe(config, made)), flush=True)
@@ -65,7 +65,7 @@ def train(made: Preparation, world: World) -> None:
     quiet = contextlib.nullcontext() if world.main else contextlib.redirect_stdout(None)
     with quiet:
         for shadow in world.shard(made.shadows):
-            results.remove_leftovers(shadow.plan.folder)
+            publication.remove_leftovers(shadow.plan.folder)
             check_state(shadow.config, shadow.plan)
             if shadow.plan.start == "finished":
                 continue
@@ -84,6 +84,6 @@ def train(made: Preparation, world: World) -> None:
 
 def outcome(shadow: Shadow) -> dict[str, Any]:
     """What the record says of a trained shadow."""
-    record = results.read_json(shadow.plan.folder / "run.json", f"remove {shadow.plan.folder}")
+    record = json_files.read_json(shadow.plan.folder / "run.json", f"remove {shadow.plan.folder}")
     kept = {key: record.get(key) for key in ("steps", "relative_change", "notes", "seconds")}
     return {"folder": shadow.plan.folder.name, "seed": shadow.config.seed, "rows": len(shadow.plan.train)} | kept

@@ -8,7 +8,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import adapters, checkpoints, dataset, distributed, models, provenance, results, vllm_engine
+from common import (
+    adapters,
+    checkpoints,
+    dataset,
+    distributed,
+    locks,
+    models,
+    provenance,
+    publication,
+    results,
+    vllm_engine,
+)
 from common.problems import Problems, UserError, check_writable, report_failures
 from extraction import measure, task
 from extraction.config import EvaluateConfig
@@ -16,8 +27,8 @@ from mia.config import MiaConfig
 
 if TYPE_CHECKING:
     from common.checkpoints import BaseLoader
+    from common.locks import Output
     from common.models import ModelRef
-    from common.results import Output
     from extraction.task import ExtractionTask
     from mia.dataset import MembershipTask
 
@@ -74,7 +85,7 @@ def run(config: EvaluateConfig) -> int:
         sets = prepare(membership, problems, Reader(membership, problems))
     problems.check()
     assert attack
-    with results.output_folder(config.model, config.dry_run, measure.KEY) as output:
+    with locks.output_folder(config.model, config.dry_run, measure.KEY) as output:
         return evaluate(config, attack, tree, membership, sets, output)
 
 
@@ -87,9 +98,9 @@ def evaluate(
     output: "Output",
 ) -> int:
     if not config.dry_run:
-        results.tidy(tree, measure.KEY)
+        locks.tidy(tree, measure.KEY)
         for folder in {merged_folder(config, checkpoint).parent for checkpoint in tree} if config.save_merged else ():
-            results.remove_leftovers(folder)
+            publication.remove_leftovers(folder)
     jobs = find_jobs(config, attack, tree)
     counts = f"{jobs.n_complete} complete, {len(jobs.todo)} to measure, {len(jobs.failures)} unusable"
     counts = f"{len(tree)} checkpoints: {counts}"
@@ -183,7 +194,7 @@ def measure_checkpoint(
     merge = True if config.save_merged else None  # which needs float32
     with loader.adapted(ref, merge) as (model, change):
         if config.save_merged and ref.adapter and loader.world.main:
-            with results.atomic_folder(merged_folder(config, checkpoint)) as folder:
+            with publication.atomic_folder(merged_folder(config, checkpoint)) as folder:
                 model.save_pretrained(str(folder))
                 tokenizer.save_pretrained(folder)
         info = measure.describe(ref, loader.dtype, change)

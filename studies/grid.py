@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from common import cli, results, stats, strict_json
+from common import cli, json_files, publication, results, stats, strict_json
 from common.checkpoints import find_checkpoints
 from common.problems import Problems, UserError
 from common.schema import HEADLINE_ATTACK, HEADLINE_TEMPERATURE
@@ -155,7 +155,7 @@ def finished(cell: Cell, sweep: Sweep, folder: Path) -> dict[str, Any] | None:
     file = folder / cell.name / CELL_FILE
     if not file.is_file():
         return None
-    stored = results.read_json(file, f"remove {file}")
+    stored = json_files.read_json(file, f"remove {file}")
     line: dict[str, Any] | None = stored.get("line")
     return line if stored.get("settings") == strict_json.plain(settings_of(cell, sweep)) else None
 
@@ -177,7 +177,7 @@ def run_cell(cell: Cell, sweep: Sweep, folder: Path) -> dict[str, Any]:
     if "mia" in sweep.options:
         call(sweep, "mia", {"dir": last, "members": cell.data})
     line = {"arm": cell.arm, **asdict(cell), "checkpoint": str(last), **measured(sweep, own, last)}
-    results.write_json(own / CELL_FILE, {"settings": settings_of(cell, sweep), "line": line})
+    publication.write_json(own / CELL_FILE, {"settings": settings_of(cell, sweep), "line": line})
     return line
 
 
@@ -185,16 +185,16 @@ def measured(sweep: Sweep, own: Path, last: Path) -> dict[str, float | None]:
     """The headline numbers of a cell; None for what was left out or is undefined."""
     found: dict[str, float | None] = dict.fromkeys(METRICS)
     if "evaluate" in sweep.options:
-        lines = {line["temperature"]: line for line in results.read_jsonl(last / "results_purified.jsonl")}
+        lines = {line["temperature"]: line for line in json_files.read_jsonl(last / "results_purified.jsonl")}
         line = lines.get(HEADLINE_TEMPERATURE) or lines[min(lines)]
         labels = [label for label in line["matches"] if label != "total"]
         for name in ("exact", "matches"):
             known = [line[name][label] for label in labels if line[name][label] is not None]
             found[name] = sum(known) / (len(known) * line[name]["total"]) if known else None
     if "perplexity" in sweep.options:
-        found["perplexity"] = results.read_jsonl(own / "perplexity.jsonl")[-1]["mean"]
+        found["perplexity"] = json_files.read_jsonl(own / "perplexity.jsonl")[-1]["mean"]
     if "mia" in sweep.options:
-        attacks = {line["attack"]: line for line in results.read_jsonl(last / "results_mia.jsonl")}
+        attacks = {line["attack"]: line for line in json_files.read_jsonl(last / "results_mia.jsonl")}
         line = attacks.get(HEADLINE_ATTACK) or next(iter(attacks.values()))
         found["auc"] = line["auc"]
         found["tpr_at_1"] = (line["points"].get("0.01") or {}).get("tpr")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import merge_peft
 from auditing.config import AuditConfig
-from common import dataset, models, results
+from common import dataset, json_files, models, publication, results
 from common.checkpoints import find_checkpoints
 from common.problems import AnyPath, Problems
 from common.schema import TEMPERATURES
@@ -153,7 +153,7 @@ def run(config: StudyConfig, out: Path, record: results.Run) -> str:
     verdict = {key: audited["verdict"][key] for key in ("answer", "words")} if audited else None
     if audited:
         text += ["", f"Audit: {audited['verdict']['words']}", "", f"In full: {out / 'audit' / 'audit.md'}."]
-    results.write_json(
+    publication.write_json(
         out / "summary.json",
         {
             "temperature": TEMPERATURE,
@@ -238,7 +238,7 @@ def extraction_table(rows: list[Record], floor: Record, aucs: Record) -> str:
 def addresses_in_generated(file: AnyPath) -> str:
     """How many evaluated addresses the generator itself wrote, which determines how to read the generated arm."""
     folder = Path(file).parent
-    record = results.read_json(folder / "run_generate.json", f"remove {folder} and run again")
+    record = json_files.read_json(folder / "run_generate.json", f"remove {folder} and run again")
     counts = record["statistics"]
     n_written, n_evaluated = counts["evaluated_in_generations"]["addresses"], counts["evaluated_addresses"]
     return (

@@ -8,7 +8,7 @@ whom only the base saw. The private arms use the operating system's randomness, 
 from dataclasses import replace
 from pathlib import Path
 
-from common import dataset, models, provenance, results
+from common import dataset, models, provenance, publication, results
 from common.checkpoints import find_checkpoints
 from common.problems import AnyPath, Problems
 from extraction.config import AttackConfig
@@ -75,7 +75,7 @@ def run(config: StudyConfig, out: Path, record: results.Run) -> str:
         folders.append(tree / "measured")
         rows.append(row_for(name, checkpoint, spent, folders[-1], config, trained_people))
     changes = {row["model"]: change(out / "base", folder) for row, folder in zip(rows[1:], folders)}
-    results.write_json(out / "summary.json", {"temperature": TEMPERATURE, "rows": rows, "against_base": changes})
+    publication.write_json(out / "summary.json", {"temperature": TEMPERATURE, "rows": rows, "against_base": changes})
     record["epsilons"] = [row["epsilon"] for row in rows]
     heads = [
         "",
@@ -126,7 +126,7 @@ def put_trained_first(data: str, file: Path) -> Path:
     rows = dataset.read_rows(data)
     parts = dataset.split(rows, dataset.read_manifest(data))
     order = [*parts.train, *parts.head]
-    results.write_jsonl(file, [rows[index] for index in order])
+    publication.write_jsonl(file, [rows[index] for index in order])
     return file
 
 

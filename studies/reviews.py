@@ -15,7 +15,7 @@ from typing import Any
 
 from canary.config import InjectConfig
 from canary.config import MeasureConfig as CanaryConfig
-from common import cli, dataset, models, provenance, results, reviews
+from common import cli, dataset, json_files, models, provenance, publication, results, reviews
 from common.checkpoints import find_checkpoints
 from common.problems import AnyPath, Problems
 from data.amazon import run as prepare
@@ -106,10 +106,10 @@ def run(config: StudyConfig, out: Path, record: results.Run) -> str:
     write("base", model)
     perfect = out / "generated_sequences_trained_on.jsonl"  # output of a generator that reproduces its training rows
     learnt = [row | {reviews.GENERATED: row[reviews.REAL]} for row in dataset.read_rows(with_canaries)]
-    results.write_jsonl(perfect, learnt)
+    publication.write_jsonl(perfect, learnt)
     measure(config, out, model, checkpoints, written)
     rows = summary(out, checkpoints)
-    results.write_json(out / "summary.json", rows)
+    publication.write_json(out / "summary.json", rows)
     record["epsilons"] = {arm: row["epsilon"] for arm, row in rows["arms"].items()}
     return report(rows)
 
@@ -191,7 +191,7 @@ def step(script: str, run: Callable[[Any], object], config: Any) -> None:
         print(f"\n{folder}: damaged or stale (weights or files changed); measured again")
         shutil.rmtree(folder)
     call(script, run, config)
-    with results.atomic(mark, "wb") as file:
+    with publication.atomic(mark, "wb") as file:
         file.write(_mark(inputs_before, folder))
 
 
@@ -255,7 +255,7 @@ def public_base(config: StudyConfig, out: Path) -> Path:
     if old and old != new:
         print(f"\n{base}: stale (weights differ from {newest}); replaced, and everything trained on it runs again")
     if old != new:
-        with results.atomic_folder(base) as folder:
+        with publication.atomic_folder(base) as folder:
             for file in newest.iterdir():
                 if file.name != "training_state.pt":
                     shutil.copy(file, folder)
@@ -264,10 +264,10 @@ def public_base(config: StudyConfig, out: Path) -> Path:
 
 def summary(out: Path, checkpoints: dict[str, Path]) -> Record:
     """Collect what the table needs from the result files."""
-    canaries = results.read_jsonl(out / "canary" / "results_canary.jsonl")
+    canaries = json_files.read_jsonl(out / "canary" / "results_canary.jsonl")
     likeness = json.loads((out / "fidelity" / "results_fidelity.json").read_text(encoding="utf-8"))
     words = json.loads((out / "importance" / "feature_importance.json").read_text(encoding="utf-8"))
-    ratings = results.read_jsonl(out / "downstream" / "results_utility.jsonl")
+    ratings = json_files.read_jsonl(out / "downstream" / "results_utility.jsonl")
     spent = {arm: provenance.privacy(models.find_model(str(folder))) or {} for arm, folder in checkpoints.items()}
     return {
         "canary": canaries,
@@ -275,7 +275,7 @@ def summary(out: Path, checkpoints: dict[str, Path]) -> Record:
         "importance": words,
         "utility": ratings,
         "arms": {arm: {key: block[key] for key in ("epsilon", "delta", "unit")} for arm, block in spent.items()},
-        "against_base": against_base(results.read_jsonl(out / "canary" / "results_canary_rows.jsonl")),
+        "against_base": against_base(json_files.read_jsonl(out / "canary" / "results_canary_rows.jsonl")),
     }
 
 

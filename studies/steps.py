@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from auditing.config import AuditConfig
-from common import cli, dataset, models, provenance, results, stats
+from common import cli, dataset, json_files, models, provenance, results, stats
 from common.problems import AnyPath, Problems, UserError
 from common.schema import HEADLINE_TEMPERATURE, outcomes_path
 from extraction.config import AttackConfig, MeasureConfig
@@ -143,9 +143,9 @@ def is_current(file: Path | None, model: AnyPath, data: AnyPath | None = None) -
 def measured(folder: Path) -> tuple[Record, list[Record]]:
     """(result line, outcome lines) of the newest measurement at TEMPERATURE in `folder`."""
     for file in result_files(folder):
-        for line in reversed(results.read_jsonl(file)):
+        for line in reversed(json_files.read_jsonl(file)):
             if line["temperature"] == TEMPERATURE:
-                outcomes = results.read_jsonl(outcomes_path(file))
+                outcomes = json_files.read_jsonl(outcomes_path(file))
                 return line, [outcome for outcome in outcomes if outcome["temperature"] == TEMPERATURE]
     raise UserError(f"{folder}: has no measurement at temperature {TEMPERATURE}; choose another --output")
 
@@ -168,7 +168,7 @@ def infer_membership(config: MiaConfig) -> list[Record]:
         from mia.measure import run
 
         call("mia/mia.py", run, config)
-    return results.read_jsonl(file)
+    return json_files.read_jsonl(file)
 
 
 def share_passes(source: Path, target: Path) -> None:
@@ -185,7 +185,7 @@ def audit(config: AuditConfig) -> Record:
     """audit.json of config.model on config.train, kept for the same weights and rows."""
     file = Path(config.output_dir) / "audit.json"
     if file.is_file():
-        audited: Record = results.read_json(file, "remove it")
+        audited: Record = json_files.read_json(file, "remove it")
         weights = provenance.weights_sha256(models.find_model(config.model))
         measured_on = audited.get("data", {}).get("train", {}).get("sha256")
         if audited.get("model", {}).get("weights_sha256") == weights and measured_on == results.sha256(config.train):
@@ -195,7 +195,7 @@ def audit(config: AuditConfig) -> Record:
     from auditing.run import run
 
     call("audit.py", run, config)
-    return dict(results.read_json(file, "remove it"))
+    return dict(json_files.read_json(file, "remove it"))
 
 
 def measure_perplexity(config: PerplexityConfig) -> list[Record]:
@@ -203,7 +203,7 @@ def measure_perplexity(config: PerplexityConfig) -> list[Record]:
     from perplexity.measure import run
 
     call("perplexity/perplexity.py", run, config)
-    return results.read_jsonl(config.folder / "perplexity.jsonl")
+    return json_files.read_jsonl(config.folder / "perplexity.jsonl")
 
 
 def row_of(name: str, folder: Path, perplexity_mean: float | None) -> Record:

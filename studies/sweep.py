@@ -71,7 +71,7 @@ def make_parser() -> cli.Parser:
 
 def run(config: SweepConfig) -> int:
     """Run what is left of the sweep; 0, or 1 if a cell failed."""
-    from common import results
+    from common import locks, results
     from studies import grid
 
     problems = Problems()
@@ -88,7 +88,7 @@ def run(config: SweepConfig) -> int:
     if config.cell:
         grid.run_cell(next(cell for cell in sweep.cells if cell.name == config.cell), sweep, folder)
         return 0
-    with results.output_folder(folder, config.dry_run, "sweep") as place:
+    with locks.output_folder(folder, config.dry_run, "sweep") as place:
         done = {cell: line for cell in sweep.cells if (line := grid.finished(cell, sweep, folder))}
         todo = [cell for cell in sweep.cells if cell not in done]
         print(f"{len(sweep.cells)} cells: {len(done)} finished, {len(todo)} to run")
@@ -117,11 +117,11 @@ def run(config: SweepConfig) -> int:
 
 def write(folder: Path, lines: list[dict[str, Any]]) -> None:
     """results_sweep.jsonl: a line per finished cell, then the means over seeds."""
-    from common import results
+    from common import publication, results
     from studies import grid
 
     made = [{"schema": results.SCHEMA, **line} for line in [*lines, *grid.means(lines)]]
-    results.write_jsonl(folder / RESULTS, made)
+    publication.write_jsonl(folder / RESULTS, made)
 
 
 def make_executor(config: SweepConfig) -> Any:

@@ -56,9 +56,9 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 def write_manifest(path: Path, **facts) -> None:
     """A manifest for an existing data file."""
-    from common import dataset, results
+    from common import dataset, locks
 
-    with results.output_file(path) as place, place.publication() as files:
+    with locks.output_file(path) as place, place.publication() as files:
         with files.open(path, "wb") as file:
             file.write(path.read_bytes())
         dataset.write_manifest(files, path, **facts)

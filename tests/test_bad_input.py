@@ -12,7 +12,7 @@ import evaluate_purified
 import measure_purified
 import merge_peft
 import run_peft
-from common import cli, dataset, results
+from common import cli, dataset, locks, publication
 from common.problems import Problems, UserError, check_output_file
 from common.process import entry
 from data import replace_pii
@@ -357,7 +357,7 @@ def test_a_run_record_of_other_types(record, tmp_path):
 
 @pytest.mark.parametrize("text", ['{"settings": {"a": 1}}\n{"batch"\n{}\n', "[]\n", '{"batch": 1}\n'])
 def test_a_damaged_unfinished_run(text, tmp_path):
-    from common.results import read_partial
+    from common.json_files import read_partial
 
     (tmp_path / "partial").write_text(text)
     with pytest.raises(UserError, match=r"is damaged .* give --overwrite"):
@@ -454,15 +454,15 @@ def test_a_full_disk_is_one_line_that_names_the_file(write, tmp_path, monkeypatc
 
     def main():
         if write == "json":
-            results.write_json(file, {})
+            publication.write_json(file, {})
         elif write == "line":
             with open(file, "w") as opened:
-                results.append_line(opened, {})
+                publication.append_line(opened, {})
         elif write == "folder":
-            with results.atomic_folder(file):
+            with publication.atomic_folder(file):
                 raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
         else:
-            with results.output_file(file):
+            with locks.output_file(file):
                 pass
 
     monkeypatch.setattr(os, "fsync", full)
@@ -475,7 +475,7 @@ def test_a_full_disk_is_one_line_that_names_the_file(write, tmp_path, monkeypatc
 
 def test_other_errors_pass_through(tmp_path):
     def main():
-        with results.atomic_folder(tmp_path / "x"):
+        with publication.atomic_folder(tmp_path / "x"):
             raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):

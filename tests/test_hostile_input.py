@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from conftest import make_rows, write_rows
 
-from common import dataset, results, reviews, strict_json
+from common import dataset, json_files, reviews, strict_json
 from common.problems import UserError
 from common.process import entry
 from common.text import emails, first_email
@@ -220,7 +220,7 @@ def test_arrow_values_that_json_lacks(tmp_path):
 def test_json_files_of_ours(tmp_path):
     (tmp_path / "a.json").write_text("[" * 100_000)
     with pytest.raises(UserError, match="nested more than 100 deep; build it again"):
-        results.read_json(tmp_path / "a.json", "build it again")
+        json_files.read_json(tmp_path / "a.json", "build it again")
     assert strict_json.parse(b'{"a": "\\ud83d\\ude00", "b": [1, 2.5, null]}') == {
         "a": "\U0001f600",
         "b": [1, 2.5, None],

@@ -449,9 +449,9 @@ def test_killed_after_its_result_was_written_measures_nothing_again(models, data
 
 def test_two_measurements_of_one_folder_at_once(models, dataset, tmp_path):
     """The second is refused in one line that names the holder."""
-    from common import results
+    from common import locks
 
-    with results.output_folder(tmp_path / "out", key=KEY):
+    with locks.output_folder(tmp_path / "out", key=KEY):
         done = run_script("measure_purified.py", models["llama"], tmp_path / "out", "-d", dataset, *QUICK)
     assert done.returncode == 2 and "in use by another run (process " in done.stderr
     assert not list((tmp_path / "out").glob("results*"))

@@ -1,4 +1,4 @@
-"""common/results.py: locks, leftovers, publications; with real kills and simultaneous starts."""
+"""common/{locks,publication}.py: locks, leftovers, publications; with real kills and simultaneous starts."""
 
 import json
 import os
@@ -10,16 +10,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from common import results
+from common import locks, publication, results
 from common.problems import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLDER = """
 import sys, time
-from common import results
+from common import locks
 from common.process import entry
 def main():
-    with results.{lock}(sys.argv[1]):
+    with locks.{lock}(sys.argv[1]):
         print("held", flush=True)
         time.sleep(float(sys.argv[2]))
 sys.exit(entry(main))
@@ -99,14 +99,14 @@ def test_of_many_that_start_at_once_one_wins(tmp_path):
 
 def test_runs_of_other_scripts_may_write_to_the_same_folder(tmp_path):
     """evaluate and mia both write to the checkpoints of a tree, at once where there are two GPUs."""
-    with results.output_folder(tmp_path, key="purified") as place:
+    with locks.output_folder(tmp_path, key="purified") as place:
         pid = os.fork()
         if pid == 0:
             status = 1
-            with results.output_folder(tmp_path, key="mia"):
+            with locks.output_folder(tmp_path, key="mia"):
                 status = 0
             try:
-                with results.output_folder(tmp_path, key="purified"):
+                with locks.output_folder(tmp_path, key="purified"):
                     os._exit(3)
             except UserError as error:
                 os._exit(status if str(error).startswith(f"{tmp_path}: in use by another run (process") else 2)
@@ -119,33 +119,33 @@ def test_a_worker_that_outlives_its_run_does_not_keep_the_lock(tmp_path):
     read, write = os.pipe()
 
     def run():
-        with results.output_folder(tmp_path):
+        with locks.output_folder(tmp_path):
             if os.fork() == 0:
                 os.read(read, 1)  # an orphan, until the test ends
                 os._exit(0)
             os._exit(0)
 
     assert in_child(run) == 0
-    with results.output_folder(tmp_path):
+    with locks.output_folder(tmp_path):
         assert (tmp_path / ".lock").exists()
     os.write(write, b"x")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_run_may_lock_its_place_again(tmp_path):
-    with results.output_folder(tmp_path), results.output_folder(tmp_path):
+    with locks.output_folder(tmp_path), locks.output_folder(tmp_path):
         pass
     assert not (tmp_path / ".lock").exists()
 
 
 def test_dry_runs_other_ranks_and_bad_places_lock_nothing(tmp_path, monkeypatch):
-    with results.output_folder(tmp_path / "new", dry_run=True):
+    with locks.output_folder(tmp_path / "new", dry_run=True):
         assert not (tmp_path / "new").exists()
     (tmp_path / "file").write_text("x")
-    with results.output_folder(tmp_path / "file"):  # the script's own check names it
+    with locks.output_folder(tmp_path / "file"):  # the script's own check names it
         pass
     monkeypatch.setenv("RANK", "1")
-    with results.output_file(tmp_path / "new" / "a.jsonl"):
+    with locks.output_file(tmp_path / "new" / "a.jsonl"):
         assert not (tmp_path / "new").exists()
 
 
@@ -154,10 +154,10 @@ def test_dry_runs_other_ranks_and_bad_places_lock_nothing(tmp_path, monkeypatch)
 
 def test_leftovers_of_dead_runs_go_those_of_live_ones_stay(tmp_path):
     def leave():
-        with results.atomic(tmp_path / "a.jsonl") as file, results.atomic_folder(tmp_path / "m") as folder:
+        with publication.atomic(tmp_path / "a.jsonl") as file, publication.atomic_folder(tmp_path / "m") as folder:
             (folder / "weights").write_text("x")
             file.write("x")
-            with results.temporary_folder(tmp_path, "work") as work:
+            with publication.temporary_folder(tmp_path, "work") as work:
                 (work / "db").write_text("x")
                 os._exit(9)
 
@@ -165,10 +165,10 @@ def test_leftovers_of_dead_runs_go_those_of_live_ones_stay(tmp_path):
     (tmp_path / ".bashrc").write_text("x")
     (tmp_path / ".notes.tmp").write_text("x")  # not of the form that we write
     assert len(list(tmp_path.iterdir())) == 5
-    with results.atomic(tmp_path / "b.jsonl") as file, results.atomic_folder(tmp_path / "n") as folder:
+    with publication.atomic(tmp_path / "b.jsonl") as file, publication.atomic_folder(tmp_path / "n") as folder:
         pid = os.fork()
         if pid == 0:
-            with results.output_folder(tmp_path):
+            with locks.output_folder(tmp_path):
                 os._exit(0)
         os.waitpid(pid, 0)
         file.write("alive")
@@ -182,11 +182,11 @@ def test_a_folder_that_was_being_replaced_is_brought_back(tmp_path):
 
             def replace(version=version, number=number):
                 die_at(number)
-                with results.atomic_folder(tmp_path / "m") as folder:
+                with publication.atomic_folder(tmp_path / "m") as folder:
                     (folder / "weights").write_text(version)
 
             status = in_child(replace)
-            with results.output_folder(tmp_path):
+            with locks.output_folder(tmp_path):
                 pass
             found = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")]
             if version == "2" or found:
@@ -201,7 +201,7 @@ def test_a_folder_that_was_being_replaced_is_brought_back(tmp_path):
 
 
 def publish(folder: Path, text: str) -> None:
-    with results.output_file(folder / "a.jsonl", folder / "keys" / "k.jsonl") as output:
+    with locks.output_file(folder / "a.jsonl", folder / "keys" / "k.jsonl") as output:
         args = SimpleNamespace(seed=1)
         with results.Run(folder / "run_x.json", args, output=output) as run:
             run.files.write_jsonl(folder / "a.jsonl", [{"text": text}])
@@ -237,7 +237,7 @@ def test_a_publication_killed_anywhere_is_whole_or_absent_at_the_next_start(tmp_
         if (folder / "a.jsonl").exists() and (folder / "a.jsonl.meta.json").exists():
             manifest = json.loads((folder / "a.jsonl.meta.json").read_text())
             seen.add(manifest["of"] in (folder / "a.jsonl").read_text())
-        with results.output_file(folder / "a.jsonl", folder / "keys" / "k.jsonl"):
+        with locks.output_file(folder / "a.jsonl", folder / "keys" / "k.jsonl"):
             pass
         found = state(folder)
         record = found.pop("run_x.json", None)
@@ -255,7 +255,7 @@ def test_a_publication_killed_anywhere_is_whole_or_absent_at_the_next_start(tmp_
 
 
 def test_an_exception_publishes_nothing(tmp_path):
-    with pytest.raises(RuntimeError), results.output_folder(tmp_path) as output:
+    with pytest.raises(RuntimeError), locks.output_folder(tmp_path) as output:
         with results.Run(tmp_path / "run_x.json", SimpleNamespace(), output=output) as run:
             run.files.write_json(tmp_path / "a.json", {})
             raise RuntimeError("no")
@@ -275,7 +275,7 @@ def test_an_exception_publishes_nothing(tmp_path):
 def test_a_foreign_journal_is_refused(tmp_path, content):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".publish").write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"\.publish: .*; remove it"), results.output_folder(tmp_path / "out"):
+    with pytest.raises(UserError, match=r"\.publish: .*; remove it"), locks.output_folder(tmp_path / "out"):
         pass
 
 
@@ -286,9 +286,9 @@ def test_a_foreign_journal_is_refused(tmp_path, content):
 def test_the_umask_is_respected(tmp_path, umask, file, folder):
     before = os.umask(umask)
     try:
-        results.write_json(tmp_path / "a.json", {})
-        results.write_jsonl(tmp_path / "b.jsonl", [], permissions=0o600)
-        with results.atomic_folder(tmp_path / "m") as made:
+        publication.write_json(tmp_path / "a.json", {})
+        publication.write_jsonl(tmp_path / "b.jsonl", [], permissions=0o600)
+        with publication.atomic_folder(tmp_path / "m") as made:
             (made / "weights").write_text("x")
             os.chmod(made / "weights", 0o600)
     finally:

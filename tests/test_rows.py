@@ -12,7 +12,7 @@ from conftest import make_rows, write_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from common import dataset, results, rows, trained
+from common import dataset, json_files, rows, trained
 from common.problems import UserError
 from common.rows import Faults, Lazy, Lines, Table
 
@@ -236,7 +236,7 @@ def test_training_and_attacks_from_disk_give_the_same_files(models, dataset, tmp
         assert mia.mia.main([*argv, "--attacks", "loss", "recall", "--num_rows", "8"]) == 0
         taken = trained.read(checkpoint)
         assert taken is not None and isinstance(taken.rows, tuple if name == "list" else Lazy)
-        texts = [dataset_text(row) for row in results.read_jsonl(dataset)]
+        texts = [dataset_text(row) for row in json_files.read_jsonl(dataset)]
         seen = [[row.row for row in taken.find(text)] for text in [*texts, "never seen"]]
         files = [folder / "trained_rows.jsonl", checkpoint / "adapter_model.safetensors", out / "scores_mia.jsonl"]
         record = json.loads((folder / "run.json").read_text())

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import run_peft
 from common import dataset as data_files
-from common import results, trained
+from common import publication, results, trained
 from common.checkpoints import find_checkpoints
 from common.models import find_model, load_tokenizer
 from common.problems import UserError
@@ -208,7 +208,7 @@ def test_a_damaged_list_is_one_line(damage, said, tmp_path):
     checkpoint = tmp_path / "checkpoint-1"
     assert trained.read(checkpoint).rows == (row,)
     if "does not match" in said:
-        results.write_json(tmp_path / "run.json", {"trained": block, "inputs": [], "args": {}})
+        publication.write_json(tmp_path / "run.json", {"trained": block, "inputs": [], "args": {}})
         assert trained.read(checkpoint).rows == (row,)
     file = tmp_path / trained.FILE
     file.write_text(damage(file.read_text()))

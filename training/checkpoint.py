@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from common import results
+from common import publication
 from common.problems import Problems, UserError
 from training.model import adapter_state, converted, save_adapter
 
@@ -50,7 +50,7 @@ def save_sharded(trainer: "Trainer", folder: Path, state: dict[str, Any]) -> Non
 
     world = trainer.world
     with contextlib.ExitStack() as stack:
-        new = stack.enter_context(results.atomic_folder(folder)) if world.main else None
+        new = stack.enter_context(publication.atomic_folder(folder)) if world.main else None
         place = Path(world.broadcast(str(new)))
         mine = own_layers(trainer)
         world.together(lambda: write_part(trainer, place / f"part-{world.rank}", mine))
@@ -137,7 +137,7 @@ def join_parts(folder: Path) -> None:
         file.rename(folder / name)
     if len(files) > 1:
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
-        results.write_json(folder / "model.safetensors.index.json", index)
+        publication.write_json(folder / "model.safetensors.index.json", index)
     for file in parts[0].glob("*.json"):
         if not file.name.endswith(".index.json"):
             file.rename(folder / file.name)
@@ -255,7 +255,7 @@ def keep_metrics(file: Path, step: int) -> None:
     if not file.is_file():
         return
     whole, newline, _ = file.read_text(encoding="utf-8", errors="replace").rpartition("\n")
-    results.write_jsonl(file, [line for line in metrics_lines(file, whole + newline) if line["step"] <= step])
+    publication.write_jsonl(file, [line for line in metrics_lines(file, whole + newline) if line["step"] <= step])
 
 
 def metrics_lines(file: Path, text: str) -> list[dict[str, Any]]:

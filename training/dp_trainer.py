@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from common import distributed, models, provenance, results
+from common import distributed, models, provenance, publication
 from common.distributed import World
 from common.problems import UserError
 from training import checkpoint, dp, verify
@@ -127,7 +127,7 @@ class DPTrainer(Trainer):
 
     def write_checkpoint(self, folder: Path, state: dict[str, Any]) -> None:
         """The state first: never publish what a resumed run could recompute differently with the same noise."""
-        with results.atomic(self.plan.private / "training_state.pt", "wb", 0o600) as file:
+        with publication.atomic(self.plan.private / "training_state.pt", "wb", 0o600) as file:
             torch.save(state, file)
         if folder.name != "interrupted":
             self.publish(folder, state["weights"])
@@ -140,9 +140,9 @@ class DPTrainer(Trainer):
 
     def publish(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
         """A checkpoint without its training state, and the ε spent up to it."""
-        with results.atomic_folder(folder) as new:
+        with publication.atomic_folder(folder) as new:
             checkpoint.publish(self, new, weights)
-            results.write_json(new / provenance.PRIVACY_FILE, self.privacy.block(self.count["step"]))
+            publication.write_json(new / provenance.PRIVACY_FILE, self.privacy.block(self.count["step"]))
 
     def record_norms(self) -> torch.Tensor:
         """(rows,) norms of the training rows' per-record gradients at the current weights."""
@@ -167,7 +167,7 @@ def find_secret(config: TrainConfig, plan: Plan) -> bytes:
         plan.private.chmod(0o700)
         given = config.seed is not None
         secret = hashlib.sha256(f"seed {config.seed}".encode()).digest() if given else secrets.token_bytes(32)
-        with results.atomic(file, permissions=0o600) as out:
+        with publication.atomic(file, permissions=0o600) as out:
             out.write(secret.hex())
     return bytes.fromhex(file.read_text())
 

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from common import distributed, provenance, results, trained
+from common import distributed, json_files, provenance, publication, results, trained
 from common.distributed import World
 from common.process import Interrupted
 from training import dp_plan, verify
@@ -80,8 +80,8 @@ def train(training: Trainer, run: results.Run, trackers: "list[GeneralTracker]")
 
     def log(record: dict[str, Any]) -> None:
         if world.main:
-            with results.naming(file.name):
-                file.write(results.dumps(record | {"time": results.now()}) + "\n")
+            with publication.naming(file.name):
+                file.write(json_files.dumps(record | {"time": results.now()}) + "\n")
                 file.flush()
             for tracker in trackers:
                 tracker.log({key: item for key, item in record.items() if key != "step"}, step=record["step"])
@@ -254,7 +254,7 @@ def fit(
     if isinstance(training, DPTrainer):
         record["clip_slack"] = training.clip_slack
     if config.peft_type == "pissa" and world.main and not (plan.folder / "initial_adapter").is_dir():
-        with results.atomic_folder(plan.folder / "initial_adapter") as folder:
+        with publication.atomic_folder(plan.folder / "initial_adapter") as folder:
             save_adapter(folder, training.initial, training.lora_config)
     states = saved_states(plan.folder) if plan.start == "resume" else []  # a new run ignores other states
     if states:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from common import (
     dataset,
     distributed,
+    json_files,
     limits,
     models,
     provenance,
@@ -345,7 +346,7 @@ def run_state(
     file = folder / "run.json"
     if not file.is_file():
         return "new"
-    record = results.read_json(file, f"remove {folder}")
+    record = json_files.read_json(file, f"remove {folder}")
     check_record(file, record)
     finished = record["status"] == "ok"
     if not finished and not config.resume:
@@ -435,7 +436,7 @@ def unfinished(plan: Plan) -> dict[str, Any]:
     """The run.json of the unfinished run to resume; {} for a new run."""
     if plan.start != "resume":
         return {}
-    record: dict[str, Any] = results.read_json(plan.folder / "run.json", f"remove {plan.folder}")
+    record: dict[str, Any] = json_files.read_json(plan.folder / "run.json", f"remove {plan.folder}")
     return record
 
 

@@ -5,7 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from common import results
+from common import locks
 from training.config import SEED, TrainConfig
 from training.plan import describe, make_plan
 
@@ -21,7 +21,7 @@ def run(config: TrainConfig) -> Path:
         print(f"{plan.folder}: this run is finished; nothing to do (remove it to run again)", flush=True)
         if not config.dry_run:
             shutil.rmtree(plan.private, ignore_errors=True)
-            results.tidy([plan.folder])
+            locks.tidy([plan.folder])
         return plan.folder
     if config.dry_run:
         return plan.folder
@@ -30,7 +30,7 @@ def run(config: TrainConfig) -> Path:
 
         suggest(config, plan)
         return plan.folder
-    with results.output_folder(plan.folder):
+    with locks.output_folder(plan.folder):
         from training.loop import run_plan
 
         return run_plan(config, plan)

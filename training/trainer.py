@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, cast
 import torch
 import torch.nn.functional as F
 
-from common import results
+from common import publication
 from common.distributed import World
 from training import checkpoint, tokenised, verify
 from training.batches import Row, collate, epoch_batches, micro_batches
@@ -91,7 +91,7 @@ class Trainer:
 
     def write_checkpoint(self, folder: Path, state: dict[str, Any]) -> None:
         """Publish a checkpoint with its training state; older training states are removed."""
-        with results.atomic_folder(folder) as new:
+        with publication.atomic_folder(folder) as new:
             checkpoint.publish(self, new, state["weights"])
             torch.save(state, new / "training_state.pt")
         for other in checkpoint.saved_states(self.plan.folder):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import results, reviews
+from common import locks, results, reviews
 from common.problems import Problems, check_writable
 from common.stats import clopper_pearson
 from utility.arms import Row
@@ -17,11 +17,11 @@ from utility.sheet import LABELS, arrange, read_key, read_sheet, write_sheet
 
 def run(config: SheetConfig) -> None:
     """Make or score, depending on `config.action`."""
-    with results.output_folder(config.output_dir, config.dry_run, "human_sheet") as output:
+    with locks.output_folder(config.output_dir, config.dry_run, "human_sheet") as output:
         (make if config.action == "make" else score)(config, Path(config.output_dir), output)
 
 
-def make(config: SheetConfig, folder: Path, output: results.Output) -> None:
+def make(config: SheetConfig, folder: Path, output: locks.Output) -> None:
     """Write sheet.csv, rubric.md and key.jsonl."""
     problems = Problems()
     files = reviews.split_arms(config.synthetic or [], ("real",), problems)
@@ -51,7 +51,7 @@ def make(config: SheetConfig, folder: Path, output: results.Output) -> None:
     print(f"{len(chosen)} rows in {folder / 'sheet.csv'}; the key is {folder / 'key.jsonl'}")
 
 
-def score(config: SheetConfig, folder: Path, output: results.Output) -> None:
+def score(config: SheetConfig, folder: Path, output: locks.Output) -> None:
     """Write human_evaluation.json: counts per arm and label for each sheet, and agreement."""
     problems = Problems()
     if not config.sheets or not config.key:

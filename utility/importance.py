@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import results, reviews
+from common import json_files, locks, results, reviews
 from common.problems import Problems, check_writable
 from utility.arms import Row, check_seeds, draw_heldout, ratings, read_arms
 from utility.config import ImportanceConfig
@@ -28,10 +28,10 @@ class Plan:
 def run(config: ImportanceConfig) -> dict[str, Any]:
     """Measure, write feature_importance.json, and return its content."""
     target = Path(config.output_dir) / "feature_importance.json"
-    with results.output_folder(config.output_dir, config.dry_run, "feature_importance") as output:
+    with locks.output_folder(config.output_dir, config.dry_run, "feature_importance") as output:
         plan = prepare(config, target, Problems())
         if plan is None:
-            return dict(results.read_json(target, "remove it"))
+            return dict(json_files.read_json(target, "remove it"))
         if config.dry_run:
             print(f"would compare {config.num_seeds} draws of {plan.size} rows per arm and write {target}")
             return {}

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import dataset, results, reviews
+from common import dataset, json_files, publication, reviews
 from common.problems import Problems, UserError
+from common.publication import Publication
 from utility.arms import Row
 
 LABELS = {
@@ -43,13 +44,11 @@ def sheet_id(key: list[Row], shown: list[list[Any]]) -> str:
 
     It begins with a letter that is not a hexadecimal digit, because a spreadsheet would read 123e4567 as a number.
     """
-    content = results.dumps([[line["number"], line["arm"], *row] for line, row in zip(key, shown, strict=True)])
+    content = json_files.dumps([[line["number"], line["arm"], *row] for line, row in zip(key, shown, strict=True)])
     return "s" + hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def write_sheet(
-    files: results.Publication, folder: Path, arms: dict[str, list[Row]], chosen: list[tuple[str, int]]
-) -> None:
+def write_sheet(files: Publication, folder: Path, arms: dict[str, list[Row]], chosen: list[tuple[str, int]]) -> None:
     """Write sheet.csv, rubric.md and key.jsonl for the chosen rows."""
     key: list[Row] = []
     shown: list[list[Any]] = []
@@ -63,7 +62,7 @@ def write_sheet(
     with files.open(folder / "sheet.csv") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
-        writer.writerows(results.csv_rows([sheet, line["number"], *row, ""] for line, row in zip(key, shown)))
+        writer.writerows(publication.csv_rows([sheet, line["number"], *row, ""] for line, row in zip(key, shown)))
     files.write_jsonl(folder / "key.jsonl", key, permissions=0o600)
     with files.open(folder / "rubric.md") as file:
         file.write(RUBRIC + "".join(f"* `{label}`: {meaning}\n" for label, meaning in LABELS.items()))

@@ -8,7 +8,19 @@ from random import Random
 from types import SimpleNamespace
 from typing import Any
 
-from common import dataset, distributed, limits, models, provenance, results, reviews, strict_json
+from common import (
+    dataset,
+    distributed,
+    json_files,
+    limits,
+    locks,
+    models,
+    provenance,
+    publication,
+    results,
+    reviews,
+    strict_json,
+)
 from common.problems import Problems, check_writable
 from common.stats import clopper_pearson
 from utility.arms import Row, check_seeds, draw_heldout, ratings, read_arms
@@ -42,9 +54,9 @@ class Plan:
 def run(config: DownstreamConfig, train: Train) -> list[Line]:
     """Train, rate, write; return the lines of results_utility.jsonl. Raises UserError before a model is loaded."""
     folder = Path(config.output_dir)
-    with results.output_folder(folder, config.dry_run, "downstream") as output:
+    with locks.output_folder(folder, config.dry_run, "downstream") as output:
         if not config.dry_run and data_folder(config).is_dir():
-            results.tidy([data_folder(config)])
+            locks.tidy([data_folder(config)])
         plan = prepare(config, Problems())
         sizes = f"{plan.size} rows per arm ({', '.join(plan.arms)}), {len(plan.heldout)} held-out rows"
         print(f"{sizes}, {config.num_seeds} seeds", flush=True)
@@ -150,7 +162,7 @@ def check_earlier(config: DownstreamConfig, inputs: list[str], problems: Problem
         if (folder / LINES).exists():
             problems.add(f"--output_dir {folder}: has {LINES} without its {RECORD}; {advice}")
         return
-    record = problems.absorb(results.read_json, file, advice)
+    record = problems.absorb(json_files.read_json, file, advice)
     if record is None:
         return
     earlier = settings(record.get("args", {}), [entry["sha256"] for entry in record.get("inputs", [])])
@@ -201,7 +213,7 @@ def train_arms(config: DownstreamConfig, plan: Plan, train: Train) -> dict[tuple
             chosen = Random(f"{seed} {arm}").sample(rows, plan.size)
             instructions, n_cut = instruction_rows(chosen, plan.tokenizer, plan.max_length)
             file = data_folder(config) / f"{arm}-seed{seed}.jsonl"
-            results.write_jsonl(file, instructions, permissions=0o600)
+            publication.write_jsonl(file, instructions, permissions=0o600)
             checkpoint = train(file, seed)
             record = provenance.training_record(checkpoint) or {}
             trained[arm, seed] = {

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import dataset, results
+from common import dataset, locks, publication, results
 from common.problems import UserError
 from data.amazon.config import SPLITS, PrepareConfig
 from data.amazon.database import REASONS, connect, keep_rows, load_inputs
@@ -23,7 +23,7 @@ def run(config: PrepareConfig) -> dict[str, Any]:
     there already."""
     started = time.monotonic()
     outputs = config.output_files.values()
-    with results.output_file(*outputs, dry_run=config.dry_run) as target:
+    with locks.output_file(*outputs, dry_run=config.dry_run) as target:
         task = check(config)
         if task.finished:
             dataset.say_finished(*outputs)
@@ -34,7 +34,7 @@ def run(config: PrepareConfig) -> dict[str, Any]:
         return build(config, task, target, started)
 
 
-def build(config: PrepareConfig, task: Task, target: results.Output, started: float) -> dict[str, Any]:
+def build(config: PrepareConfig, task: Task, target: locks.Output, started: float) -> dict[str, Any]:
     """Fill the database and write the files; the counts and the numbers of each split."""
     import duckdb
 
@@ -44,7 +44,7 @@ def build(config: PrepareConfig, task: Task, target: results.Output, started: fl
     record["packages"]["duckdb"] = duckdb.__version__
     with (
         enough_memory(config),
-        results.temporary_folder(folder, "prepare") as work,
+        publication.temporary_folder(folder, "prepare") as work,
         connect(Path(work), config) as connection,
     ):
         counts, lacking, splits = plan(connection, config)

@@ -8,8 +8,9 @@ from collections import Counter
 from pathlib import Path
 from typing import IO, Any
 
-from common import dataset, results
+from common import dataset, json_files, locks
 from common.problems import Problems, check_writable
+from common.publication import Publication
 from data.amazon.config import MakeReviewsConfig
 from data.amazon.phrases import (
     ADJECTIVES,
@@ -40,7 +41,7 @@ def run(config: MakeReviewsConfig) -> dict[str, Any]:
     """Write both files; return {'reviews': path, 'meta': path, 'counts': the planted irregularities}."""
     ending = ".jsonl.gz" if config.gzip else ".jsonl"
     reviews, meta = (Path(config.output_dir) / f"{prefix}{config.category}{ending}" for prefix in ("", "meta_"))
-    with results.output_file(reviews, meta, dry_run=config.dry_run) as target:
+    with locks.output_file(reviews, meta, dry_run=config.dry_run) as target:
         problems = Problems()
         settings = dataset.settings_of(config, ("output_dir",))
         named = [("--output_dir", path) for path in (reviews, meta)]
@@ -60,7 +61,7 @@ def run(config: MakeReviewsConfig) -> dict[str, Any]:
 
 
 def write(
-    files: results.Publication, config: MakeReviewsConfig, reviews: Path, meta: Path, settings: dict[str, Any]
+    files: Publication, config: MakeReviewsConfig, reviews: Path, meta: Path, settings: dict[str, Any]
 ) -> dict[str, int]:
     """Write both files and their manifests; return the counts of planted irregularities."""
     rng = random.Random(config.seed)
@@ -76,12 +77,12 @@ def write(
             with pack(file) if config.gzip else contextlib.nullcontext(file) as out:
                 for number in range(rows):
                     if path == meta:
-                        line = results.dumps(products[number])
+                        line = json_files.dumps(products[number])
                     elif last and rng.random() < DUPLICATE:
                         line, counts["duplicates"] = last, counts["duplicates"] + 1
                     else:
                         spoiled = counts["empty"] + counts["missing product"]
-                        line = results.dumps(make_review(rng, products, kinds, users, counts))
+                        line = json_files.dumps(make_review(rng, products, kinds, users, counts))
                         last = line if counts["empty"] + counts["missing product"] == spoiled else None
                     out.write(line.encode() + b"\n")
         dataset.write_manifest(

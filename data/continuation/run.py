@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import dataset, distributed, models, results
+from common import dataset, distributed, locks, models, results
 from data import generation
 from data.continuation import text_statistics
 from data.continuation.config import ContinuationConfig
@@ -17,7 +17,7 @@ def run(config: ContinuationConfig) -> dict[str, Any]:
     nothing to do."""
     config = replace(config, data_set=str(dataset.default_dataset(config.data_set)))
     output = config.output_file
-    with results.output_file(output, dry_run=config.dry_run) as target:
+    with locks.output_file(output, dry_run=config.dry_run) as target:
         task = check(config)
         if task.finished:
             dataset.say_finished(output)
@@ -32,7 +32,7 @@ def run(config: ContinuationConfig) -> dict[str, Any]:
         return generate(config, task, target)
 
 
-def generate(config: ContinuationConfig, task: Task, target: results.Output) -> dict[str, Any]:
+def generate(config: ContinuationConfig, task: Task, target: locks.Output) -> dict[str, Any]:
     """Load the model, continue every prompt, write the rows and their manifest; their statistics."""
     output, settings = config.output_file, task.settings
     world = distributed.start(model_parallel=config.model_parallel)

@@ -4,7 +4,7 @@ import random
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import dataset, results
+from common import dataset, locks
 from common.problems import Problems, check_writable
 from data.embedded.config import CorpusConfig
 from data.embedded.mail import write_thread
@@ -51,7 +51,7 @@ def run(config: CorpusConfig) -> None:
     ]
     paths = [Path(config.output_dir or HERE, name) for name, *_ in files]
     paths += [Path(config.pretraining_output)] if config.pretraining_output else []
-    with results.output_file(*paths) as target, target.publication() as out:
+    with locks.output_file(*paths) as target, target.publication() as out:
         for path, (_, tag, rows, split_start) in zip(paths, files):
             out.write_jsonl(path, rows)
             dataset.write_manifest(

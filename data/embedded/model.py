@@ -5,7 +5,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from common.problems import AnyPath, Problems, check_writable
-from common.results import atomic_folder, write_json
+from common.publication import atomic_folder, write_json
 from data.embedded.config import CONTEXT, SIZES, MakeModelConfig
 from data.embedded.windows import HERE, make_windows, read_corpus, train_tokenizer
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
-from common import dataset, results
+from common import dataset, json_files, locks, results
 from common.problems import UserError, report_broken
 from data.enron.config import PROMPT_CHARACTERS, PROMPT_TOKENS, PrepareConfig
 from data.enron.inputs import Batch, add_file, batches, in_order, read_batch
@@ -32,7 +32,7 @@ T = TypeVar("T")
 def run(config: PrepareConfig) -> dict[str, Any]:
     """Build the file; return the counts, which are also printed and written to run_prepare.json; {} if it is there."""
     output = config.output_file
-    with results.output_file(output, dry_run=config.dry_run) as target:
+    with locks.output_file(output, dry_run=config.dry_run) as target:
         task = check(config)
         if task.finished:
             dataset.say_finished(output)
@@ -43,7 +43,7 @@ def run(config: PrepareConfig) -> dict[str, Any]:
         return build(config, task, target)
 
 
-def build(config: PrepareConfig, task: Task, target: results.Output) -> dict[str, Any]:
+def build(config: PrepareConfig, task: Task, target: locks.Output) -> dict[str, Any]:
     """Read all mail and write the rows and their manifest; the counts."""
     output = config.output_file
     workers = config.workers or (os.cpu_count() or 1)
@@ -173,7 +173,7 @@ def write_rows(file: IO[str], pairs: Pairs, keys: list[bytes], head: int, tokeni
         cut = last_tokens(list(prompts), tokenizer)
         for index, fields in enumerate(zip(names, emails, cut, continuations), start):
             row = dict(zip(("gt-name", "gt-email", "prompt", "continuation"), fields))
-            file.write(results.dumps({**row, "row_id": index}) + "\n")
+            file.write(json_files.dumps({**row, "row_id": index}) + "\n")
             if index < head:
                 head_addresses.add(row["gt-email"].lower())
             else:

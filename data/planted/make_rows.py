@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import cli, results
+from common import cli, locks
 from common.problems import Problems, check_writable
 from common.process import entry
 from data.planted import people
@@ -54,7 +54,7 @@ def run(config: PlantedConfig) -> None:
     rows = people.chat_rows(people.make_people(2 * config.num_rows, config.seed), config.seed)
     if config.text:
         rows = [people.as_text(row) for row in rows]
-    with results.output_folder(folder) as target, target.publication() as files:
+    with locks.output_folder(folder) as target, target.publication() as files:
         files.write_jsonl(folder / "train.jsonl", rows[: config.num_rows])
         files.write_jsonl(folder / "heldout.jsonl", rows[config.num_rows :])
     print(f"{config.num_rows} rows each in {folder / 'train.jsonl'} and {folder / 'heldout.jsonl'}")

@@ -6,7 +6,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import dataset, results
+from common import dataset, locks, results
+from common.publication import Publication
 from data.leaks import leaks, shown
 from data.people import People, parse_name
 from data.replacement import Scan, meet
@@ -18,7 +19,7 @@ from data.scanner import map_strings, strings
 def run(config: ReplaceConfig) -> int:
     """Build the file. Return 0, or 1 if the leak check fails; then nothing is published."""
     _, output, save_map = destinations(config)
-    with results.output_file(output, *([save_map] if save_map else []), dry_run=config.dry_run) as target:
+    with locks.output_file(output, *([save_map] if save_map else []), dry_run=config.dry_run) as target:
         task = check(config)
         if task.finished:
             dataset.say_finished(output, *([save_map] if save_map else []))
@@ -29,7 +30,7 @@ def run(config: ReplaceConfig) -> int:
         return build(config, task, target)
 
 
-def build(config: ReplaceConfig, task: Task, target: results.Output) -> int:
+def build(config: ReplaceConfig, task: Task, target: locks.Output) -> int:
     """Replace, check, publish; the exit status."""
     rows, output, broken = task.rows, task.output, task.n_broken
     with results.Run(output.parent / "run_replace_pii.json", config, inputs=[task.source], output=target) as record:
@@ -103,7 +104,7 @@ def report_leaks(leaked: dict[str, list[int]], output: Path) -> None:
     print(f"leak check failed: {output} was not written", file=sys.stderr)
 
 
-def write_map(files: results.Publication, path: Path, people: People) -> None:
+def write_map(files: Publication, path: Path, people: People) -> None:
     """The map from old to new, which reverses the replacement."""
     names = {name: person.rename(name) for person in people.of_name.values() for name in person.spellings}
     replacements = {"people": dict(sorted(names.items())), "addresses": dict(sorted(people.new_address.items()))}

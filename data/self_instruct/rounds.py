@@ -7,7 +7,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
-from common import results
+from common import json_files, publication
 from common.distributed import World, progress_bar
 from common.problems import UserError
 from data.self_instruct import filters
@@ -49,10 +49,10 @@ def make_rounds(
     world: World,
 ) -> list[Round]:
     """Rounds until there are --num_rows instances, each appended to the partial file as it ends."""
-    earlier_rounds = results.read_partial(partial, settings, config.overwrite)[1:]
+    earlier_rounds = json_files.read_partial(partial, settings, config.overwrite)[1:]
     rounds = world.broadcast(cast(list[Round], earlier_rounds))
     if world.main:
-        results.write_jsonl(partial, [{"settings": settings}, *rounds])
+        publication.write_jsonl(partial, [{"settings": settings}, *rounds])
     pool = filters.RougePool()
     generated = [task["instruction"] for earlier in rounds for task in earlier["tasks"]]
     for instruction in [task["instruction"] for task in seeds] + generated:
@@ -83,7 +83,7 @@ def make_rounds(
             bar.update(size(latest))
             if world.main:
                 with open(partial, "a", encoding="utf-8") as file:
-                    results.append_line(file, latest)
+                    publication.append_line(file, latest)
     return rounds
 
 

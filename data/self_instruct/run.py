@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common import dataset, distributed, models, results, vllm_engine
+from common import dataset, distributed, json_files, locks, models, results, vllm_engine
 from common.problems import Problems, check_output_file
 from data import generation
 from data.self_instruct.config import SelfInstructConfig
@@ -37,12 +37,12 @@ def run(config: SelfInstructConfig) -> dict[str, int]:
     config = replace(config, seed_tasks=str(dataset.default_dataset(config.seed_tasks)))
     output = config.output_file
     partial = output.with_name(f".{output.name}.partial.jsonl")
-    with results.output_file(output, dry_run=config.dry_run) as target:
+    with locks.output_file(output, dry_run=config.dry_run) as target:
         task = check(config)
         if task.finished:
             dataset.say_finished(output)
             return {}
-        results.read_partial(partial, task.settings, config.overwrite)  # rejects those of a different run
+        json_files.read_partial(partial, task.settings, config.overwrite)  # rejects those of a different run
         if config.dry_run:
             print(f"would make {config.num_rows} rows from {len(task.seeds)} seed tasks with {config.model}: {output}")
             return {}
@@ -69,7 +69,7 @@ def check(config: SelfInstructConfig) -> Task:
     return Task(seeds, broken, ref, tokenizer, settings, file_settings, bool(finished))
 
 
-def generate(config: SelfInstructConfig, task: Task, partial: Path, target: results.Output) -> dict[str, int]:
+def generate(config: SelfInstructConfig, task: Task, partial: Path, target: locks.Output) -> dict[str, int]:
     """Load the model, make the rounds, write the rows and their manifest."""
     output, settings = config.output_file, task.settings
     world = distributed.start(model_parallel=config.model_parallel)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, TypedDict
 
-from common import results
+from common import json_files
 from common.problems import UserError, report_broken
 
 SHOWN = 8  # instructions in a prompt for new ones, and thus the fewest seed tasks needed
@@ -24,7 +24,7 @@ def read_seed_tasks(file: str, strict: bool = False) -> tuple[list[SeedTask], in
     broken, or when too few are left."""
     path = Path(file)
     try:
-        tasks = results.read_json(path, "give an array of tasks", list)
+        tasks = json_files.read_json(path, "give an array of tasks", list)
     except UserError as error:
         raise UserError(*(f"--seed_tasks {line}" for line in error.problems)) from None
     valid = [task for task in tasks if is_valid(task)]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from common import dataset, results
+from common import dataset, json_files, publication
 from common.problems import UserError
 from data.synthetic import histogram
 from data.synthetic.config import SyntheticConfig
@@ -30,7 +30,7 @@ def release_histogram(config: SyntheticConfig, task: Task) -> Released:
     """The released histogram: read if released with the same settings, else created (noise from the OS's entropy)."""
     file = config.histogram_file
     settings = histogram_settings(config, task)
-    released = results.read_json(file, "name another file") if file.is_file() else None
+    released = json_files.read_json(file, "name another file") if file.is_file() else None
     if released and settings["training"] is None:
         raise UserError(
             f"--histogram {file}: cannot tell whether it was released from --training, as the model's "
@@ -41,7 +41,7 @@ def release_histogram(config: SyntheticConfig, task: Task) -> Released:
         raise UserError(f"--histogram {file}: was released with a different {', '.join(differ)}; name another file")
     if not released:
         released = settings | make_histogram(config, task, settings["delta"])
-        results.write_json(file, released)  # an empty release has spent its ε too: never draw it again
+        publication.write_json(file, released)  # an empty release has spent its ε too: never draw it again
     if not released["cells"]:
         raise UserError(
             f"--metadata_epsilon {config.metadata_epsilon:g}: no cell of {' × '.join(config.metadata_fields)} reaches "

@@ -5,8 +5,9 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-from common import dataset, distributed, models, results
+from common import dataset, distributed, locks, models, results
 from common.problems import UserError
+from common.publication import Publication
 from common.tokenization import encode_prompt
 from data import generation
 from data.synthetic.config import SyntheticConfig
@@ -20,7 +21,7 @@ SAMPLED = ("condition", "temperature", "top_k", "max_new_tokens", "seed")
 def run(config: SyntheticConfig) -> Summary:
     """Write the file; returns what is also printed and kept in run_generate_<arm>.json; {} if nothing is left to do."""
     output = config.output_file
-    with results.output_file(output, dry_run=config.dry_run) as target:
+    with locks.output_file(output, dry_run=config.dry_run) as target:
         task = prepare(config)
         if task.finished:
             dataset.say_finished(output)
@@ -35,7 +36,7 @@ def run(config: SyntheticConfig) -> Summary:
         return generate(config, task, target)
 
 
-def generate(config: SyntheticConfig, task: Task, target: results.Output) -> Summary:
+def generate(config: SyntheticConfig, task: Task, target: locks.Output) -> Summary:
     """Load the model, continue every prompt, write the files."""
     output = config.output_file
     world = distributed.start(model_parallel=config.model_parallel)
@@ -108,7 +109,7 @@ def fit(
 def finish(
     config: SyntheticConfig,
     task: Task,
-    files: results.Publication,
+    files: Publication,
     planned: list[Planned],
     continuations: list[dict[str, Any]],
     released: Released | None,
