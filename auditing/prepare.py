@@ -14,7 +14,7 @@ import numpy as np
 from auditing import gates
 from auditing.config import PARTS, AuditConfig, Budget, budget_of
 from auditing.gates import Gate
-from common import chat, dataset, distributed, models, results, sources, tokenization, trained, vllm_engine
+from common import chat, dataset, distributed, formats, models, results, sources, tokenization, trained, vllm_engine
 from common.models import ModelRef
 from common.problems import Problems, check_writable
 from common.schema import HEADLINE_ATTACK
@@ -336,7 +336,7 @@ SECRET_FIELDS = ("type", "value")
 
 def read_secrets(path: str) -> list[tuple[str, str, int | None]]:
     """(type, value, row or None) of --secrets, a .csv or .jsonl with the columns type, value and, if known, row."""
-    rows = dataset.read_rows(path)
+    rows = formats.read_rows(path)
     dataset.validate(path, rows, SECRET_FIELDS)
     problems = Problems()
     given = []

@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import cli, dataset
+from common import cli, manifests
 from common.process import entry
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,7 +55,7 @@ def make_rows(folder: Path, n: int, seed: int) -> float:
                 row["generated_text"] = row["Review"]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / f"{target}.jsonl").write_text(text, encoding="utf-8")
-        dataset.manifest_path(folder / f"{name}.jsonl").unlink()  # it describes the rows before joining
+        manifests.manifest_path(folder / f"{name}.jsonl").unlink()  # it describes the rows before joining
     return statistics.mean(lengths)
 
 

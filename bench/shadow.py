@@ -45,10 +45,10 @@ def make_parser() -> cli.Parser:
 
 def make_rows(folder: Path, n: int) -> Path:
     """A file of n rows of the head and n training rows of the embedded mail, with its manifest."""
-    from common import dataset
+    from common import dataset, formats, manifests
 
     source = EMBEDDED / "enron.jsonl"
-    rows, manifest = dataset.read_rows(source), dataset.read_manifest(source)
+    rows, manifest = formats.read_rows(source), manifests.read_manifest(source)
     split = dataset.split(rows, manifest)
     if min(len(split.head), len(split.train)) < n:
         raise UserError(f"--rows {n}: {source} has {len(split.head)} held-out and {len(split.train)} training rows")
@@ -56,7 +56,7 @@ def make_rows(folder: Path, n: int) -> Path:
     with locks.output_file(file) as place, place.publication() as files:
         files.write_jsonl(file, [rows[index] for index in [*split.head[:n], *split.train[:n]]])
         facts = {"tag": "original", "script": "bench/shadow.py", "argv": sys.argv, "rows": 2 * n, "split_start": n}
-        dataset.write_manifest(files, file, **facts)
+        manifests.write_manifest(files, file, **facts)
     return file
 
 

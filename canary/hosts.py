@@ -6,7 +6,7 @@ from typing import Any
 
 from canary import canaries
 from canary.config import InjectConfig
-from common import chat, dataset, models, reviews
+from common import chat, dataset, formats, models, reviews
 from common.problems import Problems, UserError
 
 Row = dict[str, Any]
@@ -70,7 +70,7 @@ class Hosts:
 
 def read(config: InjectConfig, problems: Problems) -> tuple[list[Row], Hosts]:
     """(the rows of --input, how they hold canaries); ([], …) with problems."""
-    rows = problems.absorb(dataset.read_rows, config.input, None, config.columns) or []
+    rows = problems.absorb(formats.read_rows, config.input, None, config.columns) or []
     shape = dataset.shape_of(rows[0]) if rows else None
     if shape in (None, "review"):
         again = problems.absorb(reviews.check_reviews, config.input, rows) if rows else None

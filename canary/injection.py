@@ -11,7 +11,7 @@ from canary.config import InjectConfig
 from canary.hosts import Hosts, Row, read
 from canary.key import SCHEMA, KeyLine
 from canary.placement import place
-from common import dataset, locks, results
+from common import dataset, locks, manifests, results
 from common.problems import Problems, UserError, check_output_file
 from common.publication import Publication
 
@@ -24,7 +24,7 @@ def run(config: InjectConfig) -> Counts:
     with locks.output_file(output, key_file, dry_run=config.dry_run) as target:
         rows, hosts, settings = check(config)
         if settings is None:
-            dataset.say_finished(output, key_file)
+            manifests.say_finished(output, key_file)
             return {}
         written, key, space = place_all(config, rows, hosts)
         counts = count(config, rows, written, key, space)
@@ -67,9 +67,9 @@ def check(config: InjectConfig) -> tuple[list[Row], Hosts, dict[str, Any] | None
         check_rows(config, rows, hosts, problems)
     settings: dict[str, Any] | None = None
     if not problems.lines:
-        settings = dataset.settings_of(config, ("output", "key_file"), input=results.sha256(config.input))
+        settings = manifests.settings_of(config, ("output", "key_file"), input=results.sha256(config.input))
     others = [("--key_file", key)]
-    finished = problems.absorb(dataset.finished, [("--output", output)], settings, config.overwrite, others)
+    finished = problems.absorb(manifests.finished, [("--output", output)], settings, config.overwrite, others)
     problems.check()
     return rows, hosts, None if finished else settings
 
@@ -148,10 +148,10 @@ def write(
         "canaries": len(key),
     } | ({"whole": True} if hosts.renderer else {})
     files.write_jsonl(key_file, [header, *key], permissions=0o600)
-    dataset.write_manifest(
+    manifests.write_manifest(
         files,
         output,
-        tag=f"{dataset.data_tag(config.input, dataset.read_manifest(config.input))}-canaries",
+        tag=f"{manifests.data_tag(config.input, manifests.read_manifest(config.input))}-canaries",
         script="canary/inject.py",
         argv=sys.argv,
         rows=len(written),

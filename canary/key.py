@@ -3,7 +3,7 @@
 from typing import Any, NotRequired, TypedDict, cast
 
 from canary.canaries import SECRETS, Canary
-from common import dataset
+from common import dataset, formats
 from common.problems import UserError
 
 SCHEMA = 1
@@ -54,7 +54,7 @@ class KeyLine(Canary):
 
 def read_key(path: str) -> tuple[Header, list[KeyLine]]:
     """(header, canaries) of a key file. UserError if it is not one."""
-    header, *lines = dataset.read_rows(path)
+    header, *lines = formats.read_rows(path)
     check_header(path, header)
     for number, line in enumerate(lines):
         if missing := [field for field in FIELDS if line.get(field) is None]:

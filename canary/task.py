@@ -8,7 +8,7 @@ from canary.canaries import Space
 from canary.config import MeasureConfig
 from canary.key import Header, KeyLine, read_key
 from canary.seen import Seen, text_trained_on
-from common import dataset, distributed, models, provenance, results, reviews, trained
+from common import distributed, manifests, models, provenance, results, reviews, trained
 from common.models import ModelRef
 from common.problems import Problems, check_writable
 
@@ -141,7 +141,7 @@ def read_texts(
 
     privacy: of the arm's model, used if the manifest has none.
     """
-    manifest = (dataset.read_manifest(file) or {}) if rows else {}
+    manifest = (manifests.read_manifest(file) or {}) if rows else {}
     spent: Privacy | None = manifest.get("privacy") or privacy
     if not manifest and rows and spent is None:
         spent = {"unknown": f"{file} has no manifest: what its generator spent is unknown"}

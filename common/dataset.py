@@ -1,40 +1,31 @@
-"""Rows of every data file: reading, validating, splitting, prompt templates, manifests.
+"""What rows mean: their shapes, validation, prompt templates and the published split.
 
 A row is a dict of one of seven shapes (`shape_of`): 'text', 'chat', 'enron', 'instruction', 'review', 'completion' or
 'prompt'.
 """
 
-import gzip
-import itertools
 import math
 import os
-import re
 import sys
-import zlib
 from array import array
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
-from common import chat, records, strict_json, tables
-from common import rows as row_files
-from common.json_files import read_json
+from common import chat
+from common.formats import read_rows
+from common.manifests import check_manifest, manifest_path
 from common.problems import AnyPath, UserError, one_line
-from common.publication import Publication
-from common.results import ROOT, commit, now, sha256
-from common.rows import Faults, Lazy, Row, Table, TextFile
-from common.sources import data_files
-from common.strict_json import plain
+from common.results import ROOT
+from common.rows import Faults, Lazy, Row
 
 if TYPE_CHECKING:
-    import pyarrow
     from transformers import PreTrainedTokenizerBase
 
 HEAD_ROWS = 1110  # evaluation head of the published split (perplexity)
 PII_ROWS = 1000  # the first rows of the head, which are attacked
-MANIFEST_SCHEMA = 1
 
 INSTRUCTION_TEMPLATE = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 INSTRUCTION_TEMPLATE_NO_INPUT = "### Instruction:\n{instruction}\n\n### Response:\n"
@@ -42,301 +33,6 @@ REVIEW_FIELDS = ("System prompt", "Rating", "Review Title", "Review", "Product T
 REVIEW_TEMPLATE = (
     "{System prompt}\n\nProduct: {Product Title}\nCategories: {Product Categories}\nRating: {Rating}\n{title}Review:"
 )
-
-
-FORMATS = ".jsonl, .json, .csv, .tsv, .arrow or .parquet"
-
-
-def read_rows(path: AnyPath, broken: dict[int, str] | None = None, columns: Sequence[str] = ()) -> list[Row]:
-    """All rows of a .jsonl, .json, .csv or .tsv (gzipped or not), .arrow (stream or file format) or .parquet file, of
-    the files that a pattern matches, or of a folder of `Dataset.save_to_disk`.
-
-    A .json file is a list of objects, {"data": such a list}, or one object per line.
-    Raises UserError naming the file (and the line of broken JSON) if it is missing, empty or unreadable. With a dict
-    `broken`, an unusable line is not an error: its row is {}, and `broken[index]` says why. Values that JSON lacks are
-    converted: NaN in an Arrow column becomes None, dates and decimals become text. `columns`:
-    "NEW=OLD" for each field to rename.
-    """
-    rows: list[Row] = []
-    for file in data_files(path):
-        own: dict[int, str] | None = None if broken is None else {}
-        rows_of_file = _read_file(file, own)
-        if broken is not None and own:
-            broken.update({len(rows) + index: reason for index, reason in own.items()})
-        rows += rows_of_file
-    return list(rename(path, rows, columns)) if columns else rows
-
-
-def open_rows(path: AnyPath, columns: Sequence[str] = ()) -> Sequence[Row]:
-    """`read_rows`, but the rows of large files (`rows.LARGE`, `rows.MANY`) stay on disk until they are asked for."""
-    rows = row_files.join([_read_file(file, None, on_disk=True) for file in data_files(path)])
-    return rename(path, rows, columns) if columns else rows
-
-
-def rename(path: AnyPath, rows: Sequence[Row], columns: Sequence[str]) -> Sequence[Row]:
-    """The rows with fields renamed, "NEW=OLD" each. UserError for other words, a field that no row has, and a new name
-    that a row has already."""
-    names: dict[str, str] = {}
-    problems = []
-    for text in columns:
-        new, _, old = text.partition("=")
-        if not new or not old or old in names or new in names.values():
-            problems.append(f"--columns {text}: give NEW=OLD, each name once")
-        elif not any(old in row for row in rows):
-            problems.append(f"--columns {text}: no row of {path} has the field {old!r}")
-        names[old] = new
-    fresh = {new: old for old, new in names.items() if new not in names}
-    taken = sorted({new for row in rows for new, old in fresh.items() if new in row and old in row})
-    problems += [f"--columns: rows of {path} have a field {name!r} already; rename it too" for name in taken]
-    if problems:
-        raise UserError(*problems)
-    return row_files.convert(rows, lambda row: {names.get(key, key): value for key, value in row.items()})
-
-
-def _read_file(path: Path, broken: dict[int, str] | None, on_disk: bool = False) -> Sequence[Row]:
-    """The rows of one file; a list, unless they may stay `on_disk` and are many."""
-    if not os.path.isfile(path):
-        what = (
-            "is a directory, not a file" if path.is_dir() else "not a file" if os.path.exists(path) else "no such file"
-        )
-        hint = ", or build it from raw mail with data/enron/prepare.py" if path.name == "enron.jsonl" else ""
-        raise UserError(f"{path}: {what}; give a {FORMATS} file{hint}")
-    name = path.name.removesuffix(".gz")
-    text = name.endswith((".json", ".jsonl", ".csv", ".tsv"))
-    try:
-        gzipped = text and is_gzip(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error}); copy or download it again") from None
-    rows: Sequence[Row] | None
-    if text and on_disk and row_files.is_large(path, gzipped):
-        rows = _map_text(path, name, gzipped)
-    elif name.endswith(".json") and (listed := tables.read_json_list(path, gzipped)) is not None:
-        rows = listed
-    elif name.endswith((".jsonl", ".json")):
-        rows = _read_jsonl(path, broken)
-    elif name.endswith((".csv", ".tsv")):
-        rows = tables.read_csv(path, "\t" if name.endswith(".tsv") else ",", gzipped)
-    elif name.endswith(".arrow"):
-        rows = _read_arrow(path, on_disk)
-    elif name.endswith(".parquet"):
-        rows = _read_parquet(path, on_disk)
-    else:
-        raise UserError(f"{path}: unknown extension; give a {FORMATS} file")
-    if not rows:
-        raise UserError(f"{path}: the file has no rows")
-    return rows
-
-
-def _map_text(path: Path, name: str, gzipped: bool) -> Sequence[Row]:
-    """The rows of a large text file, which stay on disk, except those of a .json list, which is one document."""
-    if name.endswith((".csv", ".tsv")):
-        return tables.map_csv(path, "\t" if name.endswith(".tsv") else ",", gzipped)
-    if name.endswith(".json") and not tables.is_json_lines(path, gzipped):
-        listed = tables.read_json_list(path, gzipped)
-        if listed is not None:
-            return listed
-    file, starts, faults = TextFile(path, gzipped), array("q"), Faults()
-
-    def refuse(number: int, reason: str, advice: str, row: Row | None) -> None:
-        faults.add(f"{path}:{number}: {reason}{advice}")
-
-    for start, _ in _parsed(path, file.file, refuse):
-        starts.append(start)
-    faults.check()
-    return row_files.jsonl(file, starts)
-
-
-def _read_jsonl(path: Path, broken: dict[int, str] | None = None) -> list[Row]:
-    rows: list[Row] = []
-    faults = Faults()
-
-    def refuse(number: int, reason: str, advice: str, row: Row | None) -> None:
-        if broken is None:
-            faults.add(f"{path}:{number}: {reason}{advice}")
-        else:
-            broken[len(rows)] = reason
-            rows.append(row or {})
-
-    try:
-        with gzip.open(path, "rb") if is_gzip(path) else open(path, "rb") as file:
-            for _, row in _parsed(path, file, refuse):
-                rows.append(row)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read ({error}); copy or download it again") from None
-    faults.check()
-    return rows
-
-
-def _parsed(
-    path: Path, file: Iterable[bytes], refuse: Callable[[int, str, str, Row | None], None]
-) -> Iterator[tuple[int, Row]]:
-    """(its first byte, row) of each line with an object. The others go to `refuse`: line number, reason, advice, and
-    the row of a line whose text has a lone surrogate, to keep its row_id."""
-    end = 0
-    for number, line in enumerate(file, 1):
-        start, end = end, end + len(line)
-        if not line.strip():
-            continue
-        if number == 1 and line.startswith(strict_json.UTF16):
-            raise UserError(f"{path}: UTF-16 text; save the file as UTF-8")
-        try:
-            row = strict_json.parse(line)
-        except ValueError as error:
-            item = getattr(error, "item", None)
-            refuse(number, str(error), "; fix or remove the line", item if isinstance(item, dict) else None)
-            continue
-        if isinstance(row, dict):
-            yield start, row
-        else:
-            what = "an array; write one object per line" if isinstance(row, list) else type(row).__name__
-            refuse(number, f"expected a JSON object, not {what}", "", None)
-
-
-def is_gzip(path: AnyPath) -> bool:
-    """Whether a file starts with the gzip magic number, whatever its name."""
-    with open(path, "rb") as file:
-        return file.read(2) == b"\x1f\x8b"
-
-
-END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # Arrow IPC streaming format: continuation marker, length 0
-
-
-def read_arrow(path: Path) -> list[Row]:
-    """The rows of an Arrow file, stream or file format, whatever its name. UserError if it is damaged."""
-    return list(_read_arrow(path, False))
-
-
-def _read_arrow(path: Path, on_disk: bool) -> Sequence[Row]:
-    import pyarrow as pa
-
-    large = on_disk and os.path.getsize(path) > row_files.LARGE
-    try:
-        source = pa.memory_map(str(path))
-        try:
-            stream = pa.ipc.open_stream(source)
-            schema, batches = stream.schema, _batches(stream, large)
-        except (pa.ArrowInvalid, OSError):
-            source.seek(0)
-            file = pa.ipc.open_file(source)
-            schema = file.schema
-            batches = _batches((file.get_batch(index) for index in range(file.num_record_batches)), large)
-        else:
-            source.seek(max(0, source.size() - len(END_OF_STREAM)))
-            if source.read() != END_OF_STREAM:  # truncated between two batches, it would pass for a shorter file
-                raise UserError(f"{path}: the Arrow stream has no end marker; the file is truncated")
-        return _rows_of(path, schema, batches, large or (on_disk and sum(map(len, batches)) > row_files.MANY))
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not an Arrow file, or truncated ({_first_line(error)})") from None
-
-
-def _batches(source: "Iterable[pyarrow.RecordBatch]", large: bool) -> "list[pyarrow.RecordBatch]":
-    """All batches of a mapped file; the buffers of a `large` compressed one are not kept in memory."""
-    import pyarrow as pa
-
-    batches = iter(source)
-    before = pa.total_allocated_bytes()
-    first = next(batches, None)
-    if first is None:
-        return []
-    if large and pa.total_allocated_bytes() - before > first.nbytes / 2:  # not mapped, but decompressed
-        return row_files.map_batches(itertools.chain([first], batches), first.schema)
-    return [first, *batches]
-
-
-def _read_parquet(path: Path, on_disk: bool) -> Sequence[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path, memory_map=True)
-        groups = [file.metadata.row_group(index) for index in range(file.num_row_groups)]
-        large = sum(group.total_byte_size for group in groups) > row_files.LARGE
-        if on_disk and (large or file.metadata.num_rows > row_files.MANY):
-            batches = row_files.map_batches(file.iter_batches(row_files.BLOCK), file.schema_arrow)
-            return _rows_of(path, file.schema_arrow, batches, True)
-        table = pyarrow.parquet.read_table(path)
-        return _rows_of(path, table.schema, table.to_batches(), False)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a Parquet file, or damaged ({_first_line(error)})") from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
-
-
-def _rows_of(
-    path: Path, schema: "pyarrow.Schema", batches: "Sequence[pyarrow.RecordBatch]", on_disk: bool
-) -> Sequence[Row]:
-    """The rows of Arrow batches as JSON values. UserError for a column of bytes or of text that is not UTF-8."""
-    import pyarrow as pa
-
-    if len(set(schema.names)) < len(schema.names):
-        raise UserError(f"{path}: two columns have the same name; rename one")
-    for field in schema:
-        kind = field.type
-        if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind):
-            raise UserError(f"{path}: column {field.name!r} holds bytes; remove it or convert it to text")
-    if on_disk:
-        return Table(batches, lambda piece: _table_rows(path, piece))
-    return _table_rows(path, pa.Table.from_batches(batches, schema))
-
-
-def _table_rows(path: Path, table: "pyarrow.Table") -> list[Row]:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    for index, name in enumerate(table.column_names):
-        column, kind = table.column(index), table.schema.field(index).type
-        if pa.types.is_floating(kind):
-            column = pc.if_else(pc.is_nan(column), pa.scalar(None, kind), column)
-        elif pa.types.is_temporal(kind) or pa.types.is_decimal(kind):
-            column = column.cast(pa.string())
-        table = table.set_column(index, name, column)
-    try:
-        rows: list[Row] = table.to_pylist()
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: contains text that is not UTF-8; write the file again") from None
-    return rows
-
-
-def check_columns(path: AnyPath, rows: list[Row]) -> None:
-    """UserError naming each field of `rows` whose values do not fit one Arrow column; shows no values.
-
-    Builders of Arrow files call it before they start.
-    """
-    import pyarrow as pa
-
-    problems = []
-    for name in dict.fromkeys(name for row in rows for name in row):
-        values = [row.get(name) for row in rows]
-        try:
-            column = pa.array(values)
-        except (pa.ArrowException, OverflowError, TypeError, ValueError):  # their messages would quote values
-            kinds = sorted({type(value).__name__ for value in values if value is not None})
-            reason = (
-                f"values of different types ({', '.join(kinds)})" if len(kinds) > 1 else "values of different types"
-            )
-            if kinds == ["int"]:
-                reason = "integers beyond 64 bits"
-            problems.append(f"{path}: column {name!r} has {reason}; an Arrow column has one type: fix or remove it")
-            continue
-        if column.to_pylist() != values:  # a dict's missing keys become None, 1 becomes 1.0 or True
-            problems.append(
-                f"{path}: column {name!r} would not be read back unchanged (objects with different fields, or numbers "
-                "of different types); fix or remove it"
-            )
-    if problems:
-        raise UserError(*problems)
-
-
-def write_arrow(file: IO[bytes], rows: list[Row]) -> None:
-    """Write rows to an open binary file in the stream format of datasets (read by `datasets.Dataset.from_file`)."""
-    import pyarrow as pa
-
-    columns = dict.fromkeys(name for row in rows for name in row)  # from_pylist alone uses the first row's keys
-    table = pa.Table.from_pylist([{name: row.get(name) for name in columns} for row in rows])
-    with pa.ipc.new_stream(file, table.schema) as writer:
-        writer.write_table(table, max_chunksize=1000)
 
 
 def shape_of(row: Row) -> str | None:
@@ -622,39 +318,6 @@ def evaluated_rows(rows: Sequence[Row], manifest: dict[str, Any] | None) -> Sequ
     return [index for index, row in enumerate(rows) if is_count(row.get("row_id")) and row["row_id"] < start]
 
 
-def manifest_path(path: AnyPath) -> Path:
-    path = Path(path)
-    return path.parent / f"{path.name}.meta.json"
-
-
-TAG_BYTES = 100  # tags become part of output folder names
-
-
-def read_manifest(path: AnyPath) -> dict[str, Any] | None:
-    """The manifest beside a data file, or None. UserError if it is broken."""
-    beside = manifest_path(path)
-    if not os.path.isfile(beside):
-        return None
-    remedy = f"remove it or build {path} again"
-    manifest = read_json(beside, remedy)
-    records.check(manifest, records.Manifest, beside, remedy)
-    tag = manifest.get("tag") or ""
-    if "/" in tag or not tag.isprintable() or tag in (".", "..") or len(tag.encode()) > TAG_BYTES:
-        raise UserError(f"{beside}: tag is not a folder name (at most {TAG_BYTES} bytes, no slash); {remedy}")
-    return manifest
-
-
-def check_manifest(path: AnyPath, n: int) -> None:
-    """UserError if the file (of n rows) does not match the manifest beside it."""
-    manifest, name = read_manifest(path) or {}, manifest_path(path).name
-    advice = f"build it again, or remove {name} if the file was changed on purpose"
-    if manifest.get("rows", n) != n:
-        raise UserError(f"{path}: has {n} rows, its manifest says {manifest['rows']}; {advice}")
-    recorded = manifest.get("sha256")
-    if recorded is not None and recorded != (actual := sha256(path)):
-        raise UserError(f"{path}: its SHA-256 is {actual[:12]}…, its manifest says {recorded[:12]}…; {advice}")
-
-
 @cache
 def _say_once(line: str) -> None:
     print(one_line(line), file=sys.stderr)
@@ -669,105 +332,6 @@ def note_lost_manifest(path: AnyPath, rows: Sequence[Row]) -> None:
     if made or moved:
         lost = "the privacy budget its generator spent" if made else "the set of evaluation rows"
         _say_once(f"{path}: derived from other rows, but {manifest_path(path).name} is missing: {lost} is unknown")
-
-
-def write_manifest(
-    files: Publication,
-    path: AnyPath,
-    *,
-    tag: str,
-    script: str,
-    argv: list[str],
-    rows: int,
-    source: Iterable[dict[str, Any] | tuple[AnyPath, int] | tuple[AnyPath, int, str | None]] = (),
-    split_start: int | None = None,
-    generator: object = None,
-    sampling: object = None,
-    settings: dict[str, Any] | None = None,
-    more: dict[str, Any] | None = None,
-) -> None:
-    """Write `<path>.meta.json` for a complete data file in `files`; the two are published together.
-
-    source: (path, row count) of each; (path, row count, sha256) of what is not a single file; or the entry itself.
-    settings: see `settings_of`. more: additional keys.
-    """
-    files.write_json(
-        manifest_path(path),
-        {
-            "schema": MANIFEST_SCHEMA,
-            "tag": tag,
-            "script": script,
-            "argv": argv,
-            "commit": commit()["commit"],
-            "source": [entry if isinstance(entry, dict) else _source(*entry) for entry in source],
-            "split_start": split_start,
-            "generator": generator,
-            "sampling": sampling,
-            "rows": rows,
-            "settings": settings,
-            "sha256": sha256(files.hidden(path)),
-            "created": now(),
-            **(more or {}),
-        },
-    )
-
-
-def _source(path: AnyPath, rows: int, known: str | None = None) -> dict[str, Any]:
-    return {"path": str(path), "sha256": known or sha256(path), "rows": rows}
-
-
-def settings_of(args: object, skip: tuple[str, ...] = ("output",), **inputs: Any) -> dict[str, Any]:
-    """What determines the content of a built file: the flags except `skip`, and the SHA-256s of its inputs by flag."""
-    outside = {*skip, "overwrite", "dry_run"}
-    settings: dict[str, Any] = plain({k: v for k, v in vars(args).items() if k not in outside} | inputs)
-    return settings
-
-
-def finished(
-    outputs: Sequence[tuple[str, Path]],
-    settings: dict[str, Any] | None,
-    overwrite: bool,
-    others: Sequence[tuple[str, Path]] = (),
-) -> bool:
-    """Whether a run with these settings has built the `outputs` and nothing has changed since.
-
-    outputs: (flag, path) of files with a manifest; others: of files written with them that have none; settings: as in
-    their manifests, None if the inputs cannot be read. UserError for each existing file that was built differently,
-    unless `overwrite`.
-    """
-    if overwrite:
-        return False
-    existing = [(flag, path) for flag, path in (*outputs, *others) if path.exists()]
-    complete = len(existing) == len(outputs) + len(others)
-    if existing and complete and settings is not None and all(_made_with(path, settings) for _, path in outputs):
-        return True
-    if existing:
-        raise UserError(
-            *(f"{flag} {path}: exists; give --overwrite to replace it, or another name" for flag, path in existing)
-        )
-    return False
-
-
-def _made_with(path: Path, settings: dict[str, Any]) -> bool:
-    try:
-        manifest = read_manifest(path) or {}
-    except UserError:
-        return False
-    return manifest.get("settings") == plain(settings) and manifest.get("sha256") == sha256(path)
-
-
-def say_finished(*paths: Path) -> None:
-    for path in paths:
-        print(f"{path}: already finished with the same inputs and settings; nothing to do (--overwrite repeats it)")
-
-
-def data_tag(path: AnyPath, manifest: dict[str, Any] | None) -> str:
-    """The tag that identifies a data file in output directory names: the manifest's, else the file's stem."""
-    tag = (manifest or {}).get("tag")
-    if isinstance(tag, str) and tag:
-        return tag
-    stem = Path(path).name.split(".")[0]
-    return stem if os.path.exists(path) else re.sub(r"[*?\[\]:]+", "", stem) or "data"  # of a pattern, or a hub name
 
 
 def default_dataset(path: AnyPath) -> Path:

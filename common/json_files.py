@@ -20,6 +20,7 @@ def dumps(item: object) -> str:
 
 
 def pretty(item: object) -> str:
+    """Strict JSON over several lines."""
     return json.dumps(plain(item), ensure_ascii=False, allow_nan=False, indent=1) + "\n"
 
 

@@ -101,7 +101,7 @@ def check_output_file(
     """Add a problem unless `output` ends in `suffix` (None: any), is not a directory or one of the `inputs`, and is
     writable.
 
-    `dataset.finished` decides whether it may be replaced.
+    `manifests.finished` decides whether it may be replaced.
     """
     if suffix and output.suffix != suffix:
         problems.add(f"{flag} {output}: the name must end in {suffix}")

@@ -5,7 +5,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from common.dataset import read_rows, rename, user_of, validate
+from common.dataset import user_of, validate
+from common.formats import read_rows, rename
 from common.problems import AnyPath, Problems, UserError
 
 ARM = re.compile(r"[A-Za-z][\w-]*")

@@ -11,7 +11,7 @@ one edited by hand.
 import sys
 from dataclasses import dataclass
 
-from common import cli, dataset
+from common import cli, dataset, formats
 from common.problems import Problems
 from common.process import entry
 
@@ -45,7 +45,7 @@ def run(config: LeakConfig) -> int:
     problems = Problems()
     source = dataset.default_dataset(config.input)
     rows, broken = problems.absorb(dataset.read_with_broken, source, dataset.REQUIRED["enron"]) or ([], {})
-    replaced = problems.absorb(dataset.read_rows, config.replaced)
+    replaced = problems.absorb(formats.read_rows, config.replaced)
     rows = [row for index, row in enumerate(rows) if index not in broken]
     problems.check()
     assert replaced is not None

@@ -15,6 +15,7 @@ from common import (
     checkpoints,
     dataset,
     distributed,
+    formats,
     json_files,
     locks,
     models,
@@ -59,7 +60,7 @@ def find_results(
         if path.stem.endswith("_rows"):
             continue
         try:
-            lines = dataset.read_rows(path)
+            lines = formats.read_rows(path)
         except UserError:
             continue
         if (

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from common import chat, dataset, results
+from common import chat, dataset, formats, manifests, results
 from common.problems import Problems, UserError
 from common.schema import EXTRACTION_SETTINGS, MEASURES, outcomes_path
 from extraction import metrics, prompts
@@ -42,8 +42,8 @@ class ExtractionTask:
 def prepare(config: AttackConfig, problems: Problems) -> ExtractionTask | None:
     """Read and check every file that the measurement needs; problems are collected, None if there are any."""
     before = len(problems.lines)
-    rows = problems.absorb(dataset.read_rows, config.dataset)
-    manifest = problems.absorb(dataset.read_manifest, config.dataset) if rows else None
+    rows = problems.absorb(formats.read_rows, config.dataset)
+    manifest = problems.absorb(manifests.read_manifest, config.dataset) if rows else None
     if len(set(config.temperatures)) < len(config.temperatures):
         problems.add("--temperatures: the same temperature twice")
     if config.chat and config.attack == "prefix":
@@ -130,7 +130,7 @@ def _template_questions(
 
 def _read_demonstrations(path: AnyPath) -> list[tuple[str, str]]:
     """The (name, email) pairs of --demonstrations; UserError unless there are exactly as many as the prompts need."""
-    rows = dataset.read_rows(path)
+    rows = formats.read_rows(path)
     dataset.validate(path, rows, ("name", "email"))
     if len(rows) != prompts.N_DEMONSTRATIONS:
         raise UserError(f"{path}: {len(rows)} demonstrations; {prompts.N_DEMONSTRATIONS} are needed")
@@ -139,7 +139,7 @@ def _read_demonstrations(path: AnyPath) -> list[tuple[str, str]]:
 
 def _read_baseline(task: ExtractionTask, path: AnyPath, temperatures: Sequence[float]) -> Outcomes:
     """The baseline's outcome of every prompt of `task` at every temperature; UserError if any is missing."""
-    settings, lines = task.settings, dataset.read_rows(path)
+    settings, lines = task.settings, formats.read_rows(path)
     outcomes_file = outcomes_path(path)
     if not outcomes_file.is_file():
         raise UserError(
@@ -154,7 +154,7 @@ def _read_baseline(task: ExtractionTask, path: AnyPath, temperatures: Sequence[f
     if unmeasured:
         problems.add(f"--baseline {path}: has no line for temperature {', '.join(map(str, unmeasured))}")
     problems.check()
-    outcomes = dataset.read_rows(outcomes_file)
+    outcomes = formats.read_rows(outcomes_file)
     for number, line in enumerate(outcomes):
         types = [type(line.get(key)) for key in ("row", "template", "temperature")]
         told = [line.get("match" if measure == "matches" else measure, "") for measure in MEASURES]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from common import dataset, models, provenance, results
+from common import dataset, formats, manifests, models, provenance, results
 from common.checkpoints import find_checkpoints
 from common.problems import Problems, UserError
 from common.rows import Lazy, Row, select
@@ -95,10 +95,10 @@ class Reader:
 
     def _open(self, path: str) -> None:
         problems, field = self.problems, self.config.text_field
-        rows = problems.absorb(dataset.open_rows, path, self.config.columns)
+        rows = problems.absorb(formats.open_rows, path, self.config.columns)
         if rows is None:
             return
-        manifest = problems.absorb(dataset.read_manifest, path)
+        manifest = problems.absorb(manifests.read_manifest, path)
         before = len(problems.lines)
         problems.absorb(dataset.validate, path, rows, (field,) if field else None)
         if len(problems.lines) == before:

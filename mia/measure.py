@@ -10,7 +10,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import chat, dataset, distributed, locks, models, provenance, publication, results, sources, tokenization
+from common import (
+    chat,
+    dataset,
+    distributed,
+    formats,
+    locks,
+    models,
+    provenance,
+    publication,
+    results,
+    sources,
+    tokenization,
+)
 from common import trained as trained_rows
 from common.checkpoints import BaseLoader, find_checkpoints, for_each, look_up_all
 from common.problems import Problems, UserError, check_writable, report_failures
@@ -173,7 +185,7 @@ def _single_target(config: MiaConfig, model: str, problems: Problems) -> Targets
     ref, tokenizer = models.look_up(problems, model, config.revision, config.base_model, quantized=config.quantization)
     file = folder / "results_mia.jsonl"
     if ref and file.is_file():
-        earlier = problems.absorb(dataset.read_rows, file) or []
+        earlier = problems.absorb(formats.read_rows, file) or []
         if any(line.get("model") != ref.name for line in earlier):
             problems.add(f"{file}: has the results of another model; choose another --output_dir")
         elif earlier:

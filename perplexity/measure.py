@@ -9,7 +9,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import dataset, distributed, limits, locks, models, provenance, results, sources, tokenization
+from common import (
+    dataset,
+    distributed,
+    formats,
+    limits,
+    locks,
+    manifests,
+    models,
+    provenance,
+    results,
+    sources,
+    tokenization,
+)
 from common.checkpoints import BaseLoader, by_base, find_checkpoints, for_each, look_up_all, natural_key
 from common.distributed import progress_bar
 from common.problems import AnyPath, Problems, check_writable, report_failures
@@ -51,7 +63,7 @@ def same(line: Line, other: Line, but: tuple[str, ...] = ()) -> bool:
 
 def choose_rows(config: PerplexityConfig, problems: Problems) -> tuple[list[int], Sequence[Line]]:
     """(indices of the rows to score, all rows); problems with the file are added to `problems`."""
-    rows = problems.absorb(dataset.open_rows, config.dataset, config.columns)
+    rows = problems.absorb(formats.open_rows, config.dataset, config.columns)
     if rows is None:
         return [], []
     if len(rows) < SMALLEST_FILE:
@@ -59,7 +71,7 @@ def choose_rows(config: PerplexityConfig, problems: Problems) -> tuple[list[int]
         return [], []
     if config.num_rows and config.num_rows > len(rows):
         problems.add(f"--num_rows {config.num_rows}: {config.dataset} has only {len(rows)} rows")
-    manifest = problems.absorb(dataset.read_manifest, config.dataset)
+    manifest = problems.absorb(manifests.read_manifest, config.dataset)
     if problems.absorb(dataset.validate, config.dataset, rows) is None:
         return [], []
     chosen = list(range(config.num_rows)) if config.num_rows else dataset.split(rows, manifest).head
@@ -169,7 +181,7 @@ def prepare(config: PerplexityConfig, folder: Path, problems: Problems) -> Prepa
     earlier: list[Line] = []
     file = folder / "perplexity.jsonl"
     if file.is_file() and file.stat().st_size:
-        earlier = problems.absorb(dataset.read_rows, file) or []
+        earlier = problems.absorb(formats.read_rows, file) or []
         if any("model" not in line or "mean" not in line for line in earlier):
             problems.add(f"{file}: not written by this script; move it away or choose another --output_dir")
     chosen, rows = choose_rows(config, problems)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import merge_peft
 from auditing.config import AuditConfig
-from common import dataset, json_files, models, publication, results
+from common import formats, json_files, models, publication, results
 from common.checkpoints import find_checkpoints
 from common.problems import AnyPath, Problems
 from common.schema import TEMPERATURES
@@ -53,7 +53,7 @@ def check(config: StudyConfig) -> None:
     problems = Problems()
     check_rows(config, problems)
     if config.outsiders:
-        rows = problems.absorb(dataset.read_rows, config.outsiders)
+        rows = problems.absorb(formats.read_rows, config.outsiders)
         if rows and "original" in config.arms and len(rows) <= DEMONSTRATIONS:
             problems.add(f"--outsiders {config.outsiders}: has {len(rows)} rows; more than {DEMONSTRATIONS} are needed")
     if "generated" in config.arms and config.generator:  # quickstart.py itself reports a missing --generator
@@ -142,7 +142,7 @@ def run(config: StudyConfig, out: Path, record: results.Run) -> str:
         text += ["", addresses_in_generated(data["generated"])]
     control = []
     if config.outsiders and "original" in config.arms:
-        n_asked = len(dataset.read_rows(config.outsiders)) - DEMONSTRATIONS
+        n_asked = len(formats.read_rows(config.outsiders)) - DEMONSTRATIONS
         asked = replace(asked, dataset=config.outsiders, num_rows=n_asked)
         attack(config.model, out / "outsiders-base", asked)
         attack(newest, out / "outsiders-tuned", asked)

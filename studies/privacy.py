@@ -8,7 +8,7 @@ whom only the base saw. The private arms use the operating system's randomness, 
 from dataclasses import replace
 from pathlib import Path
 
-from common import dataset, models, provenance, publication, results
+from common import dataset, formats, manifests, models, provenance, publication, results
 from common.checkpoints import find_checkpoints
 from common.problems import AnyPath, Problems
 from extraction.config import AttackConfig
@@ -64,7 +64,7 @@ def run(config: StudyConfig, out: Path, record: results.Run) -> str:
         logging_steps=10,
         **device_of(config),
     )
-    batch = max(1, min(LOGICAL_BATCH, len(dataset.read_rows(config.dataset)) // 4))
+    batch = max(1, min(LOGICAL_BATCH, len(formats.read_rows(config.dataset)) // 4))
     arms = {"no noise, no clipping": None} | {f"ε = {epsilon}": float(epsilon) for epsilon in EPSILONS}
     folders = []
     rows = [row_for("base", config.model, None, out / "base", config, trained_people)]
@@ -123,8 +123,8 @@ def run(config: StudyConfig, out: Path, record: results.Run) -> str:
 
 def put_trained_first(data: str, file: Path) -> Path:
     """Write the data with its training rows first, so that the attack queries the people that were trained on."""
-    rows = dataset.read_rows(data)
-    parts = dataset.split(rows, dataset.read_manifest(data))
+    rows = formats.read_rows(data)
+    parts = dataset.split(rows, manifests.read_manifest(data))
     order = [*parts.train, *parts.head]
     publication.write_jsonl(file, [rows[index] for index in order])
     return file

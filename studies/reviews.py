@@ -15,7 +15,7 @@ from typing import Any
 
 from canary.config import InjectConfig
 from canary.config import MeasureConfig as CanaryConfig
-from common import cli, dataset, json_files, models, provenance, publication, results, reviews
+from common import cli, formats, json_files, manifests, models, provenance, publication, results, reviews
 from common.checkpoints import find_checkpoints
 from common.problems import AnyPath, Problems
 from data.amazon import run as prepare
@@ -105,7 +105,7 @@ def run(config: StudyConfig, out: Path, record: results.Run) -> str:
         written[arm] = write(arm, checkpoints[arm])
     write("base", model)
     perfect = out / "generated_sequences_trained_on.jsonl"  # output of a generator that reproduces its training rows
-    learnt = [row | {reviews.GENERATED: row[reviews.REAL]} for row in dataset.read_rows(with_canaries)]
+    learnt = [row | {reviews.GENERATED: row[reviews.REAL]} for row in formats.read_rows(with_canaries)]
     publication.write_jsonl(perfect, learnt)
     measure(config, out, model, checkpoints, written)
     rows = summary(out, checkpoints)
@@ -203,7 +203,7 @@ def make_split(folder: Path, n: int, train_rows: int, test_rows: int, department
     """Write fictional reviews as train, test and validation.jsonl in `folder`."""
     raw = folder.with_name(folder.name + "_raw")
     source = raw / "Shop.jsonl"
-    if not dataset.manifest_path(source).exists():  # the last file that make_reviews.py writes
+    if not manifests.manifest_path(source).exists():  # the last file that make_reviews.py writes
         fictional = MakeReviewsConfig(
             output_dir=str(raw),
             category="Shop",
@@ -214,7 +214,7 @@ def make_split(folder: Path, n: int, train_rows: int, test_rows: int, department
             seed=seed,
         )
         call("data/amazon/make_reviews.py", shop.run, fictional)
-    if not dataset.manifest_path(folder / "validation.jsonl").exists():  # the last file that prepare.py writes
+    if not manifests.manifest_path(folder / "validation.jsonl").exists():  # the last file that prepare.py writes
         split = PrepareConfig(
             reviews=str(source),
             meta=str(raw / "meta_Shop.jsonl"),

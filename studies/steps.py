@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from auditing.config import AuditConfig
-from common import cli, dataset, json_files, models, provenance, results, stats
+from common import cli, dataset, formats, json_files, models, provenance, results, stats
 from common.problems import AnyPath, Problems, UserError
 from common.schema import HEADLINE_TEMPERATURE, outcomes_path
 from extraction.config import AttackConfig, MeasureConfig
@@ -43,7 +43,7 @@ class Study(Protocol):
 
 def check_rows(config: StudyConfig, problems: Problems) -> None:
     """Check --dataset and --model, for the two studies on mail."""
-    rows = problems.absorb(dataset.read_rows, config.dataset)
+    rows = problems.absorb(formats.read_rows, config.dataset)
     if rows:
         problems.absorb(dataset.validate, config.dataset, rows, ("gt-name", "gt-email", "prompt", "continuation"))
     models.look_up(problems, config.model, config.revision)
@@ -130,7 +130,7 @@ def is_current(file: Path | None, model: AnyPath, data: AnyPath | None = None) -
     if data is not None:
         wanted["dataset_sha256"] = results.sha256(data)
     try:
-        lines = dataset.read_rows(file)
+        lines = formats.read_rows(file)
     except UserError:
         lines = []
     if lines and all(line.get(key) == value for line in lines for key, value in wanted.items()):

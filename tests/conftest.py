@@ -56,12 +56,12 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 def write_manifest(path: Path, **facts) -> None:
     """A manifest for an existing data file."""
-    from common import dataset, locks
+    from common import locks, manifests
 
     with locks.output_file(path) as place, place.publication() as files:
         with files.open(path, "wb") as file:
             file.write(path.read_bytes())
-        dataset.write_manifest(files, path, **facts)
+        manifests.write_manifest(files, path, **facts)
 
 
 def make_tokenizer(folder: Path):

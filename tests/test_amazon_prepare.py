@@ -15,7 +15,7 @@ from conftest import ROOT, read_lines, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common import dataset
+from common import dataset, formats, manifests
 from common.problems import UserError
 from common.process import entry
 from common.results import sha256
@@ -251,7 +251,7 @@ def test_users_are_told_apart_as_everywhere(tmp_path):
 def test_rows_pass_the_record_checks(goods, tmp_path):
     build_goods(tmp_path, goods)
     for split in SPLITS:
-        rows = dataset.read_rows(tmp_path / f"{split}.jsonl")
+        rows = formats.read_rows(tmp_path / f"{split}.jsonl")
         assert dataset.validate(tmp_path / f"{split}.jsonl", rows, dataset.REVIEW_FIELDS) == "review"
         text, start = dataset.row_text(rows[0])
         assert rows[0]["Review"] == text[start:].strip() and rows[0]["Product Title"] in text[:start]
@@ -377,7 +377,7 @@ def test_manifests_and_files_left(goods, tmp_path):
     names = {f"{split}.jsonl{more}" for split in SPLITS for more in ("", ".meta.json")}
     assert {path.name for path in tmp_path.iterdir()} == names | {"run_prepare.json"}
     for split in SPLITS:
-        manifest = dataset.read_manifest(tmp_path / f"{split}.jsonl")
+        manifest = manifests.read_manifest(tmp_path / f"{split}.jsonl")
         assert manifest["tag"] == f"amazon-{split}" and manifest["script"] == "data/amazon/prepare.py"
         assert manifest["rows"] == len(read_lines(tmp_path / f"{split}.jsonl"))
         assert manifest["sha256"] == sha256(tmp_path / f"{split}.jsonl")
@@ -619,4 +619,4 @@ def test_the_generator_is_deterministic_and_refuses_to_overwrite(tmp_path):
     with pytest.raises(UserError) as error:
         make_reviews.main([*words, "--output_dir", str(tmp_path / "a"), "--seed", "1"])
     assert len(error.value.problems) == 2
-    assert dataset.read_manifest(tmp_path / "a" / name)["rows"] == 50
+    assert manifests.read_manifest(tmp_path / "a" / name)["rows"] == 50

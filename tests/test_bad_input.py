@@ -12,7 +12,7 @@ import evaluate_purified
 import measure_purified
 import merge_peft
 import run_peft
-from common import cli, dataset, locks, publication
+from common import arrow_files, cli, dataset, formats, locks, manifests, publication
 from common.problems import Problems, UserError, check_output_file
 from common.process import entry
 from data import replace_pii
@@ -72,7 +72,7 @@ def files(tmp_path, models, adapters):
     paths["no_tokenizer"] = shutil.copytree(models["llama"], tmp_path / "no-tokenizer")
     (paths["no_tokenizer"] / "tokenizer.json").unlink()
     paths["cut_arrow"] = tmp_path / "cut.arrow"
-    dataset.write_arrow(paths["cut_arrow"], rows)
+    arrow_files.write_arrow(paths["cut_arrow"], rows)
     paths["cut_arrow"].write_bytes(paths["cut_arrow"].read_bytes()[:-8])
     paths["short"] = write_rows(tmp_path / "short.jsonl", rows[:11])
     (tmp_path / "short.jsonl.meta.json").write_text(json.dumps({"rows": 12}))
@@ -278,12 +278,12 @@ def test_exit_status_of_the_process(files):
 
 
 def test_reading_names_every_broken_line_once(tmp_path):
-    from common import dataset, rows
+    from common import formats, rows
 
     path = tmp_path / "many.jsonl"
     path.write_text("".join(f"{{broken {i}\n" for i in range(40)))
     with pytest.raises(UserError) as caught:
-        dataset.read_rows(path)
+        formats.read_rows(path)
     assert len(caught.value.problems) == rows.SHOWN + 1
     assert "35 more" in caught.value.problems[-1]
 
@@ -341,7 +341,7 @@ def test_a_manifest_of_other_types(manifest, said, tmp_path):
     data = write_rows(tmp_path / "rows.jsonl", make_rows(3))
     (tmp_path / "rows.jsonl.meta.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=said):
-        dataset.read_manifest(data)
+        manifests.read_manifest(data)
 
 
 @pytest.mark.parametrize("record", [{"args": None}, {"inputs": ["x"]}, {"inputs": None}])
@@ -394,12 +394,12 @@ def test_rows_that_lost_their_manifest_are_reported(tmp_path, capsys):
         (mine, ""),
     ):
         fields = ("generated_text", "Rating") if path == written else None
-        dataset.validate(path, dataset.read_rows(path), fields)
+        dataset.validate(path, formats.read_rows(path), fields)
         said = capsys.readouterr().err
         assert said.count("\n") == bool(words) and words in said
         assert not words or said.startswith(f"{path}: derived from other rows, but {path.name}.meta.json is missing")
     write_manifest(moved, tag="replaced", script="x", argv=[], rows=8, split_start=3)
-    dataset.validate(moved, dataset.read_rows(moved))
+    dataset.validate(moved, formats.read_rows(moved))
     assert capsys.readouterr().err == ""
 
 
@@ -427,7 +427,7 @@ def test_a_working_directory_that_is_not_utf8(tmp_path, monkeypatch):
 
 
 def test_a_problem_is_one_line_whatever_the_name(tmp_path, capsys):
-    assert entry(lambda: dataset.read_rows(tmp_path / "a\nb\x1b[31m.jsonl")) == 2
+    assert entry(lambda: formats.read_rows(tmp_path / "a\nb\x1b[31m.jsonl")) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 

@@ -22,7 +22,7 @@ from canary.likelihoods import secret_nlls, tokens_from
 from canary.lines import TOO_FEW, audit_line
 from canary.report import audit_rows
 from canary.task import TextArm
-from common import dataset, reviews
+from common import dataset, manifests, reviews
 from common import models as common_models
 from common.checkpoints import natural_key
 from common.problems import UserError
@@ -122,7 +122,7 @@ def test_file_and_key_agree(condition, tmp_path):
     assert all(row["Review"] == untouched[row["row_id"]] for row in clean)
     assert all(("condition" in row) == (condition == "title") for row in made)
     assert stat.S_IMODE((tmp_path / "train_canaries_key.jsonl").stat().st_mode) == 0o600
-    manifest = dataset.read_manifest(tmp_path / "train_canaries.jsonl")
+    manifest = manifests.read_manifest(tmp_path / "train_canaries.jsonl")
     assert manifest["tag"] == "train-canaries" and manifest["rows"] == len(made)
     assert manifest["canaries"]["audit_included"] == 40 - len(out) and manifest["canaries"]["held_out"] == 9
     assert header["secret"] == "phone" and manifest["canaries"]["space"] == 10**9

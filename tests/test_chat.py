@@ -8,7 +8,7 @@ from conftest import read_lines, write_rows
 from transformers import AutoTokenizer
 
 import run_peft
-from common import chat, dataset, trained
+from common import chat, dataset, formats, trained
 from common.problems import UserError
 from mia import mia
 from mia.signals import encode as encode_for_mia
@@ -156,7 +156,7 @@ BROKEN = [
 def test_rows_that_are_no_conversation(row, reason, tmp_path):
     file = write_rows(tmp_path / "rows.jsonl", [*chat_rows(3), row])
     with pytest.raises(UserError, match=f"row 3: .*{reason}"):
-        dataset.validate(file, dataset.read_rows(file))
+        dataset.validate(file, formats.read_rows(file))
 
 
 def test_templates_that_cannot_be_used(models, tmp_path):
@@ -238,7 +238,7 @@ def test_chat_and_plain_rows_do_not_mix(models, tmp_path):
         mia.main(list(map(str, words)))
     with pytest.raises(UserError, match="has the fields of another row type"):
         mixed = write_rows(tmp_path / "mixed.jsonl", [*chat_rows(3), {"text": "x"}])
-        dataset.validate(mixed, dataset.read_rows(mixed))
+        dataset.validate(mixed, formats.read_rows(mixed))
 
 
 def test_lower_case_spares_special_tokens(tokenizer):

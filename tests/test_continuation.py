@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import run_peft
 from common import dataset as data_files
+from common import formats, manifests
 from common.problems import UserError
 from data import generation
 from data.continuation import generate, text_statistics
@@ -23,7 +24,7 @@ def words(model, dataset, output, *more):
 
 def make(model, dataset, output, *more) -> list[dict]:
     assert generate.main(words(model, dataset, output, *more)) == 0
-    return data_files.read_rows(output)
+    return formats.read_rows(output)
 
 
 def tokens_of(model, prompt):
@@ -50,7 +51,7 @@ def test_rows_files_and_manifest(models, dataset, tmp_path):
     from datasets import Dataset
 
     assert Dataset.from_file(str(tmp_path / "out" / "data.arrow")).to_list() == made
-    manifest = data_files.read_manifest(tmp_path / "out" / "data.arrow")
+    manifest = manifests.read_manifest(tmp_path / "out" / "data.arrow")
     assert manifest["tag"] == "self-generated-tiny-llama" and manifest["split_start"] == 20 and manifest["rows"] == 40
     assert manifest["source"][0]["rows"] == 60 and manifest["generator"]["model"] == str(models["llama"])
     assert manifest["sampling"]["temperature"] == 0.75 and manifest["sampling"]["seed"] == 3407
@@ -89,7 +90,7 @@ def test_batches_and_ranks_change_nothing(models, dataset, tmp_path):
     command = words(models["llama"], dataset, tmp_path / "two.arrow", *hot, "--batch_size", "4")
     done = run_script("data/continuation/generate.py", *command, ranks=2)
     assert done.returncode == 0, done.stderr
-    assert data_files.read_rows(tmp_path / "two.arrow") == one
+    assert formats.read_rows(tmp_path / "two.arrow") == one
     assert not list(tmp_path.glob(".*partial*"))
 
 
@@ -141,7 +142,7 @@ def test_broken_rows_are_left_out_and_shown_or_refused(models, tmp_path, capsys)
         "broken rows: … and 1 more",
     ]
     assert made == [row for row in whole if row["row_id"] not in (8, 11, 13)]
-    manifest = data_files.read_manifest(output)
+    manifest = manifests.read_manifest(output)
     assert (manifest["split_start"], manifest["source"][0]["rows"], manifest["rows"]) == (5, 15, 7)
     assert json.loads((tmp_path / "run_generate.json").read_text())["dropped"] == {"broken": 4}
     with pytest.raises(UserError, match="row 1: gt-email") as error:
@@ -156,11 +157,11 @@ def test_split_of_the_manifest_and_files_without_one(models, tmp_path):
     data = write_rows(tmp_path / "rows.jsonl", rows)
     made = make(models["neox"], data, tmp_path / "plain.arrow")  # position decides: head of 4
     assert [row["row_id"] for row in made] == list(range(104, 112))
-    assert data_files.read_manifest(tmp_path / "plain.arrow")["split_start"] == 104
-    data_files.manifest_path(data).write_text(json.dumps({"split_start": 109}))
+    assert manifests.read_manifest(tmp_path / "plain.arrow")["split_start"] == 104
+    manifests.manifest_path(data).write_text(json.dumps({"split_start": 109}))
     made = make(models["neox"], data, tmp_path / "carried.arrow")
     assert [row["row_id"] for row in made] == [109, 110, 111]
-    assert data_files.read_manifest(tmp_path / "carried.arrow")["split_start"] == 109
+    assert manifests.read_manifest(tmp_path / "carried.arrow")["split_start"] == 109
 
 
 # ---------------------------------------------------------------- training on it
@@ -248,7 +249,7 @@ def test_overwrite_and_exit_status(models, dataset, tmp_path):
     assert (tmp_path / "data.arrow").read_bytes() == before
     make(models["neox"], dataset, tmp_path / "data.arrow", "--overwrite")
     assert (tmp_path / "data.arrow").read_bytes() != before
-    assert data_files.read_manifest(tmp_path / "data.arrow")["sampling"]["seed"] == 3407
+    assert manifests.read_manifest(tmp_path / "data.arrow")["sampling"]["seed"] == 3407
 
 
 # ---------------------------------------------------------------- pure functions

@@ -11,7 +11,9 @@ from collections import Counter
 import pytest
 from conftest import ROOT
 
-from common.dataset import read_manifest, read_rows, split, validate
+from common.dataset import split, validate
+from common.formats import read_rows
+from common.manifests import read_manifest
 from common.problems import UserError
 from common.results import sha256
 

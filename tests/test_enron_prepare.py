@@ -24,7 +24,7 @@ from conftest import make_tokenizer, read_lines, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common import dataset
+from common import dataset, manifests
 from common.problems import UserError
 from common.results import sha256
 from data.enron import config, inputs, mail, names, occurrences, prepare, prompts
@@ -694,7 +694,7 @@ def many(n: int, seed: int = 0) -> list[bytes]:
 
 def test_no_person_is_on_both_sides_of_the_split(tmp_path):
     rows, counts = build(as_folder(tmp_path / "in", many(90), "{}."), tmp_path / "rows.jsonl")
-    manifest = dataset.read_manifest(tmp_path / "rows.jsonl")
+    manifest = manifests.read_manifest(tmp_path / "rows.jsonl")
     split = dataset.split(rows, manifest)
     assert len(split.head) == manifest["split_start"] == len(rows) // 3 > 30
     assert len(split.head) + len(split.train) == len(rows)
@@ -753,7 +753,8 @@ def test_the_file_depends_neither_on_workers_nor_on_order(workers, tmp_path):
     build(folder, tmp_path / "reference.jsonl")
     assert outputs[0] == outputs[1] == outputs[2] == (tmp_path / "reference.jsonl").read_bytes()
     assert (
-        dataset.read_manifest(tmp_path / "0.jsonl")["source"] == dataset.read_manifest(tmp_path / "2.jsonl")["source"]
+        manifests.read_manifest(tmp_path / "0.jsonl")["source"]
+        == manifests.read_manifest(tmp_path / "2.jsonl")["source"]
     )
 
 
@@ -764,7 +765,7 @@ def test_several_inputs(mails, tmp_path):
     rows, _ = build(half, tmp_path / "rows.jsonl", "--input", rest, "--input", single)
     whole, _ = build(as_folder(tmp_path / "all", mails, "{}."), tmp_path / "whole.jsonl")
     assert rows == whole
-    assert [source["rows"] for source in dataset.read_manifest(tmp_path / "rows.jsonl")["source"]] == [4, 4, 1]
+    assert [source["rows"] for source in manifests.read_manifest(tmp_path / "rows.jsonl")["source"]] == [4, 4, 1]
 
 
 # ---------------------------------------------------------------- the mbox and the archive
@@ -987,7 +988,7 @@ def test_an_existing_output_is_refused_or_replaced(mails, tmp_path):
     assert output.read_bytes() == before
     build(folder, output, "--seed", 1, "--overwrite")
     assert output.read_bytes() != before
-    assert dataset.read_manifest(output)["sha256"] == sha256(output)
+    assert manifests.read_manifest(output)["sha256"] == sha256(output)
 
 
 def test_a_run_that_fails_keeps_the_old_file(mails, tmp_path, monkeypatch):
@@ -1009,7 +1010,7 @@ def test_manifest_and_run_record(mails, tmp_path):
     archive, folder = as_tar(tmp_path / "tar", mails[:5]), as_folder(tmp_path / "in", mails[5:], "{}.")
     rows, counts = build([archive, folder], tmp_path / "rows.jsonl")
     assert dataset.validate("rows", rows) == "enron"
-    manifest = dataset.read_manifest(tmp_path / "rows.jsonl")
+    manifest = manifests.read_manifest(tmp_path / "rows.jsonl")
     assert {key: manifest[key] for key in ("schema", "tag", "script", "split_start", "rows", "generator")} == {
         "schema": 1,
         "tag": "original",
@@ -1029,7 +1030,7 @@ def test_manifest_and_run_record(mails, tmp_path):
     # the digest of a folder depends on the names and bytes of its files
     (folder / "inbox" / "x" / "0.").write_bytes(mails[5] + b"\n")
     build([archive, folder], tmp_path / "changed.jsonl")
-    changed = dataset.read_manifest(tmp_path / "changed.jsonl")["source"]
+    changed = manifests.read_manifest(tmp_path / "changed.jsonl")["source"]
     assert changed[0] == manifest["source"][0]
     assert changed[1]["sha256"] != manifest["source"][1]["sha256"]
 
@@ -1095,7 +1096,7 @@ def test_prompts_are_cut_by_a_tokenizer(tmp_path):
     folder = as_folder(tmp_path / "in", [raw, *filler], "{}.")
     rows, counts = build(folder, tmp_path / "rows.jsonl", "--tokenizer", tmp_path / "tokenizer")
     assert counts["prompt cut"] == f"200 tokens of {tmp_path / 'tokenizer'}"
-    assert "200 tokens of" in dataset.read_manifest(tmp_path / "rows.jsonl")["sampling"]["prompt"]
+    assert "200 tokens of" in manifests.read_manifest(tmp_path / "rows.jsonl")["sampling"]["prompt"]
     whole = occurrences.render(raw)[0]
     row = next(row for row in rows if row["gt-email"] == "ada@pell.example")
     ids = tokenizer.encode(whole[: whole.index("ada@pell")][-1024:])

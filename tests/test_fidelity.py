@@ -11,7 +11,7 @@ import pytest
 from conftest import run_script, write_manifest, write_rows
 from scipy import linalg, stats
 
-from common import dataset, reviews
+from common import formats, manifests, reviews
 from common.problems import UserError
 from common.text import copied_lengths, longest_copy
 from fidelity import fidelity
@@ -406,7 +406,7 @@ def test_a_file_that_is_not_what_its_manifest_says_is_refused(files, tmp_path):
         with pytest.raises(UserError, match=wanted) as caught:
             call(arms, out, "--dry_run", arms=("cut",))
         assert len(caught.value.problems) == 1
-    dataset.manifest_path(cut).unlink()
+    manifests.manifest_path(cut).unlink()
     call(arms, out, "--dry_run", arms=("cut",))
 
 
@@ -562,7 +562,7 @@ def test_renamed_fields_are_read_in_every_file_that_has_them(files, tmp_path):
     for name in ("real", "garbled"):
         rows = [
             {{"Review": "body", "Rating": "stars"}.get(key, key): value for key, value in row.items()}
-            for row in dataset.read_rows(files[name])
+            for row in formats.read_rows(files[name])
         ]
         renamed[name] = write_rows(tmp_path / f"{name}.jsonl", rows)
     config = FidelityConfig(

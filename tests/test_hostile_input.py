@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from conftest import make_rows, write_rows
 
-from common import dataset, json_files, reviews, strict_json
+from common import arrow_files, dataset, formats, json_files, manifests, reviews, strict_json
 from common.problems import UserError
 from common.process import entry
 from common.text import emails, first_email
@@ -53,13 +53,13 @@ RIGHT = {
 def test_read_as_it_is_meant(kind, tmp_path):
     name, content = RIGHT[kind]
     (tmp_path / name).write_bytes(content)
-    assert dataset.read_rows(tmp_path / name) == ROWS
+    assert formats.read_rows(tmp_path / name) == ROWS
 
 
 def test_line_separators_within_a_text(tmp_path):
     rows = [{"text": "one\u2028two\u2029three\x85four"}, {"text": "nul \0 and \U0001f469‍\U0001f467"}]
     write_rows(tmp_path / "r.jsonl", rows)
-    assert dataset.read_rows(tmp_path / "r.jsonl") == rows
+    assert formats.read_rows(tmp_path / "r.jsonl") == rows
 
 
 SECRET = "private-words"
@@ -91,7 +91,7 @@ def test_one_line_for_a_broken_file(kind, tmp_path):
     content, said = WRONG[kind]
     (tmp_path / "r.jsonl").write_bytes(content)
     with pytest.raises(UserError) as error:
-        dataset.read_rows(tmp_path / "r.jsonl")
+        formats.read_rows(tmp_path / "r.jsonl")
     (line,) = error.value.problems
     assert said in line and SECRET not in line and "\n" not in line
 
@@ -99,7 +99,7 @@ def test_one_line_for_a_broken_file(kind, tmp_path):
 def test_an_array_in_one_line(tmp_path):
     (tmp_path / "r.jsonl").write_text(json.dumps(ROWS))
     with pytest.raises(UserError, match=r"r\.jsonl:1: .* write one object per line"):
-        dataset.read_rows(tmp_path / "r.jsonl")
+        formats.read_rows(tmp_path / "r.jsonl")
 
 
 ODD_ROWS = [
@@ -115,7 +115,7 @@ ODD_ROWS = [
 def test_a_row_of_other_types(change, said, tmp_path):
     path = write_rows(tmp_path / "r.jsonl", [*ROWS[:3], ROWS[3] | change, *ROWS[4:]])
     with pytest.raises(UserError) as error:
-        dataset.validate(path, dataset.read_rows(path))
+        dataset.validate(path, formats.read_rows(path))
     (line,) = error.value.problems
     assert line.startswith(f"{path}: row 3: {said}")
 
@@ -124,7 +124,7 @@ def test_a_row_of_other_types(change, said, tmp_path):
 @pytest.mark.parametrize("value", [["a"], {"a": 1}, True])
 def test_a_review_of_other_types(field, value, tmp_path):
     path = write_rows(tmp_path / "r.jsonl", [REVIEW, REVIEW | {field: value}])
-    for read in (lambda: dataset.validate(path, dataset.read_rows(path)), lambda: reviews.read_reviews(path)):
+    for read in (lambda: dataset.validate(path, formats.read_rows(path)), lambda: reviews.read_reviews(path)):
         with pytest.raises(UserError, match=f"row 1: field '{field}' must be"):
             read()
 
@@ -152,7 +152,7 @@ def test_a_manifest_of_another_kind(text, said, tmp_path):
     path = write_rows(tmp_path / "r.jsonl", ROWS)
     (tmp_path / "r.jsonl.meta.json").write_text(text)
     with pytest.raises(UserError) as error:
-        dataset.read_manifest(path)
+        manifests.read_manifest(path)
     (line,) = error.value.problems
     assert said in line and line.endswith(f"remove it or build {path} again")
 
@@ -171,10 +171,10 @@ COLUMNS = [
 def test_columns_that_arrow_cannot_hold(values, said, tmp_path):
     rows = [{"text": SECRET, "note": value} for value in values]
     with pytest.raises(UserError) as error:
-        dataset.check_columns("r.jsonl", rows)
+        arrow_files.check_columns("r.jsonl", rows)
     (line,) = error.value.problems
     assert said in line and SECRET not in line
-    dataset.check_columns("r.jsonl", [{"a": 1, "b": [1], "c": {}}, {"a": 2.5, "b": None}])
+    arrow_files.check_columns("r.jsonl", [{"a": 1, "b": [1], "c": {}}, {"a": 2.5, "b": None}])
 
 
 @pytest.mark.parametrize("script", ["continuation", "replace_pii"])
@@ -206,7 +206,7 @@ def test_arrow_values_that_json_lacks(tmp_path):
         table = pa.table(columns)
         with pa.OSFile(str(tmp_path / "r.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
             writer.write_table(table)
-        return dataset.read_rows(tmp_path / "r.arrow")
+        return formats.read_rows(tmp_path / "r.arrow")
 
     day = datetime.date(2001, 2, 3)
     assert write(text=["a"], x=[float("nan")], day=[day]) == [{"text": "a", "x": None, "day": "2001-02-03"}]
@@ -230,7 +230,7 @@ def test_json_files_of_ours(tmp_path):
 def test_the_process_prints_the_same_line(tmp_path, capsys):
     path = write_rows(tmp_path / "r.jsonl", [{"text": "a"}])
     path.write_text('{"text": "\\ud83d"}\n')
-    assert entry(lambda: dataset.read_rows(path)) == 2
+    assert entry(lambda: formats.read_rows(path)) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 

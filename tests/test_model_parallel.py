@@ -20,8 +20,7 @@ from test_self_instruct import DRIVER, quick, tiny
 from test_synthetic import held_out
 
 from common import adapters as common_adapters
-from common import dataset as data_files
-from common import distributed, sampling, sharding
+from common import distributed, formats, sampling, sharding
 from common import models as common_models
 from common.problems import Problems, UserError
 
@@ -324,7 +323,7 @@ def test_every_other_script_on_two_groups(adapters, models, dataset, held_out, l
     ]  # fmt: skip
     run_all(tmp_path, commands)
     one, four = ([tmp_path / side / str(number) for number in range(len(commands))] for side in ("one", "four"))
-    assert data_files.read_rows(four[0] / "data.arrow") == data_files.read_rows(one[0] / "data.arrow")
+    assert formats.read_rows(four[0] / "data.arrow") == formats.read_rows(one[0] / "data.arrow")
     assert read_lines(four[1] / "data.jsonl") == read_lines(one[1] / "data.jsonl")
     same_scores(*(read_lines(side[2] / "out" / "results_canary_rows.jsonl") for side in (four, one)), rel=1e-4)
     for number in (3, 4):

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import run_peft
+from common import arrow_files, formats, manifests
 from common import dataset as data_files
 from common.problems import UserError
 from common.process import entry
@@ -42,7 +43,7 @@ def build(tmp_path, rows, *more, name="rows.jsonl") -> list[dict]:
     tmp_path.mkdir(exist_ok=True)
     source, output = write_rows(tmp_path / name, rows), tmp_path / "replaced_data.arrow"
     assert replace_pii.main(["--input", str(source), "--output", str(output), *map(str, more)]) == 0
-    return data_files.read_rows(output)
+    return formats.read_rows(output)
 
 
 def texts_of(tmp_path, *texts: str) -> tuple[list[str], dict[str, str]]:
@@ -317,7 +318,7 @@ def test_manifest_record_and_readers(tmp_path, dataset):
     table = datasets.Dataset.from_file(str(output))
     assert table.column_names == ["gt-name", "gt-email", "prompt", "continuation", "row_id"]
     assert table.to_list() == rows and table["row_id"][:3] == [0, 1, 2]
-    manifest = data_files.read_manifest(output)
+    manifest = manifests.read_manifest(output)
     assert (manifest["tag"], manifest["split_start"], manifest["rows"]) == ("replaced", 20, 60)  # 60 // 3
     assert manifest["script"] == "data/replace_pii.py" and manifest["sha256"] == sha256(output)
     assert manifest["source"][0]["sha256"] == sha256(tmp_path / "rows.jsonl") and manifest["source"][0]["rows"] == 60
@@ -334,7 +335,7 @@ def test_split_start_of_the_source_is_kept_and_missing_row_ids_are_given(tmp_pat
     write_manifest(source, tag="original", script="x", argv=[], rows=12, split_start=7)
     replaced = build(tmp_path, rows)
     assert [row["row_id"] for row in replaced] == list(range(12))
-    parts = data_files.split(replaced, data_files.read_manifest(tmp_path / "replaced_data.arrow"))
+    parts = data_files.split(replaced, manifests.read_manifest(tmp_path / "replaced_data.arrow"))
     assert (list(parts.head), list(parts.train)) == (list(range(7)), list(range(7, 12)))
 
 
@@ -352,7 +353,7 @@ def test_lines_that_are_no_rows_keep_their_positions(tmp_path, capsys):
         f"{source}: row 2: expected a JSON object"
     )
     assert (len(err), err[3]) == (4, "broken rows: … and 2 more")
-    replaced, manifest = data_files.read_rows(output), data_files.read_manifest(output)
+    replaced, manifest = formats.read_rows(output), manifests.read_manifest(output)
     assert [row["row_id"] for row in replaced] == [101, 103, 105, 106, 107, 108, 110, 111]
     assert (manifest["split_start"], manifest["source"][0]["rows"]) == (104, 13)
     assert list(data_files.split(replaced, manifest).head) == [0, 1]
@@ -419,11 +420,13 @@ def test_leaks(leak, kinds, tmp_path):
 
 def test_the_check_reads_every_text_of_the_written_file(tmp_path, monkeypatch, capsys):
     """A name introduced while the file is written, in a list and in a key within a column."""
-    write = data_files.write_arrow
+    write = arrow_files.write_arrow
     rows = [row | {"notes": [{"by": "nobody"}]} for row in make_rows(12)]
     for spoil in (lambda name: [{"by": name}], lambda name: [{name: "x"}]):
         notes = {"notes": spoil(rows[2]["gt-name"])}
-        monkeypatch.setattr(data_files, "write_arrow", lambda path, new, n=notes: write(path, [*new[:-1], new[-1] | n]))
+        monkeypatch.setattr(
+            arrow_files, "write_arrow", lambda path, new, n=notes: write(path, [*new[:-1], new[-1] | n])
+        )
         source = write_rows(tmp_path / "rows.jsonl", rows)
         assert replace_pii.main(["--input", str(source), "--output", str(tmp_path / "r.arrow")]) == 1
         err = capsys.readouterr().err.splitlines()
@@ -556,7 +559,7 @@ def test_broken_rows_are_left_out_and_shown_or_refused(change, reason, tmp_path,
     rows = [row | (change if row["row_id"] in (1, 2, 3, 4) else {}) for row in make_rows(12)]
     replaced = build(tmp_path, rows)
     assert [row["row_id"] for row in replaced] == [0, *range(5, 12)]
-    assert data_files.read_manifest(tmp_path / "replaced_data.arrow")["split_start"] == 4  # 12 // 3 of the source
+    assert manifests.read_manifest(tmp_path / "replaced_data.arrow")["split_start"] == 4  # 12 // 3 of the source
     lines = capsys.readouterr().err.splitlines()
     shown = [f"{tmp_path / 'rows.jsonl'}: row {row}: {reason}" for row in (1, 2, 3)]
     assert lines == [*shown, "broken rows: … and 1 more"]
@@ -583,7 +586,7 @@ def test_as_a_user_runs_it(tmp_path):
     done = run_script("data/replace_pii.py", "--input", source)
     assert done.returncode == 0, done.stderr
     assert "leak check: no old full name, address or pair" in done.stdout
-    assert len(data_files.read_rows(tmp_path / "replaced_data.arrow")) == 30
+    assert len(formats.read_rows(tmp_path / "replaced_data.arrow")) == 30
     again = run_script("data/replace_pii.py", "--input", source)
     assert (again.returncode, again.stderr) == (0, "") and "already finished" in again.stdout
     again = run_script("data/replace_pii.py", "--input", source, "--seed", 1)
@@ -600,7 +603,7 @@ def test_leak_check_by_path(tmp_path):
     done = run_script(*words, tmp_path / "r.arrow")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [f"old {kind} in 0 of 12 rows" for kind in ("full names", "addresses", "pairs")]
-    replaced = [dict(row) for row in data_files.read_rows(tmp_path / "r.arrow")]
+    replaced = [dict(row) for row in formats.read_rows(tmp_path / "r.arrow")]
     replaced[3]["prompt"] += f" {rows[5]['gt-name']}"
     replaced[7]["prompt"] += f" {rows[5]['gt-name']} <{rows[5]['gt-email']}>"
     result = run_script(*words, write_rows(tmp_path / "edited.jsonl", replaced))

@@ -12,7 +12,7 @@ from conftest import make_rows, write_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from common import dataset, json_files, rows, trained
+from common import dataset, formats, json_files, rows, trained
 from common.problems import UserError
 from common.rows import Faults, Lazy, Lines, Table
 
@@ -59,7 +59,7 @@ def same(first, second):
 def test_every_kind_of_file_has_the_rows_of_a_list(kind, tmp_path, on_disk):
     content = make_rows(40)
     path = write(tmp_path / f"rows.{kind}", content)
-    found, listed = dataset.open_rows(path), dataset.read_rows(path)
+    found, listed = formats.open_rows(path), formats.read_rows(path)
     assert isinstance(listed, list) and isinstance(found, Table if "arrow" in kind or kind == "parquet" else Lines)
     assert len(found) == 40 and same(list(found), listed) and listed == content
     order = random.Random(3).sample(range(40), 40)
@@ -78,7 +78,7 @@ def test_any_table_of_text_is_read_alike(values, end, marked, tmp_path, on_disk)
     with open(path, "w", encoding="utf-8-sig" if marked else "utf-8", newline="") as file:
         lines = csv.writer(file, lineterminator=end, quoting=csv.QUOTE_ALL)
         lines.writerows([["row_id", "text"], *enumerate(values)])
-    assert list(dataset.open_rows(path)) == dataset.read_rows(path)
+    assert list(formats.open_rows(path)) == formats.read_rows(path)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -97,7 +97,7 @@ def test_any_json_lines_are_read_alike(values, blanks, marked, ascii_only, tmp_p
         row = {"text": text, "n": number, "x": size, "deep": [{"a": None, "b": True}, text]}
         lines += [json.dumps(row, ensure_ascii=ascii_only), blank]
     path.write_text("\n".join(lines), encoding="utf-8-sig" if marked else "utf-8", newline="")
-    assert same(list(dataset.open_rows(path)), dataset.read_rows(path))
+    assert same(list(formats.open_rows(path)), formats.read_rows(path))
 
 
 def broken_files():
@@ -120,9 +120,9 @@ def test_errors_name_the_same_lines(kind, content, tmp_path, on_disk):
     path = tmp_path / f"broken.{kind}"
     path.write_bytes(content.encode("latin-1" if "\xff" in content else "utf-8"))
     with pytest.raises(UserError) as listed:
-        dataset.read_rows(path)
+        formats.read_rows(path)
     with pytest.raises(UserError) as found:
-        dataset.open_rows(path)
+        formats.open_rows(path)
     assert found.value.problems == listed.value.problems
 
 
@@ -135,12 +135,12 @@ def test_columns_that_json_lacks(kind, tmp_path, on_disk):
     table |= {"day": [datetime.date(2001, 2, 3)] * 3, "cost": [decimal.Decimal("1.50")] * 3}
     path = tmp_path / f"rows.{kind}"
     write(path, pa.table(table).to_pylist())
-    found = dataset.open_rows(path)
-    assert isinstance(found, Table) and list(found) == dataset.read_rows(path)
+    found = formats.open_rows(path)
+    assert isinstance(found, Table) and list(found) == formats.read_rows(path)
     assert found[1]["x"] is None and found[0] == {"text": "a", "x": 1.5, "n": 1, "day": "2001-02-03", "cost": "1.50"}
     path = write(tmp_path / f"bytes.{kind}", [{"text": "a", "raw": b"\xff"}])
     with pytest.raises(UserError, match="column 'raw' holds bytes"):
-        dataset.open_rows(path)
+        formats.open_rows(path)
 
 
 def test_damaged_files_are_one_line(tmp_path, on_disk):
@@ -148,13 +148,13 @@ def test_damaged_files_are_one_line(tmp_path, on_disk):
         path = write(tmp_path / f"rows.{kind}", make_rows(40))
         path.write_bytes(path.read_bytes()[:-9])
         with pytest.raises(UserError) as caught:
-            dataset.open_rows(path)
+            formats.open_rows(path)
         assert len(caught.value.problems) == 1 and str(path) in caught.value.problems[0]
 
 
 def test_a_file_that_changes_is_refused(tmp_path, on_disk):
     path = write_rows(tmp_path / "rows.jsonl", [{"text": f"row {number}"} for number in range(5)])
-    found = dataset.open_rows(path)
+    found = formats.open_rows(path)
     assert found[3] == {"text": "row 3"}
     with open(path, "a") as file:
         file.write('{"text": "late"}\n')
@@ -166,19 +166,19 @@ def test_several_files_and_renamed_columns(tmp_path, on_disk):
     content = [{"body": f"row {number}", "row_id": number} for number in range(12)]
     for part, kind in enumerate(("jsonl", "parquet", "csv")):
         write(tmp_path / f"part-{part}.{kind}", content[4 * part : 4 * part + 4])
-    found = dataset.open_rows(tmp_path / "part-*", ["text=body"])
+    found = formats.open_rows(tmp_path / "part-*", ["text=body"])
     assert isinstance(found, Lazy) and len(found) == 12
     assert list(found) == [{"text": row["body"], "row_id": row["row_id"]} for row in content]
     assert found[7]["text"] == "row 7" and dataset.validate(tmp_path / "part-*", found) == "text"
     with pytest.raises(UserError, match="already"):
-        dataset.open_rows(tmp_path / "part-*", ["row_id=body"])
+        formats.open_rows(tmp_path / "part-*", ["row_id=body"])
 
 
 def test_rows_of_mixed_shapes_are_named(tmp_path, on_disk):
     content = [{"text": "a"}] * 3 + [{"prompt": "a", "completion": "b"}, {"text": None}, {"text": 5}]
     path = write_rows(tmp_path / "rows.jsonl", content)
     problems = []
-    for read in (dataset.open_rows, dataset.read_rows):
+    for read in (formats.open_rows, formats.read_rows):
         with pytest.raises(UserError) as caught:
             dataset.validate(path, read(path))
         problems.append(caught.value.problems)
@@ -198,7 +198,7 @@ def test_faults_keep_the_first_few():
 
 def test_small_files_are_lists(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", make_rows(5))
-    assert type(dataset.open_rows(path)) is list
+    assert type(formats.open_rows(path)) is list
 
 
 @pytest.mark.parametrize("flags", [(), ("--loss_on", "completion"), ("--packing",), ("--eval_rows", 5)])

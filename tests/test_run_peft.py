@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import run_peft
 from common import dataset as data_files
+from common import formats
 from common.models import find_model
 from common.problems import UserError
 from common.process import entry
@@ -131,7 +132,7 @@ def test_held_out_loss_is_the_mean_over_tokens(models, dataset, tmp_path):
     folder = train(tmp_path, models["llama"], dataset, "-lr", "0", "--eval_rows", 7)
     base, tokenizer = base_of(models["llama"]), _tokenizer(models["llama"])
     total = count = 0
-    for row in data_files.read_rows(dataset)[:7]:
+    for row in formats.read_rows(dataset)[:7]:
         ids = torch.tensor([tokenizer(data_files.row_text(row)[0])["input_ids"] + [tokenizer.eos_token_id]])
         with torch.no_grad():
             total += base(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
@@ -165,7 +166,7 @@ def test_one_step_is_the_mean_over_all_label_tokens(models, tmp_path):
     assert read_lines(folder / "metrics.jsonl")[-1]["step"] == 1
     model = PeftModel.from_pretrained(base_of(models["neox"]), start / "checkpoint-1", is_trainable=True)
     tokenizer = _tokenizer(models["neox"])
-    rows = [tokenizer(row["text"])["input_ids"] + [tokenizer.eos_token_id] for row in data_files.read_rows(data)]
+    rows = [tokenizer(row["text"])["input_ids"] + [tokenizer.eos_token_id] for row in formats.read_rows(data)]
     labels = sum(len(ids) - 1 for ids in rows)
     for ids in rows:
         batch = torch.tensor([ids])
@@ -207,7 +208,7 @@ def test_packing_with_eager_attention(models, tmp_path, dataset):
     """The additive mask of eager attention gives what the boolean mask of SDPA gives."""
     import torch
 
-    rows = batches.encode(as_trained(data_files.read_rows(dataset)[:4]), _tokenizer(models["neox"]), 256)
+    rows = batches.encode(as_trained(formats.read_rows(dataset)[:4]), _tokenizer(models["neox"]), 256)
     logits = {}
     for attention in ("sdpa", "eager"):
         from transformers import AutoModelForCausalLM
@@ -239,7 +240,7 @@ def test_eos_is_learned_once_per_row_and_padding_never(models):
 
 def test_loss_on_completion(models, dataset, tmp_path):
     tokenizer = _tokenizer(models["neox"])
-    for row in data_files.read_rows(dataset)[:20]:
+    for row in formats.read_rows(dataset)[:20]:
         encoded = batches.encode(as_trained([row]), tokenizer, 1000, "completion")[0]
         learned = tokenizer.decode(encoded.ids[encoded.spans[0][0] :])
         # the token that holds the boundary is learned whole, so up to its length more than the continuation
@@ -599,7 +600,7 @@ def test_dry_run(models, dataset, tmp_path, capsys):
 
 
 def test_rows_and_overlap(models, dataset, tmp_path):
-    rows = data_files.read_rows(dataset)
+    rows = formats.read_rows(dataset)
 
     def choose(rows, manifest, *words):
         args = run_peft.make_parser().parse_args([str(word) for word in words])
@@ -704,7 +705,7 @@ def test_as_a_user_runs_it(models, dataset, tmp_path):
     words[3] = tmp_path / "none.jsonl"
     done = run_script("run_peft.py", *words)
     assert done.returncode == 2
-    assert done.stderr == f"{tmp_path}/none.jsonl: no such file; give a {data_files.FORMATS} file\n"
+    assert done.stderr == f"{tmp_path}/none.jsonl: no such file; give a {formats.FORMATS} file\n"
 
 
 def test_a_finished_run_of_a_base_that_has_changed_is_refused(models, dataset, tmp_path):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rapidfuzz.distance import LCSseq
 
 import run_peft
-from common import dataset, distributed
+from common import dataset, distributed, manifests
 from common.problems import UserError
 from data.self_instruct import filters, generate, rounds
 from data.self_instruct.completion import complete
@@ -75,7 +75,7 @@ def test_broken_seed_tasks_are_left_out_and_shown_or_refused(tiny, tmp_path, cap
     shown = [f"--seed_tasks {seeds}: task {number}: needs an instruction and ex" for number in (2, 3, 4)]
     assert [line[: len(start)] for line, start in zip(lines, shown)] == shown
     assert lines[3] == "broken tasks: … and 1 more"
-    assert dataset.read_manifest(tmp_path / "data.jsonl")["source"][0]["rows"] == len(tasks)
+    assert manifests.read_manifest(tmp_path / "data.jsonl")["source"][0]["rows"] == len(tasks)
     assert json.loads((tmp_path / "run_generate.json").read_text())["counts"]["broken seed tasks"] == 4
     assert generate.main(words(tiny, tmp_path / "clean.jsonl", "--num_rows", 5)) == 0
     assert (tmp_path / "clean.jsonl").read_bytes() == (tmp_path / "data.jsonl").read_bytes()
@@ -267,7 +267,7 @@ def test_procedure_rows_counts_and_resuming(tiny, tmp_path, monkeypatch):
     assert counts["instances: output equals input"] == 4 * n_rounds - n_kinds
     assert counts["instances: kept"] == 2 * (4 * n_rounds - n_kinds) >= 11
     assert record["keep_rate"]["instructions"] == 0.2
-    manifest = dataset.read_manifest(tmp_path / "whole.jsonl")
+    manifest = manifests.read_manifest(tmp_path / "whole.jsonl")
     assert (
         manifest["tag"] == "self-instruct-tiny-long" and manifest["rows"] == 11 and manifest["source"][0]["rows"] == 68
     )

@@ -5,7 +5,7 @@ import pytest
 from conftest import make_rows, read_lines, write_rows
 from planted import text_rows
 
-from common import dataset, results, sources
+from common import dataset, formats, manifests, results, sources
 from common.problems import UserError
 from common.sources import data_files
 
@@ -25,16 +25,16 @@ def saved(tmp_path):
 
 def test_saved_data_sets_have_their_rows(saved):
     for name in ("one", "three", "dictionary/train"):
-        assert dataset.read_rows(saved / name) == ROWS
-        assert dataset.validate(saved / name, dataset.read_rows(saved / name)) == "enron"
-    assert dataset.read_rows(saved / "dictionary/test") == ROWS[:3]
-    shuffled = dataset.read_rows(saved / "shuffled")
+        assert formats.read_rows(saved / name) == ROWS
+        assert dataset.validate(saved / name, formats.read_rows(saved / name)) == "enron"
+    assert formats.read_rows(saved / "dictionary/test") == ROWS[:3]
+    shuffled = formats.read_rows(saved / "shuffled")
     assert shuffled == datasets.load_from_disk(str(saved / "shuffled")).to_list() != ROWS
 
 
 def test_a_dictionary_of_splits_is_refused_by_name(saved):
     with pytest.raises(UserError, match=r"several splits; name the folder of one: test, train"):
-        dataset.read_rows(saved / "dictionary")
+        formats.read_rows(saved / "dictionary")
 
 
 @pytest.mark.parametrize("damage", ["state", "missing", "indices"])
@@ -47,7 +47,7 @@ def test_a_damaged_folder_is_one_line(damage, saved):
     else:
         state.write_text(state.read_text().replace("{", '{"_indices_data_files": [{"filename": "x.arrow"}],', 1))
     with pytest.raises(UserError) as error:
-        dataset.read_rows(saved / "one")
+        formats.read_rows(saved / "one")
     (line,) = error.value.problems
     assert str(saved / "one") in line and "\n" not in line
 
@@ -57,27 +57,27 @@ def test_a_pattern_reads_its_files_in_order(tmp_path):
         write_rows(tmp_path / f"part-{number}.jsonl", ROWS[10 * number : 10 * number + 10])
     pattern = tmp_path / "part-*.jsonl"
     assert [path.name for path in data_files(pattern)] == ["part-0.jsonl", "part-1.jsonl", "part-2.jsonl"]
-    assert dataset.read_rows(pattern) == ROWS
+    assert formats.read_rows(pattern) == ROWS
     with pytest.raises(UserError, match="no file matches this pattern"):
-        dataset.read_rows(tmp_path / "none-*.jsonl")
+        formats.read_rows(tmp_path / "none-*.jsonl")
     write_rows(tmp_path / "part-3.jsonl", text_rows(2, 1))
     with pytest.raises(UserError, match="another row type"):
-        dataset.validate(pattern, dataset.read_rows(pattern))
+        dataset.validate(pattern, formats.read_rows(pattern))
 
 
 def test_a_file_with_a_magic_name_is_itself(tmp_path):
     file = write_rows(tmp_path / "a[1].jsonl", ROWS)
-    assert dataset.read_rows(file) == ROWS and data_files(file) == [file]
+    assert formats.read_rows(file) == ROWS and data_files(file) == [file]
 
 
 def test_broken_lines_are_numbered_over_all_files(tmp_path):
     write_rows(tmp_path / "a.jsonl", ROWS[:2])
     (tmp_path / "b.jsonl").write_text("{\n", encoding="utf-8")
     broken: dict[int, str] = {}
-    assert dataset.read_rows(tmp_path / "*.jsonl", broken) == [*ROWS[:2], {}]
+    assert formats.read_rows(tmp_path / "*.jsonl", broken) == [*ROWS[:2], {}]
     assert list(broken) == [2]
     with pytest.raises(UserError, match=r"b\.jsonl:1: not JSON"):
-        dataset.read_rows(tmp_path / "*.jsonl")
+        formats.read_rows(tmp_path / "*.jsonl")
 
 
 def test_the_hash_follows_content_and_order(saved):
@@ -91,8 +91,8 @@ def test_the_hash_follows_content_and_order(saved):
 
 def test_fields_are_renamed(tmp_path):
     file = write_rows(tmp_path / "a.jsonl", [{"body": "x", "title": "t"}, {"body": "y", "title": "u"}])
-    assert dataset.read_rows(file, None, ["text=body"]) == [{"text": "x", "title": "t"}, {"text": "y", "title": "u"}]
-    exchanged = dataset.read_rows(file, None, ["title=body", "body=title"])
+    assert formats.read_rows(file, None, ["text=body"]) == [{"text": "x", "title": "t"}, {"text": "y", "title": "u"}]
+    exchanged = formats.read_rows(file, None, ["title=body", "body=title"])
     assert exchanged == [{"title": "x", "body": "t"}, {"title": "y", "body": "u"}]
 
 
@@ -108,7 +108,7 @@ def test_fields_are_renamed(tmp_path):
 def test_fields_that_cannot_be_renamed(columns, said, tmp_path):
     file = write_rows(tmp_path / "a.jsonl", [{"body": "x", "title": "t"}])
     with pytest.raises(UserError, match=said):
-        dataset.read_rows(file, None, columns)
+        formats.read_rows(file, None, columns)
 
 
 def test_training_attacks_and_perplexity_read_renamed_fields(models, tmp_path):
@@ -122,7 +122,7 @@ def test_training_attacks_and_perplexity_read_renamed_fields(models, tmp_path):
     plain = {name: write_rows(tmp_path / f"{name}.jsonl", text_rows(12, seed)) for name, seed in (("a", 1), ("b", 2))}
     (tmp_path / "odd").mkdir()
     odd = {
-        name: write_rows(tmp_path / "odd" / file.name, [{"body": row["text"]} for row in dataset.read_rows(file)])
+        name: write_rows(tmp_path / "odd" / file.name, [{"body": row["text"]} for row in formats.read_rows(file)])
         for name, file in plain.items()
     }
     found = []
@@ -192,12 +192,12 @@ def test_a_name_is_loaded_and_read_by_its_split(tmp_path, monkeypatch, no_names)
     sources.load(["org/some-name", "org/some-name:test", None], None, None)
     assert asked == [("org/some-name", None, "train"), ("org/some-name", None, "test")]
     for path, n in (("org/some-name", 20), ("org/some-name:test", 7)):
-        rows = dataset.open_rows(path)
+        rows = formats.open_rows(path)
         assert [row["text"] for row in rows] == [row["text"] for row in text_rows(n, n)]
         assert len(results.sha256(path)) == 64 and dataset.validate(path, rows) == "text"
-    assert dataset.data_tag("org/some-name:test", None) == "some-nametest"
+    assert manifests.data_tag("org/some-name:test", None) == "some-nametest"
     sources.load(["org/some-name"], "test", None)
-    assert len(dataset.read_rows("org/some-name")) == 7
+    assert len(formats.read_rows("org/some-name")) == 7
     with pytest.raises(UserError, match=r'Unknown split "none"'):
         sources.load(["org/some-name"], "none", None)
     with pytest.raises(UserError, match="give the name of one split"):
@@ -207,16 +207,16 @@ def test_a_name_is_loaded_and_read_by_its_split(tmp_path, monkeypatch, no_names)
 def test_a_folder_with_splits(saved, no_names):
     path = str(saved / "dictionary")
     sources.load([path], "test", None)
-    assert dataset.read_rows(path) == ROWS[:3]
+    assert formats.read_rows(path) == ROWS[:3]
     with pytest.raises(UserError, match="no such split; choose from test, train"):
         sources.load([path], "validation", None)
     files = saved / "files"
     files.mkdir()
     write_rows(files / "train.jsonl", text_rows(5, 1))
     with pytest.raises(UserError, match="is a directory"):
-        dataset.read_rows(files)
+        formats.read_rows(files)
     sources.load([str(files)], "train", None)
-    assert [row["text"] for row in dataset.read_rows(files)] == [row["text"] for row in text_rows(5, 1)]
+    assert [row["text"] for row in formats.read_rows(files)] == [row["text"] for row in text_rows(5, 1)]
 
 
 @pytest.mark.parametrize("script", ["run_peft", "mia", "perplexity", "audit"])

@@ -11,7 +11,7 @@ from conftest import ROOT, write_manifest, write_rows
 
 import quickstart
 from canary.config import MeasureConfig as CanaryConfig
-from common import cli, dataset, provenance, results
+from common import cli, manifests, provenance, results
 from common import models as common_models
 from common.problems import UserError
 from data.synthetic.config import SyntheticConfig
@@ -117,8 +117,8 @@ def test_built_data_is_kept_for_the_files_and_weights_it_was_made_from(tmp_path,
 
     def builder(config):
         weights = provenance.weights_sha256(common_models.find_model(config.model))
-        settings = dataset.settings_of(config, input=results.sha256(config.input), weights=weights)
-        if dataset.finished([("--output", output)], settings, config.overwrite) or config.dry_run:
+        settings = manifests.settings_of(config, input=results.sha256(config.input), weights=weights)
+        if manifests.finished([("--output", output)], settings, config.overwrite) or config.dry_run:
             print("not shown")
             return
         calls.append(config.overwrite)
@@ -140,7 +140,7 @@ def test_built_data_is_kept_for_the_files_and_weights_it_was_made_from(tmp_path,
     assert (build(), build()) == (3, 3)
     write_rows(output, [{"b": "edited"}])
     assert (build(), build()) == (4, 4)
-    dataset.manifest_path(output).write_text("{}")
+    manifests.manifest_path(output).write_text("{}")
     assert (build(), build()) == (5, 5)
     assert (build(top_k=7), build(top_k=7)) == (6, 6)
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, kill_when_written, read_lines, run_script, write_rows
 
 import run_peft
-from common import dataset, results, trained
+from common import dataset, manifests, results, trained
 from common import models as common_models
 from common.problems import UserError
 from data.synthetic import generate, histogram
@@ -152,7 +152,7 @@ def test_rows_manifest_and_run(models, held_out, training, tmp_path):
         assert (row["arm"], row["condition"], row["seed"], row["sample"]) == ("no_dp", "metadata", 3407, 0)
         assert row["finish_reason"] == ("length" if row["generated_tokens"] == 12 else "eos")
         assert "Review" not in row and "Review Title" not in row and "key" not in row
-    manifest = dataset.read_manifest(out)
+    manifest = manifests.read_manifest(out)
     assert manifest["tag"] == "synthetic-no_dp" and manifest["rows"] == 30
     assert [one["rows"] for one in manifest["source"]] == [30, 60]
     assert manifest["privacy"]["epsilon"] is None and manifest["privacy"]["private"] is False
@@ -223,7 +223,7 @@ def test_filters_are_counted(models, held_out, tmp_path):
     ended = [row for row in whole if row["finish_reason"] == "eos"]
     filled = [row for row in ended if row["generated_text"].strip()]
     assert kept == filled
-    manifest = dataset.read_manifest(tmp_path / "b.jsonl")
+    manifest = manifests.read_manifest(tmp_path / "b.jsonl")
     wanted = {"length": 30 - len([r for r in whole if r["finish_reason"] == "eos"]), "empty": len(ended) - len(filled)}
     assert manifest["filtered"] == wanted and manifest["n_dropped"] == sum(wanted.values())
     assert (manifest["n_requested"], manifest["n_scored"]) == (30, len(kept))
@@ -234,7 +234,7 @@ def test_prompts_without_room_are_dropped_and_counted(models, tmp_path):
     rows[2]["Product Title"] = "x " * 600
     made = make(models["llama"], write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out.jsonl")
     assert [row["row_id"] for row in made] == [0, 1, 3, 4]
-    assert list(dataset.read_manifest(tmp_path / "out.jsonl")["dropped"].values()) == [1]
+    assert list(manifests.read_manifest(tmp_path / "out.jsonl")["dropped"].values()) == [1]
 
 
 def test_near_copies_by_hand():
@@ -302,7 +302,7 @@ def test_privacy_of_model_and_metadata_are_added(models, adapters, held_out, tra
     more = ["--condition", "sampled", "--metadata_epsilon", 20, "--metadata_delta", 1e-4, "--training", training]
     more += ["--metadata_fields", "Rating"]
     make(model, held_out, tmp_path / "out.jsonl", *more)
-    privacy = dataset.read_manifest(tmp_path / "out.jsonl")["privacy"]
+    privacy = manifests.read_manifest(tmp_path / "out.jsonl")["privacy"]
     assert privacy["epsilon"] == pytest.approx(23) and privacy["delta"] == pytest.approx(1.1e-3)
     assert (privacy["private"], privacy["unit"]) == (True, "user") and privacy["metadata"]["epsilon"] == 20
     cells = json.loads((tmp_path / "metadata_histogram.json").read_text())["cells"]
@@ -316,17 +316,17 @@ def test_privacy_of_model_and_metadata_are_added(models, adapters, held_out, tra
         assert digest not in text and trained.salted(digest, "5a" * 16) in text
     (tmp_path / "run" / "trained_rows.jsonl").unlink()
     make(model, held_out, tmp_path / "lost.jsonl", "--training", training)
-    source = dataset.read_manifest(tmp_path / "lost.jsonl")["source"][1]
+    source = manifests.read_manifest(tmp_path / "lost.jsonl")["source"][1]
     assert (source["sha256"], source["salted"]) == (None, True)
     with pytest.raises(UserError, match="cannot tell whether it was released from --training"):
         make(model, held_out, tmp_path / "b.jsonl", *more)
     make(model, held_out, tmp_path / "plain.jsonl")
-    plain = dataset.read_manifest(tmp_path / "plain.jsonl")["privacy"]
+    plain = manifests.read_manifest(tmp_path / "plain.jsonl")["privacy"]
     assert (plain["epsilon"], plain["delta"], plain["metadata"]) == (3.0, 1e-3, None)
     block = {"private": False, "epsilon": None, "delta": 1e-3, "unit": "user", "void": "known seed"}
     (model / "privacy.json").write_text(json.dumps(block))
     make(model, held_out, tmp_path / "no_noise.jsonl")
-    none = dataset.read_manifest(tmp_path / "no_noise.jsonl")["privacy"]  # an audit of this text is at the same δ
+    none = manifests.read_manifest(tmp_path / "no_noise.jsonl")["privacy"]  # an audit of this text is at the same δ
     assert (none["private"], none["epsilon"], none["delta"], none["void"]) == (False, None, 1e-3, "known seed")
 
 

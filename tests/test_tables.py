@@ -7,7 +7,7 @@ import json
 import pytest
 from conftest import make_rows, write_rows
 
-from common import dataset
+from common import dataset, formats
 from common.problems import UserError
 
 ROWS = [row | {"note": note} for row, note in zip(make_rows(4), ('says "hi"', "two\nlines", "a,b\tc", ""))]
@@ -42,14 +42,14 @@ def test_every_format_gives_the_same_rows(tmp_path):
         packed.write_bytes(gzip.compress((tmp_path / name).read_bytes()))
         files.append(packed)
     for file in files:
-        assert dataset.read_rows(file) == ROWS, file
-        assert dataset.validate(file, dataset.read_rows(file)) == "enron"
+        assert formats.read_rows(file) == ROWS, file
+        assert dataset.validate(file, formats.read_rows(file)) == "enron"
 
 
 def test_chat_rows_in_a_list(tmp_path):
     rows = [{"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]}] * 3
     (tmp_path / "share.json").write_text(json.dumps(rows))
-    assert dataset.validate("x", dataset.read_rows(tmp_path / "share.json")) == "chat"
+    assert dataset.validate("x", formats.read_rows(tmp_path / "share.json")) == "chat"
 
 
 BROKEN = [
@@ -69,13 +69,13 @@ BROKEN = [
 def test_what_is_no_table(name, text, reason, tmp_path):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=reason):
-        dataset.read_rows(tmp_path / name)
+        formats.read_rows(tmp_path / name)
 
 
 def test_bytes_that_are_no_text(tmp_path):
     (tmp_path / "rows.csv").write_bytes(b"a\n\xff\n")
     with pytest.raises(UserError, match="not UTF-8"):
-        dataset.read_rows(tmp_path / "rows.csv")
+        formats.read_rows(tmp_path / "rows.csv")
     (tmp_path / "rows.csv.gz").write_bytes(gzip.compress(b"text\n" + b"x" * 100)[:-9])
     with pytest.raises(UserError, match="cannot be read"):
-        dataset.read_rows(tmp_path / "rows.csv.gz")
+        formats.read_rows(tmp_path / "rows.csv.gz")

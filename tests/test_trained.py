@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import run_peft
 from common import dataset as data_files
-from common import publication, results, trained
+from common import formats, publication, results, trained
 from common.checkpoints import find_checkpoints
 from common.models import find_model, load_tokenizer
 from common.problems import UserError
@@ -147,7 +147,7 @@ def test_label_span_by_hand():
 
 
 def test_hashes_are_plain_without_dp_and_salted_with_it(models, dataset, tmp_path):
-    rows, digest = data_files.read_rows(dataset), results.sha256(dataset)
+    rows, digest = formats.read_rows(dataset), results.sha256(dataset)
     other = write_rows(tmp_path / "other.jsonl", make_rows(60, seed=4))
     folder = train(tmp_path, models["neox"], dataset)
     record, listed = json.loads((folder / "run.json").read_text()), trained.read(folder / "checkpoint-5")

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 from common import (
     dataset,
     distributed,
+    formats,
     json_files,
     limits,
+    manifests,
     models,
     provenance,
     quantization,
@@ -201,12 +203,12 @@ def make_plan(config: TrainConfig) -> Plan:
 
     path = dataset.default_dataset(config.input)
     chosen, folder, tag = None, None, ""
-    rows = problems.absorb(dataset.open_rows, path, config.columns)
-    manifest = problems.absorb(dataset.read_manifest, path)
+    rows = problems.absorb(formats.open_rows, path, config.columns)
+    manifest = problems.absorb(manifests.read_manifest, path)
     if rows:
         if problems.absorb(dataset.validate, path, rows):
             chosen = problems.absorb(choose_rows, config, path, rows, manifest)
-        tag = dataset.data_tag(path, manifest)
+        tag = manifests.data_tag(path, manifest)
         folder = run_folder(config, tag)
         check_writable(folder, problems, "--output_root")
     if rows and chosen and config.loss_on == "completion":
@@ -221,7 +223,7 @@ def make_plan(config: TrainConfig) -> Plan:
     if (config.scheduler, config.scheduler_kwargs) != (TrainConfig.scheduler, TrainConfig.scheduler_kwargs):
         problems.absorb(check_scheduler, config, steps)
     public_path = config.suggest_max_grad_norm
-    public = problems.absorb(dataset.open_rows, public_path, config.columns) if public_path else None
+    public = problems.absorb(formats.open_rows, public_path, config.columns) if public_path else None
     whole = bool(public and problems.absorb(dataset.validate, str(public_path), public))
     if public and whole and config.loss_on == "completion":
         problems.absorb(boundaries, str(public_path), public, range(len(public))[:PUBLIC_ROWS])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import dataset, json_files, publication, reviews
+from common import formats, json_files, publication, reviews
 from common.problems import Problems, UserError
 from common.publication import Publication
 from utility.arms import Row
@@ -70,7 +70,7 @@ def write_sheet(files: Publication, folder: Path, arms: dict[str, list[Row]], ch
 
 def read_key(path: str) -> list[Row]:
     """The lines of key.jsonl: {'sheet', 'number', 'arm', …}. UserError if they are not what make writes."""
-    key: list[Row] = dataset.read_rows(path)
+    key: list[Row] = formats.read_rows(path)
     for line in key:
         number = line.get("number")
         texts = isinstance(line.get("sheet"), str) and isinstance(line.get("arm"), str)

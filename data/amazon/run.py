@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import dataset, locks, publication, results
+from common import locks, manifests, publication, results
 from common.problems import UserError
 from data.amazon.config import SPLITS, PrepareConfig
 from data.amazon.database import REASONS, connect, keep_rows, load_inputs
@@ -26,7 +26,7 @@ def run(config: PrepareConfig) -> dict[str, Any]:
     with locks.output_file(*outputs, dry_run=config.dry_run) as target:
         task = check(config)
         if task.finished:
-            dataset.say_finished(*outputs)
+            manifests.say_finished(*outputs)
             return {}
         if config.dry_run:
             print(f"would read {config.reviews} and {config.meta} and write {', '.join(map(str, outputs))}")
@@ -55,7 +55,7 @@ def build(config: PrepareConfig, task: Task, target: locks.Output, started: floa
             source = [(inputs[0], counts["review lines"]), (inputs[1], counts["product lines"])]
             sampling = {"seed": config.seed, "split": "whole users in the order of a seeded hash"}
             for split, path in outputs.items():
-                dataset.write_manifest(
+                manifests.write_manifest(
                     record.files,
                     path,
                     tag=f"amazon-{split}",

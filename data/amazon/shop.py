@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import IO, Any
 
-from common import dataset, json_files, locks
+from common import json_files, locks, manifests
 from common.problems import Problems, check_writable
 from common.publication import Publication
 from data.amazon.config import MakeReviewsConfig
@@ -43,14 +43,14 @@ def run(config: MakeReviewsConfig) -> dict[str, Any]:
     reviews, meta = (Path(config.output_dir) / f"{prefix}{config.category}{ending}" for prefix in ("", "meta_"))
     with locks.output_file(reviews, meta, dry_run=config.dry_run) as target:
         problems = Problems()
-        settings = dataset.settings_of(config, ("output_dir",))
+        settings = manifests.settings_of(config, ("output_dir",))
         named = [("--output_dir", path) for path in (reviews, meta)]
-        finished = problems.absorb(dataset.finished, named, settings, config.overwrite)
+        finished = problems.absorb(manifests.finished, named, settings, config.overwrite)
         check_writable(config.output_dir, problems)
         problems.check()
         counts: dict[str, int] | None = None
         if finished:
-            dataset.say_finished(reviews, meta)
+            manifests.say_finished(reviews, meta)
         elif config.dry_run:
             print(f"would write {config.reviews:,} lines to {reviews}, {config.products:,} to {meta}")
         else:
@@ -85,7 +85,7 @@ def write(
                         line = json_files.dumps(make_review(rng, products, kinds, users, counts))
                         last = line if counts["empty"] + counts["missing product"] == spoiled else None
                     out.write(line.encode() + b"\n")
-        dataset.write_manifest(
+        manifests.write_manifest(
             files,
             path,
             tag="fictional-reviews" if path == reviews else "fictional-products",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import dataset, results
+from common import manifests, results
 from common.problems import Problems, check_writable
 from data.amazon.config import PrepareConfig
 from data.amazon.lines import damage, is_gzip
@@ -31,9 +31,9 @@ def check(config: PrepareConfig) -> Task:
     settings: dict[str, Any] | None = None
     if not problems.lines:
         hashes = {flag.removeprefix("--"): results.sha256(path) for flag, path in inputs.items()}
-        settings = dataset.settings_of(config, ("output_dir", "threads", "memory_limit"), **hashes)
+        settings = manifests.settings_of(config, ("output_dir", "threads", "memory_limit"), **hashes)
     named = [("--output_dir", path) for path in config.output_files.values()]
-    finished = problems.absorb(dataset.finished, named, settings, config.overwrite)
+    finished = problems.absorb(manifests.finished, named, settings, config.overwrite)
     problems.check()  # report mistyped flags before reading gigabytes
     assert settings is not None
     if finished:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import dataset, distributed, locks, models, results
+from common import arrow_files, dataset, distributed, locks, manifests, models, results
 from data import generation
 from data.continuation import text_statistics
 from data.continuation.config import ContinuationConfig
@@ -20,7 +20,7 @@ def run(config: ContinuationConfig) -> dict[str, Any]:
     with locks.output_file(output, dry_run=config.dry_run) as target:
         task = check(config)
         if task.finished:
-            dataset.say_finished(output)
+            manifests.say_finished(output)
             return {}
         generation.read_partials(output, task.settings, config.overwrite)  # rejects those of a different run
         if config.dry_run:
@@ -63,8 +63,8 @@ def generate(config: ContinuationConfig, task: Task, target: locks.Output) -> di
         record["statistics"], record["dropped"] = numbers, task.dropped
         if world.main:
             with record.files.open(output, "wb", 0o600) as file:
-                dataset.write_arrow(file, rows)
-            dataset.write_manifest(
+                arrow_files.write_arrow(file, rows)
+            manifests.write_manifest(
                 record.files,
                 output,
                 tag=f"self-generated-{Path(config.model).name}",

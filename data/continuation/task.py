@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from common import dataset, distributed, models, results, vllm_engine
+from common import arrow_files, dataset, distributed, manifests, models, results, vllm_engine
 from common.problems import Problems, UserError, check_output_file, report_broken
 from common.tokenization import encode_prompt
 from data import generation
@@ -49,7 +49,7 @@ def check(config: ContinuationConfig) -> Task:
     rows: list[Row]
     broken: dict[int, str]
     rows, broken = problems.absorb(dataset.read_with_broken, config.data_set, FIELDS) or ([], {})
-    manifest = problems.absorb(dataset.read_manifest, config.data_set) if rows else None
+    manifest = problems.absorb(manifests.read_manifest, config.data_set) if rows else None
     if any("text" in row for row in rows[:1]):
         problems.add(
             f"{config.data_set}: already has a `text` column (generated rows); pass the rows it was generated from"
@@ -62,14 +62,14 @@ def check(config: ContinuationConfig) -> Task:
                 f"{config.data_set}: {len(rows) - len(broken)} valid rows with {', '.join(FIELDS)}; "
                 "at least 3 are needed"
             )
-        problems.absorb(dataset.check_columns, config.data_set, [r for i, r in enumerate(rows) if i not in broken])
+        problems.absorb(arrow_files.check_columns, config.data_set, [r for i, r in enumerate(rows) if i not in broken])
     ref, tokenizer = models.look_up(problems, config.model, config.revision, config.base_model)
     vllm_engine.check(config, problems, ref, (config.temperature,))
     settings: dict[str, Any] | None = None
     if ref and not problems.lines:
         data_set = results.sha256(config.data_set)
         settings = generation.settings_of(config, ref, (*SAMPLED, "batch_size", "strict"), data_set=data_set)
-    finished = problems.absorb(dataset.finished, [("--output", output)], settings, config.overwrite)
+    finished = problems.absorb(manifests.finished, [("--output", output)], settings, config.overwrite)
     problems.check()
     assert ref is not None and tokenizer is not None and settings is not None
     return choose(config, ref, tokenizer, rows, broken, manifest, settings, bool(finished))

@@ -4,7 +4,7 @@ import random
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import dataset, locks
+from common import dataset, locks, manifests
 from common.problems import Problems, check_writable
 from data.embedded.config import CorpusConfig
 from data.embedded.mail import write_thread
@@ -54,7 +54,7 @@ def run(config: CorpusConfig) -> None:
     with locks.output_file(*paths) as target, target.publication() as out:
         for path, (_, tag, rows, split_start) in zip(paths, files):
             out.write_jsonl(path, rows)
-            dataset.write_manifest(
+            manifests.write_manifest(
                 out,
                 path,
                 tag=tag,

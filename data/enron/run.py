@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
-from common import dataset, json_files, locks, results
+from common import dataset, json_files, locks, manifests, results
 from common.problems import UserError, report_broken
 from data.enron.config import PROMPT_CHARACTERS, PROMPT_TOKENS, PrepareConfig
 from data.enron.inputs import Batch, add_file, batches, in_order, read_batch
@@ -35,7 +35,7 @@ def run(config: PrepareConfig) -> dict[str, Any]:
     with locks.output_file(output, dry_run=config.dry_run) as target:
         task = check(config)
         if task.finished:
-            dataset.say_finished(output)
+            manifests.say_finished(output)
             return {}
         if config.dry_run:
             print(f"would read {', '.join(f'{path} ({kind})' for path, kind in task.inputs)} and write {output}")
@@ -78,7 +78,7 @@ def build(config: PrepareConfig, task: Task, target: locks.Output) -> dict[str, 
                 "prompt": f"at most {MAX_PROMPT_CHARACTERS} characters, then {cut}",
                 "continuation": f"at most {MAX_CONTINUATION_CHARACTERS} characters",
             }
-            dataset.write_manifest(
+            manifests.write_manifest(
                 record.files,
                 output,
                 tag="original",

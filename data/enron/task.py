@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import dataset
+from common import manifests
 from common.problems import Problems, check_output_file
 from data.enron.config import PrepareConfig
 from data.enron.inputs import input_sha256, kind_of
@@ -38,8 +38,8 @@ def check(config: PrepareConfig) -> Task:
         known = output.exists() and not config.overwrite  # otherwise there is nothing to compare with
         hashes = [input_sha256(path, kind) for path, kind in inputs] if known else None
         cut = None if tokenizer is None else hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
-        settings = dataset.settings_of(config, ("output", "workers"), input=hashes, tokenizer=cut)
-    finished = problems.absorb(dataset.finished, [("--output", output)], settings, config.overwrite)
+        settings = manifests.settings_of(config, ("output", "workers"), input=hashes, tokenizer=cut)
+    finished = problems.absorb(manifests.finished, [("--output", output)], settings, config.overwrite)
     problems.check()
     assert settings is not None
     return Task(inputs, tokenizer, settings, bool(finished))

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import dataset, locks, results
+from common import arrow_files, locks, manifests, results
 from common.publication import Publication
 from data.leaks import leaks, shown
 from data.people import People, parse_name
@@ -22,7 +22,7 @@ def run(config: ReplaceConfig) -> int:
     with locks.output_file(output, *([save_map] if save_map else []), dry_run=config.dry_run) as target:
         task = check(config)
         if task.finished:
-            dataset.say_finished(output, *([save_map] if save_map else []))
+            manifests.say_finished(output, *([save_map] if save_map else []))
             return 0
         if config.dry_run:
             print(f"would replace names and addresses in {len(task.rows):,} rows of {task.source}, to {output}")
@@ -39,8 +39,10 @@ def build(config: ReplaceConfig, task: Task, target: locks.Output) -> int:
         replaced = replace(rows, people, scan)
         seconds = time.monotonic() - started
         with record.files.open(output, "wb") as file:
-            dataset.write_arrow(file, replaced)
-        leaked = leaks(dataset.read_arrow(record.files.hidden(output)), people)  # the written file, before publication
+            arrow_files.write_arrow(file, replaced)
+        leaked = leaks(
+            arrow_files.read_arrow(record.files.hidden(output)), people
+        )  # the written file, before publication
         total = time.monotonic() - started
         record["counts"] = counts = {
             "rows": len(rows),
@@ -57,7 +59,7 @@ def build(config: ReplaceConfig, task: Task, target: locks.Output) -> int:
             record.files.discard()
             report_leaks(leaked, output)
             return 1
-        dataset.write_manifest(
+        manifests.write_manifest(
             record.files,
             output,
             tag="replaced",

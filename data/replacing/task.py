@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import dataset, results
+from common import arrow_files, dataset, manifests, results
 from common.problems import Problems, check_output_file, report_broken
 from data.replacing.config import DEFAULT_NAME, ReplaceConfig
 from data.scanner import MAX_ADDRESS, MAX_NAME
@@ -41,7 +41,7 @@ def check(config: ReplaceConfig) -> Task:
     rows: list[Row]
     broken: dict[int, str]
     rows, broken = problems.absorb(dataset.read_with_broken, source, dataset.REQUIRED["enron"]) or ([], {})
-    manifest = problems.absorb(dataset.read_manifest, source)
+    manifest = problems.absorb(manifests.read_manifest, source)
     check_output_file(output, ".arrow", problems, [source])
     if save_map:
         check_output_file(save_map, None, problems, [source, output], "--save_map")
@@ -62,12 +62,12 @@ def check(config: ReplaceConfig) -> Task:
         problems.add(
             f"{source}: {len(kept)} valid rows with gt-name, gt-email, prompt, continuation; at least 3 are needed"
         )
-    problems.absorb(dataset.check_columns, source, kept)
+    problems.absorb(arrow_files.check_columns, source, kept)
     settings: dict[str, Any] | None = None
     if not problems.lines:
-        settings = dataset.settings_of(config, ("output", "save_map"), input=results.sha256(source))
+        settings = manifests.settings_of(config, ("output", "save_map"), input=results.sha256(source))
     others = [("--save_map", save_map)] if save_map else []
-    finished = problems.absorb(dataset.finished, [("--output", output)], settings, config.overwrite, others)
+    finished = problems.absorb(manifests.finished, [("--output", output)], settings, config.overwrite, others)
     problems.check()
     assert settings is not None
     return Task(source, output, save_map, kept, start, len(broken), settings, bool(finished))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common import dataset, distributed, json_files, locks, models, results, vllm_engine
+from common import dataset, distributed, json_files, locks, manifests, models, results, vllm_engine
 from common.problems import Problems, check_output_file
 from data import generation
 from data.self_instruct.config import SelfInstructConfig
@@ -40,7 +40,7 @@ def run(config: SelfInstructConfig) -> dict[str, int]:
     with locks.output_file(output, dry_run=config.dry_run) as target:
         task = check(config)
         if task.finished:
-            dataset.say_finished(output)
+            manifests.say_finished(output)
             return {}
         json_files.read_partial(partial, task.settings, config.overwrite)  # rejects those of a different run
         if config.dry_run:
@@ -63,7 +63,7 @@ def check(config: SelfInstructConfig) -> Task:
     if ref and not problems.lines:
         settings = generation.settings_of(config, ref, SAMPLED, seed_tasks=results.sha256(config.seed_tasks))
         file_settings = settings | {key: getattr(config, key) for key in ("num_rows", "format", "strict")}
-    finished = problems.absorb(dataset.finished, [("--output", output)], file_settings, config.overwrite)
+    finished = problems.absorb(manifests.finished, [("--output", output)], file_settings, config.overwrite)
     problems.check()
     assert ref and file_settings is not None
     return Task(seeds, broken, ref, tokenizer, settings, file_settings, bool(finished))
@@ -86,7 +86,7 @@ def generate(config: SelfInstructConfig, task: Task, partial: Path, target: lock
         }
         if world.main:
             record.files.write_jsonl(output, rows)
-            dataset.write_manifest(
+            manifests.write_manifest(
                 record.files,
                 output,
                 tag=f"self-instruct-{Path(config.model).name}",

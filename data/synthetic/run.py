@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-from common import dataset, distributed, locks, models, results
+from common import dataset, distributed, locks, manifests, models, results
 from common.problems import UserError
 from common.publication import Publication
 from common.tokenization import encode_prompt
@@ -24,7 +24,7 @@ def run(config: SyntheticConfig) -> Summary:
     with locks.output_file(output, dry_run=config.dry_run) as target:
         task = prepare(config)
         if task.finished:
-            dataset.say_finished(output)
+            manifests.say_finished(output)
             return {}
         generation.read_partials(output, task.settings, config.overwrite)  # rejects those of a different run
         if config.dry_run:
@@ -145,7 +145,7 @@ def finish(
     }
     privacy = privacy_block(task.privacy, released)
     files.write_jsonl(output, rows)
-    dataset.write_manifest(
+    manifests.write_manifest(
         files,
         output,
         tag=f"synthetic-{config.arm}",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import dataset, distributed, models, provenance, results, reviews, trained, vllm_engine
+from common import dataset, distributed, manifests, models, provenance, results, reviews, trained, vllm_engine
 from common.problems import Problems, check_output_file
 from data import generation
 from data.synthetic.config import SyntheticConfig
@@ -57,7 +57,7 @@ def prepare(config: SyntheticConfig) -> Task:
         settings = settings_of(config, ref)
         if source is None or source["sha256"]:
             file_settings = settings | settings_of_file(config, source)
-    finished = problems.absorb(dataset.finished, [("--output", config.output_file)], file_settings, config.overwrite)
+    finished = problems.absorb(manifests.finished, [("--output", config.output_file)], file_settings, config.overwrite)
     problems.check()
     assert ref
     return Task(rows, training, ref, tokenizer, privacy, unit, source, settings, file_settings, bool(finished))
