@@ -17,7 +17,7 @@ import evaluate_purified
 import measure_purified
 import merge_peft
 from common import adapters as common_adapters
-from common import continuations, limits, sampling, scoring, tokenization
+from common import continuations, engines, limits, sampling, scoring, shared_prefix, tokenization
 from common import models as loading
 from common.problems import UserError
 from extraction.measure import check
@@ -269,8 +269,8 @@ def test_the_engine_with_one_batch_serves_virtual_tokens(trained):
         torch.inference_mode(),
         contextlib.ExitStack() as stack,
     ):
-        engine = sampling._choose_engine(model, prompts, 30, stack)
-        assert isinstance(engine, sampling.SharedPrefix) and engine.before == PROMPTS + 8
+        engine = engines.choose_engine(model, prompts, 30, stack)
+        assert isinstance(engine, shared_prefix.SharedPrefix) and engine.before == PROMPTS + 8
 
 
 def by_hand(model, ids, context):

@@ -8,7 +8,7 @@ import torch
 from conftest import ARCHITECTURES, make_rows
 from scipy import stats
 
-from common import models, sampling
+from common import models, sampling, shared_prefix, target_scores
 
 TEMPERATURES = [0.0, 0.01, 0.2, 0.5, 1.0, 1.5]
 
@@ -186,9 +186,9 @@ def test_chunks_keep_memory_flat():
     """Rows of a chunk follow the budget, not the number of prompts."""
     assert sampling.memory_budget("cpu") <= 2 << 30
     prompts = [[1, 2, 3, i] for i in range(5)]
-    assert sampling.common_prefix(prompts) == 3
-    assert sampling.common_prefix([[1, 2], [1, 2]]) == 1  # each keeps a token of its own
-    assert sampling.common_prefix([[1, 2], [3]]) == 0
+    assert shared_prefix.common_prefix(prompts) == 3
+    assert shared_prefix.common_prefix([[1, 2], [1, 2]]) == 1  # each keeps a token of its own
+    assert shared_prefix.common_prefix([[1, 2], [3]]) == 0
 
 
 def test_probability_of_two_forms_is_the_rate_of_drawing_either(models):
@@ -226,13 +226,13 @@ def test_tied_tokens_share_one_probability(dtype):
         for k in (1, 3, 5, len(row)):
             sums = torch.zeros(len(heats), dtype=torch.float64)
             for token in range(len(row)):
-                _, sampled = sampling._score_form([token], row[None], heats, k, 1)
+                _, sampled = target_scores._score_form([token], row[None], heats, k, 1)
                 sums += sampled.exp()
             assert sums.tolist() == pytest.approx([1.0] * len(heats), abs=1e-9)
             kept = (row >= row.sort(descending=True).values[k - 1]).nonzero().flatten().tolist()  # as TopKLogitsWarper
-            values, tokens = sampling.top_k_with_ties(row[None], k)
+            values, tokens = target_scores.top_k_with_ties(row[None], k)
             assert sorted(tokens[0][values[0] > -math.inf].tolist()) == kept
-            _, sampled = sampling._score_form([int(row.argmax())], row[None], heats, k, 1)
+            _, sampled = target_scores._score_form([int(row.argmax())], row[None], heats, k, 1)
             assert sampled[0] == 0  # the token that `generate` takes, and no other
 
 
