@@ -173,7 +173,7 @@ def choose(study: Study) -> tuple[list[Model], str, list[str]]:
 
 def read(directories: list[Path], output: Path | None = None) -> Study:
     """Read the Study below `directories`, which exist; skips everything below `output`."""
-    from reporting import parsers
+    from reporting import parsers_attacks, parsers_canary, parsers_synthetic
 
     directories = [
         Path(directory).resolve() for directory in directories
@@ -194,16 +194,16 @@ def read(directories: list[Path], output: Path | None = None) -> Study:
     inside = [path.parent for paths in study.files.values() for path in paths]
     models = Models(study, {folder for folder in inside if CHECKPOINT.fullmatch(folder.name)})
     converters = {
-        "extraction": parsers.extraction_rows,
-        "perplexity": parsers.perplexity_rows,
-        "mia": parsers.mia_rows,
-        "canary": parsers.canary_rows,
-        "fidelity": parsers.fidelity_rows,
-        "utility": parsers.utility_rows,
-        "sweep": parsers.sweep_rows,
-        "importance": parsers.importance_rows,
-        "human": parsers.human_rows,
-        "privacy": parsers.privacy_rows,
+        "extraction": parsers_attacks.extraction_rows,
+        "perplexity": parsers_attacks.perplexity_rows,
+        "mia": parsers_attacks.mia_rows,
+        "canary": parsers_canary.canary_rows,
+        "fidelity": parsers_synthetic.fidelity_rows,
+        "utility": parsers_synthetic.utility_rows,
+        "sweep": parsers_synthetic.sweep_rows,
+        "importance": parsers_synthetic.importance_rows,
+        "human": parsers_synthetic.human_rows,
+        "privacy": parsers_attacks.privacy_rows,
     }
     for kind, convert in converters.items():
         for path in study.files[kind]:
@@ -228,7 +228,7 @@ def read(directories: list[Path], output: Path | None = None) -> Study:
                 study.scores[study.shown(path)] = scores
     for path in study.files["perplexity_text"]:
         if not (path.parent / "perplexity.jsonl").exists():
-            parsers.text_perplexity(path, study, models)
+            parsers_attacks.text_perplexity(path, study, models)
     for path in study.files["metrics"]:
         study.curves[str(path.parent)] = curve(path, study)
     for path in study.files["adapter"]:

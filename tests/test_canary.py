@@ -26,7 +26,7 @@ from common import dataset, manifests, reviews
 from common import models as common_models
 from common.checkpoints import natural_key
 from common.problems import UserError
-from reporting.parsers import canary_rows
+from reporting.parsers_canary import canary_rows
 
 
 def make(path, rows, *more) -> tuple[list[dict], dict, list[dict]]:
