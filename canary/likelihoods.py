@@ -9,7 +9,7 @@ from canary import metrics
 from canary.config import MeasureConfig
 from canary.key import KeyLine
 from canary.task import ModelArm, Task
-from common import adapters, checkpoints, limits, models, tokenization
+from common import adapters, checkpoints, limits, models, sampling, scoring, tokenization
 from common.distributed import World, progress_bar
 
 Bits = dict[int, dict[str, float]]  # canary index → nll, exposure, and bits and ks_p if extrapolated
@@ -31,8 +31,6 @@ def tokens_from(tokenizer: Any, context: str, text: str, most: int, whole: bool 
 def secret_nlls(model: Any, tokenizer: Any, context: str, secrets: list[str], whole: bool = False) -> list[float]:
     """Total NLL in nats of each secret's tokens after the same context, which is encoded once."""
     import torch
-
-    from common import sampling
 
     most = limits.context_length(model)
     split = [tokens_from(tokenizer, context, secret, most, whole) for secret in secrets]
@@ -64,8 +62,6 @@ def sentence_logps(
     model: Any, tokenizer: Any, canaries: Sequence[KeyLine], most: int, world: World, whole: bool = False
 ) -> list[float]:
     """Log-probability in nats of each canary's sentence in its row, of at most `most` tokens, on every rank."""
-    from common import scoring
-
     most = min(most, limits.context_length(model))
     split = [tokens_from(tokenizer, canary["context"], canary["sentence"], most, whole) for canary in canaries]
     sequences = [[*before, *after] for before, after in split]

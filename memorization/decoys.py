@@ -14,6 +14,10 @@ from collections.abc import Callable, Container
 from functools import cache
 from typing import Any
 
+import phonenumbers
+from faker import Faker
+from stdnum import iban, luhn
+
 from memorization.inventory import ENTITIES, STREETS, Secret, find_ips, is_national_id, normal
 
 ATTEMPTS = 400  # per decoy: formats with check digits are redrawn until one is valid
@@ -60,8 +64,6 @@ def redraw_characters(secret: Secret, rng: random.Random, region: str) -> str:
 
 def redraw_phone(secret: Secret, rng: random.Random, region: str) -> str | None:
     """Keep country and area code; the number is valid and of the same type (fixed line, mobile, …)."""
-    import phonenumbers
-
     parsed = phonenumbers.parse(secret.value, region)
     known = phonenumbers.length_of_national_destination_code(parsed)
     own = phonenumbers.national_significant_number(parsed)[known:]  # the subscriber number, which comes last
@@ -79,8 +81,6 @@ def redraw_phone(secret: Secret, rng: random.Random, region: str) -> str | None:
 
 def redraw_card(secret: Secret, rng: random.Random, region: str) -> str:
     """Keep the first six digits (issuer); the last is the Luhn check digit."""
-    from stdnum import luhn
-
     keep = [match.end() for match in re.finditer(r"\d", secret.value)][5]
     value = redraw(secret.value, rng, keep)
     last = max(match.start() for match in re.finditer(r"\d", value))
@@ -90,8 +90,6 @@ def redraw_card(secret: Secret, rng: random.Random, region: str) -> str:
 
 def redraw_iban(secret: Secret, rng: random.Random, region: str) -> str | None:
     """Keep the country; ISO 7064 check digits, and national ones if python-stdnum knows them."""
-    from stdnum import iban
-
     value = redraw(secret.value, rng, 4)
     compact = value.replace(" ", "")
     checked = iban.calc_check_digits(compact)
@@ -152,8 +150,6 @@ def redraw_birth(secret: Secret, rng: random.Random, region: str) -> str | None:
 
 @cache
 def faker() -> Any:
-    from faker import Faker
-
     return Faker("en_US")
 
 

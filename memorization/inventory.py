@@ -13,6 +13,9 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import phonenumbers
+from stdnum import iban, luhn
+
 from common.text import emails
 
 Span = tuple[int, int, str]  # start, end, key
@@ -74,8 +77,6 @@ IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}(?: ?[A-Z0-9]){11,30}")
 
 
 def find_ibans(text: str) -> Iterator[Span]:
-    from stdnum import iban
-
     for match in IBAN.finditer(text):
         candidate = match[0]
         while len(candidate) >= 15:  # words may follow: find the longest valid prefix
@@ -94,8 +95,6 @@ ISSUERS = re.compile(
 
 def find_cards(text: str) -> Iterator[Span]:
     """Numbers of the major issuers with a valid Luhn check digit (ISO/IEC 7812)."""
-    from stdnum import luhn
-
     for match in CARD.finditer(text):
         digits = re.sub(r"\D", "", match[0])
         if ISSUERS.fullmatch(digits) and luhn.is_valid(digits):
@@ -132,8 +131,6 @@ def find_national_ids(text: str) -> Iterator[tuple[int, int, str, str]]:
 
 def find_phones(text: str, region: str) -> Iterator[Span]:
     """Numbers valid according to libphonenumber; those without a country code belong to `region` (ISO 3166)."""
-    import phonenumbers
-
     if sum(character.isdigit() for character in text) < 7:
         return
     leniency = phonenumbers.Leniency.VALID

@@ -11,6 +11,7 @@ import numpy as np
 from common.chat import Rendered
 from common.continuations import ContinuationScorer
 from common.distributed import World
+from common.sampling import Sampler, stop_tokens, sweep
 from common.scoring import join, log_probability, score
 from common.stats import probabilistic_extraction
 from memorization import exposure, verbatim
@@ -24,8 +25,6 @@ from memorization.untargeted import SHORTEST
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
-
-    from common.sampling import Sampler
 
 Result = TypeVar("Result")
 
@@ -151,8 +150,6 @@ def decode(
     world: World,
 ) -> list[list[int]]:
     """The tokens of one answer per prompt, on every rank; independent of batching and ranks."""
-    from common.sampling import Sampler, stop_tokens, sweep
-
     if not prompts:
         return []
     if isinstance(model, Sampler):

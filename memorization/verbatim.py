@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from rapidfuzz.distance import Levenshtein
 
 PREFIX = SUFFIX = 50  # tokens
 NEAR = 0.9  # edit similarity
@@ -35,8 +36,6 @@ def window(
 
 def edit_similarity(tokens: Sequence[int], truth: Sequence[int]) -> float:
     """1 − Levenshtein distance / the longer length, over tokens; 1 if both are empty."""
-    from rapidfuzz.distance import Levenshtein
-
     return float(Levenshtein.normalized_similarity(tokens, truth))
 
 
