@@ -5,6 +5,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
+
 from common.schema import HEADLINE_ATTACK, SHADOW_ATTACKS
 from common.stats import Floats, roc
 from reporting.style import (
@@ -120,8 +123,6 @@ def curves_of(path: Path) -> tuple[Curves, int]:
 
 def thin(x: Floats, y: Floats, most: int = 300) -> tuple[Floats, Floats]:
     """About `most` points of a step curve at most, evenly spaced in log x; keeps the first and last."""
-    import numpy as np
-
     if len(x) <= most:
         return x, y
     at = np.unique(np.searchsorted(x, np.geomspace(max(x[x > 0].min(), 1e-6), 1, most)))
@@ -189,9 +190,6 @@ def heat_maps(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
 
 def _heat(models: list[Model], attacks: list[str], at: By, metric: str) -> Draw:
     def draw(axes: "Axes") -> None:
-        import numpy as np
-        from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
-
         def value(model: Model, attack: str) -> float:
             row = at.get((model.key, attack, metric))
             return math.nan if row is None or row.value is None else row.value

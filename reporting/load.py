@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from common.checkpoints import natural_key
 from common.problems import is_utf8, one_line
 from common.schema import KINDS
+from reporting import parsers_attacks, parsers_canary, parsers_synthetic
 from reporting.labels import CHECKPOINT, Models, fixed_models, name_models
 from reporting.table import (
     COLUMNS,
@@ -49,8 +51,6 @@ def readable(path: Path, study: Study) -> bool:
 
 def find(directories: list[Path], output: Path | None = None) -> dict[str, list[Path]]:
     """{kind: sorted paths} of the result files below `directories`, except below `output` and in hidden folders."""
-    from common.checkpoints import natural_key
-
     paths_of: dict[str, dict[Path, Path]] = {kind: {} for kind in KINDS}  # real path → path; linked files count once
     for directory in directories:
         for folder, folders, names in os.walk(directory):
@@ -173,8 +173,6 @@ def choose(study: Study) -> tuple[list[Model], str, list[str]]:
 
 def read(directories: list[Path], output: Path | None = None) -> Study:
     """Read the Study below `directories`, which exist; skips everything below `output`."""
-    from reporting import parsers_attacks, parsers_canary, parsers_synthetic
-
     directories = [
         Path(directory).resolve() for directory in directories
     ]  # read a run once, whatever path it is given by

@@ -13,12 +13,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure as Canvas
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, MaxNLocator
+
 from reporting.table import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
-    from matplotlib.figure import Figure as Canvas
     from matplotlib.typing import RcKeyType
 
 Draw = Callable[["Axes"], None]
@@ -104,7 +110,6 @@ class Figure:
 
 def fill(axes: "Axes", panel: Panel) -> None:
     """Draw the panel; log axes get plain numbers, because matplotlib's use mathtext, which SETTINGS disables."""
-    from matplotlib.ticker import LogFormatterSciNotation
 
     class Plain(LogFormatterSciNotation):
         def __call__(self, x: float, pos: int | None = None) -> str:
@@ -123,9 +128,6 @@ def fill(axes: "Axes", panel: Panel) -> None:
 
 def svg(panel: Panel, name: str, label: str) -> str:
     """The panel as an <svg> element for a page that defines --font and a variable for each of COLOURS."""
-    import matplotlib
-    from matplotlib.figure import Figure as Canvas
-
     with matplotlib.rc_context({**SETTINGS, "svg.hashsalt": name}):
         canvas = Canvas(figsize=panel.size, layout="constrained")
         fill(canvas.subplots(), panel)
@@ -176,13 +178,8 @@ def _themed(key: str, value: str) -> str:
     return f"{key}: {VARIABLES.get(value.lower(), value)}"
 
 
-def whole(figure: Figure) -> "Canvas":
+def whole(figure: Figure) -> Canvas:
     """All panels on one matplotlib Figure with title and legend, for PNG and PDF."""
-    import matplotlib
-    from matplotlib.figure import Figure as Canvas
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
     columns = min(figure.columns, len(figure.panels))
     rows = math.ceil(len(figure.panels) / columns)
     width = columns * max(panel.size[0] for panel in figure.panels)
@@ -217,8 +214,6 @@ def whole(figure: Figure) -> "Canvas":
 
 def save(figure: Figure, folder: Path) -> None:
     """Write <name>.png (150 dpi) and <name>.pdf to `folder`; the same numbers give the same bytes."""
-    import matplotlib
-
     with matplotlib.rc_context(SETTINGS):
         canvas = whole(figure)
         canvas.savefig(folder / f"{figure.name}.png", dpi=150, metadata={"Software": None})
@@ -245,8 +240,6 @@ def key_svg(colour: str, marker: str | None, style: Style | None) -> str:
 
 def percent(axis: "Axis") -> None:
     """Show rates 0 … 1 as percent, with as many decimals as the ticks need."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
     axis.set_major_locator(MaxNLocator(5))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.6g}%"))
 
@@ -262,8 +255,6 @@ def line(
     **more: Any,
 ) -> None:
     """Plot the values of `rows` over x with their intervals as a band; rows without a value leave a gap."""
-    import numpy as np
-
     y = np.array([np.nan if row.value is None else row.value for row in rows])
     ends = [(row.low, row.high) if row.low is not None else (np.nan, np.nan) for row in rows]
     low, high = np.array(ends, dtype=float).T
