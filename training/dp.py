@@ -17,11 +17,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from opacus.accountants import PRVAccountant, RDPAccountant
+from opacus.accountants.analysis.rdp import compute_rdp, get_privacy_spent
+from peft.tuners.lora import Linear
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.utils.integrations import dequantize_module_weight
+from peft.utils.other import transpose
 from scipy.optimize import brentq
 from scipy.special import ndtri
 
 if TYPE_CHECKING:
-    from peft.tuners.lora.dora import DoraLinearLayer
     from transformers.pytorch_utils import Conv1D
 
 PRV_ERROR = 0.01  # the PRV accountant's ε is an upper bound, at most about this much above the true value
@@ -36,9 +41,6 @@ SLACK = 1e-6  # keeps a clipped norm below C despite float32 rounding
 @cache
 def _rdp(noise_multiplier: float, sample_rate: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(orders, Rényi divergence of one step at each)."""
-    from opacus.accountants import RDPAccountant
-    from opacus.accountants.analysis.rdp import compute_rdp
-
     orders = [1.01, 1.03, 1.06, *RDPAccountant.DEFAULT_ALPHAS, *range(72, 1025, 8)]  # wide: ε from 0.1 to 1,000
     return tuple(orders), tuple(
         compute_rdp(q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=orders).tolist()
@@ -64,14 +66,10 @@ def epsilon(
         return 0.0
     if noise_multiplier == 0:
         return math.inf
-    from opacus.accountants.analysis.rdp import get_privacy_spent
-
     orders, divergences = _rdp(noise_multiplier, sample_rate)
     rdp = max(0.0, float(get_privacy_spent(orders=orders, rdp=steps * np.array(divergences), delta=delta)[0]))
     if accountant == "rdp" or rdp > LARGEST_PRV:
         return rdp
-    from opacus.accountants import PRVAccountant
-
     prv = PRVAccountant()
     prv.history = [(noise_multiplier, sample_rate, steps)]
     with np.errstate(divide="ignore", invalid="ignore"):  # log in a region that np.where discards (q = 1)
@@ -233,9 +231,6 @@ class PerExample:
             raise ValueError(f"{strange[0]}: no per-example rule (LoRA on linear layers and DoRA magnitudes have one)")
 
     def _replace(self, model: torch.nn.Module) -> set[str]:
-        from peft.tuners.lora import Linear
-        from peft.tuners.lora.dora import DoraLinearLayer
-
         ruled = set()
         for path, layer in model.named_modules():
             if not isinstance(layer, Linear):
@@ -272,10 +267,8 @@ class PerExample:
 
         return forward
 
-    def _dora(self, module: "DoraLinearLayer", name: str) -> Callable[..., torch.Tensor]:
+    def _dora(self, module: DoraLinearLayer, name: str) -> Callable[..., torch.Tensor]:
         """peft's DoRA layer, with the magnitude applied in one place: y = m (Wx + s B A x) / ‖W + s B A‖ − Wx."""
-        from peft.utils.integrations import dequantize_module_weight
-        from peft.utils.other import transpose
 
         def forward(
             x: torch.Tensor,
