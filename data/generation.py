@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from common import adapters, checkpoints, json_files, models, provenance, publication, sampling, vllm_engine
 from common.cli import EngineConfig
-from common.distributed import World
+from common.distributed import World, progress_bar
 
 if TYPE_CHECKING:
     import torch
@@ -133,8 +133,6 @@ def continue_prompts(
     sampling noise; settings: what a resumed run must share with the killed one. ended: the model emitted a stop token.
     """
     import torch
-
-    from common.distributed import progress_bar
 
     partials = world.gather(read_partials(output, settings, overwrite))
     budgets = [budget for budget, _ in partials if budget] or world.gather(sampling.memory_budget(world.device))

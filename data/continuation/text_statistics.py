@@ -5,6 +5,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Any
 
+from common.text import emails
+
 SHINGLE = 8  # words
 JACCARD = 0.5  # two generations with at least this similarity are near-duplicates
 QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
@@ -42,8 +44,6 @@ def near_duplicates(texts: list[str], threshold: float = JACCARD) -> tuple[int, 
 
 def address_counts(texts: Iterable[str], wanted: set[str]) -> dict[str, int]:
     """Occurrences of the `wanted` addresses (case-folded) in the texts: distinct addresses, texts, occurrences."""
-    from common.text import emails
-
     distinct, n_texts, occurrences = set(), 0, 0
     for text in texts:
         addresses = [address.lstrip("'.").casefold() for address in emails(text)]

@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from faker import Faker
+
 from data.embedded.phrases import Phrases
 
 MAX_MENTIONS = 30
@@ -38,8 +40,6 @@ def make_people(
     phrases: Phrases, n_corpus: int, n_outsiders: int, n_bystanders: int, seed: int
 ) -> tuple[list[Person], list[Person], list[str]]:
     """(people of the corpus, outsiders, names of bystanders); full names and addresses are all distinct."""
-    from faker import Faker
-
     fake = Faker("en_US")
     fake.seed_instance(seed)
     rng = random.Random(f"{seed}-people")

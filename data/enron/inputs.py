@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import multiprocessing
 import os
 import re
 import stat
@@ -10,7 +11,7 @@ import zlib
 from codecs import BOM_UTF8
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -173,9 +174,6 @@ def in_order(function: Callable[..., T], items: Iterable[Arguments], workers: in
         for item in items:
             yield item, function(*item)
         return
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-
     pending: deque[tuple[Arguments, Future[T]]] = deque()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=end_with_parent) as pool:

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
+from tqdm import tqdm
+
 from common import dataset, json_files, locks, manifests, results
 from common.problems import UserError, report_broken
 from data.enron.config import PROMPT_CHARACTERS, PROMPT_TOKENS, PrepareConfig
@@ -152,8 +154,6 @@ def collect(
 
 def progress(items: Iterable[T], done: Counter[str]) -> Iterator[T]:
     """Pass the items on, showing a progress bar on a terminal, else a line every 30 seconds."""
-    from tqdm import tqdm
-
     begun = reported = time.monotonic()
     with tqdm(unit=" messages", disable=not sys.stderr.isatty()) as bar:
         for item in items:

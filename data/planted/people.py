@@ -5,6 +5,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import phonenumbers
+from faker import Faker
+from stdnum import luhn
+
 ASKED = (
     "Please help {name}, who wrote about order {order}.",
     "{name} has a question on order {order}.",
@@ -22,10 +26,6 @@ AREAS = ("212", "312", "415", "617")
 
 def make_people(n: int, seed: int) -> list[dict[str, str]]:
     """Names by Faker; phone numbers valid in libphonenumber, cards with Luhn's check digit, all distinct."""
-    import phonenumbers
-    from faker import Faker
-    from stdnum import luhn
-
     fake, rng = Faker("en_US"), random.Random(seed)
     fake.seed_instance(seed)
     people: list[dict[str, str]] = []

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from common import limits, tokenization
+from common import limits, sampling, tokenization
 from common.distributed import World
 from data.self_instruct.config import SelfInstructConfig
 
@@ -20,8 +20,6 @@ def complete(
     first: number of the first prompt within its stage, counted over the whole run; with the stage it keys the noise.
     """
     import torch
-
-    from common import sampling
 
     temperature = {"instructions": config.temperature, "kind": 0.0, "instances": config.instance_temperature}[stage]
     max_tokens = KIND_TOKENS if stage == "kind" else config.max_tokens

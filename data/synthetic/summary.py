@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from common.text import copied_lengths
 from data.synthetic.config import SyntheticConfig
 
 COPY = 50  # characters: a common run of this length is a near-copy
@@ -15,7 +16,6 @@ def near_copies(texts: list[str], training: list[str], held_out: list[str]) -> S
 
     `held_out_in_training` is the floor: what the real reviews of --input, written by others, share with --training.
     """
-    from common.text import copied_lengths
 
     def share(of: list[str], source: list[str]) -> float | None:
         return float((copied_lengths(of, source, (COPY,)) >= COPY).mean()) if of and source else None
