@@ -22,8 +22,10 @@ from common import (
 )
 from common.problems import Problems, UserError, check_writable, report_failures
 from extraction import measure, task
+from extraction.attack import chat_renderer
 from extraction.config import EvaluateConfig
 from mia.config import MiaConfig
+from mia.dataset import Reader, prepare
 
 if TYPE_CHECKING:
     from common.checkpoints import BaseLoader
@@ -73,8 +75,6 @@ def run(config: EvaluateConfig) -> int:
     membership: MiaConfig | None = None
     sets: MembershipTask | None = None
     if config.mia:
-        from mia.dataset import Reader, prepare
-
         membership = MiaConfig(
             dir=config.model,
             members=config.dataset,
@@ -146,8 +146,6 @@ def evaluate(
 def find_jobs(config: EvaluateConfig, attack: "ExtractionTask", tree: list[Path]) -> Jobs:
     """Sort the checkpoints by their files: complete, to measure (some or all temperatures), or unusable."""
     import torch
-
-    from extraction.attack import chat_renderer
 
     jobs = Jobs()
     dtype = models.resolve_dtype(config.dtype, "cuda" if torch.cuda.is_available() else "cpu")

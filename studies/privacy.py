@@ -6,7 +6,9 @@ whom only the base saw. The private arms use the operating system's randomness, 
 """
 
 from dataclasses import replace
+from math import hypot
 from pathlib import Path
+from statistics import fmean, stdev
 
 from common import dataset, formats, manifests, models, provenance, publication, results
 from common.checkpoints import find_checkpoints
@@ -158,8 +160,6 @@ def row_for(
 def change(base: Path, folder: Path) -> dict[str, Record]:
     """{group: {points, low, high, n}}: exact rate of `folder` minus that of `base`, in percentage points, paired over
     people (normal 95 % interval of the mean over n people), and the difference between the two groups of people."""
-    from math import hypot
-    from statistics import fmean, stdev
 
     def rates(results_folder: Path) -> dict[int, float]:
         hits_by_row: dict[int, list[bool]] = {}

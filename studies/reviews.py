@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from canary.config import InjectConfig
@@ -281,8 +282,6 @@ def summary(out: Path, checkpoints: dict[str, Path]) -> Record:
 
 def against_base(rows: list[Record]) -> list[Record]:
     """Exposure of each group of canaries, arm minus base, paired by canary: mean and 95 % t-interval, in bits."""
-    from statistics import fmean, stdev
-
     from scipy import stats
 
     bits: dict[tuple[str, int], dict[tuple[str, int], float]] = {}

@@ -25,14 +25,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from common import cli
+from common import cli, locks, publication, results
 from common.problems import Problems, UserError, check_writable, one_line
 from common.process import entry
-
-if TYPE_CHECKING:
-    from studies.grid import Cell, Sweep
+from studies import grid
 
 RESULTS = "results_sweep.jsonl"
 
@@ -71,9 +69,6 @@ def make_parser() -> cli.Parser:
 
 def run(config: SweepConfig) -> int:
     """Run what is left of the sweep; 0, or 1 if a cell failed."""
-    from common import locks, results
-    from studies import grid
-
     problems = Problems()
     check_writable(config.output, problems, "--output")
     if not config.sweep:
@@ -117,9 +112,6 @@ def run(config: SweepConfig) -> int:
 
 def write(folder: Path, lines: list[dict[str, Any]]) -> None:
     """results_sweep.jsonl: a line per finished cell, then the means over seeds."""
-    from common import publication, results
-    from studies import grid
-
     made = [{"schema": results.SCHEMA, **line} for line in [*lines, *grid.means(lines)]]
     publication.write_jsonl(folder / RESULTS, made)
 
@@ -145,11 +137,9 @@ def make_executor(config: SweepConfig) -> Any:
 
 
 def run_all(
-    config: SweepConfig, todo: Sequence["Cell"], sweep: "Sweep", folder: Path, executor: Any
-) -> Iterator[tuple["Cell", str | None]]:
+    config: SweepConfig, todo: Sequence[grid.Cell], sweep: grid.Sweep, folder: Path, executor: Any
+) -> Iterator[tuple[grid.Cell, str | None]]:
     """Yield (cell, why it failed or None) of each cell as it ends."""
-    from studies import grid
-
     if executor is None:
         for cell in todo:
             try:
