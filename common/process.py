@@ -14,6 +14,8 @@ from typing import NoReturn
 from common.problems import UserError, one_line
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space for a script's output
+
+
 def end_with_parent() -> None:
     """For workers: make this process exit within a second of its parent's death, however the parent died."""
     from multiprocessing import parent_process

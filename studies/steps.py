@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from auditing.config import AuditConfig
-from common import cli, dataset, formats, json_files, models, provenance, results, stats
+from common import cli, dataset, formats, json_files, models, provenance, publication, results, stats
 from common.problems import AnyPath, Problems, UserError
 from common.schema import HEADLINE_TEMPERATURE, outcomes_path
 from extraction.config import AttackConfig, MeasureConfig
@@ -177,7 +177,7 @@ def share_passes(source: Path, target: Path) -> None:
     from mia.measure import cache_folder
 
     if cache_folder(source).is_dir() and not cache_folder(target).exists():
-        with results.atomic_folder(cache_folder(target)) as copy:
+        with publication.atomic_folder(cache_folder(target)) as copy:
             shutil.copytree(cache_folder(source), copy, dirs_exist_ok=True)
 
 

@@ -14,7 +14,7 @@ import merge_peft
 import run_peft
 from common import arrow_files, cli, dataset, formats, locks, manifests, publication
 from common.problems import Problems, UserError, check_output_file
-from common.process import entry
+from common.process import entry, leave_after_main
 from data import replace_pii
 from data.continuation import generate as continuation
 from data.self_instruct import generate as self_instruct
@@ -519,5 +519,5 @@ def test_a_user_written_in_two_ways_is_one_unit():
 
 
 def test_entry_returns_though_an_earlier_run_left_a_group():
-    cli.leave_after_main()
-    assert cli.entry(lambda: 3) == 3
+    leave_after_main()
+    assert entry(lambda: 3) == 3
