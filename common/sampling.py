@@ -45,6 +45,17 @@ class Answers:
     truth_logp: list[float] | None
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """How `sweep` draws an answer to a prompt. See there."""
+
+    temperatures: Sequence[float]
+    top_k: int
+    max_tokens: int
+    seed: int
+    stop: torch.Tensor
+
+
 class Sampler(ABC):
     """Another engine that draws answers, in place of a model and the sweep sampler. config: its model's."""
 
@@ -55,12 +66,7 @@ class Sampler(ABC):
         self,
         prompts: list[list[int]],
         keys: list[tuple[int, int]],
-        temperatures: Sequence[float],
-        *,
-        top_k: int,
-        max_tokens: int,
-        seed: int,
-        stop: torch.Tensor,
+        drawing: Drawing,
         progress: Callable[[int], object] | None = None,
     ) -> list[list[list[int]]]:
         """[prompt][temperature] sampled ids, as `sweep` has them."""
@@ -131,9 +137,7 @@ def sweep(
         return []
     drawn: list[list[list[int]]] | None = None
     if source := model if isinstance(model, Sampler) else sampler:
-        drawn = source.draw(
-            prompts, keys, temperatures, top_k=top_k, max_tokens=max_tokens, seed=seed, stop=stop, progress=progress
-        )
+        drawn = source.draw(prompts, keys, Drawing(temperatures, top_k, max_tokens, seed, stop), progress)
     if isinstance(model, Sampler):
         return [Answers(tokens, None, None) for tokens in drawn or []]
     base = without_adapter(model)
@@ -142,7 +146,7 @@ def sweep(
     tail = max(max_tokens, *form_sizes(targets), 0)
     with torch.inference_mode(), contextlib.ExitStack() as stack:
         engine = choose_engine(base, prompts, max(map(len, prompts)) + tail, stack)
-        stop = stop.to(engine.device)
+        drawing = Drawing(temperatures, top_k, max_tokens, seed, stop.to(engine.device))
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
         size = batch_size or _rows_by_memory(engine, prompts, targets, len(temperatures), max_tokens)
         while order:
@@ -152,11 +156,7 @@ def sweep(
                 [prompts[i] for i in chunk],
                 [keys[i] for i in chunk],
                 [targets[i] for i in chunk] if targets else None,
-                temperatures,
-                top_k,
-                max_tokens,
-                seed,
-                stop,
+                drawing,
                 drawn and [drawn[i] for i in chunk],
             )
             for i, answer in zip(chunk, answers_of_chunk):
@@ -185,19 +185,16 @@ def _decode_chunk(
     prompts: list[list[int]],
     keys: list[tuple[int, int]],
     targets: Forms | None,
-    temperatures: Sequence[float],
-    top_k: int,
-    max_tokens: int,
-    seed: int,
-    stop: torch.Tensor,
+    drawing: Drawing,
     drawn: list[list[list[int]]] | None,
 ) -> list[Answers]:
     """`sweep` over one batch of prompts. drawn: the answers, if they are there already."""
     import torch
 
+    temperatures, max_tokens = drawing.temperatures, drawing.max_tokens
     device, rows, n_temperatures = engine.device, len(prompts), len(temperatures)
     logits, predicting = engine.begin(prompts, targets, n_temperatures, max_tokens)
-    scored = score_targets(predicting, targets, temperatures, top_k, max_tokens)
+    scored = score_targets(predicting, targets, temperatures, drawing.top_k, max_tokens)
     if drawn:
         return [Answers(tokens, *(scored[i] if scored else (None, None))) for i, tokens in enumerate(drawn)]
     logits = logits.clone()
@@ -224,14 +221,14 @@ def _decode_chunk(
             sampled = random.nonzero()[:, 0]
             needed, place = torch.unique(branch_node[sampled], return_inverse=True)
         if len(place):
-            values, candidates = top_k_with_ties(logits[needed], top_k)
+            values, candidates = top_k_with_ties(logits[needed], drawing.top_k)
             owner = node_row[needed]
-            noise = gumbel(seed, row_key[owner], template_key[owner], step, candidates)
+            noise = gumbel(drawing.seed, row_key[owner], template_key[owner], step, candidates)
             scores = values.double()[place] / heat[branch_heat[sampled], None] + noise[place]
             chosen = candidates[place].gather(-1, scores.argmax(-1, keepdim=True))[:, 0]
             token[sampled] = torch.where(random[sampled], chosen, token[sampled])
         output[branch_row, branch_heat, step] = token
-        alive = ~stop[token]
+        alive = ~drawing.stop[token]
         if step == max_tokens - 1 or not bool(alive.any()):
             break
         branch_row, branch_heat = branch_row[alive], branch_heat[alive]

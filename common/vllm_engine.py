@@ -137,19 +137,15 @@ class VllmSampler(sampling.Sampler):
         self,
         prompts: list[list[int]],
         keys: list[tuple[int, int]],
-        temperatures: Sequence[float],
-        *,
-        top_k: int,
-        max_tokens: int,
-        seed: int,
-        stop: torch.Tensor,
+        drawing: sampling.Drawing,
         progress: Callable[[int], object] | None = None,
     ) -> list[list[list[int]]]:
         """See `sampling.Sampler`."""
         from vllm import SamplingParams, TokensPrompt
 
         vocabulary = self.config.get_text_config().vocab_size
-        ends = stop.nonzero().flatten().tolist()
+        temperatures = drawing.temperatures
+        ends = drawing.stop.nonzero().flatten().tolist()
         requests, parameters = [], []
         for prompt, key in zip(prompts, keys):
             for place, temperature in enumerate(temperatures):
@@ -157,9 +153,9 @@ class VllmSampler(sampling.Sampler):
                 parameters.append(
                     SamplingParams(
                         temperature=temperature,
-                        top_k=top_k if top_k < vocabulary else -1,
-                        max_tokens=max_tokens,
-                        seed=request_seed(seed, *key, place) if temperature else None,
+                        top_k=drawing.top_k if drawing.top_k < vocabulary else -1,
+                        max_tokens=drawing.max_tokens,
+                        seed=request_seed(drawing.seed, *key, place) if temperature else None,
                         stop_token_ids=ends,
                         ignore_eos=True,  # it is among `ends`
                         detokenize=False,

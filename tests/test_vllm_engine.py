@@ -69,8 +69,8 @@ class StandIn(sampling.Sampler):
 
     loaded: list = []  # noqa: RUF012 (of all of them)
 
-    def draw(self, prompts, keys, temperatures, *, top_k, max_tokens, seed, stop, progress=None):
-        return [[[prompt[-1]] * 2 for _ in temperatures] for prompt in prompts]
+    def draw(self, prompts, keys, drawing, progress=None):
+        return [[[prompt[-1]] * 2 for _ in drawing.temperatures] for prompt in prompts]
 
     def close(self):
         pass
