@@ -101,7 +101,7 @@ def run(config: ReportConfig) -> int:
     for line in broken:
         print(one_line(f"not read: {line}"), file=sys.stderr)
     if not config.dry_run:
-        print(f"{len(study.rows):,} numbers, {len(record['figures'])} figures: {output / 'report.html'}")
+        print(f"{len(study.rows):,} numbers, {len(record['figures'])} figures\nresults are in {output / 'report.html'}")
     return 1 if broken else 0
 
 

@@ -91,7 +91,7 @@ def measure(config: AuditConfig, task: AuditTask, output: locks.Output) -> int:
     if world.main:
         draw_page(folder)
     world.say(report.summary(audit))
-    world.say(f"wrote {folder / 'audit.json'}, {folder / 'audit.md'}, {folder / 'report' / 'report.html'}")
+    world.say(f"results are in {folder / 'audit.json'}, {folder / 'audit.md'}, {folder / 'report' / 'report.html'}")
     held = [gate for gate in audit["gates"] if gate["holds"] is not False]
     for gate in held if world.main else ():
         print(report.gate_line(gate))

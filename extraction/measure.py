@@ -361,6 +361,6 @@ def run(config: MeasureConfig) -> int:
         matching = find_results(folder, task, model_key(ref))
         for words in described([(other, found) for other, found in matching if other != path]):
             print(f"measured before with the same settings: {words}")
-    world.say(f"wrote {path}")
+    world.say(f"results are in {path}")
     world.close()
     return 0

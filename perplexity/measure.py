@@ -51,9 +51,10 @@ SETTINGS = (
 )
 
 
-def text_line(line: Line) -> str:
-    """The line of perplexity.txt for a line of perplexity.jsonl."""
-    return f"model path: {line['model']}; mean perplexity: {'null' if line['mean'] is None else line['mean']}"
+def text_line(line: Line, form: str = "") -> str:
+    """The line of perplexity.txt for a line of perplexity.jsonl. form: of the number; by default every digit."""
+    mean = "null" if line["mean"] is None else format(line["mean"], form)
+    return f"model path: {line['model']}; mean perplexity: {mean}"
 
 
 def same(line: Line, other: Line, but: tuple[str, ...] = ()) -> bool:
@@ -265,7 +266,7 @@ def run_locked(config: PerplexityConfig, folder: Path, output: locks.Output, pre
             if world.main:
                 write(output, folder, lines, current)
             scored += line["n_tokens"]
-            world.say(f"[{number}/{len(todo)}] {text_line(line)}".rstrip())
+            world.say(f"[{number}/{len(todo)}] {text_line(line, '.6g')}".rstrip())
             if world.main:
                 provenance.say_if_hardly_moved(ref, line["relative_change"])
 

@@ -89,7 +89,7 @@ def test_next_free_name_and_positionals(models, dataset, tmp_path, capsys):
     assert read_lines(out / names[0]) == read_lines(out / names[2])
     printed = capsys.readouterr().out.splitlines()
     earlier = [f"measured before with the same settings: {out / name} (temperatures 0)" for name in names[:2]]
-    assert printed[-3:] == [*earlier, f"wrote {out / names[2]}"]
+    assert printed[-3:] == [*earlier, f"results are in {out / names[2]}"]
 
 
 def test_responses_only_on_request_and_private(models, dataset, tmp_path):

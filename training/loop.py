@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -77,6 +78,7 @@ def train(training: Trainer, run: results.Run, trackers: "list[GeneralTracker]")
     config, plan, world, count = training.config, training.plan, training.world, training.count
     seconds, tokens_before, said = 0.0, count["tokens"], time.monotonic()
     terminal = sys.stderr.isatty()
+    started, first = said, count["step"]
 
     def log(record: dict[str, Any]) -> None:
         if world.main:
@@ -123,7 +125,8 @@ def train(training: Trainer, run: results.Run, trackers: "list[GeneralTracker]")
                 bar.set_postfix_str(words)
                 if not terminal and time.monotonic() - said > LOG_SECONDS:
                     said = time.monotonic()
-                    world.say(f"step {step}/{training.total}  {words}  lr {done['lr']:.2g}")
+                    left = timedelta(seconds=round((said - started) / (step - first) * (training.total - step)))
+                    world.say(f"step {step}/{training.total}  {words}  lr {done['lr']:.2g}  {left} left")
             bar.update()
             if step % TRIM_STEPS == 0 and training.device_type == "cpu":
                 trim_memory()

@@ -133,3 +133,4 @@ def report(result: dict[str, Any], splits: dict[str, dict[str, Any]], config: Pr
         if missing:
             print(f"{split} is {missing:,} rows short: no remaining user has so few rows, and users are not split")
     print(f"{result['reviews_per_s']:,.0f} reviews/s, peak memory {result['peak_bytes'] / 1e6:,.0f} MB")
+    print(f"rows are in {config.output_dir}")

@@ -81,11 +81,12 @@ def generate(config: ContinuationConfig, task: Task, target: locks.Output) -> di
                 record.files.remove(partial)
         world.barrier()
     if world.main:
-        print(f"{len(rows):>9,}  rows in {output}")
+        print(f"{len(rows):>9,}  rows")
         for reason, count in task.dropped.items():
             print(f"{count:>9,}  rows dropped: {reason}")
         print(text_statistics.report(numbers))
         print(f"{record['seconds']:.0f} s, {numbers['tokens_total'] / record['seconds']:,.0f} tokens/s")
+        print(f"rows are in {output}")
     world.close()
     return numbers
 

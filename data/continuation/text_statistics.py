@@ -101,5 +101,5 @@ def report(numbers: dict[str, Any]) -> str:
     own = numbers["own_in_generations"]
     times = f"{own['occurrences']:,} times; {numbers['own_at_the_start']:,} at the very start"
     lines.append((own["rows"], f"rows whose own address was generated ({times})"))
-    quantiles = ", ".join(f"{float(q):.0%} {value:g}" for q, value in numbers["tokens"].items())
+    quantiles = ", ".join(f"{float(q):.0%} {value:.0f}" for q, value in numbers["tokens"].items())
     return "\n".join([f"{number:>9,}  {words}" for number, words in lines] + [f"tokens per generation: {quantiles}"])

@@ -57,7 +57,7 @@ def run(config: PlantedConfig) -> None:
     with locks.output_folder(folder) as target, target.publication() as files:
         files.write_jsonl(folder / "train.jsonl", rows[: config.num_rows])
         files.write_jsonl(folder / "heldout.jsonl", rows[config.num_rows :])
-    print(f"{config.num_rows} rows each in {folder / 'train.jsonl'} and {folder / 'heldout.jsonl'}")
+    print(f"{config.num_rows} rows each are in {folder / 'train.jsonl'} and {folder / 'heldout.jsonl'}")
 
 
 def main(argv: list[str] | None = None) -> int:

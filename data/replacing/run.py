@@ -76,7 +76,8 @@ def build(config: ReplaceConfig, task: Task, target: locks.Output) -> int:
     for key in ("rows", "broken rows left out", "people", "addresses", "rows changed"):
         print(f"{counts[key]:>10,}  {key}")
     print("leak check: no old full name, address or pair")
-    print(f"{counts['rows_per_s']:,.0f} rows/s, {counts['rows_per_s_with_check']:,.0f} with the leak check; {output}")
+    print(f"{counts['rows_per_s']:,.0f} rows/s, {counts['rows_per_s_with_check']:,.0f} with the leak check")
+    print(f"rows are in {output}")
     return 0
 
 

@@ -107,7 +107,7 @@ def generate(config: SelfInstructConfig, task: Task, partial: Path, target: lock
 
 def report(counts: Counter[str], rows: int, output: Path) -> str:
     """What was kept and what each filter dropped, as text."""
-    lines = [f"{rows:>9,}  rows in {output}"]
+    lines = [f"{rows:>9,}  rows"]
     for kind in ("instructions", "instances"):
         total = counts[f"{kind}: candidates"]
         lines.append(f"{total:>9,}  candidate {kind}")
@@ -115,4 +115,4 @@ def report(counts: Counter[str], rows: int, output: Path) -> str:
         lines += [f"{counts[key]:>9,}  {key} ({counts[key] / max(1, total):.1%})" for key in reasons]
     others = ("broken seed tasks", "classification tasks", "tasks without an instance", TOO_LONG)
     lines += [f"{counts[key]:>9,}  {key}" for key in others]
-    return "\n".join(lines)
+    return "\n".join([*lines, f"rows are in {output}"])

@@ -51,7 +51,7 @@ def privacy_block(model: dict[str, Any] | None, released: dict[str, Any] | None)
 
 def report(config: SyntheticConfig, summary: Summary) -> None:
     """Print what was written, left out and copied, and what privacy it cost."""
-    print(f"{summary['n_scored']:>9,}  reviews of arm {config.arm} in {config.output_file}")
+    print(f"{summary['n_scored']:>9,}  reviews of arm {config.arm}")
     left_out = summary["dropped"] | {f"--filter {name}": count for name, count in summary["filtered"].items()}
     for reason, count in left_out.items():
         print(f"{count:>9,}  left out: {reason}")
@@ -67,3 +67,4 @@ def report(config: SyntheticConfig, summary: Summary) -> None:
     else:
         note = "" if spent["private"] else " (void: see the model's privacy.json)"
         print(f"          privacy: ε {spent['epsilon']:.3f} at δ {spent['delta']:.3g}, unit {spent['unit']}{note}")
+    print(f"rows are in {config.output_file}")
