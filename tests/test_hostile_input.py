@@ -272,9 +272,9 @@ ADDRESS = "jane.roe@hartwell.example"
 def seconds(function, text: str, tries: int = 1) -> float:
     times = []
     for _ in range(tries):
-        start = time.perf_counter()
+        start = time.process_time()
         function(text)
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return min(times)
 
 
