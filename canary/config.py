@@ -1,8 +1,8 @@
-"""The configurations of canary/inject.py and canary/measure.py."""
+"""The configurations of canary/inject.py, canary/measure.py and canary/auxiliary.py."""
 
 from dataclasses import dataclass
 
-from common.cli import MeasuringConfig, QuantizedConfig
+from common.cli import MeasuringConfig, ModelConfig, QuantizedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,3 +40,13 @@ class MeasureConfig(MeasuringConfig, QuantizedConfig):
     references: int = 1000
     output_dir: str = "./"
     overwrite: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuxiliaryConfig(ModelConfig):
+    """What canary/auxiliary.py measures; the script adds the training flags."""
+
+    model: str
+    canaries: str  # the key file
+    synthetic: tuple[str, ...]  # ARM=FILE
+    output_dir: str = "./auxiliary-out"

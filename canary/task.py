@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from canary.canaries import Space
 from canary.config import MeasureConfig
@@ -14,6 +14,13 @@ from common.problems import Problems, check_writable
 
 RESULTS, ROWS, RECORD = "results_canary.jsonl", "results_canary_rows.jsonl", "run_canary.json"
 Privacy = dict[str, Any]  # the privacy budget spent in training, as in privacy.json
+
+
+class Keyed(Protocol):
+    """A configuration with a key file."""
+
+    @property
+    def canaries(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -129,7 +136,7 @@ def split_models(config: MeasureConfig, problems: Problems) -> dict[str, str]:
 
 
 def read_texts(
-    config: MeasureConfig,
+    config: Keyed,
     flag: str,
     file: str,
     rows: list[dict[str, Any]],
@@ -166,7 +173,7 @@ def seen_by(
     return seen
 
 
-def check_unit(config: MeasureConfig, header: Header, privacy: dict[str, Privacy | None], problems: Problems) -> None:
+def check_unit(config: Keyed, header: Header, privacy: dict[str, Privacy | None], problems: Problems) -> None:
     """Add a problem for each arm whose ε has a different privacy unit than the audit."""
     for arm, spent in privacy.items():
         unit = (spent or {}).get("unit")

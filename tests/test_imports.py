@@ -13,6 +13,7 @@ ORCHESTRATORS = {  # what may import another room, or a script
     "audit.py": {"auditing"},
     "evaluate_purified.py": {"extraction", "studies"},
     "quickstart.py": {"studies", "plot_results"},
+    "canary/auxiliary.py": {"training"},
     "mia/shadow.py": {"shadowing"},
     "utility/downstream.py": {"training"},
 }
