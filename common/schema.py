@@ -96,6 +96,12 @@ OUTPUTS = {
         "one line per arm and measure: exposure, counts, bounds on ε (docs/differential-privacy.md)",
     ),
     "results_canary_rows.jsonl": ("canary/measure.py", "one line per canary and arm (mode 0600)"),
+    "results_auxiliary.jsonl": (
+        "canary/auxiliary.py",
+        "one line per arm and signal: bounds on ε from generated rows alone (docs/differential-privacy.md)",
+    ),
+    "results_auxiliary_rows.jsonl": ("canary/auxiliary.py", "one line per canary and arm, no text (mode 0600)"),
+    "run_auxiliary.json": ("canary/auxiliary.py", "configuration, versions, inputs, status"),
     "results_fidelity.json": ("fidelity/fidelity.py", "metrics of each arm with their intervals"),
     "results_utility.jsonl": ("utility/downstream.py", "one line per arm and seed"),
     "results_utility_rows.jsonl": ("utility/downstream.py", "true and predicted rating of every row, no text"),

@@ -92,6 +92,11 @@ FLAGS = {
         "--base_model", "--canaries", "--models", "--synthetic", "--ref_model", "--references", "--output_dir",
         "--overwrite",
     },
+    "canary/auxiliary.py": MODEL | {
+        "-m", "--model", "--canaries", "--synthetic", "--output_dir", "-e", "--epochs", "-lr", "--learning_rate",
+        "-pdbs", "--per_device_batch_size", "-gas", "--gradient_accumulation_steps", "-pt", "--peft_type", "--lora_r",
+        "--lora_alpha", "--max_length",
+    },
     "data/self_instruct/generate.py": MEASURING | ENGINE | {
         "-m", "--model", "--base_model", "--seed_tasks", "--num_rows", "--top_k", "-mt", "--max_tokens",
         "--temperature",
@@ -218,6 +223,7 @@ WITHOUT_DATA = {  # a missing file of each script that loads a model, next to an
     "perplexity/perplexity.py": "--model MODEL -d NONE --output_dir OUT",
     "mia/mia.py": "--model MODEL --members NONE --nonmembers NONE --output_dir OUT",
     "canary/measure.py": "--canaries NONE --models a=MODEL --output_dir OUT",
+    "canary/auxiliary.py": "-m MODEL --canaries NONE --synthetic a=NONE --output_dir OUT",
     "data/continuation/generate.py": "-m MODEL -d NONE --output OUT/a.arrow",
     "data/synthetic/generate.py": "-m MODEL -i NONE --arm a --output OUT/a.jsonl",
     "data/self_instruct/generate.py": "-m MODEL --seed_tasks NONE --output OUT/a.jsonl",

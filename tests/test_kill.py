@@ -156,6 +156,16 @@ def canary_results(start, have):
     return f"--canaries WORK/train_canaries_key.jsonl {texts} --output_dir WORK/out"
 
 
+def auxiliary(start, have):
+    canaries(start, have)
+    assert inject.main(["-i", str(start / "train.jsonl"), "--repetitions", "2", "--canaries", "2", "--audit", "6"]) == 0
+    for name, seed in (("a", 3), ("b", 4)):
+        write_rows(start / f"{name}.jsonl", generated(make_reviews(12, seed), name))
+    few = "-e 1 -pdbs 4 --lora_r 2 --max_length 64"
+    texts = "--synthetic a=WORK/a.jsonl b=WORK/b.jsonl"
+    return f"-m {have['models']['llama']} --canaries WORK/train_canaries_key.jsonl {texts} {few} --output_dir WORK/out"
+
+
 def report(start, have):
     tree(start, have)
     words = [ROOT / "perplexity/perplexity.py", start / "tree", "--dataset", start / "enron.jsonl", "--num_rows", 10]
@@ -225,6 +235,7 @@ CASES = {
     "shadow": ("mia/shadow.py", shadow, ""),
     "merge": ("merge_peft.py", merge, ""),
     "canary": ("canary/measure.py", canary_results, ""),
+    "auxiliary": ("canary/auxiliary.py", auxiliary, ""),
     "report": ("plot_results.py", report, ""),
     "fidelity": ("fidelity/fidelity.py", fidelity, ""),
     "feature_importance": ("utility/feature_importance.py", importance, ""),
