@@ -14,7 +14,7 @@ from canary.lines import Line, is_constant, text_lines, text_signals
 from canary.measurement import Outcome, canary_rows
 from canary.report import report
 from canary.task import Task, check_unit, read_texts
-from common import cli, dataset, distributed, models, results, reviews, stats, trained
+from common import adapters, cli, dataset, distributed, models, provenance, results, reviews, stats, trained
 from common.distributed import World
 
 RESULTS, ROWS, RECORD = "results_auxiliary.jsonl", "results_auxiliary_rows.jsonl", "run_auxiliary.json"
@@ -95,7 +95,7 @@ def prepare(config: AuxiliaryConfig, problems: cli.Problems) -> Plan:
         check_earlier(config, inputs, problems)
     problems.check()
     assert header and ref
-    weights = {"--model": models.weights_sha256(ref)}
+    weights = {"--model": provenance.weights_sha256(ref)}
     task = Task(header, canaries, {}, texts, None, inputs, weights, finished=False)
     return Plan(task, ref, tokenizer, rows, {arm: len(read[arm]) - len(rows[arm]) for arm in rows})
 
@@ -141,11 +141,11 @@ def measure(config: AuxiliaryConfig, plan: Plan, train: Train, world: World) -> 
     """(result lines, lines per canary) of all arms."""
     folder = Path(config.output_dir)
     chosen = {key: value for key, value in vars(config).items() if key not in (*NEUTRAL, *FILES)}
-    adapters: dict[str, Path] = {}
+    trained_on: dict[str, Path] = {}
     for arm, items in plan.rows.items():
         file = folder / "data" / f"{arm}.jsonl"
         results.write_jsonl(file, items, permissions=0o600)
-        adapters[arm] = train(file)
+        trained_on[arm] = train(file)
     task, most = plan.task, models.context_of(plan.ref)
     parts = {HEADLINE: task.canaries, SECRET: [secret_alone(canary) for canary in task.canaries]}
     base = models.load_base(plan.ref, models.resolve_dtype(config.dtype, world.device), world.device, config.device_map)
@@ -159,14 +159,14 @@ def measure(config: AuxiliaryConfig, plan: Plan, train: Train, world: World) -> 
     before = score(base)
     lines: list[Line] = []
     rows: list[Line] = []
-    for arm, adapter in adapters.items():
-        with models.adapted(base, str(adapter)) as (model, _):
+    for arm, adapter in trained_on.items():
+        with adapters.adapted(base, str(adapter)) as (model, _):
             after = score(model)
         signals = {
             name: [now - earlier for now, earlier in zip(after[name], before[name], strict=True)] for name in parts
         }
         signals |= text_signals(task.canaries, task.texts[arm].texts)
-        known = models.training_record(adapter) or {}
+        known = provenance.training_record(adapter) or {}
         kept = {key: known.get(key) for key in ("steps", "relative_change", "notes")}
         training = {"rows": len(plan.rows[arm]), "rows_dropped": plan.blank[arm], **kept}
         for line in text_lines(task, arm, signals):
