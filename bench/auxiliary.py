@@ -1,6 +1,6 @@
 """Bounds on ε from generated text alone, without DP: a model trained on the text beside its 2-grams; prints a table.
 
-python bench/auxiliary.py --output_dir aux-bench                 # the table of docs/differential-privacy.md
+python bench/auxiliary.py --output_dir aux-bench
 python bench/auxiliary.py --output_dir aux-bench --epochs 5 --prompts heldout
 
 Fictional reviews of the embedded shop; canaries inserted once with probability ½; the embedded model is trained on
