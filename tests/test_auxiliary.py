@@ -51,6 +51,7 @@ def adapter_of(folder: Path, arm: str) -> Path:
     return max(found, key=lambda path: int(path.name.split("-")[1]))
 
 
+@pytest.mark.slow
 def test_text_with_the_canaries_tells_them_apart_and_other_text_does_not(texts, tmp_path):
     """80 coins all known would show ε ≥ 1.87; of text without any, they are independent: AUC 0.5 ± 0.065.
 
