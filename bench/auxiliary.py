@@ -15,7 +15,7 @@ from pathlib import Path
 if __name__ == "__main__":  # otherwise `fidelity` and `mia` would be the scripts beside this file
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common import cli, results
+from common import cli, json_files, process, publication
 from studies.config import EMBEDDED
 
 
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     from canary.config import InjectConfig, MeasureConfig
     from canary.injection import run as inject
     from canary.measurement import run as measure
-    from common import dataset
+    from common import formats
     from common.checkpoints import find_checkpoints
     from data.synthetic.config import SyntheticConfig
     from data.synthetic.run import run as generate
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, file in prompts.items():
         prompts[name] = out / f"prompts_{name}.jsonl"
         if not prompts[name].exists():
-            results.write_jsonl(prompts[name], dataset.read_rows(file) * args.copies)
+            publication.write_jsonl(prompts[name], formats.read_rows(file) * args.copies)
     lines = [
         "| epochs | prompts | model: ε ≥ | AUC | auxiliary: ε ≥ | f-DP | AUC | TPR at 1 % FPR "
         "| secret alone: ε ≥ | AUC | 2-gram: ε ≥ | AUC |",
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
             canaries=str(key), models=(f"a={checkpoint}",), output_dir=str(out / f"model-{epochs}"), overwrite=True
         )
         step("canary/measure.py", measure, own)
-        (model,) = results.read_jsonl(out / f"model-{epochs}" / "results_canary.jsonl")
+        (model,) = json_files.read_jsonl(out / f"model-{epochs}" / "results_canary.jsonl")
         for name in args.prompts:
             text = out / f"generated_{epochs}_{name}.jsonl"
             written = SyntheticConfig(
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
                 seed=args.seed,
             )
             step("canary/auxiliary.py", auxiliary.run, config)
-            found = {line["signal"]: line for line in results.read_jsonl(folder / "results_auxiliary.jsonl")}
+            found = {line["signal"]: line for line in json_files.read_jsonl(folder / "results_auxiliary.jsonl")}
             whole, secret, grams = (found[signal] for signal in ("auxiliary", "auxiliary, secret", "2-gram"))
             cells = [epochs, name, *pair(model), whole["lower"]["95"], whole["f_dp"]["epsilon_delta"]["lower"]["95"]]
             cells += [whole["auc"], (whole["tpr_at_fpr"] or {}).get("tpr"), *pair(secret), *pair(grams)]
@@ -133,4 +133,4 @@ def shown(value) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.entry(main))
+    sys.exit(process.entry(main))

@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 
 from canary.config import AuxiliaryConfig
-from common import cli
+from common import cli, process
 from training.checkpoint import checkpoints
 from training.config import TrainConfig
 from training.run import run as fine_tune
@@ -109,4 +109,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.entry(main))
+    sys.exit(process.entry(main))

@@ -14,8 +14,23 @@ from canary.lines import Line, is_constant, text_lines, text_signals
 from canary.measurement import Outcome, canary_rows
 from canary.report import report
 from canary.task import Task, check_unit, read_texts
-from common import adapters, cli, dataset, distributed, models, provenance, results, reviews, stats, trained
+from common import (
+    adapters,
+    dataset,
+    distributed,
+    json_files,
+    locks,
+    models,
+    provenance,
+    publication,
+    results,
+    reviews,
+    stats,
+    strict_json,
+    trained,
+)
 from common.distributed import World
+from common.problems import Problems, check_writable
 
 RESULTS, ROWS, RECORD = "results_auxiliary.jsonl", "results_auxiliary_rows.jsonl", "run_auxiliary.json"
 HEADLINE, SECRET = "auxiliary", "auxiliary, secret"
@@ -39,10 +54,10 @@ class Plan:
 def run(config: AuxiliaryConfig, train: Train) -> Outcome:
     """Train, score, write. UserError before a model is loaded."""
     folder = Path(config.output_dir)
-    with results.output_folder(folder, config.dry_run, "auxiliary") as output:
+    with locks.output_folder(folder, config.dry_run, "auxiliary") as output:
         if not config.dry_run and (folder / "data").is_dir():
-            results.tidy([folder / "data"])
-        plan = prepare(config, cli.Problems())
+            locks.tidy([folder / "data"])
+        plan = prepare(config, Problems())
         sizes = ", ".join(f"{arm} {len(rows)}" for arm, rows in plan.rows.items())
         print(f"{len(plan.task.audited)} audit canaries; rows to train on: {sizes}", flush=True)
         if config.dry_run:
@@ -61,11 +76,11 @@ def run(config: AuxiliaryConfig, train: Train) -> Outcome:
     return {"lines": lines, "violations": over}
 
 
-def prepare(config: AuxiliaryConfig, problems: cli.Problems) -> Plan:
+def prepare(config: AuxiliaryConfig, problems: Problems) -> Plan:
     """Read and check everything. UserError with all problems."""
     if int(os.environ.get("WORLD_SIZE", "1") or 1) > 1:
         problems.add("WORLD_SIZE: runs as one process; start it without torchrun")
-    cli.check_writable(config.output_dir, problems)
+    check_writable(config.output_dir, problems)
     header, canaries = problems.absorb(read_key, config.canaries) or (None, [])
     files = reviews.split_arms(config.synthetic, (), problems)
     read = {arm: problems.absorb(reviews.read_reviews, file, reviews.GENERATED) or [] for arm, file in files.items()}
@@ -108,7 +123,7 @@ def training_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     ]
 
 
-def check_earlier(config: AuxiliaryConfig, inputs: list[str], problems: cli.Problems) -> None:
+def check_earlier(config: AuxiliaryConfig, inputs: list[str], problems: Problems) -> None:
     """Add a problem if --output_dir has a run, finished or not, with other settings: its models would be kept."""
     folder, advice = Path(config.output_dir), "choose another directory, or remove this one"
     file = folder / RECORD
@@ -116,11 +131,11 @@ def check_earlier(config: AuxiliaryConfig, inputs: list[str], problems: cli.Prob
         if (folder / RESULTS).exists():
             problems.add(f"--output_dir {folder}: has {RESULTS} without its {RECORD}; {advice}")
         return
-    record = problems.absorb(results.read_json, file, advice)
+    record = problems.absorb(json_files.read_json, file, advice)
     if record is None:
         return
     earlier = settings(record.get("args", {}), [entry["sha256"] for entry in record.get("inputs", [])])
-    now = settings(cast(dict[str, Any], cli.plain(vars(config))), [results.sha256(path) for path in inputs])
+    now = settings(cast(dict[str, Any], strict_json.plain(vars(config))), [results.sha256(path) for path in inputs])
     different = [
         f"{key} was {str(earlier.get(key))[:40]}, now {str(now.get(key))[:40]}"
         for key in sorted(earlier.keys() | now.keys())
@@ -144,7 +159,7 @@ def measure(config: AuxiliaryConfig, plan: Plan, train: Train, world: World) -> 
     trained_on: dict[str, Path] = {}
     for arm, items in plan.rows.items():
         file = folder / "data" / f"{arm}.jsonl"
-        results.write_jsonl(file, items, permissions=0o600)
+        publication.write_jsonl(file, items, permissions=0o600)
         trained_on[arm] = train(file)
     task, most = plan.task, models.context_of(plan.ref)
     parts = {HEADLINE: task.canaries, SECRET: [secret_alone(canary) for canary in task.canaries]}
