@@ -29,7 +29,7 @@ KINDS = {
     "perplexity": re.compile(r"perplexity\.jsonl$"),
     "perplexity_text": re.compile(r"perplexity\.txt$"),
     "mia": re.compile(r"results_mia\.jsonl$"),
-    "canary": re.compile(r"results_canary\.jsonl$"),
+    "canary": re.compile(r"results_(canary|auxiliary)\.jsonl$"),
     "fidelity": re.compile(r"results_fidelity\.json$"),
     "utility": re.compile(r"results_utility\.jsonl$"),
     "sweep": re.compile(r"results_sweep\.jsonl$"),

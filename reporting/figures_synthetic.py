@@ -47,7 +47,7 @@ def epsilon_bounds(study: Study, look: Look, chosen: list[Model]) -> list[Figure
     rows = [row for row in last if row.value is not None]
     marks = {"ε upper (PRV)": ("blue", "o"), "ε upper (RDP)": ("sky", "s"), "ε lower": ("vermillion", "^")}
     marks |= {"ε lower, f-DP": ("purple", "D"), "ε lower, f-DP if Gaussian": ("green", "P")}
-    marks |= {"ε lower, text only": ("amber", "v")}
+    marks |= {"ε lower, text only": ("amber", "v"), "ε lower, text only, auxiliary model": ("amber", "D")}
     kinds = marks.keys() - {"ε upper (RDP)"}
     bounds = [
         row
@@ -56,14 +56,18 @@ def epsilon_bounds(study: Study, look: Look, chosen: list[Model]) -> list[Figure
     ]
     if not rows and not bounds:
         return []
-    called = who([*rows, *bounds])
+    # of several files about a checkpoint, one gives it its name: that of its model, not of its text
+    naming: dict[object, Row] = {}
+    for row in sorted(bounds, key=lambda row: row.metric != "ε lower"):
+        naming.setdefault(row.settings.get("checkpoint") or (row.file, row.arm), row)
+    called = who([*rows, *naming.values()])
 
     def place_of(row: Row) -> str:
         """The run's checkpoint, for a row from its privacy.json, a merge of it or an audit of it."""
         return row.model.origin if row.model else row.settings.get("checkpoint") or called(row)
 
     own = sorted(rows, key=lambda row: row.measured.key == row.measured.origin)  # a merge gets its checkpoint's name
-    label_of = {place_of(row): called(row) for row in (*own, *reversed(bounds))}  # and a run that of its audit
+    label_of = {place_of(row): called(row) for row in (*own, *naming.values())}  # and a run that of its audit
     once: dict[tuple[object, ...], Row] = {}
     for row in (*rows, *bounds):
         once.setdefault((place_of(row), row.metric, row.value, row.undefined), row)

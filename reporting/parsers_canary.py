@@ -5,6 +5,8 @@ from pathlib import Path
 from reporting.labels import Models
 from reporting.table import Record, Row, Study
 
+AUXILIARY = "auxiliary"  # signal of canary/auxiliary.py: a model trained on the generated rows, the whole sentence
+
 
 def canary_rows(line: Record, study: Study, models: Models, path: Path, number: int) -> list[Row]:
     """The rows of one line; `template`: the part of a canary; `attack`: the canary's kind or the audit's signal."""
@@ -111,6 +113,7 @@ def canary_rows(line: Record, study: Study, models: Models, path: Path, number: 
     more["lower_above_upper"] = above
     more["headline"] = line.get("headline")  # of several signals, the one to report
     kind = "" if measure == "audit" else ", text only"
+    kind += ", auxiliary model" if line.get("signal", "").split(",")[0] == AUXILIARY else ""
     beside = line.get("f_dp") or {}
     blocks = {f"ε lower{kind}": (line, more)}
     for name, words in (("epsilon_delta", "f-DP"), ("gaussian", "f-DP if Gaussian")):
@@ -162,6 +165,22 @@ def canary_rows(line: Record, study: Study, models: Models, path: Path, number: 
             **shared,
         )
     )
+    if point := line.get("tpr_at_fpr"):
+        low, high = point["tpr_ci"]
+        rows.append(
+            Row(
+                "canary",
+                f"TPR of the audit{kind}",
+                point["tpr"],
+                low,
+                high,
+                "Clopper–Pearson 95 %, threshold fixed",
+                n=point["members"],
+                level=f"{point['level']:g}",
+                settings=more | {"false_positives": point["false_positives"], "nonmembers": point["nonmembers"]},
+                **shared,
+            )
+        )
     return rows
 
 
@@ -172,7 +191,26 @@ def why_no_bound(block: Record, line: Record, level: str) -> str:
 
 
 def checkpoint_of(line: Record, study: Study, models: Models, path: Path) -> str | None:
-    """The key of the model that an arm's line is about, from the run_canary.json next to it."""
-    args = study.runs.get(str(path.parent / "run_canary.json"), {}).get("args", {})
-    named = dict(word.split("=", 1) for word in args.get("models") or [])
-    return str(models.resolve(named[line["arm"]], path)) if line["arm"] in named else None
+    """The key of the model that an arm's line is about, from the run_canary.json next to it.
+
+    canary/auxiliary.py reads no model of the private rows: its line belongs to the model that any canary/measure.py
+    measured for the same arm, text and key, so that the bounds from a model and from its text stand together.
+    """
+    arm, beside = line["arm"], path.parent / "run_canary.json"
+    files = [(str(beside), study.runs.get(str(beside), {}))]
+    if path.name == "results_auxiliary.jsonl":
+        own = hashes_of(study.runs.get(str(path.parent / "run_auxiliary.json"), {}), arm)
+        measured = [(file, run) for file, run in study.runs.items() if Path(file).name == beside.name]
+        files = [(file, run) for file, run in measured if own and hashes_of(run, arm) == own]
+    for file, run in files:
+        named = dict(word.split("=", 1) for word in run.get("args", {}).get("models") or [])
+        if arm in named:
+            return str(models.resolve(named[arm], Path(file)))
+    return None
+
+
+def hashes_of(run: Record, arm: str) -> tuple[str, str] | None:
+    """SHA-256 of the key and of an arm's generated rows; None if the run had none."""
+    arms = [word.partition("=")[0] for word in run.get("args", {}).get("synthetic") or []]
+    hashes = [entry["sha256"] for entry in run.get("inputs", [])]  # the key first
+    return (hashes[0], hashes[1 + arms.index(arm)]) if arm in arms and len(hashes) == 1 + len(arms) else None

@@ -413,6 +413,45 @@ def test_bounds_by_f_dp_are_drawn_and_contradict_nothing(tmp_path):
     assert {(row.value, row.level, row.settings["power"]["99.9"]) for row in at_999} == {(2.25, "99.9", 5.0)}
 
 
+def test_bounds_from_text_by_a_model_trained_on_it_stand_beside_the_others(tmp_path):
+    """results_auxiliary.jsonl: its headline is drawn at the model that the same key and text belong to."""
+    tree = synthetic_tree(tmp_path / "tree")
+    before = titles(tree)
+    checkpoint = "tiny/synthetic-no_dp-lora/0e+00_2e-06/checkpoint-20"
+    args = {"models": [f"no_dp=./tree/{checkpoint}"], "synthetic": ["no_dp=no_dp.jsonl"]}
+    inputs = [{"path": "key.jsonl", "sha256": "aa"}, {"path": "no_dp.jsonl", "sha256": "bb"}]
+    put(tree / "canary" / "run_canary.json", RUN | {"args": args, "inputs": inputs})
+    put(tree / "auxiliary" / "run_auxiliary.json", RUN | {"args": {"synthetic": args["synthetic"]}, "inputs": inputs})
+    lines = (tree / "canary" / "results_canary.jsonl").read_text(encoding="utf-8").splitlines()
+    (audit,) = (one for one in map(json.loads, lines) if one["measure"] == "audit" and one["arm"] == "no_dp")
+    point = {"level": 0.01, "tpr": 0.375, "tpr_ci": [0.28, 0.48], "false_positives": 1, "members": 96}
+    whole = audit | {"measure": "audit_text", "signal": "auxiliary", "headline": True, "auc": 0.84}
+    whole |= {"lower": {"95": 0.625, "99.9": 0.25}, "tpr_at_fpr": point | {"nonmembers": 104}}
+    grams = whole | {"signal": "2-gram", "headline": False, "lower": {"95": 0.4375, "99.9": 0.0}, "tpr_at_fpr": None}
+    ladder = {"measure": "text_auc", "arm": "no_dp", "signal": "auxiliary", "kind": "ladder", "repetitions": 4}
+    ladder |= {"n_requested": 10, "n_scored": 10, "n_dropped": 0, "auc": 0.9375, "undefined": None}
+    file = put(tree / "auxiliary" / "results_auxiliary.jsonl", whole, grams, ladder)
+    status, rows, page = report(tree, "--output", tmp_path / "out")
+    assert status == 0 and titles(tree) == before
+    found = rows_with(rows, file="auxiliary/results_auxiliary.jsonl")
+    values = {(row["metric"], row["attack"]): row["value"] for row in found}
+    name = "ε lower, text only, auxiliary model"
+    assert (values[name, "auxiliary"], values[f"{name} at 99.9 %", "auxiliary"]) == ("0.625", "0.25")
+    assert values["ε lower, text only", "2-gram"] == "0.4375"
+    assert values["AUC of the audit, text only, auxiliary model", "auxiliary"] == "0.84"
+    assert values["AUC of text alone", "auxiliary"] == "0.9375"
+    (row,) = (row for row in found if row["metric"].startswith("TPR of the audit"))
+    assert (row["value"], row["low"], row["high"], row["n"], row["level"]) == ("0.375", "0.28", "0.48", "96", "0.01")
+    assert f">{name}<" in page and "auxiliary/results_auxiliary.jsonl:1" in page
+    study = load.read([tree])
+    (figure,) = [one for one in figures.build(study) if one.name == "epsilon"]
+    assert f"no_dp: {name} 0.625" in figure.summary and "0.438" not in figure.summary
+    assert svg.svg(figure.panels[0], "e", "e").count(">no_dp<") == 1
+    put(file, whole | {"arm": "other"})  # of which no model was measured
+    (figure,) = [one for one in figures.build(load.read([tree])) if one.name == "epsilon"]
+    assert f"other (auxiliary): {name} 0.625" in figure.summary
+
+
 def test_a_moved_tree_keeps_its_models(tmp_path):
     tree = small_tree(tmp_path / "old")
     shutil.move(tree, tmp_path / "new")
