@@ -287,7 +287,7 @@ def summary(out: Path, checkpoints: dict[str, Path]) -> Record:
     """Collect what the table needs from the result files."""
     canaries = json_files.read_jsonl(out / "canary" / "results_canary.jsonl")
     likeness = json.loads((out / "fidelity" / "results_fidelity.json").read_text(encoding="utf-8"))
-    text_models = results.read_jsonl(out / "auxiliary" / "results_auxiliary.jsonl")
+    text_models = json_files.read_jsonl(out / "auxiliary" / "results_auxiliary.jsonl")
     words = json.loads((out / "importance" / "feature_importance.json").read_text(encoding="utf-8"))
     ratings = json_files.read_jsonl(out / "downstream" / "results_utility.jsonl")
     spent = {arm: provenance.privacy(models.find_model(str(folder))) or {} for arm, folder in checkpoints.items()}
