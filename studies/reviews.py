@@ -374,7 +374,8 @@ def report(rows: Record) -> str:
                 *bits,
                 bound_text(bound["lower"]["95"]),
                 "no signal" if lower is None else f"{lower:.2f}",
-                f"{bound_text(by_model['lower']['95'])} (AUC {bound_text(by_model['auc'])})",
+                bound_text(by_model["lower"]["95"])
+                + ("" if by_model["auc"] is None else f" (AUC {by_model['auc']:.2f})"),
                 bound_text(bound["auc"]),
                 whole,
             ]

@@ -47,6 +47,13 @@ CHAOTIC = {
     "mail": ("out/audit/*", "out/report/report.html"),
     "privacy": ("out/summary.*", "out/report/report.html", "out/report/results.csv"),
     "reviews": (
+        "out/auxiliary/data/*",
+        "out/auxiliary/models/*.safetensors*",
+        "out/auxiliary/models/*.pt*",
+        "out/auxiliary/models/*.jsonl*",
+        "out/auxiliary/models/*/run.json",
+        "out/auxiliary/results_*",
+        "out/auxiliary/run_auxiliary.json",
         "out/canary/results_*",
         "out/downstream/data/*",
         "out/downstream/models/*.safetensors*",
