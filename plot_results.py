@@ -5,8 +5,9 @@ python plot_results.py ./pythia-1.4b --output report                        # a 
 python plot_results.py quickstart-out pythia-1.4b opt-1.3b --output report  # several trees on one page
 python plot_results.py ./released-results --output report                   # a tree of the released System P tool
 
-Written to --output: report.html (self-contained, needs no network: warnings first, then each number with its interval,
-n, settings and source line), figures/*.png and *.pdf, results.csv (one number per row), run_plot_results.json.
+Written to --output: report.html (self-contained, needs no network: the answers first, then what could mislead, then
+each number with its interval, n, settings and source line), figures/*.png and *.pdf, results.csv (one number per row),
+run_plot_results.json.
 Headlines use one setting fixed in advance (temperature 0.2, with greedy next to it; the last checkpoint; attack ref),
 never a maximum. Numbers with different settings are kept separate. An unreadable line is listed in the report and on
 stderr, the rest is shown, and the exit status is 1. Model answers are left out unless --include_responses is given, and

@@ -35,6 +35,7 @@ KINDS = {
     "sweep": re.compile(r"results_sweep\.jsonl$"),
     "importance": re.compile(r"feature_importance\.json$"),
     "human": re.compile(r"human_evaluation\.json$"),
+    "summary": re.compile(r"summary\.json$"),
     "run": re.compile(r"run(_(?!plot_results)\w+)?\.json$"),
     "metrics": re.compile(r"metrics\.jsonl$"),
     "privacy": re.compile(r"privacy\.json$"),

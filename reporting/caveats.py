@@ -131,7 +131,7 @@ def dropped(study: Study) -> Iterator[Caution]:
     places: dict[str, str] = {}
     for area in ("extraction", "perplexity", "mia", "fidelity", "utility", "importance", "human", "canary"):
         for row in study.select(area, n_dropped=lambda n: bool(n)):
-            if area == "mia" and row.value is None and row.n_dropped == row.n_requested:
+            if area == "mia" and (row.role != "target" or (row.value is None and row.n_dropped == row.n_requested)):
                 continue  # an attack that does not apply has dropped no text; `undefined` says why
             places.setdefault(row.source, f"{row.source}: {row.n_dropped:,} of {row.n_requested or 0:,}")
     if places:

@@ -4,11 +4,12 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reporting import figures_extraction, figures_synthetic
+from reporting import figures_extraction, figures_privacy, figures_synthetic
 from reporting.figures_mia import heat_maps, roc_curves
+from reporting.figures_overview import overview
 from reporting.load import choose
 from reporting.style import Look, short
-from reporting.svg import BASE, STYLES, Figure, Key, Panel, label_ends
+from reporting.svg import STYLES, Figure, Key, Panel, label_ends
 from reporting.table import Model, Study, literal
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def training(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
             seen: dict[str, int] = {}
             for run, points in points_of.items():
                 model = arm_of.get(run)
-                colour = look.of[model.arm][0] if model else BASE
+                colour = look.colour(model.arm if model else None)
                 style = STYLES[seen.get(colour, 0) % len(STYLES)] if few else "-"
                 seen[colour] = seen.get(colour, 0) + 1
                 axes.plot(
@@ -88,15 +89,19 @@ def every_nth(points: list[tuple[int, float]], most: int = 250) -> list[tuple[in
 
 
 BUILDERS = (
+    overview,
     figures_extraction.extraction_bars,
     figures_extraction.extraction_curves,
     figures_extraction.plane,
     figures_extraction.perplexity_curves,
     roc_curves,
     heat_maps,
-    figures_synthetic.epsilon_bounds,
-    figures_synthetic.exposure,
-    figures_synthetic.canary_counts,
+    figures_privacy.epsilon_bounds,
+    figures_privacy.epsilon_utility,
+    figures_privacy.exposure_histogram,
+    figures_privacy.exposure,
+    figures_privacy.canary_roc,
+    figures_privacy.canary_counts,
     figures_synthetic.fidelity,
     figures_synthetic.utility,
     figures_synthetic.importance,

@@ -25,7 +25,22 @@ from reporting.style import (
     styles_of,
     sweeps,
 )
-from reporting.svg import AXIS, BASE, INK, MUTED, Draw, Figure, Key, Panel, Style, errors, percent
+from reporting.svg import (
+    AXIS,
+    BASE,
+    INK,
+    MUTED,
+    Draw,
+    Figure,
+    Key,
+    Panel,
+    Style,
+    errors,
+    from_zero,
+    label_ends,
+    label_points,
+    percent,
+)
 from reporting.svg import line as plot_line
 from reporting.table import Model, Row, Study
 
@@ -60,7 +75,7 @@ def extraction_bars(study: Study, look: Look, chosen: list[Model]) -> list[Figur
             Panel(
                 f"Template {name}",
                 _bars(name, models, at, floors, look, max(high * 1.05, 0.01)),
-                (4.0, 0.9 + 0.36 * len(models)),
+                (4.0, 0.9 + 0.42 * len(models)),
             )
             for name in templates
         ]
@@ -102,18 +117,13 @@ def _bars(template: str | None, models: list[Model], at: By, floors: dict[str, R
         for index, model in enumerate(reversed(models)):
             colour = look.of[model.arm][0]
             loose, exact = (at.get((model.key, metric, template)) for metric in ("matches", "exact"))
-            for row, width, alpha in ((loose, 0.72, 0.3), (exact, 0.4, 1.0)):
+            beside = 0.19 if exact is not None and loose is not None else 0.0
+            for row, height, alpha in ((exact, index + beside, 1.0), (loose, index - beside, 0.3)):
                 if row is None or row.value is None:
                     continue
-                axes.barh(index, row.value, width, color=colour, alpha=alpha, linewidth=0)
-                edge = 0.27 if row is loose and exact is not None else 0
+                axes.barh(height, row.value, 0.35 if beside else 0.6, color=colour, alpha=alpha, linewidth=0)
                 axes.errorbar(
-                    row.value,
-                    index + edge,
-                    xerr=errors(row),
-                    color=INK if row is exact else MUTED,
-                    elinewidth=1,
-                    capsize=0,
+                    row.value, height, xerr=errors(row), color=INK if row is exact else MUTED, elinewidth=1, fmt="none"
                 )
         if floors.get("exact"):
             axes.axvline(floors["exact"].number, color=INK, linestyle=":", linewidth=1.3)
@@ -154,22 +164,22 @@ def _over_temperature(name: str, group: str, rows: list[Row], look: Look, chosen
 
     def panel(metric: str, template: str | None) -> Panel:
         def draw(axes: "Axes") -> None:
+            ends: list[tuple[float, str, str]] = []
             for model in models:
                 line = at.get((model.key, metric, template), [])
                 colour, marker = look.of[model.arm]
                 if line:
                     plot_line(axes, [temperature_of(row) for row in line], line, colour, marker, markersize=4)
+                    ends.append(end_of(line, called[model.key], colour))
             axes.axvline(HEADLINE_TEMPERATURE, color=AXIS, linestyle=":", linewidth=1)
-            axes.set_ylim(bottom=0)
             axes.set_xlabel("temperature")
-            axes.grid(axis="y")
-            percent(axes.yaxis)
+            _rates(axes, ends)
 
         words = "exact" if metric == "exact" else "loose match"
-        return Panel(f"{template}: {words}", draw, (3.0, 2.3))
+        return Panel(f"{template}: {words}", draw, (4.2, 2.3))
 
-    metrics = [metric for metric in ("matches", "exact") if any(key[1] == metric for key in at)]
-    keys: list[Key] = [(names(models)[model.key], *look.of[model.arm], "-") for model in models]
+    metrics = [metric for metric in ("exact", "matches") if any(key[1] == metric for key in at)]
+    called = names(models)
     caption = (
         f"{group}. One answer per person and template; band: 95 %. Dotted line: the headline temperature, "
         f"{HEADLINE_TEMPERATURE}.{left_out(compared, models)}"
@@ -184,7 +194,7 @@ def _over_temperature(name: str, group: str, rows: list[Row], look: Look, chosen
     )
     panels = [panel(metric, template) for metric in metrics for template in templates]
     return (
-        [Figure(name, "Success rate against temperature, by template", caption, summary, panels, keys, 4, "extraction")]
+        [Figure(name, "Success rate against temperature, by template", caption, summary, panels, [], 2, "extraction")]
         if models
         else []
     )
@@ -205,10 +215,11 @@ def _over_sweep(
     templates = [template for template in dict.fromkeys(key[2] for key in rows_of) if template != "all"]
     styles = styles_of(series, look)
     x_of = dodge(series, axis)
-    metrics = [metric for metric in ("matches", "exact") if any(key[1] == metric for key in rows_of)]
+    metrics = [metric for metric in ("exact", "matches") if any(key[1] == metric for key in rows_of)]
 
     def panel(metric: str, template: str | None) -> Panel:
         def draw(axes: "Axes") -> None:
+            ends: list[tuple[float, str, str]] = []
             for label, models in series.items():
                 points = [
                     (x_of[label](getattr(model, axis)), row)
@@ -227,19 +238,17 @@ def _over_sweep(
                         markersize=4,
                         band=len(series) <= 4,
                     )
+                    ends.append(end_of([row for _, row in points], label, colour))
             for row in bases:
                 if (row.metric, row.template) == (metric, template) and row.value is not None:
                     axes.axhline(row.value, color=BASE, linestyle="--", linewidth=1.3)
             axis_of(axes, axis, [getattr(model, axis) for model in fixed])
-            axes.set_ylim(bottom=0)
             axes.set_xlabel(words)
-            axes.grid(axis="y")
-            percent(axes.yaxis)
+            _rates(axes, ends)
 
-        return Panel(f"{template}: {'exact' if metric == 'exact' else 'loose match'}", draw, (3.0, 2.3))
+        return Panel(f"{template}: {'exact' if metric == 'exact' else 'loose match'}", draw, (4.2, 2.3))
 
-    keys: list[Key] = [(label, *styles[label]) for label in series]
-    keys += [("base", BASE, None, "--")] if bases else []
+    keys: list[Key] = [("base", BASE, None, "--")] if bases else []
     rates = {model.learning_rate for model in fixed if model.learning_rate is not None}
     at = f", learning rate {rates.pop():g}" if axis == "epoch" and len(rates) == 1 else ""
     caption = (
@@ -251,13 +260,27 @@ def _over_sweep(
         + ", ".join(
             f"{getattr(m, axis):g} {interval_text(row)}"
             for m in models
-            if (row := rows_of.get((m.key, metrics[-1], "all")))
+            if (row := rows_of.get((m.key, metrics[0], "all")))
         )
         for label, models in series.items()
     )
     panels = [panel(metric, template) for metric in metrics for template in templates]
     title = f"Success rate against {words}, by template"
-    return Figure(name, title, caption, f"All templates, {metrics[-1]}. {summary}", panels, keys, 4, "extraction")
+    return Figure(name, title, caption, f"All templates, {metrics[0]}. {summary}", panels, keys, 2, "extraction")
+
+
+def end_of(rows: list[Row], label: str, colour: str) -> tuple[float, str, str]:
+    """The label of a line, at the height of its last point."""
+    known = [row.value for row in rows if row.value is not None]
+    return known[-1] if known else 0.0, short(label, 20), colour
+
+
+def _rates(axes: "Axes", ends: list[tuple[float, str, str]]) -> None:
+    """An axis of rates from 0, with the name of each line where it ends."""
+    from_zero(axes, "y")
+    axes.grid(axis="y")
+    percent(axes.yaxis)
+    label_ends(axes, ends)
 
 
 def perplexity_curves(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
@@ -276,8 +299,7 @@ def perplexity_curves(study: Study, look: Look, chosen: list[Model]) -> list[Fig
             if not series:
                 continue
             styles = styles_of(series, look)
-            keys |= {label: (label, *styles[label]) for label in series}
-            panels.append(Panel(f"By {words}", _perplexity(axis, words, series, rows, styles, bases), (4.0, 2.8)))
+            panels.append(Panel(f"By {words}", _perplexity(axis, words, series, rows, styles, bases), (4.4, 2.8)))
             drawn += [model for models in series.values() for model in models]
             summary += [
                 f"{label} by {words}: "
@@ -342,17 +364,20 @@ def _perplexity(
     x_of = dodge(series, axis)
 
     def draw(axes: "Axes") -> None:
+        ends: list[tuple[float, str, str]] = []
         for label, models in series.items():
             colour, marker, style = styles[label]
             points = [(x_of[label](getattr(model, axis)), rows[model.key]) for model in models]
             plot_line(
                 axes, [x for x, _ in points], [row for _, row in points], colour, marker, style, band=len(series) <= 6
             )
+            ends.append(end_of([row for _, row in points], label, colour))
         for row in bases:
             axes.axhline(row.number, color=BASE, linestyle="--", linewidth=1.3)
         axis_of(axes, axis, [getattr(model, axis) for models in series.values() for model in models])
         axes.set(xlabel=words, ylabel="perplexity")
         axes.grid(axis="y")
+        label_ends(axes, ends)
 
     return draw
 
@@ -389,14 +414,15 @@ def plane(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
         if len(pairs) < 3:
             continue
         kept = front([(x.number, y.number) for x, y in pairs])
-        panels.append(Panel(f"{group}", _plane(pairs, kept, look), (4.0, 3.1)))
+        panels.append(Panel(f"{group}", _plane(pairs, kept, look), (4.4, 3.1)))
         arms |= {row.measured.arm for _, row in pairs}
         drawn += [row.measured for _, row in pairs]
         labels = ", ".join(pairs[index][1].measured.label for index in kept)
         summary.append(f"{group}: {len(pairs)} models; on the Pareto front: {labels}")
     if not panels:
         return []
-    keys: list[Key] = [(arm, *look.of[arm], None) for arm in look.arms if arm in arms]
+    few = len(drawn) <= MOST_LINES  # each point is then named beside it
+    keys: list[Key] = [] if few else [(arm, *look.of[arm], None) for arm in look.arms if arm in arms]
     keys.append(("Pareto front", INK, None, "-"))
     caption = (
         f"Each point is a checkpoint: perplexity on {main} and exact addresses at temperature {HEADLINE_TEMPERATURE}, "
@@ -409,6 +435,8 @@ def plane(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
 
 
 def _plane(pairs: list[tuple[Row, Row]], kept: list[int], look: Look) -> Draw:
+    called = names([y.measured for _, y in pairs])
+
     def draw(axes: "Axes") -> None:
         many = len(pairs) > 30
         for x, y in pairs:
@@ -436,10 +464,14 @@ def _plane(pairs: list[tuple[Row, Row]], kept: list[int], look: Look) -> Draw:
         values = [x.number for x, _ in pairs]
         if max(values) / min(values) > 8:
             axes.set_xscale("log")
-        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]) if axes.get_ylim()[0] < 0.05 else None)
-        axes.set_ylim(bottom=max(-0.01, axes.get_ylim()[0]))
+        if axes.get_ylim()[0] < 0.05:
+            axes.set_ylim(bottom=0)
+            from_zero(axes, "y")
         axes.set(xlabel="perplexity", ylabel="exact addresses")
         axes.grid()
         percent(axes.yaxis)
+        if len(pairs) <= MOST_LINES:
+            points = [(x.number, y.number, short(called[y.measured.key], 20), look.colour(y.arm)) for x, y in pairs]
+            label_points(axes, points)
 
     return draw

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
+from matplotlib.lines import Line2D
 
 from common.schema import HEADLINE_ATTACK, SHADOW_ATTACKS
 from common.stats import Floats, roc
@@ -21,7 +22,7 @@ from reporting.style import (
     names,
     short,
 )
-from reporting.svg import AXIS, COLOURS, GRID, INK, MUTED, Draw, Figure, Key, Panel
+from reporting.svg import COLOURS, GRID, INK, MUTED, STYLES, Draw, Figure, Key, Panel, Style
 from reporting.table import Model, Row, Study, check
 
 if TYPE_CHECKING:
@@ -29,8 +30,10 @@ if TYPE_CHECKING:
 
 Curves = dict[str, tuple[Floats, Floats]]  # score → (false positive rates, true positive rates)
 By = dict[tuple[str, str | None, str], Row]  # (model key, attack, metric) → row
+Entry = tuple[str, str, Style, float]  # of a legend in a panel: label, colour, line style, line width
 
 MOST_ROCS = 6
+LINE = 0.19  # inches of a line of a legend
 MOST_COLUMNS = 24  # checkpoints in a heat map
 
 
@@ -80,22 +83,28 @@ def roc_curves(study: Study, look: Look, chosen: list[Model]) -> list[Figure]:
         if curves is None:
             continue
         bad = sorted(flag for flag in flags[row.file] if flag.startswith(("blind", "near")))
-        panels.append(Panel(short(named[model.key], 40), _roc(curves, n, look.of[model.arm][0], bad), (3.45, 3.3)))
+        areas = {
+            line.attack or "": line
+            for line in study.select("mia", "auc")
+            if line.file == row.file and line.role in ("target", "blind") and line.model is model
+        }
+        draw = _roc(curves, areas, n, look.colour(model.arm), bad)
+        panels.append(Panel(short(named[model.key], 40), draw, (3.6, 3.1 + LINE * len(curves))))
         summary.append(f"{model.label}: AUC of {row.attack} {interval_text(row, False)}")
         summary += [f"flagged: {', '.join(bad)}"] if bad else []
     if not panels:
         return []
     keys: list[Key] = [
         (f"{HEADLINE_ATTACK} (headline), in its arm's colour", INK, None, "-"),
-        ("other attacks", AXIS, None, "-"),
+        ("other attacks", MUTED, None, "-"),
         ("blind baselines", INK, None, "--"),
         ("chance", MUTED, None, ":"),
         ("1 % FPR", GRID, None, "-"),
     ]
     caption = (
-        "True against false positive rate, both logarithmic. Blind baselines never see the model: if they leave the "
-        "diagonal, an attack may do so for the same reason."
-        + left_out((model for model in measured.values() if model in chosen), drawn)
+        "True against false positive rate, both logarithmic; under each: the AUC with its interval (95 %; blind "
+        "baselines 99 %). Blind baselines never see the model: if they leave the diagonal, an attack may do so for the "
+        "same reason." + left_out((model for model in measured.values() if model in chosen), drawn)
     )
     return [Figure("mia_roc", "Membership inference: ROC", caption, "; ".join(summary), panels, keys, 3, "mia")]
 
@@ -130,20 +139,50 @@ def thin(x: Floats, y: Floats, most: int = 300) -> tuple[Floats, Floats]:
     return x[at], y[at]
 
 
-def _roc(curves: Curves, n: int, colour: str, bad: list[str]) -> Draw:
+def log_axes(axes: "Axes", n: int) -> float:
+    """Set up a ROC on logarithmic axes, with chance and 1 % FPR; return the rate that stands for 0 on them."""
+    smallest = 1 / (2 * max(1, n))
+    axes.axvline(0.01, color=GRID, linewidth=1.5, zorder=0)
+    axes.plot([smallest, 1], [smallest, 1], ":", color=MUTED, linewidth=1.3)
+    axes.set(xscale="log", yscale="log", xlim=(smallest, 1.02), ylim=(smallest, 1.1))
+    axes.set(xlabel="false positive rate", ylabel="true positive rate")
+    axes.minorticks_off()
+    return smallest
+
+
+def legend_below(axes: "Axes", entries: list[Entry]) -> None:
+    """A legend below the axes: (label, colour, line style, line width) of each curve."""
+    handles = [Line2D([], [], color=colour, linestyle=style, linewidth=width) for _, colour, style, width in entries]
+    legend = axes.legend(
+        handles,
+        ["-"] * len(handles),
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.2),
+        fontsize=8.5,
+        handlelength=2.2,
+    )
+    for text, entry in zip(legend.get_texts(), entries):  # set afterwards: labels with a leading _ are dropped
+        text.set_text(entry[0])
+
+
+def _roc(curves: Curves, areas: dict[str, Row], n: int, colour: str, bad: list[str]) -> Draw:
     def draw(axes: "Axes") -> None:
-        smallest = 1 / (2 * max(1, n))
-        axes.axvline(0.01, color=GRID, linewidth=1.5, zorder=0)
-        axes.plot([smallest, 1], [smallest, 1], ":", color=MUTED, linewidth=1.3)
-        for name, (false, true) in curves.items():
-            style: dict[str, Any] = {"color": AXIS, "linewidth": 0.9, "zorder": 2}
+        smallest = log_axes(axes, n)
+        entries: list[Entry] = []
+        seen = 0
+        for name, (false, true) in curves.items():  # attacks before blind baselines
+            style: dict[str, Any] = {"color": MUTED, "linewidth": 1.0, "linestyle": STYLES[seen % 4], "zorder": 2}
             if name.startswith("blind"):
-                style = {"color": INK, "linewidth": 1.0, "linestyle": "--", "zorder": 3}
+                style = {"color": INK, "linewidth": 0.8, "linestyle": "--", "alpha": 0.55, "zorder": 3}
             elif name == HEADLINE_ATTACK:
                 style = {"color": colour, "linewidth": 2.4, "zorder": 4}
+            else:
+                seen += 1
             axes.step(false.clip(smallest), true.clip(smallest), where="post", **style)
-        axes.set(xscale="log", yscale="log", xlim=(smallest, 1.02), ylim=(smallest, 1.1))
-        axes.set(xlabel="false positive rate", ylabel="true positive rate")
+            area = f" {interval_text(areas[name], False)}" if name in areas else ""
+            label = name.replace("blind_", "blind: ", 1)
+            entries.append((label + area, style["color"], style.get("linestyle", "-"), style["linewidth"]))
+        legend_below(axes, entries)
         if bad:
             axes.text(
                 0.03,
@@ -155,7 +194,6 @@ def _roc(curves: Curves, n: int, colour: str, bad: list[str]) -> Draw:
                 color=COLOURS["vermillion"][0],
                 fontweight="bold",
             )
-        axes.minorticks_off()
 
     return draw
 

@@ -9,8 +9,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from reporting import svg, tables
+from reporting.answers import Answer, answers
 from reporting.blocks import Block
 from reporting.caveats import LEVELS, Caution, script_of
+from reporting.glance import glance_table
 from reporting.style import Look
 from reporting.table import Study, literal
 
@@ -40,7 +42,7 @@ def figure(drawn: svg.Figure) -> dict[str, Any]:
             {
                 "svg": Markup(svg.svg(panel, f"{drawn.name}-{number}", label)),
                 "wide": panel.size[0] > 6,
-                "widest": round(width * 1.15),
+                "widest": round(width * 1.35),
                 "least": round(width * 0.8),
             }
         )
@@ -76,7 +78,7 @@ def provenance(study: Study, path: str, run: dict[str, Any]) -> dict[str, str]:
 def sections(study: Study, figures: list[svg.Figure], answers: list[Block]) -> list[dict[str, Any]]:
     """The sections of the page that are not empty."""
     parts: list[dict[str, Any]] = []
-    glance = tables.glance_table(study, Look(study))
+    glance = glance_table(study, Look(study))
     if glance:
         parts.append({"anchor": "glance", "title": "At a glance", "figures": [], "inner": glance})
     for anchor, (title, tables_of) in tables.SECTIONS.items():
@@ -84,10 +86,30 @@ def sections(study: Study, figures: list[svg.Figure], answers: list[Block]) -> l
         below = tables_of(study)
         if drawn or below:
             inner = below + tables.only_in_csv(study, anchor)
-            parts.append({"anchor": anchor, "title": title, "figures": drawn, "inner": inner})
+            parts.append({"anchor": anchor, "title": title, "figures": pairs(drawn), "inner": inner})
     if answers:
         parts.append({"anchor": "responses", "title": "Answers", "figures": [], "inner": answers})
     return parts
+
+
+def questions(study: Study) -> list[Answer]:
+    """The answers of the page, without those that an audit's verdict has already given."""
+    found = answers(study, Look(study))
+    if study.audits:
+        found = [one for one in found if one.anchor not in ("extraction", "mia")]
+    return found
+
+
+def pairs(figures: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Figures by line of the page: two of one panel share a line, so that no half of it is empty."""
+    lines: list[list[dict[str, Any]]] = []
+    for one in figures:
+        small = len(one["panels"]) == 1 and not one["panels"][0]["wide"]
+        if small and lines and len(lines[-1]) == 1 and lines[-1][0]["small"]:
+            lines[-1].append(one | {"small": small})
+        else:
+            lines.append([one | {"small": small}])
+    return lines
 
 
 def settings(study: Study) -> list[list[dict[str, str]]]:
@@ -116,7 +138,7 @@ def render(
     verdicts = [
         {"words": audit["verdict"]["words"], "table": tables.audit_table(audit, file)} for file, audit in study.audits
     ]
-    links = [("verdict", "Verdict")] * bool(verdicts)
+    links = [("verdict", "Verdict")] * bool(verdicts) + [("answers", "Answers")]
     links += [("cautions", f"Read first ({grave})" if grave else "Read first")]
     links += [(part["anchor"], part["title"]) for part in parts]
     links += [("settings", "Settings")] * bool(study.groups) + [("runs", "Runs")] * bool(runs)
@@ -139,8 +161,11 @@ def render(
         },
         links=links,
         verdicts=verdicts,
+        questions=questions(study),
+        overview=[figure(item) for item in figures if item.section == "answers"],
         cautions={level: items for level, items in by_level.items() if items},
         tags=TAGS,
+        colours_of=svg.VARIABLES,
         sections=parts,
         groups=settings(study),
         runs=runs,

@@ -103,6 +103,42 @@ def as_float(value: Any) -> float | None:
         return None
 
 
+def same_arms(study: Study, models: Models) -> dict[str, str]:
+    """{arm of a model: its name in the results of canaries and of synthetic text}, so that it has one colour.
+
+    Known from the --models of run_canary.json and from the runs ARM-seedN of downstream.py.
+    """
+    same: dict[str, str] = {}
+    for path, run in study.runs.items():
+        if Path(path).name == "run_canary.json":
+            for word in run.get("args", {}).get("models") or []:
+                name, _, checkpoint = str(word).partition("=")
+                model = study.models.get(str(models.resolve(checkpoint, Path(path))))
+                if model and not model.is_base:
+                    same.setdefault(model.arm, literal(name))
+    known = {row.arm for row in study.rows if row.arm and row.area in ("utility", "canary", "fidelity")}
+    for model in study.models.values():
+        arm, seed, number = model.arm.rpartition("-seed")
+        if seed and number.isdigit() and arm in known:
+            same.setdefault(model.arm, arm)
+    return same
+
+
+def find_paired(study: Study) -> None:
+    """Give each paired difference of study privacy the model that its summary.json names by its noise alone."""
+    for row in study.rows:
+        if row.area == "paired" and row.template and row.arm:
+            noise = ", DP σ = 0" if row.arm.startswith("no noise") else f", DP {row.arm}"
+            folder = (study.root / row.file).parent
+            models = [
+                model
+                for model in study.models.values()
+                if model.arm.endswith(noise) and folder in Path(model.run).parents and model.last
+            ]
+            if len(models) == 1:
+                row.model = models[0]
+
+
 def short_arm(arm: str, arms: set[str]) -> str:
     """'self-generated-pythia-12b' → 'generated', unless there is an arm of another generator."""
     for long, short in (("self-generated-", "generated"), ("self-instruct-", "self-instruct")):

@@ -14,7 +14,7 @@ from common.checkpoints import natural_key
 from common.problems import is_utf8, one_line
 from common.schema import KINDS
 from reporting import parsers_attacks, parsers_canary, parsers_synthetic
-from reporting.labels import CHECKPOINT, Models, fixed_models, name_models
+from reporting.labels import CHECKPOINT, Models, find_paired, fixed_models, name_models, same_arms
 from reporting.table import (
     COLUMNS,
     MODEL_COLUMNS,
@@ -201,8 +201,13 @@ def read(directories: list[Path], output: Path | None = None) -> Study:
         "sweep": parsers_synthetic.sweep_rows,
         "importance": parsers_synthetic.importance_rows,
         "human": parsers_synthetic.human_rows,
+        "summary": parsers_synthetic.summary_rows,
         "privacy": parsers_attacks.privacy_rows,
     }
+    # of a summary.json, only what a study of quickstart.py wrote is known
+    study.files["summary"] = [
+        path for path in study.files["summary"] if str(path.with_name("run_quickstart.json")) in study.runs
+    ]
     for kind, convert in converters.items():
         for path in study.files[kind]:
             for number, line in parse(path, study):
@@ -224,6 +229,9 @@ def read(directories: list[Path], output: Path | None = None) -> Study:
             scores = scores_of(path, study) if kind == "mia" else None
             if scores:
                 study.scores[study.shown(path)] = scores
+            single = path.with_name("results_canary_rows.jsonl")
+            if kind == "canary" and os.access(single, os.R_OK):
+                study.canaries[study.shown(path)] = single
     for path in study.files["perplexity_text"]:
         if not (path.parent / "perplexity.jsonl").exists():
             parsers_attacks.text_perplexity(path, study, models)
@@ -238,9 +246,11 @@ def read(directories: list[Path], output: Path | None = None) -> Study:
     for model in study.models.values():
         make_literal(model, MODEL_TEXTS)
     name_models(list(study.models.values()))
+    find_paired(study)
     for row in study.rows:
         row.arm = row.model.arm if row.model else row.arm
         make_literal(row, ("metric", *ROW_TEXTS))
+    study.same = same_arms(study, models)
     newest(study)
     return study
 

@@ -194,3 +194,46 @@ def human_rows(content: Record, study: Study, models: Models, path: Path, number
                 )
             )
     return rows
+
+
+def summary_rows(content: Record, study: Study, models: Models, path: Path, number: int) -> list[Row]:
+    """Paired differences from the base in the summary.json of a study; everything else there is read elsewhere."""
+    found = content.get("against_base") or {}
+    rows: list[Row] = []
+    if isinstance(found, list):  # study reviews: exposure of the same canaries, in bits
+        for line in found:
+            need(line, "mean", "low", "high")
+            rows.append(
+                Row(
+                    "paired",
+                    "exposure, change from the base (bits)",
+                    line["mean"],
+                    line["low"],
+                    line["high"],
+                    "Student 95 % over canaries",
+                    n=line["n_canaries"],
+                    arm=line["arm"],
+                    attack=line["kind"],
+                    repetitions=line["repetitions"],
+                    group=study.shown(path),
+                )
+            )
+        return rows
+    for arm, parts in found.items():  # study privacy: exact addresses of the same people, in percentage points
+        for people, change in parts.items():
+            need(change, "points", "low", "high")
+            rows.append(
+                Row(
+                    "paired",
+                    "exact addresses, change from the base (points)",
+                    change["points"],
+                    change["low"],
+                    change["high"],
+                    "normal 95 % over people",
+                    n=change["n"],
+                    arm=arm,
+                    template=people,
+                    group=study.shown(path),
+                )
+            )
+    return rows

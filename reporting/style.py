@@ -20,15 +20,21 @@ class Look:
 
     def __init__(self, study: Study):
         first = ("original", "generated", "replaced", "self-instruct", "real", "no_dp", "dp")
-        every = {row.arm for row in study.rows if row.arm} | {model.arm for model in study.models.values()}
-        arms = sorted(every - {"base", "majority", "null"}, key=lambda arm: (_order(arm, first), arm))
+        grey = {"base", "majority", "null"}
+        named = {row.arm for row in study.rows if row.arm and row.area != "paired"}
+        named |= {model.arm for model in study.models.values()}
+        arms = sorted({study.same.get(arm, arm) for arm in named} - grey, key=lambda arm: (_order(arm, first), arm))
         colours = [COLOURS[name][0] for name in SERIES]
-        self.of: dict[str, tuple[str, str]] = {}
+        self.of: dict[str, tuple[str, str]] = dict.fromkeys(grey, (BASE, "o"))
         for i, arm in enumerate(arms):  # from the seventh arm on, colours repeat with other markers
             self.of[arm] = (colours[i % len(colours)], MARKERS[(i + i // len(colours)) % len(MARKERS)])
-        self.arms = ["base", *arms]
-        for arm in ("base", "majority", "null"):
-            self.of[arm] = (BASE, "o")
+        self.of |= {arm: self.of[name] for arm, name in study.same.items()}
+        self.arms = ["base"]
+        for name in arms:
+            self.arms += [name, *(arm for arm, other in study.same.items() if other == name != arm)]
+
+    def colour(self, arm: str | None) -> str:
+        return self.of.get(arm or "base", (BASE, "o"))[0]
 
     def sort(self, models: Iterable[Model]) -> list[Model]:
         order = {arm: index for index, arm in enumerate(self.arms)}

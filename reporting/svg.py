@@ -230,6 +230,7 @@ def key_svg(colour: str, marker: str | None, style: Style | None) -> str:
         "D": '<path d="M11 2l4 4-4 4-4-4z"/>',
         "^": '<path d="M11 2l4 7.5h-8z"/>',
         "v": '<path d="M11 10l4-7.5h-8z"/>',
+        "<": '<path d="M7 6l8-4v8z"/>',
         "P": '<path d="M9.5 2h3v2.5H15v3h-2.5V10h-3V7.500H7v-3h2.5z"/>',
         "|": '<path d="M10 1h2v10h-2z"/>',
         "block": '<rect x="3" y="2" width="16" height="8" rx="1"/>',
@@ -242,6 +243,16 @@ def percent(axis: "Axis") -> None:
     """Show rates 0 … 1 as percent, with as many decimals as the ticks need."""
     axis.set_major_locator(MaxNLocator(5))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.6g}%"))
+
+
+def from_zero(axes: "Axes", axis: Literal["x", "y"]) -> None:
+    """Let the axis begin a little below 0, so that a marker at 0 is drawn whole; negative values keep their room."""
+    low, high = axes.get_xlim() if axis == "x" else axes.get_ylim()
+    low = min(low, -0.035 * high) if low < 0 else -0.035 * high
+    if axis == "x":
+        axes.set_xlim(low, high)
+    else:
+        axes.set_ylim(low, high)
 
 
 def line(
@@ -300,4 +311,28 @@ def label_ends(axes: "Axes", ends: list[tuple[float, str, str]]) -> None:
             va="center",
             fontsize=8.5,
             annotation_clip=False,
+        )
+
+
+def label_points(axes: "Axes", points: list[tuple[float, float, str, str]]) -> None:
+    """Write each (x, y, text, colour) beside its point: on the side of the axes' middle, below the last one if near."""
+    axes.figure.canvas.draw()  # sets the limits
+    to_share = axes.transData + axes.transAxes.inverted()
+    placed: list[tuple[float, float]] = []
+    for x, y, text, colour in sorted(points, key=lambda point: -point[1]):
+        across, up = to_share.transform((x, y))
+        near = [height for other, height in placed if abs(other - across) < 0.35]
+        height = min([up, *(one - 0.085 for one in near)]) if any(abs(one - up) < 0.085 for one in near) else up
+        placed.append((across, height))
+        left = across > 0.6
+        axes.annotate(
+            text,
+            (across, height),
+            xycoords="axes fraction",
+            xytext=(-7 if left else 7, 0),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            va="center",
+            color=colour,
+            fontsize=8.5,
         )

@@ -129,6 +129,10 @@ class Study:
     scores: dict[str, Path] = field(default_factory=dict)  # results_mia.jsonl, shown → its scores_mia.jsonl
     lines: dict[str, list[tuple[str, int, Record]]] = field(default_factory=dict)  # kind → (file, line, content)
     files: dict[str, list[Path]] = field(default_factory=dict)
+    canaries: dict[str, Path] = field(
+        default_factory=dict
+    )  # results_canary.jsonl, shown → its results_canary_rows.jsonl
+    same: dict[str, str] = field(default_factory=dict)  # arm of a model → the name that other files give it
     groups: dict[str, dict[str, Record]] = field(default_factory=dict)  # area → label → settings
     audits: list[tuple[str, Record]] = field(default_factory=list)  # (file, its content) of each audit.json
     damage: list[Damage] = field(default_factory=list)

@@ -6,13 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common import provenance
-from common.schema import GREEDY_BELOW, HEADLINE_ATTACK, HEADLINE_TEMPERATURE, SHADOW_ATTACKS
+from common.schema import GREEDY_BELOW, HEADLINE_TEMPERATURE, SHADOW_ATTACKS
 from reporting.blocks import Block, Cell, Column, Paragraph, Table, fold
-from reporting.load import choose
-from reporting.style import Look
+from reporting.glance import estimate, text
 from reporting.table import Record, Row, Study
 
-MOST_MODELS = 24  # in the first table; if there are more, it has only the compared ones, and the rest is folded below
 SYNONYMS = {
     "matches": "loose match",
     "exact": "exact address",
@@ -28,27 +26,13 @@ AREAS = {  # section → areas of the rows that it shows
     "extraction": ("extraction",),
     "perplexity": ("perplexity",),
     "mia": ("mia",),
-    "privacy": ("privacy", "canary"),
+    "privacy": ("privacy", "canary", "paired"),
     "fidelity": ("fidelity",),
     "utility": ("utility", "importance", "human"),
     "sweep": ("sweep",),
 }
 
 Describe = Callable[[Row], str | Cell]
-
-
-def text(name: str) -> Column:
-    return Column(name, "text")
-
-
-def estimate(row: Row, form: str = "{:.1%}", count: bool = False, exact: bool = False) -> Cell:
-    """A value with its interval and n in small print. count: hits instead of n; exact: the value has no interval."""
-    row.shown = True
-    if row.value is None:
-        return Cell("–", "", (row.undefined or "undefined",))
-    ends = f"{form.format(row.low)}–{form.format(row.high)}" if row.low is not None else "" if exact else "no interval"
-    hits = f"{row.count:,} of {row.n:,}" if count and row.count is not None else f"n {row.n:,}" if row.n else ""
-    return Cell.number(row.value, form, tuple(part for part in (ends, hits) if part))
 
 
 def audit_table(audit: Record, file: str) -> Table:
@@ -61,109 +45,6 @@ def audit_table(audit: Record, file: str) -> Table:
     columns = [text("Question"), text("Answer"), Column("p", small="adjusted")]
     columns.append(Column("Measured, with its control", "words"))
     return Table(columns, rows, f"{file}: one-sided tests fixed beforehand, adjusted together (Holm)")
-
-
-class Glance:
-    """Columns of numbers by model, each at its fixed setting."""
-
-    def __init__(self) -> None:
-        self.columns: list[Column] = []
-        self.cells: list[dict[str, Cell]] = []  # for each column, by model key
-        self.rows: list[dict[str, Row]] = []
-
-    def add(
-        self,
-        name: str,
-        rows: list[Row],
-        form: str = "{:.1%}",
-        small: str = "",
-        count: bool = False,
-        exact: bool = False,
-    ) -> None:
-        by_model = {row.model.key: row for row in rows if row.model}
-        if by_model:
-            self.columns.append(Column(name, small=small))
-            self.cells.append({key: estimate(row, form, count, exact) for key, row in by_model.items()})
-            self.rows.append(by_model)
-
-    def add_hardly_moved(self, study: Study) -> None:
-        """Add ‖ΔW‖/‖W‖ of the models that training hardly changed, if one of them is in the table."""
-        small = {key: model.change for key, model in study.models.items() if provenance.hardly_moved(model.change)}
-        if any(key in rows for key in small for rows in self.rows):
-            note = ("the model has hardly moved: its row is that of the base",)
-            self.columns.append(Column("‖ΔW‖/‖W‖", small="if small"))
-            self.cells.append({key: Cell.number(change, "{:.1g}", note) for key, change in small.items()})
-            self.rows.append({})
-
-    def sources(self, key: str) -> str:
-        return "\n".join(dict.fromkeys(rows[key].source for rows in self.rows if key in rows))
-
-
-def glance_columns(study: Study) -> Glance:
-    glance = Glance()
-    every = study.select("extraction", role="target", template="all")
-    models_of: dict[str, set[str]] = {}
-    for row in every:
-        models_of.setdefault(row.group or "", set()).add(row.model.key if row.model else "")
-    groups = sorted(models_of, key=lambda group: -len(models_of[group]))
-    for number, group in enumerate(groups[:3]):
-        rows = [row for row in every if (row.group or "") == group]
-        fixed = [row for row in rows if row.headline]
-
-        def of(metric: str, fixed: list[Row] = fixed) -> list[Row]:
-            return [row for row in fixed if row.metric == metric]
-
-        glance.add("Exact addresses", of("exact"), small=group if len(groups) > 1 else "", count=True)
-        if number == 0:
-            greedy = [row for row in rows if (row.temperature or 0) <= GREEDY_BELOW and row.metric == "exact"]
-            greedy.sort(key=lambda row: -(row.temperature or 0))
-            glance.add("Exact, greedy", greedy, count=True)
-            glance.add("Exact, no name rule", of("no_pattern"), count=True)
-            glance.add("Loose match", of("matches"), count=True)
-    perplexity = study.select("perplexity", "mean", role="target")
-    sizes = [row.group or "" for row in perplexity]
-    main = max(set(sizes), key=lambda group: (sizes.count(group), group)) if sizes else None
-    glance.add("Perplexity", [row for row in perplexity if row.group == main], "{:.2f}")
-    headline = {"role": "target", "attack": HEADLINE_ATTACK}
-    attack = f"attack {HEADLINE_ATTACK}"
-    glance.add("Membership AUC", study.select("mia", "auc", **headline), "{:.3f}", small=attack)
-    glance.add("TPR at 1 % FPR", study.select("mia", "tpr", **headline, level="0.01"), small=attack)
-    glance.add("ε", study.select("privacy", "ε upper (PRV)"), "{:.2f}", small="upper bound, PRV", exact=True)
-    glance.add_hardly_moved(study)
-    return glance
-
-
-def glance_table(study: Study, look: Look) -> list[Block]:
-    """One row per model, each number at its fixed setting."""
-    glance = glance_columns(study)
-    if not glance.columns:
-        return []
-    compared, rule, _ = choose(study)
-    keys = {key for column, rows in zip(glance.columns, glance.rows) for key in rows if column.name != "ε"}
-    keys |= {model.key for model in compared if any(model.key in rows for rows in glance.rows)}
-    measured = [model for model in look.sort(study.models.values()) if model.key in keys]
-    rows = []
-    for model in measured:
-        numbers = [cells.get(model.key, Cell.empty()) for cells in glance.cells]
-        rows.append([Cell(model.label), *numbers, Cell(glance.sources(model.key))])
-    bold = {index for index, model in enumerate(measured) if model in compared and len(measured) > len(compared)}
-
-    def caption(where: str) -> str:
-        return (
-            f"Each number at one setting fixed in advance: extraction at temperature {HEADLINE_TEMPERATURE} over all "
-            f"templates (with greedy next to it), membership inference with {HEADLINE_ATTACK}. 95 % intervals. Figures "
-            f"compare {rule}{where if bold else ''}."
-        )
-
-    columns = [text("Model"), *glance.columns, Column("Lines", "source")]
-    if len(measured) <= MOST_MODELS:
-        return [Table(columns, rows, caption(", in bold here"), frozenset(bold))]
-    few = [row for index, row in enumerate(rows) if index in bold]
-    every = Table(columns, rows, "All measured checkpoints")
-    return [
-        Table(columns, few, caption(", the only ones here")),
-        *fold(f"All {len(measured):,} models", [every], "all"),
-    ]
 
 
 def extraction_table(study: Study, headline: bool) -> list[Block]:
@@ -279,7 +160,11 @@ def mia(study: Study) -> list[Block]:
         text("Texts"): lambda row: row.group or "",
     }
     caption = "ROC-AUC of every attack, with blind baselines and the base"
-    auc = plain_table(study.select("mia", "auc"), caption, heads, "{:.3f}")
+    rows = study.select("mia", "auc")
+    of = {role: place for place, role in enumerate(("target", "base", "blind"))}
+    first = {row.file: place for place, row in reversed(list(enumerate(rows)))}
+    rows = sorted(rows, key=lambda row: (first[row.file], of.get(row.role, len(of))))  # attacks before blind baselines
+    auc = plain_table(rows, caption, heads, "{:.3f}")
     heads = {
         **heads,
         Column("Level"): lambda row: Cell.number(float(row.level or "nan"), "{:.1%}"),
