@@ -2,6 +2,7 @@
 
 python quickstart.py
 python quickstart.py --full                                   # every epoch of every arm, all eight temperatures
+python quickstart.py --arms original generated self_instruct prompt_only --pretraining_membership --seeds 5
 python quickstart.py --study privacy                          # effect and cost of differential privacy
 python quickstart.py --study reviews                          # synthetic reviews: privacy, fidelity, utility
 python quickstart.py --model EleutherAI/pythia-1.4b --generator EleutherAI/pythia-12b --dataset ./data/enron.jsonl \\
@@ -10,9 +11,13 @@ python quickstart.py --model EleutherAI/pythia-1.4b --generator EleutherAI/pythi
 With the embedded model and corpus (fictional people) it takes a few minutes and needs neither network nor GPU. Study
 mail: the base is attacked, then fine-tuned with LoRA on other people's rows (original), on text that a larger sibling
 wrote in their place (generated), and on the same rows with everybody replaced by invented people (replaced). Every arm
-is attacked, its perplexity and membership inference are measured, and a table is printed. Each step does what the
-command line that is printed would do. Rerunning with the same settings keeps finished steps. In --output: summary.md,
-summary.json, report/report.html.
+is attacked, its perplexity and membership inference are measured, and a table is printed. Further --arms: rows that the
+generator wrote by self-instruct (self_instruct), the original's prompts alone (prompt_only), and text of a generator
+that never saw the evaluated people (generated_unseen). --pretraining_membership: can texts of the base's pre-training
+corpus be recognised, and more easily after fine-tuning? --seeds N repeats generation, training and attacks.
+
+Each step does what the command line that is printed would do. Rerunning with the same settings keeps finished steps. In
+--output: summary.md, summary.json, report/report.html; with --seeds also the folder seed_N of each run.
 """
 
 import sys
@@ -24,12 +29,19 @@ import plot_results
 from common import cli, json_files, locks, results, strict_json
 from common.problems import Problems, UserError, check_writable
 from common.process import entry
-from studies import mail, privacy, reviews
+from studies import arms, mail, privacy, reviews, seeds
 from studies.config import EMBEDDED, QuickstartConfig, StudyConfig
 from studies.steps import Study, call
 
 STUDIES: dict[str, Study] = {"mail": mail, "privacy": privacy, "reviews": reviews}
-MAY_DIFFER = {"output", "arms", "full", "dry_run"}  # flags that may change when a study is resumed
+MAY_DIFFER = {
+    "output",
+    "arms",
+    "full",
+    "dry_run",
+    "seeds",
+    "pretraining_membership",
+}  # flags that may change when a study is resumed
 
 
 def make_parser() -> cli.Parser:
@@ -45,7 +57,32 @@ def make_parser() -> cli.Parser:
     add("--outsiders", help="control: rows of people named in no training text (default: the embedded ones)")
     add("--generator", help="model that writes the generated arm (default: mini-pythia-xl for mini-pythia, else none)")
     add("--generated_tokens", type=cli.positive_int, help="tokens per generated continuation")
-    add("--arms", nargs="+", choices=mail.ARMS, help="training sets (default: all; generated only with a generator)")
+    add(
+        "--arms",
+        nargs="+",
+        choices=arms.ARMS,
+        help="training sets (default: the first three; generated only with a generator)",
+    )
+    add("--unseen_generator", help="model that never saw the evaluated people and writes the arm generated_unseen")
+    add(
+        "--seed_tasks",
+        help="of the arm self_instruct (default: data/seedTasks.json; embedded model: tasks on its mail)",
+    )
+    add(
+        "--self_instruct_rows",
+        type=cli.positive_int,
+        help="rows of the arm self_instruct (default: 2220; embedded model 300)",
+    )
+    add(
+        "--pretraining_membership",
+        action="store_true",
+        help="attack membership in the base's pre-training corpus, on the base and on every arm",
+    )
+    add(
+        "--pretraining_members", metavar="FILE", help="texts that the base was pre-trained on (default: of mini-pythia)"
+    )
+    add("--pretraining_nonmembers", metavar="FILE", help="texts of the same kind that it was not pre-trained on")
+    add("--seeds", type=cli.positive_int, help="repeat the study with so many seeds, from --seed on (study mail)")
     add("--output", "--output_dir", help="directory for everything the study writes")
     add("-lr", "--learning_rate", type=cli.positive_float, help="learning rate (default: 1e-3; study reviews 3e-3)")
     add("-e", "--epochs", type=cli.positive_int, help="epochs (default: 2; studies privacy 10, reviews 5)")
@@ -65,11 +102,14 @@ def check_same(out: Path, config: StudyConfig) -> None:
         return
     try:
         record = json_files.read_json(file, remedy)
-        earlier, inputs = dict(record["args"]), {entry["path"]: entry["sha256"] for entry in record["inputs"]}
+        defaults = cli.defaults_of(QuickstartConfig)
+        earlier, inputs = defaults | record["args"], {entry["path"]: entry["sha256"] for entry in record["inputs"]}
     except (UserError, OSError, KeyError, TypeError, ValueError):
         raise UserError(f"--output {out}: its run_quickstart.json cannot be read; {remedy}") from None
     now = {key: value for key, value in strict_json.plain(vars(config)).items() if key not in MAY_DIFFER}
     other = [f"--{key} was {earlier.get(key)}, now {value}" for key, value in now.items() if earlier.get(key) != value]
+    if (earlier.get("seeds", 1) > 1) != (getattr(config, "seeds", 1) > 1):
+        other.append(f"--seeds was {earlier.get('seeds')}, now {config.seeds}")
     files = [str(path) for path in STUDIES[config.study].inputs(config) if Path(path).is_file()]
     other += [f"{path} has changed since" for path in files if path in inputs and inputs[path] != results.sha256(path)]
     if other:
@@ -88,7 +128,8 @@ def with_defaults(flags: QuickstartConfig) -> StudyConfig:
         "epochs": flags.epochs or study.EPOCHS,
         "learning_rate": flags.learning_rate or study.RATE,
         "lora_r": flags.lora_r or (study.RANK if embedded or flags.study != "mail" else 64),
-        "arms": flags.arms or tuple(arm for arm in mail.ARMS if arm != "generated" or flags.generator),
+        "arms": flags.arms or tuple(arm for arm in arms.DEFAULT if arm != "generated" or flags.generator),
+        "self_instruct_rows": flags.self_instruct_rows or (arms.EMBEDDED_ROWS if embedded else arms.ROWS),
     }
     return StudyConfig(**settings)
 
@@ -97,8 +138,8 @@ def run(flags: QuickstartConfig) -> int:
     config = with_defaults(flags)
     study = STUDIES[config.study]
     problems = Problems()
-    if config.study == "mail" and "generated" in config.arms and not config.generator:
-        problems.add("--arms generated: needs --generator, the model that writes this arm")
+    if config.study != "mail" and config.seeds > 1:
+        problems.add(f"--seeds {config.seeds}: only study mail is repeated")
     check_writable(config.output, problems, "--output")
     problems.absorb(study.check, config)
     out = Path(config.output).absolute()
@@ -116,7 +157,7 @@ def run_locked(config: StudyConfig, out: Path, output: locks.Output) -> int:
     study = STUDIES[config.study]
     started = time.monotonic()
     with results.Run(out / "run_quickstart.json", config, study.inputs(config), output=output) as record:
-        text = study.run(config, out, record)
+        text = seeds.run(config, out, record) if config.seeds > 1 else study.run(config, out, record)
         with record.files.open(out / "summary.md") as file:
             file.write(text + "\n")
     shown = plot_results.ReportConfig(directories=(str(out),), output=str(out / "report"), no_figures=not config.full)

@@ -17,6 +17,13 @@ class QuickstartConfig(ModelConfig):
     dataset: str = str(EMBEDDED / "enron.jsonl")
     outsiders: str | None = None
     generator: str | None = None
+    unseen_generator: str | None = None
+    seed_tasks: str | None = None
+    self_instruct_rows: int | None = None
+    pretraining_membership: bool = False
+    pretraining_members: str | None = None
+    pretraining_nonmembers: str | None = None
+    seeds: int = 1
     generated_tokens: int = 120
     arms: tuple[str, ...] | None = None
     output: str = "./quickstart-out"
@@ -37,3 +44,4 @@ class StudyConfig(QuickstartConfig):
     learning_rate: float
     epochs: int
     lora_r: int
+    self_instruct_rows: int

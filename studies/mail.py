@@ -1,21 +1,19 @@
-"""System P in miniature: base / original / generated / replaced. See quickstart.py."""
+"""System P in miniature: base / original / generated / replaced, and the arms asked for. See quickstart.py."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import merge_peft
 from auditing.config import AuditConfig
-from common import formats, json_files, models, publication, results
+from common import dataset, formats, json_files, models, publication, results
 from common.checkpoints import find_checkpoints
 from common.problems import AnyPath, Problems
 from common.schema import TEMPERATURES
-from data.continuation import run as continuation
-from data.continuation.config import ContinuationConfig
-from data.replacing import run as replacing
-from data.replacing.config import ReplaceConfig
+from data.self_instruct.seed_tasks import read_seed_tasks
 from extraction.config import AttackConfig, EvaluateConfig
 from mia.config import MiaConfig
 from perplexity.config import PerplexityConfig
+from studies import arms, pretraining
 from studies.checkpoints import run as evaluate_checkpoints
 from studies.config import StudyConfig
 from studies.steps import (
@@ -23,7 +21,6 @@ from studies.steps import (
     Record,
     attack,
     audit,
-    build,
     call,
     check_rows,
     device_of,
@@ -45,7 +42,6 @@ EPOCHS = 2
 RATE = 1e-3
 RANK = 16  # for the embedded model, whose hidden size is 128
 DEMONSTRATIONS = 10  # outsiders that are left for the examples in the prompts
-ARMS = ("original", "generated", "replaced")
 
 
 def check(config: StudyConfig) -> None:
@@ -56,17 +52,45 @@ def check(config: StudyConfig) -> None:
         rows = problems.absorb(formats.read_rows, config.outsiders)
         if rows and "original" in config.arms and len(rows) <= DEMONSTRATIONS:
             problems.add(f"--outsiders {config.outsiders}: has {len(rows)} rows; more than {DEMONSTRATIONS} are needed")
-    if "generated" in config.arms and config.generator:  # quickstart.py itself reports a missing --generator
-        problems.absorb(models.find_model, config.generator, None, flag="--generator")
+    for arm in dict.fromkeys(arm for arm in config.arms if arm in arms.GENERATOR):
+        name = arms.GENERATOR[arm]
+        if generator := getattr(config, name):
+            problems.absorb(models.find_model, generator, None, flag=f"--{name}")
+        else:
+            problems.add(f"--arms {arm}: needs --{name}, the model that writes this arm")
+    if config.seed_tasks:
+        problems.absorb(read_seed_tasks, config.seed_tasks)
+    check_pretraining(config, problems)
     problems.check()
 
 
+def check_pretraining(config: StudyConfig, problems: Problems) -> None:
+    """Check --pretraining_members, --pretraining_nonmembers and --pretraining_membership."""
+    files = {"members": config.pretraining_members, "nonmembers": config.pretraining_nonmembers}
+    for name, file in files.items():
+        if file:
+            rows = problems.absorb(formats.read_rows, file)
+            if rows:
+                problems.absorb(dataset.validate, file, rows)
+        elif any(files.values()):
+            problems.add(f"--pretraining_{name}: is missing; give both files or neither")
+    if config.pretraining_membership and not any(files.values()) and not pretraining.default_model(config):
+        problems.add(
+            f"--pretraining_membership: the pre-training corpus of {config.model} is not here; give "
+            "--pretraining_members and --pretraining_nonmembers"
+        )
+
+
 def inputs(config: StudyConfig) -> list[str]:
-    return [config.dataset, *([config.outsiders] if config.outsiders else [])]
+    given = (config.outsiders, config.seed_tasks, config.pretraining_members, config.pretraining_nonmembers)
+    return [config.dataset, *(file for file in given if file)]
 
 
-def run(config: StudyConfig, out: Path, record: results.Run) -> str:
-    """Run all arms; return the text of summary.md."""
+def run(config: StudyConfig, out: Path, record: results.Run, parent: Path | None = None) -> str:
+    """Run all arms; return the text of summary.md.
+
+    parent: the folder for what does not depend on the seed, if this is one of several runs, whose summary follows them.
+    """
     shared = {"seed": config.seed, **device_of(config)}
     asked = AttackConfig(
         dataset=config.dataset,
@@ -79,13 +103,13 @@ def run(config: StudyConfig, out: Path, record: results.Run) -> str:
     scored = PerplexityConfig(model=config.model, dataset=config.dataset, output_dir=str(out / "base"), **shared)
     rows = [row_of("base", out / "base", measure_perplexity(scored)[-1]["mean"])]
 
-    data = training_files(config, out)
+    data, notes = arms.build_all(config, out, parent or out)
     last, trees = {}, {}
-    for arm in config.arms:
+    for arm, file in data.items():
         training = TrainConfig(
             model=config.model,
-            input=str(data[arm]),
-            output_root=str(out),
+            input=str(file),
+            output_root=str(out if arm in arms.DEFAULT else out / arm),
             learning_rate=config.learning_rate,
             epochs=config.epochs,
             per_device_batch_size=config.per_device_batch_size,
@@ -112,7 +136,7 @@ def run(config: StudyConfig, out: Path, record: results.Run) -> str:
         merged = merge_peft.MergeConfig(model=str(newest), save_dir=str(out / "merged"))
         call("merge_peft.py", merge_peft.run, merged)
     audited: Record = {}
-    if "original" in config.arms:
+    if "original" in config.arms and parent is None:
         audited = audit(
             AuditConfig(
                 model=str(newest),
@@ -125,6 +149,8 @@ def run(config: StudyConfig, out: Path, record: results.Run) -> str:
             )
         )
     aucs = membership(config, out, trees, audited)
+    seen = pretraining.measure(config, out, parent or out, trees) if pretraining.wanted(config) else None
+    addresses = arms.evaluated_addresses(config, data)
     floor = measured(out / "base")[0]["floor"]
     text = [
         f"Addresses extracted at temperature {TEMPERATURE} from {rows[0]['rows']} people, each queried with four "
@@ -140,6 +166,10 @@ def run(config: StudyConfig, out: Path, record: results.Run) -> str:
     ]
     if "generated" in last:
         text += ["", addresses_in_generated(data["generated"])]
+    if set(config.arms) - set(arms.DEFAULT):
+        text += ["", address_table(addresses), *(line for note in notes.values() for line in ("", note))]
+    if seen:
+        text += ["", *pretraining.text_of(seen)]
     control = []
     if config.outsiders and "original" in config.arms:
         n_asked = len(formats.read_rows(config.outsiders)) - DEMONSTRATIONS
@@ -162,39 +192,22 @@ def run(config: StudyConfig, out: Path, record: results.Run) -> str:
             "outsiders": control,
             "mia": aucs,
             "audit": verdict,
+            "addresses": addresses,
+            **({"notes": notes} if notes else {}),
+            **({"pretraining": seen} if seen else {}),
         },
     )
     return "\n".join(text)
 
 
-def training_files(config: StudyConfig, out: Path) -> dict[str, AnyPath]:
-    """{arm: its training data}; what does not exist yet is built."""
-    data: dict[str, AnyPath] = {"original": config.dataset}
-    if "generated" in config.arms:
-        assert config.generator  # quickstart.py reports a missing one
-        continued = ContinuationConfig(
-            model=config.generator,
-            data_set=config.dataset,
-            max_tokens=config.generated_tokens,
-            output=str(out / "generated" / "data.arrow"),
-            seed=config.seed,
-        )
-        data["generated"] = build("data/continuation/generate.py", continuation.run, continued)
-    if "replaced" in config.arms:
-        output = str(out / "replaced" / "replaced_data.arrow")
-        replaced = ReplaceConfig(input=config.dataset, output=output, seed=config.seed)
-        data["replaced"] = build("data/replace_pii.py", replacing.run, replaced)
-    return data
-
-
 def membership(config: StudyConfig, out: Path, trees: dict[str, Path], audited: Record) -> Record:
     """{table row: {auc, ci, flags}} of the attack `ref` on the last checkpoint of each arm: original rows against the
-    head. The audit has attacked the original arm."""
+    head. The audit, if there was one, has attacked the original arm."""
     aucs: Record = {}
     few: Record = {} if config.full else {"attacks": ("loss", "ref"), "max_samples": 500}
     for arm, tree in trees.items():
         name = f"{arm}, epoch {len(find_checkpoints(tree))}"
-        if arm == "original":
+        if arm == "original" and audited:
             part = audited["membership"]
             ends = [part["auc"][end] for end in ("low", "high")]
             aucs[name] = {"auc": part["auc"]["value"], "ci": ends, "flags": part["flags"]}
@@ -207,7 +220,8 @@ def membership(config: StudyConfig, out: Path, trees: dict[str, Path], audited: 
             **few,
             **device_of(config),
         )
-        share_passes(out / "audit" / "membership", out / f"mia-{arm}")
+        first = out / "audit" / "membership" if audited else out / f"mia-{next(iter(trees))}"
+        share_passes(first, out / f"mia-{arm}")
         line = next(line for line in infer_membership(attacked) if line["attack"] == "ref")
         aucs[name] = {"auc": line["auc"], "ci": line["auc_ci"], "flags": line["flags"]}
     return aucs
@@ -245,3 +259,11 @@ def addresses_in_generated(file: AnyPath) -> str:
         f"The generated text itself contains {n_written} of the {n_evaluated} evaluated addresses, so what the "
         "generator memorised is passed on to the model."
     )
+
+
+def address_table(addresses: Record) -> str:
+    """The table of the evaluated addresses that each training text contains."""
+    rows = [[arm, counts["addresses"], counts["rows"], counts["occurrences"]] for arm, counts in addresses.items()]
+    n_evaluated = next(iter(addresses.values()))["evaluated"]
+    heads = ["training text", f"of the {n_evaluated} evaluated addresses", "rows with one", "occurrences"]
+    return table(heads, rows)

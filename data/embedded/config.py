@@ -54,3 +54,27 @@ class MakeModelConfig:
     corpus_seed: int = 3407
     seed: int = 3407
     dry_run: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstructionsConfig:
+    """The folder for seed_tasks.json and form.jsonl, and their sizes."""
+
+    output: str = "./instructions"
+    seed_tasks: int = 60
+    form_rows: int = 600
+    seed: int = 3407
+    overwrite: bool = False
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class MembershipConfig:
+    """The folder for members.jsonl and nonmembers.jsonl, the number of texts in each, and the seed of the latter."""
+
+    output: str = "./pretraining"
+    num_rows: int = 1000
+    corpus_seed: int = 3407
+    seed: int = 1
+    overwrite: bool = False
+    dry_run: bool = False

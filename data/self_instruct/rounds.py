@@ -24,6 +24,10 @@ PATIENCE = 10  # give up after so many rounds in a row without an instance
 Ask = Callable[[list[str], str], list[Answer | None]]  # (prompts, stage) → answers
 
 
+class NoInstanceError(UserError):
+    """The generator writes nothing that passes the filters."""
+
+
 class GeneratedTask(TypedDict):
     """instances: (input, output) of each."""
 
@@ -63,7 +67,7 @@ def make_rounds(
         while done < config.num_rows:
             if len(rounds) >= PATIENCE and not any(map(size, rounds[-PATIENCE:])):
                 lost = sum((Counter(earlier["counts"]) for earlier in rounds), Counter[str]())
-                raise UserError(
+                raise NoInstanceError(
                     f"--model {config.model}: {PATIENCE} rounds in a row gave no instance ({done} of {config.num_rows} "
                     f"so far; {dict(lost)}); use a stronger generator or other settings"
                 )
