@@ -58,7 +58,9 @@ FLAGS = {
         "-m", "--model", "-d", "--dataset", "--data", "--outsiders", "--output", "--output_dir", "-lr",
         "--learning_rate", "-e", "--epochs",
         "-pdbs", "--per_device_batch_size", "-gas", "--gradient_accumulation_steps", "-mt", "--max_tokens", "--full",
-        "--study", "--generator", "--generated_tokens", "--arms", "--lora_r",
+        "--study", "--generator", "--generated_tokens", "--arms", "--lora_r", "--unseen_generator", "--seed_tasks",
+        "--self_instruct_rows", "--pretraining_membership", "--pretraining_members", "--pretraining_nonmembers",
+        "--seeds",
     },
     "studies/sweep.py": {
         "--sweep", "--output", "--output_dir", "--executor", "--jobs", "--slurm", "--cell", "--seed", "--dry_run",

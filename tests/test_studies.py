@@ -91,7 +91,8 @@ def test_a_damaged_record_of_an_earlier_study_is_a_user_error(tmp_path, content)
 
 def test_a_study_of_a_dataset_edited_in_place_is_refused(tmp_path):
     data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a"}])
-    args = argparse.Namespace(study="mail", dataset=str(data), outsiders=None)
+    others = dict.fromkeys(("outsiders", "seed_tasks", "pretraining_members", "pretraining_nonmembers"))
+    args = argparse.Namespace(study="mail", dataset=str(data), **others)
     with results.Run(tmp_path / "run_quickstart.json", args, mail.inputs(args)):
         pass
     quickstart.check_same(tmp_path, args)
