@@ -26,7 +26,7 @@ GENERATOR = {"generated": "generator", "self_instruct": "generator", "generated_
 EMBEDDED_GENERATOR = str(EMBEDDED / "mini-pythia-xl")
 ROWS, EMBEDDED_ROWS = SelfInstructConfig.num_rows, 300  # of the arm self_instruct
 EMBEDDED_TOKENS = 80  # of a completion of self-instruct with the embedded generator
-FORM_RATE = 2e-3  # tuning the embedded generator on the form of self-instruct's prompts
+FORM_ROWS, FORM_RATE = 600, 2e-3  # tuning the embedded generator on the form of self-instruct's prompts
 
 
 class TrainingSets(NamedTuple):
@@ -79,18 +79,18 @@ def prompts(data: str, file: Path) -> Path:
 def add_self_instruct(config: StudyConfig, folder: Path, shared: Path, sets: TrainingSets) -> None:
     """Add the arm `self_instruct`, or the note that the generator wrote nothing that passes the filters."""
     assert config.generator  # quickstart.py reports a missing one
-    generator, seed_tasks, more = config.generator, config.seed_tasks, {}
+    generator, seed_tasks, max_tokens = config.generator, config.seed_tasks, SelfInstructConfig.max_tokens
     if seed_tasks is None and generator == EMBEDDED_GENERATOR:
         seed_tasks, generator = taught(config, shared / "instructions")
-        more["max_tokens"] = EMBEDDED_TOKENS
+        max_tokens = EMBEDDED_TOKENS
     asked = SelfInstructConfig(
         model=generator,
         seed_tasks=seed_tasks or SelfInstructConfig.seed_tasks,
         output=str(folder / "data.jsonl"),
         format="text",
         num_rows=config.self_instruct_rows,
+        max_tokens=max_tokens,
         seed=config.seed,
-        **more,
     )
     try:
         sets.files["self_instruct"] = build("data/self_instruct/generate.py", self_instruct.run, asked)
@@ -112,7 +112,11 @@ def taught(config: StudyConfig, folder: Path) -> tuple[str, str]:
     from data.embedded.instructions import FORM, SEED_TASKS
     from data.embedded.instructions import run as make_instructions
 
-    build("data/embedded/make_instructions.py", make_instructions, InstructionsConfig(output=str(folder)))
+    build(
+        "data/embedded/make_instructions.py",
+        make_instructions,
+        InstructionsConfig(output=str(folder), form_rows=FORM_ROWS),
+    )
     training = TrainConfig(
         model=EMBEDDED_GENERATOR,
         input=str(folder / FORM),
