@@ -277,8 +277,8 @@ def test_each_seed_has_its_folder_and_a_rerun_gives_the_same(tmp_path, monkeypat
 
 @pytest.mark.slow
 def test_further_arms_over_two_seeds_in_small(tmp_path):
-    """quickstart.py with the new arms on 60 rows; a second call keeps every step and gives the same summary. A generator
-    that has hardly seen the form writes no instance, so that its arm is left out and said to be."""
+    """quickstart.py with the new arms on 60 rows; a second call keeps every step and gives the same summary. A
+    generator that has hardly seen the form writes no instance: its arm is left out, and the summary says so."""
     driver = tmp_path / "small.py"
     driver.write_text(
         "import sys\nimport quickstart\nfrom common.process import entry\nfrom data.self_instruct import rounds\n"
