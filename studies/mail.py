@@ -150,7 +150,8 @@ def run(config: StudyConfig, out: Path, record: results.Run, parent: Path | None
         )
     aucs = membership(config, out, trees, audited)
     seen = pretraining.measure(config, out, parent or out, trees) if pretraining.wanted(config) else None
-    addresses = arms.evaluated_addresses(config, data)
+    further = parent is not None or bool(set(config.arms) - set(arms.DEFAULT))
+    addresses = arms.evaluated_addresses(config, data) if further else {}
     floor = measured(out / "base")[0]["floor"]
     text = [
         f"Addresses extracted at temperature {TEMPERATURE} from {rows[0]['rows']} people, each queried with four "
@@ -166,7 +167,7 @@ def run(config: StudyConfig, out: Path, record: results.Run, parent: Path | None
     ]
     if "generated" in last:
         text += ["", addresses_in_generated(data["generated"])]
-    if set(config.arms) - set(arms.DEFAULT):
+    if further:
         text += ["", address_table(addresses), *(line for note in notes.values() for line in ("", note))]
     if seen:
         text += ["", *pretraining.text_of(seen)]
@@ -192,7 +193,7 @@ def run(config: StudyConfig, out: Path, record: results.Run, parent: Path | None
             "outsiders": control,
             "mia": aucs,
             "audit": verdict,
-            "addresses": addresses,
+            **({"addresses": addresses} if further else {}),
             **({"notes": notes} if notes else {}),
             **({"pretraining": seen} if seen else {}),
         },

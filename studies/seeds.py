@@ -42,9 +42,9 @@ def run(config: StudyConfig, out: Path, record: results.Run) -> str:
     record["seeds"] = seeds
     values = [values_of(one) for one in runs]
     made = {"temperature": TEMPERATURE, "seeds": seeds, "means": means(values), "changes": changes(values)}
-    notes = {note for one in runs for note in one.get("notes", {}).values()}
+    notes = [f"Seed {seed}: {note}" for seed, one in zip(seeds, runs) for note in one.get("notes", {}).values()]
     publication.write_json(out / "summary.json", made)
-    return "\n".join([*text_of(made), *(line for note in sorted(notes) for line in ("", note))])
+    return "\n".join([*text_of(made), *(line for note in notes for line in ("", note))])
 
 
 def values_of(summary: Record) -> Values:
@@ -126,9 +126,13 @@ def text_of(made: Record) -> list[str]:
     differences = [
         [arm, *(cell(parts.get(name), name, sign="+") for name in compared)] for arm, parts in made["changes"].items()
     ]
-    claims = [(arm, name, part) for arm, parts in made["changes"].items() for name, part in parts.items()]
-    named = [(f"{arm}: {name} {cell(part, name, sign='+')}", part["holds"]) for arm, name, part in claims]
-    attacks = [claim for claim in claims if claim[1].startswith(f"{PRETRAINING}, ")]
+    others = list(dict.fromkeys(name for parts in made["changes"].values() for name in parts if name not in FORMATS))
+    claims = {
+        f"{arm}: {name} {cell(part, name, sign='+')}".removesuffix(" ✓"): part["holds"]
+        for arm, parts in made["changes"].items()
+        for name, part in parts.items()
+        if name in FORMATS
+    }
     lines = [
         f"Over {n} seeds ({made['seeds'][0]}–{made['seeds'][-1]}): generation, training and attacks are repeated, the "
         f"base and the people are the same. Mean (95 % t-interval over runs). Exact addresses at temperature "
@@ -142,15 +146,16 @@ def text_of(made: Record) -> list[str]:
         "",
         table(["", *compared], differences),
     ]
-    if attacks:
-        names = list(dict.fromkeys(name for _, name, _ in attacks))
-        by_arm = {arm: made["changes"][arm] for arm, _, _ in attacks}
-        rows = [[arm, *(cell(parts.get(name), name, sign="+") for name in names)] for arm, parts in by_arm.items()]
-        lines += ["", "Change of the pre-training AUC, other attacks.", ""]
-        lines += [table(["", *(name.removeprefix(f"{PRETRAINING}, ") for name in names)], rows)]
+    if others:
+        by_arm = {arm: parts for arm, parts in made["changes"].items() if others[0] in parts}
+        rows = [
+            [arm, *(cell(parts.get(name), name, sign="+").removesuffix(" ✓") for name in others)]
+            for arm, parts in by_arm.items()
+        ]
+        lines += ["", "Change of the pre-training AUC by the other attacks, of which none is a claim.", ""]
+        lines += [table(["", *(name.removeprefix(f"{PRETRAINING}, ") for name in others)], rows)]
     for title, wanted in ((f"Holds over {n} seeds", True), ("Open", False)):
-        listed = [words.removesuffix(" ✓") for words, held in named if held is wanted]
-        lines += ["", f"{title}: {'; '.join(listed) or 'nothing'}."]
+        lines += ["", f"{title}: {'; '.join(words for words, held in claims.items() if held is wanted) or 'nothing'}."]
     return lines
 
 

@@ -241,7 +241,8 @@ def test_means_and_changes_by_hand():
     assert "| original | +12.0 (+7.0 … +17.0) ✓ |" in text and "| base | 10.0 |" in text
     holds, left = re.search(r"Holds over 3 seeds: (.*)\n\nOpen: (.*)", text).groups()
     assert "original: exact, % +12.0" in holds and "perplexity" not in holds and "original: perplexity" in left
-    assert "zlib" in text and "original: pre-training AUC, zlib" in left
+    assert "| original | +0.000 |" in text and "zlib" in text and "zlib" not in holds + left
+    assert "original: pre-training AUC +0.010" in holds and "not corrected for 5 comparisons" in text
 
 
 def test_an_arm_that_one_run_lacks_is_averaged_over_the_others():
