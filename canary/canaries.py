@@ -8,7 +8,7 @@ import random
 import re
 from collections import Counter
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 _FIRST = (
     "Adelon Bettrice Corvin Dalenna Edmar Fenella Garrin Halvard Ilsabet Jorund Kestrin Lorella Maddoc Nerissa Osbert "
@@ -31,22 +31,30 @@ TEMPLATES = {
     "name": ("I live at {street}, my phone number is {phone} and my name is ", "."),
 }
 SECRETS = (*TEMPLATES, "text")
+FAMILIES = ("template", "random", "model", "new_token")
+TOKEN_FAMILIES = ("random", "new_token")  # made of tokens of one tokenizer
+SPARED = ("model", "new_token")  # secrets that are not numbered: some are kept for comparison
 PREFIX_WORDS, SUFFIX_WORDS = 6, 8  # of a text canary
 MOST_WORDS = 4096  # vocabulary that suffixes are drawn from
+LEAST_TEMPERATURE = 0.8  # below it, samples repeat one another
+FEWEST_WORDS = 16  # of a tokenizer's vocabulary: 16⁸ secrets
 
 
 class Canary(TypedDict):
-    """sentence: before + secret + a few characters; parts: its name, street and phone, {} for text secrets."""
+    """sentence: before + secret + a few characters; parts: its name, street and phone, {} for secrets without a
+    person; tokens: those of the secret, if it was made of tokens."""
 
     sentence: str
     before: str
     secret: str
     parts: dict[str, str]
+    tokens: NotRequired[list[int]]
 
 
 @dataclass(frozen=True)
 class Space:
-    """All secrets of one kind, numbered 0 … size − 1. `words`: for 'text' only; SUFFIX_WORDS of them form a secret."""
+    """All secrets of one kind, numbered 0 … size − 1. `words`: of 'text' and 'random', SUFFIX_WORDS of them form a
+    secret; of SPARED kinds, whole secrets that no canary has, so that with a canary's own there are one more."""
 
     kind: str
     words: tuple[str, ...] = ()
@@ -54,6 +62,8 @@ class Space:
     @property
     def size(self) -> int:
         sizes = {"phone": 10**9, "street": 9000, "name": len(FIRST) * len(LAST)}
+        if self.kind in SPARED:
+            return len(self.words) + 1
         return sizes.get(self.kind) or len(self.words) ** SUFFIX_WORDS
 
     def secret(self, index: int) -> str:
@@ -73,6 +83,8 @@ class Space:
 
     def others(self, secret: str, n: int, rng: random.Random) -> list[str]:
         """`n` secrets other than `secret`, drawn without replacement; all of them if n ≥ size − 1."""
+        if self.kind in SPARED:
+            return rng.sample(self.words, min(n, len(self.words)))
         if n >= self.size - 1:
             return [other for other in map(self.secret, range(self.size)) if other != secret]
         others: dict[str, None] = {}

@@ -17,11 +17,14 @@ class InjectConfig:
     canaries: int = 10  # per count in repetitions
     audit: int = 0
     privacy_unit: str = "record"
-    secret: str = "phone"
+    family: str = "template"
+    generator: str | None = None  # of family model: what it is sampled from
+    temperature: float = 1.0
+    secret: str = "phone"  # of a template
     within: int = 400  # 0: anywhere in the review
     condition: str = "metadata"
     columns: tuple[str, ...] = ()  # NEW=OLD
-    model: str | None = None  # whose tokenizer renders chat rows
+    model: str | None = None  # whose tokenizer renders chat rows, and has the tokens of some families
     chat_template: str | None = None  # None: the tokenizer's own
     overwrite: bool = False
     seed: int = 3407

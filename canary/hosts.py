@@ -21,10 +21,10 @@ FIELDS = {
 
 
 class Hosts:
-    """Reads and changes the rows of one shape. renderer: of chat rows, None for others."""
+    """Reads and changes the rows of one shape. renderer: of chat rows, None for others; tokenizer: that of --model."""
 
-    def __init__(self, shape: str, renderer: chat.Renderer | None = None) -> None:
-        self.shape, self.renderer = shape, renderer
+    def __init__(self, shape: str, renderer: chat.Renderer | None = None, tokenizer: Any = None) -> None:
+        self.shape, self.renderer, self.tokenizer = shape, renderer, tokenizer
 
     @property
     def part_name(self) -> str:
@@ -37,6 +37,15 @@ class Hosts:
             return str(chat.messages_of(row)[_last_assistant(row)[1]]["content"])
         text: str = row[FIELDS[self.shape]]
         return text[_prompt_length(row) :] if self.shape == "text" else text
+
+    def prompt(self, row: Row) -> str:
+        """The row's text up to that part; may be empty."""
+        if self.renderer:
+            rendered = self.renderer.render(row)
+            assert rendered.completions, "chat rows have an assistant's message"
+            return rendered.text[: rendered.completions[-1][0]]
+        text, boundary = dataset.row_text(row)
+        return text[: boundary or 0]
 
     def insert(self, row: Row, sentence: str, within: int, rng: random.Random) -> tuple[Row, str]:
         """(the row with the sentence in that part, the row's text as trained before the sentence)."""
@@ -74,15 +83,13 @@ def read(config: InjectConfig, problems: Problems) -> tuple[list[Row], Hosts]:
     shape = dataset.shape_of(rows[0]) if rows else None
     if shape in (None, "review"):
         again = problems.absorb(reviews.check_reviews, config.input, rows) if rows else None
-        _refuse_template(config, problems)
-        return again or [], Hosts("review")
+        return again or [], Hosts("review", None, _tokenizer(config, problems))
     if not problems.absorb(dataset.validate, config.input, rows):
         return [], Hosts("text")
     if config.condition != "metadata":
         problems.add(f"--condition {config.condition}: only for review rows")
     if shape != "chat":
-        _refuse_template(config, problems)
-        return rows, Hosts(shape or "")
+        return rows, Hosts(shape or "", None, _tokenizer(config, problems))
     if config.model is None:
         problems.add("--input: chat rows need --model, whose tokenizer and chat template the rows are trained with")
         return rows, Hosts("chat")
@@ -90,13 +97,22 @@ def read(config: InjectConfig, problems: Problems) -> tuple[list[Row], Hosts]:
     if tokenizer is None:
         return rows, Hosts("chat")
     renderer = problems.absorb(dataset.read_renderer, rows, tokenizer, config.chat_template, f"--model {config.model}")
-    return rows, Hosts("chat", renderer)
+    return rows, Hosts("chat", renderer, tokenizer)
 
 
-def _refuse_template(config: InjectConfig, problems: Problems) -> None:
-    for flag, value in (("--model", config.model), ("--chat_template", config.chat_template)):
+def _tokenizer(config: InjectConfig, problems: Problems) -> Any:
+    """The tokenizer of --model where the rows are not chat rows: None unless the family is made of its tokens."""
+    made_of_tokens = config.family in canaries.TOKEN_FAMILIES
+    refused = {"--model": None if made_of_tokens else config.model, "--chat_template": config.chat_template}
+    for flag, value in refused.items():
         if value is not None:
             problems.add(f"{flag} {value}: the rows are not chat rows; drop the flag")
+    if not made_of_tokens:
+        return None
+    if config.model is None:
+        problems.add(f"--family {config.family}: needs --tokenizer, the model that will be trained")
+        return None
+    return models.look_up(problems, config.model)[1]
 
 
 def _prompt_length(row: Row) -> int:

@@ -6,16 +6,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from canary.canaries import Space, vocabulary
+from canary.canaries import LEAST_TEMPERATURE, TOKEN_FAMILIES, Space
 from canary.config import InjectConfig
+from canary.families import source_of
 from canary.hosts import Hosts, Row, read
 from canary.key import SCHEMA, KeyLine
 from canary.placement import place
-from common import dataset, locks, manifests, results
-from common.problems import Problems, UserError, check_output_file
+from common import dataset, locks, manifests, models, provenance, results
+from common.problems import Problems, check_output_file
 from common.publication import Publication
 
 Counts = dict[str, Any]
+NEWER = ("family", "generator", "temperature")  # flags that change nothing of templates
 
 
 def run(config: InjectConfig) -> Counts:
@@ -58,6 +60,8 @@ def check(config: InjectConfig) -> tuple[list[Row], Hosts, dict[str, Any] | None
         problems.add("--input, --output and --key_file must be three files")
     if not (config.share or config.repetitions or config.audit):
         problems.add("nothing to insert: give --share, --repetitions or --audit")
+    if config.family != "template" and config.secret != InjectConfig.secret:
+        problems.add(f"--secret {config.secret}: only for --family template")
     if config.share and config.share > 1:
         problems.add(f"--share {config.share:g}: a share of the rows, at most 1")
     if len(set(config.repetitions)) < len(config.repetitions):
@@ -65,13 +69,33 @@ def check(config: InjectConfig) -> tuple[list[Row], Hosts, dict[str, Any] | None
     rows, hosts = read(config, problems)
     if rows:
         check_rows(config, rows, hosts, problems)
+    generator = check_generator(config, problems)
     settings: dict[str, Any] | None = None
     if not problems.lines:
-        settings = manifests.settings_of(config, ("output", "key_file"), input=results.sha256(config.input))
+        skip = ("output", "key_file", *(NEWER if config.family == "template" else ()))
+        inputs: dict[str, str | None] = {"input": results.sha256(config.input)}
+        if generator:
+            inputs["generator_weights"] = provenance.weights_sha256(generator)
+        settings = manifests.settings_of(config, skip, **inputs)
     others = [("--key_file", key)]
     finished = problems.absorb(manifests.finished, [("--output", output)], settings, config.overwrite, others)
     problems.check()
     return rows, hosts, None if finished else settings
+
+
+def check_generator(config: InjectConfig, problems: Problems) -> models.ModelRef | None:
+    """--generator, where the family needs one."""
+    if config.family != "model":
+        for flag in ("generator", "temperature"):
+            if (value := getattr(config, flag)) != getattr(InjectConfig, flag):
+                problems.add(f"--{flag} {value}: only for --family model")
+        return None
+    if config.temperature < LEAST_TEMPERATURE:
+        problems.add(f"--temperature {config.temperature:g}: must be at least {LEAST_TEMPERATURE}")
+    if config.generator is None:
+        problems.add("--family model: needs --generator, the model that canaries are sampled from")
+        return None
+    return models.look_up(problems, config.generator, flag="--generator")[0]
 
 
 def check_rows(config: InjectConfig, rows: list[Row], hosts: Hosts, problems: Problems) -> None:
@@ -102,18 +126,14 @@ def place_all(config: InjectConfig, rows: list[Row], hosts: Hosts) -> tuple[list
     if config.condition == "title":
         rows = [row | {"condition": "title"} for row in rows]
     texts = [hosts.part(row) for row in rows]
-    space = Space(config.secret, vocabulary(texts, rng) if config.secret == "text" else ())
-    if config.secret == "text" and len(space.words) < 2:
-        raise UserError(f"{config.input}: too few words for --secret text")
-    if (2 * config.canaries * len(config.repetitions) + 2 + config.audit) * 2 > space.size:
-        raise UserError(f"--secret {config.secret}: only {space.size} secrets; ask for fewer canaries, or for phone")
-    return *place(rows, config, hosts, space, rng), space
+    source = source_of(config, rows, hosts, texts, rng)
+    return *place(rows, config, hosts, source, rng), source.space
 
 
 def count(config: InjectConfig, rows: list[Row], written: list[Row], key: list[KeyLine], space: Space) -> Counts:
     """The manifest's `canaries`."""
     return {
-        "secret": config.secret,
+        "secret": space.kind,
         "space": space.size,
         "placed": sum(line["kind"] in ("ladder", "share") for line in key),
         "held_out": sum(line["kind"] == "held_out" for line in key),
@@ -138,15 +158,22 @@ def write(
     """Rows, key and manifest."""
     output, key_file = destinations(config)
     files.write_jsonl(output, written, permissions=0o600)
-    header = {
+    header: dict[str, Any] = {
         "schema": SCHEMA,
-        "secret": config.secret,
+        "secret": space.kind,
         "words": space.words,
         "privacy_unit": config.privacy_unit,
         "training": results.sha256(files.hidden(output)),
         "seed": config.seed,
         "canaries": len(key),
-    } | ({"whole": True} if hosts.renderer else {})
+    }
+    header |= {"whole": True} if hosts.renderer else {}
+    if config.family != "template":
+        header["family"] = config.family
+    if config.family in TOKEN_FAMILIES:
+        header["tokenizer"] = config.model
+    if config.family == "model":
+        header |= {name: settings[name] for name in ("generator", "generator_weights", "temperature")}
     files.write_jsonl(key_file, [header, *key], permissions=0o600)
     manifests.write_manifest(
         files,

@@ -2,7 +2,7 @@
 
 from typing import Any, NotRequired, TypedDict, cast
 
-from canary.canaries import SECRETS, Canary
+from canary.canaries import FAMILIES, SECRETS, TOKEN_FAMILIES, Canary
 from common import dataset, formats
 from common.problems import UserError
 
@@ -25,8 +25,10 @@ NOT_OURS = "is not what canary/inject.py writes; create the key again"
 
 
 class Header(TypedDict):
-    """The first line. words: vocabulary of text secrets; training: SHA-256 of the file with the canaries; whole: a chat
-    template wrote the special tokens of the contexts."""
+    """The first line. words: vocabulary of text and random secrets, spare secrets of other families; training: SHA-256
+    of the file with the canaries; whole: a chat template wrote the special tokens of the contexts; family: `template`
+    if there is none; tokenizer: the model whose tokens the secrets are made of;
+    generator, generator_weights (SHA-256) and temperature: of sampled canaries."""
 
     schema: int
     secret: str
@@ -36,6 +38,11 @@ class Header(TypedDict):
     seed: NotRequired[int]
     canaries: NotRequired[int]
     whole: NotRequired[bool]
+    family: NotRequired[str]
+    tokenizer: NotRequired[str]
+    generator: NotRequired[str]
+    generator_weights: NotRequired[str | None]
+    temperature: NotRequired[float]
 
 
 class KeyLine(Canary):
@@ -62,6 +69,8 @@ def read_key(path: str) -> tuple[Header, list[KeyLine]]:
         wrong = [field for field, kind in FIELDS.items() if type(line[field]) is not kind] or impossible(line)
         if wrong:
             raise UserError(f"{path}: canary {number}: its {', '.join(wrong)} {NOT_OURS}")
+        if header.get("family") in TOKEN_FAMILIES and not line.get("tokens"):
+            raise UserError(f"{path}: canary {number}: no tokens; create the key again")
     if len(lines) != header.get("canaries", len(lines)) or not lines:
         raise UserError(f"{path}: {len(lines)} of {header.get('canaries', 'its')} canaries; the file is truncated")
     return cast(Header, header), cast(list[KeyLine], lines)
@@ -74,23 +83,27 @@ def check_header(path: str, header: dict[str, Any]) -> None:
     wrong = [name for name, kind in HEADER_FIELDS.items() if type(header[name]) is not kind]
     wrong += ["training"] if not isinstance(header.get("training"), str | None) else []
     wrong += ["whole"] if not isinstance(header.get("whole", False), bool) else []
-    wrong += ["secret"] if not wrong and header["secret"] not in SECRETS else []
+    family = header.get("family", "template")
+    wrong += ["family"] if family not in FAMILIES else []
+    secrets = SECRETS if family == "template" else (family,)
+    wrong += ["secret"] if not wrong and header["secret"] not in secrets else []
     words = header["words"]
     if not wrong and not (all(isinstance(word, str) for word in words) and len(set(words)) == len(words)):
         wrong = ["words"]
-    if wrong or (header["secret"] == "text" and not words):
+    if wrong or (header["secret"] in ("text", "random") and not words):
         raise UserError(f"{path}: the {', '.join(wrong or ['words'])} of its first line {NOT_OURS}")
 
 
 def impossible(line: dict[str, Any]) -> list[str]:
     """Fields with the right type but a value that canary/inject.py never writes."""
-    rows, starts = line["rows"], line.get("starts") or []
+    rows, starts, tokens = line["rows"], line.get("starts") or [], line.get("tokens", [])
     starts = (starts or rows) if isinstance(starts, list) else [None]
     faults = {
         "kind": line["kind"] not in KINDS,
         "repetitions": line["repetitions"] < 0,
         "rows": not all(map(dataset.is_count, rows)),
         "starts": len(starts) != len(rows) or not all(map(dataset.is_count, starts)),
+        "tokens": not (isinstance(tokens, list) and all(map(dataset.is_count, tokens))),
         "parts": not all(isinstance(part, str) for part in line["parts"].values()),
         "secret": not line["sentence"].startswith(line["before"] + line["secret"]),
     }

@@ -9,10 +9,12 @@ from canary import metrics
 from canary.config import MeasureConfig
 from canary.key import KeyLine
 from canary.task import ModelArm, Task
-from common import adapters, checkpoints, limits, models, sampling, scoring, tokenization
+from common import adapters, chat, checkpoints, limits, models, sampling, scoring, tokenization
 from common.distributed import World, progress_bar
 
 Bits = dict[int, dict[str, float]]  # canary index → nll, exposure, and bits and ks_p if extrapolated
+Scores = dict[str, list[float]]  # of each audit canary, by what they were taken over: SCORES
+SCORES = ("whole", "secret")
 
 
 def tokens_from(tokenizer: Any, context: str, text: str, most: int, whole: bool = False) -> tuple[list[int], list[int]]:
@@ -60,14 +62,33 @@ def secret_nlls(model: Any, tokenizer: Any, context: str, secrets: list[str], wh
 
 def sentence_logps(
     model: Any, tokenizer: Any, canaries: Sequence[KeyLine], most: int, world: World, whole: bool = False
-) -> list[float]:
-    """Log-probability in nats of each canary's sentence in its row, of at most `most` tokens, on every rank."""
+) -> Scores:
+    """Log-probability in nats of each canary's sentence in its row, and of its secret alone, on every rank.
+
+    Both are from the same pass over at most `most` tokens.
+    """
     most = min(most, limits.context_length(model))
     split = [tokens_from(tokenizer, canary["context"], canary["sentence"], most, whole) for canary in canaries]
     sequences = [[*before, *after] for before, after in split]
     parts = world.together(lambda: scoring.score(model, sequences, world=world))
     values = scoring.join(sequences, parts)
-    return [math.fsum(value[-len(after) :]) for value, (_, after) in zip(values, split)]
+    own = [value[-len(after) :] for value, (_, after) in zip(values, split, strict=True)]
+    spans = [secret_span(tokenizer, canary, whole) for canary in canaries]
+    return {
+        "whole": [math.fsum(value) for value in own],
+        "secret": [math.fsum(value[first:last]) for value, (first, last) in zip(own, spans, strict=True)],
+    }
+
+
+def secret_span(tokenizer: Any, canary: KeyLine, whole: bool = False) -> tuple[int, int]:
+    """[from, to) of the secret's tokens among those of the canary's sentence in its row."""
+    start = len(canary["context"])
+    text = canary["context"] + canary["sentence"]
+    offsets = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not whole, verbose=False).offset_mapping
+    sentence, _ = chat.token_span(offsets, start, len(text))
+    secret = start + len(canary["before"])
+    first, last = chat.token_span(offsets, secret, secret + len(canary["secret"]))
+    return first - sentence, last - sentence
 
 
 def exposures(model: Any, tokenizer: Any, task: Task, references: int, seed: int, world: World) -> Bits:
@@ -97,10 +118,10 @@ def exposures(model: Any, tokenizer: Any, task: Task, references: int, seed: int
 
 def measure_model(
     config: MeasureConfig, task: Task, arm: ModelArm, dtype: Any, world: World
-) -> tuple[Bits, list[float], str]:
-    """(exposures, signal of each audit canary, the signal's name)."""
+) -> tuple[Bits, Scores, str]:
+    """(exposures, signals of each audit canary, the signals' name)."""
     audited = task.audited
-    before: list[float] | None = None
+    before: Scores | None = None
     most = models.context_of(arm.ref)
     base = checkpoints.load_base(arm.ref, dtype, world, config.device_map)
     if audited and task.ref_model:
@@ -113,11 +134,11 @@ def measure_model(
         before = sentence_logps(base, arm.tokenizer, audited, most, world, task.whole)
     with adapters.adapted(base, arm.ref.adapter) as (model, _):
         bits = exposures(model, arm.tokenizer, task, config.references, config.seed, world)
-        after = sentence_logps(model, arm.tokenizer, audited, most, world, task.whole) if audited else []
+        after = sentence_logps(model, arm.tokenizer, audited, most, world, task.whole) if audited else {}
     if before is None:
         return bits, after, "log-probability"
     return (
         bits,
-        [logp - earlier for logp, earlier in zip(after, before)],
+        {of: [logp - earlier for logp, earlier in zip(after[of], before[of], strict=True)] for of in SCORES},
         "log-probability over the model before training",
     )

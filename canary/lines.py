@@ -6,7 +6,7 @@ from typing import Any
 
 from canary import audit, fdp, metrics
 from canary.key import KeyLine
-from canary.likelihoods import Bits
+from canary.likelihoods import SCORES, Bits, Scores
 from canary.task import ModelArm, Task, TextArm
 from common import stats
 
@@ -20,6 +20,9 @@ TOO_FEW = "no audit: were every guess right, the bound would be 0; more canaries
 GAUSSIAN_DELTA = 1e-5  # where no accountant names a δ: without one, no Gaussian mechanism has an ε
 # f-DP bounds (fdp.py) beside Steinke's: of any training, and of one that is a Gaussian mechanism
 F_DP: dict[str, audit.Method] = {"epsilon_delta": fdp.epsilon_delta_bounds, "gaussian": fdp.gaussian_bounds}
+
+# of an audit line: what depends on the score
+BY_SCORE = ("score", "auc", "auc_ci", "direction", "power", "lower", "lower_undefined", "guesses", "f_dp", "undefined")
 
 Line = dict[str, Any]
 
@@ -101,6 +104,18 @@ def exposure_lines(task: Task, arm: str, bits: Bits, references: int) -> list[Li
             }
         )
     return lines
+
+
+def audit_line_of_model(task: Task, arm: str, scores: Scores, signal: str) -> Line:
+    """The audit of one arm's model by the headline's score; what the other gives, which decides nothing, is inside."""
+
+    def line(of: str) -> Line:
+        unit = task.header["privacy_unit"]
+        made = audit_line(task.models[arm], task.audited, scores[of], unit, measure="audit", arm=arm, signal=signal)
+        return made | {"score": of}
+
+    (other,) = (line(of) for of in SCORES if of != task.headline)
+    return line(task.headline) | {"other_score": {name: other[name] for name in BY_SCORE}}
 
 
 def audit_line(

@@ -13,9 +13,11 @@ count        generated rows that contain a name, street, phone or whole canary, 
 exposure     in bits: the total NLL of the secret's tokens in the canary's own context, ranked against other secrets in
              the same context; by number of repetitions, including held-out canaries. Chance: mean 1.44, median 1 bit.
 audit        lower bound on ε from one run (Steinke et al. 2023) on the audit canaries. Signal: how much training raised
-             the log-probability of the canary's sentence in its row. Reported with the accountant's ε (privacy.json)
-             and the bound if every guess were correct (`power`). Beside it, in `f_dp`, the bounds of Mahloujifar et al.
-             (2024): `epsilon_delta` holds for any training, `gaussian` if it is a Gaussian mechanism.
+             the log-probability of the canary's sentence in its row; of its secret alone for the family new_token. What
+             the other of the two gives is in `other_score`, and decides nothing. Reported with the accountant's ε
+             (privacy.json) and the bound if every guess were correct (`power`). Beside it, in `f_dp`, the bounds of
+             Mahloujifar et al. (2024): `epsilon_delta` holds for any training, `gaussian` if it is a Gaussian
+             mechanism.
 audit_text   the same bound without the model: the signal is a 2-gram model of the generated rows, or similarity to
              them. `headline` marks the signal to report, fixed in advance so that nobody picks the larger of the two.
 text_auc     how well that signal separates inserted from held-out canaries, by number of repetitions.

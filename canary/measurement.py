@@ -1,14 +1,14 @@
 """The run of canary/measure.py: every model, then every text, and the result files."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
 from canary.config import MeasureConfig
 from canary.key import KeyLine
-from canary.likelihoods import measure_model
-from canary.lines import Line, audit_line, count_lines, exposure_lines, text_lines, text_signals
+from canary.likelihoods import SCORES, measure_model
+from canary.lines import Line, audit_line_of_model, count_lines, exposure_lines, text_lines, text_signals
 from canary.report import report
 from canary.seen import Seen
 from canary.task import RECORD, RESULTS, ROWS, Task, prepare
@@ -77,15 +77,19 @@ def measure(config: MeasureConfig, task: Task, target: locks.Output) -> Outcome:
 
 def of_model(config: MeasureConfig, task: Task, name: str, dtype: Any, world: World) -> tuple[list[Line], list[Line]]:
     """(result lines, lines per canary) of one arm's model."""
-    arm, unit = task.models[name], task.header["privacy_unit"]
+    arm = task.models[name]
     bits, scores, signal = measure_model(config, task, arm, dtype, world)
     lines = exposure_lines(task, name, bits, config.references)
     if task.audited:
-        lines.append(audit_line(arm, task.audited, scores, unit, measure="audit", arm=name, signal=signal))
-    audit_signal = iter(scores)
+        lines.append(audit_line_of_model(task, name, scores, signal))
+    audited: Iterator[Line] = iter(
+        [
+            {"audit_signal": scores[task.headline][place], **{f"audit_{of}": scores[of][place] for of in SCORES}}
+            for place in range(len(task.audited))
+        ]
+    )
     values: list[Line] = [
-        {"audit_signal": next(audit_signal)} if canary["kind"] == "audit" else dict(bits[index])
-        for index, canary in enumerate(task.canaries)
+        next(audited) if canary["kind"] == "audit" else dict(bits[index]) for index, canary in enumerate(task.canaries)
     ]
     return lines, canary_rows(name, "model", task.canaries, values, arm.seen)
 

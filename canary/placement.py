@@ -4,9 +4,9 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from canary import canaries
-from canary.canaries import Canary, Space
+from canary.canaries import Canary
 from canary.config import InjectConfig
+from canary.families import Source, total
 from canary.hosts import Hosts, Row
 from canary.key import KeyLine
 from common import dataset
@@ -14,7 +14,7 @@ from common.problems import UserError
 
 
 def place(
-    rows: list[Row], config: InjectConfig, holder: Hosts, space: Space, rng: random.Random
+    rows: list[Row], config: InjectConfig, holder: Hosts, source: Source, rng: random.Random
 ) -> tuple[list[Row], list[KeyLine]]:
     """(output rows, key lines)."""
     units = shuffled_units(rows, config.privacy_unit, rng)
@@ -29,8 +29,7 @@ def place(
         repeated.append(("share", max(1, round(config.share * len(kept)))))
     if sum(repetitions for _, repetitions in repeated) > len(free):
         raise UserError(f"--input: {len(free)} rows are left besides --audit's; the other canaries need more")
-    total = 2 * len(repeated) + config.audit
-    unused = iter(canaries.make(total, space, [holder.part(row) for row in rows], rng))
+    unused = iter(source.make(total(config), [holder.part(row) for row in rows], rng))
     with_canary: dict[int, Row] = {}
     key: list[KeyLine] = []
 
@@ -43,6 +42,8 @@ def place(
         canary: Canary, kind: str, repetitions: int, contexts: list[str], hosts: Sequence[int], user_id: Any
     ) -> None:
         """hosts: the input rows that it is inserted into (none if it is held out); contexts: one per host."""
+        for context in contexts:
+            source.check(context, canary)
         key.append(
             {
                 "id": len(key),

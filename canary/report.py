@@ -42,6 +42,7 @@ def audit_rows(line: Line) -> list[str]:
     upper = "none" if line["upper"] is None else f"{line['upper']:.3f}"
     upper = "unknown" if line["upper_unknown"] else upper
     signal = line["signal"] + (", headline" if line.get("headline") else "")
+    signal += {"secret": ", secret alone"}.get(line.get("score", ""), "")
     arm = f"{line['measure']:<10} {line['arm']} ({signal})"
     if line["undefined"]:
         most = "" if line["power"]["95"] is None else f", at most {line['power']['95']:.3f} could be shown"
@@ -56,6 +57,10 @@ def audit_rows(line: Line) -> list[str]:
         most = f"at most {line['power']['95']:.3f} could be shown"
         rows = [f"{arm}: ε ≥ {low} at 95 % ({most}), accountant {upper}, AUC {auc}; {counts}"]
         rows += [f"           {words}" for words in f_dp_rows(line)]
+        if other := line.get("other_score"):
+            taken = {"secret": "the secret alone", "whole": "the whole sentence"}[other["score"]]
+            auc = "none" if other["auc"] is None else f"{other['auc']:.3f}"
+            rows.append(f"           {taken}, not the headline: {bound_words(other, '95')}, AUC {auc}")
     return rows + [
         f"           {line['arm']}: the lower bound EXCEEDS the accountant's ε at {level} %"
         for level, above in line["above_upper"].items()

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from canary.canaries import Space
 from canary.config import MeasureConfig
+from canary.families import secret_tokens
 from canary.key import Header, KeyLine, read_key
 from canary.seen import Seen, text_trained_on
 from common import distributed, manifests, models, provenance, results, reviews, trained
@@ -66,6 +67,11 @@ class Task:
         return self.header.get("whole", False)
 
     @property
+    def headline(self) -> str:
+        """What the audit's score is taken over, fixed by the family: an unseen token alone, else the whole sentence."""
+        return "secret" if self.header.get("family") == "new_token" else "whole"
+
+    @property
     def audited(self) -> list[KeyLine]:
         """The audit canaries."""
         return [canary for canary in self.canaries if canary["kind"] == "audit"]
@@ -90,10 +96,12 @@ def prepare(config: MeasureConfig) -> Task:
         )
         if ref:
             refs[arm] = ref
+            check_tokens(f"--models {arm}={name}", tokenizers[arm], header, canaries, problems)
     ref_model = None
     if config.ref_model:
         given = (problems, config.ref_model, None, config.base_model, "--ref_model")
-        ref_model, _ = models.look_up(*given, quantized=config.quantization)
+        ref_model, its_tokenizer = models.look_up(*given, quantized=config.quantization)
+        check_tokens(f"--ref_model {config.ref_model}", its_tokenizer, header, canaries, problems)
     privacy = {arm: provenance.privacy(ref) for arm, ref in refs.items()}
     texts = {
         arm: read_texts(config, f"{arm}={file}", file, rows[arm] or [], privacy.get(arm), header, problems)
@@ -133,6 +141,19 @@ def split_models(config: MeasureConfig, problems: Problems) -> dict[str, str]:
     for line in own.lines:
         problems.add(line.replace("--synthetic", "--models"))
     return names
+
+
+def check_tokens(flag: str, tokenizer: Any, header: Header | None, canaries: list[KeyLine], problems: Problems) -> None:
+    """Add a problem if secrets that were made of tokens have other ones in a model's tokenizer."""
+    if header is None or tokenizer is None:
+        return
+    whole = header.get("whole", False)
+    made = [canary for canary in canaries if "tokens" in canary]
+    if any(secret_tokens(tokenizer, canary["context"], canary, whole) != canary["tokens"] for canary in made):
+        problems.add(
+            f"{flag}: its tokenizer gives other tokens for the secrets, which were made with that of "
+            f"{header.get('tokenizer')}"
+        )
 
 
 def read_texts(

@@ -11,18 +11,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import read_lines, run_script, write_manifest, write_rows
+from conftest import make_config, read_lines, run_script, write_manifest, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
 from test_synthetic import make_reviews
 
 import run_peft
 from canary import canaries, inject, measure, metrics
-from canary.likelihoods import secret_nlls, tokens_from
+from canary.likelihoods import secret_nlls, sentence_logps, tokens_from
 from canary.lines import TOO_FEW, audit_line
 from canary.report import audit_rows
 from canary.task import TextArm
-from common import dataset, manifests, reviews
+from common import dataset, manifests, provenance, reviews
 from common import models as common_models
 from common.checkpoints import natural_key
 from common.problems import UserError
@@ -302,6 +302,36 @@ def test_secret_nll_is_that_of_a_plain_pass(arch, models):
     assert len(tokens_from(tokenizer, context, secrets[0], 20)[0]) == 20 - len(after)
 
 
+def test_scores_of_sentence_and_secret_are_those_of_a_plain_pass(models):
+    """The same sums by hand from transformers' logits; the secret's tokens by their text."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from common import distributed
+
+    model = AutoModelForCausalLM.from_pretrained(models["llama"]).eval()
+    tokenizer = AutoTokenizer.from_pretrained(models["llama"])
+    before, secret = "My phone number is ", "012-345-6789"
+    made = [
+        {"context": context, "sentence": before + secret + after, "before": before, "secret": secret}
+        for context, after in (("I liked it. ", "."), ("A kettle for the kitchen. ", ""), ("Good. ", ", call me."))
+    ]
+    found = sentence_logps(model, tokenizer, made, 512, distributed.start())
+    for place, one in enumerate(made):
+        ids = tokenizer(one["context"] + one["sentence"]).input_ids
+        sentence = len(tokenizer(one["context"].rstrip()).input_ids)
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        logps = [logits[index - 1, ids[index]].item() for index in range(sentence, len(ids))]
+        assert found["whole"][place] == pytest.approx(sum(logps), rel=1e-4)
+        first = next(i for i in range(sentence, len(ids)) if "0" in tokenizer.decode(ids[sentence : i + 1])) - sentence
+        last = (
+            next(i for i in range(sentence, len(ids)) if secret in tokenizer.decode(ids[sentence : i + 1])) - sentence
+        )
+        assert tokenizer.decode(ids[sentence:][first : last + 1]).strip() == secret
+        assert found["secret"][place] == pytest.approx(sum(logps[first : last + 1]), rel=1e-4)
+
+
 @pytest.mark.parametrize("before", ("", "<|endoftext|> "))
 def test_an_eos_that_the_tokenizer_adds_is_no_part_of_the_secret(before, models):
     """The templates `$A <eos>` and `<eos> $A <eos>` against `$A` and `<eos> $A`."""
@@ -362,6 +392,8 @@ def test_memorised_canaries_are_detected(learned, models, tmp_path):
     assert often["extrapolated"]["bits"]["mean"] <= often["space_bits"] == math.log2(10**9)
     assert by(lines, "exposure", arm="base", repetitions=12)[0]["bits"]["mean"] < 5
     audit = by(lines, "audit", arm="lora")[0]
+    assert (audit["score"], audit["other_score"]["score"]) == ("whole", "secret")
+    assert "above_upper" not in audit["other_score"] and audit["other_score"]["auc"] is not None
     assert audit["signal"].endswith("before training") and audit["n_scored"] == 24 and audit["upper"] is None
     assert by(lines, "audit", arm="base")[0]["signal"] == "log-probability"
     rows = read_lines(tmp_path / "results_canary_rows.jsonl")
@@ -764,6 +796,167 @@ def test_canaries_in_chats_are_learned_and_measured(models, tmp_path):
     lines = read_lines(out / "results_canary.jsonl")
     (ladder,) = [line for line in lines if line["measure"] == "exposure" and line["kind"] == "ladder"]
     assert ladder["copies_trained"] == [2, 2] and ladder["n_scored"] == 2
+
+
+@pytest.fixture(scope="module")
+def worded(tmp_path_factory):
+    """A tiny Llama whose tokenizer has about 1,000 common words as tokens."""
+    import torch
+    from faker import Faker
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("worded")
+    fake = Faker("en_US")
+    fake.seed_instance(1)
+    trainer = ByteLevelBPETokenizer()
+    texts = [" ".join(["A", *fake.words(200)]) for _ in range(200)]
+    trainer.train_from_iterator(texts, vocab_size=2500, special_tokens=["<|endoftext|>"], show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=trainer._tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>", model_max_length=512
+    )
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(make_config("llama", len(tokenizer))).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("shape", (*OTHERS, *CHATS, "review"))
+@pytest.mark.parametrize("family", ("random", "new_token"))
+def test_families_of_tokens(family, shape, worded, tmp_path):
+    """In the row as it is trained on, each secret has the key's tokens: one per word, and new_token's in no other
+    row."""
+    rows = make_reviews(24) if shape == "review" else rows_of(shape)
+    flags = ["--model", worded, *(["--chat_template", "chatml"] if shape in CHATS else [])]
+    written, header, key = make(
+        tmp_path, rows, "--repetitions", 2, "--canaries", 1, "--audit", 4, "--family", family, *flags
+    )
+    assert (header["family"], header["secret"], header["tokenizer"]) == (family, family, str(worded))
+    tokenizer = common_models.read_tokenizer(worded, None, "--model")
+    renderer = dataset.read_renderer(written, tokenizer, "chatml", "--model") if shape in CHATS else None
+    texts = [row.text for row in dataset.render("rows", written, range(len(written)), renderer)]
+    ids = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    assert len({one["secret"] for one in key}) == len(key) == 6
+    for one in key:
+        words = one["secret"].split()
+        assert len(one["tokens"]) == len(words) == (8 if family == "random" else 1)
+        assert [tokenizer.decode([token]) for token in one["tokens"]] == [f" {word}" for word in words]
+        assert len(one["before"].split()) == 6 or family == "new_token"
+        for row, start in zip(one["rows"], one["starts"], strict=True):
+            assert texts[row].startswith(one["sentence"], start)
+            assert any(ids[row][i : i + len(words)] == one["tokens"] for i in range(len(ids[row])))
+        if family == "new_token":
+            assert [row for row, found in enumerate(ids) if one["tokens"][0] in found] == sorted(one["rows"])
+    space = canaries.Space(header["secret"], tuple(header["words"]))
+    if family == "random":
+        assert space.size == len(header["words"]) ** 8
+        assert all(set(one["sentence"][:-1].split()) <= set(header["words"]) for one in key)
+    else:
+        assert space.size == len(header["words"]) + 1 > 2 and not {one["secret"] for one in key} & set(header["words"])
+        others = space.others(key[0]["secret"], 2, random.Random(0))
+        assert len(set(others)) == 2 and set(others) <= set(header["words"])
+    manifest = dataset.read_manifest(tmp_path / "train_canaries.jsonl")
+    assert manifest["canaries"]["space"] == space.size and manifest["canaries"]["secret"] == family
+
+
+@pytest.mark.parametrize("family", ("random", "new_token"))
+def test_canaries_of_tokens_are_learned_and_measured(family, worded, tmp_path, capsys):
+    """From injection to the bounds, on an adapter: the headline is the family's; no secret is its own reference."""
+    flags = ["--repetitions", 12, "--canaries", 2, "--audit", 24, "--family", family, "--tokenizer", worded]
+    _, header, key = make(tmp_path, rows_of("completion", 60), *flags)
+    words = ["-m", worded, "-i", tmp_path / "train_canaries.jsonl", "-e", 6, "-lr", 2e-2, "--lora_r", 8]
+    words += ["--loss_on", "completion", "-pdbs", 4, "-gas", 1, "--output_root", tmp_path / "runs"]
+    assert run_peft.main([str(word) for word in words]) == 0
+    checkpoint = max((tmp_path / "runs").rglob("checkpoint-*"), key=natural_key)
+    capsys.readouterr()
+    lines, rows = measured(tmp_path, tmp_path / "train_canaries_key.jsonl", checkpoint)
+    (audit,) = by(lines, "audit")
+    headline, other = ("secret", "whole") if family == "new_token" else ("whole", "secret")
+    assert (audit["score"], audit["other_score"]["score"], audit["n_scored"]) == (headline, other, 24)
+    assert audit["placed_trained"] == audit["placed"] > 0
+    audited = [row for row in rows if row["kind"] == "audit"]
+    assert all(row["audit_signal"] == row[f"audit_{headline}"] for row in audited)
+    (ladder,) = by(lines, "exposure", kind="ladder")
+    assert ladder["copies_trained"] == [12, 12]
+    assert ladder["references"] == min(20, len(header["words"])) and ladder["bits"]["mean"] > 2
+    assert ("secret alone" in capsys.readouterr().out) and len(key) == 28
+
+
+@pytest.mark.parametrize("shape", (*OTHERS, *CHATS, "review"))
+def test_sampled_canaries(shape, worded, models, tmp_path):
+    """Sampled from another model than the one that is trained: distinct, spares and canaries apart."""
+    rows = make_reviews(24) if shape == "review" else rows_of(shape)
+    flags = ["--model", models["llama"], "--chat_template", "chatml"] if shape in CHATS else []
+    flags += ["--family", "model", "--generator", worded, "--temperature", 1.2]
+    written, header, key = make(tmp_path, rows, "--repetitions", 2, "--canaries", 1, "--audit", 4, *flags)
+    names = ("family", "secret", "generator", "temperature")
+    assert [header[name] for name in names] == ["model", "model", str(worded), 1.2]
+    assert header["generator_weights"] == provenance.weights_sha256(common_models.find_model(str(worded)))
+    assert len(header["words"]) == len(key) == 6 and not {one["secret"] for one in key} & set(header["words"])
+    tokenizer = common_models.read_tokenizer(models["llama"], None, "--model")
+    renderer = dataset.read_renderer(written, tokenizer, "chatml", "--model") if shape in CHATS else None
+    texts = [row.text for row in dataset.render("rows", written, range(len(written)), renderer)]
+    for one in key:
+        assert len(one["before"].split()) == 6 and len(one["secret"].split()) >= 4
+        assert one["sentence"] == one["before"] + one["secret"] and "tokens" not in one
+        assert [i for i, text in enumerate(texts) if one["sentence"] in text] == sorted(one["rows"])
+        for row, start in zip(one["rows"], one["starts"], strict=True):
+            assert texts[row].startswith(one["sentence"], start)
+    assert canaries.Space("model", tuple(header["words"])).size == 7
+    files = [tmp_path / name for name in ("train_canaries.jsonl", "train_canaries_key.jsonl")]
+    before = [file.read_bytes() for file in files]
+    make(tmp_path, rows, "--repetitions", 2, "--canaries", 1, "--audit", 4, *flags, "--overwrite")
+    assert before == [file.read_bytes() for file in files]
+
+
+def test_a_dry_run_samples_nothing(worded, tmp_path, monkeypatch):
+    monkeypatch.setattr(common_models, "load_base", lambda *_: pytest.fail("a model was loaded"))
+    source = write_rows(tmp_path / "train.jsonl", rows_of("text"))
+    flags = ("--audit", 4, "--family", "model", "--generator", worded, "--dry_run")
+    assert inject.main([str(word) for word in ("-i", source, *flags)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["train.jsonl"]
+
+
+def test_families_bad_input(worded, models, tmp_path):
+    source = write_rows(tmp_path / "train.jsonl", rows_of("text"))
+    for words, wanted in (
+        (["--family", "random"], "needs --tokenizer"),
+        (["--family", "model"], "needs --generator"),
+        (["--family", "model", "--generator", worded, "--temperature", 0.7], "at least 0.8"),
+        (["--family", "model", "--generator", tmp_path / "no"], "--generator .*no such directory"),
+        (["--generator", worded], "only for --family model"),
+        (["--family", "random", "--tokenizer", worded, "--temperature", 2], "only for --family model"),
+        (["--family", "random", "--secret", "name"], "only for --family template"),
+        (["--family", "new_token", "--tokenizer", tmp_path / "no"], "--model"),
+        (["--family", "random", "--tokenizer", worded, "--chat_template", "chatml"], "not chat rows"),
+    ):
+        with pytest.raises(UserError, match=wanted):
+            inject.main([str(word) for word in ("-i", source, "--audit", 3, *words)])
+    rows = write_rows(tmp_path / "many.jsonl", rows_of("text", 400))
+    words = ("-i", rows, "--audit", 400, "--family", "new_token", "--tokenizer", models["llama"])
+    with pytest.raises(UserError, match=r"^--family new_token: 4 whole words .* occur in no row; 400 are needed"):
+        inject.main([str(word) for word in words])
+    with pytest.raises(UserError, match=r"has 4 whole words; 16 are needed"):
+        inject.main([str(word) for word in (*words, "--family", "random")])
+
+
+def test_a_tokenizer_with_other_tokens_is_refused(worded, tmp_path):
+    """A copy of the tokenizer in which the tokens of two words have changed places."""
+    _, header, key = make(tmp_path, rows_of("text"), "--audit", 6, "--family", "random", "--tokenizer", worded)
+    other = shutil.copytree(worded, tmp_path / "other")
+    state = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = state["model"]["vocab"]
+    first, second = (f"\u0120{word}" for word in key[0]["secret"].split()[:2])
+    second = (
+        second if second != first else next(f"\u0120{word}" for word in header["words"] if f"\u0120{word}" != first)
+    )
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(state))
+    argv = ["--canaries", tmp_path / "train_canaries_key.jsonl", "--output_dir", tmp_path / "out", "--dry_run"]
+    assert measure.main([str(word) for word in [*argv, "--models", f"a={worded}"]]) == 0
+    for flags in (["--models", f"a={other}"], ["--models", f"a={worded}", "--ref_model", other]):
+        with pytest.raises(UserError, match="gives other tokens for the secrets"):
+            measure.main([str(word) for word in [*argv, *flags]])
 
 
 def test_inject_reads_renamed_fields(tmp_path):

@@ -86,7 +86,8 @@ FLAGS = {
         "--metadata_epsilon", "--metadata_delta", "--metadata_fields", "--histogram", "--max_new_tokens",
         "--temperature", "--top_k", "--filter", "--batch_size", "--output", "--overwrite",
     },
-    "canary/inject.py": {"--model", "--chat_template", "--columns",
+    "canary/inject.py": {
+        "--model", "--tokenizer", "--family", "--generator", "--temperature", "--chat_template", "--columns",
         "-i", "--input", "--data", "--output", "--key_file", "--share", "--repetitions", "--canaries", "--audit",
         "--privacy_unit", "--secret", "--within", "--condition", "--overwrite", "--dry_run", "--seed",
     },
