@@ -17,7 +17,9 @@ import tempfile
 from pathlib import Path
 
 from canary.canaries import FAMILIES, TOKEN_FAMILIES
-from common import cli, results
+from common import cli, json_files
+from common.problems import UserError
+from common.process import entry
 
 ROOT = Path(__file__).resolve().parents[1]
 EMBEDDED = ROOT / "data" / "embedded"
@@ -44,15 +46,16 @@ def make_parser() -> cli.Parser:
 
 def make_rows(folder: Path, n: int) -> Path:
     """A file of the first n training rows of the embedded mail, without the fields that set some of them apart."""
-    from common import dataset
+    from common import dataset, formats, manifests, publication
 
     source = EMBEDDED / "enron.jsonl"
-    rows = dataset.read_rows(source)
-    train = dataset.split(rows, dataset.read_manifest(source)).train
+    rows = formats.read_rows(source)
+    train = dataset.split(rows, manifests.read_manifest(source)).train
     if len(train) < n:
-        raise cli.UserError(f"--rows {n}: {source} has {len(train)} training rows")
+        raise UserError(f"--rows {n}: {source} has {len(train)} training rows")
     file = folder / "train.jsonl"
-    results.write_jsonl(file, [{name: rows[index][name] for name in ("prompt", "continuation")} for index in train[:n]])
+    kept = ("prompt", "continuation")
+    publication.write_jsonl(file, [{name: rows[index][name] for name in kept} for index in train[:n]])
     return file
 
 
@@ -93,8 +96,8 @@ def of_family(args, family: str, source: Path, folder: Path) -> str:
     refused = run(args.threads, "canary/measure.py", *words)
     if refused:
         raise RuntimeError(refused)
-    lines = results.read_jsonl(folder / "measured" / "results_canary.jsonl")
-    scored = results.read_jsonl(folder / "measured" / "results_canary_rows.jsonl")
+    lines = json_files.read_jsonl(folder / "measured" / "results_canary.jsonl")
+    scored = json_files.read_jsonl(folder / "measured" / "results_canary_rows.jsonl")
     (line,) = (line for line in lines if line["measure"] == "audit")
     signals = {
         included: np.array([row["audit_signal"] for row in scored if row["included"] is included])
@@ -130,4 +133,4 @@ def main(argv=None) -> int:
 
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # otherwise bench/ shadows the package mia
-    sys.exit(cli.entry(main))
+    sys.exit(entry(main))

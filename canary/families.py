@@ -10,7 +10,7 @@ from canary import canaries
 from canary.canaries import FEWEST_WORDS, PREFIX_WORDS, Canary, Space
 from canary.config import InjectConfig
 from canary.hosts import Hosts, Row
-from common import chat, dataset, tokenization
+from common import adapters, chat, checkpoints, dataset, distributed, limits, models, sampling, tokenization
 from common.problems import UserError
 
 SPARES = 1000  # secrets kept to rank the inserted ones against
@@ -128,8 +128,6 @@ def sample(
 ) -> list[list[str]]:
     """The words of n samples from --generator, no secret twice or in the rows."""
     import torch
-
-    from common import adapters, checkpoints, distributed, limits, models, sampling
 
     assert config.generator
     ref = models.find_model(config.generator, flag="--generator")

@@ -12,7 +12,7 @@ from canary.families import source_of
 from canary.hosts import Hosts, Row, read
 from canary.key import SCHEMA, KeyLine
 from canary.placement import place
-from common import dataset, locks, manifests, models, provenance, results
+from common import dataset, locks, manifests, models, provenance, results, tokenization
 from common.problems import Problems, check_output_file
 from common.publication import Publication
 
@@ -69,33 +69,35 @@ def check(config: InjectConfig) -> tuple[list[Row], Hosts, dict[str, Any] | None
     rows, hosts = read(config, problems)
     if rows:
         check_rows(config, rows, hosts, problems)
-    generator = check_generator(config, problems)
+    drawn_from = check_generator(config, problems)
     settings: dict[str, Any] | None = None
     if not problems.lines:
         skip = ("output", "key_file", *(NEWER if config.family == "template" else ()))
-        inputs: dict[str, str | None] = {"input": results.sha256(config.input)}
-        if generator:
-            inputs["generator_weights"] = provenance.weights_sha256(generator)
-        settings = manifests.settings_of(config, skip, **inputs)
+        if config.family in TOKEN_FAMILIES:
+            drawn_from["tokenizer_sha256"] = tokenization.sha256(hosts.tokenizer)
+        settings = manifests.settings_of(config, skip, input=results.sha256(config.input), **drawn_from)
     others = [("--key_file", key)]
     finished = problems.absorb(manifests.finished, [("--output", output)], settings, config.overwrite, others)
     problems.check()
     return rows, hosts, None if finished else settings
 
 
-def check_generator(config: InjectConfig, problems: Problems) -> models.ModelRef | None:
-    """--generator, where the family needs one."""
+def check_generator(config: InjectConfig, problems: Problems) -> dict[str, str | None]:
+    """Hashes of --generator's weights and tokenizer, where the family needs one; {} otherwise."""
     if config.family != "model":
         for flag in ("generator", "temperature"):
             if (value := getattr(config, flag)) != getattr(InjectConfig, flag):
                 problems.add(f"--{flag} {value}: only for --family model")
-        return None
+        return {}
     if config.temperature < LEAST_TEMPERATURE:
         problems.add(f"--temperature {config.temperature:g}: must be at least {LEAST_TEMPERATURE}")
     if config.generator is None:
         problems.add("--family model: needs --generator, the model that canaries are sampled from")
-        return None
-    return models.look_up(problems, config.generator, flag="--generator")[0]
+        return {}
+    ref, tokenizer = models.look_up(problems, config.generator, flag="--generator")
+    if ref is None or tokenizer is None:
+        return {}
+    return {"generator_weights": provenance.weights_sha256(ref), "tokenizer_sha256": tokenization.sha256(tokenizer)}
 
 
 def check_rows(config: InjectConfig, rows: list[Row], hosts: Hosts, problems: Problems) -> None:

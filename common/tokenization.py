@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -70,3 +72,13 @@ def bos_note(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> str | 
         return None
     n = sum(text.startswith(start) for text in texts)
     return f"{n} texts start with {start}, which the tokenizer adds too: it is used once" if n else None
+
+
+def sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of what turns text into tokens: vocabulary, rules and special tokens; wherever the tokenizer is stored."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = json.loads(backend.to_str()) if backend else {"vocabulary": tokenizer.get_vocab()}
+    for changing in ("padding", "truncation"):  # set by calls
+        state.pop(changing, None)
+    state["special"] = tokenizer.all_special_ids
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

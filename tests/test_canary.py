@@ -855,7 +855,7 @@ def test_families_of_tokens(family, shape, worded, tmp_path):
         assert space.size == len(header["words"]) + 1 > 2 and not {one["secret"] for one in key} & set(header["words"])
         others = space.others(key[0]["secret"], 2, random.Random(0))
         assert len(set(others)) == 2 and set(others) <= set(header["words"])
-    manifest = dataset.read_manifest(tmp_path / "train_canaries.jsonl")
+    manifest = manifests.read_manifest(tmp_path / "train_canaries.jsonl")
     assert manifest["canaries"]["space"] == space.size and manifest["canaries"]["secret"] == family
 
 
@@ -957,6 +957,28 @@ def test_a_tokenizer_with_other_tokens_is_refused(worded, tmp_path):
     for flags in (["--models", f"a={other}"], ["--models", f"a={worded}", "--ref_model", other]):
         with pytest.raises(UserError, match="gives other tokens for the secrets"):
             measure.main([str(word) for word in [*argv, *flags]])
+
+
+@pytest.mark.parametrize("family", ("random", "new_token", "model"))
+def test_canaries_of_another_tokenizer_are_not_the_same(family, worded, tmp_path, capsys):
+    """A copy of the tokenizer changes nothing; other tokens behind the same name are other settings."""
+    folder = shutil.copytree(worded, tmp_path / "model")
+    source = write_rows(tmp_path / "train.jsonl", rows_of("text"))
+    flag = "--generator" if family == "model" else "--tokenizer"
+    words = [str(word) for word in ("-i", source, "--audit", 4, "--family", family, flag, folder)]
+    assert inject.main(words) == 0
+    settings = manifests.read_manifest(tmp_path / "train_canaries.jsonl")["settings"]
+    assert len(settings["tokenizer_sha256"]) == 64
+    capsys.readouterr()
+    assert inject.main(words) == 0
+    assert capsys.readouterr().out.count("already finished") == 2
+    state = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = state["model"]["vocab"]
+    one, other = (next(token for token in vocabulary if vocabulary[token] == number) for number in (400, 401))
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match="exists; give --overwrite"):
+        inject.main(words)
 
 
 def test_inject_reads_renamed_fields(tmp_path):

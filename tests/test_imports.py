@@ -95,6 +95,7 @@ def test_sys_path_changes_only_where_a_folder_shares_its_scripts_name():
     }
     shadowed = {
         "bench/auxiliary.py",
+        "bench/canaries.py",
         "bench/coverage.py",
         "bench/mia.py",
     }  # bench/ has scripts named like the packages that these import
