@@ -17,7 +17,9 @@ Writes <output_root>/<model>/<data tag>-<peft type>/<weight decay>_<learning rat
     run.json             arguments, versions, input, status; relative_change (‖ΔW‖/‖W‖), `notes` (if the model has
                          hardly moved), clip_slack (--dp: divisor of the clipping norm, 1 in float32); `trained`: rows,
                          tokens kept, loss_tokens, rows_cut and tokens_cut (by --max_length), rows_without_loss,
-                         tokens_masked (by --loss_on)
+                         tokens_masked (by --loss_on); with the key of canary/inject.py beside the file also `canaries`:
+                         placed, trained (the whole secret in some row), cut, masked, left_out (rows not trained on),
+                         and secret_tokens and secret_tokens_trained of the rows trained on
     trained_rows.jsonl   one line per training row: hash, tokens, characters that the loss was taken on (common/trained)
 
 One training loop for all modes. A step is one global batch of per_device_batch_size × gradient_accumulation_steps ×

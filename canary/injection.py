@@ -12,7 +12,7 @@ from canary.families import source_of
 from canary.hosts import Hosts, Row, read
 from canary.key import SCHEMA, KeyLine
 from canary.placement import place
-from common import dataset, locks, manifests, models, provenance, results, tokenization
+from common import dataset, inserted, locks, manifests, models, provenance, results, tokenization
 from common.problems import Problems, check_output_file
 from common.publication import Publication
 
@@ -46,7 +46,7 @@ def destinations(config: InjectConfig) -> tuple[Path, Path]:
     """(output, key file)."""
     source = Path(config.input)
     output = Path(config.output or source.with_name(f"{source.name.split('.')[0]}_canaries.jsonl"))
-    return output, Path(config.key_file or output.with_name(f"{output.stem}_key.jsonl"))
+    return output, Path(config.key_file or inserted.key_beside(output))
 
 
 def check(config: InjectConfig) -> tuple[list[Row], Hosts, dict[str, Any] | None]:

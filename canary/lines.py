@@ -140,6 +140,8 @@ def audit_line(
     seen, spent = source.seen, source.privacy or {}
     requested, placed = len(audited), sum(canary["included"] for canary in audited)
     copies = sum(seen.copies(canary) > 0 for canary in audited if canary["included"]) if seen else None
+    tokens = [seen.secret_tokens(canary) for canary in audited if canary["included"]] if seen else []
+    known = [pair for pair in tokens if pair is not None]
     if seen:
         whole = [seen.fits(canary) for canary in audited]
         audited = [canary for canary, fits in zip(audited, whole) if fits]
@@ -167,6 +169,8 @@ def audit_line(
         "dropped": {"cut off at --max_length": requested - len(scores)} if requested > len(scores) else {},
         "placed": placed,
         "placed_trained": copies,
+        "secret_tokens": sum(n for n, _ in known) if known else None,
+        "secret_tokens_trained": sum(n for _, n in known) if known else None,
         "included": sum(included),
         **auc([] if void else scores, included),
         **own,

@@ -54,6 +54,8 @@ def audit_rows(line: Line) -> list[str]:
         counts = f"{line['n_scored']} canaries, {line['included']} placed"
         if line["placed_trained"] is not None:
             counts += f", {line['placed_trained']} of {line['placed']} trained on"
+        if line["secret_tokens_trained"] != line["secret_tokens"]:
+            counts += f" ({line['secret_tokens_trained']} of {line['secret_tokens']} tokens of secrets)"
         most = f"at most {line['power']['95']:.3f} could be shown"
         rows = [f"{arm}: ε ≥ {low} at 95 % ({most}), accountant {upper}, AUC {auc}; {counts}"]
         rows += [f"           {words}" for words in f_dp_rows(line)]

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from canary.key import KeyLine
-from common import models, tokenization, trained
+from common import chat, models, tokenization, trained
 
 
 class Seen:
@@ -25,14 +25,25 @@ class Seen:
 
     def copies(self, canary: KeyLine) -> int:
         """Number of rows in which the loss was taken on every character of the canary's secret."""
-        secret = canary["secret"]
-        offset = canary["sentence"].index(secret, len(canary["before"]) if canary["before"] else 0)
+        offset, length = len(canary["before"]), len(canary["secret"])
         starts = canary.get("starts") or [len(canary["context"])] * len(canary["rows"])
-        spans = [(start + offset, start + offset + len(secret)) for start in starts]
+        spans = [(start + offset, start + offset + length) for start in starts]
         return sum(
             index in self.by_index and self.by_index[index].covers(*span)
             for index, span in zip(canary["rows"], spans, strict=True)
         )
+
+    def secret_tokens(self, canary: KeyLine) -> tuple[int, int] | None:
+        """(number of tokens of the secret in the canary's first row, number that the loss was taken on); None without a
+        tokenizer."""
+        if self.tokenizer is None:
+            return None
+        text, start = canary["context"] + canary["sentence"], len(canary["context"]) + len(canary["before"])
+        encoded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=not self.whole, verbose=False)
+        offsets = encoded["offset_mapping"][: len(tokenization.without_end(self.tokenizer, encoded["input_ids"]))]
+        first, end = chat.token_span(offsets, start, start + len(canary["secret"]))
+        row = self.by_index.get(canary["rows"][0]) if canary["rows"] else None
+        return end - first, sum(row is not None and row.covers(*span) for span in offsets[first:end])
 
     def fits(self, canary: KeyLine) -> bool:
         """Whether --max_length leaves the canary whole in its row; depends only on the text, inserted or not."""

@@ -447,6 +447,107 @@ def test_canaries_that_training_cut_off_give_no_audit(models, tmp_path, capsys):
     assert "Canaries that were never trained on" in (tmp_path / "page" / "report.html").read_text()
 
 
+def fine_tune(folder, model, *flags) -> tuple[Path, dict | None]:
+    """(newest checkpoint, run.json's counts of canaries) of a run on train_canaries.jsonl."""
+    words = [
+        "-m",
+        model,
+        "-i",
+        folder / "train_canaries.jsonl",
+        "-e",
+        1,
+        "--lora_r",
+        2,
+        "--output_root",
+        folder / "runs",
+    ]
+    assert run_peft.main([str(word) for word in [*words, *flags]]) == 0
+    checkpoint = max((folder / "runs").rglob("checkpoint-*"), key=lambda path: path.stat().st_mtime_ns)
+    return checkpoint, json.loads((checkpoint.parent / "run.json").read_text())["trained"].get("canaries")
+
+
+@pytest.mark.parametrize("family", ("template", "random", "new_token"))
+@pytest.mark.parametrize("which", ("none", "some", "all"))
+def test_what_max_length_cuts_is_known_before_training(which, family, worded, tmp_path, capsys):
+    """The tokens of the secrets in the rows, counted from the key alone: none beyond --max_length is trained on."""
+    flags = [] if family == "template" else ["--family", family, "--tokenizer", worded]
+    _, _, key = make(tmp_path, rows_of("text", 50), "--audit", 44, "--within", 0, *flags)
+    tokenizer = common_models.read_tokenizer(worded, None, "--model")
+    ends = {}  # canary → (index of its secret's first token in the row, of the one after its last)
+    for number, one in enumerate(key):
+        before = one["context"] + one["before"]
+        encoded = tokenizer(before + one["secret"], return_offsets_mapping=True)
+        ends[number] = sum(end <= len(before) for _, end in encoded.offset_mapping), len(encoded.input_ids)
+    placed = [number for number, one in enumerate(key) if one["included"]]
+    first = min(ends[number][0] for number in placed)
+    max_length = {"none": first, "some": sorted(ends[number][1] for number in placed)[-3], "all": 512}[which]
+    kept = {number: max(0, min(end, max_length) - start) for number, (start, end) in ends.items()}
+    checkpoint, counts = fine_tune(tmp_path, worded, "--max_length", max_length)
+    whole = [number for number in placed if ends[number][1] <= max_length]
+    assert counts == {
+        "placed": len(placed),
+        "trained": len(whole),
+        "cut": len(placed) - len(whole),
+        "masked": 0,
+        "left_out": 0,
+        "secret_tokens": sum(ends[number][1] - ends[number][0] for number in placed),
+        "secret_tokens_trained": sum(kept[number] for number in placed),
+    }
+    assert {"none": len(whole) == 0, "some": 0 < len(whole) < len(placed), "all": whole == placed}[which]
+    said = capsys.readouterr().out
+    tokens = f"{counts['secret_tokens_trained']} of {counts['secret_tokens']} tokens"
+    assert f"canaries     the secrets of {len(whole)} of {len(placed)} are trained on, {tokens}" in said
+    assert ("no audit is possible" in said) == (which == "none")
+    assert (f"{counts['cut']} cut off at --max_length" in said) == (which != "all")
+    lines, _ = measured(tmp_path, tmp_path / "train_canaries_key.jsonl", checkpoint)
+    (audit,) = by(lines, "audit")
+    same = ("placed", "secret_tokens", "secret_tokens_trained")
+    assert audit["placed_trained"] == len(whole) and [audit[name] for name in same] == [counts[name] for name in same]
+    assert ("never trained on: no audit" in (audit["undefined"] or "")) == (which == "none")
+    assert (audit["lower"]["95"] is None) == (which == "none")
+    assert ("tokens of secrets" in capsys.readouterr().out) == (which == "some")
+
+
+def test_canaries_that_loss_on_masks_are_counted(models, tmp_path, capsys):
+    """Canaries in whole texts, whose rows then get a boundary behind them: their secrets are only read."""
+    made, header, key = make(tmp_path, rows_of("text", 30), "--audit", 10)
+    _, counts = fine_tune(tmp_path, models["llama"], "--train_rows", 20)
+    assert counts["left_out"] == sum(one["rows"][0] < len(made) - 20 for one in key if one["included"]) > 0
+    assert counts["trained"] + counts["left_out"] == counts["placed"]
+    file = write_rows(
+        tmp_path / "train_canaries.jsonl", [{"prompt": row["text"], "continuation": " Yes."} for row in made]
+    )
+    header["training"] = provenance.sha256(file)
+    (tmp_path / "train_canaries.jsonl.meta.json").unlink()
+    write_rows(tmp_path / "train_canaries_key.jsonl", [header, *key])
+    capsys.readouterr()
+    _, counts = fine_tune(tmp_path, models["llama"], "--loss_on", "completion", "--run_name", "b")
+    assert counts["masked"] == counts["placed"] > 0 == counts["trained"] == counts["secret_tokens_trained"]
+    assert f"({counts['masked']} masked by --loss_on): no audit is possible" in capsys.readouterr().out
+
+
+def test_without_a_key_beside_the_file_run_peft_counts_no_canaries(models, tmp_path, capsys):
+    make(tmp_path, rows_of("text", 30), "--audit", 10)
+    key = tmp_path / "train_canaries_key.jsonl"
+    text = key.read_text()
+    dry = ["-m", models["llama"], "-i", tmp_path / "train_canaries.jsonl", "--dry_run"]
+    dry = [str(word) for word in [*dry, "--output_root", tmp_path / "runs"]]
+    key.write_text(
+        text.replace('"included": true', '"included": true, "rows": 3', 1).replace('"rows": [', '"row": [', 1)
+    )
+    with pytest.raises(UserError, match=r"canary \d is damaged; create the key again, or remove it"):
+        run_peft.main(dry)
+    key.unlink()
+    assert run_peft.main(dry) == 0
+    assert "train_canaries_key.jsonl, beside the file, is missing or of another one" in capsys.readouterr().out
+    key.write_text(text.replace('"training": "', '"training": "0', 1))  # that of another file
+    assert run_peft.main(dry) == 0
+    assert "is missing or of another one" in capsys.readouterr().out
+    (tmp_path / "train_canaries.jsonl.meta.json").unlink()
+    assert run_peft.main(dry) == 0
+    assert "canaries  " not in capsys.readouterr().out
+
+
 def test_copies_that_were_held_out_or_left_out_are_not_counted(models, tmp_path):
     """--train_rows and --eval_rows: what was trained is counted from the rows that training lists, by hand."""
     _, _, key_lines = make(tmp_path, make_reviews(64), "--repetitions", 8, "--canaries", 3, "--audit", 20)

@@ -216,22 +216,20 @@ def run_plan(
 
 def write_trained(plan: Plan, loss_on: str, salt: str) -> dict[str, Any]:
     """Write trained_rows.jsonl; returns run.json's `trained` block. Rows in no privacy unit are not trained on."""
-    left_out: set[int] = set()
-    if plan.privacy and plan.privacy.rows_left_out:
-        left_out = set(range(len(plan.train))) - {place for unit in plan.privacy.units for place in unit}
     n_cut = masked = 0
 
     def rows() -> Iterator[trained.TrainedRow]:
         nonlocal n_cut, masked
         for place, (index, row, rendered) in enumerate(zip(plan.indices, plan.train, plan.rendered)):
-            if place not in left_out:
+            if place not in plan.left_out:
                 n_cut += row.n_cut
                 masked += len(row.ids) - row.labels - 1
                 digest = trained.text_sha256(rendered.text, salt)
                 yield trained.TrainedRow(index, digest, len(row.ids), row.labels, row.n_cut > 0, row.kept)
 
     block = trained.write(plan.folder, trained.Header(salt, loss_on, plan.max_length), rows())
-    return block | {"tokens_cut": n_cut, "tokens_masked": masked}
+    block |= {"tokens_cut": n_cut, "tokens_masked": masked}
+    return block | ({"canaries": plan.canary_counts} if plan.canary_counts else {})
 
 
 def fit(

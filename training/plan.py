@@ -16,6 +16,7 @@ from common import (
     dataset,
     distributed,
     formats,
+    inserted,
     json_files,
     limits,
     manifests,
@@ -33,7 +34,7 @@ from common.distributed import World
 from common.problems import Problems, UserError, check_writable
 from common.rows import Lazy
 from common.rows import Row as DataRow
-from training import dp_plan, tokenised
+from training import dp_plan, preflight, tokenised
 from training.batches import Row, encode, pack
 from training.checkpoint import checkpoints
 from training.config import TrainConfig
@@ -141,6 +142,8 @@ class Plan:
     world_size: int
     privacy: dp_plan.Privacy | None
     n_trainable: int
+    placed: list[inserted.Inserted] | None = None  # the canaries in the file; None if no key is beside it
+    has_canaries: bool = False  # says the file's manifest
 
     @property
     def steps_per_epoch(self) -> int:
@@ -159,6 +162,24 @@ class Plan:
         return (
             array("i", [sum(tokens[place] for place in sequence) for sequence in self.sequences]) if packed else tokens
         )
+
+    @cached_property
+    def left_out(self) -> set[int]:
+        """The places in `train` that are in no privacy unit: they are not trained on."""
+        if not (self.privacy and self.privacy.rows_left_out):
+            return set()
+        return set(range(len(self.train))) - {place for unit in self.privacy.units for place in unit}
+
+    @cached_property
+    def canary_counts(self) -> dict[str, int] | None:
+        """How much of the canaries is trained on; None if there are none, or unknown ones."""
+        if not self.placed:
+            return None
+        wanted = {row for canary in self.placed for row, _ in canary.copies}
+        places = {
+            index: place for place, index in enumerate(self.indices) if index in wanted and place not in self.left_out
+        }
+        return preflight.count(self.placed, places, self.rendered, self.train, self.tokenizer)
 
     @property
     def private(self) -> Path:
@@ -205,6 +226,7 @@ def make_plan(config: TrainConfig) -> Plan:
     chosen, folder, tag = None, None, ""
     rows = problems.absorb(formats.open_rows, path, config.columns)
     manifest = problems.absorb(manifests.read_manifest, path)
+    canaries = problems.absorb(inserted.read, path)
     if rows:
         if problems.absorb(dataset.validate, path, rows):
             chosen = problems.absorb(choose_rows, config, path, rows, manifest)
@@ -293,6 +315,8 @@ def make_plan(config: TrainConfig) -> Plan:
         world_size=world_size,
         privacy=spending,
         n_trainable=n_trainable,
+        placed=None if public else canaries,
+        has_canaries=bool((manifest or {}).get("canaries")) and not public,
     )
 
 
@@ -426,6 +450,11 @@ def describe(config: TrainConfig, plan: Plan) -> list[str]:
         lines.insert(3, f"             {tokenization.special_tokens_note(plan.special_tokens)}")
     if plan.bos_note:
         lines.insert(3, f"             {plan.bos_note}")
+    if plan.canary_counts:
+        lines.insert(3, f"canaries     {preflight.describe(plan.canary_counts)}")
+    elif plan.has_canaries and plan.placed is None:
+        name = inserted.key_beside(plan.input).name
+        lines.insert(3, f"canaries     {name}, beside the file, is missing or of another one: not counted here")
     empty = plan.labels.count(0)
     if empty:
         lines.insert(
