@@ -31,6 +31,8 @@ ROOT = Path(__file__).resolve().parents[1]
 EMBEDDED = ROOT / "data" / "embedded"
 MODEL = EMBEDDED / "mini-pythia"
 ARMS = ("no_dp", "dp", "fault")
+DELTA = 1e-5
+WORDS = 12  # of a row's continuation
 
 
 def make_parser() -> cli.Parser:
@@ -47,8 +49,8 @@ def make_parser() -> cli.Parser:
     add("-e", "--epochs", type=cli.positive_int, default=12, help="epochs of no_dp")
     add("-lr", "--learning_rate", type=cli.positive_float, default=1e-2, help="its learning rate")
     add("--lora_r", type=cli.positive_int, default=16, help="rank, of every arm")
-    add("--dp_epochs", type=cli.positive_int, default=8, help="epochs of dp and fault, each one step over all rows")
-    add("--dp_learning_rate", type=cli.positive_float, default=3e-3, help="their learning rate")
+    add("--dp_epochs", type=cli.positive_int, default=40, help="epochs of dp and fault, each one step over all rows")
+    add("--dp_learning_rate", type=cli.positive_float, default=2e-2, help="their learning rate")
     add("--target_epsilon", type=cli.positive_float, default=8.0, help="ε of dp")
     add("--fault_epsilon", type=cli.positive_float, default=1.0, help="ε that fault is accounted")
     add("--threads", type=cli.positive_int, default=os.cpu_count(), help="threads of each process")
@@ -57,8 +59,8 @@ def make_parser() -> cli.Parser:
 
 
 def make_rows(folder: Path, n: int) -> Path:
-    """A file of the n shortest training rows of the embedded mail, in their order, without the fields that set some of
-    them apart: in a short row more of the gradient is the canary's."""
+    """A file of the n shortest training rows of the embedded mail, in their order: of each the prompt and the first
+    WORDS of its continuation, for in a short row more of the gradient is the canary's."""
     from common import dataset, formats, manifests, publication
 
     source = EMBEDDED / "enron.jsonl"
@@ -70,8 +72,11 @@ def make_rows(folder: Path, n: int) -> Path:
     if len(train) < n:
         raise UserError(f"--rows {n}: {source} has {len(train)} training rows")
     file = folder / "train.jsonl"
-    kept = ("prompt", "continuation")
-    publication.write_jsonl(file, [{name: rows[index][name] for name in kept} for index in sorted(train[:n])])
+    chosen = [rows[index] for index in sorted(train[:n])]
+    words = [" " + " ".join(row["continuation"].split()[:WORDS]) for row in chosen]
+    publication.write_jsonl(
+        file, [{"prompt": row["prompt"], "continuation": text} for row, text in zip(chosen, words, strict=True)]
+    )
     return file
 
 
@@ -105,10 +110,10 @@ def train(args, arm: str, folder: Path) -> Path:
     if arm == "no_dp":
         flags = f"-e {args.epochs} -lr {args.learning_rate} -pdbs 4 -gas 1 --seed {args.seed}"
     else:
-        flags = f"-e {args.dp_epochs} -lr {args.dp_learning_rate} -pdbs 16 --scheduler constant --dp"
-        flags += f" --logical_batch_size {n}"
+        flags = f"-e {args.dp_epochs} -lr {args.dp_learning_rate} -pdbs 32 --scheduler constant --dp"
+        flags += f" --logical_batch_size {n} --max_grad_norm 0.1 --target_delta {DELTA}"
         flags += (
-            f" --target_epsilon {args.target_epsilon}" if arm == "dp" else f" --noise_multiplier {noise(args, n) / 10}"
+            f" --target_epsilon {args.target_epsilon}" if arm == "dp" else f" --noise_multiplier {noise(args) / 10}"
         )
     words = ["-m", MODEL, "-i", file, "--output_root", folder / arm, "--lora_r", args.lora_r, *flags.split()]
     if refused := run(args.threads, "run_peft.py", "--loss_on", "completion", "--lora_dropout", 0, *words):
@@ -116,11 +121,11 @@ def train(args, arm: str, folder: Path) -> Path:
     return max((folder / arm).glob("**/checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
 
 
-def noise(args, n: int) -> float:
-    """σ for --fault_epsilon on n rows, all of them in every step."""
+def noise(args) -> float:
+    """σ for --fault_epsilon with all rows in every step."""
     from training import dp
 
-    return dp.noise_multiplier(args.fault_epsilon, 1.0, args.dp_epochs, 1 / (10 * n))
+    return dp.noise_multiplier(args.fault_epsilon, 1.0, args.dp_epochs, DELTA)
 
 
 def measured(args, arm: str, folder: Path) -> str:
