@@ -1,16 +1,18 @@
-"""What each family of canaries shows on the miniature: without DP, with it, and where its noise is too small.
+"""What each family of canaries shows on the miniature: without DP, with it, and where it does not clip.
 
 python bench/canaries.py                                  # four families, three fine-tunes of each
 python bench/canaries.py --families random --arms no_dp --rows 120 --canaries 100 --epochs 2
 
 For each family, canary/inject.py puts --canaries canaries, each with probability ½, into rows of their own among the
---rows shortest training rows of data/embedded/enron.jsonl; run_peft.py fine-tunes data/embedded/mini-pythia on the
-file; and canary/measure.py scores the canaries: each script is run as a user runs it, once. The miniature is also the
-generator of `model`. The arms, all on the same file:
+--rows shortest training rows of data/embedded/enron.jsonl (of each continuation twelve words); run_peft.py fine-tunes
+data/embedded/mini-pythia on the file; and canary/measure.py scores the canaries: each script is run as a user runs it,
+once. The miniature is also the generator of `model`. The arms, all on the same file:
 
 no_dp   no DP
-dp      --dp --target_epsilon (its noise is right)
-fault   the noise is a tenth of what --fault_epsilon needs; caught if Steinke's bound at 99.9 % is above that ε
+dp      --dp --target_epsilon
+fault   as dp with the noise for --fault_epsilon, but nothing is clipped (the flags say so: a clipping norm that no
+        gradient reaches, and a noise multiplier that gives the same noise); caught if Steinke's bound at 99.9 % is
+        above that ε
 
 Prints, for the score that the family fixes, TPR at 1 % FPR with its 95 % interval (from 99 canaries left out), AUC with
 its interval, and the lower bounds on ε: of Steinke et al. at 95 and 99.9 %, and by f-DP at 95 %.
@@ -31,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 EMBEDDED = ROOT / "data" / "embedded"
 MODEL = EMBEDDED / "mini-pythia"
 ARMS = ("no_dp", "dp", "fault")
-DELTA = 1e-5
+DELTA, CLIP, NEVER_CLIPS = 1e-5, 1e-3, 1e6
 WORDS = 12  # of a row's continuation
 
 
@@ -49,8 +51,8 @@ def make_parser() -> cli.Parser:
     add("-e", "--epochs", type=cli.positive_int, default=12, help="epochs of no_dp")
     add("-lr", "--learning_rate", type=cli.positive_float, default=1e-2, help="its learning rate")
     add("--lora_r", type=cli.positive_int, default=16, help="rank, of every arm")
-    add("--dp_epochs", type=cli.positive_int, default=40, help="epochs of dp and fault, each one step over all rows")
-    add("--dp_learning_rate", type=cli.positive_float, default=2e-2, help="their learning rate")
+    add("--dp_epochs", type=cli.positive_int, default=60, help="epochs of dp and fault, each one step over all rows")
+    add("--dp_learning_rate", type=cli.positive_float, default=1e-2, help="their learning rate")
     add("--target_epsilon", type=cli.positive_float, default=8.0, help="ε of dp")
     add("--fault_epsilon", type=cli.positive_float, default=1.0, help="ε that fault is accounted")
     add("--threads", type=cli.positive_int, default=os.cpu_count(), help="threads of each process")
@@ -111,10 +113,11 @@ def train(args, arm: str, folder: Path) -> Path:
         flags = f"-e {args.epochs} -lr {args.learning_rate} -pdbs 4 -gas 1 --seed {args.seed}"
     else:
         flags = f"-e {args.dp_epochs} -lr {args.dp_learning_rate} -pdbs 32 --scheduler constant --dp"
-        flags += f" --logical_batch_size {n} --max_grad_norm 0.1 --target_delta {DELTA}"
-        flags += (
-            f" --target_epsilon {args.target_epsilon}" if arm == "dp" else f" --noise_multiplier {noise(args) / 10}"
-        )
+        flags += f" --logical_batch_size {n} --target_delta {DELTA}"
+        if arm == "dp":
+            flags += f" --target_epsilon {args.target_epsilon} --max_grad_norm {CLIP}"
+        else:
+            flags += f" --noise_multiplier {noise(args) * CLIP / NEVER_CLIPS} --max_grad_norm {NEVER_CLIPS}"
     words = ["-m", MODEL, "-i", file, "--output_root", folder / arm, "--lora_r", args.lora_r, *flags.split()]
     if refused := run(args.threads, "run_peft.py", "--loss_on", "completion", "--lora_dropout", 0, *words):
         raise RuntimeError(refused)
