@@ -167,7 +167,7 @@ def measure(config: AuxiliaryConfig, plan: Plan, train: Train, world: World) -> 
 
     def score(model: Any) -> dict[str, list[float]]:
         return {
-            name: sentence_logps(model, plan.tokenizer, canaries, most, world, task.whole)
+            name: sentence_logps(model, plan.tokenizer, canaries, most, world, task.whole)["whole"]
             for name, canaries in parts.items()
         }
 

@@ -122,7 +122,7 @@ def test_without_canaries_in_the_text_heads_and_tails_score_alike(models, whole,
     base = common_models.load_base(ref, common_models.resolve_dtype("float32", "cpu"), "cpu", None)
 
     def score(model) -> np.ndarray:
-        return np.array(sentence_logps(model, tokenizer, canaries, 512, distributed.start()))
+        return np.array(sentence_logps(model, tokenizer, canaries, 512, distributed.start())["whole"])
 
     before = score(base)
     with common_adapters.adapted(base, str(adapter_of(whole, "b"))) as (model, _):
