@@ -50,7 +50,7 @@ def answers(study: Study, look: Look) -> list[Answer]:
         ("Is it still useful?", "utility", (accuracy, perplexity)),
     )
     return [
-        Answer(question, anchor, [found for sentence in sentences if (found := sentence(study, look))])
+        Answer(question, anchor, [said for sentence in sentences if (said := sentence(study, look))])
         for question, anchor, sentences in questions
     ]
 
@@ -102,13 +102,13 @@ def extracted(study: Study, look: Look) -> Sentence | None:
     group = groups(rows)[0]
     own, base, called = trained(study, [row for row in rows if row.group == group])
     words = "Exact addresses" if metric == "exact" else "Loose matches"
-    found = sentence(f"{words} ({group}, temperature {HEADLINE_TEMPERATURE})", own or base, look, True, called)
-    if found and own:
-        found.controls += [f"base {interval_text(row)}" for row in base[:1]]
+    answer = sentence(f"{words} ({group}, temperature {HEADLINE_TEMPERATURE})", own or base, look, True, called)
+    if answer and own:
+        answer.controls += [f"base {interval_text(row)}" for row in base[:1]]
     floor = [row for row in study.select("extraction", metric, role="floor", group=group) if row.value is not None]
-    if found:
-        found.controls += [f"name rule without a model {interval_text(row)}" for row in floor[:1]]
-    return found
+    if answer:
+        answer.controls += [f"name rule without a model {interval_text(row)}" for row in floor[:1]]
+    return answer
 
 
 def exposed(study: Study, look: Look) -> Sentence | None:
@@ -117,13 +117,13 @@ def exposed(study: Study, look: Look) -> Sentence | None:
     most = max((row.repetitions or 0 for row in every), default=0)
     rows = [row for row in every if row.repetitions == most and row.arm != "base"] if most else []
     canaries = f"Median exposure of canaries placed {most}× in bits (quartiles)"
-    found = sentence(canaries, first_of_each(rows), look)
-    if found:
+    answer = sentence(canaries, first_of_each(rows), look)
+    if answer:
         held = [row for row in every if not row.repetitions and row.value is not None]
         base = [row for row in every if row.repetitions == most and row.arm == "base" and row.value is not None]
-        found.controls = [f"held out, {row.arm} {interval_text(row, False)}" for row in held if row.arm != "base"][:1]
-        found.controls += [f"base {interval_text(row, False)}" for row in base[:1]] + ["chance 1"]
-    return found
+        answer.controls = [f"held out, {row.arm} {interval_text(row, False)}" for row in held if row.arm != "base"][:1]
+        answer.controls += [f"base {interval_text(row, False)}" for row in base[:1]] + ["chance 1"]
+    return answer
 
 
 def first_of_each(rows: list[Row]) -> list[Row]:
@@ -138,26 +138,26 @@ def membership(study: Study, look: Look) -> Sentence | None:
         return None
     group = groups(every)[0]
     own, base, called = trained(study, [row for row in every if row.group == group])
-    found = sentence(f"AUC of attack {HEADLINE_ATTACK} ({group})", own or base, look, False, called)
-    if found:
+    answer = sentence(f"AUC of attack {HEADLINE_ATTACK} ({group})", own or base, look, False, called)
+    if answer:
         blind = [row for row in study.select("mia", "auc", role="blind", group=group) if row.value is not None]
         far = sorted(blind, key=lambda row: -abs(row.number - 0.5))
-        found.controls = ["chance 0.5"]
-        found.controls += [f"furthest blind baseline {interval_text(row, False)}" for row in far[:1]]
-        found.controls += [] if blind else ["no blind baseline measured"]
-    return found
+        answer.controls = ["chance 0.5"]
+        answer.controls += [f"furthest blind baseline {interval_text(row, False)}" for row in far[:1]]
+        answer.controls += [] if blind else ["no blind baseline measured"]
+    return answer
 
 
 def audited(study: Study, look: Look) -> Sentence | None:
     """AUC of the audit's canaries, each placed once by a coin, beside the model that saw none."""
     every = [row for row in study.select("canary", "AUC of the audit") if row.settings.get("headline") is not False]
-    found = sentence(
+    answer = sentence(
         "AUC of canaries placed once, by a coin", first_of_each([row for row in every if row.arm != "base"]), look
     )
-    if found:
+    if answer:
         base = [row for row in every if row.arm == "base" and row.value is not None]
-        found.controls = ["chance 0.5", *(f"base, which saw none, {interval_text(row, False)}" for row in base[:1])]
-    return found
+        answer.controls = ["chance 0.5", *(f"base, which saw none, {interval_text(row, False)}" for row in base[:1])]
+    return answer
 
 
 def proven(study: Study, look: Look) -> Sentence | None:
@@ -174,10 +174,10 @@ def proven(study: Study, look: Look) -> Sentence | None:
     called = {row.measured.key: study.same.get(row.measured.arm, shortest[row.measured.key]) for row in rows}
     if not rows:  # the audit has it from the run
         rows = first_of_each(study.select("canary", "ε upper (PRV)"))
-    found = sentence("ε proven by the PRV accountant", rows, look, called=called, text=text)
-    if found:
-        found.controls = ["an upper bound, without sampling error"]
-    return found
+    answer = sentence("ε proven by the PRV accountant", rows, look, called=called, text=text)
+    if answer:
+        answer.controls = ["an upper bound, without sampling error"]
+    return answer
 
 
 def shown(study: Study, look: Look) -> Sentence | None:
@@ -189,11 +189,11 @@ def shown(study: Study, look: Look) -> Sentence | None:
         return ("no audit", f"({why})") if row.value is None else (f"≥ {row.value:.2f}", "(one-sided 95 %)")
 
     rows = first_of_each([row for row in every if row.arm != "base"])
-    found = sentence("ε shown by canaries", rows, look, text=text)
-    if found:
+    answer = sentence("ε shown by canaries", rows, look, text=text)
+    if answer:
         base = [row for row in every if row.arm == "base"]
-        found.controls = [f"base, which saw none, {' '.join(text(row))}" for row in base[:1]]
-    return found
+        answer.controls = [f"base, which saw none, {' '.join(text(row))}" for row in base[:1]]
+    return answer
 
 
 def accuracy(study: Study, look: Look) -> Sentence | None:
@@ -202,18 +202,18 @@ def accuracy(study: Study, look: Look) -> Sentence | None:
     single = {(row.group, row.arm): row for row in every if row.role == "target"}
     means = [single.get((row.group, row.arm), row) if row.n == 1 else row for row in every if row.role == "mean"]
     seeds = "one seed, 95 %" if any(row.role == "target" for row in means) else "range over seeds"
-    found = sentence(
+    answer = sentence(
         f"Accuracy on real rows after training on each ({seeds})",
         first_of_each([row for row in means if row.arm != "real"]),
         look,
     )
-    if found:
+    if answer:
         other = [row for row in means if row.arm == "real"] + [row for row in every if row.role == "baseline"]
         words = {"real": "real rows", "base": "base", "majority": "majority class"}
-        found.controls = [
+        answer.controls = [
             f"{words.get(row.arm or '', row.arm)} {interval_text(row, False)}" for row in first_of_each(other)
         ]
-    return found
+    return answer
 
 
 def perplexity(study: Study, look: Look) -> Sentence | None:
@@ -223,7 +223,7 @@ def perplexity(study: Study, look: Look) -> Sentence | None:
         return None
     group = groups(every)[0]
     own, base, called = trained(study, [row for row in every if row.group == group])
-    found = sentence(f"Perplexity of held-out text, lower is better ({group})", own or base, look, False, called)
-    if found and own:
-        found.controls = [f"base {interval_text(row, False)}" for row in base[:1]]
-    return found
+    answer = sentence(f"Perplexity of held-out text, lower is better ({group})", own or base, look, False, called)
+    if answer and own:
+        answer.controls = [f"base {interval_text(row, False)}" for row in base[:1]]
+    return answer

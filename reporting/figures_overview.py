@@ -56,23 +56,28 @@ def _of_question(study: Study, look: Look, answer: Answer) -> tuple[str, list[Ro
     if not answer.sentences:
         return None
     first = answer.sentences[0]
-    one = first.rows[0]
-    title, _, chance = TITLES[one.metric]
+    shown = first.rows[0]
+    title, _, chance = TITLES[shown.metric]
     rows = [row for row in first.rows if row.value is not None]
     lines = [] if chance is None else [chance]
-    if one.model:
-        same = {"role": "target", "template": one.template, "headline": one.headline, "temperature": one.temperature}
-        base = study.select(one.area, one.metric, group=one.group, attack=one.attack, **same)
+    if shown.model:
+        same = {
+            "role": "target",
+            "template": shown.template,
+            "headline": shown.headline,
+            "temperature": shown.temperature,
+        }
+        base = study.select(shown.area, shown.metric, group=shown.group, attack=shown.attack, **same)
         rows += [row for row in base if row.measured.is_base and row.value is not None and row not in rows]
-        lines += [row.number for row in study.select(one.area, one.metric, role="floor", group=one.group)][:1]
-    elif one.area == "canary":
-        base = study.select("canary", one.metric, arm="base", repetitions=one.repetitions)
+        lines += [row.number for row in study.select(shown.area, shown.metric, role="floor", group=shown.group)][:1]
+    elif shown.area == "canary":
+        base = study.select("canary", shown.metric, arm="base", repetitions=shown.repetitions)
         rows += [row for row in base if row.value is not None][:1]
-        title = f"Exposure, placed {one.repetitions}× (bits)" if one.metric == "exposure" else title
+        title = f"Exposure, placed {shown.repetitions}× (bits)" if shown.metric == "exposure" else title
     else:
-        rows += [row for row in study.select("utility", one.metric, arm="real", role=one.role)][:1]
-        rows += [row for row in study.select("utility", one.metric, arm="base")][:1]
-        lines += [row.number for row in study.select("utility", one.metric, arm="majority")][:1]
+        rows += [row for row in study.select("utility", shown.metric, arm="real", role=shown.role)][:1]
+        rows += [row for row in study.select("utility", shown.metric, arm="base")][:1]
+        lines += [row.number for row in study.select("utility", shown.metric, arm="majority")][:1]
     return (title, rows, lines) if rows else None
 
 

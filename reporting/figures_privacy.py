@@ -203,7 +203,7 @@ def exposure_histogram(study: Study, look: Look, chosen: list[Model]) -> list[Fi
                     need(line, "exposure")
                     bits.setdefault(line["arm"], {}).setdefault(line["repetitions"], []).append(line["exposure"])
         ceilings = [row.settings.get("ceiling") for row in study.select("canary", "exposure", group=shown)]
-        ceiling = max((one for one in ceilings if one), default=0)
+        ceiling = max((ceiling for ceiling in ceilings if ceiling), default=0)
         where = f" ({Path(shown).parent})" if len(files) > 1 else ""
         for arm, by_count in list(bits.items())[:MOST_ARMS]:
             panels.append(_histogram(f"{arm}{where}", by_count, look.colour(arm), ceiling))
@@ -236,9 +236,13 @@ def _histogram(title: str, by_count: dict[int, list[float]], colour: str, ceilin
     def draw(axes: "Axes") -> None:
         for height, level in enumerate(levels):
             own = [min(int(max(value, 0)), top - 1) for value in by_count[level]]
-            shares = [own.count(one) / len(own) for one in range(top)]
+            shares = [own.count(bin_) / len(own) for bin_ in range(top)]
             axes.bar(
-                [one + 0.5 for one in range(top)], [0.85 * share for share in shares], 0.92, bottom=height, color=colour
+                [bin_ + 0.5 for bin_ in range(top)],
+                [0.85 * share for share in shares],
+                0.92,
+                bottom=height,
+                color=colour,
             )
             axes.axhline(height, color=AXIS, linewidth=0.8)
         axes.axvline(1.0, color=MUTED, linestyle=":", linewidth=1.2)
@@ -402,12 +406,12 @@ def _against(title: str, points: list[tuple[Row, str]], bounds: dict[str, list[R
         for row, name in points:
             colour = look.colour(row.arm)
             own = bounds[name]
-            right = max((one.number for one in own if one.metric.startswith("ε upper")), default=endless)
-            left = min((one.number for one in own), default=right)
+            right = max((bound.number for bound in own if bound.metric.startswith("ε upper")), default=endless)
+            left = min((bound.number for bound in own), default=right)
             axes.plot([left, right], [row.number, row.number], color=colour, linewidth=1, alpha=0.5)
             axes.errorbar(right, row.number, yerr=errors(row), color=colour, elinewidth=1.4, fmt="none")
-            for one in own:
-                axes.plot(one.number, row.number, BOUNDS[one.metric], color=colour, markersize=6, zorder=3)
+            for bound in own:
+                axes.plot(bound.number, row.number, BOUNDS[bound.metric], color=colour, markersize=6, zorder=3)
             if right == endless:
                 axes.plot(right, row.number, ">", color=colour, markersize=6, markerfacecolor="none", zorder=3)
             ends.append((row.number, short(name, 24), colour))

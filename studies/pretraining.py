@@ -55,7 +55,7 @@ def measure(config: StudyConfig, out: Path, shared: Path, trees: dict[str, Path]
     """{model: {attack: {auc, auc_ci, tpr, change}}}, base first, and the base's flags."""
     members, nonmembers = texts(config, shared)
     models = {"base": config.model} | {arm: str(find_checkpoints(tree)[-1]) for arm, tree in trees.items()}
-    found: Record = {}
+    by_model: Record = {}
     base: Scores | None = None
     flags: list[str] = []
     for name, model in models.items():
@@ -77,7 +77,7 @@ def measure(config: StudyConfig, out: Path, shared: Path, trees: dict[str, Path]
         base = base or scores
         if scores.texts != base.texts:
             raise RuntimeError(f"{folder}: its texts are not those of the base; choose another --output")
-        found[name] = {
+        by_model[name] = {
             attack: {"auc": line["auc"], "auc_ci": line["auc_ci"], "tpr": line["tpr_at_fpr"]}
             | ({} if name == "base" else {"change": change(base, scores, attack, config.seed)})
             for attack, line in lines.items()
@@ -86,7 +86,7 @@ def measure(config: StudyConfig, out: Path, shared: Path, trees: dict[str, Path]
     assert base is not None
     n_members = int(base.labels.sum())
     sizes = {"n_members": n_members, "n_nonmembers": len(base.labels) - n_members}
-    return {"members": members, "nonmembers": nonmembers, **sizes, "flags": flags, "models": found}
+    return {"members": members, "nonmembers": nonmembers, **sizes, "flags": flags, "models": by_model}
 
 
 def read_scores(file: AnyPath, attacks: list[str]) -> Scores:
@@ -140,12 +140,12 @@ def measures(members: Floats, nonmembers: Floats, levels: list[str]) -> Floats:
 
     m, n = members.shape[-1], nonmembers.shape[-1]
     ranks = rankdata(np.concatenate([members, nonmembers], axis=-1), axis=-1)
-    found = [(ranks[..., :m].sum(-1) - m * (m + 1) / 2) / (m * n)]  # Mann–Whitney
+    rows = [(ranks[..., :m].sum(-1) - m * (m + 1) / 2) / (m * n)]  # Mann–Whitney
     ordered = np.sort(nonmembers, axis=-1)
     for level in levels:
         cut = ordered[..., n - 1 - metrics.allowed(level, n)]
-        found.append((members > cut[..., None]).mean(-1))
-    return np.stack(found)
+        rows.append((members > cut[..., None]).mean(-1))
+    return np.stack(rows)
 
 
 def text_of(measured: Record) -> list[str]:

@@ -30,19 +30,19 @@ def run(config: StudyConfig, out: Path, record: results.Run) -> str:
     for seed in seeds:
         folder = out / f"seed_{seed}"
         print(f"\nSeed {seed}, {seeds.index(seed) + 1} of {len(seeds)}: {folder}", flush=True)
-        one = replace(config, seed=seed, output=str(folder))
+        single = replace(config, seed=seed, output=str(folder))
         with (
             locks.output_folder(folder) as output,
-            results.Run(folder / "run_quickstart.json", one, mail.inputs(one), output=output) as own,
+            results.Run(folder / "run_quickstart.json", single, mail.inputs(single), output=output) as own,
         ):
-            text = mail.run(one, folder, own, parent=out)
+            text = mail.run(single, folder, own, parent=out)
             with own.files.open(folder / "summary.md") as file:
                 file.write(text + "\n")
         runs.append(json_files.read_json(folder / "summary.json", f"remove {folder} and run again"))
     record["seeds"] = seeds
-    values = [values_of(one) for one in runs]
+    values = [values_of(summary) for summary in runs]
     made = {"temperature": TEMPERATURE, "seeds": seeds, "means": means(values), "changes": changes(values)}
-    notes = [f"Seed {seed}: {note}" for seed, one in zip(seeds, runs) for note in one.get("notes", {}).values()]
+    notes = [f"Seed {seed}: {note}" for seed, summary in zip(seeds, runs) for note in summary.get("notes", {}).values()]
     publication.write_json(out / "summary.json", made)
     return "\n".join([*text_of(made), *(line for note in notes for line in ("", note))])
 
@@ -63,16 +63,16 @@ def values_of(summary: Record) -> Values:
         values[arm][ADDRESSES] = float(counts["addresses"])
     for model, by_attack in summary.get("pretraining", {"models": {}})["models"].items():
         values[model][PRETRAINING] = by_attack[pretraining.HEADLINE]["auc"]
-        for attack, found in by_attack.items():
+        for attack, measured in by_attack.items():
             if attack != pretraining.HEADLINE:
-                values[model][f"{PRETRAINING}, {attack}"] = found["auc"]
+                values[model][f"{PRETRAINING}, {attack}"] = measured["auc"]
     return values
 
 
 def over_runs(runs: Sequence[Values], number: Callable[[Values, str, str], float | None]) -> Record:
     """{model: {measure: {mean, low, high, n, values}}} of what `number` gives for each run; None is left out. An arm
     may be missing from a run."""
-    found: Record = {}
+    by_model: Record = {}
     for model in dict.fromkeys(model for run in runs for model in run):
         present = [run for run in runs if model in run]
         for measure in dict.fromkeys(name for run in present for name in run[model]):
@@ -81,8 +81,8 @@ def over_runs(runs: Sequence[Values], number: Callable[[Values, str, str], float
             if values:
                 low, high = stats.student_interval(values) or (None, None)
                 summary = {"mean": stats.mean_or_none(values), "low": low, "high": high, "n": len(values)}
-                found.setdefault(model, {})[measure] = summary | {"values": values}
-    return found
+                by_model.setdefault(model, {})[measure] = summary | {"values": values}
+    return by_model
 
 
 def means(runs: Sequence[Values]) -> Record:
@@ -100,11 +100,11 @@ def changes(runs: Sequence[Values]) -> Record:
         compared = measure.startswith(COMPARED) and model != "base"
         return run[model][measure] - run["base"][measure] if compared else None
 
-    found = over_runs(runs, number)
-    for by_measure in found.values():
+    differences = over_runs(runs, number)
+    for by_measure in differences.values():
         for part in by_measure.values():
             part["holds"] = holds(part["values"])
-    return found
+    return differences
 
 
 def holds(differences: Sequence[float]) -> bool:
