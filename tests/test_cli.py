@@ -365,8 +365,10 @@ def test_quickstart_study_reviews_in_small(tmp_path):
     likeness.write_text(likeness.read_text(encoding="utf-8")[:999], encoding="utf-8")  # so is a damaged result
     again = subprocess.run(command, capture_output=True, text=True, timeout=600)
     kept = [line.split("/")[-1] for line in again.stdout.splitlines() if "measured" in line and "out/" in line]
-    assert kept == ["fidelity: damaged or stale (weights or files changed); measured again"] + [
-        f"{name}: measured before, kept" for name in ("importance", "downstream")
+    assert kept == [
+        "auxiliary: measured before, kept",
+        "fidelity: damaged or stale (weights or files changed); measured again",
+        *(f"{name}: measured before, kept" for name in ("importance", "downstream")),
     ]
     assert "built again" not in again.stdout
     assert again.returncode == 0 and (out / "summary.md").read_text(encoding="utf-8") == table, again.stderr[-2000:]
