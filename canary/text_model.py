@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from canary.config import AuxiliaryConfig
 from canary.key import KeyLine, read_key
@@ -18,7 +18,7 @@ from common import (
     adapters,
     dataset,
     distributed,
-    json_files,
+    earlier,
     locks,
     models,
     provenance,
@@ -26,7 +26,6 @@ from common import (
     results,
     reviews,
     stats,
-    strict_json,
     trained,
 )
 from common.distributed import World
@@ -36,7 +35,7 @@ RESULTS, ROWS, RECORD = "results_auxiliary.jsonl", "results_auxiliary_rows.jsonl
 HEADLINE, SECRET = "auxiliary", "auxiliary, secret"
 FPR = 0.01
 NEUTRAL = ("output_dir", "dry_run")  # flags that do not affect results
-FILES = ("canaries", "synthetic")  # flags compared by file content, not by name
+FILES = ("canaries",)  # flags, beside --synthetic, compared by file content, not by name
 Train = Callable[[Path], Path]  # file of rows → the last checkpoint of that training
 
 
@@ -107,7 +106,7 @@ def prepare(config: AuxiliaryConfig, problems: Problems) -> Plan:
             problems.add(f"--synthetic {arm}={files[arm]}: no row has text")
     inputs = [config.canaries, *files.values()] if not problems.lines else []
     if inputs:
-        check_earlier(config, inputs, problems)
+        earlier.check(config, RECORD, RESULTS, inputs, problems, FILES, NEUTRAL)
     problems.check()
     assert header and ref
     weights = {"--model": provenance.weights_sha256(ref)}
@@ -123,39 +122,10 @@ def training_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     ]
 
 
-def check_earlier(config: AuxiliaryConfig, inputs: list[str], problems: Problems) -> None:
-    """Add a problem if --output_dir has a run, finished or not, with other settings: its models would be kept."""
-    folder, advice = Path(config.output_dir), "choose another directory, or remove this one"
-    file = folder / RECORD
-    if not file.is_file():
-        if (folder / RESULTS).exists():
-            problems.add(f"--output_dir {folder}: has {RESULTS} without its {RECORD}; {advice}")
-        return
-    record = problems.absorb(json_files.read_json, file, advice)
-    if record is None:
-        return
-    earlier = settings(record.get("args", {}), [entry["sha256"] for entry in record.get("inputs", [])])
-    now = settings(cast(dict[str, Any], strict_json.plain(vars(config))), [results.sha256(path) for path in inputs])
-    different = [
-        f"{key} was {str(earlier.get(key))[:40]}, now {str(now.get(key))[:40]}"
-        for key in sorted(earlier.keys() | now.keys())
-        if earlier.get(key) != now.get(key)
-    ]
-    if different:
-        problems.add(f"--output_dir {folder}: has a run with other settings ({'; '.join(different)}); {advice}")
-
-
-def settings(args: dict[str, Any], hashes: list[Any]) -> dict[str, object]:
-    """{flag: value} of all settings that affect results; `hashes`: SHA-256s of --canaries and of each arm."""
-    arms = [f"--synthetic {word.partition('=')[0]}" for word in args.get("synthetic") or []]
-    flags = {f"--{key}": value for key, value in args.items() if key not in (*NEUTRAL, *FILES)}
-    return flags | dict(zip(["--canaries", *arms], hashes))
-
-
 def measure(config: AuxiliaryConfig, plan: Plan, train: Train, world: World) -> tuple[list[Line], list[Line]]:
     """(result lines, lines per canary) of all arms."""
     folder = Path(config.output_dir)
-    chosen = {key: value for key, value in vars(config).items() if key not in (*NEUTRAL, *FILES)}
+    chosen = {key: value for key, value in vars(config).items() if key not in (*NEUTRAL, *FILES, earlier.ARMS)}
     trained_on: dict[str, Path] = {}
     for arm, items in plan.rows.items():
         file = folder / "data" / f"{arm}.jsonl"
@@ -177,9 +147,7 @@ def measure(config: AuxiliaryConfig, plan: Plan, train: Train, world: World) -> 
     for arm, adapter in trained_on.items():
         with adapters.adapted(base, str(adapter)) as (model, _):
             after = score(model)
-        signals = {
-            name: [now - earlier for now, earlier in zip(after[name], before[name], strict=True)] for name in parts
-        }
+        signals = {name: [now - then for now, then in zip(after[name], before[name], strict=True)] for name in parts}
         signals |= text_signals(task.canaries, task.texts[arm].texts)
         known = provenance.training_record(adapter) or {}
         kept = {key: known.get(key) for key in ("steps", "relative_change", "notes")}

@@ -11,7 +11,7 @@ from typing import Any
 from common import (
     dataset,
     distributed,
-    json_files,
+    earlier,
     limits,
     locks,
     models,
@@ -19,7 +19,6 @@ from common import (
     publication,
     results,
     reviews,
-    strict_json,
 )
 from common.problems import Problems, check_writable
 from common.stats import clopper_pearson
@@ -32,7 +31,7 @@ RECORD = "run_downstream.json"
 LINES = "results_utility.jsonl"
 ROWS = "results_utility_rows.jsonl"
 NEUTRAL = ("output_dir", "dry_run", "allow_overlap")  # flags that do not affect results
-FILES = ("real", "heldout", "synthetic")  # flags compared by file content, not by name
+FILES = ("real", "heldout")  # flags, beside --synthetic, compared by file content, not by name
 Train = Callable[[Path, int], Path]  # (file of instruction rows, seed) → the last checkpoint of that training
 Line = dict[str, Any]
 
@@ -104,7 +103,7 @@ def prepare(config: DownstreamConfig, problems: Problems) -> Plan:
         problems.add(f"--model {config.model}: is an adapter; merge it into its base first (merge_peft.py)")
     max_length = check_length(config, ref, tokenizer, problems) if ref and tokenizer else config.max_length
     problems.check()
-    check_earlier(config, inputs, problems)
+    earlier.check(config, RECORD, LINES, inputs, problems, FILES, NEUTRAL)
     check_overlap(arms, heldout, config.allow_overlap, problems)
     blank = {arm: len(rows) - len(reviews.with_text(rows)) for arm, rows in [*arms.items(), ("heldout", heldout)]}
     arms = {arm: reviews.with_text(rows) for arm, rows in arms.items()}
@@ -145,35 +144,6 @@ def check_overlap(arms: dict[str, list[Row]], heldout: list[Row], allowed: bool,
                 f"--synthetic {arm}: {shared} rows have the product and rating of held-out rows; hold out other rows, "
                 "or pass --allow_overlap"
             )
-
-
-def settings(args: dict[str, Any], hashes: list[str]) -> dict[str, object]:
-    """{flag: value} of all settings that affect results; `hashes`: SHA-256s of --real, --heldout and each arm."""
-    arms = [f"--synthetic {word.partition('=')[0]}" for word in args.get("synthetic") or []]
-    flags = {f"--{key}": value for key, value in args.items() if key not in (*NEUTRAL, *FILES)}
-    return flags | dict(zip(["--real", "--heldout", *arms], hashes))
-
-
-def check_earlier(config: DownstreamConfig, inputs: list[str], problems: Problems) -> None:
-    """Add a problem if --output_dir has a run, finished or not, with other settings, which would be overwritten."""
-    folder, advice = Path(config.output_dir), "choose another directory, or remove this one"
-    file = folder / RECORD
-    if not file.is_file():
-        if (folder / LINES).exists():
-            problems.add(f"--output_dir {folder}: has {LINES} without its {RECORD}; {advice}")
-        return
-    record = problems.absorb(json_files.read_json, file, advice)
-    if record is None:
-        return
-    earlier = settings(record.get("args", {}), [entry["sha256"] for entry in record.get("inputs", [])])
-    now = settings(strict_json.plain(vars(config)), [results.sha256(path) for path in inputs])
-    different = [
-        f"{key} was {str(earlier.get(key))[:40]}, now {str(now.get(key))[:40]}"
-        for key in sorted(earlier.keys() | now.keys())
-        if earlier.get(key) != now.get(key)
-    ]
-    if different:
-        problems.add(f"--output_dir {folder}: has a run with other settings ({'; '.join(different)}); {advice}")
 
 
 def measure(config: DownstreamConfig, plan: Plan, train: Train, device: str) -> tuple[list[Line], list[Line], int]:
